@@ -1,0 +1,119 @@
+"""How a tree reaches stock attention layers: one function registered with transformers.
+
+A forward pass carries a `TreeContext` as an ordinary keyword argument. Layers that are called without one
+(stock `generate`, training) fall through to transformers' own attention.
+
+B rows, N queries, M tree slots, S live slots.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from kernels.tree_attention import attend, attention_bias, reachable
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+from transformers.models.gemma2.modeling_gemma2 import eager_attention_forward
+
+NAME = "eagle_tree"
+
+
+@dataclass
+class TreeContext:
+    """Where the queries of one forward pass sit, and what they may see.
+
+    lengths [B] int64: committed slots before this pass. positions [B, N] int64: absolute, of the queries.
+    mask [B, N, M] bool and tree_positions [B, M]: the tree's slots, the queries last; None for a causal
+    prefill of an empty cache. live: an upper bound of max(lengths) + M, known on the host.
+    ragged: rows may differ in length.
+    """
+
+    lengths: torch.Tensor
+    positions: torch.Tensor
+    live: int
+    ragged: bool
+    mask: torch.Tensor | None = None
+    tree_positions: torch.Tensor | None = None
+    layers_seen: int = 0
+    _bias: dict = field(default_factory=dict)
+    _ends: torch.Tensor | None = None
+
+    def bias(self, dtype: torch.dtype, window: int | None) -> torch.Tensor:
+        """The additive bias, built once for all layers that share a window."""
+        key = (dtype, window)
+        if key not in self._bias:
+            if self.mask is None:  # causal prefill: key position = query position
+                T = self.positions.shape[1]
+                visible = torch.ones(T, T, dtype=torch.bool, device=self.lengths.device).tril()
+                if window is not None:
+                    visible = visible.triu(-(window - 1))
+                bias = torch.zeros(1, 1, T, T, dtype=dtype, device=self.lengths.device)
+                self._bias[key] = bias.masked_fill_(~visible, float("-inf"))
+            else:
+                self._bias[key] = attention_bias(
+                    self.lengths, self.mask, self.tree_positions, self.live, dtype, window
+                )
+        return self._bias[key]
+
+    def reachable(self, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        if self._ends is None:
+            self._ends = self.lengths + self.mask.shape[2]
+        return reachable(k, v, self._ends)
+
+
+def tree_attention_forward(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    sliding_window: int | None = None,
+    s_aux: torch.Tensor | None = None,
+    tree: TreeContext | None = None,
+    **kwargs,
+) -> tuple[torch.Tensor, None]:
+    """query [B, Hq, N, D], key and value [B, Hkv, S, D] (what the cache returned) -> [B, N, Hq, D]."""
+    if tree is None:
+        if softcap is not None:
+            return eager_attention_forward(
+                module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, softcap=softcap
+            )
+        kwargs.pop("position_ids", None)
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        )
+    tree.layers_seen += 1
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    return attend_tree(tree, query, key, value, scaling, sliding_window, softcap, s_aux), None
+
+
+def attend_tree(
+    tree: TreeContext,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    scaling: float,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """query [B, Hq, N, D] over what the cache returned [B, Hkv, S, D] -> [B, N, Hq, D]."""
+    prefill = tree.mask is None
+    if prefill and sliding_window is None and softcap is None and sinks is None:
+        out = F.scaled_dot_product_attention(
+            query, key, value, is_causal=True, scale=scaling, enable_gqa=query.shape[1] != key.shape[1]
+        )
+        return out.transpose(1, 2)
+    if tree.ragged and not prefill:
+        key, value = tree.reachable(key, value)
+    return attend(query, key, value, tree.bias(query.dtype, sliding_window), scaling, softcap, sinks)
+
+
+AttentionInterface.register(NAME, tree_attention_forward)
+AttentionMaskInterface.register(NAME, sdpa_mask)

@@ -1,0 +1,110 @@
+"""Attention of tree nodes over a static cache: plain-PyTorch reference.
+
+Knows nothing of models or configs.
+
+B rows, N queries, M tree slots (the last N of them are the queries' own), Hq query heads, Hkv key/value
+heads, C capacity, S live slots, D head_dim.
+
+Row b's keys are its prefix, slots 0 … lengths[b]-1 at positions 0 … lengths[b]-1, followed by M tree
+slots lengths[b] … lengths[b]+M-1 at positions `tree_positions[b]`. A query sees the whole prefix (inside
+its sliding window) and the tree slots that `tree_mask` names. Nothing else is read: slots past
+lengths[b]+M may hold anything, NaN included.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+
+def attention_bias(
+    lengths: torch.Tensor,
+    tree_mask: torch.Tensor,
+    tree_positions: torch.Tensor,
+    live: int,
+    dtype: torch.dtype,
+    sliding_window: int | None = None,
+) -> torch.Tensor:
+    """Additive bias [B, 1, N, S]: 0 where a query may look, -inf elsewhere.
+
+    lengths [B] int64; tree_mask [B, N, M] bool; tree_positions [B, M] int64 (absolute; the queries are
+    the last N); live = S >= max(lengths) + M. A window of w sees the keys at positions > query - w.
+    """
+    B, N, M = tree_mask.shape
+    slot = torch.arange(live, device=lengths.device)
+    offset = slot[None] - lengths[:, None]  # [B, S]; >= 0 inside the tree
+    inside = (offset >= 0) & (offset < M)
+    index = offset.clamp(0, M - 1)
+    in_tree = tree_mask.gather(2, index[:, None].expand(B, N, live)) & inside[:, None]
+    visible = (offset < 0)[:, None] | in_tree  # [B, N, S]
+    if sliding_window is not None:
+        key_position = torch.where(offset < 0, slot[None], tree_positions.gather(1, index))
+        query_position = tree_positions[:, M - N :]
+        visible = visible & (key_position[:, None] > query_position[..., None] - sliding_window)
+    bias = torch.zeros((B, N, live), dtype=dtype, device=lengths.device)
+    return bias.masked_fill_(~visible, float("-inf")).unsqueeze(1)
+
+
+def attend(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    bias: torch.Tensor,
+    scaling: float,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """q [B, Hq, N, D], k and v [B, Hkv, S, D], bias [B, 1, N, S] -> [B, N, Hq, D] in q's dtype.
+
+    softcap: scores become softcap * tanh(scores / softcap) before the bias; sinks [Hq]: one extra logit a
+    head that takes probability and gives nothing. A query that sees nothing yields zeros.
+    """
+    B, Hq, N, D = q.shape
+    Hkv = k.shape[1]
+    G = Hq // Hkv
+    # the G query heads of one key/value head share its keys: fold them into the query axis
+    folded = q.reshape(B, Hkv, G * N, D)
+    bias = bias.repeat(1, 1, G, 1) if G > 1 else bias  # [B, 1, G*N, S]
+    if softcap is None and sinks is None:
+        out = F.scaled_dot_product_attention(folded, k, v, attn_mask=bias, scale=scaling)
+    else:
+        scores = (folded.float() @ k.float().transpose(-1, -2)) * scaling
+        if softcap is not None:
+            scores = softcap * torch.tanh(scores / softcap)
+        scores = scores + bias
+        if sinks is not None:
+            sink = sinks.float().reshape(1, Hkv, G, 1, 1).expand(B, Hkv, G, N, 1).reshape(B, Hkv, G * N, 1)
+            scores = torch.cat([scores, sink], dim=-1)
+        scores = scores - scores.amax(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).min)
+        weights = scores.exp()
+        weights = weights / weights.sum(-1, keepdim=True).clamp_min(1e-30)
+        out = (weights[..., : k.shape[2]] @ v.float()).to(q.dtype)
+    return out.reshape(B, Hq, N, D).transpose(1, 2)
+
+
+def tree_attention(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    lengths: torch.Tensor,
+    tree_mask: torch.Tensor,
+    tree_positions: torch.Tensor,
+    *,
+    scaling: float,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The whole operation over caches [B, Hkv, C, D]; see the module's text. Returns [B, N, Hq, D]."""
+    M = tree_mask.shape[2]
+    live = int(lengths.max()) + M
+    bias = attention_bias(lengths, tree_mask, tree_positions, live, q.dtype, sliding_window)
+    k, v = reachable(k_cache[:, :, :live], v_cache[:, :, :live], lengths + M)
+    return attend(q, k, v, bias, scaling, softcap, sinks)
+
+
+def reachable(k: torch.Tensor, v: torch.Tensor, ends: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """k, v [B, Hkv, S, D] with every slot >= ends[b] zeroed, because 0 x NaN is NaN."""
+    stale = torch.arange(k.shape[2], device=k.device)[None] >= ends[:, None]  # [B, S]
+    stale = stale[:, None, :, None]
+    return k.masked_fill(stale, 0), v.masked_fill(stale, 0)

@@ -1,0 +1,47 @@
+"""Package definition. Namespace discovery, so that `kernels/` adds files beside another package of that name."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_namespace_packages, setup
+
+ROOT = Path(__file__).parent
+VERSION = re.search(r'__version__ = "([^"]+)"', (ROOT / "eagle/__init__.py").read_text()).group(1)
+
+setup(
+    name="eagle-heads",
+    version=VERSION,
+    description="Train EAGLE draft heads and generate from any causal LM several times faster, losslessly",
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    packages=find_namespace_packages(
+        include=["eagle", "eagle.*", "kernels", "kernels.*", "train", "train.*", "inference", "inference.*",
+                 "configs", "configs.*"],
+    ),
+    include_package_data=False,
+    package_data={
+        "eagle.embedded": ["*", "heads/*/*", "data/*"],
+        "configs": ["presets/*.yaml", "deepspeed/*.json"],
+    },
+    install_requires=[
+        "torch>=2.9,<2.14",
+        "transformers>=5.14,<6",
+        "deepspeed>=0.18",
+        "datasets>=4",
+        "safetensors>=0.5",
+        "fire>=0.7",
+        "triton>=3.3; platform_system == 'Linux'",
+        "pydantic>=2.7",
+        "omegaconf>=2.3",
+        "rich>=13",
+        "ninja",  # deepspeed builds its CPU communication op at first use
+    ],
+    extras_require={
+        "flash": ["flash-attn>=2.8"],
+        "finetune": ["peft>=0.18", "trl>=1.0", "bitsandbytes>=0.48"],
+        "dev": ["pytest>=8", "ruff>=0.8", "build"],
+    },
+    entry_points={"console_scripts": ["eagle = inference.console:main"]},
+)

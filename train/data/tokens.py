@@ -1,0 +1,120 @@
+"""Text -> token ids with the character span of each token.
+
+Knows tokenizers; knows nothing of formats, files or masks.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from pathlib import Path
+from typing import Any
+
+from eagle.errors import EagleError
+from train.data.shipped import embedded_dir
+
+
+def load_tokenizer(base: str | None = None) -> Any:
+    """The tokenizer of a target model; `None` is the embedded model's."""
+    from transformers import AutoTokenizer
+
+    folder = str(embedded_dir()) if base is None else base
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise EagleError(
+            f"cannot load a tokenizer from {folder!r}: give a model folder or a reachable hub id "
+            f"({reason})"
+        ) from error
+    require_fast(tokenizer)
+    return tokenizer
+
+
+def require_fast(tokenizer: Any) -> None:
+    if not getattr(tokenizer, "is_fast", False):
+        raise EagleError(
+            f"{type(tokenizer).__name__} gives no character offsets; convert it to a fast tokenizer "
+            "(a folder with tokenizer.json)"
+        )
+
+
+def encode(tokenizer: Any, text: str) -> list[int]:
+    """Token ids of `text` alone: no BOS, no EOS."""
+    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+
+def encode_with_spans(tokenizer: Any, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+    """Token ids and, for each, the half-open character span of `text` it covers.
+
+    Some tokenizers report offsets with the white space trimmed off, which makes a token look as if
+    it began later than it does. Byte-level pieces spell their bytes, so where the pieces spell the
+    text exactly, the spans come from them; otherwise the reported offsets are used.
+    """
+    encoded = tokenizer(
+        text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
+    )
+    ids = list(encoded["input_ids"])
+    spans = _byte_spans(tokenizer, ids, text)
+    if spans is None:
+        spans = [(int(start), int(end)) for start, end in encoded["offset_mapping"]]
+    return ids, spans
+
+
+def leading_ids(tokenizer: Any) -> list[int]:
+    """`[bos]` for a tokenizer that begins plain text with it, else `[]`."""
+    bos = tokenizer.bos_token_id
+    if bos is None:
+        return []
+    return [bos] if list(tokenizer("a", verbose=False)["input_ids"])[:1] == [bos] else []
+
+
+def added_tokens(tokenizer: Any) -> set[str]:
+    """Special and added tokens as text: what ends a turn is one of them."""
+    added = {token.content for token in tokenizer.added_tokens_decoder.values()}
+    return {token for token in added | set(tokenizer.all_special_tokens) if token.strip()}
+
+
+def tokenizer_hash(tokenizer: Any) -> str:
+    """Changes when the vocabulary, merges, normalisation, special tokens or template do."""
+    digest = hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode())
+    digest.update(repr((tokenizer.chat_template, tokenizer.special_tokens_map)).encode())
+    return digest.hexdigest()
+
+
+def _byte_spans(tokenizer: Any, ids: list[int], text: str) -> list[tuple[int, int]] | None:
+    """Spans from the bytes that byte-level pieces spell; None when they do not spell `text`."""
+    decoder = _byte_decoder()
+    specials = {i: token.content for i, token in tokenizer.added_tokens_decoder.items()}
+    pieces = []
+    for i, piece in zip(ids, tokenizer.convert_ids_to_tokens(ids)):
+        if i in specials:
+            pieces.append(specials[i].encode())
+            continue
+        try:
+            pieces.append(bytes(decoder[char] for char in piece))
+        except KeyError:
+            return None
+    if b"".join(pieces) != text.encode("utf-8", "surrogatepass"):
+        return None
+    char_of_byte = [c for c, char in enumerate(text) for _ in char.encode("utf-8", "surrogatepass")]
+    spans, position = [], 0
+    for piece in pieces:
+        end = position + len(piece)
+        spans.append((char_of_byte[position], char_of_byte[end - 1] + 1) if piece else (0, 0))
+        position = end
+    return spans
+
+
+@functools.lru_cache(maxsize=1)
+def _byte_decoder() -> dict[str, int]:
+    """The byte-level BPE alphabet: printable bytes stand for themselves, others from U+0100 on."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    decoder = {chr(byte): byte for byte in printable}
+    others = [byte for byte in range(256) if byte not in set(printable)]
+    return decoder | {chr(0x100 + n): byte for n, byte in enumerate(others)}
+
+
+def folder_name(tokenizer: Any) -> str:
+    """Short name for messages."""
+    return Path(str(getattr(tokenizer, "name_or_path", "") or "the tokenizer")).name
