@@ -123,7 +123,7 @@ def print_bad(console: Console, loaded: TokenizedData) -> None:
 def _runs(ids: list[int], mask: list[int]) -> list[tuple[int, list[int]]]:
     """Neighbouring tokens of one kind, together."""
     runs: list[tuple[int, list[int]]] = []
-    for token, supervised in zip(ids, mask):
+    for token, supervised in zip(ids, mask, strict=True):
         if not runs or runs[-1][0] != supervised:
             runs.append((supervised, []))
         runs[-1][1].append(token)

@@ -54,8 +54,7 @@ def fingerprint(files: list[Path], data_format: str, cfg: DataConfig, tokenizer:
     """Depends on the files' names and bytes, the tokenizer, the template and the config."""
     digest = hashlib.sha256()
     shaping = {field: getattr(cfg, field) for field in SHAPING_FIELDS[data_format]}
-    head = [CODE_VERSION, data_format, tokenizer_hash(tokenizer), {k: str(v) for k, v in shaping.items()}]
-    digest.update(json.dumps(head, sort_keys=True).encode())
+    digest.update(repr((CODE_VERSION, data_format, shaping, tokenizer_hash(tokenizer))).encode())
     for path in files:
         digest.update(json.dumps([str(path), path.stat().st_size]).encode())
         try:

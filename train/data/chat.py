@@ -79,9 +79,7 @@ def read_messages(record: dict) -> list[dict[str, str]]:
     return messages
 
 
-def render_chat(
-    record: dict, tokenizer: Any, max_length: int, supervise: str = "assistant"
-) -> Row:
+def render_chat(record: dict, tokenizer: Any, max_length: int, supervise: str = "assistant") -> Row:
     """Render with the tokenizer's chat template; supervise assistant texts and their end tokens."""
     text, turns = assistant_spans(read_messages(record), tokenizer)
     if supervise == "last_assistant":
@@ -91,7 +89,7 @@ def render_chat(
         mask = [0] + [1] * (len(ids) - 1)
     else:
         turns = [(start, end + _end_of_turn(tokenizer, text, end)) for start, end in turns]
-        mask = _mark(spans, turns)
+        mask = _mark(text, spans, turns)
     return cut_right(ids, mask, max_length)
 
 
@@ -119,7 +117,7 @@ def render_instruction(
         input=f"### Input:\n{context}\n\n" if context.strip() else "",
     )
     ids, spans = encode_with_spans(tokenizer, prompt + response)
-    mask = _mark(spans, [(len(prompt), len(prompt) + len(response))])
+    mask = _mark(prompt, spans, [(len(prompt), len(prompt) + len(response))])
     first = leading_ids(tokenizer)
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     ids, mask = first + ids + end, [0] * len(first) + mask + [1] * len(end)
@@ -138,7 +136,7 @@ def read_instruction(record: dict) -> tuple[str, str, str]:
             fields = f"fields: {', '.join(map(str, record)) or 'none'}"
             raise RowError(f"missing field '{shown}'", remedy, fields)
     values = [record["instruction"], record.get("input") or "", record[answer]]
-    for field, value in zip(("instruction", "input", answer), values):
+    for field, value in zip(("instruction", "input", answer), values, strict=True):
         if not isinstance(value, str):
             raise RowError(f"'{field}' is not text", remedy, f"it is {type(value).__name__}")
     if not values[0].strip() or not values[2].strip():
@@ -158,7 +156,7 @@ def assistant_spans(
             continue
         parts, frame = _parts(message["content"])
         names = [_marker(messages, f"{n}x{p}") for p in range(len(parts))]
-        content = "".join(map("".join, zip(frame, names)))
+        content = "".join(map("".join, zip(frame, names, strict=True)))
         marked.append({"role": "assistant", "content": content})
         texts.append(parts)
         markers.append(names)
@@ -201,9 +199,9 @@ def _match(
 ) -> list[tuple[int, int]]:
     """Walk `skeleton` and `text` together; every piece must agree. Returns the turns' spans."""
     position, rest, turns = 0, skeleton, []
-    for n, (parts, names) in enumerate(zip(texts, markers)):
+    for n, (parts, names) in enumerate(zip(texts, markers, strict=True)):
         start = None
-        for part, name in zip(parts, names):
+        for part, name in zip(parts, names, strict=True):
             if skeleton.count(name) != 1:
                 if name == names[-1]:
                     raise _rewritten(n, "drops or repeats it")
@@ -262,11 +260,19 @@ def _end_of_turn(tokenizer: Any, text: str, end: int) -> int:
     return blanks + max(map(len, candidates)) if candidates else 0
 
 
-def _mark(spans: list[tuple[int, int]], turns: list[tuple[int, int]]) -> list[int]:
-    """1 for tokens that lie wholly inside a turn (a token that straddles its start was prompt)."""
+def _mark(text: str, spans: list[tuple[int, int]], turns: list[tuple[int, int]]) -> list[int]:
+    """1 for tokens that lie wholly inside a turn, blanks glued to its first word included.
+
+    `: Hello` often splits into `:` and ` Hello`, and the model writes the blank with the word. Any
+    other token that straddles the start (a header's newline and the text's own) was prompt.
+    """
+    reach = [left - len(text[:left]) + len(text[:left].rstrip(" \t")) for left, _ in turns]
     mask = []
     for n, (start, end) in enumerate(spans):
-        inside = any(start >= left and end <= right for left, right in turns)
+        inside = any(
+            start >= first and left < end <= right
+            for first, (left, right) in zip(reach, turns, strict=True)
+        )
         mask.append(int(inside and n > 0 and end > start))
     return mask
 

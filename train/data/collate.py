@@ -29,7 +29,7 @@ class Collator:
         width = -(-max(lengths) // multiple) * multiple
         input_ids = torch.full((len(rows), width), self.pad_id, dtype=torch.int64)
         loss_mask = torch.zeros((len(rows), width), dtype=torch.bool)
-        for n, (row, length) in enumerate(zip(rows, lengths)):
+        for n, (row, length) in enumerate(zip(rows, lengths, strict=True)):
             assert len(row["loss_mask"]) == length, (len(row["loss_mask"]), length)
             input_ids[n, :length] = torch.as_tensor(row["input_ids"], dtype=torch.int64)
             loss_mask[n, :length] = torch.as_tensor(row["loss_mask"], dtype=torch.bool)

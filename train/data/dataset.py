@@ -55,8 +55,8 @@ class Source:
 class TokenizedData:
     """Rows `{"input_ids": list[int], "loss_mask": list[int], "format": str}`, by index.
 
-    `stats` counts rows, records, bad, truncated, tokens and supervised_tokens of this split (bad and
-    records: of the files); `bad_rows` names each rejected row.
+    `stats` counts rows, truncated, tokens and supervised_tokens of this split, records and bad of
+    its files, and says `cache_hit`; `bad_rows` names each rejected row.
     """
 
     def __init__(self, sources: list[Source], order: Any, paths: list[Path]) -> None:
@@ -225,7 +225,7 @@ def _no_rows(source: Source, split: str) -> str:
 def _nothing_shipped(data_format: str) -> str:
     if data_format in SHIPPED_FORMATS:
         return (
-            f"the shipped {data_format} data set is missing: give data.path (--data FILE), or build "
-            "it with 'python -m train.embedded'"
+            f"the shipped {data_format} data set is missing: give data.path (--data FILE), or "
+            "build it with 'python -m train.embedded'"
         )
     return f"no {data_format} data set is shipped: give data.path (--data FILE)"

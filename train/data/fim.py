@@ -7,57 +7,16 @@ PSM: [prefix] p [suffix] s [middle] m [eot];  SPM: [prefix] [suffix] s [middle] 
 from __future__ import annotations
 
 import random
-from typing import Any, NamedTuple
+from typing import Any
 
-from eagle.errors import EagleError
+from configs.fim_tokens import FimIds
 from train.data.rows import Row, RowError, checked
 from train.data.tokens import encode, leading_ids
 
 FIELDS = ("prefix", "middle", "suffix")
 FILE_FIELDS = ("text", "content", "code")
-# family -> (prefix, suffix, middle, candidates for the end token; the tokenizer's EOS comes last)
-FAMILIES = {
-    "qwen": ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>", ("<|endoftext|>", "<|file_separator|>")),  # fmt: skip
-    "starcoder": ("<fim_prefix>", "<fim_suffix>", "<fim_middle>", ("<|endoftext|>",)),
-    "santacoder": ("<fim-prefix>", "<fim-suffix>", "<fim-middle>", ("<|endoftext|>",)),
-    "codellama": ("▁<PRE>", "▁<SUF>", "▁<MID>", ("▁<EOT>",)),
-    "deepseek": ("<｜fim▁begin｜>", "<｜fim▁hole｜>", "<｜fim▁end｜>", ("<｜end▁of▁sentence｜>",)),
-}
 MAX_MIDDLE_LINES = 10
 CHARS_PER_TOKEN = 8  # more than any tokenizer packs on average: bounds the text that is tokenised
-
-
-class FimIds(NamedTuple):
-    prefix: int
-    suffix: int
-    middle: int
-    eot: int
-    family: str
-
-
-def find_fim_tokens(tokenizer: Any, given: Any | None = None) -> FimIds:
-    """The family's own FIM tokens, or the `given` ones (prefix, suffix, middle, eot as text)."""
-    vocabulary = tokenizer.get_vocab()
-    if given is not None:
-        names = (given.prefix, given.suffix, given.middle, given.eot)
-        absent = [name for name in names if name not in vocabulary]
-        if absent:
-            raise EagleError(
-                f"data.fim_tokens: {', '.join(map(repr, absent))} is not a token of this tokenizer; "
-                "give tokens that are in its vocabulary"
-            )
-        return FimIds(*(vocabulary[name] for name in names), family="config")
-    for family, (prefix, suffix, middle, ends) in FAMILIES.items():
-        if all(name in vocabulary for name in (prefix, suffix, middle)):
-            known = [vocabulary[name] for name in ends if name in vocabulary]
-            eot = known[0] if known else tokenizer.eos_token_id
-            if eot is not None:
-                return FimIds(*(vocabulary[t] for t in (prefix, suffix, middle)), eot, family)
-    raise EagleError(
-        "this tokenizer has no fill-in-the-middle tokens of a known family "
-        f"({', '.join(FAMILIES)}): use a code model that was trained with them, or name them with "
-        "'data.fim_tokens={prefix: ..., suffix: ..., middle: ..., eot: ...}'"
-    )
 
 
 def read_fim(record: dict) -> tuple[str, str, str] | str:
@@ -77,7 +36,8 @@ def read_fim(record: dict) -> tuple[str, str, str] | str:
             fields = f"fields: {', '.join(map(str, record)) or 'none'}"
             raise RowError(f"missing field '{field}'", remedy, fields)
         if not isinstance(record[field], str):
-            raise RowError(f"'{field}' is not text", remedy, f"it is {type(record[field]).__name__}")
+            kind = type(record[field]).__name__
+            raise RowError(f"'{field}' is not text", remedy, f"it is {kind}")
     if not record["middle"]:
         raise RowError("empty 'middle'", "the middle is what is learnt: remove the row or fill it")
     return record["prefix"], record["middle"], record["suffix"]
@@ -86,7 +46,7 @@ def read_fim(record: dict) -> tuple[str, str, str] | str:
 def render_fim(
     spans: tuple[str, str, str], tokenizer: Any, tokens: FimIds, max_length: int, spm: bool = False
 ) -> Row:
-    """One (prefix, middle, suffix) -> row. Trims the prefix's left and the suffix's right to fit."""
+    """(prefix, middle, suffix) -> row. Trims the prefix's left and the suffix's right to fit."""
     prefix_text, middle_text, suffix_text = spans
     window = max_length * CHARS_PER_TOKEN
     prefix = _fragment(tokenizer, prefix_text[-window:], tokens, glued=False)

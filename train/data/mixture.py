@@ -28,16 +28,16 @@ class MixtureDataset:
         weights = [1.0] * len(sources) if weights is None else list(weights)
         if not sources or len(weights) != len(sources):
             raise EagleError("a mixture needs at least one source, and one weight for each")
-        for source, weight in zip(sources, weights):
+        for source, weight in zip(sources, weights, strict=True):
             if len(source) == 0:
                 raise EagleError("a source of the mixture is empty: remove it")
             if not (weight > 0 and math.isfinite(weight)):
                 raise EagleError(f"mixture weight {weight} must be a positive number")
         self.sources = list(sources)
         self.seed = seed
-        total = max(len(s) * sum(weights) / w for s, w in zip(sources, weights))
+        total = max(len(s) * sum(weights) / w for s, w in zip(sources, weights, strict=True))
         shares = (total * w / sum(weights) for w in weights)
-        self.counts = [max(len(s), round(share)) for s, share in zip(sources, shares)]
+        self.counts = [max(len(s), round(share)) for s, share in zip(sources, shares, strict=True)]
         self.set_epoch(0)
 
     def set_epoch(self, epoch: int) -> None:
@@ -47,7 +47,7 @@ class MixtureDataset:
         order = np.repeat(np.arange(len(self.sources)), self.counts)
         rng.shuffle(order)
         rows = np.empty(len(order), dtype=np.int64)
-        for n, (source, count) in enumerate(zip(self.sources, self.counts)):
+        for n, (source, count) in enumerate(zip(self.sources, self.counts, strict=True)):
             passes = [rng.permutation(len(source)) for _ in range(-(-count // len(source)))]
             rows[order == n] = np.concatenate(passes)[:count]
         self.order, self.rows = order, rows

@@ -11,10 +11,11 @@ import random
 from collections.abc import Callable
 from typing import Any
 
+from configs.fim_tokens import find_fim_tokens
 from configs.schema import DataConfig
 from eagle.errors import EagleError
 from train.data.chat import encode_plain, render_chat, render_instruction, require_template
-from train.data.fim import cut_spans, find_fim_tokens, read_fim, render_fim
+from train.data.fim import cut_spans, read_fim, render_fim
 from train.data.rows import Row, RowError, cut_right
 from train.data.tokens import require_fast
 
@@ -41,7 +42,8 @@ def make_renderer(data_format: str, cfg: DataConfig, tokenizer: Any) -> Renderer
         return lambda record: [render_tokenized(record, vocab_size, length)]
     if data_format == "fim":
         return _fim_renderer(cfg, tokenizer)
-    raise EagleError(f"unknown data format {data_format!r}: chat, fim, instruction, plain, tokenized")
+    known = "chat, fim, instruction, plain or tokenized"
+    raise EagleError(f"unknown data format {data_format!r}: use {known}")
 
 
 def render_tokenized(record: dict, vocab_size: int, max_length: int) -> Row:
@@ -65,7 +67,7 @@ def render_tokenized(record: dict, vocab_size: int, max_length: int) -> Row:
         raise RowError("token id outside the vocabulary", "tokenise with the target's tokenizer",
                        f"{outside[0]}, vocabulary {vocab_size}")  # fmt: skip
     if key == "labels":
-        if any(label not in (-100, i) for i, label in zip(ids, marks)):
+        if any(label not in (-100, i) for i, label in zip(ids, marks, strict=True)):
             raise RowError("a label is neither -100 nor its input id", "labels are not shifted: "
                            "label i equals input id i where it is supervised")  # fmt: skip
         marks = [int(label != -100) for label in marks]

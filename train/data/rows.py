@@ -14,7 +14,7 @@ class Row(NamedTuple):
 
 
 class RowError(Exception):
-    """A record that cannot be trained on. `reason` groups alike rows; `detail` is about this one."""
+    """A record that cannot be trained on. `reason` groups alike rows; `detail` is of this one."""
 
     def __init__(self, reason: str, remedy: str, detail: str = "") -> None:
         super().__init__(f"{reason} ({detail})" if detail else reason)

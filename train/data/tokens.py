@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from pathlib import Path
 from typing import Any
 
 from eagle.errors import EagleError
@@ -34,8 +33,8 @@ def load_tokenizer(base: str | None = None) -> Any:
 def require_fast(tokenizer: Any) -> None:
     if not getattr(tokenizer, "is_fast", False):
         raise EagleError(
-            f"{type(tokenizer).__name__} gives no character offsets; convert it to a fast tokenizer "
-            "(a folder with tokenizer.json)"
+            f"{type(tokenizer).__name__} gives no character offsets; convert it to a fast "
+            "tokenizer (a folder with tokenizer.json)"
         )
 
 
@@ -51,9 +50,7 @@ def encode_with_spans(tokenizer: Any, text: str) -> tuple[list[int], list[tuple[
     it began later than it does. Byte-level pieces spell their bytes, so where the pieces spell the
     text exactly, the spans come from them; otherwise the reported offsets are used.
     """
-    encoded = tokenizer(
-        text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
-    )
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     ids = list(encoded["input_ids"])
     spans = _byte_spans(tokenizer, ids, text)
     if spans is None:
@@ -87,7 +84,7 @@ def _byte_spans(tokenizer: Any, ids: list[int], text: str) -> list[tuple[int, in
     decoder = _byte_decoder()
     specials = {i: token.content for i, token in tokenizer.added_tokens_decoder.items()}
     pieces = []
-    for i, piece in zip(ids, tokenizer.convert_ids_to_tokens(ids)):
+    for i, piece in zip(ids, tokenizer.convert_ids_to_tokens(ids), strict=True):
         if i in specials:
             pieces.append(specials[i].encode())
             continue
@@ -113,8 +110,3 @@ def _byte_decoder() -> dict[str, int]:
     decoder = {chr(byte): byte for byte in printable}
     others = [byte for byte in range(256) if byte not in set(printable)]
     return decoder | {chr(0x100 + n): byte for n, byte in enumerate(others)}
-
-
-def folder_name(tokenizer: Any) -> str:
-    """Short name for messages."""
-    return Path(str(getattr(tokenizer, "name_or_path", "") or "the tokenizer")).name

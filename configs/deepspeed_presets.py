@@ -1,0 +1,26 @@
+"""The DeepSpeed ZeRO presets, filled in from a run's config; the loop steps its own schedule."""
+
+from __future__ import annotations
+
+import json
+from importlib.resources import files
+from typing import Any
+
+from configs.schema import HeadTrainConfig
+
+
+def deepspeed_config(cfg: HeadTrainConfig, world_size: int = 1) -> dict[str, Any]:
+    """Config for `deepspeed.initialize`: preset `zero{cfg.train.zero}.json` with values set."""
+    assert world_size >= 1, world_size
+    train = cfg.train
+    preset = files("configs") / "deepspeed" / f"zero{train.zero}.json"
+    filled = json.loads(preset.read_text(encoding="utf-8"))
+    filled["train_micro_batch_size_per_gpu"] = train.batch_size
+    filled["gradient_accumulation_steps"] = train.grad_accum
+    filled["train_batch_size"] = train.batch_size * train.grad_accum * world_size
+    filled["gradient_clipping"] = train.grad_clip
+    filled["bf16"]["enabled"] = train.dtype == "bf16"
+    filled["optimizer"]["params"].update(
+        lr=train.lr, betas=list(train.betas), weight_decay=train.weight_decay
+    )
+    return filled

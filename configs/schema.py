@@ -1,0 +1,233 @@
+"""What can be configured when a draft head is trained: frozen, typed, unknown keys rejected.
+
+Knows nothing of torch, files or models; only of names, types and ranges.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+DataFormat = Literal["chat", "fim", "instruction", "plain", "tokenized", "mixed"]
+SourceFormat = Literal["chat", "fim", "instruction", "plain", "tokenized"]
+
+
+class Section(BaseModel):
+    """Base of every config: immutable, strict about keys, defaults checked too."""
+
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        validate_default=True,
+        coerce_numbers_to_str=True,
+        allow_inf_nan=False,
+    )
+
+
+class ModelConfig(Section):
+    base: str | None = Field(None, description="target model: folder or hub id; null = embedded")
+    init_head: str | None = Field(None, description="head folder to start from (warm start)")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="dtype of the frozen target"
+    )
+    draft_vocab_size: int | None = Field(
+        None, ge=1, description="head output vocabulary; null = min(32000, half the target's)"
+    )
+    feature_layers: tuple[int, int, int] | None = Field(
+        None, description="three layer ids whose *inputs* are the features; null = 2, L//2, L-3"
+    )
+    intermediate_size: int | None = Field(None, ge=1, description="head MLP width; null = target's")
+    num_heads: int | None = Field(None, ge=1, description="head query heads; null = target's")
+    num_kv_heads: int | None = Field(None, ge=1, description="head kv heads; null = target's")
+
+    @field_validator("feature_layers")
+    @classmethod
+    def _increasing(cls, ids: tuple[int, int, int] | None) -> tuple[int, int, int] | None:
+        if ids is not None and not 0 <= ids[0] < ids[1] < ids[2]:
+            raise ValueError("give three increasing layer ids, for instance [2,8,13]")
+        return ids
+
+    @model_validator(mode="after")
+    def _grouped(self) -> ModelConfig:
+        if self.num_heads and self.num_kv_heads and self.num_heads % self.num_kv_heads:
+            raise ValueError(
+                f"num_heads={self.num_heads} must be a multiple of num_kv_heads={self.num_kv_heads}"
+            )
+        return self
+
+
+class FimTokens(Section):
+    prefix: str = Field(description="token before the prefix")
+    suffix: str = Field(description="token before the suffix")
+    middle: str = Field(description="token before the middle")
+    eot: str = Field(description="token that ends the middle")
+
+
+class MixtureSource(Section):
+    format: SourceFormat = Field(description="format of this source")
+    path: str | list[str] | None = Field(None, description="file(s); null = the shipped data set")
+    weight: float = Field(1.0, gt=0, description="relative share of this source's rows")
+
+    @property
+    def paths(self) -> list[str] | None:
+        return _paths(self.path)
+
+
+class DataConfig(Section):
+    format: DataFormat = Field("fim", description="chat, fim, instruction, plain, tokenized, mixed")
+    path: str | list[str] | None = Field(
+        None, description="data file(s), comma separated; null = the shipped data set"
+    )
+    eval_path: str | list[str] | None = Field(
+        None, description="held-out file(s); null = shipped, or heldout_fraction of the data"
+    )
+    mixture: list[MixtureSource] | None = Field(
+        None, description="sources of format=mixed: [{format: fim, path: f.jsonl, weight: 2}, ...]"
+    )
+    max_length: int = Field(512, ge=8, description="tokens a row may have")
+    max_bad_fraction: float = Field(
+        0.05, ge=0, le=1, description="share of bad rows above which the run stops"
+    )
+    heldout_fraction: float = Field(
+        0.02, ge=0, lt=1, description="share of rows held out when no eval data is given"
+    )
+    cache_dir: str | None = Field(
+        None, description="folder for tokenised data; null = $EAGLE_CACHE or ~/.cache/eagle-heads"
+    )
+    supervise: Literal["assistant", "last_assistant", "all"] = Field(
+        "assistant", description="which chat and instruction tokens are targets"
+    )
+    instruction_template: Literal["auto", "chat", "alpaca"] = Field(
+        "auto", description="auto = the tokenizer's chat template when it has one, else alpaca"
+    )
+    fim_spm_rate: float = Field(
+        0.0, ge=0, le=1, description="share of FIM rows written suffix-prefix-middle"
+    )
+    fim_spans_per_file: int = Field(4, ge=1, description="FIM rows cut out of each whole file")
+    fim_tokens: FimTokens | None = Field(
+        None, description="{prefix, suffix, middle, eot}; null = found in the tokenizer"
+    )
+    num_workers: int = Field(0, ge=0, description="worker processes that load batches")
+    seed: int = Field(0, ge=0, description="seed of FIM cuts, mixture and order")
+
+    @property
+    def paths(self) -> list[str] | None:
+        return _paths(self.path)
+
+    @property
+    def eval_paths(self) -> list[str] | None:
+        return _paths(self.eval_path)
+
+    @model_validator(mode="after")
+    def _mixture_or_path(self) -> DataConfig:
+        if self.mixture is not None and self.format != "mixed":
+            raise ValueError(f"mixture needs format=mixed, not {self.format}")
+        if self.mixture is not None and not self.mixture:
+            raise ValueError("mixture is empty: list at least one source, or leave it out")
+        if self.format == "mixed" and (self.path or self.eval_path):
+            raise ValueError(
+                "format=mixed reads no path or eval_path: name files in data.mixture, for instance "
+                "'data.mixture=[{format: fim, path: f.jsonl, weight: 2}]'"
+            )
+        return self
+
+
+class TrainConfig(Section):
+    output: str | None = Field(None, description="run folder; null = runs/head-FORMAT")
+    max_steps: int | None = Field(None, ge=1, description="optimizer steps; null = from epochs")
+    epochs: float = Field(1.0, gt=0, description="passes over the data when max_steps is null")
+    time_budget_minutes: float | None = Field(
+        None, gt=0, description="stop (with a finished schedule) after this long"
+    )
+    batch_size: int = Field(8, ge=1, description="rows a process takes per micro batch")
+    grad_accum: int = Field(1, ge=1, description="micro batches per optimizer step")
+    lr: float = Field(1e-3, gt=0, le=1, description="peak learning rate")
+    min_lr_ratio: float = Field(0.1, ge=0, le=1, description="final over peak learning rate")
+    warmup_ratio: float = Field(0.03, ge=0, lt=1, description="share of steps that warm up")
+    weight_decay: float = Field(0.0, ge=0, description="AdamW weight decay")
+    betas: tuple[float, float] = Field((0.9, 0.95), description="AdamW betas, each in [0, 1)")
+    grad_clip: float = Field(1.0, ge=0, description="gradient norm limit; 0 = off")
+    seed: int = Field(0, ge=0, description="seed of the head's weights and of the row order")
+    optimizer: Literal["adamw", "muon"] = Field(
+        "adamw", description="muon: for the matrices, AdamW for the rest; ZeRO 0 only"
+    )
+    zero: int = Field(0, ge=0, le=3, description="DeepSpeed ZeRO stage 0, 1, 2 or 3")
+    dtype: Literal["bf16", "fp32"] = Field("bf16", description="dtype the head trains in")
+    ttt_steps: int = Field(5, ge=1, le=16, description="unrolled steps of training-time test")
+    ttt_decay: float = Field(0.8, gt=0, le=1, description="loss weight of step i is decay**i")
+    log_every: int = Field(10, ge=1, description="steps between metric rows")
+    save_every: int = Field(200, ge=1, description="steps between checkpoints")
+    eval_every: int | None = Field(None, ge=1, description="steps between evaluations; null = end")
+    save_total_limit: int = Field(2, ge=1, description="checkpoints kept")
+    resume: str | None = Field(None, description="auto = newest checkpoint in output; or a folder")
+
+    @field_validator("betas")
+    @classmethod
+    def _betas(cls, betas: tuple[float, float]) -> tuple[float, float]:
+        if not all(0 <= beta < 1 for beta in betas):
+            raise ValueError("give two numbers in [0, 1), for instance [0.9,0.95]")
+        return betas
+
+    @field_validator("resume", mode="before")
+    @classmethod
+    def _flag(cls, value: object) -> object:
+        """`--resume` alone arrives as true and means auto."""
+        return {True: "auto", False: None}[value] if isinstance(value, bool) else value
+
+
+class LossConfig(Section):
+    name: Literal["soft_ce", "focal", "kl", "overlap"] = Field("soft_ce", description="loss")
+    gamma: float = Field(2.0, ge=0, description="focal exponent")
+    alpha: float = Field(1.0, gt=0, description="focal scale")
+    weight: Literal["overlap", "target_prob"] = Field(
+        "overlap", description="inner term of the focal weight"
+    )
+    label_smoothing: float = Field(0.0, ge=0, lt=1, description="uniform share mixed into targets")
+
+
+class EvalConfig(Section):
+    num_prompts: int = Field(8, ge=0, description="held-out prompts decoded; 0 = none")
+    max_new_tokens: int = Field(48, ge=1, description="tokens decoded per prompt")
+    tree: str = Field("16,4,4", description="draft tree as total_token,depth,top_k")
+
+    @field_validator("tree", mode="before")
+    @classmethod
+    def _tree_text(cls, value: object) -> object:
+        return ",".join(map(str, value)) if isinstance(value, (list, tuple)) else value
+
+    @field_validator("tree")
+    @classmethod
+    def _tree(cls, text: str) -> str:
+        parts = text.strip("()[] ").split(",")
+        try:
+            shape = [int(part) for part in parts]
+        except ValueError:
+            shape = []
+        if len(shape) != 3 or min(shape) < 1 or shape[0] < 2:
+            raise ValueError("give total_token,depth,top_k, for instance 16,4,4")
+        return ",".join(map(str, shape))
+
+    @property
+    def tree_shape(self) -> tuple[int, int, int]:
+        """(total_token, depth, top_k)."""
+        total_token, depth, top_k = map(int, self.tree.split(","))
+        return total_token, depth, top_k
+
+
+class HeadTrainConfig(Section):
+    """Everything `python -m train.main` can be told."""
+
+    model: ModelConfig = Field(default_factory=ModelConfig, description="target and head")
+    data: DataConfig = Field(default_factory=DataConfig, description="training data")
+    train: TrainConfig = Field(default_factory=TrainConfig, description="optimisation and run")
+    loss: LossConfig = Field(default_factory=LossConfig, description="objective")
+    eval: EvalConfig = Field(default_factory=EvalConfig, description="held-out acceptance")
+
+
+def _paths(value: str | list[str] | None) -> list[str] | None:
+    """`a,b` and `[a, b]` both mean two files."""
+    if value is None:
+        return None
+    parts = value.split(",") if isinstance(value, str) else value
+    return [part.strip() for part in parts if part.strip()]

@@ -1,0 +1,30 @@
+"""`eagle COMMAND …`: the entry points under one roof. Imports nothing until a command is chosen."""
+
+from __future__ import annotations
+
+import runpy
+import sys
+
+COMMANDS = {
+    "generate": ("inference.generate", "generate from a prompt or a file"),
+    "bench": ("inference.bench", "measure against stock generate and the plain engine"),
+    "demo": ("inference.demo", "train a head for minutes and benchmark the shipped one"),
+    "train": ("train.main", "train a draft head"),
+    "inspect": ("train.inspect", "show training samples with the supervised tokens coloured"),
+    "embedded": ("train.embedded", "rebuild the embedded model and its data"),
+}
+
+
+def main() -> None:
+    arguments = sys.argv[1:]
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print("usage: eagle COMMAND [--flag value …]\n")
+        for name, (_, text) in COMMANDS.items():
+            print(f"  {name:<10} {text}")
+        sys.exit(0 if arguments else 2)
+    command = arguments.pop(0)
+    if command not in COMMANDS:
+        sys.exit(f"error: unknown command {command!r}; one of {', '.join(COMMANDS)}")
+    module, _ = COMMANDS[command]
+    sys.argv = [f"python -m {module}", *arguments]
+    runpy.run_module(module, run_name="__main__", alter_sys=False)

@@ -1,0 +1,108 @@
+import pytest
+
+from configs import ConfigError, HeadTrainConfig, load_config
+from configs.deepspeed_presets import deepspeed_config
+from configs.load import preset_names
+
+
+def load(*overrides, source=None, flags=None):
+    return load_config(HeadTrainConfig, source, overrides, flags)
+
+
+def test_order_is_defaults_file_flags_overrides(tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text("train: {lr: 0.5, max_steps: 3, batch_size: 2}\ndata: {format: chat}\n")
+    cfg = load("train.max_steps=20", source=path, flags={"data.format": "plain", "data.path": None})
+    assert (cfg.train.lr, cfg.train.max_steps, cfg.train.batch_size) == (0.5, 20, 2)
+    assert cfg.data.format == "plain" and cfg.train.grad_accum == 1
+
+
+def test_override_values():
+    cfg = load(
+        "train.lr=1e-4", "loss.name=focal", "data.path=a,b", "model.base=123", "eval.tree=8,4,2",
+        "train.max_steps=null", "model.feature_layers=[2,8,13]", "train.resume=true",
+        "data.format=mixed", "data.path=null", "data.mixture=[{format: fim, weight: 2}]",
+    )  # fmt: skip
+    assert cfg.train.lr == 1e-4 and cfg.loss.name == "focal" and cfg.model.base == "123"
+    assert cfg.eval.tree_shape == (8, 4, 2) and cfg.train.max_steps is None
+    assert cfg.model.feature_layers == (2, 8, 13) and cfg.train.resume == "auto"
+    assert cfg.data.mixture[0].weight == 2
+    assert load("data.path=a,b").data.paths == ["a", "b"]
+    odd = "dir/a: {b}"
+    assert load(flags={"data.path": odd}).data.paths == [odd]
+
+
+@pytest.mark.parametrize(
+    "override, message",
+    [
+        ("train.lrr=1", "did you mean train.lr?"),
+        ("lr=1", "did you mean train.lr?"),
+        ("trian.lr=1", "did you mean train?"),
+        ("train.zzz=1", "keys of train: output, max_steps"),
+        ("train=3", "train is a section"),
+        ("train.lr.x=3", "has no keys below it"),
+        ("train.lr", "write section.key=value"),
+        ("train.lr=-1", "train.lr=-1: should be greater than 0 (peak learning rate)"),
+        ("train.lr=fast", "train.lr=fast: should be a valid number"),
+        ("train.zero=4", "should be less than or equal to 3"),
+        ("data.format=poem", "'chat', 'fim'"),
+        ("data.mixture=[{format: fim, wieght: 2}]", "data.mixture.0.wieght: unknown key"),
+        ("data.mixture=[{format: fim}]", "mixture needs format=mixed"),
+        ("data.mixture=[{format", "cannot read the value"),
+        ("eval.tree=16", "for instance 16,4,4"),
+        ("train.betas=[0.9,1.5]", "in [0, 1)"),
+        ("model.feature_layers=[3,2,1]", "three increasing"),
+        ("train.output=${nowhere}", "Interpolation key 'nowhere' not found"),
+    ],
+)
+def test_errors_are_one_line_with_the_remedy(override, message):
+    with pytest.raises(ConfigError) as error:
+        load(override)
+    assert message in str(error.value) and "\n" not in str(error.value)
+    assert error.value.user_error
+
+
+def test_several_problems_are_counted():
+    with pytest.raises(ConfigError, match="1 more wrong: train.zero"):
+        load("train.lr=-1", "train.zero=9")
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("train: {lrr: 1}", "did you mean train.lr?"),
+        ("train: [", "not valid YAML"),
+        ("- a", "must hold sections"),
+    ],
+)
+def test_bad_yaml(tmp_path, text, message):
+    path = tmp_path / "c.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError) as error:
+        load(source=path)
+    assert message in str(error.value) and str(path) in str(error.value)
+
+
+def test_presets_load_and_unknown_names_list_them():
+    assert {"demo", "mixed", "embedded_head"} <= set(preset_names())
+    for name in preset_names():
+        load(source=name)
+    assert load(source="demo").train.time_budget_minutes == 3
+    with pytest.raises(ConfigError, match="presets: demo"):
+        load(source="nope")
+
+
+def test_configs_are_frozen():
+    with pytest.raises(Exception, match="frozen"):
+        load().train.lr = 3
+
+
+@pytest.mark.parametrize("zero", range(4))
+def test_deepspeed_presets(zero):
+    cfg = load(f"train.zero={zero}", "train.batch_size=3", "train.grad_accum=2", "train.lr=0.25")
+    filled = deepspeed_config(cfg, world_size=4)
+    assert filled["zero_optimization"]["stage"] == zero and filled["train_batch_size"] == 24
+    assert filled["optimizer"]["params"]["torch_adam"] and filled["bf16"]["enabled"]
+    assert filled["optimizer"]["params"]["lr"] == 0.25 and "scheduler" not in filled
+    assert "auto" not in str(filled)
+    assert not deepspeed_config(load("train.dtype=fp32"))["bf16"]["enabled"]

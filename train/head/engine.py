@@ -1,0 +1,136 @@
+"""The DeepSpeed engine around the unrolled head, and its optimizer state as plain full tensors.
+
+The head keeps fp32 weights, which are the master weights; bf16 is the dtype it computes in (autocast).
+So a state is independent of the ZeRO stage and of the number of ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from configs.deepspeed_presets import deepspeed_config
+from configs.schema import HeadTrainConfig
+from eagle.errors import EagleError
+from train.head.distributed import World, import_deepspeed
+from train.head.optimizer import MuonAdamW
+
+STEP = "step"
+
+
+class Engine:
+    """Call it, then `micro(loss)` and `step()`, for each micro-batch."""
+
+    def __init__(self, module: nn.Module, cfg: HeadTrainConfig, world: World) -> None:
+        self.cfg, self.world, self.zero = cfg, world, cfg.train.zero
+        self.names = {id(p): name for name, p in module.head.named_parameters()}
+        self.head = module.head
+        config = deepspeed_config(cfg, world.size)
+        config["bf16"]["enabled"] = False  # fp32 weights under autocast, see above
+        client = None
+        if cfg.train.optimizer == "muon":
+            if self.zero:
+                raise EagleError(
+                    f"train.optimizer=muon needs whole matrices, train.zero={self.zero} splits them; "
+                    "use train.zero=0 or train.optimizer=adamw"
+                )
+            client = MuonAdamW(self.head.named_parameters(), cfg.train)
+            config.pop("optimizer")
+        if self.zero == 3:
+            config["zero_optimization"].setdefault("stage3_param_persistence_threshold", 10_000)
+        self.engine, *_ = import_deepspeed().initialize(
+            model=module, model_parameters=list(module.parameters()), optimizer=client, config=config
+        )
+
+    def __call__(self, *args):
+        return self.engine(*args)
+
+    def micro(self, loss: torch.Tensor) -> None:
+        """Backward. `loss` is this rank's share of a
+        global sum; DeepSpeed takes means over ranks and micro-batches, which is undone here."""
+        self.engine.backward(loss * (self.world.size * self.cfg.train.grad_accum))
+
+    def step(self) -> float:
+        """End a micro-batch; after the last one of a step update the weights. Returns the gradient's norm
+        before clipping, 0 in between."""
+        last = self.engine.is_gradient_accumulation_boundary()
+        norm = 0.0
+        if last and self.zero == 0:
+            grads = [p.grad for p in self.head.parameters() if p.grad is not None]
+            norm = float(torch.nn.utils.get_total_norm(grads))
+        self.engine.step()
+        if last and self.zero:
+            found = self.engine.get_global_grad_norm()
+            norm = float(found) if found is not None else 0.0
+        return norm
+
+    def set_lr(self, lr: float) -> None:
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = lr
+
+    def _inner(self) -> torch.optim.Optimizer:
+        """The torch optimizer below DeepSpeed's wrappers."""
+        return self.engine.optimizer.optimizer if self.zero else self.engine.optimizer
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        """Full fp32 weights by name, on the CPU, on every rank. All ranks must call it."""
+        if self.zero == 0:
+            return {n: p.detach().cpu().clone() for n, p in self.head.named_parameters()}
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        return {n: safe_get_full_fp32_param(p).cpu().clone() for n, p in self.head.named_parameters()}
+
+    def optimizer_state(self) -> dict[str, torch.Tensor]:
+        """`name/key` -> full tensor, on the CPU. All ranks must call it, after at least one step."""
+        out, inner = {}, self._inner()
+        for name, p in self.head.named_parameters():
+            if self.zero == 0:
+                for key, value in inner.state[p].items():
+                    out[f"{name}/{key}"] = torch.as_tensor(value).detach().cpu().clone()
+                continue
+            from deepspeed.utils import safe_get_full_optimizer_state
+
+            for key in ("exp_avg", "exp_avg_sq"):
+                out[f"{name}/{key}"] = safe_get_full_optimizer_state(p, key).cpu().clone()
+            out[f"{name}/{STEP}"] = torch.tensor(float(self._steps_done()))
+        return out
+
+    def _steps_done(self) -> float:
+        return max(float(state[STEP]) for state in self._inner().state.values() if STEP in state)
+
+    def load_optimizer_state(self, state: dict[str, torch.Tensor], prime: Callable[[], None]) -> None:
+        """Put `optimizer_state()` back. The weights must already be in the head when the engine is made.
+
+        ZeRO makes its partitioned state at the first update: `prime` runs one, at learning rate 0, which
+        leaves the weights as they are.
+        """
+        inner = self._inner()
+        if self.zero == 0:
+            for name, p in self.head.named_parameters():
+                keys = {k.rsplit("/", 1)[1]: v for k, v in state.items() if k.rsplit("/", 1)[0] == name}
+                if not keys:
+                    raise EagleError(f"the checkpoint has no optimizer state for {name}; start a new run")
+                inner.state[p] = {
+                    key: value.clone() if key == STEP else value.to(p.device, copy=True) for key, value in keys.items()
+                }
+            return
+        from deepspeed.utils import safe_set_full_optimizer_state
+
+        self.set_lr(0.0)
+        prime()
+        steps = 0.0
+        for name, p in self.head.named_parameters():
+            for key in ("exp_avg", "exp_avg_sq"):
+                if f"{name}/{key}" not in state:
+                    raise EagleError(
+                        f"the checkpoint has no {key} for {name}: it was written by another optimizer; start a new run"
+                    )
+                safe_set_full_optimizer_state(p, state[f"{name}/{key}"].to(self.world.device), key)
+            steps = float(state[f"{name}/{STEP}"])
+        for kept in inner.state.values():
+            if torch.is_tensor(kept.get(STEP)):
+                kept[STEP].fill_(steps)
+            elif STEP in kept:
+                kept[STEP] = steps

@@ -1,0 +1,72 @@
+"""`python -m train.main`: train a draft head for a frozen target model."""
+
+from __future__ import annotations
+
+import os
+import shutil
+
+from configs.cli import main as run_command
+from configs.load import load_config
+from configs.schema import HeadTrainConfig
+from eagle.errors import EagleError
+
+
+def train(
+    *overrides: str,
+    data_format: str | None = None,
+    base: str | None = None,
+    data: str | None = None,
+    output: str | None = None,
+    config: str | None = None,
+    resume: bool | str | None = None,
+    local_rank: int | None = None,
+) -> int:
+    """Train an EAGLE-3 draft head; without arguments, on the embedded model and the shipped FIM data.
+
+    --data_format fim|chat|instruction|mixed|plain|tokenized; --base and --data name the target model and
+    the data file(s); --config takes a YAML file or a preset; --resume continues the run in --output (or a
+    checkpoint folder). Any setting is an override: train.max_steps=20 loss.name=focal loss.gamma=2.
+    Several processes: torchrun --nproc_per_node 2 -m train.main ..., or deepspeed --module train.main ...
+    """
+    flags = {"data.format": data_format, "model.base": base, "data.path": data, "train.output": output,
+             "train.resume": resume}  # fmt: skip
+    cfg = load_config(HeadTrainConfig, config, overrides, flags)
+    if local_rank is not None:  # the deepspeed launcher's way
+        os.environ.setdefault("LOCAL_RANK", str(local_rank))
+    return run(cfg)
+
+
+def run(cfg: HeadTrainConfig, quiet: bool = False) -> int:
+    """Train as `cfg` says; returns the exit code."""
+    from train.head.state import choose_output, require_writable, write_config
+
+    if cfg.model.base is not None and os.path.sep in cfg.model.base and not os.path.isdir(cfg.model.base):
+        raise EagleError(f"no model folder {cfg.model.base!r}; give a folder with config.json and weights, or a hub id")
+    if int(os.environ.get("RANK", "0")) == 0:
+        output = choose_output(cfg.train.output, cfg.data.format, cfg.train.resume)
+        fresh = not output.exists()
+        require_writable(output)
+    else:
+        output, fresh = None, False
+    from train.head.distributed import join_world, leave_world
+
+    world = join_world()
+    try:
+        output = world.share(output)
+        from train.head.loop import Trainer
+
+        try:
+            trainer = Trainer(cfg, output, world, quiet)
+        except EagleError:
+            if fresh and world.first and not any(p.suffix == ".jsonl" for p in output.glob("*")):
+                shutil.rmtree(output, ignore_errors=True)  # nothing half-written stays
+            raise
+        if world.first:
+            write_config(output, cfg)
+        return trainer.fit()
+    finally:
+        leave_world()
+
+
+if __name__ == "__main__":
+    run_command(train, name="python -m train.main")
