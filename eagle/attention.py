@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
-from kernels.tree_attention import attend, attention_bias, reachable
+from kernels.tree_attention import attend, attention_bias, fold, reachable
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -41,9 +41,10 @@ class TreeContext:
     _bias: dict = field(default_factory=dict)
     _ends: torch.Tensor | None = None
 
-    def bias(self, dtype: torch.dtype, window: int | None) -> torch.Tensor:
-        """The additive bias, built once for all layers that share a window."""
-        key = (dtype, window)
+    def bias(self, dtype: torch.dtype, window: int | None, groups: int) -> torch.Tensor:
+        """The additive bias, folded for `groups` query heads a key/value head; built once for all layers
+        that share a window."""
+        key = (dtype, window, groups)
         if key not in self._bias:
             if self.mask is None:  # causal prefill: key position = query position
                 T = self.positions.shape[1]
@@ -51,11 +52,12 @@ class TreeContext:
                 if window is not None:
                     visible = visible.triu(-(window - 1))
                 bias = torch.zeros(1, 1, T, T, dtype=dtype, device=self.lengths.device)
-                self._bias[key] = bias.masked_fill_(~visible, float("-inf"))
+                bias.masked_fill_(~visible, float("-inf"))
             else:
-                self._bias[key] = attention_bias(
+                bias = attention_bias(
                     self.lengths, self.mask, self.tree_positions, self.live, dtype, window
                 )
+            self._bias[key] = fold(bias, self.positions.shape[1], groups)
         return self._bias[key]
 
     def reachable(self, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -112,7 +114,8 @@ def attend_tree(
         return out.transpose(1, 2)
     if tree.ragged and not prefill:
         key, value = tree.reachable(key, value)
-    return attend(query, key, value, tree.bias(query.dtype, sliding_window), scaling, softcap, sinks)
+    bias = tree.bias(query.dtype, sliding_window, query.shape[1] // key.shape[1])
+    return attend(query, key, value, bias, scaling, softcap, sinks)
 
 
 AttentionInterface.register(NAME, tree_attention_forward)

@@ -56,6 +56,7 @@ def attend(
 ) -> torch.Tensor:
     """q [B, Hq, N, D], k and v [B, Hkv, S, D], bias [B, 1, N, S] -> [B, N, Hq, D] in q's dtype.
 
+    bias may also come folded, [B, 1, G*N, S] with G = Hq / Hkv, when many layers share it.
     softcap: scores become softcap * tanh(scores / softcap) before the bias; sinks [Hq]: one extra logit a
     head that takes probability and gives nothing. A query that sees nothing yields zeros.
     """
@@ -64,7 +65,7 @@ def attend(
     G = Hq // Hkv
     # the G query heads of one key/value head share its keys: fold them into the query axis
     folded = q.reshape(B, Hkv, G * N, D)
-    bias = bias.repeat(1, 1, G, 1) if G > 1 else bias  # [B, 1, G*N, S]
+    bias = fold(bias, N, G)
     if softcap is None and sinks is None:
         out = F.scaled_dot_product_attention(folded, k, v, attn_mask=bias, scale=scaling)
     else:
@@ -80,6 +81,11 @@ def attend(
         weights = weights / weights.sum(-1, keepdim=True).clamp_min(1e-30)
         out = (weights[..., : k.shape[2]] @ v.float()).to(q.dtype)
     return out.reshape(B, Hq, N, D).transpose(1, 2)
+
+
+def fold(bias: torch.Tensor, N: int, G: int) -> torch.Tensor:
+    """[B, 1, N, S] -> [B, 1, G*N, S], for the G query heads that share a key/value head."""
+    return bias.repeat(1, 1, G, 1) if G > 1 and bias.shape[2] == N else bias
 
 
 def tree_attention(

@@ -48,8 +48,11 @@ def run(cfg: HeadTrainConfig, quiet: bool = False) -> int:
         require_writable(output)
     else:
         output, fresh = None, False
+    from transformers.utils.logging import disable_progress_bar
+
     from train.head.distributed import join_world, leave_world
 
+    disable_progress_bar()
     world = join_world()
     try:
         output = world.share(output)

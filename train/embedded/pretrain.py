@@ -26,7 +26,7 @@ import torch
 from .corpus import (
     SourceFile, chat_record, code_windows, fim_record, functions, instruction_record, split, stdlib_files,
 )  # fmt: skip
-from .tokenizer import EOS, FIM_MIDDLE, FIM_PREFIX, FIM_SUFFIX, train_tokenizer
+from .tokenizer import EOS, FIM_MIDDLE, FIM_PREFIX, FIM_SUFFIX, IM_END, train_tokenizer
 
 
 @dataclass(frozen=True)
@@ -180,7 +180,6 @@ def pretrain(out: str | Path, cfg: PretrainConfig, root: str | None = None) -> d
         os.replace(part, state_file)
 
     budget, last, last_save, smooth = cfg.minutes * 60, time.monotonic(), time.monotonic(), None
-    base_lrs = [o.param_groups[0]["lr"] for o in opts]
     base_lrs = [cfg.lr_muon, cfg.lr_adam]
     while spent < budget:
         left = 1 - spent / budget
@@ -189,8 +188,8 @@ def pretrain(out: str | Path, cfg: PretrainConfig, root: str | None = None) -> d
             opt.param_groups[0]["lr"] = lr * max(scale, 0.005)
         batch = torch.tensor([next(data) for _ in range(cfg.batch_size)])
         with torch.autocast("cpu", torch.bfloat16):
-            loss = forward(input_ids=batch[:, :-1], labels=None).logits
-        loss = torch.nn.functional.cross_entropy(loss.float().flatten(0, 1), batch[:, 1:].flatten())
+            logits = forward(input_ids=batch[:, :-1]).logits
+        loss = torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), batch[:, 1:].flatten())
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for opt in opts:
@@ -209,6 +208,9 @@ def pretrain(out: str | Path, cfg: PretrainConfig, root: str | None = None) -> d
             save_state()
             last_save = now
     model.eval()
+    # a turn's end is an end of generation too
+    model.generation_config.eos_token_id = [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids(IM_END)]
+    model.generation_config.pad_token_id = tokenizer.pad_token_id
     model.to(torch.bfloat16).save_pretrained(out)
     report = {
         "config": asdict(cfg), "parameters": sum(p.numel() for p in model.parameters()),

@@ -67,12 +67,14 @@ def join_world() -> World:
     deepspeed = import_deepspeed()
     if not cuda:  # its shared-memory op would be compiled at first use; gloo does the same without a compiler
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed(dist_backend="nccl" if cuda else "gloo", verbose=False)
+    if not torch.distributed.is_initialized():
+        deepspeed.init_distributed(dist_backend="nccl" if cuda else "gloo", verbose=False)
     return World(torch.distributed.get_rank(), torch.distributed.get_world_size(), device)
 
 
 def leave_world() -> None:
-    if torch.distributed.is_initialized():
+    """A process alone keeps its group, so that it can train again."""
+    if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
         torch.distributed.destroy_process_group()
 
 

@@ -142,7 +142,7 @@ class Trainer:
         tokens, norm = 0, 0.0
         for batch, totals, places in self._batches(self.rows_seen, times):
             loss, part = self._forward(batch, totals, times)
-            self._require_finite(float(loss), places)
+            self._require_finite(float(loss.detach()), places)
             began = time.perf_counter()
             self.engine.micro(loss)
             times[3] += time.perf_counter() - began

@@ -1,0 +1,197 @@
+"""Heads on disk: the published layout, bit for bit, whole or not at all."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from eagle.checkpoint import load_head, save_head, target_fingerprint
+from eagle.errors import EagleError
+from eagle.head import Eagle3Head, HeadConfig
+from eagle.target import Target
+
+H, HD, I, V, D = 32, 8, 48, 90, 30
+SHAPES = {
+    "fc.weight": (H, 3 * H),
+    "midlayer.self_attn.q_proj.weight": (4 * HD, 2 * H),
+    "midlayer.self_attn.k_proj.weight": (2 * HD, 2 * H),
+    "midlayer.self_attn.v_proj.weight": (2 * HD, 2 * H),
+    "midlayer.self_attn.o_proj.weight": (H, 4 * HD),
+    "midlayer.mlp.gate_proj.weight": (I, H),
+    "midlayer.mlp.up_proj.weight": (I, H),
+    "midlayer.mlp.down_proj.weight": (H, I),
+    "midlayer.hidden_norm.weight": (H,),
+    "midlayer.input_layernorm.weight": (H,),
+    "midlayer.post_attention_layernorm.weight": (H,),
+    "norm.weight": (H,),
+    "lm_head.weight": (D, H),
+    "d2t": (D,),
+    "t2d": (V,),
+}
+
+
+def tiny_target(seed=0, hidden=H, vocab=V, layers=5):
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=vocab, hidden_size=hidden, intermediate_size=I, num_hidden_layers=layers, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=HD, max_position_embeddings=64,
+    )  # fmt: skip
+    return Target(LlamaForCausalLM(config), name=f"tiny-{seed}")
+
+
+@pytest.fixture(scope="module")
+def target():
+    return tiny_target()
+
+
+def make_head(target, draft=D, **more):
+    torch.manual_seed(1)
+    head = Eagle3Head(HeadConfig.for_target(target.config, draft_vocab_size=draft, **more))
+    head.set_draft_vocab(torch.randperm(head.config.vocab_size)[:draft])
+    return head
+
+
+@pytest.fixture
+def saved(tmp_path, target):
+    head = make_head(target).to(torch.bfloat16)
+    provenance = {"target": {"id": target.name, "fingerprint": target_fingerprint(target.model)}}
+    return head, save_head(head, tmp_path / "head", provenance)
+
+
+def edit(folder, change):
+    state = load_file(folder / "model.safetensors")
+    change(state)
+    save_file(state, folder / "model.safetensors")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_layout_is_the_published_one_and_reloads_bit_equal(tmp_path, target, dtype):
+    head = make_head(target).to(dtype)
+    folder = save_head(head, tmp_path / "head")
+    state = load_file(folder / "model.safetensors")
+    assert {k: tuple(v.shape) for k, v in state.items()} == SHAPES
+    assert {k: v.dtype for k, v in state.items()} == {
+        k: {"d2t": torch.int64, "t2d": torch.bool}.get(k, dtype) for k in SHAPES
+    }
+    again, _ = load_head(folder, target)
+    assert again.config == head.config
+    for key, value in head.state_dict().items():
+        assert torch.equal(again.state_dict()[key], value), key
+    config = json.loads((folder / "config.json").read_text())
+    assert config["architectures"] == ["LlamaForCausalLMEagle3"] and config["num_hidden_layers"] == 1
+    assert config["draft_vocab_size"] == D and config["tie_word_embeddings"] is False
+    assert config["eagle_aux_hidden_state_layer_ids"] == list(head.config.feature_layers)
+
+
+def test_full_vocabulary_has_no_map(tmp_path, target):
+    folder = save_head(make_head(target, V), tmp_path / "head")
+    assert not {"d2t", "t2d"} & load_file(folder / "model.safetensors").keys()
+    load_head(folder, target)
+
+
+def test_published_bin_without_feature_ids_and_with_embedding(tmp_path, target):
+    head = make_head(target)
+    folder = save_head(head, tmp_path / "head")
+    state = {**load_file(folder / "model.safetensors"), "embed_tokens.weight": torch.zeros(V, H)}
+    torch.save(state, folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    (folder / "eagle.json").unlink()
+    config = json.loads((folder / "config.json").read_text())
+    for key in ("eagle_aux_hidden_state_layer_ids", "eagle_aux_hidden_state_convention", "head_dim"):
+        del config[key]
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.warns(UserWarning, match="embed_tokens"):
+        again, provenance = load_head(folder, target)
+    assert provenance == {} and again.config.feature_layers == target.feature_layers
+    assert torch.equal(again.fc.weight, head.fc.weight)
+
+
+def test_output_convention_is_shifted_by_one(tmp_path, target):
+    folder = save_head(make_head(target), tmp_path / "head")
+    config = json.loads((folder / "config.json").read_text())
+    config["eagle_config"] = {"eagle_aux_hidden_state_layer_ids": [0, 1, 2]}
+    del config["eagle_aux_hidden_state_layer_ids"]
+    (folder / "config.json").write_text(json.dumps(config))
+    assert load_head(folder, target)[0].config.feature_layers == (1, 2, 3)
+
+
+@pytest.mark.parametrize(
+    "change, named",
+    [
+        (lambda s: s.pop("norm.weight"), "missing: norm.weight"),
+        (lambda s: s.update(extra=torch.zeros(2)), "left over: extra"),
+        (lambda s: s.update({"fc.weight": torch.zeros(H, H)}), "fc.weight"),
+        (lambda s: s.update(d2t=s["d2t"] + 1), "d2t and t2d contradict"),
+    ],
+    ids=["missing", "left-over", "shape", "map"],
+)
+def test_wrong_keys_are_named(saved, target, change, named):
+    edit(saved[1], change)
+    with pytest.raises(EagleError, match=named):
+        load_head(saved[1], target)
+
+
+def test_damaged_or_absent_files_are_named(saved, tmp_path, target):
+    with pytest.raises(EagleError, match="no head folder"):
+        load_head(tmp_path / "nowhere", target)
+    (saved[1] / "model.safetensors").write_bytes(b"not a file of tensors")
+    with pytest.raises(EagleError, match="damaged"):
+        load_head(saved[1], target)
+
+
+@pytest.mark.parametrize("other", [{"hidden": 40}, {"vocab": 91}], ids=["hidden", "vocabulary"])
+def test_a_head_of_another_shape_is_refused(saved, other):
+    with pytest.raises(EagleError, match="does not belong"):
+        load_head(saved[1], tiny_target(**other))
+
+
+def test_other_weights_warn_and_the_same_in_bf16_do_not(saved, target):
+    with pytest.warns(UserWarning, match="was trained on tiny-0"):
+        load_head(saved[1], tiny_target(seed=5))
+    half = tiny_target()
+    half.model.to(torch.bfloat16)
+    assert target_fingerprint(half.model) == target_fingerprint(target.model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load_head(saved[1], half)
+
+
+WRITER = """
+import sys, torch
+import eagle.checkpoint as c
+from eagle.head import Eagle3Head, HeadConfig
+head, _ = c.load_head(sys.argv[1])
+while True:
+    with torch.no_grad():
+        head.fc.weight.fill_(float(head.fc.weight[0, 0]) % 100 // 1 + 1)
+    c.save_head(head, sys.argv[1])
+    print("saved", flush=True)
+"""
+
+
+def test_a_kill_at_any_moment_leaves_a_whole_head(tmp_path, target):
+    folder = save_head(make_head(target), tmp_path / "head")
+    command = [sys.executable, "-c", WRITER, str(folder)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, cwd=Path(__file__).parents[2])
+    process.stdout.readline()
+    time.sleep(0.3)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    head, _ = load_head(folder, target)
+    assert (head.fc.weight == head.fc.weight[0, 0]).all()
+    assert [p.name for p in tmp_path.iterdir()] == ["head"]
+
+
+def test_a_kill_between_the_two_renames_is_repaired(saved, target):
+    folder = saved[1]
+    folder.rename(folder.with_name(".head.old-999999999"))
+    load_head(folder, target)
+    assert folder.is_dir()

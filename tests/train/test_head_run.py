@@ -1,0 +1,242 @@
+"""Whole runs on a tiny target: determinism, resume, ZeRO, ranks, the folder that is left."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from head_helpers import config, losses_of, rows_of, save_tiny_model, write_fim
+from safetensors.torch import load_file
+
+from eagle.checkpoint import load_head
+from eagle.errors import EagleError
+from eagle.target import Target
+from train.head import state as disk
+from train.main import run
+
+ROOT = Path(__file__).parents[2]
+ENV = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory, tokenizer_dir):
+    folder = tmp_path_factory.mktemp("base")
+    save_tiny_model(folder, tokenizer_dir)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    path = tmp_path_factory.mktemp("data") / "fim.jsonl"
+    write_fim(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def plain_run(base, data, tmp_path_factory):
+    """40 steps, evaluated before and after."""
+    output = tmp_path_factory.mktemp("runs") / "plain"
+    cfg = config(base, data, output, max_steps=40, save_every=5, lr=3e-3, eval={"num_prompts": 3})
+    assert run(cfg, quiet=True) == 0
+    return output
+
+
+def same_tensors(a, b):
+    a, b = load_file(a), load_file(b)
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_a_run_leaves_head_metrics_and_summary(plain_run, base):
+    head, provenance = load_head(plain_run / "head", Target.from_pretrained(base, dtype="float32"))
+    assert head.config.draft_vocab_size == 128 and provenance["training"]["step"] == 40
+    assert {"fingerprint", "id"} <= provenance["target"].keys() and provenance["tokenizer"]
+    rows = rows_of(plain_run)
+    assert [r["step"] for r in rows] == list(range(1, 41))
+    assert rows[-1]["loss"] < rows[0]["loss"]
+    for name in ("loss", "accuracy_by_depth", "acceptance_by_depth", "tau_simulated", "lr", "grad_norm",
+                 "tokens_per_second", "seconds"):  # fmt: skip
+        assert name in rows[-1]
+    assert rows[0]["lr"] < rows[1]["lr"] and rows[-1]["lr"] == pytest.approx(3e-4)
+    summary = json.loads((plain_run / "summary.json").read_text())
+    assert summary["steps"] == 40 and summary["draft_vocabulary"]["coverage"] > 0.9
+    assert [e["step"] for e in summary["evaluations"]] == [0, 40] and summary["tau_after"] >= 1
+    assert [p.name for p in disk.checkpoints(plain_run)] == ["step-35", "step-40"]
+    assert (plain_run / "checkpoints" / "best").read_text().strip() == "step-40"
+
+
+def test_training_is_deterministic_and_resumes_after_a_kill(plain_run, base, data, tmp_path):
+    """The same run in another process, killed in the middle and resumed: bit-equal to the undisturbed one."""
+    output = tmp_path / "killed"
+    cfg = config(base, data, output, max_steps=40, save_every=5, lr=3e-3, eval={"num_prompts": 3})
+    file = tmp_path / "run.yaml"
+    file.write_text(yaml.safe_dump(cfg.model_dump(mode="json")))
+    process = subprocess.Popen([sys.executable, "-m", "train.main", "--config", str(file)], env=ENV, cwd=ROOT)
+    deadline = time.monotonic() + 120
+    while disk.pointed(output, "latest") is None and process.poll() is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL, "the run ended before it could be killed"
+    reached = disk.load_checkpoint(disk.pointed(output, "latest")).info["step"]
+    assert 5 <= reached < 40
+    resumed = cfg.model_copy(update={"train": cfg.train.model_copy(update={"resume": "auto"})})
+    assert run(resumed, quiet=True) == 0
+    assert losses_of(output) == pytest.approx(losses_of(plain_run), rel=1e-6)
+    assert [r["step"] for r in rows_of(output)] == list(range(1, 41))
+
+
+def test_resume_in_one_process_is_bit_equal(base, data, tmp_path):
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    more = {"save_every": 3, "save_total_limit": 9, "max_steps": 7, "grad_accum": 2, "batch_size": 2}
+    assert run(config(base, data, whole, **more), quiet=True) == 0
+    assert run(config(base, data, cut, resume=str(whole / "checkpoints" / "step-3"), **more), quiet=True) == 0
+    assert same_tensors(whole / "head" / "model.safetensors", cut / "head" / "model.safetensors")
+    assert losses_of(cut) == losses_of(whole)[3:]
+
+
+def test_zero_stages_agree_and_resume(base, data, tmp_path):
+    """Full state on disk: each stage continues from the others' checkpoint."""
+    found = {}
+    for zero in range(4):
+        output = tmp_path / f"zero{zero}"
+        assert run(config(base, data, output, zero=zero, max_steps=4, save_every=2, save_total_limit=9), quiet=True) == 0
+        found[zero] = losses_of(output)
+        assert found[zero] == pytest.approx(found[0], rel=1e-4)
+        assert rows_of(output)[-1]["grad_norm"] == pytest.approx(rows_of(tmp_path / "zero0")[-1]["grad_norm"], rel=1e-3)
+        keys = load_file(output / "head" / "model.safetensors").keys()
+        assert keys == load_file(tmp_path / "zero0" / "head" / "model.safetensors").keys()
+    for zero in range(4):
+        again = tmp_path / f"again{zero}"
+        start = tmp_path / f"zero{(zero + 1) % 4}" / "checkpoints" / "step-2"
+        assert run(config(base, data, again, zero=zero, max_steps=4, resume=str(start)), quiet=True) == 0
+        assert losses_of(again) == pytest.approx(found[0][2:], rel=1e-4)
+
+
+def test_bf16_focal_muon_warm_start(plain_run, base, data, tmp_path):
+    output = tmp_path / "warm"
+    cfg = config(base, data, output, dtype="bf16", optimizer="muon", max_steps=6, grad_accum=2,
+                 loss={"name": "focal", "gamma": 2.0}, model={"init_head": str(plain_run / "head"),
+                                                              "draft_vocab_size": None})  # fmt: skip
+    assert run(cfg, quiet=True) == 0
+    before, after = (load_file(folder / "head" / "model.safetensors") for folder in (plain_run, output))
+    assert torch.equal(before["d2t"], after["d2t"]) and after["fc.weight"].dtype == torch.bfloat16
+    assert not torch.equal(before["fc.weight"].to(torch.bfloat16), after["fc.weight"])
+    with pytest.raises(EagleError, match="train.zero=0"):
+        run(config(base, data, tmp_path / "no", optimizer="muon", zero=2), quiet=True)
+    assert not (tmp_path / "no").exists()
+
+
+RANKS = """
+import json, sys, os
+from configs.schema import HeadTrainConfig
+from train.main import run
+for path in sys.argv[1:]:
+    assert run(HeadTrainConfig.model_validate(json.load(open(path))), quiet=True) == 0
+"""
+
+
+@pytest.mark.slow
+def test_two_ranks_equal_one(base, data, tmp_path):
+    files = []
+    for zero in (0, 2, 3):
+        cfg = config(base, data, tmp_path / f"two{zero}", zero=zero, batch_size=2, max_steps=3, save_every=2)
+        files.append(tmp_path / f"two{zero}.json")
+        files[-1].write_text(cfg.model_dump_json())
+    script = tmp_path / "ranks.py"
+    script.write_text(RANKS)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
+    done = subprocess.run([*command, *map(str, files)], env=ENV, cwd=ROOT, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert run(config(base, data, tmp_path / "one", batch_size=4, max_steps=3), quiet=True) == 0
+    one = load_file(tmp_path / "one" / "head" / "model.safetensors")
+    for zero in (0, 2, 3):
+        assert losses_of(tmp_path / f"two{zero}") == pytest.approx(losses_of(tmp_path / "one"), rel=1e-4)
+        two = load_file(tmp_path / f"two{zero}" / "head" / "model.safetensors")
+        # AdamW's first steps have the size of the learning rate wherever a gradient is nearly zero
+        assert max((one[k].float() - two[k].float()).abs().mean().item() for k in one) < 2e-4
+    # a checkpoint of two ranks continues on one
+    start = tmp_path / "two2" / "checkpoints" / "step-3"
+    assert run(config(base, data, tmp_path / "more", max_steps=5, resume=str(start)), quiet=True) == 0
+    assert [r["step"] for r in rows_of(tmp_path / "more")] == [4, 5]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signals_save_and_stop(base, data, tmp_path, number, monkeypatch):
+    from train.head.loop import Trainer
+
+    step = Trainer._train_step
+
+    def and_then(self, lr):
+        row = step(self, lr)
+        if self.step == 2:
+            os.kill(os.getpid(), number)
+        return row
+
+    monkeypatch.setattr(Trainer, "_train_step", and_then)
+    assert run(config(base, data, tmp_path / "run", max_steps=9), quiet=True) == 128 + number
+    assert disk.pointed(tmp_path / "run", "latest").name == "step-2"
+    assert not (tmp_path / "run" / "summary.json").exists()
+
+
+def test_a_loss_that_is_not_finite_names_the_rows(base, data, tmp_path, monkeypatch):
+    from train.head.loop import Trainer
+
+    forward = Trainer._forward
+    monkeypatch.setattr(Trainer, "_forward", lambda *a: (lambda loss, sums: (loss * float("nan"), sums))(*forward(*a)))
+    with pytest.raises(EagleError, match=r"nan at step 1, rows \[\d+, \d+, \d+, \d+\].*lower"):
+        run(config(base, data, tmp_path / "run"), quiet=True)
+
+
+def test_a_time_budget_ends_the_run(base, data, tmp_path):
+    cfg = config(base, data, tmp_path / "run", max_steps=None, time_budget_minutes=0.03)
+    assert run(cfg, quiet=True) == 0
+    last = rows_of(tmp_path / "run")[-1]
+    assert last["elapsed"] < 6 and last["lr"] < 0.5 * cfg.train.lr
+
+
+def test_folders_are_never_mixed_up(plain_run, base, data, tmp_path, monkeypatch):
+    with pytest.raises(EagleError, match="--resume, or choose another --output"):
+        run(config(base, data, plain_run), quiet=True)
+    with pytest.raises(EagleError, match="belongs to a run with"):
+        run(config(base, data, plain_run, resume="auto", seed=5), quiet=True)
+    with pytest.raises(EagleError, match="no checkpoint there"):
+        run(config(base, data, tmp_path / "x", resume=str(tmp_path)), quiet=True)
+    monkeypatch.chdir(tmp_path)
+    assert disk.choose_output(None, "fim", None) == Path("runs/head-fim")
+    (tmp_path / "runs/head-fim/head").mkdir(parents=True)
+    assert disk.choose_output(None, "fim", None) == Path("runs/head-fim-2")
+    assert disk.choose_output(None, "fim", "auto") == Path("runs/head-fim")
+
+
+def test_a_torn_checkpoint_is_passed_over(base, data, tmp_path):
+    output = tmp_path / "run"
+    assert run(config(base, data, output, save_every=2), quiet=True) == 0
+    (output / "checkpoints" / "step-4" / "state.safetensors").write_bytes(b"torn")
+    assert disk.find_checkpoint(output, "auto").info["step"] == 2
+
+
+@pytest.mark.parametrize(
+    "arguments, named",
+    [
+        (["train.max_step=3"], "max_steps"),
+        (["--data_format", "poem"], "poem"),
+        (["--base", "no/such/folder"], "no/such/folder"),
+        (["--data", "no_such_file.jsonl"], "no_such_file.jsonl"),
+    ],
+    ids=["unknown-key", "unknown-format", "missing-model", "missing-data"],
+)
+def test_wrong_arguments_are_one_line(tmp_path, base, arguments, named):
+    output = tmp_path / "run"
+    if "--base" not in arguments:
+        arguments = ["--base", str(base), *arguments]
+    command = [sys.executable, "-m", "train.main", "--output", str(output), *arguments]
+    done = subprocess.run(command, env=ENV, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode not in (0, None) and "Traceback" not in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1 and named in done.stderr
+    assert not output.exists()

@@ -1,0 +1,97 @@
+"""Unrolled training equals drafting one token at a time over a growing list of keys."""
+
+import numpy as np
+import pytest
+import torch
+from head_helpers import tiny_head
+
+from configs.schema import LossConfig
+from train.head.order import RowOrder, share_of
+from train.head.ttt import UnrolledHead, plan_unroll
+from train.head.vocab import choose_draft_vocab
+
+
+class GrowingKeys:
+    """The way of inference: every pass appends its keys and sees all that are there."""
+
+    def __init__(self):
+        self.k = self.v = None
+
+    def __call__(self, q, k, v):
+        past = 0 if self.k is None else self.k.shape[2]
+        self.k = k if past == 0 else torch.cat([self.k, k], 2)
+        self.v = v if past == 0 else torch.cat([self.v, v], 2)
+        groups = q.shape[1] // k.shape[1]
+        keys, values = self.k.repeat_interleave(groups, 1), self.v.repeat_interleave(groups, 1)
+        scores = q @ keys.transpose(2, 3) * q.shape[-1] ** -0.5
+        future = torch.arange(keys.shape[2]) > torch.arange(past, past + q.shape[2])[:, None]
+        return (scores.masked_fill(future, float("-inf")).softmax(-1) @ values).transpose(1, 2)
+
+
+@pytest.mark.parametrize("heads, kv", [(4, 2), (4, 4), (3, 1)])
+def test_unrolled_equals_incremental(heads, kv):
+    steps, T, H = 4, 13, 32
+    head = tiny_head(heads=heads, kv=kv)
+    features, embeds = torch.randn(2, T, 3 * H), torch.randn(2, T, H)
+    mask = torch.zeros(2, T, dtype=torch.bool)
+    mask[0, 5:9], mask[1, 3], mask[1, 10:] = True, True, True
+    plan = plan_unroll(mask, steps)
+    module = UnrolledHead(head, steps, 0.8, LossConfig(), amp=False)
+    with torch.no_grad():
+        unrolled = list(module.unroll(features, embeds, plan))
+        checked = 0
+        for row in range(2):
+            for t in sorted({t for i in range(steps) for t in range(T - 2 - i) if mask[row, t + 2 + i]}):
+                keys = GrowingKeys()
+                place = torch.arange(t + 1)[None]
+                hidden = head.fc(features[row : row + 1, : t + 1])
+                hidden = head(hidden, embeds[row : row + 1, 1 : t + 2], place, keys)[:, -1:]
+                for i in range(steps):
+                    if i > 0:
+                        if t + 1 + i >= T:
+                            break
+                        token = embeds[row : row + 1, t + 1 + i : t + 2 + i]
+                        hidden = head(hidden, token, torch.tensor([[t + i]]), keys)
+                    found = unrolled[i][row, plan.slots[row, t]]
+                    torch.testing.assert_close(found, hidden[0, 0], rtol=1e-4, atol=1e-5)
+                    checked += 1
+    assert checked > 40
+
+
+def test_no_position_sees_a_later_token():
+    head, T, H = tiny_head(), 12, 32
+    mask = torch.zeros(1, T, dtype=torch.bool)
+    mask[0, 4:10] = True
+    plan = plan_unroll(mask, 3)
+    module = UnrolledHead(head, 3, 0.8, LossConfig(), amp=False)
+    features, embeds = torch.randn(1, T, 3 * H), torch.randn(1, T, H, requires_grad=True)
+    for i, hidden in enumerate(module.unroll(features, embeds, plan)):
+        t = 4
+        (grad,) = torch.autograd.grad(hidden[0, plan.slots[0, t]].sum(), embeds, retain_graph=True)
+        seen = (grad[0].abs().sum(-1) > 0).nonzero()[:, 0].tolist()
+        assert seen == list(range(1, t + 2 + i))
+
+
+def test_plan_holds_each_target_once_and_counts_steps():
+    mask = torch.tensor([[0, 1, 1, 0, 1, 0], [0, 0, 0, 1, 1, 1]]).bool()
+    plan = plan_unroll(mask, 3)
+    assert list(zip(plan.rows.tolist(), plan.sources.tolist(), strict=True)) == [(0, 1), (0, 3), (1, 2), (1, 3), (1, 4)]
+    assert plan.counts.tolist() == [5, 4, 3]
+
+
+def test_draft_vocabulary_keeps_specials_then_frequent_then_lowest():
+    counts = np.array([0, 5, 0, 9, 0, 0, 1, 0])
+    ids, report = choose_draft_vocab(counts, [7], 3)
+    assert ids.tolist() == [1, 3, 7] and report["coverage"] == pytest.approx(14 / 15)
+    ids, report = choose_draft_vocab(counts, [7], 6)
+    assert ids.tolist() == [0, 1, 2, 3, 6, 7] and report["coverage"] == 1.0 and report["distinct_supervised"] == 3
+
+
+@pytest.mark.parametrize("world, accum", [(1, 4), (2, 2), (4, 1)])
+def test_every_split_trains_on_the_same_rows(world, accum):
+    order = RowOrder(rows=11, seed=3)
+    expected = order.take(24, 8)
+    found = [r for rank in range(world) for part in share_of(expected, rank, world, 2, accum) for r in part]
+    assert sorted(found) == sorted(expected)
+    epochs = RowOrder(11, 3).take(0, 22)
+    assert sorted(row for _, row in epochs[:11]) == list(range(11)) and epochs[11:] != epochs[:11]

@@ -1,0 +1,113 @@
+"""Data for the shipped head, written by the target itself, and the training run over it.
+
+    python -m train.embedded heads --out DIR --minutes 25
+
+A head drafts what the target would say, so the target says it: prompts of all four kinds from the training
+files are continued by the plain engine, half greedily and half at temperature 0.8.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from .corpus import (
+    chat_record, code_windows, fim_record, functions, instruction_record, split, stdlib_files,
+)  # fmt: skip
+
+
+def training_prompts(tokenizer, root: str | None, count: int, seed: int, longest: int) -> list[list[int]]:
+    """Token ids of `count` prompts of at most `longest` tokens from the training files, kinds in turn."""
+    rng = random.Random(f"heads-{seed}")
+    files = [f for f in split(stdlib_files(root))[0] if not f.path.startswith("test/") or rng.random() < 0.3]
+    fns = [fn for f in files for fn in functions(f)]
+    windows = [(f, w) for f in files for w in code_windows(f, rng, 1000)]
+    rng.shuffle(fns)
+    rng.shuffle(windows)
+
+    def chat(messages: list[dict]) -> list[int]:
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        return tokenizer(text, verbose=False).input_ids
+
+    def code(i: int) -> list[int]:
+        ids = tokenizer(windows[i % len(windows)][1], verbose=False).input_ids
+        return ids[: rng.randint(24, longest)]
+
+    def fim(i: int) -> list[int]:
+        file, window = windows[(i + len(windows) // 2) % len(windows)]
+        record = fim_record(file, window, rng)
+        text = f"<|fim_prefix|>{record['prefix']}<|fim_suffix|>{record['suffix']}<|fim_middle|>"
+        return tokenizer(text, verbose=False).input_ids
+
+    def instruction(i: int) -> list[int]:
+        record = instruction_record(fns[i % len(fns)], rng)
+        return chat([{"role": "user", "content": record["instruction"]}])
+
+    def question(i: int) -> list[int]:
+        messages = chat_record(fns[(i + len(fns) // 2) % len(fns)], rng)["messages"]
+        return chat(messages[: 2 * rng.randint(0, (len(messages) - 1) // 2) + 1])
+
+    makers = (code, fim, instruction, question)
+    prompts, i = [], 0
+    while len(prompts) < count:
+        ids = makers[i % 4](i // 4)
+        i += 1
+        if len(ids) <= longest:
+            prompts.append(ids)
+    return prompts
+
+
+def write_own_answers(
+    target_dir: str | Path, out: Path, *, count: int, new_tokens: int = 160, longest: int = 224,
+    batch_size: int = 64, root: str | None = None, seed: int = 0,
+) -> int:
+    """Tokenised rows (`input_ids`, `loss_mask`: everything but the first token), one JSONL line each.
+
+    Batches are appended as they are done, each flushed; a killed run goes on after the last whole batch.
+    Returns the number of rows.
+    """
+    from eagle.model import EaModel, load_tokenizer
+    from eagle.target import Target
+
+    tokenizer = load_tokenizer(str(target_dir))
+    model = EaModel(Target.from_pretrained(target_dir))
+    prompts = training_prompts(tokenizer, root, count, seed, longest)
+    order = sorted(range(count), key=lambda i: (len(prompts[i]) // 16, i % 2))
+    batches = [order[i : i + batch_size] for i in range(0, count, batch_size)]
+    done = sum(1 for _ in open(out)) // batch_size if out.exists() else 0
+    if done:
+        lines = out.read_text("utf-8").splitlines(keepends=True)[: done * batch_size]
+        out.write_text("".join(lines), "utf-8")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    started = time.monotonic()
+    with open(out, "a", encoding="utf-8") as file:
+        for number, batch in enumerate(batches[done:], done + 1):
+            result = model.generate(
+                [prompts[i] for i in batch], max_new_tokens=new_tokens, draft=False,
+                temperature=0.0 if number % 2 else 0.8, seed=seed + number,
+            )  # fmt: skip
+            for row in result.rows:
+                ids = row.prompt + row.tokens
+                file.write(json.dumps({"input_ids": ids, "loss_mask": [0] + [1] * (len(ids) - 1)}) + "\n")
+            file.flush()
+            left = (time.monotonic() - started) / (number - done) * (len(batches) - number)
+            print(f"own answers: {number}/{len(batches)} batches, about {left:.0f} s left", flush=True)
+    return count
+
+
+def train_head(
+    target_dir: str | Path, data: Path, output: Path, minutes: float, overrides: tuple[str, ...] = ()
+) -> Path:
+    """Run `python -m train.main` over the rows; returns the folder of the finished head."""
+    command = [
+        sys.executable, "-m", "train.main", "--base", str(target_dir), "--data_format", "tokenized",
+        "--data", str(data), "--output", str(output), "--config", "embedded_head",
+        f"train.time_budget_minutes={minutes}", *overrides,
+    ]  # fmt: skip
+    subprocess.run(command, check=True, env=os.environ.copy())
+    return output / "head"
