@@ -183,6 +183,9 @@ class LossConfig(Section):
     weight: Literal["overlap", "target_prob"] = Field(
         "overlap", description="inner term of the focal weight"
     )
+    tokens: Literal["supervised", "all"] = Field(
+        "supervised", description="all: learn from every token of a row, whatever its loss mask says"
+    )
     label_smoothing: float = Field(0.0, ge=0, lt=1, description="uniform share mixed into targets")
 
 

@@ -27,14 +27,14 @@ class TreeContext:
 
     lengths [B] int64: committed slots before this pass. positions [B, N] int64: absolute, of the queries.
     mask [B, N, M] bool and tree_positions [B, M]: the tree's slots, the queries last; None for a causal
-    prefill of an empty cache. live: an upper bound of max(lengths) + M, known on the host.
-    ragged: rows may differ in length.
+    prefill of an empty cache. live: an upper bound of max(lengths) + M, known on the host. row_ends: each
+    row's own lengths + M where rows differ, else None.
     """
 
     lengths: torch.Tensor
     positions: torch.Tensor
     live: int
-    ragged: bool
+    row_ends: list[int] | None = None
     mask: torch.Tensor | None = None
     tree_positions: torch.Tensor | None = None
     layers_seen: int = 0
@@ -64,6 +64,11 @@ class TreeContext:
         if self._ends is None:
             self._ends = self.lengths + self.mask.shape[2]
         return reachable(k, v, self._ends)
+
+    @property
+    def sees_all(self) -> bool:
+        """One query a row sees everything up to itself: no bias is needed but for a window."""
+        return self.mask is not None and self.mask.shape[1:] == (1, 1)
 
 
 def tree_attention_forward(
@@ -112,10 +117,24 @@ def attend_tree(
             query, key, value, is_causal=True, scale=scaling, enable_gqa=query.shape[1] != key.shape[1]
         )
         return out.transpose(1, 2)
-    if tree.ragged and not prefill:
+    bias = None
+    if not tree.sees_all or sliding_window is not None:
+        bias = tree.bias(query.dtype, sliding_window, query.shape[1] // key.shape[1])
+    if tree.row_ends is None or prefill:
+        return attend(query, key, value, bias, scaling, softcap, sinks)
+    if query.device.type != "cpu":
         key, value = tree.reachable(key, value)
-    bias = tree.bias(query.dtype, sliding_window, query.shape[1] // key.shape[1])
-    return attend(query, key, value, bias, scaling, softcap, sinks)
+        bias = tree.bias(query.dtype, sliding_window, query.shape[1] // key.shape[1])
+        return attend(query, key, value, bias, scaling, softcap, sinks)
+    # on a CPU each row reads its own live slots and nothing else: cheaper than masking the longest row's
+    rows = [
+        attend(
+            query[b : b + 1], key[b : b + 1, :, :end], value[b : b + 1, :, :end],
+            None if bias is None else bias[b : b + 1, :, :, :end], scaling, softcap, sinks,
+        )
+        for b, end in enumerate(tree.row_ends)
+    ]  # fmt: skip
+    return torch.cat(rows)
 
 
 AttentionInterface.register(NAME, tree_attention_forward)

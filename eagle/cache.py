@@ -42,6 +42,10 @@ class StaticKVCache(Cache):
     def ragged(self) -> bool:
         return min(self.host_lengths) != max(self.host_lengths)
 
+    def row_ends(self, tree_slots: int) -> list[int] | None:
+        """Each row's length + tree_slots where rows differ in length, else None."""
+        return [n + tree_slots for n in self.host_lengths] if self.ragged else None
+
     def open(self, new: int, offset: int = 0) -> int:
         """Point the next pass at slots length+offset … length+offset+new-1 of each row.
 

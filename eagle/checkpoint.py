@@ -149,11 +149,15 @@ def _read_weights(path: Path) -> dict[str, torch.Tensor]:
 
 def _read_config(path: Path, raw: dict, state: dict[str, torch.Tensor], target: Target | None) -> HeadConfig:
     if "midlayer.self_attn.q_proj.weight" not in state and any(k.startswith("layers.0.") for k in state):
-        raise EagleError(f"{path} is not in the EAGLE-3 layout (its keys begin with 'layers.0.'); convert it first")
+        raise EagleError(
+            f"{path} is not in the EAGLE-3 layout (its keys begin with 'layers.0.'); convert it first"
+        )
     wanted = ("hidden_size", "intermediate_size", "num_attention_heads", "vocab_size")
     missing = [k for k in wanted if not isinstance(raw.get(k), int)]
     if missing:
-        raise EagleError(f"{path / 'config.json'} lacks {', '.join(missing)}; it is not an EAGLE-3 head's config")
+        raise EagleError(
+            f"{path / 'config.json'} lacks {', '.join(missing)}; it is not an EAGLE-3 head's config"
+        )
     values = {k: raw[k] for k in HeadConfig.names() & raw.keys() if raw[k] is not None}
     rope = raw.get("rope_parameters") or {}
     if rope:
@@ -175,10 +179,14 @@ def _feature_layers(path: Path, raw: dict, target: Target | None) -> tuple[int, 
         ids, convention = nested, "output"
     if ids is None:
         if target is None:
-            raise EagleError(f"{path / 'config.json'} names no feature layers; load it together with its target")
+            raise EagleError(
+                f"{path / 'config.json'} names no feature layers; load it together with its target"
+            )
         return default_feature_layers(len(target.layers))
     if convention not in (CONVENTION, "output") or len(ids) != 3:
-        raise EagleError(f"{path / 'config.json'}: {IDS} must be three ids, its convention 'entering' or 'output'")
+        raise EagleError(
+            f"{path / 'config.json'}: {IDS} must be three ids, its convention 'entering' or 'output'"
+        )
     return tuple(int(i) + (convention == "output") for i in ids)
 
 
@@ -214,15 +222,21 @@ def _checked(
         ours = (head.config.vocab_size, head.config.hidden_size)
         if shape != ours:
             raise EagleError(f"{path}: embed_tokens.weight has shape {list(shape)}, expected {list(ours)}")
-        warnings.warn(f"{path}: embed_tokens.weight is ignored; the head uses the target's embedding", stacklevel=4)
+        warnings.warn(
+            f"{path}: embed_tokens.weight is ignored; the head uses the target's embedding", stacklevel=4
+        )
     if not head.config.reduced_vocab and not state.get("d2t", torch.zeros(1)).any():
         state = {k: v for k, v in state.items() if k not in ("d2t", "t2d")}  # the identity map
     missing, extra = sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys())
     if missing or extra:
-        parts = [f"{word}: {', '.join(keys)}" for word, keys in (("missing", missing), ("left over", extra)) if keys]
+        parts = [
+            f"{word}: {', '.join(keys)}" for word, keys in (("missing", missing), ("left over", extra)) if keys
+        ]
         raise EagleError(f"{path} is not an EAGLE-3 head in the published layout; {'; '.join(parts)}")
     wrong = [
-        f"{k} {list(state[k].shape)} instead of {list(v.shape)}" for k, v in expected.items() if state[k].shape != v.shape
+        f"{k} {list(state[k].shape)} instead of {list(v.shape)}"
+        for k, v in expected.items()
+        if state[k].shape != v.shape
     ]
     if wrong:
         raise EagleError(f"{path}: shapes do not fit config.json: {'; '.join(wrong)}")
@@ -303,7 +317,9 @@ def recover(path: Path) -> None:
     remove half-written ones of processes that are gone."""
     if not path.parent.is_dir():
         return
-    siblings = [p for p in path.parent.iterdir() if p.name.startswith((f".{path.name}.tmp-", f".{path.name}.old-"))]
+    siblings = [
+        p for p in path.parent.iterdir() if p.name.startswith((f".{path.name}.tmp-", f".{path.name}.old-"))
+    ]
     for item in sorted(siblings):
         if _alive(item.name.rsplit("-", 1)[1]):
             continue

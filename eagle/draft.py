@@ -77,7 +77,7 @@ class HeadDrafter:
         cache = self.cache
         live = cache.open(K)
         positions = cache.lengths[:, None] + torch.arange(K, device=tokens.device)
-        context = TreeContext(cache.lengths, positions, live, cache.ragged)
+        context = TreeContext(cache.lengths, positions, live, cache.row_ends(K))
         if any(cache.host_lengths):  # not the prompt's pass: a chain behind what is committed
             causal = torch.ones(K, K, dtype=torch.bool, device=tokens.device).tril()
             context.mask, context.tree_positions = causal.expand(B, K, K), positions
@@ -103,7 +103,8 @@ class HeadDrafter:
         for step in range(self.shape.depth):
             live = cache.open(k, offset=step * k)
             positions = (cache.lengths + step)[:, None].expand(B, k)
-            context = TreeContext(cache.lengths, positions, live, cache.ragged, seen, positions)
+            ends = cache.row_ends((step + 1) * k)
+            context = TreeContext(cache.lengths, positions, live, ends, seen, positions)
             out = self._pass(hidden, beam_tokens, context)  # [B, k, H]
             score, ids = self._log_probs(out)
             score = (beam_score[..., None] + score).flatten(1)  # [B, k*k]

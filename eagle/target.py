@@ -204,7 +204,7 @@ class Target:
         B, T = ids.shape
         live = cache.open(T)
         positions = torch.arange(T, device=ids.device).expand(B, T)
-        context = TreeContext(cache.lengths, positions, live, ragged=False)
+        context = TreeContext(cache.lengths, positions, live)
         out = self.forward(ids, context, cache, keep=lengths - 1, features=features)
         cache.advance(lengths, host_lengths)
         return out
@@ -215,7 +215,8 @@ class Target:
         """tokens, depth [B, N], mask [B, N, N] -> logits [B, N, V] and features; nothing is committed."""
         live = cache.open(tokens.shape[1])
         positions = cache.lengths[:, None] + depth
-        context = TreeContext(cache.lengths, positions, live, cache.ragged, mask, positions)
+        ends = cache.row_ends(tokens.shape[1])
+        context = TreeContext(cache.lengths, positions, live, ends, mask, positions)
         return self.forward(tokens, context, cache, features=features)
 
     @torch.no_grad()
@@ -276,7 +277,7 @@ class Target:
         ids = torch.arange(6, device=self.device)[None] % self.vocab_size
         positions = torch.arange(6, device=self.device)[None]
         zero = torch.zeros(1, dtype=torch.int64, device=self.device)
-        context = TreeContext(zero, positions, 6, ragged=False)
+        context = TreeContext(zero, positions, 6)
         recorder = Recorder()
         recorder.layers = []
         kind = getattr(self.config, "model_type", "?")

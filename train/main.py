@@ -33,7 +33,12 @@ def train(
     cfg = load_config(HeadTrainConfig, config, overrides, flags)
     if local_rank is not None:  # the deepspeed launcher's way
         os.environ.setdefault("LOCAL_RANK", str(local_rank))
-    return run(cfg)
+    from train.head.distributed import leave_world
+
+    try:
+        return run(cfg)
+    finally:
+        leave_world()
 
 
 def run(cfg: HeadTrainConfig, quiet: bool = False) -> int:
@@ -41,7 +46,9 @@ def run(cfg: HeadTrainConfig, quiet: bool = False) -> int:
     from train.head.state import choose_output, require_writable, write_config
 
     if cfg.model.base is not None and os.path.sep in cfg.model.base and not os.path.isdir(cfg.model.base):
-        raise EagleError(f"no model folder {cfg.model.base!r}; give a folder with config.json and weights, or a hub id")
+        raise EagleError(
+            f"no model folder {cfg.model.base!r}; give a folder with config.json and weights, or a hub id"
+        )
     if int(os.environ.get("RANK", "0")) == 0:
         output = choose_output(cfg.train.output, cfg.data.format, cfg.train.resume)
         fresh = not output.exists()
@@ -50,25 +57,22 @@ def run(cfg: HeadTrainConfig, quiet: bool = False) -> int:
         output, fresh = None, False
     from transformers.utils.logging import disable_progress_bar
 
-    from train.head.distributed import join_world, leave_world
+    from train.head.distributed import join_world
 
     disable_progress_bar()
     world = join_world()
-    try:
-        output = world.share(output)
-        from train.head.loop import Trainer
+    output = world.share(output)
+    from train.head.loop import Trainer
 
-        try:
-            trainer = Trainer(cfg, output, world, quiet)
-        except EagleError:
-            if fresh and world.first and not any(p.suffix == ".jsonl" for p in output.glob("*")):
-                shutil.rmtree(output, ignore_errors=True)  # nothing half-written stays
-            raise
-        if world.first:
-            write_config(output, cfg)
-        return trainer.fit()
-    finally:
-        leave_world()
+    try:
+        trainer = Trainer(cfg, output, world, quiet)
+    except EagleError:
+        if fresh and world.first and not any(output.glob("*.jsonl")):
+            shutil.rmtree(output, ignore_errors=True)  # nothing half-written stays
+        raise
+    if world.first:
+        write_config(output, cfg)
+    return trainer.fit()
 
 
 if __name__ == "__main__":

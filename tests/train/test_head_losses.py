@@ -54,7 +54,8 @@ def test_focal_fades_as_the_overlap_grows(gamma):
     far, near = logits, p.log() + 1e-3 * logits
     cfg = LossConfig(name="focal", gamma=gamma)
     ratio = [
-        (token_losses(p, x, cfg)[0] / token_losses(p, x, LossConfig())[0]).mean().item() for x in (far, near, p.log())
+        (token_losses(p, x, cfg)[0] / token_losses(p, x, LossConfig())[0]).mean().item()
+        for x in (far, near, p.log())
     ]
     assert ratio[0] > 0.05 > ratio[1] > ratio[2] >= 0 and ratio[2] < 1e-2
 

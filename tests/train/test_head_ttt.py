@@ -75,7 +75,13 @@ def test_no_position_sees_a_later_token():
 def test_plan_holds_each_target_once_and_counts_steps():
     mask = torch.tensor([[0, 1, 1, 0, 1, 0], [0, 0, 0, 1, 1, 1]]).bool()
     plan = plan_unroll(mask, 3)
-    assert list(zip(plan.rows.tolist(), plan.sources.tolist(), strict=True)) == [(0, 1), (0, 3), (1, 2), (1, 3), (1, 4)]
+    assert list(zip(plan.rows.tolist(), plan.sources.tolist(), strict=True)) == [
+        (0, 1),
+        (0, 3),
+        (1, 2),
+        (1, 3),
+        (1, 4),
+    ]
     assert plan.counts.tolist() == [5, 4, 3]
 
 
@@ -84,7 +90,9 @@ def test_draft_vocabulary_keeps_specials_then_frequent_then_lowest():
     ids, report = choose_draft_vocab(counts, [7], 3)
     assert ids.tolist() == [1, 3, 7] and report["coverage"] == pytest.approx(14 / 15)
     ids, report = choose_draft_vocab(counts, [7], 6)
-    assert ids.tolist() == [0, 1, 2, 3, 6, 7] and report["coverage"] == 1.0 and report["distinct_supervised"] == 3
+    assert (
+        ids.tolist() == [0, 1, 2, 3, 6, 7] and report["coverage"] == 1.0 and report["distinct_supervised"] == 3
+    )
 
 
 @pytest.mark.parametrize("world, accum", [(1, 4), (2, 2), (4, 1)])

@@ -5,7 +5,10 @@ from __future__ import annotations
 import logging
 import os
 import socket
+import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -73,8 +76,8 @@ def join_world() -> World:
 
 
 def leave_world() -> None:
-    """A process alone keeps its group, so that it can train again."""
-    if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+    """At the end of a process: DeepSpeed cannot join again."""
+    if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 
 
@@ -83,13 +86,32 @@ def import_deepspeed():
     os.environ.setdefault("DS_LOG_LEVEL", "error")
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with silence():
             import deepspeed
     except ImportError as error:
         raise EagleError(f"training needs deepspeed: pip install deepspeed ({error})") from error
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     return deepspeed
+
+
+@contextmanager
+def silence() -> Iterator[None]:
+    """Nothing reaches the terminal, not even from the compilers that DeepSpeed tries out when imported."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    kept = [(fd, os.dup(fd)) for fd in (1, 2)]
+    with open(os.devnull, "w") as nowhere, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for fd, _ in kept:
+            os.dup2(nowhere.fileno(), fd)
+        try:
+            yield
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            for fd, copy in kept:
+                os.dup2(copy, fd)
+                os.close(copy)
 
 
 def _free_port() -> int:

@@ -113,7 +113,8 @@ class Engine:
                 if not keys:
                     raise EagleError(f"the checkpoint has no optimizer state for {name}; start a new run")
                 inner.state[p] = {
-                    key: value.clone() if key == STEP else value.to(p.device, copy=True) for key, value in keys.items()
+                    key: value.clone() if key == STEP else value.to(p.device, copy=True)
+                    for key, value in keys.items()
                 }
             return
         from deepspeed.utils import safe_set_full_optimizer_state

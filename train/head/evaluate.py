@@ -23,7 +23,9 @@ def heldout_prompts(data, count: int, limit: int) -> list[list[int]]:
     return prompts
 
 
-def acceptance(target: Target, head: Eagle3Head, prompts: list[list[int]], cfg: EvalConfig, batch: int = 8) -> dict:
+def acceptance(
+    target: Target, head: Eagle3Head, prompts: list[list[int]], cfg: EvalConfig, batch: int = 8
+) -> dict:
     """Greedy decoding of every prompt -> tau (tokens a verification), acceptance by depth, counts, seconds."""
     from eagle.model import EaModel, acceptance_by_depth
 
@@ -31,7 +33,9 @@ def acceptance(target: Target, head: Eagle3Head, prompts: list[list[int]], cfg: 
     model = EaModel(target, head=head, tree=cfg.tree)
     rows = []
     for start in range(0, len(prompts), batch):
-        result = model.generate(prompts[start : start + batch], max_new_tokens=cfg.max_new_tokens, temperature=0.0)
+        result = model.generate(
+            prompts[start : start + batch], max_new_tokens=cfg.max_new_tokens, temperature=0.0
+        )
         rows += result.rows
     cycles = sum(row.cycles for row in rows)
     gained = sum(len(row.tokens) - 1 for row in rows)

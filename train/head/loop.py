@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
 import math
 import signal
 import threading
@@ -42,6 +43,7 @@ class Trainer:
         self.cfg, self.output, self.world = cfg, output, world
         resumed = disk.find_checkpoint(output, cfg.train.resume) if cfg.train.resume else None
         if not world.first:
+            logging.getLogger("train.data").setLevel(logging.ERROR)  # said once is enough
             world.wait()  # the first rank fills the data cache
         parts = build(cfg, output if world.first else None, world.device)
         if world.first:
@@ -57,7 +59,9 @@ class Trainer:
         self.in_draft[self.draft_ids] = True
         self.blank = copy.deepcopy(parts.head)  # keeps the map and shapes where ZeRO splits the weights
         t = cfg.train
-        module = UnrolledHead(parts.head.to(world.device), t.ttt_steps, t.ttt_decay, cfg.loss, t.dtype == "bf16")
+        module = UnrolledHead(
+            parts.head.to(world.device), t.ttt_steps, t.ttt_decay, cfg.loss, t.dtype == "bf16"
+        )
         self.module = module
         self.engine = Engine(module, cfg, world)
         self.global_batch = world.size * t.batch_size * t.grad_accum
@@ -113,7 +117,8 @@ class Trainer:
                     f"rows {[row for _, row in places]} hold token ids outside the target's vocabulary of "
                     f"{self.parts.target.vocab_size}; the data was made with another tokenizer"
                 )
-            batches.append((batch, plan_unroll(batch["loss_mask"], steps), places))
+            mask = batch["attention_mask" if self.cfg.loss.tokens == "all" else "loss_mask"]
+            batches.append((batch, plan_unroll(mask, steps), places))
         totals = self.world.sum(torch.stack([plan.counts for _, plan, _ in batches]).sum(0))
         totals = totals.to(self.world.device, torch.float32)
         times[0] += time.perf_counter() - began
@@ -240,7 +245,9 @@ class Trainer:
             atomic_write_text(self.output / "summary.json", json.dumps(summary, indent=2) + "\n")
             if self.evaluations:
                 first, final = self.evaluations[0]["tau"], self.evaluations[-1]["tau"]
-                self.progress.note(f"acceptance length on held-out prompts: {first:.2f} before, {final:.2f} after")
+                self.progress.note(
+                    f"acceptance length on held-out prompts: {first:.2f} before, {final:.2f} after"
+                )
             self.progress.note(f"{self.step} steps in {clock(self.elapsed())}; head: {self.output / 'head'}")
         self.world.wait()
         return 0
@@ -284,7 +291,9 @@ class Trainer:
                 result = acceptance(target, fit, self.parts.prompts, self.cfg.eval)
             self.evaluations.append({"step": self.step, **result})
             depths = " ".join(f"{a:.2f}" for a in result["acceptance_by_depth"])
-            self.progress.note(f"held-out at step {self.step}: tau {result['tau']:.3f}, acceptance by depth {depths}")
+            self.progress.note(
+                f"held-out at step {self.step}: tau {result['tau']:.3f}, acceptance by depth {depths}"
+            )
         if self.step == 0:
             self.world.wait()
             return None

@@ -44,7 +44,9 @@ def build(cfg: HeadTrainConfig, output: Path | None, device: torch.device) -> Pa
     tokenizer = load_tokenizer(cfg.model.base)
     data = load_dataset_for(cfg.data, tokenizer, split="train", out_dir=output)
     target = Target.from_pretrained(cfg.model.base, dtype=cfg.model.dtype, device=device)
-    held_out = load_dataset_for(cfg.data, tokenizer, split="eval", out_dir=output) if cfg.eval.num_prompts else None
+    held_out = (
+        load_dataset_for(cfg.data, tokenizer, split="eval", out_dir=output) if cfg.eval.num_prompts else None
+    )
     room = target.max_positions - cfg.eval.max_new_tokens
     if room < 1:
         raise EagleError(f"eval.max_new_tokens={cfg.eval.max_new_tokens} leaves no room for a prompt; lower it")
@@ -84,13 +86,17 @@ def build(cfg: HeadTrainConfig, output: Path | None, device: torch.device) -> Pa
     return Parts(target, head, data, prompts, vocabulary, provenance, identity, pad_id)
 
 
-def _fresh(cfg: HeadTrainConfig, target: Target, counts: np.ndarray, always: list[int]) -> tuple[Eagle3Head, dict]:
+def _fresh(
+    cfg: HeadTrainConfig, target: Target, counts: np.ndarray, always: list[int]
+) -> tuple[Eagle3Head, dict]:
     V, m = target.vocab_size, cfg.model
     size = m.draft_vocab_size or min(32000, max(V // 2, 1))
     if size > V:
         raise EagleError(f"model.draft_vocab_size={size} exceeds the target's vocabulary of {V}; lower it")
     if size < len(always):
-        raise EagleError(f"model.draft_vocab_size={size} cannot hold the {len(always)} special tokens; raise it")
+        raise EagleError(
+            f"model.draft_vocab_size={size} cannot hold the {len(always)} special tokens; raise it"
+        )
     config = HeadConfig.for_target(
         target.config, vocab_size=V, draft_vocab_size=size, feature_layers=m.feature_layers or target.feature_layers,
         intermediate_size=m.intermediate_size, num_attention_heads=m.num_heads, num_key_value_heads=m.num_kv_heads,
@@ -120,5 +126,7 @@ def _warm(cfg: HeadTrainConfig, target: Target, counts: np.ndarray) -> tuple[Eag
              ("num_kv_heads", m.num_kv_heads, c.num_key_value_heads)]  # fmt: skip
     for name, asked, has in pairs:
         if asked is not None and tuple(np.atleast_1d(asked)) != tuple(np.atleast_1d(has)):
-            raise EagleError(f"model.{name}={asked} contradicts the head to start from, which has {has}; leave it out")
+            raise EagleError(
+                f"model.{name}={asked} contradicts the head to start from, which has {has}; leave it out"
+            )
     return head.requires_grad_(True), coverage(counts, head.draft_token_ids().cpu().numpy())

@@ -51,7 +51,9 @@ def choose_output(output: str | None, data_format: str, resume: str | None) -> P
         if path.exists() and not path.is_dir():
             raise EagleError(f"--output {path} is a file; name a folder")
         if resume is None and holds_run(path):
-            raise EagleError(f"{path} already holds a run; continue it with --resume, or choose another --output")
+            raise EagleError(
+                f"{path} already holds a run; continue it with --resume, or choose another --output"
+            )
         return path
     base = Path("runs") / f"head-{data_format}"
     names = [base, *(base.with_name(f"{base.name}-{n}") for n in range(2, 1000))]
@@ -125,7 +127,9 @@ def find_checkpoint(output: Path, resume: str) -> TrainState | None:
         if STEP_NAME.fullmatch(path.name):
             return load_checkpoint(path)
         if not checkpoints(path):
-            raise EagleError(f"--resume {path}: no checkpoint there; give a run folder or one of its step-N folders")
+            raise EagleError(
+                f"--resume {path}: no checkpoint there; give a run folder or one of its step-N folders"
+            )
         output = path
     folder = output / "checkpoints"
     for stale in list(folder.glob(".step-*")) if folder.is_dir() else []:

@@ -1,0 +1,35 @@
+"""One thread, no network, and the tiny models that the engine's tests share."""
+
+import os
+import sys
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import pytest
+import torch
+
+torch.set_num_threads(1)
+# importlib mode adds no test folder to the path; engine_helpers lives in eagle/
+sys.path.append(str(Path(__file__).parent / "eagle"))
+
+
+@pytest.fixture(scope="session")
+def targets():
+    """targets(name) -> a tiny random Target of that family, made once."""
+    from engine_helpers import make_target
+
+    made = {}
+
+    def get(name):
+        if name not in made:
+            made[name] = make_target(name)
+        return made[name]
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def llama(targets):
+    return targets("llama")

@@ -1,0 +1,156 @@
+"""Tiny random models, prompts, and drafters that are always right or always wrong."""
+
+import random
+
+import torch
+from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
+
+from eagle.head import Eagle3Head, HeadConfig
+from eagle.model import EaModel
+from eagle.target import Target
+from eagle.tree import DraftTree, TreeShape, ancestors
+
+VOCAB = 128
+FAMILIES = ("llama", "qwen2", "qwen3", "mistral", "gemma2")
+BASE = dict(
+    vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4,
+    num_key_value_heads=2, head_dim=8, max_position_embeddings=256, initializer_range=0.3,
+    eos_token_id=None, bos_token_id=None, pad_token_id=0,
+)  # fmt: skip
+
+
+def make_config(name, **changes):
+    values = {**BASE, **changes}
+    if name == "llama":
+        return LlamaConfig(**values)
+    if name == "qwen2":
+        values.pop("head_dim")
+        return Qwen2Config(**values)
+    if name == "qwen3":
+        return Qwen3Config(**values)
+    if name == "mistral":
+        return MistralConfig(**{"sliding_window": 7, **values})
+    if name == "gemma2":
+        extra = dict(
+            sliding_window=6, query_pre_attn_scalar=8, attn_logit_softcapping=2.0, final_logit_softcapping=5.0,
+            tie_word_embeddings=False,
+        )  # fmt: skip
+        return Gemma2Config(**{**extra, **values})
+    raise KeyError(name)
+
+
+def make_model(config, seed=0):
+    torch.manual_seed(seed)
+    return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+
+
+def make_target(name, seed=0, **changes):
+    return Target(make_model(make_config(name, **changes), seed), name=f"tiny-{name}")
+
+
+def make_head(target, draft_vocab=48, seed=0, scale=0.3):
+    """A random head; a wide initialisation makes it propose varied tokens."""
+    torch.manual_seed(seed)
+    config = HeadConfig.for_target(
+        target.config, draft_vocab_size=min(draft_vocab, target.vocab_size), num_attention_heads=4, num_key_value_heads=2
+    )
+    head = Eagle3Head(config)
+    for weight in head.parameters():
+        if weight.ndim > 1:
+            torch.nn.init.normal_(weight, std=scale)
+    head.set_draft_vocab(torch.randperm(target.vocab_size)[:draft_vocab])
+    return head.eval()
+
+
+def head_model(target, tree="16,4,4", **head):
+    return EaModel(target, make_head(target, **head), tree)
+
+
+def make_prompts(lengths=(9, 3, 14, 1, 6), vocab=VOCAB, seed=0):
+    rng = random.Random(seed)
+    return [[rng.randrange(vocab) for _ in range(n)] for n in lengths]
+
+
+def padded(prompts, side, pad=0):
+    """prompts -> ids and mask [B, T], padded on one side (or on "both")."""
+    width = max(map(len, prompts)) + (2 if side == "both" else 0)
+    ids = torch.full((len(prompts), width), pad)
+    mask = torch.zeros(len(prompts), width, dtype=torch.int64)
+    for row, prompt in enumerate(prompts):
+        start = {"left": width - len(prompt), "right": 0, "both": 1}[side]
+        ids[row, start : start + len(prompt)] = torch.tensor(prompt)
+        mask[row, start : start + len(prompt)] = 1
+    return ids, mask
+
+
+def make_tree(rows, levels):
+    """rows: one list of (token, parent) a row, node 0 first -> a DraftTree."""
+    tokens = torch.tensor([[t for t, _ in row] for row in rows])
+    parents = torch.tensor([[p for _, p in row] for row in rows])
+    depth = torch.zeros_like(parents)
+    for n in range(1, parents.shape[1]):
+        depth[:, n] = depth.gather(1, parents[:, n : n + 1])[:, 0] + 1
+    return DraftTree(tokens, parents, depth, ancestors(parents, levels), -depth.float())
+
+
+class ScriptedDrafter:
+    """Knows every row's plain output. right: the tree holds it as far as it reaches, among distractors that
+    come before it; otherwise no child of the root is the target's choice."""
+
+    def __init__(self, answers, right, shape, vocab=VOCAB):
+        self.answers, self.right, self.shape, self.vocab = answers, right, TreeShape.parse(shape), vocab
+
+    def begin(self, rows, capacity):
+        assert rows == len(self.answers)
+        self.known = None
+
+    def ingest(self, features, tokens, counts, host_counts):
+        assert counts.tolist() == host_counts and features.shape[:2] == tokens.shape
+        if self.known is None:
+            self.known = [1] * len(host_counts)  # the prompt's pass decided one token
+        else:
+            self.known = [k + c for k, c in zip(self.known, host_counts, strict=True)]
+
+    def expand(self, root):
+        rows = []
+        for answer, known, first in zip(self.answers, self.known, root.tolist(), strict=True):
+            truth = answer[known:] + [0] * self.shape.levels
+            nodes, tip, reach = [(first, 0)], 0, 0
+            spare = self.shape.num_nodes - 1 - self.shape.levels
+            while len(nodes) < self.shape.num_nodes:
+                token = truth[reach] if reach < self.shape.levels else None
+                if spare > 0:  # a wrong sibling in front of the right one
+                    spare -= 1
+                    parent = tip if self.right and token is not None else 0
+                    taken = {t for t, p in nodes[1:] if p == parent} | {token, truth[0]}
+                    nodes.append((next(t for t in range(self.vocab) if t not in taken), parent))
+                if token is None:
+                    continue
+                if self.right or tip:
+                    nodes.append((token, tip))
+                else:
+                    taken = {t for t, p in nodes[1:] if p == 0} | {truth[0]}
+                    nodes.append((next(t for t in range(self.vocab) if t not in taken), 0))
+                tip, reach = len(nodes) - 1, reach + 1
+            rows.append(nodes)
+        return make_tree(rows, self.shape.levels)
+
+
+def new_tokens(result):
+    return [row.tokens for row in result.rows]
+
+
+def plain(target, prompts, **options):
+    """The rows' tokens by our own plain decoding."""
+    return new_tokens(EaModel(target).generate(prompts, draft=False, **options))
+
+
+def stock_greedy(target, prompt, max_new_tokens, **options):
+    """transformers' own greedy continuation of one prompt."""
+    ids = torch.tensor([prompt])
+    with target.stock() as model, torch.no_grad():
+        out = model.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_new_tokens, do_sample=False,
+            pad_token_id=0, **options,
+        )  # fmt: skip
+    return out[0, len(prompt) :].tolist()

@@ -1,0 +1,168 @@
+"""What is committed is what a fresh prefill writes; what is not committed can hold anything."""
+
+import pytest
+import torch
+from engine_helpers import ScriptedDrafter, head_model, make_prompts, make_target, new_tokens, plain
+
+from eagle.cache import StaticKVCache
+from eagle.errors import EagleError
+from eagle.model import EaModel
+
+
+def fresh(target, tokens):
+    """The cache of a prompt's pass over `tokens`: [L, 2, H, T, D]."""
+    cache = target.new_cache(1, len(tokens))
+    ids = torch.tensor([tokens])
+    target.prefill(ids, torch.tensor([len(tokens)]), [len(tokens)], cache, features=False)
+    return cache.buffer[:, :, 0]
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma2"])
+def test_committed_slots_equal_a_fresh_prefill_after_50_cycles(targets, family):
+    target = targets(family)
+    prompts = make_prompts((9, 3, 14))
+    new = 120
+    answers = plain(target, prompts, max_new_tokens=new)
+    # every third token wrong: branches are accepted and rejected all the time
+    mixed = [[t if (i + row) % 3 else (t + 1) % 128 for i, t in enumerate(a)] for row, a in enumerate(answers)]
+    seen = []
+    drafter = ScriptedDrafter(mixed, True, "16,4,4")
+    model = EaModel(target, drafter=drafter)
+    result = model.generate(prompts, max_new_tokens=new, on_cache=lambda cache: seen.append(cache))
+    assert new_tokens(result) == answers and len(seen) > 50
+    cache = seen[-1]
+    for row, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
+        tokens = (prompt + answer)[:-1]  # the last token is decided and never run
+        assert cache.lengths[row] == cache.host_lengths[row] == len(tokens)
+        got = cache.buffer[:, :, row, :, : len(tokens)]
+        assert torch.allclose(got, fresh(target, tokens), atol=1e-4)
+
+
+def test_heads_cache_equals_a_fresh_ingest(llama):
+    prompts = make_prompts((6, 2))
+    model = head_model(llama, "8,4,2", draft_vocab=128)
+    result = model.generate(prompts, max_new_tokens=30)
+    cache = model.drafter.cache
+    used = cache.buffer.clone()
+    for row, done in enumerate(result.rows):
+        length = cache.host_lengths[row]
+        tokens = done.prompt + done.tokens
+        assert length >= len(done.prompt)
+        ids = torch.tensor([tokens[:length]])
+        target_cache = llama.new_cache(1, length)
+        _, features = llama.prefill(ids, torch.tensor([length]), [length], target_cache, features=True)
+        model.drafter.begin(1, length)
+        model.drafter.ingest(features, torch.tensor([tokens[1 : length + 1]]), torch.tensor([length]), [length])
+        got = model.drafter.cache.buffer[:, :, 0, :, :length]
+        assert torch.allclose(used[:, :, row, :, :length], got, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma2"])
+@pytest.mark.parametrize("lengths", [(8, 8), (9, 2, 15)], ids=["even", "ragged"])
+def test_slots_past_the_length_are_never_read(targets, family, lengths):
+    target = targets(family)
+    prompts = make_prompts(lengths)
+    model = head_model(target, "16,4,4", draft_vocab=128)
+    clean = new_tokens(model.generate(prompts, max_new_tokens=40))
+
+    def poison(cache):
+        for each in [cache] + ([model.drafter.cache] if drafting else []):
+            for row, length in enumerate(each.host_lengths):
+                each.buffer[:, :, row, :, length:] = float("nan")
+
+    for drafting in (True, False):
+        assert new_tokens(model.generate(prompts, max_new_tokens=40, on_cache=poison, draft=drafting)) == clean
+    # accepted drafts must survive it too
+    drafting = False
+    scripted = EaModel(target, drafter=ScriptedDrafter(clean, True, "8,4,2"))
+    assert new_tokens(scripted.generate(prompts, max_new_tokens=40, on_cache=poison)) == clean
+
+
+@pytest.mark.parametrize("spare", [-1, 0, 1])
+@pytest.mark.parametrize("right", [True, False, None], ids=["right", "wrong", "random"])
+def test_model_limit(spare, right):
+    """The limit lies one token before, at, and one after the end of what is asked for."""
+    limit, new = 32, 12
+    target = make_target("llama", max_position_embeddings=limit)
+    prompts = make_prompts((limit - new - spare, 5))
+    room = min(new, limit - len(prompts[0]))
+    assert room == min(new, new + spare)
+    answers = plain(target, prompts, max_new_tokens=new)
+    assert [len(a) for a in answers] == [room, new]
+    model = (
+        head_model(target, "60,7,10")
+        if right is None
+        else EaModel(target, drafter=ScriptedDrafter(answers, right, "16,4,4"))
+    )
+    result = model.generate(prompts, max_new_tokens=new)
+    assert new_tokens(result) == answers
+    assert [row.finish_reason for row in result.rows] == ["length", "length"]
+    assert result.sequences.shape[1] <= limit
+
+
+def test_prompts_at_the_limit(llama):
+    target = make_target("llama", max_position_embeddings=16)
+    model = head_model(target, "60,7,10")
+    (longest,) = make_prompts((15,))
+    result = model.generate([longest], max_new_tokens=50)
+    assert len(result.rows[0].tokens) == 1 and result.rows[0].finish_reason == "length"
+    for length in (16, 17, 40):
+        with pytest.raises(EagleError, match="limit is 16.*shorten"):
+            model.generate([[1, 2], make_prompts((length,))[0]], max_new_tokens=5)
+    with pytest.raises(EagleError, match="limit is 10"):
+        model.generate([longest], max_length=10)
+    assert model.eagenerate([longest[:5]], max_length=9).shape[1] == 9
+    assert model.eagenerate([longest[:5]], max_length=99).shape[1] == 16
+
+
+def test_finished_rows_are_frozen(llama):
+    """Rows end at different cycles; afterwards their length and committed slots stay as they were."""
+    prompts = make_prompts((9, 3, 14))
+    answers = plain(llama, prompts, max_new_tokens=40)
+    eos = {answers[0][6], answers[1][17]}
+    model = head_model(llama, "16,4,4", draft_vocab=128)
+    frozen, checks = {}, 0
+    rows = None
+
+    def watch(cache):
+        nonlocal checks
+        for row, (length, kept) in frozen.items():
+            assert cache.host_lengths[row] == length == cache.lengths[row]
+            assert torch.equal(cache.buffer[:, :, row, :, :length], kept)
+            checks += 1
+        for row, state in enumerate(rows or []):
+            if state.done and row not in frozen:
+                length = cache.host_lengths[row]
+                frozen[row] = (length, cache.buffer[:, :, row, :, :length].clone())
+
+    steps, _ = model._start(prompts, max_new_tokens=40, eos_token_id=list(eos), on_cache=watch)
+    for rows in steps:  # noqa: B007 - `watch` reads it
+        pass
+    assert checks > 5
+    assert [r.tokens for r in rows] == plain(llama, prompts, max_new_tokens=40, eos_token_id=list(eos))
+
+
+def test_the_cost_of_a_pass_follows_the_context(llama):
+    """Layers are handed the live slots, never the capacity."""
+    cache = llama.new_cache(2, 1000)
+    cache.advance(torch.tensor([5, 9]), [5, 9])
+    assert cache.open(4) == 13
+    k = torch.zeros(2, 2, 4, 8)
+    keys, values = cache.update(k, k, 0)
+    assert keys.shape[2] == values.shape[2] == 13
+
+
+@pytest.mark.parametrize("lengths", [[3, 3], [2, 5]], ids=["even", "ragged"])
+def test_update_writes_each_row_at_its_own_length(lengths):
+    cache = StaticKVCache(2, 2, 3, 20, 4, torch.float32, "cpu")
+    cache.advance(torch.tensor(lengths), lengths)
+    before = torch.randn_like(cache.buffer)
+    cache.buffer.copy_(before)
+    cache.open(4, offset=2)
+    new = torch.randn(2, 3, 4, 4)
+    cache.update(new, new + 1, 1)
+    expected = before.clone()
+    for row, length in enumerate(lengths):
+        expected[1, 0, row, :, length + 2 : length + 6] = new[row]
+        expected[1, 1, row, :, length + 2 : length + 6] = new[row] + 1
+    assert torch.equal(cache.buffer, expected)

@@ -1,0 +1,231 @@
+"""Where generation ends, what the callers see on the way, and what is refused."""
+
+import pytest
+import torch
+from engine_helpers import ScriptedDrafter, head_model, make_prompts, make_target, new_tokens, padded, plain
+from transformers import (
+    LogitsProcessorList,
+    NoRepeatNGramLogitsProcessor,
+    RepetitionPenaltyLogitsProcessor,
+    TextStreamer,
+)
+
+from eagle.errors import EagleError
+from eagle.model import EaModel
+
+PROMPT = make_prompts((6,))
+
+
+@pytest.fixture(scope="module")
+def answer(llama):
+    return plain(llama, PROMPT, max_new_tokens=40)[0]
+
+
+def engines(llama, answers, tree="16,4,4"):
+    """The plain engine, a drafter that is always right, one that is always wrong, and a random head."""
+    yield EaModel(llama)
+    yield EaModel(llama, drafter=ScriptedDrafter(answers, True, tree))
+    yield EaModel(llama, drafter=ScriptedDrafter(answers, False, tree))
+    yield head_model(llama, tree)
+
+
+def first_use(answer, low):
+    """An index >= low whose token does not occur before it."""
+    return next(i for i in range(low, len(answer)) if answer[i] not in answer[:i])
+
+
+@pytest.mark.parametrize("low", [0, 1, 2, 3, 4, 5, 6, 7, 9])
+def test_eos_anywhere_in_an_accepted_path(llama, answer, low):
+    place = first_use(answer, low)
+    for model in engines(llama, [answer]):
+        draft = model.drafter is not None
+        for eos in (answer[place], [answer[place], 127 if answer[place] != 127 else 126]):
+            result = model.generate(PROMPT, max_new_tokens=40, eos_token_id=eos, draft=draft)
+            assert result.rows[0].tokens == answer[: min([place] + _places(answer, eos)) + 1]
+            assert result.rows[0].finish_reason == "eos"
+
+
+def _places(answer, eos):
+    ids = [eos] if isinstance(eos, int) else eos
+    return [i for i, t in enumerate(answer) if t in ids]
+
+
+@pytest.mark.parametrize("limit", [1, 2, 3, 5, 6, 7, 8, 12])
+def test_token_limit_anywhere_in_an_accepted_path(llama, answer, limit):
+    for model in engines(llama, [answer]):
+        result = model.generate(PROMPT, max_new_tokens=limit, draft=model.drafter is not None)
+        assert result.rows[0].tokens == answer[:limit] and result.rows[0].finish_reason == "length"
+        assert result.cycles == 0 if limit == 1 else result.cycles > 0
+
+
+def test_eos_is_taken_from_the_model(answer):
+    eos = answer[first_use(answer, 4)]
+    target = make_target("llama")
+    target.model.generation_config.eos_token_id = [eos, 127]
+    row = EaModel(target).generate(PROMPT, max_new_tokens=40, draft=False).rows[0]
+    assert row.tokens == answer[: answer.index(eos) + 1]
+    target.model.generation_config.eos_token_id = None
+    target.config.eos_token_id = eos
+    assert EaModel(target).generate(PROMPT, max_new_tokens=40, draft=False).rows[0].tokens == row.tokens
+    # none asked for explicitly
+    assert len(EaModel(target).generate(PROMPT, max_new_tokens=40, eos_token_id=[], draft=False).rows[0].tokens) == 40
+
+
+def test_batch_rows_end_apart_and_are_padded(llama):
+    prompts = make_prompts((6, 2, 9))
+    answers = plain(llama, prompts, max_new_tokens=20)
+    eos = [answers[0][0], answers[1][first_use(answers[1], 5)]]
+    expected = plain(llama, prompts, max_new_tokens=20, eos_token_id=eos)
+    assert len(expected[0]) == 1 and len({len(e) for e in expected}) == 3
+    model = head_model(llama, "16,4,4")
+    ids = model.eagenerate(prompts, max_new_tokens=20, eos_token_id=eos, pad_token_id=77)
+    for line, prompt, tokens in zip(ids.tolist(), prompts, expected, strict=True):
+        whole = prompt + tokens
+        assert line == whole + [77] * (len(line) - len(whole))
+
+
+class Letters:
+    """Token 3 -> "d" and so on; every fifth token is two letters."""
+
+    def decode(self, ids, **_):
+        return "".join(chr(97 + i % 26) + ("+" if i % 5 == 0 else "") for i in ids)
+
+
+def test_stop_strings(llama, answer):
+    text = Letters()
+    whole = text.decode(answer)
+    for stop in (whole[4:6], whole[9:13], [whole[20:22], whole[11:14]], whole[0]):
+        stops = [stop] if isinstance(stop, str) else stop
+        end = next(n for n in range(1, 41) if any(s in text.decode(answer[:n]) for s in stops))
+        for model in engines(llama, [answer]):
+            model._tokenizer = text
+            row = model.generate(PROMPT, max_new_tokens=40, stop_strings=stop, draft=model.drafter is not None).rows[0]
+            assert row.tokens == answer[:end] and row.finish_reason == "stop"
+    never = EaModel(llama, tokenizer=text).generate(PROMPT, max_new_tokens=40, stop_strings="###", draft=False)
+    assert never.rows[0].tokens == answer and never.rows[0].finish_reason == "length"
+
+
+def test_stop_strings_in_a_batch(llama):
+    prompts = make_prompts((6, 2, 9, 4))
+    text = Letters()
+    answers = plain(llama, prompts, max_new_tokens=30)
+    stop = text.decode(answers[2])[8:10]
+    model = head_model(llama, "8,4,2", draft_vocab=128)
+    model._tokenizer = text
+    fast = model.generate(prompts, max_new_tokens=30, stop_strings=stop)
+    assert [r.finish_reason for r in fast.rows].count("stop") >= 1
+    for row, answer in zip(fast.rows, answers, strict=True):
+        ends = [n for n in range(1, 31) if stop in text.decode(answer[:n])]
+        assert row.tokens == answer[: ends[0] if ends else 30]
+
+
+def test_steps_grow_and_end_at_the_whole(llama, answer):
+    for model in (head_model(llama), EaModel(llama, drafter=ScriptedDrafter([answer], True, "16,4,4"))):
+        for method, whole in ((model.ea_generate, model.eagenerate), (model.naive_generate, model.naivegenerate)):
+            steps = [s[0].tolist() for s in method(PROMPT, max_new_tokens=40)]
+            assert steps[-1] == whole(PROMPT, max_new_tokens=40)[0].tolist() == PROMPT[0] + answer
+            assert all(b[: len(a)] == a and len(b) > len(a) for a, b in zip(steps, steps[1:], strict=False))
+
+
+def test_log_and_statistics(llama, answer):
+    model = EaModel(llama, drafter=ScriptedDrafter([answer], True, "16,4,4"))
+    ids, new, cycles = model.eagenerate(PROMPT, max_new_tokens=40, log=True)
+    result = model.generate(PROMPT, max_new_tokens=40)
+    assert torch.equal(ids, result.sequences) and new == 40 == result.new_tokens
+    assert cycles == result.cycles == 7  # 39 tokens in cycles of 6
+    assert result.acceptance_by_depth == [1.0] * 5
+    assert sum(result.rows[0].accepted) == cycles
+    assert result.timings.prefill > 0 and result.timings.verify > 0
+    _, new, cycles = model.naivegenerate(PROMPT, max_new_tokens=9, log=True)
+    assert (new, cycles) == (9, 8)
+
+
+class Collect(TextStreamer):
+    def __init__(self):
+        self.got, self.ended = [], False
+
+    def put(self, value):
+        self.got += value.flatten().tolist()
+
+    def end(self):
+        assert not self.ended
+        self.ended = True
+
+
+def test_streamer(llama, answer):
+    streamer = Collect()
+    out = head_model(llama).eagenerate(PROMPT, max_new_tokens=20, streamer=streamer)
+    assert streamer.got == out[0].tolist() == PROMPT[0] + answer[:20] and streamer.ended
+    with pytest.raises(EagleError, match="streamer"):
+        head_model(llama).eagenerate(PROMPT * 2, streamer=Collect())
+
+
+@pytest.mark.parametrize("sampling", [{}, {"temperature": 1.3, "seed": 4}], ids=["greedy", "sampled"])
+def test_logits_processors(llama, sampling):
+    prompts = make_prompts((7, 3, 11))
+    processors = LogitsProcessorList([RepetitionPenaltyLogitsProcessor(1.8), NoRepeatNGramLogitsProcessor(2)])
+    options = dict(max_new_tokens=24, logits_processor=processors, **sampling)
+    slow = plain(llama, prompts, **options)
+    assert slow != plain(llama, prompts, max_new_tokens=24, **sampling)
+    for drafter in (None, ScriptedDrafter(slow, True, "16,4,4")):
+        model = head_model(llama, "16,4,4") if drafter is None else EaModel(llama, drafter=drafter)
+        result = model.generate(prompts, **options)
+        assert new_tokens(result) == slow
+    assert result.tau > 5
+    if not sampling:
+        with llama.stock() as stock:
+            for prompt, tokens in zip(prompts, slow, strict=True):
+                ids = torch.tensor([prompt])
+                out = stock.generate(
+                    ids, attention_mask=torch.ones_like(ids), max_new_tokens=24, do_sample=False,
+                    repetition_penalty=1.8, no_repeat_ngram_size=2, pad_token_id=0,
+                )  # fmt: skip
+                assert out[0, len(prompt) :].tolist() == tokens
+
+
+def test_one_prompt_in_every_form(llama):
+    model = EaModel(llama)
+    flat = [5, 9, 2]
+    expected = model.naivegenerate([flat], max_new_tokens=5)
+    ids, mask = padded([flat], "both")
+    for given in ((flat,), (torch.tensor(flat),), (torch.tensor([flat]),), ((tuple(flat),),), ([torch.tensor(flat)],),
+                  (ids, mask), (ids[0], mask[0]), (ids, mask.bool()), (ids.int(), mask.float())):  # fmt: skip
+        assert torch.equal(model.naivegenerate(*given, max_new_tokens=5), expected)
+
+
+BAD = {
+    "no prompt": ([], None, "empty; give"),
+    "no rows": (torch.zeros(0, 4, dtype=torch.int64), None, "empty; give"),
+    "empty prompt": ([[1, 2], []], None, "prompt 1 is empty"),
+    "no columns": (torch.zeros(2, 0, dtype=torch.int64), torch.zeros(2, 0), "prompt 0 is empty"),
+    "text": (["def f():"], None, "tokenize"),
+    "bare text": ("def f():", None, "tokenize"),
+    "mixed": ([[1, 2], 3], None, "tokenize"),
+    "mixed text": ([[1, 2], "x"], None, "tokenize"),
+    "floats": ([[1.0, 2.0]], None, "tokenize"),
+    "float tensor": (torch.rand(2, 3), None, "whole numbers"),
+    "three dimensions": (torch.zeros(1, 2, 3, dtype=torch.int64), None, "whole numbers"),
+    "nothing": (None, None, "token ids"),
+    "hole": (torch.ones(1, 4, dtype=torch.int64), torch.tensor([[1, 0, 1, 1]]), "holes"),
+    "two holes": (torch.ones(1, 6, dtype=torch.int64), torch.tensor([[0, 1, 0, 1, 1, 0]]), "holes"),
+    "all masked": (torch.ones(2, 4, dtype=torch.int64), torch.tensor([[1] * 4, [0] * 4]), "prompt 1 is empty"),
+    "other shape": (torch.ones(2, 4, dtype=torch.int64), torch.ones(2, 5), "does not fit"),
+    "mask with lists": ([[1, 2]], torch.ones(1, 2), "padding"),
+    "too high": ([[1, 128]], None, "outside 0 … 127"),
+    "negative": ([[1, -1]], None, "outside"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_prompts_are_refused(llama, name):
+    ids, mask, message = BAD[name]
+    with pytest.raises(EagleError, match=message):
+        EaModel(llama).naivegenerate(ids, mask)
+
+
+@pytest.mark.parametrize(
+    "options", [dict(max_new_tokens=0), dict(max_new_tokens=-3), dict(max_new_tokens=2.5), dict(max_length=0)], ids=str
+)
+def test_bad_limits_are_refused(llama, options):
+    with pytest.raises(EagleError, match=next(iter(options))):
+        EaModel(llama).naivegenerate(PROMPT, **options)
