@@ -201,8 +201,8 @@ def require_fit(path: Path, config: HeadConfig, target: Target) -> None:
     for what, ours, theirs in pairs:
         if ours != theirs:
             raise EagleError(
-                f"the head {path} does not belong to {target.name}: its {what} is {ours}, the target's is {theirs}; "
-                "use a head trained for this target"
+                f"the head {path} does not belong to {target.name}: its {what} is {ours}, "
+                f"the target's is {theirs}; use a head trained for this target"
             )
     L = len(target.layers)
     if any(not 0 <= i <= L for i in config.feature_layers):

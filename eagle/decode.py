@@ -31,8 +31,9 @@ class Stopping:
     max_length: int | None = None
 
     def __post_init__(self) -> None:
-        if self.max_new_tokens < 1:
-            raise EagleError(f"max_new_tokens must be at least 1, not {self.max_new_tokens}")
+        for name, value in (("max_new_tokens", self.max_new_tokens), ("max_length", self.max_length)):
+            if not (isinstance(value, int) and value >= 1) and not (name == "max_length" and value is None):
+                raise EagleError(f"{name} must be a whole number of at least 1, not {value}")
 
 
 @dataclass

@@ -210,7 +210,7 @@ class Eagle3Head(nn.Module):
             c = self.config
             rope = {"rope_type": "default", **(c.rope_scaling or {}), "rope_theta": c.rope_theta}
             llama = LlamaConfig(
-                hidden_size=c.hidden_size, num_attention_heads=c.num_attention_heads, head_dim=c.head_dim,
+                hidden_size=c.head_dim, num_attention_heads=1, head_dim=c.head_dim,
                 max_position_embeddings=c.max_position_embeddings, rope_parameters=rope,
             )  # fmt: skip
             # outside of the module tree: it holds nothing that a checkpoint should have

@@ -96,7 +96,7 @@ class EaModel:
 
         total_token, depth, top_k: the draft tree, upstream's meaning (total_token counts the root). They
         default to 60, 7, 10, and to 16, 4, 4 for the embedded model, where the smaller tree is faster.
-        dtype "auto" is the checkpoint's. Further arguments go to transformers' `from_pretrained`.
+        dtype "auto" is the checkpoint's (float32 where a CPU would emulate bf16). Further arguments go to transformers' `from_pretrained`.
 
         A base model without ea_model_path generates plainly. Raises EagleError when the files cannot be
         read, or the head does not fit the target.
@@ -273,6 +273,8 @@ def load_tokenizer(name: str):
 
 def read_prompts(input_ids, attention_mask, vocab_size: int) -> list[list[int]]:
     """[B, T] with a mask, or a list of lists, or one list -> token lists without padding."""
+    if input_ids is None or isinstance(input_ids, int):
+        raise EagleError(f"input_ids must be token ids [B, T] or a list of lists, not {input_ids!r}")
     if isinstance(input_ids, torch.Tensor):
         if input_ids.ndim == 1:
             input_ids = input_ids[None]
@@ -285,9 +287,9 @@ def read_prompts(input_ids, attention_mask, vocab_size: int) -> list[list[int]]:
             mask = mask[None] if mask.ndim == 1 else mask
             if mask.shape != input_ids.shape:
                 raise EagleError(f"attention_mask {list(mask.shape)} does not fit input_ids {list(input_ids.shape)}")
-            if ((mask[:, 1:] != mask[:, :-1]).sum(1) > 2).any() or (
-                mask[:, 0] & mask[:, -1] & ~mask.all(1)
-            ).any():
+            # with a False put in front, one run of tokens begins once
+            begins = mask & ~torch.cat([torch.zeros_like(mask[:, :1]), mask[:, :-1]], dim=1)
+            if (begins.sum(1) > 1).any():
                 raise EagleError("attention_mask has holes; padding may stand before or after a row's tokens only")
             prompts = [row[keep].tolist() for row, keep in zip(input_ids, mask, strict=True)]
     else:

@@ -47,12 +47,14 @@ def row_seeds(seed: int | Sequence[int] | None, rows: int) -> list[int]:
     if seed is None:
         seed = int(torch.randint(0, 2**62, ()).item())
     if isinstance(seed, int) and not isinstance(seed, bool):
-        return [seed + row for row in range(rows)]
+        seed = range(seed, seed + rows)
     seeds = list(seed) if isinstance(seed, Sequence) and not isinstance(seed, str) else None
     if seeds is None or any(not isinstance(s, int) for s in seeds):
         raise EagleError(f"seed must be an int or one int a row, not {seed!r}")
     if len(seeds) != rows:
         raise EagleError(f"{len(seeds)} seeds were given for {rows} rows; give one int, or one a row")
+    if any(not -(2**63) <= s < 2**63 for s in seeds):
+        raise EagleError(f"seed must fit in 64 bits, signed; {seeds} does not")
     return seeds
 
 

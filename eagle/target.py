@@ -7,6 +7,7 @@ B rows, N queries, T tokens, F features (3 x hidden), V vocabulary.
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -41,6 +42,15 @@ def resolve_dtype(dtype: str | torch.dtype) -> torch.dtype | str:
     return names[dtype]
 
 
+def fast_bf16(device: torch.device) -> bool:
+    """Does the device multiply bf16 natively? x86 CPUs without AVX512-BF16 or AMX emulate it, slowly."""
+    if device.type != "cpu":
+        return True
+    probes = [getattr(torch.cpu, n, None) for n in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")]
+    probes = [probe for probe in probes if probe is not None]
+    return not probes or platform.machine() not in ("x86_64", "AMD64") or any(probe() for probe in probes)
+
+
 class Target:
     """Wraps a loaded model; `forward` runs a tree or a prompt over a `StaticKVCache`."""
 
@@ -72,7 +82,10 @@ class Target:
         feature_layers: tuple[int, ...] | None = None,
         **hf_kwargs,
     ) -> Target:
-        """Load a model folder or hub id; no path means the embedded model."""
+        """Load a model folder or hub id; no path means the embedded model.
+
+        dtype "auto" is the checkpoint's, but float32 for a bf16 one on a CPU that would emulate bf16.
+        """
         from transformers import AutoModelForCausalLM
 
         device = resolve_device(device)
@@ -97,7 +110,8 @@ class Target:
             except (OSError, ValueError) as error:
                 raise EagleError(f"cannot load the adapter {adapter_path!r}: {error}") from error
         if "device_map" not in hf_kwargs and not getattr(model, "is_quantized", False):
-            model = model.to(device)
+            slow = dtype == "auto" and model.dtype == torch.bfloat16 and not fast_bf16(device)
+            model = model.to(device=device, dtype=torch.float32 if slow else None)
         return cls(model, name="embedded" if path is None else str(path), feature_layers=feature_layers)
 
     @property

@@ -173,7 +173,7 @@ def measure(model, ids: list[list[int]], sizes, engines, options: dict, repeats:
             runs += found.values()
             if "eagle" in found:
                 others = [e for e in ("hf", "vanilla") if e in found and (greedy or e == "vanilla")]
-                report = compare(model, ids, found["eagle"], [found[e] for e in others], options, greedy)
+                report = compare(model, ids, found["eagle"], [found[e] for e in others], options)
                 identical[str(size)] = report.pop("identical")
                 divergences[str(size)] = report
     by_key = {(r.engine, r.batch_size): r for r in runs}
@@ -282,41 +282,43 @@ def synchronise(model) -> None:
         torch.cuda.synchronize(model.target.device)
 
 
-def compare(model, prompts, eagle: Run, others: list[Run], options: dict, greedy: bool) -> dict:
+def compare(model, prompts, eagle: Run, others: list[Run], options: dict) -> dict:
     """Are the tokens equal? In bf16/fp16 a first divergence may be a near tie, judged by replay."""
     import torch
 
     exact = model.target.dtype == torch.float32
     counts = {"rows": 0, "near_ties": 0, "real": 0}
     for other in others:
-        for prompt, ours, theirs in zip(prompts, eagle.outputs, other.outputs, strict=True):
+        triples = zip(prompts, eagle.outputs, other.outputs, strict=True)
+        for number, (prompt, ours, theirs) in enumerate(triples):
             if ours == theirs:
                 continue
             counts["rows"] += 1
             place = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), None)
-            near = not exact and greedy and place is not None and near_tie(
-                model, prompt + ours[:place], ours[place], theirs[place]
+            seed = options["seed"] + number % eagle.batch_size
+            near = not exact and place is not None and near_tie(
+                model, prompt + ours[:place], ours[place], theirs[place], options, seed
             )  # fmt: skip
             counts["near_ties" if near else "real"] += 1
     return {"identical": counts["real"] == 0, **counts}
 
 
-def near_tie(model, prefix: list[int], ours: int, theirs: int) -> bool:
+def near_tie(model, prefix: list[int], ours: int, theirs: int, options: dict, seed: int) -> bool:
     """Replay the prefix without speculation: is the gap between the two tokens within rounding?
 
-    The prefix is run whole, token by token at its end, and as a chain of as many nodes as the tree
-    has. The noise is the largest difference of any logit among these three, at least one unit in the
-    last place of the dtype at the top logit. A near tie: the two tokens' gap is inside the noise, and no
-    other token is better than both by more than it.
+    The prefix is run whole, token by token at its end, and as a chain of as many nodes as the tree has.
+    The noise is the largest difference of any score among these three, at least one unit in the last
+    place of the dtype at the top score. A near tie: the two tokens' gap is inside the noise, and no
+    other token is better than both by more than it. Scores are logits, or when sampling what the choice
+    is made from: processed logits plus the position's noise.
     """
     import torch
+    from kernels.choose import gumbel_noise, process_logits
 
-    target = model.target
+    target, temperature = model.target, options["temperature"]
     nodes = min(model.drafter.shape.num_nodes if model.drafter else 2, len(prefix) - 1)
-    logits = []
-    for tail in (0, 1, nodes):
-        if tail >= len(prefix):
-            continue
+    replays = []
+    for tail in sorted({0, min(1, nodes), nodes}):
         cache = target.new_cache(1, len(prefix) + 1)
         body = torch.tensor([prefix[: len(prefix) - tail]], device=target.device)
         length = torch.tensor([body.shape[1]], device=target.device)
@@ -326,12 +328,21 @@ def near_tie(model, prefix: list[int], ours: int, theirs: int) -> bool:
             depth = torch.arange(tail, device=target.device)[None]
             mask = torch.ones(1, tail, tail, dtype=torch.bool, device=target.device).tril()
             out, _ = target.verify_tree(chain, depth, mask, cache, features=False)
-        logits.append(out[0, -1].float())
-    stack = torch.stack(logits)
-    top = stack.max().item()
-    ulp = abs(top) * torch.finfo(target.dtype).eps
-    noise = max((stack.amax(0) - stack.amin(0)).max().item(), ulp)
-    base = stack[0]
+        replays.append(out[0, -1].float())
+    scores = torch.stack(replays)  # [replays, V]
+    ulp = scores.abs().max().item() * torch.finfo(target.dtype).eps
+    noise = max((scores.amax(0) - scores.amin(0)).max().item(), ulp)
+    if temperature > 0.0:
+        noise /= temperature
+        position = torch.tensor([[len(prefix)]], device=target.device)
+        seeds = torch.tensor([seed], device=target.device)
+        cuts = {k: options[k] for k in ("top_k", "top_p")}
+        scores = process_logits(scores, temperature, **cuts) + gumbel_noise(seeds, position, scores.shape[1])[0]
+    picks = set(scores.argmax(-1).tolist())
+    if {ours, theirs} <= picks:
+        return True
+    scores = scores.clamp_min(-1e9)  # what top-k and top-p cut off in one replay may stay in another
+    base = scores[0]
     gap = abs(base[ours] - base[theirs]).item()
     behind = (base.max() - torch.maximum(base[ours], base[theirs])).item()
     return gap <= noise and behind <= noise

@@ -86,8 +86,12 @@ def generate(
 
 def load_model(base, head, adapter, tree, dtype, device):
     """The EaModel that the command line asks for."""
+    from transformers.utils import logging
+
     from eagle import EaModel, TreeShape
 
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
     shape = TreeShape.parse(tree) if tree else None
     return EaModel.from_pretrained(
         base, head, adapter_path=adapter, dtype=dtype, device=device,

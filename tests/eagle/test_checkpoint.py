@@ -41,8 +41,8 @@ SHAPES = {
 def tiny_target(seed=0, hidden=H, vocab=V, layers=5):
     torch.manual_seed(seed)
     config = LlamaConfig(
-        vocab_size=vocab, hidden_size=hidden, intermediate_size=I, num_hidden_layers=layers, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=HD, max_position_embeddings=64,
+        vocab_size=vocab, hidden_size=hidden, intermediate_size=I, num_hidden_layers=layers,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=HD, max_position_embeddings=64,
     )  # fmt: skip
     return Target(LlamaForCausalLM(config), name=f"tiny-{seed}")
 

@@ -129,10 +129,10 @@ def test_steps_grow_and_end_at_the_whole(llama, answer):
 
 def test_log_and_statistics(llama, answer):
     model = EaModel(llama, drafter=ScriptedDrafter([answer], True, "16,4,4"))
-    ids, new, cycles = model.eagenerate(PROMPT, max_new_tokens=40, log=True)
-    result = model.generate(PROMPT, max_new_tokens=40)
-    assert torch.equal(ids, result.sequences) and new == 40 == result.new_tokens
-    assert cycles == result.cycles == 7  # 39 tokens in cycles of 6
+    ids, new, cycles = model.eagenerate(PROMPT, max_new_tokens=37, log=True)
+    result = model.generate(PROMPT, max_new_tokens=37)
+    assert torch.equal(ids, result.sequences) and new == 37 == result.new_tokens
+    assert cycles == result.cycles == 6  # of 6 tokens each, after the first token
     assert result.acceptance_by_depth == [1.0] * 5
     assert sum(result.rows[0].accepted) == cycles
     assert result.timings.prefill > 0 and result.timings.verify > 0

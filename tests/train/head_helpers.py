@@ -48,8 +48,8 @@ def config(base, data, output, **train):
     return HeadTrainConfig.model_validate(
         {
             "model": {"base": str(base), "draft_vocab_size": 128, "dtype": "float32", **sections["model"]},
-            "data": {"format": "fim", "path": str(data), "cache_dir": str(data.parent / "cache"), "max_length": 96,
-                     "heldout_fraction": 0.1, **sections["data_more"]},
+            "data": {"format": "fim", "path": str(data), "max_length": 96,
+                     "cache_dir": str(data.parent / "cache"), "heldout_fraction": 0.1, **sections["data_more"]},
             "train": {"output": str(output), **train},
             "loss": sections["loss"],
             "eval": {"num_prompts": 0, "max_new_tokens": 8, "tree": "8,3,2", **sections["eval"]},

@@ -162,8 +162,9 @@ def test_metrics_of_a_known_chain():
     # two starts: both right at depth 0, one of them at depth 1; a third target is outside the vocabulary
     sums = torch.zeros(2, len(COLUMNS))
     column = {name: i for i, name in enumerate(COLUMNS)}
-    for depth, values in enumerate([{"targets": 4, "known": 3, "right": 2, "asked": 4, "held": 2},
-                                    {"targets": 4, "known": 4, "right": 1, "asked": 2, "held": 1}]):  # fmt: skip
+    first = {"targets": 4, "known": 3, "right": 2, "asked": 4, "held": 2}
+    second = {"targets": 4, "known": 4, "right": 1, "asked": 2, "held": 1}
+    for depth, values in enumerate([first, second]):
         for name, value in values.items():
             sums[depth, column[name]] = value
     m = depth_metrics(sums, 0.8)

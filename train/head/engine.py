@@ -126,7 +126,8 @@ class Engine:
             for key in ("exp_avg", "exp_avg_sq"):
                 if f"{name}/{key}" not in state:
                     raise EagleError(
-                        f"the checkpoint has no {key} for {name}: it was written by another optimizer; start a new run"
+                        f"the checkpoint has no {key} for {name}: it was written by another "
+                        "optimizer; start a new run"
                     )
                 safe_set_full_optimizer_state(p, state[f"{name}/{key}"].to(self.world.device), key)
             steps = float(state[f"{name}/{STEP}"])

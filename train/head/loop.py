@@ -27,7 +27,7 @@ from train.head import state as disk
 from train.head.distributed import World
 from train.head.engine import Engine
 from train.head.evaluate import acceptance
-from train.head.metrics import COLUMNS, MetricsLog, Progress, clock, depth_metrics, rounded
+from train.head.metrics import COLUMNS, MetricsLog, Progress, clock, depth_metrics
 from train.head.order import RowOrder, share_of
 from train.head.schedule import Schedule
 from train.head.setup import Parts, build
@@ -107,7 +107,7 @@ class Trainer:
         return self.parts.data[row]
 
     def _batches(self, start: int, times: list[float]):
-        """This rank's micro-batches of the step that begins at row `start`, and [S] targets of the whole step."""
+        """This rank's micro-batches of the step from row `start` on, and the whole step's [S] targets."""
         began = time.perf_counter()
         steps, batches = self.cfg.train.ttt_steps, []
         for places in self._rows(start):
@@ -171,15 +171,16 @@ class Trainer:
             "tokens": tokens,
             "tokens_per_second": tokens / seconds,
             "steps_per_second": 1 / seconds,
-            "seconds": dict(zip(PHASES, (rounded(s) for s in times))),
+            "seconds": dict(zip(PHASES, times, strict=True)),
         }
 
     def _require_finite(self, value: float, places: list[tuple[int, int]]) -> None:
         if self.world.max([0.0 if math.isfinite(value) else 1.0])[0]:
             rows = [row for _, row in places]
             raise EagleError(
-                f"the loss or gradient is {value} at step {self.step + 1}, rows {rows} on rank {self.world.rank}; lower "
-                "train.lr or look at those rows with train.inspect; the last checkpoint is whole"
+                f"the loss or gradient is {value} at step {self.step + 1}, "
+                f"rows {rows} on rank {self.world.rank}; "
+                "lower train.lr or look at those rows with train.inspect; the last checkpoint is whole"
             )
 
     # the run
@@ -313,7 +314,7 @@ class Trainer:
             info = {
                 "step": self.step, "rows_seen": self.rows_seen, "elapsed": self.elapsed(),
                 "evaluations": self.evaluations, "identity": self.parts.identity, "rng": rest,
-                "world": {"size": self.world.size, "zero": self.cfg.train.zero, "global_batch": self.global_batch},
+                "world": {"size": self.world.size, "global_batch": self.global_batch},
                 "config": self.cfg.model_dump(mode="json"),
             }  # fmt: skip
             loss = self.row.get("loss")

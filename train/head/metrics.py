@@ -51,6 +51,8 @@ def rounded(value):
     """Six significant digits: enough to plot, short enough to read. The loss itself is never rounded."""
     if isinstance(value, float):
         return float(f"{value:.6g}")
+    if isinstance(value, dict):
+        return {k: rounded(v) for k, v in value.items()}
     if isinstance(value, list):
         return [rounded(v) for v in value]
     return value

@@ -53,7 +53,8 @@ def build(cfg: HeadTrainConfig, output: Path | None, device: torch.device) -> Pa
     prompts = heldout_prompts(held_out, cfg.eval.num_prompts, room) if held_out else []
     if cfg.data.max_length > target.max_positions:
         raise EagleError(
-            f"data.max_length={cfg.data.max_length} exceeds the {target.max_positions} positions of {target.name}; lower it"
+            f"data.max_length={cfg.data.max_length} exceeds the {target.max_positions} positions of "
+            f"{target.name}; lower it"
         )
     counts = data.token_counts(target.vocab_size)
     seed_everything(cfg.train.seed)
@@ -98,8 +99,9 @@ def _fresh(
             f"model.draft_vocab_size={size} cannot hold the {len(always)} special tokens; raise it"
         )
     config = HeadConfig.for_target(
-        target.config, vocab_size=V, draft_vocab_size=size, feature_layers=m.feature_layers or target.feature_layers,
-        intermediate_size=m.intermediate_size, num_attention_heads=m.num_heads, num_key_value_heads=m.num_kv_heads,
+        target.config, vocab_size=V, draft_vocab_size=size, intermediate_size=m.intermediate_size,
+        feature_layers=m.feature_layers or target.feature_layers,
+        num_attention_heads=m.num_heads, num_key_value_heads=m.num_kv_heads,
     )  # fmt: skip
     head = Eagle3Head(config)
     for name, p in head.named_parameters():

@@ -43,7 +43,7 @@ class TrainState:
 
 
 def choose_output(output: str | None, data_format: str, resume: str | None) -> Path:
-    """The run's folder. Without a name: `runs/head-FORMAT`, numbered when it is taken; resuming takes the last."""
+    """The run's folder. Without a name: `runs/head-FORMAT`, numbered when taken; resuming takes the last."""
     if resume not in (None, "auto"):
         return Path(output) if output else _run_of(Path(resume))
     if output is not None:
@@ -179,8 +179,8 @@ def require_same_run(state: TrainState, identity: dict) -> None:
     if changed:
         key = changed[0]
         raise EagleError(
-            f"{state.path} belongs to a run with {key}={before.get(key)!r}, this one has {identity[key]!r}; resume with "
-            "the settings of that run, or start a new one with another --output"
+            f"{state.path} belongs to a run with {key}={before.get(key)!r}, this one has {identity[key]!r}; "
+            "resume with the settings of that run, or start a new one with another --output"
         )
 
 
