@@ -36,7 +36,6 @@ setup(
         "pydantic>=2.7",
         "omegaconf>=2.3",
         "rich>=13",
-        "ninja",  # deepspeed builds its CPU communication op at first use
     ],
     extras_require={
         "flash": ["flash-attn>=2.8"],

@@ -12,11 +12,12 @@ from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
-from kernels.tree_attention import attend, attention_bias, fold, reachable
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 from transformers.models.gemma2.modeling_gemma2 import eager_attention_forward
+
+from kernels.tree_attention import attend, attention_bias, fold, reachable
 
 NAME = "eagle_tree"
 
@@ -53,6 +54,10 @@ class TreeContext:
                     visible = visible.triu(-(window - 1))
                 bias = torch.zeros(1, 1, T, T, dtype=dtype, device=self.lengths.device)
                 bias.masked_fill_(~visible, float("-inf"))
+            elif self.row_ends is None and window is None:  # the tree's columns stand behind a free prefix
+                tree = torch.zeros(self.mask.shape, dtype=dtype, device=self.mask.device)
+                tree.masked_fill_(~self.mask, float("-inf"))
+                bias = F.pad(tree, (self.live - self.mask.shape[2], 0)).unsqueeze(1)
             else:
                 bias = attention_bias(
                     self.lengths, self.mask, self.tree_positions, self.live, dtype, window

@@ -12,8 +12,9 @@ device read, so the live range of a pass is known before it starts.
 from __future__ import annotations
 
 import torch
-from kernels.commit_kv import commit_kv
 from transformers.cache_utils import Cache
+
+from kernels.commit_kv import commit_kv
 
 
 class StaticKVCache(Cache):

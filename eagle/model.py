@@ -185,6 +185,34 @@ class EaModel:
             pass
         return Generation(rows, pad_rows(rows, pad, self.target.device), timings)
 
+    def custom_generate(
+        self, model, input_ids, logits_processor=None, stopping_criteria=None, generation_config=None, **kwargs
+    ) -> torch.Tensor:
+        """For stock `model.generate(ids, custom_generate=ea_model.custom_generate, ...)`, where `model` is this
+        object's target (`ea_model.target.model`): the length, sampling and end tokens of that call are kept."""
+        if model is not self.target.model:
+            raise EagleError("custom_generate belongs to another model; call generate on ea_model.target.model")
+        g = generation_config
+        sampling = {}
+        processors = list(logits_processor or [])
+        if g.do_sample:
+            warpers = ("TemperatureLogitsWarper", "TopKLogitsWarper", "TopPLogitsWarper", "MinPLogitsWarper")
+            processors = [p for p in processors if type(p).__name__ not in warpers]
+            sampling = {
+                "temperature": 1.0 if g.temperature is None else g.temperature, "top_k": g.top_k or 0,
+                "top_p": g.top_p or 0.0, "min_p": g.min_p or 0.0,
+            }  # fmt: skip
+        known = ("MaxLengthCriteria", "EosTokenCriteria")
+        foreign = [type(c).__name__ for c in stopping_criteria or [] if type(c).__name__ not in known]
+        if foreign:
+            raise EagleError(f"custom_generate does not take {', '.join(foreign)}; use eagenerate(stop_strings=...)")
+        pad = g.pad_token_id
+        return self.eagenerate(
+            input_ids, kwargs.get("attention_mask"), max_new_tokens=g.max_length - input_ids.shape[1],
+            eos_token_id=-1 if g.eos_token_id is None else g.eos_token_id, pad_token_id=pad,
+            logits_processor=type(logits_processor)(processors) if processors else None, **sampling,
+        )  # fmt: skip
+
     def _start(
         self,
         input_ids,

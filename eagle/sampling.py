@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+
 from kernels.choose import choose
 
 from .errors import EagleError

@@ -86,6 +86,7 @@ class Target:
 
         dtype "auto" is the checkpoint's, but float32 for a bf16 one on a CPU that would emulate bf16.
         """
+        from safetensors import SafetensorError
         from transformers import AutoModelForCausalLM
 
         device = resolve_device(device)
@@ -96,7 +97,7 @@ class Target:
             hf_kwargs.pop("device_map", None)
         try:
             model = AutoModelForCausalLM.from_pretrained(source, dtype=resolve_dtype(dtype), **hf_kwargs)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, SafetensorError) as error:
             reason = str(error).strip().splitlines()[0]
             raise EagleError(
                 f"cannot load the target model {str(source)!r}: {reason} "
@@ -128,7 +129,14 @@ class Target:
 
     @property
     def max_positions(self) -> int:
-        return getattr(self.config, "max_position_embeddings", None) or 2**31
+        limit = getattr(self.config, "max_position_embeddings", None) or 2**31
+        rope = getattr(self.config, "rope_parameters", None) or {}
+        for values in (rope, *(v for v in rope.values() if isinstance(v, dict))):
+            if values.get("rope_type") == "longrope":
+                # past this length longrope turns every key another way: what is cached would be wrong, and
+                # one long row, or a draft that looks ahead, would change the others
+                limit = min(limit, values.get("original_max_position_embeddings") or limit)
+        return limit
 
     @property
     def embed(self) -> nn.Module:
@@ -228,7 +236,8 @@ class Target:
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """tokens, depth [B, N], mask [B, N, N] -> logits [B, N, V] and features; nothing is committed."""
         live = cache.open(tokens.shape[1])
-        positions = cache.lengths[:, None] + depth
+        # a draft past the model's limit can never be kept, and must not ask for a position that does not exist
+        positions = (cache.lengths[:, None] + depth).clamp_max(self.max_positions - 1)
         ends = cache.row_ends(tokens.shape[1])
         context = TreeContext(cache.lengths, positions, live, ends, mask, positions)
         return self.forward(tokens, context, cache, features=features)
@@ -251,15 +260,18 @@ class Target:
             self._captured.clear()
 
     def head_logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Final hidden [..., H] -> logits [..., V], with the soft cap that some families apply."""
+        """Final hidden [..., H] -> logits [..., V], with the scale or soft cap that some families apply."""
         logits = self.model.get_output_embeddings()(hidden)
+        logits = logits * (getattr(self.config, "logit_scale", None) or 1.0)  # Cohere
+        logits = logits / (getattr(self.config, "logits_scaling", None) or 1.0)  # Granite
         cap = getattr(self.config, "final_logit_softcapping", None)
         return cap * torch.tanh(logits / cap) if cap else logits
 
     @contextmanager
     def stock(self) -> Iterator[nn.Module]:
         """The model as transformers runs it, for `generate` baselines and for training."""
-        kind = "eager" if getattr(self.config, "attn_logit_softcapping", None) else "sdpa"
+        eager = getattr(self.config, "attn_logit_softcapping", None) or not self.model._supports_sdpa
+        kind = "eager" if eager else "sdpa"
         self.model.set_attn_implementation(kind)
         try:
             yield self.model
@@ -268,19 +280,20 @@ class Target:
 
     @torch.inference_mode()
     def _probe(self) -> tuple[int, int]:
-        """Run six tokens through our attention and cache, and through stock ones: same logits, or refuse.
+        """Run six tokens through our attention and cache, as a prompt and as a tree, and through stock ones:
+        same logits, or refuse.
 
         This finds models whose layers drop the context, see the future, or keep state of their own.
         Returns (kv_heads, head_dim).
         """
-        found: list[tuple[int, int]] = []
+        found: list[tuple[int, int, int]] = []
 
         class Recorder(StaticKVCache):
             def __init__(self):
                 pass
 
             def update(self, key_states, value_states, layer_idx, *args, **kwargs):
-                found.append((key_states.shape[1], key_states.shape[3]))
+                found.append((key_states.shape[1], key_states.shape[3], value_states.shape[3]))
                 return key_states, value_states
 
             def get_seq_length(self, layer_idx=0):
@@ -295,21 +308,34 @@ class Target:
         recorder = Recorder()
         recorder.layers = []
         kind = getattr(self.config, "model_type", "?")
+        refused = (TypeError, AttributeError, LookupError, RuntimeError, ValueError)
         try:
             logits, _ = self.forward(ids, context, recorder, features=False)
-        except (TypeError, AttributeError, KeyError, RuntimeError) as error:
+        except refused as error:
             raise EagleError(f"models of type {kind!r} do not take our attention: {error}") from error
         if context.layers_seen != len(self.layers) or len(found) != len(self.layers):
             raise EagleError(
                 f"models of type {kind!r} are not supported: only {context.layers_seen} of {len(self.layers)} "
                 "layers go through transformers' attention interface and cache"
             )
-        if len(set(found)) != 1:
+        if len(set(found)) != 1 or found[0][1] != found[0][2]:
             raise EagleError(
-                f"models of type {kind!r} are not supported: their layers differ in key/value shape {set(found)}"
+                f"models of type {kind!r} are not supported: their key and value shapes differ {set(found)}"
             )
-        with self.stock() as model:
-            expected = model(input_ids=ids, use_cache=False).logits.float()
+        self.kv_heads, self.head_dim, _ = found[0]
+        try:
+            # the last three tokens once more, as a chain of tree nodes behind a prefix, with a branch between
+            cache = self.new_cache(1, 7)
+            self.prefill(ids[:, :3], zero + 3, [3], cache, features=False)
+            tokens, depth = ids[:, [3, 0, 4, 5]], zero + torch.tensor([[0, 1, 1, 2]], device=self.device)
+            mask = torch.tensor([[1, 0, 0, 0], [1, 1, 0, 0], [1, 0, 1, 0], [1, 0, 1, 1]], device=self.device)
+            tree_logits, _ = self.verify_tree(tokens, depth, mask[None].bool(), cache, features=False)
+            logits = torch.cat([logits, tree_logits[:, [0, 2, 3]]], dim=1)
+            with self.stock() as model:
+                expected = model(input_ids=ids, use_cache=False).logits.float()
+            expected = torch.cat([expected, expected[:, 3:]], dim=1)
+        except refused as error:
+            raise EagleError(f"models of type {kind!r} do not take our attention: {error}") from error
         tolerance = {torch.float32: 1e-3, torch.float16: 5e-2}.get(self.dtype, 2e-1)
         error = (logits.float() - expected).abs().max().item() / max(expected.std().item(), 1e-6)
         if not error < tolerance:
@@ -317,7 +343,7 @@ class Target:
                 f"models of type {kind!r} are not supported: logits through our attention differ from "
                 f"transformers' by {error:.3g} standard deviations"
             )
-        return found[0]
+        return self.kv_heads, self.head_dim
 
 
 RECURRENT = ("mamba", "linear_attention", "recurrent", "conv", "rwkv", "ssm")

@@ -91,7 +91,7 @@ def bench(
     engines: str = "hf,vanilla,eagle",
     dtype: str = "auto",
     device: str | None = None,
-    json: str | None = None,  # noqa: A002 - the flag's name is public
+    json: str | None = None,
     quiet: bool = False,
 ) -> None:
     """Throughput of hf, vanilla and eagle on the same prompts, acceptance, and whether outputs are equal.
@@ -111,9 +111,11 @@ def bench(
         if value < 1:
             raise EagleError(f"{name} must be at least 1, not {value}")
 
-    from inference.generate import load_model
+    from inference.generate import load_model, require_writable
     from inference.prompts import load_prompts
 
+    if json is not None:
+        require_writable(Path(json))
     model = load_model(base, head, adapter, tree, dtype, device)
     if "eagle" in chosen and model.drafter is None:
         raise EagleError("no draft head to measure: give --head PATH, or --engines hf,vanilla")
@@ -313,6 +315,7 @@ def near_tie(model, prefix: list[int], ours: int, theirs: int, options: dict, se
     is made from: processed logits plus the position's noise.
     """
     import torch
+
     from kernels.choose import gumbel_noise, process_logits
 
     target, temperature = model.target, options["temperature"]

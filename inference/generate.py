@@ -50,12 +50,16 @@ def generate(
     given = [name for name, value in (("prompt", prompt), ("prefix", prefix), ("prompts", prompts)) if value is not None]
     if len(given) != 1:
         raise EagleError("give exactly one of --prompt TEXT, --prefix TEXT --suffix TEXT, or --prompts FILE")
+    if suffix is not None and prefix is None:
+        raise EagleError("--suffix goes with --prefix TEXT")
     if engine not in ("eagle", "vanilla"):
         raise EagleError(f"unknown engine {engine!r}; use eagle or vanilla")
     if batch_size < 1:
         raise EagleError(f"batch_size must be at least 1, not {batch_size}")
     if output is not None and prompts is None:
         raise EagleError("--output goes with --prompts FILE; a single prompt is printed")
+    if output is not None:
+        require_writable(Path(output))
 
     from inference.prompts import Prompt, chat_prompt, fim_prompt, load_prompts, text_prompt
 
@@ -128,6 +132,15 @@ def complete_file(model, prompts, options: dict, batch_size: int, output: str | 
         write_text(Path(output), text)
     seconds = time.perf_counter() - started
     print(f"{len(prompts)} completions, {tokens} tokens, {tokens / seconds:.1f} tokens/s", file=sys.stderr)
+
+
+def require_writable(path: Path) -> None:
+    """Refuse a file that could not be written, before the work is done."""
+    from eagle.errors import EagleError
+
+    folder = next(p for p in (path.absolute().parent, *path.absolute().parents) if p.exists())
+    if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise EagleError(f"{path} cannot be written; give the name of a file in a folder that is yours")
 
 
 def write_text(path: Path, text: str) -> None:

@@ -9,6 +9,9 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from jinja2 import TemplateError
+
+from configs.errors import ConfigError
 from configs.fim_tokens import find_fim_tokens
 from eagle.errors import EagleError
 from eagle.target import EMBEDDED
@@ -23,8 +26,10 @@ class Prompt:
     record: dict
 
 
-def text_prompt(tokenizer, text: str) -> list[int]:
-    return tokenizer(text, verbose=False).input_ids
+def text_prompt(tokenizer, text: str, **options) -> list[int]:
+    if not isinstance(text, str):
+        raise TypeError(f"a prompt is text, not {type(text).__name__}")
+    return tokenizer(text, verbose=False, **options).input_ids
 
 
 def fim_prompt(tokenizer, prefix: str, suffix: str) -> list[int]:
@@ -32,7 +37,7 @@ def fim_prompt(tokenizer, prefix: str, suffix: str) -> list[int]:
     fim = find_fim_tokens(tokenizer)
 
     def ids(text: str) -> list[int]:
-        return tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+        return text_prompt(tokenizer, text, add_special_tokens=False)
 
     return [fim.prefix, *ids(prefix), fim.suffix, *ids(suffix), fim.middle]
 
@@ -40,8 +45,11 @@ def fim_prompt(tokenizer, prefix: str, suffix: str) -> list[int]:
 def chat_prompt(tokenizer, messages: list[dict]) -> list[int]:
     if not tokenizer.chat_template:
         raise EagleError("this tokenizer has no chat template; give the prompt as plain text")
-    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    return tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+    try:
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    except TemplateError as error:
+        raise EagleError(f"the chat template does not take these messages: {error}") from error
+    return text_prompt(tokenizer, text, add_special_tokens=False)
 
 
 def render(tokenizer, record: dict) -> Prompt:
@@ -74,17 +82,24 @@ def load_prompts(path: str | Path | None, tokenizer, limit: int | None = None) -
     path = Path(path) if path is not None else HELDOUT_PROMPTS
     if not path.is_file():
         raise EagleError(f"no prompt file {path}; give a .jsonl file of prompts, or a .txt file")
-    text = path.read_text("utf-8")
+    try:
+        text = path.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise EagleError(f"cannot read {path}: {error}; prompts are UTF-8 text") from error
     if path.suffix == ".txt":
+        if not text:
+            raise EagleError(f"{path} is empty; a .txt file is one prompt")
         return [Prompt(text_prompt(tokenizer, text), "text", {"prompt": text})]
     prompts = []
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):  # splitlines() would cut at U+2028 inside a string
         if not line.strip():
             continue
         try:
             prompt = render(tokenizer, json.loads(line))
         except json.JSONDecodeError as error:
             raise EagleError(f"{path}:{number} is not JSON ({error.msg}); one record a line") from error
+        except (EagleError, ConfigError) as error:
+            raise EagleError(f"{path}:{number} is no prompt: {error}") from error
         except (KeyError, TypeError, IndexError, AttributeError) as error:
             raise EagleError(
                 f"{path}:{number} is no prompt; it needs prompt, prefix and suffix, messages, instruction or turns"

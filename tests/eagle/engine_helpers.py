@@ -3,7 +3,14 @@
 import random
 
 import torch
-from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    LlamaConfig,
+    MistralConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
 
 from eagle.head import Eagle3Head, HeadConfig
 from eagle.model import EaModel
@@ -52,7 +59,10 @@ def make_head(target, draft_vocab=48, seed=0, scale=0.3):
     """A random head; a wide initialisation makes it propose varied tokens."""
     torch.manual_seed(seed)
     config = HeadConfig.for_target(
-        target.config, draft_vocab_size=min(draft_vocab, target.vocab_size), num_attention_heads=4, num_key_value_heads=2
+        target.config,
+        draft_vocab_size=min(draft_vocab, target.vocab_size),
+        num_attention_heads=4,
+        num_key_value_heads=2,
     )
     head = Eagle3Head(config)
     for weight in head.parameters():

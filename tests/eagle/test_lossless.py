@@ -46,8 +46,10 @@ def cases():
 
 
 def give(prompts, form):
-    return {"input_ids": prompts} if form == "lists" else dict(
-        zip(("input_ids", "attention_mask"), padded(prompts, form), strict=True)
+    return (
+        {"input_ids": prompts}
+        if form == "lists"
+        else dict(zip(("input_ids", "attention_mask"), padded(prompts, form), strict=True))
     )
 
 
@@ -63,7 +65,9 @@ def test_eagle_equals_plain(targets, family, tree, sampling, form, batch, vocab)
     slow = model.naivegenerate(**inputs, max_new_tokens=NEW, **sampling)
     assert torch.equal(fast, slow)
     for line, prompt in zip(fast.tolist(), prompts, strict=True):
-        assert line[: len(prompt)] == prompt and line[len(prompt) + NEW :] == [0] * (len(line) - len(prompt) - NEW)
+        assert line[: len(prompt)] == prompt and line[len(prompt) + NEW :] == [0] * (
+            len(line) - len(prompt) - NEW
+        )
     assert len({tuple(line) for line in fast.tolist()}) == batch
 
 
@@ -108,7 +112,9 @@ def test_rows_at_different_speeds(targets):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("sampling", [{}, {"temperature": 1.3, "top_p": 0.9, "seed": 40}], ids=["greedy", "sampled"])
+@pytest.mark.parametrize(
+    "sampling", [{}, {"temperature": 1.3, "top_p": 0.9, "seed": 40}], ids=["greedy", "sampled"]
+)
 def test_a_row_alone_equals_the_row_in_a_batch(targets, family, sampling):
     model = head_model(targets(family), "8,4,2")
     prompts = make_prompts()
@@ -157,7 +163,9 @@ def test_calls_do_not_influence_each_other(llama):
 
 
 @pytest.mark.skipif(not (EMBEDDED / "model.safetensors").exists(), reason="no embedded model in this checkout")
-@pytest.mark.parametrize("sampling", [{}, {"temperature": 0.8, "top_p": 0.95, "seed": 5}], ids=["greedy", "sampled"])
+@pytest.mark.parametrize(
+    "sampling", [{}, {"temperature": 0.8, "top_p": 0.95, "seed": 5}], ids=["greedy", "sampled"]
+)
 def test_embedded_model(embedded, sampling):
     from inference.prompts import load_prompts
 

@@ -3,7 +3,6 @@
 import pytest
 import torch
 from engine_helpers import head_model, make_prompts, make_target, plain
-from kernels.choose import gumbel_noise, mix32, process_logits
 from transformers import (
     MinPLogitsWarper,
     TemperatureLogitsWarper,
@@ -14,6 +13,7 @@ from transformers import (
 from eagle.errors import EagleError
 from eagle.model import EaModel
 from eagle.sampling import SamplingParams, row_seeds
+from kernels.choose import gumbel_noise, mix32, process_logits
 
 V = 12
 
@@ -70,7 +70,10 @@ def test_noise_is_gumbel_and_independent():
     assert abs(noise.mean().item() - 0.5772) < 0.01 and abs(noise.var().item() - 1.6449) < 0.03
     centred = uniform - 0.5
     for axis in range(3):  # neighbouring seeds, positions and tokens
-        a, b = centred.narrow(axis, 0, uniform.shape[axis] - 1), centred.narrow(axis, 1, uniform.shape[axis] - 1)
+        a, b = (
+            centred.narrow(axis, 0, uniform.shape[axis] - 1),
+            centred.narrow(axis, 1, uniform.shape[axis] - 1),
+        )
         assert abs((a * b).mean().item() * 12) < 0.01
         pairs = torch.stack([(a + 0.5).flatten(), (b + 0.5).flatten()], 1)
         cells = (pairs * 8).long().clamp_max(7)
@@ -135,7 +138,9 @@ def test_warpers_are_those_of_transformers(params):
 def test_zero_and_one_are_off(llama):
     prompts = make_prompts((4, 7))
     options = dict(max_new_tokens=8, temperature=1.3, seed=3)
-    outputs = [plain(llama, prompts, **options, top_p=top_p, top_k=top_k) for top_p in (0.0, 1.0) for top_k in (0, 128)]
+    outputs = [
+        plain(llama, prompts, **options, top_p=top_p, top_k=top_k) for top_p in (0.0, 1.0) for top_k in (0, 128)
+    ]
     assert all(output == outputs[0] for output in outputs)
     one = plain(llama, prompts, **options, top_k=1)
     assert one == plain(llama, prompts, max_new_tokens=8)

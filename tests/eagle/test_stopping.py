@@ -68,7 +68,10 @@ def test_eos_is_taken_from_the_model(answer):
     target.config.eos_token_id = eos
     assert EaModel(target).generate(PROMPT, max_new_tokens=40, draft=False).rows[0].tokens == row.tokens
     # none asked for explicitly
-    assert len(EaModel(target).generate(PROMPT, max_new_tokens=40, eos_token_id=[], draft=False).rows[0].tokens) == 40
+    assert (
+        len(EaModel(target).generate(PROMPT, max_new_tokens=40, eos_token_id=[], draft=False).rows[0].tokens)
+        == 40
+    )
 
 
 def test_batch_rows_end_apart_and_are_padded(llama):
@@ -99,7 +102,9 @@ def test_stop_strings(llama, answer):
         end = next(n for n in range(1, 41) if any(s in text.decode(answer[:n]) for s in stops))
         for model in engines(llama, [answer]):
             model._tokenizer = text
-            row = model.generate(PROMPT, max_new_tokens=40, stop_strings=stop, draft=model.drafter is not None).rows[0]
+            row = model.generate(
+                PROMPT, max_new_tokens=40, stop_strings=stop, draft=model.drafter is not None
+            ).rows[0]
             assert row.tokens == answer[:end] and row.finish_reason == "stop"
     never = EaModel(llama, tokenizer=text).generate(PROMPT, max_new_tokens=40, stop_strings="###", draft=False)
     assert never.rows[0].tokens == answer and never.rows[0].finish_reason == "length"
@@ -121,7 +126,10 @@ def test_stop_strings_in_a_batch(llama):
 
 def test_steps_grow_and_end_at_the_whole(llama, answer):
     for model in (head_model(llama), EaModel(llama, drafter=ScriptedDrafter([answer], True, "16,4,4"))):
-        for method, whole in ((model.ea_generate, model.eagenerate), (model.naive_generate, model.naivegenerate)):
+        for method, whole in (
+            (model.ea_generate, model.eagenerate),
+            (model.naive_generate, model.naivegenerate),
+        ):
             steps = [s[0].tolist() for s in method(PROMPT, max_new_tokens=40)]
             assert steps[-1] == whole(PROMPT, max_new_tokens=40)[0].tolist() == PROMPT[0] + answer
             assert all(b[: len(a)] == a and len(b) > len(a) for a, b in zip(steps, steps[1:], strict=False))
@@ -224,7 +232,9 @@ def test_bad_prompts_are_refused(llama, name):
 
 
 @pytest.mark.parametrize(
-    "options", [dict(max_new_tokens=0), dict(max_new_tokens=-3), dict(max_new_tokens=2.5), dict(max_length=0)], ids=str
+    "options",
+    [dict(max_new_tokens=0), dict(max_new_tokens=-3), dict(max_new_tokens=2.5), dict(max_length=0)],
+    ids=str,
 )
 def test_bad_limits_are_refused(llama, options):
     with pytest.raises(EagleError, match=next(iter(options))):

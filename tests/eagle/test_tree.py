@@ -13,7 +13,21 @@ from eagle.verify import verify
 
 
 @pytest.mark.parametrize(
-    "text", ["", "16", "16,4", "16,4,4,4", "a,b,c", "16;4;4", "1.5,4,4", "1,4,4", "0,4,4", "16,-1,4", "16,4,0", "16,,4"]
+    "text",
+    [
+        "",
+        "16",
+        "16,4",
+        "16,4,4,4",
+        "a,b,c",
+        "16;4;4",
+        "1.5,4,4",
+        "1,4,4",
+        "0,4,4",
+        "16,-1,4",
+        "16,4,0",
+        "16,,4",
+    ],
 )
 def test_bad_shapes_are_refused(text):
     with pytest.raises(EagleError):
@@ -85,7 +99,11 @@ def test_verify_against_a_walk():
         for b in range(rows):
             path = [0]
             while True:
-                step = [n for n in range(1, nodes) if made[b][n][1] == path[-1] and made[b][n][0] == choices[b][path[-1]]]
+                step = [
+                    n
+                    for n in range(1, nodes)
+                    if made[b][n][1] == path[-1] and made[b][n][0] == choices[b][path[-1]]
+                ]
                 if not step:
                     break
                 path.append(step[0])
@@ -106,8 +124,7 @@ def test_plain_decoding_is_a_tree_of_one_node():
 
 def candidates(rng, k, depth, ties):
     """Random candidates in the layout of `HeadDrafter.expand`."""
-    tokens, parents, scores, level = [], [], [], []
-    beams = []
+    parents, scores, level, beams = [], [], [], []
     for j in range(k):
         scores.append(-rng.choice([0.0, 0.5, 1.0]) if ties else -rng.random())
         parents.append(0)
@@ -141,10 +158,12 @@ def test_rerank_keeps_the_best_with_their_parents(ties):
         )  # fmt: skip
         N = shape.num_nodes
         assert tree.tokens.shape == tree.parents.shape == tree.depth.shape == (3, N)
-        for b, (tokens, parents, scores, level) in enumerate(both):
+        for b, (_, parents, scores, level) in enumerate(both):
             kept = [t - 1000 for t in tree.tokens[b, 1:].tolist()]
             best = sorted(scores, reverse=True)[: N - 1]
-            assert torch.allclose(torch.tensor([scores[i] for i in kept]).sort().values, torch.tensor(best).sort().values)
+            assert torch.allclose(
+                torch.tensor([scores[i] for i in kept]).sort().values, torch.tensor(best).sort().values
+            )
             assert tree.tokens[b, 0] == b + 1 and kept == sorted(kept)
             for node, i in enumerate(kept, 1):
                 parent = tree.parents[b, node].item()
@@ -187,7 +206,10 @@ class Reference:
 
         def children(path, score):
             best = self.log_probs(list(path)).topk(k)
-            return {(*path, target_ids[i].item()): score + s.item() for s, i in zip(best.values, best.indices, strict=True)}
+            return {
+                (*path, target_ids[i].item()): score + s.item()
+                for s, i in zip(best.values, best.indices, strict=True)
+            }
 
         every = children((), 0.0)
         beams = dict(every)
@@ -228,7 +250,10 @@ def test_expand_equals_the_slow_reference(llama, shape):
         at = torch.tensor(done)[:, None] + torch.arange(width)
         at = at.clamp_max(max(totals) - 1)
         drafter.ingest(
-            features.gather(1, at[..., None].expand(-1, -1, 96)), tokens.gather(1, at), torch.tensor(counts), counts
+            features.gather(1, at[..., None].expand(-1, -1, 96)),
+            tokens.gather(1, at),
+            torch.tensor(counts),
+            counts,
         )
         done = [a + b for a, b in zip(done, counts, strict=True)]
     tree = drafter.expand(torch.tensor([1, 2, 3]))

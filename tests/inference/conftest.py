@@ -1,0 +1,88 @@
+"""A tiny model folder with a real tokenizer, a random head for it, and a way to run commands."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[2]
+TEXTS = [
+    "def add(a, b):\n    return a + b\n\n\nclass Point:\n    x = 1\n",
+    "Hello world, how are you? I am fine.\nThanks!",
+    "Write a function that adds two numbers.",
+] * 20
+
+
+@pytest.fixture(scope="session")
+def tokenizer_folder(tmp_path_factory):
+    from train.embedded.tokenizer import train_tokenizer
+
+    folder = tmp_path_factory.mktemp("tokenizer")
+    train_tokenizer(TEXTS, 400, folder)
+    return folder
+
+
+@pytest.fixture
+def tokenizer(tokenizer_folder):
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(tokenizer_folder)
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory, tokenizer_folder):
+    from engine_helpers import make_config, make_model
+    from transformers import AutoTokenizer
+
+    folder = tmp_path_factory.mktemp("model")
+    size = len(AutoTokenizer.from_pretrained(tokenizer_folder))
+    config = make_config("llama", vocab_size=size, eos_token_id=0, pad_token_id=1, initializer_range=0.2)
+    make_model(config, seed=3).save_pretrained(folder)
+    for file in tokenizer_folder.iterdir():
+        shutil.copy(file, folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def head_folder(tmp_path_factory, model_folder):
+    from engine_helpers import make_head
+
+    from eagle.checkpoint import save_head
+    from eagle.target import Target
+
+    target = Target.from_pretrained(model_folder, dtype=torch.float32, device="cpu")
+    folder = tmp_path_factory.mktemp("head") / "head"
+    save_head(make_head(target, 64), folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def command():
+    """command("inference.bench", "--flag", …) -> the finished process."""
+
+    def run(module, *arguments, stdin=None):
+        env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+        return subprocess.run(
+            [sys.executable, "-m", module, *map(str, arguments)], cwd=ROOT, env=env, input=stdin,
+            capture_output=True, text=True, timeout=300,
+        )  # fmt: skip
+
+    return run
+
+
+@pytest.fixture
+def in_process(capsys):
+    """Run a command function in this process, as its `main` does: (code, stdout, stderr)."""
+    from configs import cli
+
+    def run(function, *arguments):
+        with pytest.raises(SystemExit) as exit:
+            cli.main(function, list(map(str, arguments)))
+        captured = capsys.readouterr()
+        return exit.value.code or 0, captured.out, captured.err
+
+    return run

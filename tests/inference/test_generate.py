@@ -1,0 +1,195 @@
+"""The generate command: what it prints and writes, and how it refuses."""
+
+import json
+
+import pytest
+from engine_helpers import plain
+from transformers import AutoTokenizer
+
+from eagle.target import Target
+from inference.generate import generate, write_text
+from inference.prompts import text_prompt
+
+
+@pytest.fixture
+def base(model_folder, head_folder):
+    return ["--base", model_folder, "--head", head_folder, "--dtype", "float32", "--device", "cpu"]
+
+
+def expected(model_folder, texts, new, **options):
+    tokenizer = AutoTokenizer.from_pretrained(model_folder)
+    target = Target.from_pretrained(model_folder, dtype="float32", device="cpu")
+    rows = plain(target, [text_prompt(tokenizer, t) for t in texts], max_new_tokens=new, **options)
+    return [tokenizer.decode(row, skip_special_tokens=True) for row in rows], rows
+
+
+def test_one_prompt_as_a_process(command, base, model_folder):
+    result = command(
+        "inference.generate", *base, "--prompt", "def add(a, b):", "--max_new_tokens", 12, "--tree", "8,4,2"
+    )
+    assert result.returncode == 0, result.stderr
+    (text,), _ = expected(model_folder, ["def add(a, b):"], 12)
+    assert result.stdout == text + "\n"
+    assert "12 tokens" in result.stderr and "tau" in result.stderr
+
+
+def test_engines_agree_in_every_way_of_asking(in_process, base, monkeypatch):
+    ways = (
+        ["--prompt", "def add(a, b):"],
+        ["--prompt", "Hello", "--chat"],
+        ["--prefix", "def f():\n", "--suffix", "\nreturn"],
+        ["--prefix", "def f():\n"],
+        ["--prompt", "x", "--temperature", "1.2", "--seed", "4", "--top_p", "0.9", "--top_k", "40"],
+    )
+    for way in ways:
+        outputs = [
+            in_process(generate, *base, *way, "--max_new_tokens", 10, "--engine", engine)
+            for engine in ("eagle", "vanilla")
+        ]
+        assert [code for code, _, _ in outputs] == [0, 0]
+        assert outputs[0][1] == outputs[1][1] != "\n"
+
+
+def test_prompt_from_stdin(command, base, model_folder):
+    result = command("inference.generate", *base, "--prompt", "-", "--max_new_tokens", 6, stdin="class Point:")
+    (text,), _ = expected(model_folder, ["class Point:"], 6)
+    assert result.returncode == 0 and result.stdout == text + "\n"
+
+
+TEXTS = ["class Point:", "a", "def add(a, b):\n    return a", "Hello world", "x = 1"]
+
+
+@pytest.mark.parametrize("sampling", [[], ["--temperature", "1.1", "--seed", "6"]], ids=["greedy", "sampled"])
+def test_files_keep_their_order_at_every_batch_size(in_process, base, tmp_path, model_folder, sampling):
+    source = tmp_path / "in.jsonl"
+    source.write_text("".join(json.dumps({"prompt": t}) + "\n" for t in TEXTS))
+    outputs = []
+    for size in (1, 2, 5):
+        out = tmp_path / "new" / f"{size}.jsonl"
+        code, stdout, _ = in_process(
+            generate,
+            *base,
+            "--prompts",
+            source,
+            "--output",
+            out,
+            "--batch_size",
+            size,
+            "--max_new_tokens",
+            9,
+            *sampling,
+        )
+        assert code == 0 and stdout == ""
+        records = [json.loads(line) for line in out.read_text().splitlines()]
+        assert [r["prompt"]["prompt"] for r in records] == TEXTS
+        assert all({"completion", "new_tokens", "finish_reason", "tau"} <= r.keys() for r in records)
+        outputs.append([r["completion"] for r in records])
+    assert outputs[0] == outputs[1] == outputs[2]
+    options = {"temperature": 1.1, "seed": 6} if sampling else {}
+    assert outputs[0] == expected(model_folder, TEXTS, 9, **options)[0]
+    code, stdout, _ = in_process(generate, *base, "--prompts", source, "--max_new_tokens", 9, *sampling)
+    assert [json.loads(line)["completion"] for line in stdout.splitlines()] == outputs[0]
+
+
+def test_stop_string(in_process, base, model_folder):
+    _, (tokens,) = expected(model_folder, ["def add(a, b):"], 20)
+    tokenizer = AutoTokenizer.from_pretrained(model_folder)
+    stop = tokenizer.decode(tokens[5:7])
+    end = next(n for n in range(1, 21) if stop in tokenizer.decode(tokens[:n]))
+    code, stdout, err = in_process(
+        generate, *base, "--prompt", "def add(a, b):", "--stop", stop, "--max_new_tokens", 20
+    )
+    assert code == 0 and f"[{end} tokens" in err and "stop" in err
+
+
+BAD = {
+    "nothing asked": [],
+    "two prompts": ["--prompt", "a", "--prefix", "b"],
+    "suffix alone": ["--suffix", "b"],
+    "suffix with prompt": ["--prompt", "a", "--suffix", "b"],
+    "unknown flag": ["--promt", "a"],
+    "unknown engine": ["--prompt", "a", "--engine", "turbo"],
+    "empty prompt": ["--prompt", ""],
+    "negative temperature": ["--prompt", "a", "--temperature", "-1"],
+    "temperature as text": ["--prompt", "a", "--temperature", "hot"],
+    "top_p": ["--prompt", "a", "--temperature", "1", "--top_p", "1.5"],
+    "no new tokens": ["--prompt", "a", "--max_new_tokens", "0"],
+    "too long": ["--prompt", "word " * 400],
+    "tree": ["--prompt", "a", "--tree", "16,4"],
+    "batch size": ["--prompts", "x", "--batch_size", "0"],
+    "missing file": ["--prompts", "/no/such/file.jsonl"],
+    "output without file": ["--prompt", "a", "--output", "x"],
+    "dtype": ["--prompt", "a", "--dtype", "float7"],
+    "device": ["--prompt", "a", "--device", "toaster"],
+    "missing base": ["--prompt", "a", "--base", "/no/such/model"],
+    "missing head": ["--prompt", "a", "--head", "/no/such/head"],
+    "huge seed": ["--prompt", "a", "--temperature", "1", "--seed", str(2**70)],
+}
+
+
+def one_error(err):
+    """One line for the user, no traceback."""
+    lines = [line for line in err.splitlines() if line.strip()]
+    return "Traceback" not in err and lines and lines[-1].startswith("error: ") and sum(
+        line.startswith("error:") for line in lines
+    ) == 1  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input(in_process, base, name):
+    code, stdout, err = in_process(generate, *base, *BAD[name])
+    assert code != 0 and stdout == "" and one_error(err), err
+
+
+def test_bad_input_as_a_process(command, base, tmp_path):
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"prompt": "a"}\n{oops\n')
+    out = tmp_path / "out.jsonl"
+    for arguments in (["--prompts", bad, "--output", out], ["--prompt", "a", "--temperature", "-2"]):
+        result = command("inference.generate", *base, *arguments)
+        assert result.returncode != 0 and result.stdout == ""
+        assert one_error(result.stderr) and len(result.stderr.splitlines()) == 1, result.stderr
+    assert [p.name for p in tmp_path.iterdir()] == ["bad.jsonl"]
+
+
+def test_an_output_that_cannot_be_written_is_refused_before_any_work(in_process, base, tmp_path):
+    source = tmp_path / "in.jsonl"
+    source.write_text('{"prompt": "a"}\n')
+    for output in (tmp_path, source / "below" / "out.jsonl"):
+        code, _, err = in_process(generate, *base, "--prompts", source, "--output", output)
+        assert code != 0 and one_error(err) and "generating" not in err, err
+
+
+def test_a_head_for_another_model(in_process, base, tmp_path, model_folder, head_folder):
+    from engine_helpers import make_head, make_target
+
+    from eagle.checkpoint import save_head
+
+    save_head(make_head(make_target("llama")), tmp_path / "other")
+    code, _, err = in_process(
+        generate, "--base", model_folder, "--head", tmp_path / "other", "--dtype", "float32", "--prompt", "a"
+    )
+    assert code != 0 and one_error(err)
+    # no head at all
+    code, _, err = in_process(generate, "--base", model_folder, "--prompt", "a")
+    assert code != 0 and one_error(err) and "--head" in err
+
+
+def test_write_text_is_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "deep" / "file.txt"
+    write_text(path, "one")
+    write_text(path, "two")
+    assert path.read_text() == "two" and [p.name for p in path.parent.iterdir()] == ["file.txt"]
+
+
+def test_console():
+    import subprocess
+    import sys
+
+    for arguments, code in ((["--help"], 0), ([], 2), (["nonsense"], 1)):
+        result = subprocess.run(
+            [sys.executable, "-c", "from inference.console import main; main()", *arguments],
+            capture_output=True, text=True,
+        )  # fmt: skip
+        assert result.returncode == code and "Traceback" not in result.stderr
+    assert result.stderr.startswith("error: unknown command 'nonsense'")

@@ -1,0 +1,73 @@
+"""What the README shows runs as it stands there."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text("utf-8")
+
+
+def blocks(language):
+    return re.findall(rf"```{language}\n(.*?)```", README, re.S)
+
+
+def commands():
+    """Every `python -m …` of the bash blocks, quoted line breaks kept."""
+    lexed = [shlex.split(block, comments=True) for block in blocks("bash")]
+    found = []
+    for words in lexed:
+        starts = [i for i, word in enumerate(words) if word == "python"]
+        found += [words[a:b] for a, b in zip(starts, [*starts, len(words)][1:], strict=True)]
+    return found
+
+
+def run(command, cwd, extra=()):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [sys.executable, *command[1:], *extra], cwd=cwd, env=environment, capture_output=True, text=True
+    )
+
+
+def test_python_snippet(capsys):
+    (snippet,) = blocks("python")
+    exec(compile(snippet, "README.md", "exec"), {})
+    shown = capsys.readouterr().out
+    assert "def add(a, b):" in shown
+    assert re.search(r"\d\.\d+ \['(eos|length)', '(eos|length)'\]", shown)
+
+
+@pytest.mark.parametrize("command", [c for c in commands() if c[2] == "inference.generate"], ids=" ".join)
+def test_generate_commands(command, tmp_path):
+    done = run(command, tmp_path, ("--max_new_tokens", "8"))
+    assert done.returncode == 0, done.stderr
+    assert "tau" in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", [c for c in commands() if c[2] == "inference.bench"], ids=" ".join)
+def test_bench_commands(command, tmp_path):
+    small = ("--num_prompts", "2", "--max_new_tokens", "8", "--repeats", "1")
+    done = run(command, tmp_path, small)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1].startswith('{"device"')
+
+
+def test_inspect_command(tmp_path):
+    (command,) = [c for c in commands() if c[2] == "train.inspect"]
+    done = run(command, tmp_path)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", [c for c in commands() if c[2] == "train.main"], ids=" ".join)
+def test_train_commands(command, tmp_path):
+    small = ("train.max_steps=2", "train.batch_size=2", "eval.num_prompts=0")
+    done = run(command, tmp_path, small)
+    assert done.returncode == 0, done.stderr
+    assert list(tmp_path.glob("runs/*/head/model.safetensors"))

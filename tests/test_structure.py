@@ -1,0 +1,195 @@
+"""Imports go one way, and our `kernels` lives beside the distribution of the same name."""
+
+import ast
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+# configs and kernels <- eagle <- train, inference
+MAY_IMPORT = {
+    "configs": {"configs"},
+    "kernels": {"kernels"},
+    "eagle": {"eagle", "kernels", "configs"},
+    "train": {"train", "eagle", "kernels", "configs"},
+    "inference": {"inference", "eagle", "kernels", "configs"},
+}
+# names of the other distribution's modules: a file of ours called so would shadow it or be shadowed
+THEIRS = set(
+    "_rust _system _versions _windows archs backends benchmark benchmarks cli compat deps hf_hub importer install "
+    "layer load locking python_deps resolver status validate variants verify".split()
+)
+
+
+def sources(folder):
+    return sorted(p for p in (ROOT / folder).rglob("*.py") if "__pycache__" not in p.parts)
+
+
+def imported(path):
+    """Top-level names that a file imports, relative imports resolved, and strings given to import functions."""
+    package = path.relative_to(ROOT).parts[0]
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name.split(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            depth = len(path.relative_to(ROOT).parts) - 1
+            if node.level:
+                assert node.level <= depth, f"{path}: a relative import leaves its package"
+                yield package
+            else:
+                yield node.module.split(".")[0]
+        elif isinstance(node, ast.Call) and getattr(node.func, "attr", getattr(node.func, "id", "")) in (
+            "import_module", "__import__",
+        ):  # fmt: skip
+            if node.args and isinstance(node.args[0], ast.Constant):
+                yield str(node.args[0].value).split(".")[0]
+
+
+@pytest.mark.parametrize("package", MAY_IMPORT)
+def test_imports_point_one_way(package):
+    files = sources(package)
+    assert files
+    for path in files:
+        wrong = set(imported(path)) & MAY_IMPORT.keys() - MAY_IMPORT[package]
+        assert not wrong, f"{path.relative_to(ROOT)} imports {', '.join(sorted(wrong))}"
+
+
+def test_the_walk_sees_wrong_imports(tmp_path):
+    path = ROOT / "train" / "x.py"
+    for text in (
+        "import inference.bench",
+        "def f():\n    from inference import prompts",
+        "import_module('inference.x')",
+    ):
+        assert "inference" in set(_imported_text(path, text))
+
+
+def _imported_text(path, text):
+    class Fake(type(path)):
+        def read_text(self, *_):
+            return text
+
+    return imported(Fake(path))
+
+
+def test_configs_and_kernels_are_leaves():
+    for path in sources("configs"):
+        assert not set(imported(path)) & {"torch", "transformers", "deepspeed"}, path
+    for path in sources("kernels"):
+        assert not set(imported(path)) & {"transformers", "pydantic", "omegaconf"}, path
+
+
+def test_configs_import_no_torch():
+    code = "import sys, configs, configs.cli, configs.load, configs.schema; print('torch' in sys.modules)"
+    assert run(code).stdout.strip() == "False"
+
+
+def test_eagle_is_light_until_used():
+    code = "import sys, eagle; print('torch' in sys.modules, 'transformers' in sys.modules)"
+    assert run(code).stdout.strip() == "False False"
+
+
+def test_kernels_is_a_namespace_portion():
+    folder = ROOT / "kernels"
+    assert not (folder / "__init__.py").exists()
+    taken = {p.stem if p.is_file() else p.name for p in folder.iterdir()} & THEIRS
+    assert not taken, f"kernels/ may not hold {taken}"
+
+
+def test_distribution_discovery():
+    from setuptools import find_namespace_packages
+
+    text = (ROOT / "setup.py").read_text("utf-8")
+    call = next(
+        node for node in ast.walk(ast.parse(text))
+        if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "find_namespace_packages"
+    )  # fmt: skip
+    (include,) = [ast.literal_eval(k.value) for k in call.keywords if k.arg == "include"]
+    found = [p for p in find_namespace_packages(str(ROOT), include=include) if "__pycache__" not in p]
+    assert {"configs", "kernels", "eagle", "train", "inference"} <= set(found)
+    assert {p.split(".")[0] for p in found} == set(MAY_IMPORT)
+    for name in ("eagle", "configs", "train", "inference"):
+        assert (ROOT / name / "__init__.py").exists()
+
+
+def test_version():
+    """transformers takes a `kernels` from 0.18 to 0.19 for the other distribution."""
+    text = (ROOT / "eagle" / "__init__.py").read_text("utf-8")
+    version = tuple(int(n) for n in re.search(r'__version__ = "(\d+)\.(\d+)', text).groups())
+    assert version < (0, 18) or version > (0, 19)
+
+
+def run(code, path=(), check=True, cwd=None):
+    # -P is younger than 3.10: run from elsewhere so that only the given path decides
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([*map(str, path), str(ROOT)]), "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        env=env,
+        cwd=cwd or ROOT / "tests",
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert result.returncode == 0 or not check, result.stderr
+    return result
+
+
+@pytest.fixture
+def stand_in(tmp_path):
+    """A regular package `kernels` 0.16.0 with a module of its own."""
+    site = tmp_path / "site"
+    package, info = site / "kernels", site / "kernels-0.16.0.dist-info"
+    package.mkdir(parents=True)
+    info.mkdir()
+    (package / "__init__.py").write_text(
+        "__version__ = '0.16.0'\nTHEIRS = True\ndef get_kernel(name): return name\n"
+    )
+    (package / "layer.py").write_text("LAYER = True\n")
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: kernels\nVersion: 0.16.0\n")
+    (info / "RECORD").write_text("kernels/__init__.py,,\nkernels/layer.py,,\n")
+    (info / "top_level.txt").write_text("kernels\n")
+    return site
+
+
+CHECK = """
+import importlib.metadata, sys
+{first}
+import kernels, kernels.layer
+assert kernels.THEIRS and kernels.layer.LAYER and kernels.get_kernel("x") == "x"
+import eagle
+from kernels.tree_attention import attend
+from kernels.choose import choose
+import transformers
+from eagle import EaModel
+assert importlib.metadata.version("kernels") == "0.16.0"
+assert "tree_attention" in sys.modules["kernels.tree_attention"].__file__
+print("fine")
+"""
+
+
+@pytest.mark.parametrize("first", ["import transformers", "import eagle", "import kernels"])
+def test_beside_the_other_distribution(stand_in, tmp_path, first):
+    assert run(CHECK.format(first=first), [stand_in], cwd=tmp_path).stdout.strip() == "fine"
+
+
+def test_beside_the_other_distribution_from_a_checkout(stand_in):
+    """The repository first on the path: a regular package still wins over a namespace portion."""
+    code = f"import sys; sys.path.append({str(stand_in)!r})\n" + CHECK.format(first="")
+    assert run(code, cwd=ROOT).stdout.strip() == "fine"
+
+
+def test_without_the_other_distribution():
+    code = "import eagle; from kernels.tree_attention import attend; from eagle import EaModel; print('fine')"
+    assert run(code).stdout.strip() == "fine"
+
+
+def test_the_environment_has_no_regular_package_of_ours():
+    """An installed copy of ours never owns kernels/__init__.py."""
+    for path in map(Path, sys.path):
+        if (path / "kernels" / "tree_attention.py").exists() and path.resolve() != ROOT:
+            init = path / "kernels" / "__init__.py"
+            assert not init.exists() or "tree_attention" not in init.read_text("utf-8")
