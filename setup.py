@@ -17,8 +17,18 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=find_namespace_packages(
-        include=["eagle", "eagle.*", "kernels", "kernels.*", "train", "train.*", "inference", "inference.*",
-                 "configs", "configs.*"],
+        include=[
+            "eagle",
+            "eagle.*",
+            "kernels",
+            "kernels.*",
+            "train",
+            "train.*",
+            "inference",
+            "inference.*",
+            "configs",
+            "configs.*",
+        ],
     ),
     include_package_data=False,
     package_data={

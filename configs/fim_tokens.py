@@ -8,7 +8,12 @@ from configs.errors import ConfigError
 
 # family -> (prefix, suffix, middle, candidates for the end token; the tokenizer's EOS comes last)
 FAMILIES = {
-    "qwen": ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>", ("<|endoftext|>", "<|file_separator|>")),
+    "qwen": (
+        "<|fim_prefix|>",
+        "<|fim_suffix|>",
+        "<|fim_middle|>",
+        ("<|endoftext|>", "<|file_separator|>"),
+    ),
     "starcoder": ("<fim_prefix>", "<fim_suffix>", "<fim_middle>", ("<|endoftext|>",)),
     "santacoder": ("<fim-prefix>", "<fim-suffix>", "<fim-middle>", ("<|endoftext|>",)),
     "codellama": ("▁<PRE>", "▁<SUF>", "▁<MID>", ("▁<EOT>",)),

@@ -184,7 +184,8 @@ class LossConfig(Section):
         "overlap", description="inner term of the focal weight"
     )
     tokens: Literal["supervised", "all"] = Field(
-        "supervised", description="all: learn from every token of a row, whatever its loss mask says"
+        "supervised",
+        description="all: learn from every token of a row, whatever its loss mask says",
     )
     label_smoothing: float = Field(0.0, ge=0, lt=1, description="uniform share mixed into targets")
 

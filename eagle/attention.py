@@ -54,7 +54,9 @@ class TreeContext:
                     visible = visible.triu(-(window - 1))
                 bias = torch.zeros(1, 1, T, T, dtype=dtype, device=self.lengths.device)
                 bias.masked_fill_(~visible, float("-inf"))
-            elif self.row_ends is None and window is None:  # the tree's columns stand behind a free prefix
+            elif (
+                self.row_ends is None and window is None
+            ):  # the tree's columns stand behind a free prefix
                 tree = torch.zeros(self.mask.shape, dtype=dtype, device=self.mask.device)
                 tree.masked_fill_(~self.mask, float("-inf"))
                 bias = F.pad(tree, (self.live - self.mask.shape[2], 0)).unsqueeze(1)
@@ -94,7 +96,14 @@ def tree_attention_forward(
     if tree is None:
         if softcap is not None:
             return eager_attention_forward(
-                module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, softcap=softcap
+                module,
+                query,
+                key,
+                value,
+                attention_mask,
+                dropout=dropout,
+                scaling=scaling,
+                softcap=softcap,
             )
         kwargs.pop("position_ids", None)
         return sdpa_attention_forward(
@@ -119,7 +128,12 @@ def attend_tree(
     prefill = tree.mask is None
     if prefill and sliding_window is None and softcap is None and sinks is None:
         out = F.scaled_dot_product_attention(
-            query, key, value, is_causal=True, scale=scaling, enable_gqa=query.shape[1] != key.shape[1]
+            query,
+            key,
+            value,
+            is_causal=True,
+            scale=scaling,
+            enable_gqa=query.shape[1] != key.shape[1],
         )
         return out.transpose(1, 2)
     bias = None

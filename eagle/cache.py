@@ -31,7 +31,9 @@ class StaticKVCache(Cache):
         device: torch.device | str,
     ) -> None:
         super().__init__(layers=[])
-        self.buffer = torch.zeros(num_layers, 2, rows, kv_heads, capacity, head_dim, dtype=dtype, device=device)
+        self.buffer = torch.zeros(
+            num_layers, 2, rows, kv_heads, capacity, head_dim, dtype=dtype, device=device
+        )
         self.lengths = torch.zeros(rows, dtype=torch.int64, device=device)
         self.host_lengths = [0] * rows
         self.capacity = capacity

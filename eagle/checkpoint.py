@@ -25,7 +25,9 @@ from .errors import EagleError
 from .head import Eagle3Head, HeadConfig, default_feature_layers
 from .target import Target, resolve_dtype
 
-CONVENTION = "entering"  # ids count the states that enter a layer; "output" counts those that leave it
+CONVENTION = (
+    "entering"  # ids count the states that enter a layer; "output" counts those that leave it
+)
 IDS, IDS_CONVENTION = "eagle_aux_hidden_state_layer_ids", "eagle_aux_hidden_state_convention"
 NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
@@ -43,13 +45,17 @@ def save_head(head: Eagle3Head, path: str | Path, provenance: dict | None = None
     return path
 
 
-def require_equal(read: dict[str, torch.Tensor], written: dict[str, torch.Tensor], path: Path) -> None:
+def require_equal(
+    read: dict[str, torch.Tensor], written: dict[str, torch.Tensor], path: Path
+) -> None:
     """What was read back is bit for bit what was written; else the disk lied."""
     for key in sorted(read.keys() | written.keys()):
         a, b = read.get(key), written.get(key)
         same = a is not None and b is not None and a.dtype == b.dtype and a.shape == b.shape
         if not same or not torch.equal(_bytes(a), _bytes(b)):
-            raise EagleError(f"{path}: {key} read back differs from what was written; check the disk")
+            raise EagleError(
+                f"{path}: {key} read back differs from what was written; check the disk"
+            )
 
 
 def _bytes(tensor: torch.Tensor) -> torch.Tensor:
@@ -108,7 +114,11 @@ def find_folder(path: str | Path) -> Path:
     recover(folder)
     if folder.is_dir():
         return folder
-    if not folder.exists() and str(path).count("/") == 1 and not str(path).startswith((".", "/", "~")):
+    if (
+        not folder.exists()
+        and str(path).count("/") == 1
+        and not str(path).startswith((".", "/", "~"))
+    ):
         from huggingface_hub import snapshot_download
 
         wanted = ["*.json", "model.safetensors", "pytorch_model.bin"]
@@ -116,15 +126,21 @@ def find_folder(path: str | Path) -> Path:
             return Path(snapshot_download(str(path), allow_patterns=wanted))
         except (OSError, ValueError) as error:
             reason = " ".join(str(error).split())[:160]
-            raise EagleError(f"no head folder {str(path)!r}, and the hub does not give it: {reason}") from error
-    raise EagleError(f"no head folder {str(path)!r}; give a folder with config.json and model.safetensors")
+            raise EagleError(
+                f"no head folder {str(path)!r}, and the hub does not give it: {reason}"
+            ) from error
+    raise EagleError(
+        f"no head folder {str(path)!r}; give a folder with config.json and model.safetensors"
+    )
 
 
 def read_json(path: Path) -> dict:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise EagleError(f"cannot read {path}: {error.strerror}; a head folder needs {path.name}") from error
+        raise EagleError(
+            f"cannot read {path}: {error.strerror}; a head folder needs {path.name}"
+        ) from error
     except ValueError as error:
         raise EagleError(f"{path} is not valid JSON ({error}); restore the file") from error
     if not isinstance(value, dict):
@@ -137,18 +153,30 @@ def _read_weights(path: Path) -> dict[str, torch.Tensor]:
         try:
             return load_file(path / "model.safetensors")
         except (SafetensorError, OSError) as error:
-            raise EagleError(f"{path / 'model.safetensors'} is damaged ({error}); restore the file") from error
+            raise EagleError(
+                f"{path / 'model.safetensors'} is damaged ({error}); restore the file"
+            ) from error
     if (path / "pytorch_model.bin").exists():
         try:
             return torch.load(path / "pytorch_model.bin", map_location="cpu", weights_only=True)
-        except Exception as error:  # pickle, zip and runtime errors alike mean: not a file of weights
+        except (
+            Exception
+        ) as error:  # pickle, zip and runtime errors alike mean: not a file of weights
             reason = str(error).split(".")[0]
-            raise EagleError(f"{path / 'pytorch_model.bin'} holds no plain weights ({reason})") from error
-    raise EagleError(f"{path} has neither model.safetensors nor pytorch_model.bin; it is not a head folder")
+            raise EagleError(
+                f"{path / 'pytorch_model.bin'} holds no plain weights ({reason})"
+            ) from error
+    raise EagleError(
+        f"{path} has neither model.safetensors nor pytorch_model.bin; it is not a head folder"
+    )
 
 
-def _read_config(path: Path, raw: dict, state: dict[str, torch.Tensor], target: Target | None) -> HeadConfig:
-    if "midlayer.self_attn.q_proj.weight" not in state and any(k.startswith("layers.0.") for k in state):
+def _read_config(
+    path: Path, raw: dict, state: dict[str, torch.Tensor], target: Target | None
+) -> HeadConfig:
+    if "midlayer.self_attn.q_proj.weight" not in state and any(
+        k.startswith("layers.0.") for k in state
+    ):
         raise EagleError(
             f"{path} is not in the EAGLE-3 layout (its keys begin with 'layers.0.'); convert it first"
         )
@@ -221,18 +249,25 @@ def _checked(
         shape = tuple(state.pop("embed_tokens.weight").shape)
         ours = (head.config.vocab_size, head.config.hidden_size)
         if shape != ours:
-            raise EagleError(f"{path}: embed_tokens.weight has shape {list(shape)}, expected {list(ours)}")
+            raise EagleError(
+                f"{path}: embed_tokens.weight has shape {list(shape)}, expected {list(ours)}"
+            )
         warnings.warn(
-            f"{path}: embed_tokens.weight is ignored; the head uses the target's embedding", stacklevel=4
+            f"{path}: embed_tokens.weight is ignored; the head uses the target's embedding",
+            stacklevel=4,
         )
     if not head.config.reduced_vocab and not state.get("d2t", torch.zeros(1)).any():
         state = {k: v for k, v in state.items() if k not in ("d2t", "t2d")}  # the identity map
     missing, extra = sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys())
     if missing or extra:
         parts = [
-            f"{word}: {', '.join(keys)}" for word, keys in (("missing", missing), ("left over", extra)) if keys
+            f"{word}: {', '.join(keys)}"
+            for word, keys in (("missing", missing), ("left over", extra))
+            if keys
         ]
-        raise EagleError(f"{path} is not an EAGLE-3 head in the published layout; {'; '.join(parts)}")
+        raise EagleError(
+            f"{path} is not an EAGLE-3 head in the published layout; {'; '.join(parts)}"
+        )
     wrong = [
         f"{k} {list(state[k].shape)} instead of {list(v.shape)}"
         for k, v in expected.items()
@@ -278,7 +313,9 @@ def target_fingerprint(model: torch.nn.Module) -> str:
             flat = weight.detach().reshape(weight.shape[0], -1)
             rows = torch.linspace(0, flat.shape[0] - 1, 8).long().to(flat.device)
             sample = flat[rows, :64].to(torch.bfloat16).cpu().contiguous()
-            digest.update(f"{prefix}.{name.replace('base_layer.', '')}{tuple(weight.shape)}".encode())
+            digest.update(
+                f"{prefix}.{name.replace('base_layer.', '')}{tuple(weight.shape)}".encode()
+            )
             digest.update(sample.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
@@ -318,7 +355,9 @@ def recover(path: Path) -> None:
     if not path.parent.is_dir():
         return
     siblings = [
-        p for p in path.parent.iterdir() if p.name.startswith((f".{path.name}.tmp-", f".{path.name}.old-"))
+        p
+        for p in path.parent.iterdir()
+        if p.name.startswith((f".{path.name}.tmp-", f".{path.name}.old-"))
     ]
     for item in sorted(siblings):
         if _alive(item.name.rsplit("-", 1)[1]):

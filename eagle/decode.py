@@ -31,8 +31,13 @@ class Stopping:
     max_length: int | None = None
 
     def __post_init__(self) -> None:
-        for name, value in (("max_new_tokens", self.max_new_tokens), ("max_length", self.max_length)):
-            if not (isinstance(value, int) and value >= 1) and not (name == "max_length" and value is None):
+        for name, value in (
+            ("max_new_tokens", self.max_new_tokens),
+            ("max_length", self.max_length),
+        ):
+            if not (isinstance(value, int) and value >= 1) and not (
+                name == "max_length" and value is None
+            ):
                 raise EagleError(f"{name} must be a whole number of at least 1, not {value}")
 
 
@@ -116,6 +121,8 @@ def decode(
 ) -> Iterator[list[Row]]:
     """Yields the rows after the prompt's pass and after every cycle; their tokens grow in place.
 
+    `on_cache(cache, drafter)` is called after each commit, to look at what the caches hold.
+
     Lossless: each yielded token is the target's own choice at its position, whatever the drafter proposed.
     """
     rows = [Row(list(p), budget_of(len(p), stopping, target.max_positions)) for p in prompts]
@@ -131,9 +138,13 @@ def decode(
     seed_tensor = torch.tensor(list(seeds), dtype=torch.int64, device=device)
     clock = Clock(device, synchronise)
 
-    def choose(logits: torch.Tensor, tree: DraftTree | None, positions: torch.Tensor) -> torch.Tensor:
+    def choose(
+        logits: torch.Tensor, tree: DraftTree | None, positions: torch.Tensor
+    ) -> torch.Tensor:
         if logits_processor is not None:
-            logits = process_tree(logits_processor, [r.prompt + r.tokens for r in rows], tree, logits)
+            logits = process_tree(
+                logits_processor, [r.prompt + r.tokens for r in rows], tree, logits
+            )
         return sampling.choose(logits, seed_tensor, positions)
 
     # the prompt's pass: the target writes its cache and chooses the root
@@ -146,20 +157,26 @@ def decode(
     for row, token in zip(rows, root.tolist(), strict=True):
         row.take([token], stopping)
     if draft and not all(row.done for row in rows):
-        following = torch.cat([ids[:, 1:], ids[:, :1]], dim=1).scatter(1, length_tensor[:, None] - 1, root[:, None])
+        following = torch.cat([ids[:, 1:], ids[:, :1]], dim=1).scatter(
+            1, length_tensor[:, None] - 1, root[:, None]
+        )
         drafter.ingest(features, following, length_tensor, lengths)
     timings.prefill += clock.lap()
     if on_cache is not None:
-        on_cache(cache)
+        on_cache(cache, drafter)
     yield rows
 
     while not all(row.done for row in rows):
         tree = drafter.expand(root) if draft else DraftTree.root_only(root)
         timings.draft += clock.lap()
-        logits, features = target.verify_tree(tree.tokens, tree.depth, tree.mask, cache, features=draft)
+        logits, features = target.verify_tree(
+            tree.tokens, tree.depth, tree.mask, cache, features=draft
+        )
         choices = choose(logits, tree, cache.lengths[:, None] + tree.depth + 1)
         verdict = verify(tree, choices, levels)
-        outcome = torch.cat([verdict.num_accepted[:, None], verdict.tokens], dim=1).tolist()  # the one read
+        outcome = torch.cat(
+            [verdict.num_accepted[:, None], verdict.tokens], dim=1
+        ).tolist()  # the one read
         timings.verify += clock.lap()
 
         counts = []
@@ -183,7 +200,7 @@ def decode(
             drafter.ingest(features.gather(1, path), verdict.tokens[:, :K], count_tensor, counts)
         timings.commit += clock.lap()
         if on_cache is not None:
-            on_cache(cache)
+            on_cache(cache, drafter)
         yield rows
 
 

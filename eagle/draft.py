@@ -31,7 +31,11 @@ class Drafter(Protocol):
         """Forget everything; `rows` rows of at most `capacity` committed tokens follow."""
 
     def ingest(
-        self, features: torch.Tensor, tokens: torch.Tensor, counts: torch.Tensor, host_counts: list[int]
+        self,
+        features: torch.Tensor,
+        tokens: torch.Tensor,
+        counts: torch.Tensor,
+        host_counts: list[int],
     ) -> None:
         """features [B, K, F] of newly committed positions, tokens [B, K] that follow each; counts [B] say
         how many of a row's K are real."""
@@ -43,7 +47,9 @@ class Drafter(Protocol):
 class HeadDrafter:
     """An EAGLE-3 head with a one-layer static cache."""
 
-    def __init__(self, head: Eagle3Head, embed: Callable[[torch.Tensor], torch.Tensor], shape: TreeShape) -> None:
+    def __init__(
+        self, head: Eagle3Head, embed: Callable[[torch.Tensor], torch.Tensor], shape: TreeShape
+    ) -> None:
         self.head, self.embed = head, embed
         # fewer draft tokens than beams: nothing is left to fill the others with
         beams = min(shape.top_k, head.config.draft_vocab_size)
@@ -59,11 +65,19 @@ class HeadDrafter:
         c, weight = self.head.config, self.head.fc.weight
         scratch = max(self.shape.depth * self.shape.top_k, self.shape.levels + 1)
         self.cache = StaticKVCache(
-            1, rows, c.num_key_value_heads, capacity + scratch, c.head_dim, weight.dtype, weight.device
+            1,
+            rows,
+            c.num_key_value_heads,
+            capacity + scratch,
+            c.head_dim,
+            weight.dtype,
+            weight.device,
         )
         self.last = torch.zeros(rows, c.hidden_size, dtype=weight.dtype, device=weight.device)
 
-    def _pass(self, hidden: torch.Tensor, tokens: torch.Tensor, context: TreeContext) -> torch.Tensor:
+    def _pass(
+        self, hidden: torch.Tensor, tokens: torch.Tensor, context: TreeContext
+    ) -> torch.Tensor:
         """One head pass: hidden [B, N, H], tokens [B, N] -> pre-norm hidden [B, N, H]."""
         cache = self.cache
 
@@ -81,8 +95,10 @@ class HeadDrafter:
         if any(cache.host_lengths):  # not the prompt's pass: a chain behind what is committed
             causal = torch.ones(K, K, dtype=torch.bool, device=tokens.device).tril()
             context.mask, context.tree_positions = causal.expand(B, K, K), positions
-        out = self._pass(self.head.fc(features), tokens, context)
-        last = out.gather(1, (counts - 1).clamp_min(0)[:, None, None].expand(B, 1, out.shape[-1]))[:, 0]
+        out = self._pass(self.head.fc(features.to(self.last.dtype)), tokens, context)
+        last = out.gather(1, (counts - 1).clamp_min(0)[:, None, None].expand(B, 1, out.shape[-1]))[
+            :, 0
+        ]
         self.last = torch.where((counts > 0)[:, None], last, self.last)
         cache.advance(counts, host_counts)
 

@@ -101,7 +101,9 @@ def default_feature_layers(num_layers: int) -> tuple[int, int, int]:
     while len(wanted) < 3 and spare:
         wanted = sorted([*wanted, spare.pop(0)])
     if len(wanted) < 3:
-        raise EagleError(f"EAGLE-3 needs three feature layers; a model of {num_layers} layers has too few")
+        raise EagleError(
+            f"EAGLE-3 needs three feature layers; a model of {num_layers} layers has too few"
+        )
     return tuple(wanted)
 
 
@@ -126,7 +128,9 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(2 * c.hidden_size, c.num_key_value_heads * c.head_dim, bias=False)
         self.o_proj = nn.Linear(c.num_attention_heads * c.head_dim, c.hidden_size, bias=False)
 
-    def forward(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, attend: Attend) -> torch.Tensor:
+    def forward(
+        self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, attend: Attend
+    ) -> torch.Tensor:
         shape = (*x.shape[:2], -1, self.head_dim)
         q = self.q_proj(x).view(shape).transpose(1, 2)
         k = self.k_proj(x).view(shape).transpose(1, 2)
@@ -187,7 +191,10 @@ class Eagle3Head(nn.Module):
         if not c.reduced_vocab:
             return
         token_ids = token_ids.to(torch.int64).sort().values
-        if token_ids.numel() != c.draft_vocab_size or token_ids.unique().numel() != token_ids.numel():
+        if (
+            token_ids.numel() != c.draft_vocab_size
+            or token_ids.unique().numel() != token_ids.numel()
+        ):
             raise EagleError(
                 f"the draft vocabulary needs {c.draft_vocab_size} distinct tokens, not "
                 f"{token_ids.unique().numel()} among {token_ids.numel()}"
@@ -204,7 +211,9 @@ class Eagle3Head(nn.Module):
     def to_target(self, draft_ids: torch.Tensor) -> torch.Tensor:
         return draft_ids + self.d2t[draft_ids] if self.config.reduced_vocab else draft_ids
 
-    def rotary(self, positions: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    def rotary(
+        self, positions: torch.Tensor, dtype: torch.dtype
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """positions [B, T] -> cos, sin [B, T, hd]."""
         if self._rotary is None or self._rotary.inv_freq.device != positions.device:
             c = self.config

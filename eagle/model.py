@@ -5,6 +5,8 @@ B rows, T prompt tokens.
 
 from __future__ import annotations
 
+import collections
+import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +23,7 @@ from .tree import TreeShape
 
 EMBEDDED_HEAD = EMBEDDED / "heads" / "eagle3"
 EMBEDDED_TREE = "16,4,4"
+DEFAULT_TREE = TreeShape()
 
 
 @dataclass
@@ -67,7 +70,7 @@ class EaModel:
         self,
         target: Target,
         head: Eagle3Head | None = None,
-        tree: TreeShape | str = TreeShape(),
+        tree: TreeShape | str = DEFAULT_TREE,
         tokenizer=None,
         drafter: Drafter | None = None,
     ) -> None:
@@ -102,7 +105,9 @@ class EaModel:
         read, or the head does not fit the target.
         """
         if use_eagle3 is False:
-            raise EagleError("only EAGLE-3 heads are supported; leave use_eagle3 unset, or set it to True")
+            raise EagleError(
+                "only EAGLE-3 heads are supported; leave use_eagle3 unset, or set it to True"
+            )
         default = TreeShape.parse(EMBEDDED_TREE) if base_model_path is None else TreeShape()
         shape = TreeShape(
             default.total_token if total_token in (None, -1) else total_token,
@@ -176,36 +181,53 @@ class EaModel:
         """`ea_generate` without drafting."""
         return self.ea_generate(input_ids, attention_mask, draft=False, **kwargs)
 
-    def generate(self, input_ids, attention_mask=None, *, timings: Timings | None = None, **kwargs) -> Generation:
+    def generate(
+        self, input_ids, attention_mask=None, *, timings: Timings | None = None, **kwargs
+    ) -> Generation:
         """As `eagenerate`, returning a `Generation` with per-row statistics. draft=False decodes plainly."""
         timings = timings or Timings()
         steps, pad = self._start(input_ids, attention_mask, timings=timings, **kwargs)
-        rows: list[Row] = []
-        for rows in steps:
-            pass
+        rows = collections.deque(steps, maxlen=1)[0]  # run to the end
         return Generation(rows, pad_rows(rows, pad, self.target.device), timings)
 
     def custom_generate(
-        self, model, input_ids, logits_processor=None, stopping_criteria=None, generation_config=None, **kwargs
+        self,
+        model,
+        input_ids,
+        logits_processor=None,
+        stopping_criteria=None,
+        generation_config=None,
+        **kwargs,
     ) -> torch.Tensor:
         """For stock `model.generate(ids, custom_generate=ea_model.custom_generate, ...)`, where `model` is this
         object's target (`ea_model.target.model`): the length, sampling and end tokens of that call are kept."""
         if model is not self.target.model:
-            raise EagleError("custom_generate belongs to another model; call generate on ea_model.target.model")
+            raise EagleError(
+                "custom_generate belongs to another model; call generate on ea_model.target.model"
+            )
         g = generation_config
         sampling = {}
         processors = list(logits_processor or [])
         if g.do_sample:
-            warpers = ("TemperatureLogitsWarper", "TopKLogitsWarper", "TopPLogitsWarper", "MinPLogitsWarper")
+            warpers = (
+                "TemperatureLogitsWarper",
+                "TopKLogitsWarper",
+                "TopPLogitsWarper",
+                "MinPLogitsWarper",
+            )
             processors = [p for p in processors if type(p).__name__ not in warpers]
             sampling = {
                 "temperature": 1.0 if g.temperature is None else g.temperature, "top_k": g.top_k or 0,
                 "top_p": g.top_p or 0.0, "min_p": g.min_p or 0.0,
             }  # fmt: skip
         known = ("MaxLengthCriteria", "EosTokenCriteria")
-        foreign = [type(c).__name__ for c in stopping_criteria or [] if type(c).__name__ not in known]
+        foreign = [
+            type(c).__name__ for c in stopping_criteria or [] if type(c).__name__ not in known
+        ]
         if foreign:
-            raise EagleError(f"custom_generate does not take {', '.join(foreign)}; use eagenerate(stop_strings=...)")
+            raise EagleError(
+                f"custom_generate does not take {', '.join(foreign)}; use eagenerate(stop_strings=...)"
+            )
         pad = g.pad_token_id
         return self.eagenerate(
             input_ids, kwargs.get("attention_mask"), max_new_tokens=g.max_length - input_ids.shape[1],
@@ -244,17 +266,25 @@ class EaModel:
         sampling = SamplingParams(temperature, top_k, top_p, min_p)
         eos = self._eos(eos_token_id)
         stopping = Stopping(max_new_tokens, eos, self._stopper(stop_strings), max_length)
-        pad = next((p for p in (pad_token_id, self.target.config.pad_token_id) if isinstance(p, int)), None)
+        pad = next(
+            (p for p in (pad_token_id, self.target.config.pad_token_id) if isinstance(p, int)), None
+        )
         if pad is None:
             pad = min(eos) if eos else 0
         if streamer is not None and len(prompts) != 1:
             raise EagleError("a streamer shows one row; give it a batch of one")
         steps = decode(
             self.target, prompts, sampling=sampling, seeds=row_seeds(seed, len(prompts)), stopping=stopping,
-            drafter=self.drafter if draft else None, logits_processor=logits_processor, timings=timings,
+            drafter=self._drafter() if draft else None, logits_processor=logits_processor, timings=timings,
             synchronise=synchronise, on_cache=on_cache,
         )  # fmt: skip
         return (stream(steps, streamer) if streamer is not None else steps), pad
+
+    def _drafter(self) -> Drafter | None:
+        """A drafter of its own for each call, so that interleaved calls do not share a cache."""
+        if self.head is not None and self.target.feature_layers != self.head.config.feature_layers:
+            self.target.set_feature_layers(self.head.config.feature_layers)
+        return copy.copy(self.drafter)
 
     def _eos(self, eos_token_id) -> frozenset[int]:
         if eos_token_id is None:
@@ -302,41 +332,55 @@ def load_tokenizer(name: str):
 def read_prompts(input_ids, attention_mask, vocab_size: int) -> list[list[int]]:
     """[B, T] with a mask, or a list of lists, or one list -> token lists without padding."""
     if input_ids is None or isinstance(input_ids, int):
-        raise EagleError(f"input_ids must be token ids [B, T] or a list of lists, not {input_ids!r}")
+        raise EagleError(
+            f"input_ids must be token ids [B, T] or a list of lists, not {input_ids!r}"
+        )
     if isinstance(input_ids, torch.Tensor):
         if input_ids.ndim == 1:
             input_ids = input_ids[None]
         if input_ids.ndim != 2 or input_ids.is_floating_point():
-            raise EagleError(f"input_ids must be whole numbers [B, T], not {input_ids.dtype} {list(input_ids.shape)}")
+            raise EagleError(
+                f"input_ids must be whole numbers [B, T], not {input_ids.dtype} {list(input_ids.shape)}"
+            )
         if attention_mask is None:
             prompts = input_ids.tolist()
         else:
             mask = torch.as_tensor(attention_mask).to(input_ids.device).bool()
             mask = mask[None] if mask.ndim == 1 else mask
             if mask.shape != input_ids.shape:
-                raise EagleError(f"attention_mask {list(mask.shape)} does not fit input_ids {list(input_ids.shape)}")
+                raise EagleError(
+                    f"attention_mask {list(mask.shape)} does not fit input_ids {list(input_ids.shape)}"
+                )
             # with a False put in front, one run of tokens begins once
             begins = mask & ~torch.cat([torch.zeros_like(mask[:, :1]), mask[:, :-1]], dim=1)
             if (begins.sum(1) > 1).any():
-                raise EagleError("attention_mask has holes; padding may stand before or after a row's tokens only")
+                raise EagleError(
+                    "attention_mask has holes; padding may stand before or after a row's tokens only"
+                )
             prompts = [row[keep].tolist() for row, keep in zip(input_ids, mask, strict=True)]
     else:
         if attention_mask is not None:
-            raise EagleError("attention_mask goes with a tensor of input_ids; lists carry no padding")
+            raise EagleError(
+                "attention_mask goes with a tensor of input_ids; lists carry no padding"
+            )
         prompts = list(input_ids)
         if prompts and all(isinstance(p, int) for p in prompts):
             prompts = [prompts]
         prompts = [p.tolist() if isinstance(p, torch.Tensor) else p for p in prompts]
         for p in prompts:
             if not isinstance(p, (list, tuple)) or any(not isinstance(t, int) for t in p):
-                raise EagleError("a batch must hold lists of token ids only; tokenize every prompt first")
+                raise EagleError(
+                    "a batch must hold lists of token ids only; tokenize every prompt first"
+                )
     if not prompts:
         raise EagleError("the batch is empty; give at least one prompt")
     for row, prompt in enumerate(prompts):
         if not prompt:
             raise EagleError(f"prompt {row} is empty; give at least one token")
         if min(prompt) < 0 or max(prompt) >= vocab_size:
-            raise EagleError(f"prompt {row} has token ids outside 0 … {vocab_size - 1}; use the target's tokenizer")
+            raise EagleError(
+                f"prompt {row} has token ids outside 0 … {vocab_size - 1}; use the target's tokenizer"
+            )
     return [list(p) for p in prompts]
 
 

@@ -23,7 +23,9 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         if not self.temperature >= 0.0 or self.temperature == float("inf"):
-            raise EagleError(f"temperature must be a number >= 0 (0 is greedy), not {self.temperature}")
+            raise EagleError(
+                f"temperature must be a number >= 0 (0 is greedy), not {self.temperature}"
+            )
         if self.top_k < 0 or int(self.top_k) != self.top_k:
             raise EagleError(f"top_k must be a whole number >= 0 (0 is off), not {self.top_k}")
         if not 0.0 <= self.top_p <= 1.0:
@@ -35,7 +37,9 @@ class SamplingParams:
     def greedy(self) -> bool:
         return self.temperature == 0.0
 
-    def choose(self, logits: torch.Tensor, seeds: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    def choose(
+        self, logits: torch.Tensor, seeds: torch.Tensor, positions: torch.Tensor
+    ) -> torch.Tensor:
         """logits [B, N, V], seeds [B], positions [B, N] -> choices [B, N]."""
         return choose(
             logits, seeds, positions, temperature=self.temperature, top_k=self.top_k,
@@ -53,7 +57,9 @@ def row_seeds(seed: int | Sequence[int] | None, rows: int) -> list[int]:
     if seeds is None or any(not isinstance(s, int) for s in seeds):
         raise EagleError(f"seed must be an int or one int a row, not {seed!r}")
     if len(seeds) != rows:
-        raise EagleError(f"{len(seeds)} seeds were given for {rows} rows; give one int, or one a row")
+        raise EagleError(
+            f"{len(seeds)} seeds were given for {rows} rows; give one int, or one a row"
+        )
     if any(not -(2**63) <= s < 2**63 for s in seeds):
         raise EagleError(f"seed must fit in 64 bits, signed; {seeds} does not")
     return seeds
@@ -75,7 +81,9 @@ def process_tree(processor, contexts: list[list[int]], tree, logits: torch.Tenso
         for depth in tree.depth[b].unique().tolist():
             nodes = (tree.depth[b] == depth).nonzero()[:, 0]
             on_path = tree.mask[b, nodes] & (tree.depth[b] > 0)  # the root ends the context already
-            order = torch.where(on_path, tree.depth[b], logits.shape[1] + 1).argsort(dim=-1)[:, :depth]
+            order = torch.where(on_path, tree.depth[b], logits.shape[1] + 1).argsort(dim=-1)[
+                :, :depth
+            ]
             ids = torch.cat([base.expand(len(nodes), -1), tree.tokens[b][order]], dim=1)
             out[b, nodes] = processor(ids, out[b, nodes])
     return out

@@ -46,15 +46,23 @@ def fast_bf16(device: torch.device) -> bool:
     """Does the device multiply bf16 natively? x86 CPUs without AVX512-BF16 or AMX emulate it, slowly."""
     if device.type != "cpu":
         return True
-    probes = [getattr(torch.cpu, n, None) for n in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")]
+    probes = [
+        getattr(torch.cpu, n, None) for n in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    ]
     probes = [probe for probe in probes if probe is not None]
-    return not probes or platform.machine() not in ("x86_64", "AMD64") or any(probe() for probe in probes)
+    return (
+        not probes
+        or platform.machine() not in ("x86_64", "AMD64")
+        or any(probe() for probe in probes)
+    )
 
 
 class Target:
     """Wraps a loaded model; `forward` runs a tree or a prompt over a `StaticKVCache`."""
 
-    def __init__(self, model: nn.Module, name: str = "", feature_layers: tuple[int, ...] | None = None) -> None:
+    def __init__(
+        self, model: nn.Module, name: str = "", feature_layers: tuple[int, ...] | None = None
+    ) -> None:
         self.model = model.eval().requires_grad_(False)
         self.name = name or getattr(model, "name_or_path", "") or "model"
         self.config = model.config.get_text_config()
@@ -92,11 +100,15 @@ class Target:
         device = resolve_device(device)
         source = EMBEDDED if path is None else path
         if path is None and not (EMBEDDED / "model.safetensors").exists():
-            raise EagleError("this installation has no embedded model; reinstall it, or give a model path")
+            raise EagleError(
+                "this installation has no embedded model; reinstall it, or give a model path"
+            )
         if not hf_kwargs.get("device_map"):
             hf_kwargs.pop("device_map", None)
         try:
-            model = AutoModelForCausalLM.from_pretrained(source, dtype=resolve_dtype(dtype), **hf_kwargs)
+            model = AutoModelForCausalLM.from_pretrained(
+                source, dtype=resolve_dtype(dtype), **hf_kwargs
+            )
         except (OSError, ValueError, SafetensorError) as error:
             reason = str(error).strip().splitlines()[0]
             raise EagleError(
@@ -107,13 +119,17 @@ class Target:
             try:
                 model.load_adapter(adapter_path)
             except ImportError as error:
-                raise EagleError("adapters need peft: pip install 'eagle-heads[finetune]'") from error
+                raise EagleError(
+                    "adapters need peft: pip install 'eagle-heads[finetune]'"
+                ) from error
             except (OSError, ValueError) as error:
                 raise EagleError(f"cannot load the adapter {adapter_path!r}: {error}") from error
         if "device_map" not in hf_kwargs and not getattr(model, "is_quantized", False):
             slow = dtype == "auto" and model.dtype == torch.bfloat16 and not fast_bf16(device)
             model = model.to(device=device, dtype=torch.float32 if slow else None)
-        return cls(model, name="embedded" if path is None else str(path), feature_layers=feature_layers)
+        return cls(
+            model, name="embedded" if path is None else str(path), feature_layers=feature_layers
+        )
 
     @property
     def device(self) -> torch.device:
@@ -217,7 +233,12 @@ class Target:
             self._captured.clear()
 
     def prefill(
-        self, ids: torch.Tensor, lengths: torch.Tensor, host_lengths: list[int], cache: StaticKVCache, features: bool
+        self,
+        ids: torch.Tensor,
+        lengths: torch.Tensor,
+        host_lengths: list[int],
+        cache: StaticKVCache,
+        features: bool,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """ids [B, T] right-padded, lengths [B] -> logits [B, 1, V] of each row's last token, features [B, T, F].
 
@@ -232,7 +253,12 @@ class Target:
         return out
 
     def verify_tree(
-        self, tokens: torch.Tensor, depth: torch.Tensor, mask: torch.Tensor, cache: StaticKVCache, features: bool
+        self,
+        tokens: torch.Tensor,
+        depth: torch.Tensor,
+        mask: torch.Tensor,
+        cache: StaticKVCache,
+        features: bool,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """tokens, depth [B, N], mask [B, N, N] -> logits [B, N, V] and features; nothing is committed."""
         live = cache.open(tokens.shape[1])
@@ -270,7 +296,9 @@ class Target:
     @contextmanager
     def stock(self) -> Iterator[nn.Module]:
         """The model as transformers runs it, for `generate` baselines and for training."""
-        eager = getattr(self.config, "attn_logit_softcapping", None) or not self.model._supports_sdpa
+        eager = (
+            getattr(self.config, "attn_logit_softcapping", None) or not self.model._supports_sdpa
+        )
         kind = "eager" if eager else "sdpa"
         self.model.set_attn_implementation(kind)
         try:
@@ -312,7 +340,9 @@ class Target:
         try:
             logits, _ = self.forward(ids, context, recorder, features=False)
         except refused as error:
-            raise EagleError(f"models of type {kind!r} do not take our attention: {error}") from error
+            raise EagleError(
+                f"models of type {kind!r} do not take our attention: {error}"
+            ) from error
         if context.layers_seen != len(self.layers) or len(found) != len(self.layers):
             raise EagleError(
                 f"models of type {kind!r} are not supported: only {context.layers_seen} of {len(self.layers)} "
@@ -327,15 +357,24 @@ class Target:
             # the last three tokens once more, as a chain of tree nodes behind a prefix, with a branch between
             cache = self.new_cache(1, 7)
             self.prefill(ids[:, :3], zero + 3, [3], cache, features=False)
-            tokens, depth = ids[:, [3, 0, 4, 5]], zero + torch.tensor([[0, 1, 1, 2]], device=self.device)
-            mask = torch.tensor([[1, 0, 0, 0], [1, 1, 0, 0], [1, 0, 1, 0], [1, 0, 1, 1]], device=self.device)
-            tree_logits, _ = self.verify_tree(tokens, depth, mask[None].bool(), cache, features=False)
+            tokens, depth = (
+                ids[:, [3, 0, 4, 5]],
+                zero + torch.tensor([[0, 1, 1, 2]], device=self.device),
+            )
+            mask = torch.tensor(
+                [[1, 0, 0, 0], [1, 1, 0, 0], [1, 0, 1, 0], [1, 0, 1, 1]], device=self.device
+            )
+            tree_logits, _ = self.verify_tree(
+                tokens, depth, mask[None].bool(), cache, features=False
+            )
             logits = torch.cat([logits, tree_logits[:, [0, 2, 3]]], dim=1)
             with self.stock() as model:
                 expected = model(input_ids=ids, use_cache=False).logits.float()
             expected = torch.cat([expected, expected[:, 3:]], dim=1)
         except refused as error:
-            raise EagleError(f"models of type {kind!r} do not take our attention: {error}") from error
+            raise EagleError(
+                f"models of type {kind!r} do not take our attention: {error}"
+            ) from error
         tolerance = {torch.float32: 1e-3, torch.float16: 5e-2}.get(self.dtype, 2e-1)
         error = (logits.float() - expected).abs().max().item() / max(expected.std().item(), 1e-6)
         if not error < tolerance:
@@ -362,4 +401,7 @@ def refuse_unsupported(model: nn.Module, config, layers) -> None:
     if "chunked_attention" in types:
         raise EagleError(f"models of type {kind!r} use chunked attention, which is not supported")
     if layers is None or model.get_output_embeddings() is None:
-        raise EagleError(f"{kind!r} is not a decoder-only language model that transformers describes as one")
+        raise EagleError(
+            f"models of type {kind!r} are not supported: their decoder shows no list of `layers` and an output "
+            "embedding; use a decoder-only causal language model such as Llama, Qwen, Mistral or Gemma"
+        )

@@ -36,7 +36,9 @@ def verify(tree: DraftTree, choices: torch.Tensor, levels: int) -> Verdict:
     num_accepted = tree.depth.gather(1, deepest)
     B, N = tree.tokens.shape
     on_path = tree.mask.gather(1, deepest[..., None].expand(B, 1, N))[:, 0]  # [B, N]
-    step = torch.where(on_path, tree.depth, levels + 1)  # everything else goes to a column cut off below
+    step = torch.where(
+        on_path, tree.depth, levels + 1
+    )  # everything else goes to a column cut off below
     node = torch.arange(N, device=choices.device).expand(B, N)
     path = torch.zeros((B, levels + 2), dtype=torch.int64, device=choices.device)
     path = path.scatter(1, step, node)[:, : levels + 1]

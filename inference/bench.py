@@ -32,7 +32,9 @@ class Run:
     outputs: list[list[int]] = field(default_factory=list)
     rows: list = field(default_factory=list)  # decode.Row of one repeat
     cycles: int = 0  # passes over a batch
-    timings: dict[str, float] = field(default_factory=lambda: dict.fromkeys(("draft", "verify", "commit"), 0.0))
+    timings: dict[str, float] = field(
+        default_factory=lambda: dict.fromkeys(("draft", "verify", "commit"), 0.0)
+    )
 
     @property
     def tokens_per_second(self) -> float:
@@ -106,8 +108,14 @@ def bench(
     chosen = [e for e in ENGINES if e in engines.split(",")]
     unknown = sorted(set(engines.split(",")) - set(ENGINES))
     if unknown or not chosen:
-        raise EagleError(f"unknown engine {', '.join(unknown) or engines!r}; use {', '.join(ENGINES)}")
-    for name, value in (("num_prompts", num_prompts), ("repeats", repeats), ("max_new_tokens", max_new_tokens)):
+        raise EagleError(
+            f"unknown engine {', '.join(unknown) or engines!r}; use {', '.join(ENGINES)}"
+        )
+    for name, value in (
+        ("num_prompts", num_prompts),
+        ("repeats", repeats),
+        ("max_new_tokens", max_new_tokens),
+    ):
         if value < 1:
             raise EagleError(f"{name} must be at least 1, not {value}")
 
@@ -121,7 +129,9 @@ def bench(
         raise EagleError("no draft head to measure: give --head PATH, or --engines hf,vanilla")
     loaded = load_prompts(prompts, model.tokenizer, num_prompts)
     ids = [p.ids for p in loaded]
-    options = dict(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
+    options = dict(
+        max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed
+    )
     result = measure(model, ids, sizes, chosen, options, repeats, quiet)
     if not quiet:
         print(table(result))
@@ -145,11 +155,15 @@ def parse_sizes(text: str) -> list[int]:
     except ValueError:
         sizes = []
     if not sizes or min(sizes) < 1:
-        raise EagleError(f"batch_sizes {text!r} is no list of sizes; write for instance --batch_sizes 1,4")
+        raise EagleError(
+            f"batch_sizes {text!r} is no list of sizes; write for instance --batch_sizes 1,4"
+        )
     return sizes
 
 
-def measure(model, ids: list[list[int]], sizes, engines, options: dict, repeats: int, quiet: bool) -> dict:
+def measure(
+    model, ids: list[list[int]], sizes, engines, options: dict, repeats: int, quiet: bool
+) -> dict:
     """The bench's JSON object."""
     import torch
     import transformers
@@ -240,7 +254,9 @@ def run_engine(engine: str, model, batch: list[list[int]], options: dict):
     timings = Timings()
     synchronise(model)
     started = time.perf_counter()
-    result = model.generate(batch, draft=engine == "eagle", timings=timings, synchronise=True, **options)
+    result = model.generate(
+        batch, draft=engine == "eagle", timings=timings, synchronise=True, **options
+    )
     synchronise(model)
     spent = time.perf_counter() - started
     laps = {"draft": timings.draft, "verify": timings.verify, "commit": timings.commit}
@@ -256,11 +272,17 @@ def run_stock(model, batch, options: dict):
     pad = eos[0] if eos else 0
     width = max(map(len, batch))
     ids = torch.tensor([[pad] * (width - len(p)) + p for p in batch], device=target.device)
-    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in batch], device=target.device)
+    mask = torch.tensor(
+        [[0] * (width - len(p)) + [1] * len(p) for p in batch], device=target.device
+    )
     sampling = {}
     if options["temperature"] > 0.0:
         torch.manual_seed(options["seed"])
-        sampling = {"temperature": options["temperature"], "top_p": options["top_p"] or 1.0, "top_k": options["top_k"]}
+        sampling = {
+            "temperature": options["temperature"],
+            "top_p": options["top_p"] or 1.0,
+            "top_k": options["top_k"],
+        }
     with target.stock() as stock:
         synchronise(model)
         started = time.perf_counter()
@@ -296,7 +318,9 @@ def compare(model, prompts, eagle: Run, others: list[Run], options: dict) -> dic
             if ours == theirs:
                 continue
             counts["rows"] += 1
-            place = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), None)
+            place = next(
+                (i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), None
+            )
             seed = options["seed"] + number % eagle.batch_size
             near = not exact and place is not None and near_tie(
                 model, prompt + ours[:place], ours[place], theirs[place], options, seed
@@ -340,11 +364,16 @@ def near_tie(model, prefix: list[int], ours: int, theirs: int, options: dict, se
         position = torch.tensor([[len(prefix)]], device=target.device)
         seeds = torch.tensor([seed], device=target.device)
         cuts = {k: options[k] for k in ("top_k", "top_p")}
-        scores = process_logits(scores, temperature, **cuts) + gumbel_noise(seeds, position, scores.shape[1])[0]
+        scores = (
+            process_logits(scores, temperature, **cuts)
+            + gumbel_noise(seeds, position, scores.shape[1])[0]
+        )
     picks = set(scores.argmax(-1).tolist())
     if {ours, theirs} <= picks:
         return True
-    scores = scores.clamp_min(-1e9)  # what top-k and top-p cut off in one replay may stay in another
+    scores = scores.clamp_min(
+        -1e9
+    )  # what top-k and top-p cut off in one replay may stay in another
     base = scores[0]
     gap = abs(base[ours] - base[theirs]).item()
     behind = (base.max() - torch.maximum(base[ours], base[theirs])).item()

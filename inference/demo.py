@@ -54,9 +54,10 @@ def demo(*, output: str = "runs/demo", minutes: float = 3.0, num_prompts: int = 
         f"identical output: {'yes' if all(result['identical'].values()) else 'NO'}\n\n"
         f"head      {folder / 'head' / 'head'}\nmetrics   {folder / 'head' / 'metrics.jsonl'}\n"
         f"summary   {folder / 'head' / 'summary.json'}\nbenchmark {bench}\n\n"
-        f"try it: python -m inference.generate --head {folder / 'head' / 'head'} --prompt \"def main():\"\n"
+        f'try it: python -m inference.generate --head {folder / "head" / "head"} --prompt "def main():"\n'
         f"{(time.monotonic() - started) / 60:.1f} minutes in all",
         highlight=False,
+        soft_wrap=True,  # paths and commands stay whole, for copying
     )
     return 0 if all(result["identical"].values()) else 1
 

@@ -1,8 +1,8 @@
 """Generate text from one prompt (streamed) or from a file of prompts.
 
-    python -m inference.generate --prompt "def add(a, b):"
-    python -m inference.generate --prefix "def add(a, b):\\n    " --suffix "\\n    return c"
-    python -m inference.generate --prompts FILE.jsonl --output OUT.jsonl --batch_size 4
+python -m inference.generate --prompt "def add(a, b):"
+python -m inference.generate --prefix "def add(a, b):\\n    " --suffix "\\n    return c"
+python -m inference.generate --prompts FILE.jsonl --output OUT.jsonl --batch_size 4
 """
 
 from __future__ import annotations
@@ -47,9 +47,15 @@ def generate(
     """
     from eagle.errors import EagleError
 
-    given = [name for name, value in (("prompt", prompt), ("prefix", prefix), ("prompts", prompts)) if value is not None]
+    given = [
+        name
+        for name, value in (("prompt", prompt), ("prefix", prefix), ("prompts", prompts))
+        if value is not None
+    ]
     if len(given) != 1:
-        raise EagleError("give exactly one of --prompt TEXT, --prefix TEXT --suffix TEXT, or --prompts FILE")
+        raise EagleError(
+            "give exactly one of --prompt TEXT, --prefix TEXT --suffix TEXT, or --prompts FILE"
+        )
     if suffix is not None and prefix is None:
         raise EagleError("--suffix goes with --prefix TEXT")
     if engine not in ("eagle", "vanilla"):
@@ -77,7 +83,11 @@ def generate(
         return
     if prompt is not None:
         text = sys.stdin.read() if prompt == "-" else prompt
-        ids = chat_prompt(tokenizer, [{"role": "user", "content": text}]) if chat else text_prompt(tokenizer, text)
+        ids = (
+            chat_prompt(tokenizer, [{"role": "user", "content": text}])
+            if chat
+            else text_prompt(tokenizer, text)
+        )
     else:
         ids = fim_prompt(tokenizer, prefix or "", suffix or "")
     from transformers import TextStreamer
@@ -131,7 +141,10 @@ def complete_file(model, prompts, options: dict, batch_size: int, output: str | 
     else:
         write_text(Path(output), text)
     seconds = time.perf_counter() - started
-    print(f"{len(prompts)} completions, {tokens} tokens, {tokens / seconds:.1f} tokens/s", file=sys.stderr)
+    print(
+        f"{len(prompts)} completions, {tokens} tokens, {tokens / seconds:.1f} tokens/s",
+        file=sys.stderr,
+    )
 
 
 def require_writable(path: Path) -> None:
@@ -140,7 +153,9 @@ def require_writable(path: Path) -> None:
 
     folder = next(p for p in (path.absolute().parent, *path.absolute().parents) if p.exists())
     if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
-        raise EagleError(f"{path} cannot be written; give the name of a file in a folder that is yours")
+        raise EagleError(
+            f"{path} cannot be written; give the name of a file in a folder that is yours"
+        )
 
 
 def write_text(path: Path, text: str) -> None:

@@ -91,13 +91,17 @@ def load_prompts(path: str | Path | None, tokenizer, limit: int | None = None) -
             raise EagleError(f"{path} is empty; a .txt file is one prompt")
         return [Prompt(text_prompt(tokenizer, text), "text", {"prompt": text})]
     prompts = []
-    for number, line in enumerate(text.split("\n"), 1):  # splitlines() would cut at U+2028 inside a string
+    for number, line in enumerate(
+        text.split("\n"), 1
+    ):  # splitlines() would cut at U+2028 inside a string
         if not line.strip():
             continue
         try:
             prompt = render(tokenizer, json.loads(line))
         except json.JSONDecodeError as error:
-            raise EagleError(f"{path}:{number} is not JSON ({error.msg}); one record a line") from error
+            raise EagleError(
+                f"{path}:{number} is not JSON ({error.msg}); one record a line"
+            ) from error
         except (EagleError, ConfigError) as error:
             raise EagleError(f"{path}:{number} is no prompt: {error}") from error
         except (KeyError, TypeError, IndexError, AttributeError) as error:

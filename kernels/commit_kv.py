@@ -8,7 +8,9 @@ from __future__ import annotations
 import torch
 
 
-def commit_kv(buffer: torch.Tensor, lengths: torch.Tensor, path: torch.Tensor, counts: torch.Tensor) -> None:
+def commit_kv(
+    buffer: torch.Tensor, lengths: torch.Tensor, path: torch.Tensor, counts: torch.Tensor
+) -> None:
     """In place: slot lengths[b]+j takes what slot lengths[b]+path[b, j] held, for j < counts[b].
 
     buffer [L, 2, B, H, C, D] (keys and values of all layers); lengths, counts [B] int64; path [B, K]

@@ -75,7 +75,12 @@ def attend(
             scores = softcap * torch.tanh(scores / softcap)
         scores = scores if bias is None else scores + bias
         if sinks is not None:
-            sink = sinks.float().reshape(1, Hkv, G, 1, 1).expand(B, Hkv, G, N, 1).reshape(B, Hkv, G * N, 1)
+            sink = (
+                sinks.float()
+                .reshape(1, Hkv, G, 1, 1)
+                .expand(B, Hkv, G, N, 1)
+                .reshape(B, Hkv, G * N, 1)
+            )
             scores = torch.cat([scores, sink], dim=-1)
         scores = scores - scores.amax(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).min)
         weights = scores.exp()
@@ -110,7 +115,9 @@ def tree_attention(
     return attend(q, k, v, bias, scaling, softcap, sinks)
 
 
-def reachable(k: torch.Tensor, v: torch.Tensor, ends: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def reachable(
+    k: torch.Tensor, v: torch.Tensor, ends: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
     """k, v [B, Hkv, S, D] with every slot >= ends[b] zeroed, because 0 x NaN is NaN."""
     stale = torch.arange(k.shape[2], device=k.device)[None] >= ends[:, None]  # [B, S]
     stale = stale[:, None, :, None]

@@ -30,7 +30,11 @@ def commands():
 def run(command, cwd, extra=()):
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     return subprocess.run(
-        [sys.executable, *command[1:], *extra], cwd=cwd, env=environment, capture_output=True, text=True
+        [sys.executable, *command[1:], *extra],
+        cwd=cwd,
+        env=environment,
+        capture_output=True,
+        text=True,
     )
 
 
@@ -42,7 +46,9 @@ def test_python_snippet(capsys):
     assert re.search(r"\d\.\d+ \['(eos|length)', '(eos|length)'\]", shown)
 
 
-@pytest.mark.parametrize("command", [c for c in commands() if c[2] == "inference.generate"], ids=" ".join)
+@pytest.mark.parametrize(
+    "command", [c for c in commands() if c[2] == "inference.generate"], ids=" ".join
+)
 def test_generate_commands(command, tmp_path):
     done = run(command, tmp_path, ("--max_new_tokens", "8"))
     assert done.returncode == 0, done.stderr
@@ -50,7 +56,9 @@ def test_generate_commands(command, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("command", [c for c in commands() if c[2] == "inference.bench"], ids=" ".join)
+@pytest.mark.parametrize(
+    "command", [c for c in commands() if c[2] == "inference.bench"], ids=" ".join
+)
 def test_bench_commands(command, tmp_path):
     small = ("--num_prompts", "2", "--max_new_tokens", "8", "--repeats", "1")
     done = run(command, tmp_path, small)

@@ -20,8 +20,8 @@ MAY_IMPORT = {
 }
 # names of the other distribution's modules: a file of ours called so would shadow it or be shadowed
 THEIRS = set(
-    "_rust _system _versions _windows archs backends benchmark benchmarks cli compat deps hf_hub importer install "
-    "layer load locking python_deps resolver status validate variants verify".split()
+    "_rust _system _versions _windows archs backends benchmark benchmarks cli compat deps hf_hub importer "
+    "install layer load locking python_deps resolver status validate variants verify".split()
 )
 
 
@@ -109,7 +109,9 @@ def test_distribution_discovery():
         if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "find_namespace_packages"
     )  # fmt: skip
     (include,) = [ast.literal_eval(k.value) for k in call.keywords if k.arg == "include"]
-    found = [p for p in find_namespace_packages(str(ROOT), include=include) if "__pycache__" not in p]
+    found = [
+        p for p in find_namespace_packages(str(ROOT), include=include) if "__pycache__" not in p
+    ]
     assert {"configs", "kernels", "eagle", "train", "inference"} <= set(found)
     assert {p.split(".")[0] for p in found} == set(MAY_IMPORT)
     for name in ("eagle", "configs", "train", "inference"):
@@ -125,7 +127,11 @@ def test_version():
 
 def run(code, path=(), check=True, cwd=None):
     # -P is younger than 3.10: run from elsewhere so that only the given path decides
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join([*map(str, path), str(ROOT)]), "OMP_NUM_THREADS": "1"}
+    env = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([*map(str, path), str(ROOT)]),
+        "OMP_NUM_THREADS": "1",
+    }
     result = subprocess.run(
         [sys.executable, "-c", code],
         env=env,

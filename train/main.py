@@ -45,7 +45,11 @@ def run(cfg: HeadTrainConfig, quiet: bool = False) -> int:
     """Train as `cfg` says; returns the exit code."""
     from train.head.state import choose_output, require_writable, write_config
 
-    if cfg.model.base is not None and os.path.sep in cfg.model.base and not os.path.isdir(cfg.model.base):
+    if (
+        cfg.model.base is not None
+        and os.path.sep in cfg.model.base
+        and not os.path.isdir(cfg.model.base)
+    ):
         raise EagleError(
             f"no model folder {cfg.model.base!r}; give a folder with config.json and weights, or a hub id"
         )

@@ -108,7 +108,12 @@ class ScriptedDrafter:
     come before it; otherwise no child of the root is the target's choice."""
 
     def __init__(self, answers, right, shape, vocab=VOCAB):
-        self.answers, self.right, self.shape, self.vocab = answers, right, TreeShape.parse(shape), vocab
+        self.answers, self.right, self.shape, self.vocab = (
+            answers,
+            right,
+            TreeShape.parse(shape),
+            vocab,
+        )
 
     def begin(self, rows, capacity):
         assert rows == len(self.answers)

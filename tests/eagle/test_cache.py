@@ -24,11 +24,16 @@ def test_committed_slots_equal_a_fresh_prefill_after_50_cycles(targets, family):
     new = 160
     answers = plain(target, prompts, max_new_tokens=new)
     # every third token wrong: branches are accepted and rejected all the time
-    mixed = [[t if (i + row) % 3 else (t + 1) % 128 for i, t in enumerate(a)] for row, a in enumerate(answers)]
+    mixed = [
+        [t if (i + row) % 3 else (t + 1) % 128 for i, t in enumerate(a)]
+        for row, a in enumerate(answers)
+    ]
     seen = []
     drafter = ScriptedDrafter(mixed, True, "16,4,4")
     model = EaModel(target, drafter=drafter)
-    result = model.generate(prompts, max_new_tokens=new, on_cache=lambda cache: seen.append(cache))
+    result = model.generate(
+        prompts, max_new_tokens=new, on_cache=lambda cache, _: seen.append(cache)
+    )
     assert new_tokens(result) == answers and len(seen) > 50
     cache = seen[-1]
     for row, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
@@ -41,8 +46,11 @@ def test_committed_slots_equal_a_fresh_prefill_after_50_cycles(targets, family):
 def test_heads_cache_equals_a_fresh_ingest(llama):
     prompts = make_prompts((6, 2))
     model = head_model(llama, "8,4,2", draft_vocab=128)
-    result = model.generate(prompts, max_new_tokens=30)
-    cache = model.drafter.cache
+    drafters = []
+    result = model.generate(
+        prompts, max_new_tokens=30, on_cache=lambda _, drafter: drafters.append(drafter)
+    )
+    cache = drafters[-1].cache
     used = cache.buffer.clone()
     for row, done in enumerate(result.rows):
         length = cache.host_lengths[row]
@@ -50,9 +58,13 @@ def test_heads_cache_equals_a_fresh_ingest(llama):
         assert length >= len(done.prompt)
         ids = torch.tensor([tokens[:length]])
         target_cache = llama.new_cache(1, length)
-        _, features = llama.prefill(ids, torch.tensor([length]), [length], target_cache, features=True)
+        _, features = llama.prefill(
+            ids, torch.tensor([length]), [length], target_cache, features=True
+        )
         model.drafter.begin(1, length)
-        model.drafter.ingest(features, torch.tensor([tokens[1 : length + 1]]), torch.tensor([length]), [length])
+        model.drafter.ingest(
+            features, torch.tensor([tokens[1 : length + 1]]), torch.tensor([length]), [length]
+        )
         got = model.drafter.cache.buffer[:, :, 0, :, :length]
         assert torch.allclose(used[:, :, row, :, :length], got, atol=1e-4)
 
@@ -65,13 +77,16 @@ def test_slots_past_the_length_are_never_read(targets, family, lengths):
     model = head_model(target, "16,4,4", draft_vocab=128)
     clean = new_tokens(model.generate(prompts, max_new_tokens=40))
 
-    def poison(cache):
-        for each in [cache] + ([model.drafter.cache] if drafting else []):
+    def poison(cache, drafter):
+        for each in [cache] + ([drafter.cache] if drafting else []):
             for row, length in enumerate(each.host_lengths):
                 each.buffer[:, :, row, :, length:] = float("nan")
 
     for drafting in (True, False):
-        assert new_tokens(model.generate(prompts, max_new_tokens=40, on_cache=poison, draft=drafting)) == clean
+        assert (
+            new_tokens(model.generate(prompts, max_new_tokens=40, on_cache=poison, draft=drafting))
+            == clean
+        )
     # accepted drafts must survive it too
     drafting = False
     scripted = EaModel(target, drafter=ScriptedDrafter(clean, True, "8,4,2"))
@@ -124,7 +139,7 @@ def test_finished_rows_are_frozen(llama):
     frozen, checks = {}, 0
     rows = None
 
-    def watch(cache):
+    def watch(cache, _):
         nonlocal checks
         for row, (length, kept) in frozen.items():
             assert cache.host_lengths[row] == length == cache.lengths[row]
@@ -139,7 +154,9 @@ def test_finished_rows_are_frozen(llama):
     for rows in steps:  # noqa: B007 - `watch` reads it
         pass
     assert checks > 5 and len({state.finish_reason for state in rows}) == 2
-    assert [r.tokens for r in rows] == plain(llama, prompts, max_new_tokens=40, eos_token_id=list(eos))
+    assert [r.tokens for r in rows] == plain(
+        llama, prompts, max_new_tokens=40, eos_token_id=list(eos)
+    )
 
 
 def test_the_cost_of_a_pass_follows_the_context(llama):

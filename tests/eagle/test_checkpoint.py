@@ -86,7 +86,9 @@ def test_layout_is_the_published_one_and_reloads_bit_equal(tmp_path, target, dty
     for key, value in head.state_dict().items():
         assert torch.equal(again.state_dict()[key], value), key
     config = json.loads((folder / "config.json").read_text())
-    assert config["architectures"] == ["LlamaForCausalLMEagle3"] and config["num_hidden_layers"] == 1
+    assert (
+        config["architectures"] == ["LlamaForCausalLMEagle3"] and config["num_hidden_layers"] == 1
+    )
     assert config["draft_vocab_size"] == D and config["tie_word_embeddings"] is False
     assert config["eagle_aux_hidden_state_layer_ids"] == list(head.config.feature_layers)
 
@@ -105,7 +107,11 @@ def test_published_bin_without_feature_ids_and_with_embedding(tmp_path, target):
     (folder / "model.safetensors").unlink()
     (folder / "eagle.json").unlink()
     config = json.loads((folder / "config.json").read_text())
-    for key in ("eagle_aux_hidden_state_layer_ids", "eagle_aux_hidden_state_convention", "head_dim"):
+    for key in (
+        "eagle_aux_hidden_state_layer_ids",
+        "eagle_aux_hidden_state_convention",
+        "head_dim",
+    ):
         del config[key]
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.warns(UserWarning, match="embed_tokens"):

@@ -18,7 +18,9 @@ def model(llama):
 def test_equals_stock_generate(model, extra):
     ids = torch.tensor([[3, 1, 4, 1, 5]])
     stock = model.target.model
-    ours = stock.generate(ids, custom_generate=model.custom_generate, do_sample=False, **OPTIONS, **extra)
+    ours = stock.generate(
+        ids, custom_generate=model.custom_generate, do_sample=False, **OPTIONS, **extra
+    )
     with model.target.stock():
         expected = stock.generate(ids, do_sample=False, **OPTIONS, **extra)
     assert torch.equal(ours, expected)
@@ -29,7 +31,12 @@ def test_sampling_keeps_the_calls_settings(model):
     stock = model.target.model
     torch.manual_seed(0)
     kept = stock.generate(
-        ids, custom_generate=model.custom_generate, do_sample=True, temperature=0.7, top_k=1, **OPTIONS
+        ids,
+        custom_generate=model.custom_generate,
+        do_sample=True,
+        temperature=0.7,
+        top_k=1,
+        **OPTIONS,
     )
     greedy = model.eagenerate(ids, max_new_tokens=30, eos_token_id=-1)
     assert torch.equal(kept, greedy)  # top_k=1 leaves one token

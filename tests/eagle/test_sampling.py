@@ -45,7 +45,12 @@ def test_each_position_follows_the_target(small, temperature, top_k, speculative
     prompt, rows = [3, 7, 1], 6000
     model = head_model(small, "8,4,2", draft_vocab=V) if speculative else EaModel(small)
     result = model.generate(
-        [prompt] * rows, max_new_tokens=4, temperature=temperature, top_k=top_k, seed=123, draft=speculative
+        [prompt] * rows,
+        max_new_tokens=4,
+        temperature=temperature,
+        top_k=top_k,
+        seed=123,
+        draft=speculative,
     )
     outputs = torch.tensor([row.tokens for row in result.rows])
     prefix = torch.empty(0, dtype=torch.int64)
@@ -139,7 +144,9 @@ def test_zero_and_one_are_off(llama):
     prompts = make_prompts((4, 7))
     options = dict(max_new_tokens=8, temperature=1.3, seed=3)
     outputs = [
-        plain(llama, prompts, **options, top_p=top_p, top_k=top_k) for top_p in (0.0, 1.0) for top_k in (0, 128)
+        plain(llama, prompts, **options, top_p=top_p, top_k=top_k)
+        for top_p in (0.0, 1.0)
+        for top_k in (0, 128)
     ]
     assert all(output == outputs[0] for output in outputs)
     one = plain(llama, prompts, **options, top_k=1)
@@ -179,6 +186,8 @@ def test_do_sample(llama):
     model = EaModel(llama)
     prompt = make_prompts((4,))
     greedy = model.naivegenerate(prompt, max_new_tokens=6)
-    assert torch.equal(model.naivegenerate(prompt, max_new_tokens=6, do_sample=False, temperature=1.3), greedy)
+    assert torch.equal(
+        model.naivegenerate(prompt, max_new_tokens=6, do_sample=False, temperature=1.3), greedy
+    )
     with pytest.raises(EagleError, match="temperature"):
         model.naivegenerate(prompt, do_sample=True)

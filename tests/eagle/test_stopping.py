@@ -2,7 +2,15 @@
 
 import pytest
 import torch
-from engine_helpers import ScriptedDrafter, head_model, make_prompts, make_target, new_tokens, padded, plain
+from engine_helpers import (
+    ScriptedDrafter,
+    head_model,
+    make_prompts,
+    make_target,
+    new_tokens,
+    padded,
+    plain,
+)
 from transformers import (
     LogitsProcessorList,
     NoRepeatNGramLogitsProcessor,
@@ -66,10 +74,18 @@ def test_eos_is_taken_from_the_model(answer):
     assert row.tokens == answer[: answer.index(eos) + 1]
     target.model.generation_config.eos_token_id = None
     target.config.eos_token_id = eos
-    assert EaModel(target).generate(PROMPT, max_new_tokens=40, draft=False).rows[0].tokens == row.tokens
+    assert (
+        EaModel(target).generate(PROMPT, max_new_tokens=40, draft=False).rows[0].tokens
+        == row.tokens
+    )
     # none asked for explicitly
     assert (
-        len(EaModel(target).generate(PROMPT, max_new_tokens=40, eos_token_id=[], draft=False).rows[0].tokens)
+        len(
+            EaModel(target)
+            .generate(PROMPT, max_new_tokens=40, eos_token_id=[], draft=False)
+            .rows[0]
+            .tokens
+        )
         == 40
     )
 
@@ -106,7 +122,9 @@ def test_stop_strings(llama, answer):
                 PROMPT, max_new_tokens=40, stop_strings=stop, draft=model.drafter is not None
             ).rows[0]
             assert row.tokens == answer[:end] and row.finish_reason == "stop"
-    never = EaModel(llama, tokenizer=text).generate(PROMPT, max_new_tokens=40, stop_strings="###", draft=False)
+    never = EaModel(llama, tokenizer=text).generate(
+        PROMPT, max_new_tokens=40, stop_strings="###", draft=False
+    )
     assert never.rows[0].tokens == answer and never.rows[0].finish_reason == "length"
 
 
@@ -125,14 +143,19 @@ def test_stop_strings_in_a_batch(llama):
 
 
 def test_steps_grow_and_end_at_the_whole(llama, answer):
-    for model in (head_model(llama), EaModel(llama, drafter=ScriptedDrafter([answer], True, "16,4,4"))):
+    for model in (
+        head_model(llama),
+        EaModel(llama, drafter=ScriptedDrafter([answer], True, "16,4,4")),
+    ):
         for method, whole in (
             (model.ea_generate, model.eagenerate),
             (model.naive_generate, model.naivegenerate),
         ):
             steps = [s[0].tolist() for s in method(PROMPT, max_new_tokens=40)]
             assert steps[-1] == whole(PROMPT, max_new_tokens=40)[0].tolist() == PROMPT[0] + answer
-            assert all(b[: len(a)] == a and len(b) > len(a) for a, b in zip(steps, steps[1:], strict=False))
+            assert all(
+                b[: len(a)] == a and len(b) > len(a) for a, b in zip(steps, steps[1:], strict=False)
+            )
 
 
 def test_log_and_statistics(llama, answer):
@@ -168,10 +191,14 @@ def test_streamer(llama, answer):
         head_model(llama).eagenerate(PROMPT * 2, streamer=Collect())
 
 
-@pytest.mark.parametrize("sampling", [{}, {"temperature": 1.3, "seed": 4}], ids=["greedy", "sampled"])
+@pytest.mark.parametrize(
+    "sampling", [{}, {"temperature": 1.3, "seed": 4}], ids=["greedy", "sampled"]
+)
 def test_logits_processors(llama, sampling):
     prompts = make_prompts((7, 3, 11))
-    processors = LogitsProcessorList([RepetitionPenaltyLogitsProcessor(1.8), NoRepeatNGramLogitsProcessor(2)])
+    processors = LogitsProcessorList(
+        [RepetitionPenaltyLogitsProcessor(1.8), NoRepeatNGramLogitsProcessor(2)]
+    )
     options = dict(max_new_tokens=24, logits_processor=processors, **sampling)
     slow = plain(llama, prompts, **options)
     assert slow != plain(llama, prompts, max_new_tokens=24, **sampling)
@@ -185,9 +212,14 @@ def test_logits_processors(llama, sampling):
             for prompt, tokens in zip(prompts, slow, strict=True):
                 ids = torch.tensor([prompt])
                 out = stock.generate(
-                    ids, attention_mask=torch.ones_like(ids), max_new_tokens=24, do_sample=False,
-                    repetition_penalty=1.8, no_repeat_ngram_size=2, pad_token_id=0,
-                )  # fmt: skip
+                    ids,
+                    attention_mask=torch.ones_like(ids),
+                    max_new_tokens=24,
+                    do_sample=False,
+                    repetition_penalty=1.8,
+                    no_repeat_ngram_size=2,
+                    pad_token_id=0,
+                )
                 assert out[0, len(prompt) :].tolist() == tokens
 
 
@@ -196,8 +228,17 @@ def test_one_prompt_in_every_form(llama):
     flat = [5, 9, 2]
     expected = model.naivegenerate([flat], max_new_tokens=5)
     ids, mask = padded([flat], "both")
-    for given in ((flat,), (torch.tensor(flat),), (torch.tensor([flat]),), ((tuple(flat),),), ([torch.tensor(flat)],),
-                  (ids, mask), (ids[0], mask[0]), (ids, mask.bool()), (ids.int(), mask.float())):  # fmt: skip
+    for given in (
+        (flat,),
+        (torch.tensor(flat),),
+        (torch.tensor([flat]),),
+        ((tuple(flat),),),
+        ([torch.tensor(flat)],),
+        (ids, mask),
+        (ids[0], mask[0]),
+        (ids, mask.bool()),
+        (ids.int(), mask.float()),
+    ):
         assert torch.equal(model.naivegenerate(*given, max_new_tokens=5), expected)
 
 
@@ -216,7 +257,11 @@ BAD = {
     "nothing": (None, None, "token ids"),
     "hole": (torch.ones(1, 4, dtype=torch.int64), torch.tensor([[1, 0, 1, 1]]), "holes"),
     "two holes": (torch.ones(1, 6, dtype=torch.int64), torch.tensor([[0, 1, 0, 1, 1, 0]]), "holes"),
-    "all masked": (torch.ones(2, 4, dtype=torch.int64), torch.tensor([[1] * 4, [0] * 4]), "prompt 1 is empty"),
+    "all masked": (
+        torch.ones(2, 4, dtype=torch.int64),
+        torch.tensor([[1] * 4, [0] * 4]),
+        "prompt 1 is empty",
+    ),
     "other shape": (torch.ones(2, 4, dtype=torch.int64), torch.ones(2, 5), "does not fit"),
     "mask with lists": ([[1, 2]], torch.ones(1, 2), "padding"),
     "too high": ([[1, 128]], None, "outside 0 … 127"),
@@ -239,3 +284,21 @@ def test_bad_prompts_are_refused(llama, name):
 def test_bad_limits_are_refused(llama, options):
     with pytest.raises(EagleError, match=next(iter(options))):
         EaModel(llama).naivegenerate(PROMPT, **options)
+
+
+def test_interleaved_calls_do_not_share_a_cache(llama):
+    model = head_model(llama)
+    first, second = make_prompts((6, 11))
+    options = dict(max_new_tokens=20, eos_token_id=-1)
+    calls = [model.ea_generate([first], **options), model.ea_generate([second, first], **options)]
+    shown = [None, None]
+    running = [0, 1]
+    while running:
+        for i in list(running):
+            step = next(calls[i], None)
+            if step is None:
+                running.remove(i)
+            else:
+                shown[i] = step
+    assert torch.equal(shown[0], model.naivegenerate([first], **options))
+    assert torch.equal(shown[1], model.naivegenerate([second, first], **options))

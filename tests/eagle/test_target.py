@@ -89,8 +89,12 @@ def test_any_feature_layers(layers):
     target.backbone.norm.register_forward_pre_hook(lambda module, args: before_norm.append(args[0]))
     ids = torch.tensor(make_prompts((5,)))
     with target.stock() as model:
-        states = list(model(input_ids=ids, output_hidden_states=True, use_cache=False).hidden_states[:4])
-    states.append(before_norm[0])  # what leaves the last layer; transformers' own last state is normed
+        states = list(
+            model(input_ids=ids, output_hidden_states=True, use_cache=False).hidden_states[:4]
+        )
+    states.append(
+        before_norm[0]
+    )  # what leaves the last layer; transformers' own last state is normed
     _, features = target.prefill(ids, torch.tensor([5]), [5], target.new_cache(1, 5), features=True)
     assert torch.allclose(features, torch.cat([states[i] for i in layers], -1), atol=1e-5)
     for bad in ((0, 1), (0, 1, 5), (-1, 1, 2)):
@@ -126,7 +130,17 @@ def ragged_cache(target, prompts, capacity):
     return cache
 
 
-TREE = [(9, 0), (4, 0), (7, 0), (5, 1), (6, 1), (4, 2), (8, 3), (1, 5), (2, 6)]  # tokens and parents, depth 4
+TREE = [
+    (9, 0),
+    (4, 0),
+    (7, 0),
+    (5, 1),
+    (6, 1),
+    (4, 2),
+    (8, 3),
+    (1, 5),
+    (2, 6),
+]  # tokens and parents, depth 4
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -142,7 +156,11 @@ def test_tree_logits_equal_every_path_on_its_own(targets, name, lengths):
         for b, prompt in enumerate(prompts):
             for n in range(len(TREE)):
                 path = [TREE[m][0] for m in tree.mask[b, n].nonzero()[:, 0]]
-                out = model(input_ids=torch.tensor([prompt + path]), output_hidden_states=True, use_cache=False)
+                out = model(
+                    input_ids=torch.tensor([prompt + path]),
+                    output_hidden_states=True,
+                    use_cache=False,
+                )
                 assert torch.allclose(logits[b, n], out.logits[0, -1], atol=1e-4)
                 expected = entering(target, out.hidden_states)[0, -1]
                 assert torch.allclose(features[b, n, : len(expected)], expected, atol=1e-4)
@@ -187,7 +205,9 @@ def check_lossless(target, lengths=(9, 3, 14), new=60):
 
 def test_learned_positions_end_where_the_model_ends():
     """Drafts at the end of the context must not look up a position that does not exist."""
-    model = family("OPTConfig", max_position_embeddings=32, ffn_dim=48, word_embed_proj_dim=32, init_std=0.3)
+    model = family(
+        "OPTConfig", max_position_embeddings=32, ffn_dim=48, word_embed_proj_dim=32, init_std=0.3
+    )
     slow = check_lossless(Target(model))
     assert [len(tokens) for tokens in slow] == [23, 29, 18]
 
@@ -203,7 +223,10 @@ def test_longrope_stays_inside_its_original_context():
     rope = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [3.0] * 4, "rope_theta": 10000.0,
             "original_max_position_embeddings": 24, "factor": 2.0}  # fmt: skip
     model = family(
-        "Phi3Config", max_position_embeddings=64, rope_parameters=rope, original_max_position_embeddings=24
+        "Phi3Config",
+        max_position_embeddings=64,
+        rope_parameters=rope,
+        original_max_position_embeddings=24,
     )
     target = Target(model)
     assert target.max_positions == 24
@@ -243,7 +266,11 @@ def test_head_config_follows_the_target(targets):
     for name in FAMILIES:
         target = targets(name)
         config = HeadConfig.for_target(target.config, draft_vocab_size=40)
-        assert config.rope_theta == 10000.0 and config.head_dim == 8 and config.num_key_value_heads == 2
+        assert (
+            config.rope_theta == 10000.0
+            and config.head_dim == 8
+            and config.num_key_value_heads == 2
+        )
         assert config.feature_layers == target.feature_layers
     with pytest.raises(EagleError, match="divisor"):
         HeadConfig.for_target(target.config, num_attention_heads=4, num_key_value_heads=3)

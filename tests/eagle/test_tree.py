@@ -42,9 +42,17 @@ def test_shape_fields_must_be_whole_numbers(values):
 
 @pytest.mark.parametrize(
     "text, nodes, levels",
-    [("6,4,1", 6, 5), ("60,7,10", 60, 8), ("16,4,4", 16, 5), ("3,7,10", 3, 2), ("100,2,2", 11, 3), ("9,0,4", 5, 1),
-     ("100,3,1", 5, 4), (" 8, 4, 2 ", 8, 5)],
-)  # fmt: skip
+    [
+        ("6,4,1", 6, 5),
+        ("60,7,10", 60, 8),
+        ("16,4,4", 16, 5),
+        ("3,7,10", 3, 2),
+        ("100,2,2", 11, 3),
+        ("9,0,4", 5, 1),
+        ("100,3,1", 5, 4),
+        (" 8, 4, 2 ", 8, 5),
+    ],
+)
 def test_shape_counts(text, nodes, levels):
     shape = TreeShape.parse(text)
     assert (shape.num_nodes, shape.levels) == (nodes, levels)
@@ -85,14 +93,18 @@ def test_verify_against_a_walk():
             parents, _ = random_parents(rng, nodes, levels)
             used, row = {}, [(rng.randrange(9), 0)]
             for parent in parents[1:]:  # children of one node are distinct
-                row.append((rng.choice([t for t in range(40) if t not in used.get(parent, ())]), parent))
+                row.append(
+                    (rng.choice([t for t in range(40) if t not in used.get(parent, ())]), parent)
+                )
                 used.setdefault(parent, set()).add(row[-1][0])
             made.append(row)
             # often right: the token of one of the node's children
             choice = []
             for n in range(nodes):
                 children = [t for t, p in row[1:] if p == n]
-                choice.append(rng.choice(children) if children and rng.random() < 0.8 else rng.randrange(40))
+                choice.append(
+                    rng.choice(children) if children and rng.random() < 0.8 else rng.randrange(40)
+                )
             choices.append(choice)
         tree = make_tree(made, levels)
         verdict = verify(tree, torch.tensor(choices), levels)
@@ -153,16 +165,20 @@ def test_rerank_keeps_the_best_with_their_parents(ties):
         total = len(both[0][0])
         shape = TreeShape(rng.randint(2, total + 3), depth, k)
         tree = rerank(
-            torch.tensor([1, 2, 3]), *(torch.tensor([c[i] for c in both]) for i in range(3)),
-            torch.tensor(both[0][3]), shape.num_nodes, shape.levels,
-        )  # fmt: skip
+            torch.tensor([1, 2, 3]),
+            *(torch.tensor([c[i] for c in both]) for i in range(3)),
+            torch.tensor(both[0][3]),
+            shape.num_nodes,
+            shape.levels,
+        )
         N = shape.num_nodes
         assert tree.tokens.shape == tree.parents.shape == tree.depth.shape == (3, N)
         for b, (_, parents, scores, level) in enumerate(both):
             kept = [t - 1000 for t in tree.tokens[b, 1:].tolist()]
             best = sorted(scores, reverse=True)[: N - 1]
             assert torch.allclose(
-                torch.tensor([scores[i] for i in kept]).sort().values, torch.tensor(best).sort().values
+                torch.tensor([scores[i] for i in kept]).sort().values,
+                torch.tensor(best).sort().values,
             )
             assert tree.tokens[b, 0] == b + 1 and kept == sorted(kept)
             for node, i in enumerate(kept, 1):
@@ -196,7 +212,9 @@ class Reference:
 
     @staticmethod
     def attend(q, k, v):
-        out = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        out = torch.nn.functional.scaled_dot_product_attention(
+            q, k, v, is_causal=True, enable_gqa=True
+        )
         return out.transpose(1, 2)
 
     def tree(self, root, shape):
@@ -272,14 +290,18 @@ def test_expand_equals_the_slow_reference(llama, shape):
 def test_trees_have_distinct_children_and_falling_scores(llama):
     drafter = HeadDrafter(make_head(llama, 30), llama.embed, TreeShape(40, 5, 6))
     drafter.begin(2, 20)
-    drafter.ingest(torch.randn(2, 9, 96), torch.randint(0, 128, (2, 9)), torch.tensor([9, 4]), [9, 4])
+    drafter.ingest(
+        torch.randn(2, 9, 96), torch.randint(0, 128, (2, 9)), torch.tensor([9, 4]), [9, 4]
+    )
     tree = drafter.expand(torch.tensor([3, 4]))
     allowed = set(drafter.head.draft_token_ids().tolist())
     for b in range(2):
         assert len(paths_of(tree, b)) == 39
         assert set(tree.tokens[b, 1:].tolist()) <= allowed
     assert (tree.scores <= tree.scores.gather(1, tree.parents)).all()
-    assert tree.tokens[:, 0].tolist() == [3, 4] and (tree.parents[:, 1:] < torch.arange(1, 40)).all()
+    assert (
+        tree.tokens[:, 0].tolist() == [3, 4] and (tree.parents[:, 1:] < torch.arange(1, 40)).all()
+    )
 
 
 @torch.inference_mode()
@@ -296,4 +318,6 @@ def test_incremental_ingest_equals_one_pass(llama):
         n = end - start
         parts.ingest(features[:, start:end], tokens[:, start:end], torch.tensor([n]), [n])
     assert torch.allclose(whole.last, parts.last, atol=1e-4)
-    assert torch.allclose(whole.cache.buffer[..., :12, :], parts.cache.buffer[..., :12, :], atol=1e-4)
+    assert torch.allclose(
+        whole.cache.buffer[..., :12, :], parts.cache.buffer[..., :12, :], atol=1e-4
+    )

@@ -40,7 +40,9 @@ def model_folder(tmp_path_factory, tokenizer_folder):
 
     folder = tmp_path_factory.mktemp("model")
     size = len(AutoTokenizer.from_pretrained(tokenizer_folder))
-    config = make_config("llama", vocab_size=size, eos_token_id=0, pad_token_id=1, initializer_range=0.2)
+    config = make_config(
+        "llama", vocab_size=size, eos_token_id=0, pad_token_id=1, initializer_range=0.2
+    )
     make_model(config, seed=3).save_pretrained(folder)
     for file in tokenizer_folder.iterdir():
         shutil.copy(file, folder)
@@ -65,7 +67,12 @@ def command():
     """command("inference.bench", "--flag", …) -> the finished process."""
 
     def run(module, *arguments, stdin=None):
-        env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+        env = {
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "HF_HUB_OFFLINE": "1",
+            "CUDA_VISIBLE_DEVICES": "",
+        }
         return subprocess.run(
             [sys.executable, "-m", module, *map(str, arguments)], cwd=ROOT, env=env, input=stdin,
             capture_output=True, text=True, timeout=300,

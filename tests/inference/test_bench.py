@@ -4,16 +4,45 @@ import json
 
 import pytest
 import torch
-from engine_helpers import ScriptedDrafter, head_model, make_head, make_model, make_prompts, make_target, plain
+from engine_helpers import (
+    ScriptedDrafter,
+    head_model,
+    make_head,
+    make_model,
+    make_prompts,
+    make_target,
+    plain,
+)
 
 from eagle.decode import Row
 from eagle.model import EaModel
 from eagle.target import Target
 from inference.bench import Run, bench, compare, looping_share, measure, near_tie, parse_sizes
 
-FIELDS = {"device", "dtype", "versions", "model", "tree", "runs", "speedup", "efficiency", "identical"}
-RUN = {"engine", "batch_size", "new_tokens", "seconds", "tokens_per_second", "tau", "acceptance_by_depth", "cycle_ms",
-       "draft_ms", "verify_ms", "commit_ms"}  # fmt: skip
+FIELDS = {
+    "device",
+    "dtype",
+    "versions",
+    "model",
+    "tree",
+    "runs",
+    "speedup",
+    "efficiency",
+    "identical",
+}
+RUN = {
+    "engine",
+    "batch_size",
+    "new_tokens",
+    "seconds",
+    "tokens_per_second",
+    "tau",
+    "acceptance_by_depth",
+    "cycle_ms",
+    "draft_ms",
+    "verify_ms",
+    "commit_ms",
+}
 
 
 @pytest.fixture
@@ -25,7 +54,8 @@ def base(model_folder, head_folder):
 def prompt_file(tmp_path):
     path = tmp_path / "question.jsonl"
     lines = [
-        {"question_id": 80 + i, "category": "x", "turns": [f"def f{i}():" * (i + 1), "And?"]} for i in range(3)
+        {"question_id": 80 + i, "category": "x", "turns": [f"def f{i}():" * (i + 1), "And?"]}
+        for i in range(3)
     ]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     return path
@@ -34,9 +64,25 @@ def prompt_file(tmp_path):
 def test_json_of_a_whole_run(command, base, prompt_file, tmp_path):
     out = tmp_path / "deep" / "bench.json"
     result = command(
-        "inference.bench", *base, "--dtype", "float32", "--prompts", prompt_file, "--batch_sizes", "1,2", "--tree", "8,4,2",
-        "--max_new_tokens", 10, "--num_prompts", 3, "--repeats", 2, "--json", out,
-    )  # fmt: skip
+        "inference.bench",
+        *base,
+        "--dtype",
+        "float32",
+        "--prompts",
+        prompt_file,
+        "--batch_sizes",
+        "1,2",
+        "--tree",
+        "8,4,2",
+        "--max_new_tokens",
+        10,
+        "--num_prompts",
+        3,
+        "--repeats",
+        2,
+        "--json",
+        out,
+    )
     assert result.returncode == 0, result.stderr
     last = json.loads(result.stdout.splitlines()[-1])
     assert json.loads(out.read_text()) == last
@@ -47,7 +93,9 @@ def test_json_of_a_whole_run(command, base, prompt_file, tmp_path):
     for (engine, _), run in runs.items():
         assert RUN <= run.keys()
         assert run["new_tokens"] == runs["hf", 1]["new_tokens"] and run["seconds"] > 0
-        assert run["tokens_per_second"] == pytest.approx(run["new_tokens"] / run["seconds"], rel=0.01)
+        assert run["tokens_per_second"] == pytest.approx(
+            run["new_tokens"] / run["seconds"], rel=0.01
+        )
         if engine == "hf":
             assert run["tau"] is None and run["cycle_ms"] is None
         else:
@@ -57,7 +105,9 @@ def test_json_of_a_whole_run(command, base, prompt_file, tmp_path):
     assert last["identical"] == {"1": True, "2": True}
     for other in ("hf", "vanilla"):
         for size in (1, 2):
-            ratio = runs["eagle", size]["tokens_per_second"] / runs[other, size]["tokens_per_second"]
+            ratio = (
+                runs["eagle", size]["tokens_per_second"] / runs[other, size]["tokens_per_second"]
+            )
             assert last["speedup"][f"vs_{other}"][str(size)] == pytest.approx(ratio, rel=0.01)
     for size, value in last["efficiency"].items():
         assert value == pytest.approx(
@@ -67,19 +117,50 @@ def test_json_of_a_whole_run(command, base, prompt_file, tmp_path):
 
 def test_sampled_and_fewer_engines(in_process, base, prompt_file):
     code, out, err = in_process(
-        bench, *base, "--dtype", "float32", "--prompts", prompt_file, "--temperature", "0.8", "--engines", "vanilla,eagle",
-        "--max_new_tokens", 8, "--num_prompts", 2, "--repeats", 1, "--quiet",
-    )  # fmt: skip
+        bench,
+        *base,
+        "--dtype",
+        "float32",
+        "--prompts",
+        prompt_file,
+        "--temperature",
+        "0.8",
+        "--engines",
+        "vanilla,eagle",
+        "--max_new_tokens",
+        8,
+        "--num_prompts",
+        2,
+        "--repeats",
+        1,
+        "--quiet",
+    )
     assert code == 0 and err == ""
     last = json.loads(out)
-    assert last["identical"] == {"1": True} and last["speedup"]["vs_hf"] == {} and last["temperature"] == 0.8
+    assert (
+        last["identical"] == {"1": True}
+        and last["speedup"]["vs_hf"] == {}
+        and last["temperature"] == 0.8
+    )
 
 
 def test_plain_engines_need_no_head(in_process, model_folder, prompt_file):
     code, out, _ = in_process(
-        bench, "--base", model_folder, "--device", "cpu", "--prompts", prompt_file, "--engines", "hf,vanilla",
-        "--max_new_tokens", 4, "--repeats", 1, "--quiet",
-    )  # fmt: skip
+        bench,
+        "--base",
+        model_folder,
+        "--device",
+        "cpu",
+        "--prompts",
+        prompt_file,
+        "--engines",
+        "hf,vanilla",
+        "--max_new_tokens",
+        4,
+        "--repeats",
+        1,
+        "--quiet",
+    )
     last = json.loads(out)
     assert code == 0 and last["identical"] == {} and last["tree"] is None
 
@@ -91,7 +172,9 @@ def test_engines_stop_and_count_alike():
     eos = plain(target, prompts, max_new_tokens=12)[1][6]
     target.model.generation_config.eos_token_id = eos
     options = dict(max_new_tokens=12, temperature=0.0, top_p=0.0, top_k=0, seed=0)
-    result = measure(head_model(target), prompts, [1, 3], ["hf", "vanilla", "eagle"], options, 1, True)
+    result = measure(
+        head_model(target), prompts, [1, 3], ["hf", "vanilla", "eagle"], options, 1, True
+    )
     assert len({r["new_tokens"] for r in result["runs"]}) == 1
     assert result["runs"][0]["new_tokens"] < 36 and result["identical"] == {"1": True, "3": True}
 
@@ -116,11 +199,15 @@ def test_looping(tokens, loops):
 
 
 def test_looping_share_is_a_share():
-    assert looping_share([[1] * 30, list(range(30)), [2] * 30, []]) == 0.5 and looping_share([]) == 0.0
+    assert (
+        looping_share([[1] * 30, list(range(30)), [2] * 30, []]) == 0.5 and looping_share([]) == 0.0
+    )
 
 
 def test_sizes():
-    assert parse_sizes("1,4") == [1, 4] and parse_sizes("(1, 4)") == [1, 4] and parse_sizes("3") == [3]
+    assert (
+        parse_sizes("1,4") == [1, 4] and parse_sizes("(1, 4)") == [1, 4] and parse_sizes("3") == [3]
+    )
 
 
 @pytest.fixture(scope="module")
@@ -155,10 +242,15 @@ def test_near_ties_are_judged_by_replay(half):
     prefix = prefix_with_top(half, 10)
     order = logits_after(half, prefix).argsort(descending=True).tolist()
     # two equal tokens far behind the best
-    low = next(p for p in (make_prompts((6,), seed=s)[0] for s in range(2000))
-               if logits_after(half, p)[10] < logits_after(half, p).max() - 3)  # fmt: skip
+    low = next(
+        p
+        for p in (make_prompts((6,), seed=s)[0] for s in range(2000))
+        if logits_after(half, p)[10] < logits_after(half, p).max() - 3
+    )
     with torch.inference_mode():
-        assert near_tie(model, prefix, 10, 11, GREEDY, 0) and near_tie(model, prefix, 11, 10, GREEDY, 0)
+        assert near_tie(model, prefix, 10, 11, GREEDY, 0) and near_tie(
+            model, prefix, 11, 10, GREEDY, 0
+        )
         assert not near_tie(model, prefix, 10, order[-1], GREEDY, 0)
         assert not near_tie(model, prefix, order[20], 10, GREEDY, 0)
         assert not near_tie(model, low, 10, 11, GREEDY, 0)
@@ -170,7 +262,9 @@ def test_near_ties_are_judged_by_replay(half):
 
 def outcome(model, prompts, ours, theirs, options=GREEDY):
     with torch.inference_mode():
-        return compare(model, prompts, Run("eagle", 1, outputs=ours), [Run("hf", 1, outputs=theirs)], options)
+        return compare(
+            model, prompts, Run("eagle", 1, outputs=ours), [Run("hf", 1, outputs=theirs)], options
+        )
 
 
 def test_verdicts(half, llama):
@@ -199,8 +293,14 @@ def test_tau_and_rates_of_a_perfect_drafter(llama):
     )
     run = Run("eagle", 2, new_tokens=38, seconds=2.0, outputs=answers, rows=result.rows, cycles=3)
     row = run.to_json()
-    assert row["tau"] == 6.0 and row["acceptance_by_depth"] == [1.0] * 5 and row["tokens_per_second"] == 19.0
-    assert Run("eagle", 1, 1, 1.0, [[1]], [Row([1], 1)]).to_json()["tau"] == 0.0  # no cycle was needed
+    assert (
+        row["tau"] == 6.0
+        and row["acceptance_by_depth"] == [1.0] * 5
+        and row["tokens_per_second"] == 19.0
+    )
+    assert (
+        Run("eagle", 1, 1, 1.0, [[1]], [Row([1], 1)]).to_json()["tau"] == 0.0
+    )  # no cycle was needed
 
 
 BAD = {
@@ -224,6 +324,8 @@ def test_bad_input(in_process, base, prompt_file, tmp_path, name):
     if name == "too long":
         prompt_file.write_text(json.dumps({"prompt": "word " * 400}) + "\n")
     arguments = [] if name == "missing prompts" else ["--prompts", prompt_file]
-    code, out, err = in_process(bench, *base, *arguments, "--max_new_tokens", 4, "--repeats", 1, *BAD[name])
+    code, out, err = in_process(
+        bench, *base, *arguments, "--max_new_tokens", 4, "--repeats", 1, *BAD[name]
+    )
     assert code != 0 and out == "" and err.startswith("error: ") and "Traceback" not in err
     assert len(err.splitlines()) == 1

@@ -25,7 +25,14 @@ def expected(model_folder, texts, new, **options):
 
 def test_one_prompt_as_a_process(command, base, model_folder):
     result = command(
-        "inference.generate", *base, "--prompt", "def add(a, b):", "--max_new_tokens", 12, "--tree", "8,4,2"
+        "inference.generate",
+        *base,
+        "--prompt",
+        "def add(a, b):",
+        "--max_new_tokens",
+        12,
+        "--tree",
+        "8,4,2",
     )
     assert result.returncode == 0, result.stderr
     (text,), _ = expected(model_folder, ["def add(a, b):"], 12)
@@ -51,7 +58,9 @@ def test_engines_agree_in_every_way_of_asking(in_process, base, monkeypatch):
 
 
 def test_prompt_from_stdin(command, base, model_folder):
-    result = command("inference.generate", *base, "--prompt", "-", "--max_new_tokens", 6, stdin="class Point:")
+    result = command(
+        "inference.generate", *base, "--prompt", "-", "--max_new_tokens", 6, stdin="class Point:"
+    )
     (text,), _ = expected(model_folder, ["class Point:"], 6)
     assert result.returncode == 0 and result.stdout == text + "\n"
 
@@ -59,8 +68,12 @@ def test_prompt_from_stdin(command, base, model_folder):
 TEXTS = ["class Point:", "a", "def add(a, b):\n    return a", "Hello world", "x = 1"]
 
 
-@pytest.mark.parametrize("sampling", [[], ["--temperature", "1.1", "--seed", "6"]], ids=["greedy", "sampled"])
-def test_files_keep_their_order_at_every_batch_size(in_process, base, tmp_path, model_folder, sampling):
+@pytest.mark.parametrize(
+    "sampling", [[], ["--temperature", "1.1", "--seed", "6"]], ids=["greedy", "sampled"]
+)
+def test_files_keep_their_order_at_every_batch_size(
+    in_process, base, tmp_path, model_folder, sampling
+):
     source = tmp_path / "in.jsonl"
     source.write_text("".join(json.dumps({"prompt": t}) + "\n" for t in TEXTS))
     outputs = []
@@ -82,12 +95,16 @@ def test_files_keep_their_order_at_every_batch_size(in_process, base, tmp_path, 
         assert code == 0 and stdout == ""
         records = [json.loads(line) for line in out.read_text().splitlines()]
         assert [r["prompt"]["prompt"] for r in records] == TEXTS
-        assert all({"completion", "new_tokens", "finish_reason", "tau"} <= r.keys() for r in records)
+        assert all(
+            {"completion", "new_tokens", "finish_reason", "tau"} <= r.keys() for r in records
+        )
         outputs.append([r["completion"] for r in records])
     assert outputs[0] == outputs[1] == outputs[2]
     options = {"temperature": 1.1, "seed": 6} if sampling else {}
     assert outputs[0] == expected(model_folder, TEXTS, 9, **options)[0]
-    code, stdout, _ = in_process(generate, *base, "--prompts", source, "--max_new_tokens", 9, *sampling)
+    code, stdout, _ = in_process(
+        generate, *base, "--prompts", source, "--max_new_tokens", 9, *sampling
+    )
     assert [json.loads(line)["completion"] for line in stdout.splitlines()] == outputs[0]
 
 
@@ -145,7 +162,10 @@ def test_bad_input_as_a_process(command, base, tmp_path):
     bad = tmp_path / "bad.jsonl"
     bad.write_text('{"prompt": "a"}\n{oops\n')
     out = tmp_path / "out.jsonl"
-    for arguments in (["--prompts", bad, "--output", out], ["--prompt", "a", "--temperature", "-2"]):
+    for arguments in (
+        ["--prompts", bad, "--output", out],
+        ["--prompt", "a", "--temperature", "-2"],
+    ):
         result = command("inference.generate", *base, *arguments)
         assert result.returncode != 0 and result.stdout == ""
         assert one_error(result.stderr) and len(result.stderr.splitlines()) == 1, result.stderr
@@ -167,7 +187,15 @@ def test_a_head_for_another_model(in_process, base, tmp_path, model_folder, head
 
     save_head(make_head(make_target("llama")), tmp_path / "other")
     code, _, err = in_process(
-        generate, "--base", model_folder, "--head", tmp_path / "other", "--dtype", "float32", "--prompt", "a"
+        generate,
+        "--base",
+        model_folder,
+        "--head",
+        tmp_path / "other",
+        "--dtype",
+        "float32",
+        "--prompt",
+        "a",
     )
     assert code != 0 and one_error(err)
     # no head at all

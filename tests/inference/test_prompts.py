@@ -14,7 +14,9 @@ CHAT = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
 def write(tmp_path, *lines, name="p.jsonl"):
     path = tmp_path / name
     path.write_text(
-        "".join((x if isinstance(x, str) else json.dumps(x, ensure_ascii=False)) + "\n" for x in lines)
+        "".join(
+            (x if isinstance(x, str) else json.dumps(x, ensure_ascii=False)) + "\n" for x in lines
+        )
     )
     return path
 
@@ -24,14 +26,26 @@ def write(tmp_path, *lines, name="p.jsonl"):
     [
         ({"prompt": "def f():"}, "text", "def f():"),
         ({"messages": [{"role": "user", "content": "Hello"}]}, "chat", CHAT.format("Hello")),
-        ({"messages": [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "x"}]}, "chat",
-         CHAT.format("Hello")),
+        (
+            {
+                "messages": [
+                    {"role": "user", "content": "Hello"},
+                    {"role": "assistant", "content": "x"},
+                ]
+            },
+            "chat",
+            CHAT.format("Hello"),
+        ),
         ({"instruction": "Add", "response": "x"}, "chat", CHAT.format("Add")),
         ({"instruction": "Add", "input": "1 2"}, "chat", CHAT.format("Add\n\n1 2")),
-        ({"question_id": 81, "category": "writing", "turns": ["First?", "Second?"]}, "chat", CHAT.format("First?")),
+        (
+            {"question_id": 81, "category": "writing", "turns": ["First?", "Second?"]},
+            "chat",
+            CHAT.format("First?"),
+        ),
         ({"question_id": 1, "turns": ["Only?"], "reference": ["y"]}, "chat", CHAT.format("Only?")),
     ],
-)  # fmt: skip
+)
 def test_records(tokenizer, record, kind, text):
     prompt = render(tokenizer, record)
     assert prompt.kind == kind and prompt.record == record
@@ -47,7 +61,8 @@ def test_special_tokens_are_single_ids(tokenizer):
     assert ids[0] == prefix and ids[-1] == middle and ids.count(suffix) == 1
     cut = ids.index(suffix)
     assert (
-        tokenizer.decode(ids[1:cut]) == "def f():\n" and tokenizer.decode(ids[cut + 1 : -1]) == "    return 1\n"
+        tokenizer.decode(ids[1:cut]) == "def f():\n"
+        and tokenizer.decode(ids[cut + 1 : -1]) == "    return 1\n"
     )
     assert render(tokenizer, {"prefix": "a", "suffix": "", "middle": "b"}).kind == "fim"
 
@@ -90,7 +105,8 @@ def test_records_are_cut_at_newlines_only(tmp_path, tokenizer):
     odd = "a\u2028b\u2029c\x85d"
     path = tmp_path / "p.jsonl"
     path.write_text(
-        json.dumps({"prompt": odd}, ensure_ascii=False) + "\r\n" + '{"prompt": "x"}', encoding="utf-8"
+        json.dumps({"prompt": odd}, ensure_ascii=False) + "\r\n" + '{"prompt": "x"}',
+        encoding="utf-8",
     )
     assert [p.record["prompt"] for p in load_prompts(path, tokenizer)] == [odd, "x"]
 

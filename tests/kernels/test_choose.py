@@ -25,7 +25,9 @@ def test_each_node_on_its_own():
             assert together[b, n] == (scores + noise).argmax()
     # order, batch and tree do not matter
     order = torch.tensor([2, 0, 3, 1])
-    assert torch.equal(choose(logits[:, order], seeds, positions[:, order], **options), together[:, order])
+    assert torch.equal(
+        choose(logits[:, order], seeds, positions[:, order], **options), together[:, order]
+    )
     assert torch.equal(choose(logits[1:], seeds[1:], positions[1:], **options), together[1:])
 
 

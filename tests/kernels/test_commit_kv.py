@@ -23,7 +23,9 @@ def test_against_a_loop(rows, seed):
     lengths = torch.randint(0, 30 - nodes, (rows,), generator=g)
     counts = torch.randint(0, K + 1, (rows,), generator=g)
     # a path rises, begins at the root, and is padded with zeros
-    path = torch.stack([torch.randperm(nodes - 1, generator=g)[:K].sort().values + 1 for _ in range(rows)])
+    path = torch.stack(
+        [torch.randperm(nodes - 1, generator=g)[:K].sort().values + 1 for _ in range(rows)]
+    )
     path[:, 0] = 0
     path[torch.arange(K)[None] >= counts[:, None]] = 0
     expected = slow(buffer, lengths, path, counts)
@@ -45,7 +47,12 @@ def test_nothing_accepted_changes_nothing_and_nan_stays_away(rows):
     buffer[:, :, :, :, 8:] = float("nan")
     before = buffer.clone()
     lengths = torch.full((rows,), 4)
-    commit_kv(buffer, lengths, torch.zeros(rows, 4, dtype=torch.int64), torch.zeros(rows, dtype=torch.int64))
+    commit_kv(
+        buffer,
+        lengths,
+        torch.zeros(rows, 4, dtype=torch.int64),
+        torch.zeros(rows, dtype=torch.int64),
+    )
     assert torch.equal(buffer.nan_to_num(9), before.nan_to_num(9))
     commit_kv(buffer, lengths, torch.tensor([[0, 3, 0, 0]] * rows), torch.full((rows,), 2))
     assert torch.equal(buffer[..., 5, :], before[..., 7, :])

@@ -96,9 +96,13 @@ def test_a_query_that_sees_nothing_yields_zeros(softcap, sinks):
     q, k, v, lengths, mask, positions = problem(B=2, Hq=4, Hkv=2, N=3, M=3, D=8, lengths=[0, 4])
     mask[0, 1] = False
     sinks = torch.zeros(4) if sinks else None
-    out = tree_attention(q, k, v, lengths, mask, positions, scaling=0.3, softcap=softcap, sinks=sinks)
+    out = tree_attention(
+        q, k, v, lengths, mask, positions, scaling=0.3, softcap=softcap, sinks=sinks
+    )
     assert (out[0, 1] == 0).all() and out.isfinite().all()
-    assert torch.allclose(out, slow(q, k, v, lengths, mask, positions, 0.3, None, softcap, sinks), atol=1e-5)
+    assert torch.allclose(
+        out, slow(q, k, v, lengths, mask, positions, 0.3, None, softcap, sinks), atol=1e-5
+    )
 
 
 def test_window_cuts_by_position_and_not_by_slot():
@@ -108,7 +112,13 @@ def test_window_cuts_by_position_and_not_by_slot():
     for n, seen in enumerate([[0], [0, 1], [0, 2], [0, 3], [0, 1, 4]]):
         mask[0, n, seen] = True
     bias = attention_bias(lengths, mask, positions, 10, torch.float32, sliding_window=2)[0, 0]
-    assert [(row == 0).nonzero()[:, 0].tolist() for row in bias] == [[4, 5], [5, 6], [5, 7], [5, 8], [6, 9]]
+    assert [(row == 0).nonzero()[:, 0].tolist() for row in bias] == [
+        [4, 5],
+        [5, 6],
+        [5, 7],
+        [5, 8],
+        [6, 9],
+    ]
 
 
 def test_folded_bias_and_dtype():
@@ -125,4 +135,8 @@ def test_folded_bias_and_dtype():
 def test_large_scores_stay_finite():
     q, k, v, lengths, mask, positions = problem(B=1, Hq=2, Hkv=2, N=3, M=3, D=8, lengths=[4])
     for options in ({}, {"sinks": torch.full((2,), 1e4)}):
-        assert tree_attention(q * 1e4, k, v, lengths, mask, positions, scaling=1.0, **options).isfinite().all()
+        assert (
+            tree_attention(q * 1e4, k, v, lengths, mask, positions, scaling=1.0, **options)
+            .isfinite()
+            .all()
+        )

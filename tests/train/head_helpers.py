@@ -35,7 +35,13 @@ def write_fim(path, rows=80, seed=0):
         return " ".join(rng.choice(WORDS) for _ in range(n)) + "\n"
 
     lines = [
-        json.dumps({"prefix": text(rng.randint(2, 9)), "middle": text(rng.randint(2, 7)), "suffix": text(3)})
+        json.dumps(
+            {
+                "prefix": text(rng.randint(2, 9)),
+                "middle": text(rng.randint(2, 7)),
+                "suffix": text(3),
+            }
+        )
         for _ in range(rows)
     ]
     path.write_text("\n".join(lines) + "\n")
@@ -44,7 +50,14 @@ def write_fim(path, rows=80, seed=0):
 def config(base, data, output, **train):
     """A small run; sections other than train as dicts: loss=..., eval=..., model=..., data_more=..."""
     sections = {name: train.pop(name, {}) for name in ("loss", "eval", "model", "data_more")}
-    train = {"max_steps": 4, "batch_size": 4, "dtype": "fp32", "ttt_steps": 3, "log_every": 1, **train}
+    train = {
+        "max_steps": 4,
+        "batch_size": 4,
+        "dtype": "fp32",
+        "ttt_steps": 3,
+        "log_every": 1,
+        **train,
+    }
     return HeadTrainConfig.model_validate(
         {
             "model": {"base": str(base), "draft_vocab_size": 128, "dtype": "float32", **sections["model"]},

@@ -45,7 +45,10 @@ def test_fim_records_join_to_their_window(sources):
     for window in corpus.code_windows(file, rng, 500):
         for _ in range(20):
             record = corpus.fim_record(file, window, rng)
-            assert record["prefix"] + record["middle"] + record["suffix"] == window or len(record["middle"]) == 400
+            assert (
+                record["prefix"] + record["middle"] + record["suffix"] == window
+                or len(record["middle"]) == 400
+            )
 
 
 def test_data_sets_hold_no_held_out_source(sources, tmp_path):
@@ -65,11 +68,18 @@ def test_shipped_data_keeps_to_the_split():
     listed = set((EMBEDDED / "heldout.txt").read_text().split())
     assert listed and all(corpus.is_heldout(path) for path in listed)
     for kind in ("chat", "fim", "instruction"):
-        used = {json.loads(line)["source"] for line in open(DATA / f"{kind}.jsonl", encoding="utf-8")}
-        held_out = {json.loads(line)["source"] for line in open(DATA / f"heldout_{kind}.jsonl", encoding="utf-8")}
+        used = {
+            json.loads(line)["source"] for line in open(DATA / f"{kind}.jsonl", encoding="utf-8")
+        }
+        held_out = {
+            json.loads(line)["source"]
+            for line in open(DATA / f"heldout_{kind}.jsonl", encoding="utf-8")
+        }
         assert not used & listed
         assert held_out <= listed
-    prompts = {json.loads(line)["source"] for line in open(DATA / "prompts.jsonl", encoding="utf-8")}
+    prompts = {
+        json.loads(line)["source"] for line in open(DATA / "prompts.jsonl", encoding="utf-8")
+    }
     assert prompts <= listed
 
 

@@ -34,7 +34,9 @@ def run(module, mask, data, totals=None):
     at = (plan.rows, plan.sources)
     known = best[at] % 5 != 0
     teacher = Teacher(everywhere[at], best[at], known)
-    return module(features, embeds, plan, teacher, plan.counts.float() if totals is None else totals)
+    return module(
+        features, embeds, plan, teacher, plan.counts.float() if totals is None else totals
+    )
 
 
 def make(steps=3, loss=None):

@@ -86,7 +86,9 @@ def test_training_is_deterministic_and_resumes_after_a_kill(plain_run, base, dat
     cfg = config(base, data, output, max_steps=40, save_every=5, lr=3e-3, eval={"num_prompts": 3})
     file = tmp_path / "run.yaml"
     file.write_text(yaml.safe_dump(cfg.model_dump(mode="json")))
-    process = subprocess.Popen([sys.executable, "-m", "train.main", "--config", str(file)], env=ENV, cwd=ROOT)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "train.main", "--config", str(file)], env=ENV, cwd=ROOT
+    )
     deadline = time.monotonic() + 120
     while disk.pointed(output, "latest") is None and process.poll() is None:
         assert time.monotonic() < deadline
@@ -103,9 +105,21 @@ def test_training_is_deterministic_and_resumes_after_a_kill(plain_run, base, dat
 
 def test_resume_in_one_process_is_bit_equal(base, data, tmp_path):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    more = {"save_every": 3, "save_total_limit": 9, "max_steps": 7, "grad_accum": 2, "batch_size": 2}
+    more = {
+        "save_every": 3,
+        "save_total_limit": 9,
+        "max_steps": 7,
+        "grad_accum": 2,
+        "batch_size": 2,
+    }
     assert run(config(base, data, whole, **more), quiet=True) == 0
-    assert run(config(base, data, cut, resume=str(whole / "checkpoints" / "step-3"), **more), quiet=True) == 0
+    assert (
+        run(
+            config(base, data, cut, resume=str(whole / "checkpoints" / "step-3"), **more),
+            quiet=True,
+        )
+        == 0
+    )
     assert same_tensors(whole / "head" / "model.safetensors", cut / "head" / "model.safetensors")
     assert losses_of(cut) == losses_of(whole)[3:]
 
@@ -117,7 +131,10 @@ def test_zero_stages_agree_and_resume(base, data, tmp_path):
         output = tmp_path / f"zero{zero}"
         assert (
             run(
-                config(base, data, output, zero=zero, max_steps=4, save_every=2, save_total_limit=9), quiet=True
+                config(
+                    base, data, output, zero=zero, max_steps=4, save_every=2, save_total_limit=9
+                ),
+                quiet=True,
             )
             == 0
         )
@@ -131,7 +148,10 @@ def test_zero_stages_agree_and_resume(base, data, tmp_path):
     for zero in range(4):
         again = tmp_path / f"again{zero}"
         start = tmp_path / f"zero{(zero + 1) % 4}" / "checkpoints" / "step-2"
-        assert run(config(base, data, again, zero=zero, max_steps=4, resume=str(start)), quiet=True) == 0
+        assert (
+            run(config(base, data, again, zero=zero, max_steps=4, resume=str(start)), quiet=True)
+            == 0
+        )
         assert losses_of(again) == pytest.approx(found[0][2:], rel=1e-4)
 
 
@@ -141,7 +161,9 @@ def test_bf16_focal_muon_warm_start(plain_run, base, data, tmp_path):
                  loss={"name": "focal", "gamma": 2.0}, model={"init_head": str(plain_run / "head"),
                                                               "draft_vocab_size": None})  # fmt: skip
     assert run(cfg, quiet=True) == 0
-    before, after = (load_file(folder / "head" / "model.safetensors") for folder in (plain_run, output))
+    before, after = (
+        load_file(folder / "head" / "model.safetensors") for folder in (plain_run, output)
+    )
     assert torch.equal(before["d2t"], after["d2t"]) and after["fc.weight"].dtype == torch.bfloat16
     assert not torch.equal(before["fc.weight"].to(torch.bfloat16), after["fc.weight"])
     with pytest.raises(EagleError, match="train.zero=0"):
@@ -162,7 +184,9 @@ for path in sys.argv[1:]:
 def test_two_ranks_equal_one(base, data, tmp_path):
     files = []
     for zero in (0, 2, 3):
-        cfg = config(base, data, tmp_path / f"two{zero}", zero=zero, batch_size=2, max_steps=3, save_every=2)
+        cfg = config(
+            base, data, tmp_path / f"two{zero}", zero=zero, batch_size=2, max_steps=3, save_every=2
+        )
         files.append(tmp_path / f"two{zero}.json")
         files[-1].write_text(cfg.model_dump_json())
     script = tmp_path / "ranks.py"
@@ -183,13 +207,17 @@ def test_two_ranks_equal_one(base, data, tmp_path):
     assert run(config(base, data, tmp_path / "one", batch_size=4, max_steps=3), quiet=True) == 0
     one = load_file(tmp_path / "one" / "head" / "model.safetensors")
     for zero in (0, 2, 3):
-        assert losses_of(tmp_path / f"two{zero}") == pytest.approx(losses_of(tmp_path / "one"), rel=1e-4)
+        assert losses_of(tmp_path / f"two{zero}") == pytest.approx(
+            losses_of(tmp_path / "one"), rel=1e-4
+        )
         two = load_file(tmp_path / f"two{zero}" / "head" / "model.safetensors")
         # AdamW's first steps have the size of the learning rate wherever a gradient is nearly zero
         assert max((one[k].float() - two[k].float()).abs().mean().item() for k in one) < 2e-4
     # a checkpoint of two ranks continues on one
     start = tmp_path / "two2" / "checkpoints" / "step-3"
-    assert run(config(base, data, tmp_path / "more", max_steps=5, resume=str(start)), quiet=True) == 0
+    assert (
+        run(config(base, data, tmp_path / "more", max_steps=5, resume=str(start)), quiet=True) == 0
+    )
     assert [r["step"] for r in rows_of(tmp_path / "more")] == [4, 5]
 
 
@@ -216,7 +244,9 @@ def test_a_loss_that_is_not_finite_names_the_rows(base, data, tmp_path, monkeypa
 
     forward = Trainer._forward
     monkeypatch.setattr(
-        Trainer, "_forward", lambda *a: (lambda loss, sums: (loss * float("nan"), sums))(*forward(*a))
+        Trainer,
+        "_forward",
+        lambda *a: (lambda loss, sums: (loss * float("nan"), sums))(*forward(*a)),
     )
     with pytest.raises(EagleError, match=r"nan at step 1, rows \[\d+, \d+, \d+, \d+\].*lower"):
         run(config(base, data, tmp_path / "run"), quiet=True)

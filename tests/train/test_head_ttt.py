@@ -41,7 +41,9 @@ def test_unrolled_equals_incremental(heads, kv):
         unrolled = list(module.unroll(features, embeds, plan))
         checked = 0
         for row in range(2):
-            for t in sorted({t for i in range(steps) for t in range(T - 2 - i) if mask[row, t + 2 + i]}):
+            for t in sorted(
+                {t for i in range(steps) for t in range(T - 2 - i) if mask[row, t + 2 + i]}
+            ):
                 keys = GrowingKeys()
                 place = torch.arange(t + 1)[None]
                 hidden = head.fc(features[row : row + 1, : t + 1])
@@ -91,7 +93,9 @@ def test_draft_vocabulary_keeps_specials_then_frequent_then_lowest():
     assert ids.tolist() == [1, 3, 7] and report["coverage"] == pytest.approx(14 / 15)
     ids, report = choose_draft_vocab(counts, [7], 6)
     assert (
-        ids.tolist() == [0, 1, 2, 3, 6, 7] and report["coverage"] == 1.0 and report["distinct_supervised"] == 3
+        ids.tolist() == [0, 1, 2, 3, 6, 7]
+        and report["coverage"] == 1.0
+        and report["distinct_supervised"] == 3
     )
 
 
@@ -99,7 +103,12 @@ def test_draft_vocabulary_keeps_specials_then_frequent_then_lowest():
 def test_every_split_trains_on_the_same_rows(world, accum):
     order = RowOrder(rows=11, seed=3)
     expected = order.take(24, 8)
-    found = [r for rank in range(world) for part in share_of(expected, rank, world, 2, accum) for r in part]
+    found = [
+        r
+        for rank in range(world)
+        for part in share_of(expected, rank, world, 2, accum)
+        for r in part
+    ]
     assert sorted(found) == sorted(expected)
     epochs = RowOrder(11, 3).take(0, 22)
     assert sorted(row for _, row in epochs[:11]) == list(range(11)) and epochs[11:] != epochs[:11]

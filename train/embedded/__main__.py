@@ -44,13 +44,17 @@ def datasets(*, out: str, root: str | None = None, count: int = 2500, seed: int 
     print(json.dumps(write_datasets(out, root, count, seed=seed)))
 
 
-def heads(*, out: str, minutes: float = 20.0, rows: int = 6400, root: str | None = None, seed: int = 0) -> None:
+def heads(
+    *, out: str, minutes: float = 20.0, rows: int = 6400, root: str | None = None, seed: int = 0
+) -> None:
     """Let the target in `out` answer prompts, train an EAGLE-3 head on the answers, put it in out/heads."""
     from .heads import train_head, write_own_answers
 
     folder = Path(out)
     if not (folder / "model.safetensors").exists():
-        raise ConfigError(f"no model in {folder}; run `python -m train.embedded pretrain --out {folder}` first")
+        raise ConfigError(
+            f"no model in {folder}; run `python -m train.embedded pretrain --out {folder}` first"
+        )
     data = folder / "work" / "own_answers.jsonl"
     write_own_answers(folder, data, count=rows, root=root, seed=seed)
     head = train_head(folder, data, folder / "work" / "head", minutes, (f"train.seed={seed}",))
@@ -60,7 +64,9 @@ def heads(*, out: str, minutes: float = 20.0, rows: int = 6400, root: str | None
     print(f"head: {final}")
 
 
-def everything(*, out: str, minutes: float = 60.0, head_minutes: float = 20.0, root: str | None = None) -> None:
+def everything(
+    *, out: str, minutes: float = 60.0, head_minutes: float = 20.0, root: str | None = None
+) -> None:
     """pretrain, datasets and heads, one after the other."""
     pretrain(out=out, minutes=minutes, root=root)
     datasets(out=str(Path(out) / "data"), root=root)
@@ -73,7 +79,10 @@ if __name__ == "__main__":
     arguments = sys.argv[1:]
     if not arguments or arguments[0] not in COMMANDS:
         help_wanted = arguments[:1] in (["-h"], ["--help"])
-        print(__doc__ if help_wanted else f"error: name a command: {', '.join(COMMANDS)}", file=sys.stderr)
+        print(
+            __doc__ if help_wanted else f"error: name a command: {', '.join(COMMANDS)}",
+            file=sys.stderr,
+        )
         sys.exit(0 if help_wanted else 2)
     name = arguments[0]
     cli.main(COMMANDS[name], arguments[1:], name=f"python -m train.embedded {name}")

@@ -20,7 +20,14 @@ from pathlib import Path
 
 HELDOUT_SHARE = 0.05
 # tables of numbers, generated files and deliberately broken sources teach nothing about code
-SKIP_PARTS = {"site-packages", "__pycache__", "encodings", "pydoc_data", "cjkencodings", "lib-dynload"}
+SKIP_PARTS = {
+    "site-packages",
+    "__pycache__",
+    "encodings",
+    "pydoc_data",
+    "cjkencodings",
+    "lib-dynload",
+}
 SKIP_STEMS = ("bad_", "badsyntax_", "_sysconfigdata")
 
 
@@ -99,7 +106,10 @@ def functions(file: SourceFile) -> Iterator[Function]:
         head = lines[node.lineno - 1 : first.lineno - 1]
         body = lines[first.end_lineno : node.end_lineno]
         source = textwrap.dedent("\n".join(head + body)).strip("\n")
-        if not (20 <= len(summary) <= 400 and 40 <= len(source) <= 1400) or last.lineno <= first.lineno:
+        if (
+            not (20 <= len(summary) <= 400 and 40 <= len(source) <= 1400)
+            or last.lineno <= first.lineno
+        ):
             return None
         prefix_kw = "async def" if isinstance(node, ast.AsyncFunctionDef) else "def"
         signature = f"{prefix_kw} {node.name}({ast.unparse(node.args)}):"
@@ -148,7 +158,12 @@ SIGNATURE = ("What is its signature?", "How do I call it?", "Show me the definit
 def instruction_record(fn: Function, rng: random.Random) -> dict:
     """Docstring to code."""
     ask = rng.choice(WRITE).format(signature=fn.signature.rstrip(":"), summary=fn.summary)
-    return {"instruction": ask, "input": "", "output": f"```python\n{fn.source}\n```", "source": fn.path}
+    return {
+        "instruction": ask,
+        "input": "",
+        "output": f"```python\n{fn.source}\n```",
+        "source": fn.path,
+    }
 
 
 def chat_record(fn: Function, rng: random.Random) -> dict:
@@ -161,5 +176,8 @@ def chat_record(fn: Function, rng: random.Random) -> dict:
         turns.append(("Show me the code.", f"```python\n{fn.source}\n```"))
     messages = []
     for question, answer in turns:
-        messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+        messages += [
+            {"role": "user", "content": question},
+            {"role": "assistant", "content": answer},
+        ]
     return {"messages": messages, "source": fn.path}

@@ -11,7 +11,14 @@ import random
 from pathlib import Path
 
 from .corpus import (
-    SourceFile, chat_record, code_windows, fim_record, functions, instruction_record, split, stdlib_files,
+    SourceFile,
+    chat_record,
+    code_windows,
+    fim_record,
+    functions,
+    instruction_record,
+    split,
+    stdlib_files,
 )  # fmt: skip
 
 WINDOW = 1000  # characters of code around a middle
@@ -31,7 +38,9 @@ def records(files: list[SourceFile], kind: str, count: int, rng: random.Random) 
         pool = [(f, w) for f in files for w in code_windows(f, rng, WINDOW)]
         rng.shuffle(pool)
         found = (fim_record(f, w, rng) for f, w in pool)
-        return [r for r, _ in zip((r for r in found if r["middle"].strip()), range(count), strict=False)]
+        return [
+            r for r, _ in zip((r for r in found if r["middle"].strip()), range(count), strict=False)
+        ]
     pool = [fn for f in files for fn in functions(f) if len(fn.source) <= 1000]
     rng.shuffle(pool)
     make = chat_record if kind == "chat" else instruction_record
@@ -54,7 +63,12 @@ def code_prompts(files: list[SourceFile], count: int, rng: random.Random) -> lis
 
 
 def write_datasets(
-    out: str | Path, root: str | None = None, count: int = 2500, heldout: int = 200, prompts: int = 20, seed: int = 0
+    out: str | Path,
+    root: str | None = None,
+    count: int = 2500,
+    heldout: int = 200,
+    prompts: int = 20,
+    seed: int = 0,
 ) -> dict[str, int]:
     """Write {chat,fim,instruction}.jsonl, heldout_*.jsonl and prompts.jsonl to `out`; returns the counts."""
     out = Path(out)
@@ -63,7 +77,9 @@ def write_datasets(
     by_kind = {}
     for kind in ("chat", "fim", "instruction"):
         rows = records(train_files, kind, count, random.Random(f"{seed}-{kind}"))
-        by_kind[kind] = records(heldout_files, kind, heldout, random.Random(f"{seed}-heldout-{kind}"))
+        by_kind[kind] = records(
+            heldout_files, kind, heldout, random.Random(f"{seed}-heldout-{kind}")
+        )
         write_jsonl(out / f"{kind}.jsonl", rows)
         write_jsonl(out / f"heldout_{kind}.jsonl", by_kind[kind])
         counts[kind], counts[f"heldout_{kind}"] = len(rows), len(by_kind[kind])
@@ -72,8 +88,16 @@ def write_datasets(
         {"prefix": r["prefix"], "suffix": r["suffix"], "source": r["source"]}
         for r in by_kind["fim"] if len(r["middle"]) > 60
     ]  # fmt: skip
-    chat = [{"messages": r["messages"][: 2 * rng.randint(0, (len(r["messages"]) - 1) // 2) + 1], "source": r["source"]} for r in by_kind["chat"]]
-    instruction = [{"instruction": r["instruction"], "source": r["source"]} for r in by_kind["instruction"]]
+    chat = [
+        {
+            "messages": r["messages"][: 2 * rng.randint(0, (len(r["messages"]) - 1) // 2) + 1],
+            "source": r["source"],
+        }
+        for r in by_kind["chat"]
+    ]
+    instruction = [
+        {"instruction": r["instruction"], "source": r["source"]} for r in by_kind["instruction"]
+    ]
     columns = [code_prompts(heldout_files, prompts, rng), fim, instruction, chat]
     rows = [column[i] for i in range(prompts) for column in columns if i < len(column)]
     write_jsonl(out / "prompts.jsonl", rows)

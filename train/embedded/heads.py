@@ -17,14 +17,26 @@ import time
 from pathlib import Path
 
 from .corpus import (
-    chat_record, code_windows, fim_record, functions, instruction_record, split, stdlib_files,
+    chat_record,
+    code_windows,
+    fim_record,
+    functions,
+    instruction_record,
+    split,
+    stdlib_files,
 )  # fmt: skip
 
 
-def training_prompts(tokenizer, root: str | None, count: int, seed: int, longest: int) -> list[list[int]]:
+def training_prompts(
+    tokenizer, root: str | None, count: int, seed: int, longest: int
+) -> list[list[int]]:
     """Token ids of `count` prompts of at most `longest` tokens from the training files, kinds in turn."""
     rng = random.Random(f"heads-{seed}")
-    files = [f for f in split(stdlib_files(root))[0] if not f.path.startswith("test/") or rng.random() < 0.3]
+    files = [
+        f
+        for f in split(stdlib_files(root))[0]
+        if not f.path.startswith("test/") or rng.random() < 0.3
+    ]
     fns = [fn for f in files for fn in functions(f)]
     windows = [(f, w) for f in files for w in code_windows(f, rng, 1000)]
     rng.shuffle(fns)
@@ -63,8 +75,15 @@ def training_prompts(tokenizer, root: str | None, count: int, seed: int, longest
 
 
 def write_own_answers(
-    target_dir: str | Path, out: Path, *, count: int, new_tokens: int = 160, longest: int = 224,
-    batch_size: int = 64, root: str | None = None, seed: int = 0,
+    target_dir: str | Path,
+    out: Path,
+    *,
+    count: int,
+    new_tokens: int = 160,
+    longest: int = 224,
+    batch_size: int = 64,
+    root: str | None = None,
+    seed: int = 0,
 ) -> int:
     """Tokenised rows (`input_ids`, `loss_mask`: everything but the first token), one JSONL line each.
 
@@ -93,15 +112,23 @@ def write_own_answers(
             )  # fmt: skip
             for row in result.rows:
                 ids = row.prompt + row.tokens
-                file.write(json.dumps({"input_ids": ids, "loss_mask": [0] + [1] * (len(ids) - 1)}) + "\n")
+                file.write(
+                    json.dumps({"input_ids": ids, "loss_mask": [0] + [1] * (len(ids) - 1)}) + "\n"
+                )
             file.flush()
             left = (time.monotonic() - started) / (number - done) * (len(batches) - number)
-            print(f"own answers: {number}/{len(batches)} batches, about {left:.0f} s left", flush=True)
+            print(
+                f"own answers: {number}/{len(batches)} batches, about {left:.0f} s left", flush=True
+            )
     return count
 
 
 def train_head(
-    target_dir: str | Path, data: Path, output: Path, minutes: float, overrides: tuple[str, ...] = ()
+    target_dir: str | Path,
+    data: Path,
+    output: Path,
+    minutes: float,
+    overrides: tuple[str, ...] = (),
 ) -> Path:
     """Run `python -m train.main` over the rows; returns the folder of the finished head."""
     command = [

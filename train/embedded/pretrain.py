@@ -24,7 +24,14 @@ from pathlib import Path
 import torch
 
 from .corpus import (
-    SourceFile, chat_record, code_windows, fim_record, functions, instruction_record, split, stdlib_files,
+    SourceFile,
+    chat_record,
+    code_windows,
+    fim_record,
+    functions,
+    instruction_record,
+    split,
+    stdlib_files,
 )  # fmt: skip
 from .tokenizer import EOS, FIM_MIDDLE, FIM_PREFIX, FIM_SUFFIX, IM_END, train_tokenizer
 
@@ -58,7 +65,9 @@ def render_fim(record: dict, spm: bool) -> str:
     return f"{FIM_PREFIX}{prefix}{FIM_SUFFIX}{suffix}{FIM_MIDDLE}{middle}{EOS}"
 
 
-def documents(files: list[SourceFile], tokenizer, kind: str, rng: random.Random) -> Iterator[list[int]]:
+def documents(
+    files: list[SourceFile], tokenizer, kind: str, rng: random.Random
+) -> Iterator[list[int]]:
     """Endless token sequences of one kind, each closed by an end token. Interpreter tests count a third."""
     fns = [f for file in files for f in functions(file)] if kind in ("instruction", "chat") else []
     while True:
@@ -104,7 +113,11 @@ def sequences(files: list[SourceFile], tokenizer, seq_len: int, seed: int) -> It
 
 
 def optimizers(model, cfg: PretrainConfig) -> list[torch.optim.Optimizer]:
-    matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n and "lm_head" not in n]
+    matrices = [
+        p
+        for n, p in model.named_parameters()
+        if p.ndim == 2 and "embed" not in n and "lm_head" not in n
+    ]
     known = {id(p) for p in matrices}
     others = [p for p in model.parameters() if id(p) not in known]
     return [
@@ -121,12 +134,16 @@ def heldout_loss(model, tokenizer, files: list[SourceFile], seq_len: int) -> dic
     nats = tokens = size = 0
     with torch.inference_mode():
         for file in files:
-            ids = torch.tensor([tokenizer.eos_token_id] + tokenizer(file.text, verbose=False).input_ids)
+            ids = torch.tensor(
+                [tokenizer.eos_token_id] + tokenizer(file.text, verbose=False).input_ids
+            )
             size += len(file.text.encode())
             for start in range(0, len(ids) - 1, seq_len):
                 chunk = ids[start : start + seq_len + 1].unsqueeze(0)
                 logits = model(chunk[:, :-1]).logits.float()
-                nats += torch.nn.functional.cross_entropy(logits[0], chunk[0, 1:], reduction="sum").item()
+                nats += torch.nn.functional.cross_entropy(
+                    logits[0], chunk[0, 1:], reduction="sum"
+                ).item()
                 tokens += chunk.shape[1] - 1
     return {
         "nats_per_token": nats / tokens,
@@ -189,7 +206,9 @@ def pretrain(out: str | Path, cfg: PretrainConfig, root: str | None = None) -> d
         batch = torch.tensor([next(data) for _ in range(cfg.batch_size)])
         with torch.autocast("cpu", torch.bfloat16):
             logits = forward(input_ids=batch[:, :-1]).logits
-        loss = torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), batch[:, 1:].flatten())
+        loss = torch.nn.functional.cross_entropy(
+            logits.float().flatten(0, 1), batch[:, 1:].flatten()
+        )
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for opt in opts:
@@ -209,7 +228,10 @@ def pretrain(out: str | Path, cfg: PretrainConfig, root: str | None = None) -> d
             last_save = now
     model.eval()
     # a turn's end is an end of generation too
-    model.generation_config.eos_token_id = [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids(IM_END)]
+    model.generation_config.eos_token_id = [
+        tokenizer.eos_token_id,
+        tokenizer.convert_tokens_to_ids(IM_END),
+    ]
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     model.to(torch.bfloat16).save_pretrained(out)
     report = {

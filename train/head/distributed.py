@@ -68,7 +68,9 @@ def join_world() -> World:
     if cuda:
         torch.cuda.set_device(device)
     deepspeed = import_deepspeed()
-    if not cuda:  # its shared-memory op would be compiled at first use; gloo does the same without a compiler
+    if (
+        not cuda
+    ):  # its shared-memory op would be compiled at first use; gloo does the same without a compiler
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if not torch.distributed.is_initialized():
         deepspeed.init_distributed(dist_backend="nccl" if cuda else "gloo", verbose=False)

@@ -41,7 +41,10 @@ class Engine:
         if self.zero == 3:
             config["zero_optimization"].setdefault("stage3_param_persistence_threshold", 10_000)
         self.engine, *_ = import_deepspeed().initialize(
-            model=module, model_parameters=list(module.parameters()), optimizer=client, config=config
+            model=module,
+            model_parameters=list(module.parameters()),
+            optimizer=client,
+            config=config,
         )
 
     def __call__(self, *args):
@@ -80,7 +83,9 @@ class Engine:
             return {n: p.detach().cpu().clone() for n, p in self.head.named_parameters()}
         from deepspeed.utils import safe_get_full_fp32_param
 
-        return {n: safe_get_full_fp32_param(p).cpu().clone() for n, p in self.head.named_parameters()}
+        return {
+            n: safe_get_full_fp32_param(p).cpu().clone() for n, p in self.head.named_parameters()
+        }
 
     def optimizer_state(self) -> dict[str, torch.Tensor]:
         """`name/key` -> full tensor, on the CPU. All ranks must call it, after at least one step."""
@@ -100,7 +105,9 @@ class Engine:
     def _steps_done(self) -> float:
         return max(float(state[STEP]) for state in self._inner().state.values() if STEP in state)
 
-    def load_optimizer_state(self, state: dict[str, torch.Tensor], prime: Callable[[], None]) -> None:
+    def load_optimizer_state(
+        self, state: dict[str, torch.Tensor], prime: Callable[[], None]
+    ) -> None:
         """Put `optimizer_state()` back. The weights must already be in the head when the engine is made.
 
         ZeRO makes its partitioned state at the first update: `prime` runs one, at learning rate 0, which
@@ -109,9 +116,13 @@ class Engine:
         inner = self._inner()
         if self.zero == 0:
             for name, p in self.head.named_parameters():
-                keys = {k.rsplit("/", 1)[1]: v for k, v in state.items() if k.rsplit("/", 1)[0] == name}
+                keys = {
+                    k.rsplit("/", 1)[1]: v for k, v in state.items() if k.rsplit("/", 1)[0] == name
+                }
                 if not keys:
-                    raise EagleError(f"the checkpoint has no optimizer state for {name}; start a new run")
+                    raise EagleError(
+                        f"the checkpoint has no optimizer state for {name}; start a new run"
+                    )
                 inner.state[p] = {
                     key: value.clone() if key == STEP else value.to(p.device, copy=True)
                     for key, value in keys.items()

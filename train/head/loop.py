@@ -39,7 +39,9 @@ PHASES = ("data", "target", "head", "backward", "step")
 class Trainer:
     """One run. `fit()` returns the process's exit code."""
 
-    def __init__(self, cfg: HeadTrainConfig, output: Path, world: World, quiet: bool = False) -> None:
+    def __init__(
+        self, cfg: HeadTrainConfig, output: Path, world: World, quiet: bool = False
+    ) -> None:
         self.cfg, self.output, self.world = cfg, output, world
         resumed = disk.find_checkpoint(output, cfg.train.resume) if cfg.train.resume else None
         if not world.first:
@@ -57,7 +59,9 @@ class Trainer:
         self.draft_ids = parts.head.draft_token_ids().to(world.device)
         self.in_draft = torch.zeros(parts.target.vocab_size, dtype=torch.bool, device=world.device)
         self.in_draft[self.draft_ids] = True
-        self.blank = copy.deepcopy(parts.head)  # keeps the map and shapes where ZeRO splits the weights
+        self.blank = copy.deepcopy(
+            parts.head
+        )  # keeps the map and shapes where ZeRO splits the weights
         t = cfg.train
         module = UnrolledHead(
             parts.head.to(world.device), t.ttt_steps, t.ttt_decay, cfg.loss, t.dtype == "bf16"
@@ -222,7 +226,9 @@ class Trainer:
         self.progress.close()
         if number:
             saved = saved or self._save()
-            self.progress.note(f"stopped by signal at step {self.step}; continue with --resume; saved {saved}")
+            self.progress.note(
+                f"stopped by signal at step {self.step}; continue with --resume; saved {saved}"
+            )
             return 128 + number
         return self._finish()
 
@@ -249,7 +255,9 @@ class Trainer:
                 self.progress.note(
                     f"acceptance length on held-out prompts: {first:.2f} before, {final:.2f} after"
                 )
-            self.progress.note(f"{self.step} steps in {clock(self.elapsed())}; head: {self.output / 'head'}")
+            self.progress.note(
+                f"{self.step} steps in {clock(self.elapsed())}; head: {self.output / 'head'}"
+            )
         self.world.wait()
         return 0
 
@@ -322,7 +330,9 @@ class Trainer:
             training = {"step": self.step, "rows_seen": self.rows_seen, "loss": loss, "tau": tau,
                         "ttt_steps": self.cfg.train.ttt_steps, "loss_name": self.cfg.loss.name}  # fmt: skip
             provenance = {**self.parts.provenance, "training": training}
-            disk.save_checkpoint(self.output, disk.TrainState(info, weights, optimizer, rng), head, provenance)
+            disk.save_checkpoint(
+                self.output, disk.TrainState(info, weights, optimizer, rng), head, provenance
+            )
             disk.prune(self.output, self.cfg.train.save_total_limit)
         self.world.wait()
         return path

@@ -23,7 +23,9 @@ def smooth(p: torch.Tensor, share: float) -> torch.Tensor:
     return p if share == 0 else (1 - share) * p + share / p.shape[-1]
 
 
-def token_losses(p: torch.Tensor, logits: torch.Tensor, cfg: LossConfig) -> tuple[torch.Tensor, torch.Tensor]:
+def token_losses(
+    p: torch.Tensor, logits: torch.Tensor, cfg: LossConfig
+) -> tuple[torch.Tensor, torch.Tensor]:
     """p [M, D] fp32, logits [M, D] -> loss [M] and overlap [M] (no gradient), both fp32.
 
     soft_ce: -Σ p log q. kl: soft_ce minus the entropy of p. overlap: -log Σ min(p, q).

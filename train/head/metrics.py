@@ -104,7 +104,12 @@ class Progress:
         )
         if self.live:
             filled = int(20 * min(fraction, 1))
-            print(f"\r\x1b[2K[{'#' * filled}{'.' * (20 - filled)}] {text}", end="", file=sys.stderr, flush=True)
+            print(
+                f"\r\x1b[2K[{'#' * filled}{'.' * (20 - filled)}] {text}",
+                end="",
+                file=sys.stderr,
+                flush=True,
+            )
         else:
             print(text, file=sys.stderr, flush=True)
 

@@ -20,7 +20,9 @@ class MuonAdamW(torch.optim.Optimizer):
 
     def __init__(self, named: Iterable[tuple[str, nn.Parameter]], cfg: TrainConfig) -> None:
         if not hasattr(torch.optim, "Muon"):
-            raise EagleError("train.optimizer=muon needs torch 2.9 or newer; use train.optimizer=adamw")
+            raise EagleError(
+                "train.optimizer=muon needs torch 2.9 or newer; use train.optimizer=adamw"
+            )
         named = list(named)
         matrices = [p for name, p in named if p.ndim == 2 and "lm_head" not in name]
         chosen = {id(p) for p in matrices}

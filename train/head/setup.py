@@ -45,11 +45,15 @@ def build(cfg: HeadTrainConfig, output: Path | None, device: torch.device) -> Pa
     data = load_dataset_for(cfg.data, tokenizer, split="train", out_dir=output)
     target = Target.from_pretrained(cfg.model.base, dtype=cfg.model.dtype, device=device)
     held_out = (
-        load_dataset_for(cfg.data, tokenizer, split="eval", out_dir=output) if cfg.eval.num_prompts else None
+        load_dataset_for(cfg.data, tokenizer, split="eval", out_dir=output)
+        if cfg.eval.num_prompts
+        else None
     )
     room = target.max_positions - cfg.eval.max_new_tokens
     if room < 1:
-        raise EagleError(f"eval.max_new_tokens={cfg.eval.max_new_tokens} leaves no room for a prompt; lower it")
+        raise EagleError(
+            f"eval.max_new_tokens={cfg.eval.max_new_tokens} leaves no room for a prompt; lower it"
+        )
     prompts = heldout_prompts(held_out, cfg.eval.num_prompts, room) if held_out else []
     if cfg.data.max_length > target.max_positions:
         raise EagleError(
@@ -70,7 +74,7 @@ def build(cfg: HeadTrainConfig, output: Path | None, device: torch.device) -> Pa
         "tokenizer": tokenizer_hash(tokenizer),
         "adapter": None,
         "quantization": str(quantization) if quantization else None,
-        "data": {"format": cfg.data.format, "files": [str(p) for p in data.paths], **data.stats,
+        "data": {"format": cfg.data.format, "files": [p.name for p in data.paths], **data.stats,
                  "answers": "as in the data, not written by the target"},
         "draft_vocabulary": vocabulary,
     }  # fmt: skip
@@ -78,7 +82,12 @@ def build(cfg: HeadTrainConfig, output: Path | None, device: torch.device) -> Pa
     identity = {
         "target": fingerprint,
         "head": head.config.to_dict(),
-        "data": [cfg.data.format, data.stats["rows"], data.stats["tokens"], data.stats["supervised_tokens"]],
+        "data": [
+            cfg.data.format,
+            data.stats["rows"],
+            data.stats["tokens"],
+            data.stats["supervised_tokens"],
+        ],
         "train.seed": cfg.train.seed,
         "train.optimizer": cfg.train.optimizer,
     }
@@ -93,7 +102,9 @@ def _fresh(
     V, m = target.vocab_size, cfg.model
     size = m.draft_vocab_size or min(32000, max(V // 2, 1))
     if size > V:
-        raise EagleError(f"model.draft_vocab_size={size} exceeds the target's vocabulary of {V}; lower it")
+        raise EagleError(
+            f"model.draft_vocab_size={size} exceeds the target's vocabulary of {V}; lower it"
+        )
     if size < len(always):
         raise EagleError(
             f"model.draft_vocab_size={size} cannot hold the {len(always)} special tokens; raise it"
@@ -114,7 +125,9 @@ def _fresh(
     rows = target.model.get_output_embeddings().weight
     if rows.is_floating_point():  # the target's own rows know what each token looks like
         scale = rows.detach()[ids.to(rows.device)].float().cpu()
-        head.lm_head.weight.data.copy_(scale / scale.std().clamp_min(1e-6) * config.hidden_size**-0.5)
+        head.lm_head.weight.data.copy_(
+            scale / scale.std().clamp_min(1e-6) * config.hidden_size**-0.5
+        )
     return head, report
 
 

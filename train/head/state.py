@@ -24,7 +24,14 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from eagle.checkpoint import atomic_dir, atomic_write_text, recover, require_equal, save_head, write_json
+from eagle.checkpoint import (
+    atomic_dir,
+    atomic_write_text,
+    recover,
+    require_equal,
+    save_head,
+    write_json,
+)
 from eagle.errors import EagleError
 from eagle.head import Eagle3Head
 
@@ -112,7 +119,9 @@ def load_checkpoint(path: Path) -> TrainState:
         info = json.loads((path / "state.json").read_text(encoding="utf-8"))
         tensors = load_file(path / "state.safetensors")
     except (OSError, ValueError, SafetensorError) as error:
-        raise EagleError(f"the checkpoint {path} cannot be read ({error}); resume from another one") from error
+        raise EagleError(
+            f"the checkpoint {path} cannot be read ({error}); resume from another one"
+        ) from error
     parts: dict[str, dict] = {"weights": {}, "optimizer": {}, "rng": {}}
     for key, value in tensors.items():
         part, name = key.split("/", 1)
@@ -161,7 +170,10 @@ def rng_state() -> tuple[dict[str, torch.Tensor], dict]:
     version, internal, gauss = random.getstate()
     tensors = {"torch": torch.get_rng_state(), "numpy": torch.from_numpy(keys.astype(np.int64))}
     tensors["python"] = torch.tensor(internal, dtype=torch.int64)
-    return tensors, {"numpy": [kind, int(pos), int(has_gauss), float(cached)], "python": [version, gauss]}
+    return tensors, {
+        "numpy": [kind, int(pos), int(has_gauss), float(cached)],
+        "python": [version, gauss],
+    }
 
 
 def set_rng_state(tensors: dict[str, torch.Tensor], rest: dict) -> None:
@@ -192,7 +204,9 @@ def require_writable(path: Path) -> None:
         probe.touch()
         probe.unlink()
     except OSError as error:
-        raise EagleError(f"cannot write to {path}: {error.strerror}; choose another --output") from error
+        raise EagleError(
+            f"cannot write to {path}: {error.strerror}; choose another --output"
+        ) from error
 
 
 def write_config(output: Path, cfg) -> None:

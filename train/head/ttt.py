@@ -58,7 +58,9 @@ def plan_unroll(loss_mask: torch.Tensor, steps: int) -> Plan:
         if T > 2 + i:
             needed[:, : T - 2 - i] |= supervised[:, 2 + i :]
     width = max(1, int(needed.sum(1).max()))
-    order = torch.argsort(~needed, dim=1, stable=True)[:, :width]  # needed positions first, ascending
+    order = torch.argsort(~needed, dim=1, stable=True)[
+        :, :width
+    ]  # needed positions first, ascending
     real = torch.arange(width) < needed.sum(1, keepdim=True)
     slots = (needed.cumsum(1) - 1).clamp_min(0)
     return Plan(rows, sources, order.masked_fill(~real, 0), slots, counts)
@@ -106,7 +108,9 @@ class UnrolledAttention:
         """q [B, Hq, T, hd], k and v [B, Hkv, T, hd] -> [B, T, Hq, hd]."""
         self.keys, self.values = [k], [v]
         q, k = q.to(v.dtype), k.to(v.dtype)
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
+        out = F.scaled_dot_product_attention(
+            q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1]
+        )
         return out.transpose(1, 2)
 
     def later(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
@@ -117,9 +121,13 @@ class UnrolledAttention:
         Hkv = k.shape[1]
         q = q * hd**-0.5
         base = q.reshape(B, Hkv, -1, hd) @ self.keys[0].transpose(2, 3)  # [B, Hkv, G*M, T]
-        base = base.view(B, Hkv, Hq // Hkv, M, -1).float().masked_fill(self.hidden_keys, float("-inf"))
+        base = (
+            base.view(B, Hkv, Hq // Hkv, M, -1).float().masked_fill(self.hidden_keys, float("-inf"))
+        )
         grouped = q.view(B, Hkv, Hq // Hkv, M, hd)
-        own = [(grouped * key[:, :, None]).sum(-1, keepdim=True) for key in self.keys[1:]]  # [B, Hkv, G, M, 1]
+        own = [
+            (grouped * key[:, :, None]).sum(-1, keepdim=True) for key in self.keys[1:]
+        ]  # [B, Hkv, G, M, 1]
         weights = torch.cat([base, *[o.float() for o in own]], dim=-1).softmax(-1)
         T = base.shape[-1]
         context = weights[..., :T].reshape(B, Hkv, -1, T).to(v.dtype) @ self.values[0]
@@ -132,7 +140,9 @@ class UnrolledAttention:
 class UnrolledHead(nn.Module):
     """The module that the engine wraps: one micro-batch -> its share of the global loss, and sums."""
 
-    def __init__(self, head: Eagle3Head, steps: int, decay: float, loss: LossConfig, amp: bool) -> None:
+    def __init__(
+        self, head: Eagle3Head, steps: int, decay: float, loss: LossConfig, amp: bool
+    ) -> None:
         super().__init__()
         self.head = head
         self.steps, self.decay, self.loss, self.amp = steps, decay, loss, amp
@@ -145,19 +155,28 @@ class UnrolledHead(nn.Module):
         dtype = self.head.fc.weight.dtype
         embeds = embeds.to(dtype)
         place = torch.arange(T, device=embeds.device).expand(B, T)
-        following = torch.cat([embeds[:, 1:], embeds[:, -1:]], dim=1)  # the last position has no next token
+        following = torch.cat(
+            [embeds[:, 1:], embeds[:, -1:]], dim=1
+        )  # the last position has no next token
         hidden = self.head.fc(features.to(dtype)).to(dtype)
         hidden = self.head(hidden, following, place, attention.first)
         hidden = hidden.gather(1, plan.positions[..., None].expand(-1, -1, hidden.shape[-1]))
         yield hidden
         for i in range(1, self.steps):
-            token = (plan.positions + 1 + i).clamp_max(T - 1)  # past the row's end: never supervised
+            token = (plan.positions + 1 + i).clamp_max(
+                T - 1
+            )  # past the row's end: never supervised
             following = embeds.gather(1, token[..., None].expand(-1, -1, H))
             hidden = self.head(hidden, following, plan.positions + i, attention.later)
             yield hidden
 
     def forward(
-        self, features: torch.Tensor, embeds: torch.Tensor, plan: Plan, teacher: Teacher, totals: torch.Tensor
+        self,
+        features: torch.Tensor,
+        embeds: torch.Tensor,
+        plan: Plan,
+        teacher: Teacher,
+        totals: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """totals [S]: targets of each step in the global batch -> loss, Σ decay^i · Σ loss / totals[i], and
         sums [S, len(COLUMNS)] for the metrics."""
@@ -166,7 +185,9 @@ class UnrolledHead(nn.Module):
 
     def _forward(self, features, embeds, plan, teacher, totals):
         shape = plan.positions.shape
-        reached = torch.ones(shape, dtype=torch.bool, device=embeds.device)  # all earlier depths were right
+        reached = torch.ones(
+            shape, dtype=torch.bool, device=embeds.device
+        )  # all earlier depths were right
         supervised = reached.clone()  # and were supervised
         total, sums = embeds.new_zeros((), dtype=torch.float32), []
         for i, hidden in enumerate(self.unroll(features, embeds, plan)):

@@ -12,7 +12,9 @@ def special_ids(tokenizer, vocab_size: int) -> list[int]:
     return sorted(i for i in ids if 0 <= i < vocab_size)
 
 
-def choose_draft_vocab(counts: np.ndarray, always: list[int], size: int) -> tuple[torch.Tensor, dict]:
+def choose_draft_vocab(
+    counts: np.ndarray, always: list[int], size: int
+) -> tuple[torch.Tensor, dict]:
     """counts [V]: how often a token is supervised -> ids [size] int64 sorted, and a report.
 
     `always` comes first, then the most frequent, then the lowest unused ids; ties go to the lower id.
