@@ -45,18 +45,19 @@ def datasets(*, out: str, root: str | None = None, count: int = 2500, seed: int 
 
 
 def heads(
-    *, out: str, minutes: float = 20.0, rows: int = 6400, root: str | None = None, seed: int = 0
+    *, out: str, minutes: float = 20.0, rows: int = 4416, root: str | None = None, seed: int = 0
 ) -> None:
     """Let the target in `out` answer prompts, train an EAGLE-3 head on the answers, put it in out/heads."""
-    from .heads import train_head, write_own_answers
+    from .heads import train_head, write_corpus_rows, write_own_answers
 
     folder = Path(out)
     if not (folder / "model.safetensors").exists():
         raise ConfigError(
             f"no model in {folder}; run `python -m train.embedded pretrain --out {folder}` first"
         )
-    data = folder / "work" / "own_answers.jsonl"
-    write_own_answers(folder, data, count=rows, root=root, seed=seed)
+    data = [folder / "work" / "own_answers.jsonl", folder / "work" / "corpus_rows.jsonl"]
+    write_own_answers(folder, data[0], count=rows, root=root, seed=seed)
+    write_corpus_rows(folder, data[1], count=rows * 2 // 3, root=root, seed=seed)
     head = train_head(folder, data, folder / "work" / "head", minutes, (f"train.seed={seed}",))
     final = folder / "heads" / "eagle3"
     shutil.rmtree(final, ignore_errors=True)

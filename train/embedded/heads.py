@@ -3,7 +3,8 @@
     python -m train.embedded heads --out DIR --minutes 25
 
 A head drafts what the target would say, so the target says it: prompts of all four kinds from the training
-files are continued by the plain engine, half greedily and half at temperature 0.8.
+files are continued by the plain engine, half greedily and half at temperature 0.8. About as many rows are
+taken from the files as they are, so that the head also knows text that the target did not write.
 """
 
 from __future__ import annotations
@@ -24,7 +25,9 @@ from .corpus import (
     instruction_record,
     split,
     stdlib_files,
-)  # fmt: skip
+)
+from .datasets import write_jsonl
+from .pretrain import messages_of, render_fim
 
 
 def training_prompts(
@@ -98,6 +101,7 @@ def write_own_answers(
     prompts = training_prompts(tokenizer, root, count, seed, longest)
     order = sorted(range(count), key=lambda i: (len(prompts[i]) // 16, i % 2))
     batches = [order[i : i + batch_size] for i in range(0, count, batch_size)]
+    random.Random(seed).shuffle(batches)  # so that a part of the run is a fair sample
     done = sum(1 for _ in open(out)) // batch_size if out.exists() else 0
     if done:
         lines = out.read_text("utf-8").splitlines(keepends=True)[: done * batch_size]
@@ -123,9 +127,42 @@ def write_own_answers(
     return count
 
 
+def write_corpus_rows(
+    target_dir: str | Path, out: Path, *, count: int, root: str | None = None, seed: int = 0
+) -> int:
+    """Tokenised rows of the training files as people wrote them: code, FIM, instructions and chats."""
+    from eagle.model import load_tokenizer
+
+    tokenizer = load_tokenizer(str(target_dir))
+    rng = random.Random(f"corpus-{seed}")
+    files, _ = split(stdlib_files(root))
+    files = [f for f in files if not f.path.startswith("test/") or rng.random() < 0.3]
+    windows = [(f, w) for f in files for w in code_windows(f, rng, 1000)]
+    fns = [fn for f in files for fn in functions(f)]
+    rng.shuffle(windows)
+    rng.shuffle(fns)
+
+    def chat(messages: list[dict]) -> str:
+        return tokenizer.apply_chat_template(messages, tokenize=False)
+
+    plain, fim = round(count * 0.45), round(count * 0.25)
+    half = len(fns) // 2
+    texts = [w for _, w in windows[:plain]]
+    texts += [render_fim(fim_record(f, w, rng), spm=False) for f, w in windows[plain : plain + fim]]
+    instructions, chats = round(count * 0.16), round(count * 0.14)
+    texts += [chat(messages_of(instruction_record(fn, rng))) for fn in fns[:half][:instructions]]
+    texts += [chat(chat_record(fn, rng)["messages"]) for fn in fns[half:][:chats]]
+    rng.shuffle(texts)
+    rows = [tokenizer(text, verbose=False).input_ids[:384] for text in texts]
+    write_jsonl(
+        out, [{"input_ids": r, "loss_mask": [0] + [1] * (len(r) - 1)} for r in rows if len(r) > 8]
+    )
+    return len(rows)
+
+
 def train_head(
     target_dir: str | Path,
-    data: Path,
+    data: list[Path],
     output: Path,
     minutes: float,
     overrides: tuple[str, ...] = (),
@@ -133,7 +170,7 @@ def train_head(
     """Run `python -m train.main` over the rows; returns the folder of the finished head."""
     command = [
         sys.executable, "-m", "train.main", "--base", str(target_dir), "--data_format", "tokenized",
-        "--data", str(data), "--output", str(output), "--config", "embedded_head",
+        "--data", ",".join(map(str, data)), "--output", str(output), "--config", "embedded_head",
         f"train.time_budget_minutes={minutes}", *overrides,
     ]  # fmt: skip
     subprocess.run(command, check=True, env=os.environ.copy())
