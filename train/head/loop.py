@@ -235,7 +235,7 @@ class Trainer:
     def _report(self, row: dict, done: float, elapsed: float, last: bool) -> None:
         self.row = row
         eta = elapsed * (1 - done) / done if 0 < done < 1 else 0.0
-        self.progress.update(self.step, 1.0 if last else done, eta, row)
+        self.progress.update(self.step, min(done, 1.0), eta, row)
         if self.log and (last or self.step == 1 or self.step % self.cfg.train.log_every == 0):
             self.log.write({**row, "elapsed": elapsed})
 
