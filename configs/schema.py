@@ -85,6 +85,9 @@ class DataConfig(Section):
     mixture: list[MixtureSource] | None = Field(
         None, description="sources of format=mixed: [{format: fim, path: f.jsonl, weight: 2}, ...]"
     )
+    on_policy: bool = Field(
+        False, description="the answers were written by this target; recorded with the head"
+    )
     max_length: int = Field(512, ge=8, description="tokens a row may have")
     max_bad_fraction: float = Field(
         0.05, ge=0, le=1, description="share of bad rows above which the run stops"

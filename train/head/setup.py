@@ -75,7 +75,7 @@ def build(cfg: HeadTrainConfig, output: Path | None, device: torch.device) -> Pa
         "adapter": None,
         "quantization": str(quantization) if quantization else None,
         "data": {"format": cfg.data.format, "files": [p.name for p in data.paths], **data.stats,
-                 "answers": "as in the data, not written by the target"},
+                 "answers": "written by the target" if cfg.data.on_policy else "as in the data"},
         "draft_vocabulary": vocabulary,
     }  # fmt: skip
     provenance["data"].pop("cache_hit", None)
