@@ -42,7 +42,7 @@ REFUSED = {
     "DogeConfig": ({}, "do not take our attention"),  # builds a mask of its own over the cache
     "XGLMConfig": (dict(d_model=32, num_layers=4, attention_heads=4, ffn_dim=48), "do not take our attention"),
     "DiffLlamaConfig": ({}, "not supported"),  # two attentions a layer
-    "GPT2Config": (dict(n_embd=32, n_layer=2, n_head=4), "not a decoder-only"),
+    "GPT2Config": (dict(n_embd=32, n_layer=2, n_head=4), "no list of `layers`"),
 }  # fmt: skip
 
 
