@@ -323,39 +323,43 @@ def compare(model, prompts, eagle: Run, others: list[Run], options: dict) -> dic
             )
             seed = options["seed"] + number % eagle.batch_size
             near = not exact and place is not None and near_tie(
-                model, prompt + ours[:place], ours[place], theirs[place], options, seed
+                model, prompt, ours[:place], ours[place], theirs[place], options, seed, eagle.batch_size
             )  # fmt: skip
             counts["near_ties" if near else "real"] += 1
     return {"identical": counts["real"] == 0, **counts}
 
 
-def near_tie(model, prefix: list[int], ours: int, theirs: int, options: dict, seed: int) -> bool:
-    """Replay the prefix without speculation: is the gap between the two tokens within rounding?
+def near_tie(
+    model,
+    prompt: list[int],
+    common: list[int],
+    ours: int,
+    theirs: int,
+    options: dict,
+    seed: int,
+    rows: int = 1,
+) -> bool:
+    """Replay prompt + common tokens without speculation: is the gap between the two next tokens rounding?
 
-    The prefix is run whole, token by token at its end, and as a chain of as many nodes as the tree has.
-    The noise is the largest difference of any score among these three, at least one unit in the last
-    place of the dtype at the top score. A near tie: the two tokens' gap is inside the noise, and no
-    other token is better than both by more than it. Scores are logits, or when sampling what the choice
-    is made from: processed logits plus the position's noise.
+    The prefix is run whole; and its new tokens one by one, in chunks of as many as the tree has nodes, and
+    in chunks of half as many, in batches of `rows` equal rows, so that the cache holds what each way of
+    decoding would have written. The noise is the largest difference of any score among these, at least one
+    unit in the last place of the dtype at the top score. A near tie: the two tokens' gap is inside the
+    noise, and no other token is better than both by more than it. Scores are logits, or when sampling what
+    the choice is made from: processed logits plus the position's noise.
     """
     import torch
 
     from kernels.choose import gumbel_noise, process_logits
 
     target, temperature = model.target, options["temperature"]
-    nodes = min(model.drafter.shape.num_nodes if model.drafter else 2, len(prefix) - 1)
-    replays = []
-    for tail in sorted({0, min(1, nodes), nodes}):
-        cache = target.new_cache(1, len(prefix) + 1)
-        body = torch.tensor([prefix[: len(prefix) - tail]], device=target.device)
-        length = torch.tensor([body.shape[1]], device=target.device)
-        out, _ = target.prefill(body, length, [body.shape[1]], cache, features=False)
-        if tail:
-            chain = torch.tensor([prefix[-tail:]], device=target.device)
-            depth = torch.arange(tail, device=target.device)[None]
-            mask = torch.ones(1, tail, tail, dtype=torch.bool, device=target.device).tril()
-            out, _ = target.verify_tree(chain, depth, mask, cache, features=False)
-        replays.append(out[0, -1].float())
+    prefix = prompt + common
+    nodes = model.drafter.shape.num_nodes if model.drafter else 2
+    start = len(prompt) if common else len(prompt) - 1
+    ways = [(len(prefix), 1)]
+    if start > 0:
+        ways += [(start, chunk) for chunk in sorted({1, (nodes + 1) // 2, nodes})]
+    replays = [replay(target, prefix, first, chunk, rows) for first, chunk in ways]
     scores = torch.stack(replays)  # [replays, V]
     ulp = scores.abs().max().item() * torch.finfo(target.dtype).eps
     noise = max((scores.amax(0) - scores.amin(0)).max().item(), ulp)
@@ -378,6 +382,25 @@ def near_tie(model, prefix: list[int], ours: int, theirs: int, options: dict, se
     gap = abs(base[ours] - base[theirs]).item()
     behind = (base.max() - torch.maximum(base[ours], base[theirs])).item()
     return gap <= noise and behind <= noise
+
+
+def replay(target, prefix: list[int], start: int, chunk: int, rows: int):
+    """Logits [V] float32 after `prefix`: its first `start` tokens in one pass, the rest `chunk` at a time."""
+    import torch
+
+    device = target.device
+    ids = torch.tensor([prefix] * rows, device=device)
+    cache = target.new_cache(rows, len(prefix))
+    lengths = torch.full((rows,), start, device=device)
+    out, _ = target.prefill(ids[:, :start], lengths, [start] * rows, cache, features=False)
+    for place in range(start, len(prefix), chunk):
+        piece = ids[:, place : place + chunk]
+        n = piece.shape[1]
+        depth = torch.arange(n, device=device).expand(rows, n)
+        mask = torch.ones(n, n, dtype=torch.bool, device=device).tril().expand(rows, n, n)
+        out, _ = target.verify_tree(piece, depth, mask, cache, features=False)
+        cache.advance(torch.full((rows,), n, device=device), [n] * rows)
+    return out[0, -1].float()
 
 
 def cpu_name() -> str:

@@ -17,7 +17,16 @@ from engine_helpers import (
 from eagle.decode import Row
 from eagle.model import EaModel
 from eagle.target import Target
-from inference.bench import Run, bench, compare, looping_share, measure, near_tie, parse_sizes
+from inference.bench import (
+    Run,
+    bench,
+    compare,
+    looping_share,
+    measure,
+    near_tie,
+    parse_sizes,
+    replay,
+)
 
 FIELDS = {
     "device",
@@ -248,16 +257,23 @@ def test_near_ties_are_judged_by_replay(half):
         if logits_after(half, p)[10] < logits_after(half, p).max() - 3
     )
     with torch.inference_mode():
-        assert near_tie(model, prefix, 10, 11, GREEDY, 0) and near_tie(
-            model, prefix, 11, 10, GREEDY, 0
+        assert near_tie(model, prefix, [], 10, 11, GREEDY, 0) and near_tie(
+            model, prefix, [], 11, 10, GREEDY, 0
         )
-        assert not near_tie(model, prefix, 10, order[-1], GREEDY, 0)
-        assert not near_tie(model, prefix, order[20], 10, GREEDY, 0)
-        assert not near_tie(model, low, 10, 11, GREEDY, 0)
+        assert not near_tie(model, prefix, [], 10, order[-1], GREEDY, 0)
+        assert not near_tie(model, prefix, [], order[20], 10, GREEDY, 0)
+        assert not near_tie(model, low, [], 10, 11, GREEDY, 0)
         # one token of context is enough to judge
-        assert near_tie(model, prefix[:1], 10, order[-1], GREEDY, 0) in (True, False)
+        assert near_tie(model, prefix[:1], [], 10, order[-1], GREEDY, 0) in (True, False)
         # with noise the equal logits are no tie any more
-        assert not any(near_tie(model, prefix, 10, 11, SAMPLED, seed) for seed in range(5))
+        assert not any(near_tie(model, prefix, [], 10, 11, SAMPLED, seed) for seed in range(5))
+
+
+def test_replay_in_any_chunks_is_the_same_in_fp32(llama):
+    prefix = make_prompts((17,))[0]
+    whole = replay(llama, prefix, len(prefix), 1, 1)
+    for start, chunk, rows in ((3, 1, 1), (5, 4, 2), (1, 16, 3)):
+        assert torch.allclose(replay(llama, prefix, start, chunk, rows), whole, atol=1e-4)
 
 
 def outcome(model, prompts, ours, theirs, options=GREEDY):
