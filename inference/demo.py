@@ -26,7 +26,7 @@ def demo(*, output: str = "runs/demo", minutes: float = 3.0, num_prompts: int = 
     def run(title: str, *arguments: str) -> None:
         console.rule(title)
         shown = " ".join(("python", *arguments))
-        console.print(f"$ {shown}\n", style="bold", markup=False, highlight=False)
+        console.print(f"$ {shown}\n", style="bold", markup=False, highlight=False, soft_wrap=True)
         code = subprocess.run([sys.executable, *arguments], check=False).returncode
         if code:
             raise SystemExit(code)
