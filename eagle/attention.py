@@ -1,14 +1,13 @@
 """How a tree reaches stock attention layers: one function registered with transformers.
 
-A forward pass carries a `TreeContext` as an ordinary keyword argument. Layers that are called without one
-(stock `generate`, training) fall through to transformers' own attention.
+Rows are packed: a pass is one row of T tokens to the model, [1, T], and a `TreeContext` says which of them
+belong to which row of the cache. Layers that are called without a context (stock `generate`, training)
+fall through to transformers' own attention.
 
-B rows, N queries, M tree slots, S live slots.
+b rows, N queries of the longest row, T = tokens of all rows, M tree slots, S live slots, D head_dim.
 """
 
 from __future__ import annotations
-
-from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -19,63 +18,144 @@ from transformers.models.gemma2.modeling_gemma2 import eager_attention_forward
 
 from kernels.tree_attention import attend, attention_bias, fold, reachable
 
+from .cache import StaticKVCache
+
 NAME = "eagle_tree"
 
 
-@dataclass
 class TreeContext:
-    """Where the queries of one forward pass sit, and what they may see.
+    """Where the tokens of one pass sit, and what they may see.
 
-    lengths [B] int64: committed slots before this pass. positions [B, N] int64: absolute, of the queries.
-    mask [B, N, M] bool and tree_positions [B, M]: the tree's slots, the queries last; None for a causal
-    prefill of an empty cache. live: an upper bound of max(lengths) + M, known on the host. row_ends: each
-    row's own lengths + M where rows differ, else None.
+    positions [b, N] int64: absolute, of the queries. mask [b, N, M] bool and tree_positions [b, M]: the
+    tree's slots, the queries the last N of them, the first at slot length + 0; None for a causal pass over
+    an empty cache. offset = M - N. counts: tokens of each row, on the host, where rows differ; the pass
+    then holds only the first counts[i] of row i's N.
     """
 
-    lengths: torch.Tensor
-    positions: torch.Tensor
-    live: int
-    row_ends: list[int] | None = None
-    mask: torch.Tensor | None = None
-    tree_positions: torch.Tensor | None = None
-    layers_seen: int = 0
-    _bias: dict = field(default_factory=dict)
-    _ends: torch.Tensor | None = None
+    def __init__(
+        self,
+        cache: StaticKVCache,
+        positions: torch.Tensor,
+        mask: torch.Tensor | None = None,
+        tree_positions: torch.Tensor | None = None,
+        counts: list[int] | None = None,
+    ) -> None:
+        self.cache, self.positions = cache, positions
+        self.mask, self.tree_positions = mask, tree_positions
+        b, N = self.shape = tuple(positions.shape)
+        self.offset = 0 if mask is None else mask.shape[2] - N
+        self.counts = counts if counts is not None and min(counts) < N else None
+        self.layers_seen = 0
+        device = positions.device
+        self.index = None  # [T] where the packed tokens lie in [b*N]
+        if self.counts is not None:
+            n = torch.tensor(self.counts, device=device)
+            self.index = (torch.arange(N, device=device) < n[:, None]).flatten().nonzero()[:, 0]
+        lengths = cache.host_lengths
+        self.live = cache.capacity if lengths is None else max(lengths) + self.offset + N
+        assert self.live <= cache.capacity, f"{self.live} slots do not fit {cache.capacity}"
+        self.ragged = lengths is None or min(lengths) != max(lengths)
+        self._slots: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._bias: dict = {}
 
-    def bias(self, dtype: torch.dtype, window: int | None, groups: int) -> torch.Tensor:
+    def pack(self, x: torch.Tensor) -> torch.Tensor:
+        """[b, N, ...] -> [1, T, ...]: the tokens of all rows one behind the other."""
+        flat = x.flatten(0, 1)
+        return (flat if self.index is None else flat[self.index])[None]
+
+    def unpack(self, x: torch.Tensor) -> torch.Tensor:
+        """[1, T, ...] -> [b, N, ...], zeros where a row has no token."""
+        b, N = self.shape
+        if self.index is None:
+            return x[0].unflatten(0, (b, N))
+        out = x.new_zeros(b * N, *x.shape[2:])
+        out[self.index] = x[0]
+        return out.unflatten(0, (b, N))
+
+    def write(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> None:
+        """k, v [1, Hkv, T, D] go to the slots of this pass."""
+        keys, values = self.cache.layer(layer)
+        if self.shape[0] == 1 and self.cache.host_lengths is not None:  # one row: a slice
+            row, start = self.cache.order[0], self.cache.host_lengths[0] + self.offset
+            keys[row, :, start : start + k.shape[2]] = k[0]
+            values[row, :, start : start + k.shape[2]] = v[0]
+            return
+        if self._slots is None:
+            step = torch.arange(self.shape[1], device=k.device) + self.offset
+            slots = self.cache.lengths[:, None] + step  # [b, N]
+            rows = self.cache.rows[:, None].expand(self.shape)
+            self._slots = self.pack(rows)[0], self.pack(slots)[0]
+        rows, slots = self._slots
+        # advanced indices on dims 0 and 2 come to the front: [T, Hkv, D]
+        keys[rows, :, slots] = k[0].transpose(0, 1)
+        values[rows, :, slots] = v[0].transpose(0, 1)
+
+    def read(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Live keys and values [b, Hkv, S, D]; a view where rows are even."""
+        k, v = (x[:, :, : self.live] for x in self.cache.layer(layer))
+        if not self.cache.whole:
+            k, v = k[self.cache.rows], v[self.cache.rows]
+        if self.ragged:  # another row's length must not make stale slots readable: 0 x NaN is NaN
+            k, v = reachable(k, v, self.cache.lengths + self.mask.shape[2])
+        return k, v
+
+    def bias(self, dtype: torch.dtype, window: int | None, groups: int) -> torch.Tensor | None:
         """The additive bias, folded for `groups` query heads a key/value head; built once for all layers
-        that share a window."""
+        that share a window. None: everything is visible."""
         key = (dtype, window, groups)
-        if key not in self._bias:
-            if self.mask is None:  # causal prefill: key position = query position
-                T = self.positions.shape[1]
-                visible = torch.ones(T, T, dtype=torch.bool, device=self.lengths.device).tril()
-                if window is not None:
-                    visible = visible.triu(-(window - 1))
-                bias = torch.zeros(1, 1, T, T, dtype=dtype, device=self.lengths.device)
-                bias.masked_fill_(~visible, float("-inf"))
-            elif (
-                self.row_ends is None and window is None
-            ):  # the tree's columns stand behind a free prefix
-                tree = torch.zeros(self.mask.shape, dtype=dtype, device=self.mask.device)
-                tree.masked_fill_(~self.mask, float("-inf"))
-                bias = F.pad(tree, (self.live - self.mask.shape[2], 0)).unsqueeze(1)
-            else:
-                bias = attention_bias(
-                    self.lengths, self.mask, self.tree_positions, self.live, dtype, window
-                )
-            self._bias[key] = fold(bias, self.positions.shape[1], groups)
+        if key in self._bias:
+            return self._bias[key]
+        device = self.positions.device
+        if self.mask is None:  # causal: key position = query position
+            N = self.shape[1]
+            visible = torch.ones(N, N, dtype=torch.bool, device=device).tril()
+            if window is not None:
+                visible = visible.triu(-(window - 1))
+            bias = torch.zeros(1, 1, N, N, dtype=dtype, device=device)
+            bias.masked_fill_(~visible, float("-inf"))
+        elif not self.ragged and window is None and self.mask.shape[1:] == (1, 1):
+            bias = None
+        elif not self.ragged and window is None:  # the tree's columns stand behind a free prefix
+            tree = torch.zeros(self.mask.shape, dtype=dtype, device=device)
+            tree.masked_fill_(~self.mask, float("-inf"))
+            bias = F.pad(tree, (self.live - self.mask.shape[2], 0)).unsqueeze(1)
+        else:
+            bias = attention_bias(
+                self.cache.lengths, self.mask, self.tree_positions, self.live, dtype, window
+            )
+        self._bias[key] = None if bias is None else fold(bias, self.shape[1], groups)
         return self._bias[key]
 
-    def reachable(self, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        if self._ends is None:
-            self._ends = self.lengths + self.mask.shape[2]
-        return reachable(k, v, self._ends)
-
-    @property
-    def sees_all(self) -> bool:
-        """One query a row sees everything up to itself: no bias is needed but for a window."""
-        return self.mask is not None and self.mask.shape[1:] == (1, 1)
+    def attend(
+        self,
+        layer: int,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        scaling: float,
+        window: int | None = None,
+        softcap: float | None = None,
+        sinks: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Write this pass's keys and values, and attend. q [1, Hq, T, D], k and v [1, Hkv, T, D]
+        -> [1, T, Hq, D]."""
+        self.layers_seen += 1
+        self.write(layer, k, v)
+        groups = q.shape[1] // k.shape[1]
+        queries = self.unpack(q.transpose(1, 2)).transpose(1, 2)  # [b, Hq, N, D]
+        if self.mask is None:
+            # padding comes after a row's tokens, so that no token sees it
+            k = self.unpack(k.transpose(1, 2)).transpose(1, 2)
+            v = self.unpack(v.transpose(1, 2)).transpose(1, 2)
+            if window is None and softcap is None and sinks is None:
+                out = F.scaled_dot_product_attention(
+                    queries, k, v, is_causal=True, scale=scaling, enable_gqa=groups > 1
+                )
+                return self.pack(out.transpose(1, 2))
+        else:
+            k, v = self.read(layer)
+        bias = self.bias(q.dtype, window, groups)
+        return self.pack(attend(queries, k, v, bias, scaling, softcap, sinks))
 
 
 def tree_attention_forward(
@@ -92,7 +172,7 @@ def tree_attention_forward(
     tree: TreeContext | None = None,
     **kwargs,
 ) -> tuple[torch.Tensor, None]:
-    """query [B, Hq, N, D], key and value [B, Hkv, S, D] (what the cache returned) -> [B, N, Hq, D]."""
+    """query [1, Hq, T, D], key and value [1, Hkv, T, D] -> [1, T, Hq, D]."""
     if tree is None:
         if softcap is not None:
             return eager_attention_forward(
@@ -109,51 +189,11 @@ def tree_attention_forward(
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
-    tree.layers_seen += 1
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    return attend_tree(tree, query, key, value, scaling, sliding_window, softcap, s_aux), None
-
-
-def attend_tree(
-    tree: TreeContext,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    scaling: float,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    sinks: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """query [B, Hq, N, D] over what the cache returned [B, Hkv, S, D] -> [B, N, Hq, D]."""
-    prefill = tree.mask is None
-    if prefill and sliding_window is None and softcap is None and sinks is None:
-        out = F.scaled_dot_product_attention(
-            query,
-            key,
-            value,
-            is_causal=True,
-            scale=scaling,
-            enable_gqa=query.shape[1] != key.shape[1],
-        )
-        return out.transpose(1, 2)
-    bias = None
-    if not tree.sees_all or sliding_window is not None:
-        bias = tree.bias(query.dtype, sliding_window, query.shape[1] // key.shape[1])
-    if tree.row_ends is None or prefill:
-        return attend(query, key, value, bias, scaling, softcap, sinks)
-    if query.device.type != "cpu":
-        key, value = tree.reachable(key, value)
-        bias = tree.bias(query.dtype, sliding_window, query.shape[1] // key.shape[1])
-        return attend(query, key, value, bias, scaling, softcap, sinks)
-    # on a CPU each row reads its own live slots and nothing else: cheaper than masking the longest row's
-    rows = [
-        attend(
-            query[b : b + 1], key[b : b + 1, :, :end], value[b : b + 1, :, :end],
-            None if bias is None else bias[b : b + 1, :, :, :end], scaling, softcap, sinks,
-        )
-        for b, end in enumerate(tree.row_ends)
-    ]  # fmt: skip
-    return torch.cat(rows)
+    out = tree.attend(
+        tree.cache.updated_layer, query, key, value, scaling, sliding_window, softcap, s_aux
+    )
+    return out, None
 
 
 AttentionInterface.register(NAME, tree_attention_forward)

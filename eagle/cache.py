@@ -2,11 +2,12 @@
 
 Knows slots and lengths; knows nothing of tokens, trees or models.
 
-L layers, B rows, H key/value heads, C capacity (slots), D head_dim, N new slots, M tree slots.
+L layers, B buffer rows, b rows in use, H key/value heads, C capacity (slots), D head_dim.
 
-Invariant: row b's context is slots 0 … lengths[b]-1, contiguous. What lies past it is scratch for the
-tree being tried; it is never read once the tree is gone. `host_lengths` mirrors `lengths` without a
-device read, so the live range of a pass is known before it starts.
+Invariant: the context of the i-th row in use is slots 0 … lengths[i]-1 of buffer row order[i], contiguous.
+What lies past it is scratch for the tree being tried; it is never read once the tree is gone.
+`host_lengths` mirrors `lengths` without a device read, so the live range of a pass is known before it
+starts; in a captured graph, where the host knows nothing, it is None and passes see the whole capacity.
 """
 
 from __future__ import annotations
@@ -34,68 +35,81 @@ class StaticKVCache(Cache):
         self.buffer = torch.zeros(
             num_layers, 2, rows, kv_heads, capacity, head_dim, dtype=dtype, device=device
         )
-        self.lengths = torch.zeros(rows, dtype=torch.int64, device=device)
-        self.host_lengths = [0] * rows
         self.capacity = capacity
-        self._start: int | torch.Tensor = 0
-        self._live = 0
-        self._rows = torch.arange(rows, device=device)[:, None]
+        self._use(list(range(rows)))
+
+    def _use(self, order: list[int]) -> None:
+        """Use these buffer rows, in this order and empty."""
+        device = self.buffer.device
+        self.order = order
+        self.rows = torch.tensor(order, dtype=torch.int64, device=device)
+        self.lengths = torch.zeros(len(order), dtype=torch.int64, device=device)
+        self.host_lengths: list[int] | None = [0] * len(order)
 
     @property
-    def ragged(self) -> bool:
-        return min(self.host_lengths) != max(self.host_lengths)
+    def whole(self) -> bool:
+        """Are all buffer rows in use, in their own order?"""
+        return self.order == list(range(self.buffer.shape[2]))
 
-    def row_ends(self, tree_slots: int) -> list[int] | None:
-        """Each row's length + tree_slots where rows differ in length, else None."""
-        return [n + tree_slots for n in self.host_lengths] if self.ragged else None
+    def empty_rows(self, order: list[int]) -> StaticKVCache:
+        """The same buffer with other rows in use, empty: where new requests are put."""
+        other = object.__new__(StaticKVCache)
+        other.__dict__.update(self.__dict__)
+        other._use(order)
+        return other
 
-    def open(self, new: int, offset: int = 0) -> int:
-        """Point the next pass at slots length+offset … length+offset+new-1 of each row.
+    def select(self, keep: list[int]) -> None:
+        """Go on with these of the rows in use, in this order."""
+        index = torch.tensor(keep, dtype=torch.int64, device=self.rows.device)
+        self.order = [self.order[i] for i in keep]
+        self.host_lengths = [self.host_lengths[i] for i in keep]
+        self.rows, self.lengths = self.rows[index], self.lengths[index]
 
-        Returns the live bound S = max(lengths) + offset + new. Prefix and scratch must fit the capacity.
-        """
-        self._live = max(self.host_lengths) + offset + new
-        assert self._live <= self.capacity, f"{self._live} slots do not fit {self.capacity}"
-        if self.ragged:
-            step = torch.arange(offset, offset + new, device=self.lengths.device)
-            self._start = self.lengths[:, None] + step  # [B, N] slots
-        else:
-            self._start = self.host_lengths[0] + offset
-        return self._live
+    def join(self, other: StaticKVCache) -> None:
+        """Take over the rows in use of `other`, which shares the buffer."""
+        assert not set(self.order) & set(other.order)
+        self.order = self.order + other.order
+        self.host_lengths = self.host_lengths + other.host_lengths
+        self.rows = torch.cat([self.rows, other.rows])
+        self.lengths = torch.cat([self.lengths, other.lengths])
 
-    def update(self, key_states, value_states, layer_idx, *args, **kwargs):
-        """Write [B, H, N, D] at the open slots; return keys and values [B, H, S, D] (views)."""
-        layer = self.buffer[layer_idx]
-        keys, values = layer[0], layer[1]
-        N = key_states.shape[2]
-        if isinstance(self._start, int):
-            keys[:, :, self._start : self._start + N] = key_states
-            values[:, :, self._start : self._start + N] = value_states
-        else:  # advanced indices on dims 0 and 2 come to the front: [B, N, H, D]
-            keys[self._rows, :, self._start] = key_states.transpose(1, 2)
-            values[self._rows, :, self._start] = value_states.transpose(1, 2)
-        return keys[:, :, : self._live], values[:, :, : self._live]
+    def layer(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values [B, H, C, D] of one layer, views of the buffer."""
+        both = self.buffer[index]
+        return both[0], both[1]
 
     def commit(self, path: torch.Tensor, counts: torch.Tensor) -> None:
-        """Move the nodes path[b, :counts[b]] of the last tree into the prefix. path [B, K], counts [B].
+        """Move the nodes path[i, :counts[i]] of the last tree into the prefix. path [b, K], counts [b].
 
-        `advance` must follow once the counts are known on the host.
+        `advance` must follow.
         """
-        commit_kv(self.buffer, self.lengths, path, counts)
+        if self.whole:
+            commit_kv(self.buffer, self.lengths, path, counts)
+            return
+        # rows out of order: the buffer's own row numbers are needed; unused rows move nothing
+        B, K = self.buffer.shape[2], path.shape[1]
+        lengths, moved = self.lengths.new_zeros(B), counts.new_zeros(B)
+        paths = path.new_zeros(B, K)
+        lengths[self.rows], moved[self.rows], paths[self.rows] = self.lengths, counts, path
+        commit_kv(self.buffer, lengths, paths, moved)
 
-    def advance(self, counts: torch.Tensor, host_counts: list[int]) -> None:
+    def advance(self, counts: torch.Tensor, host_counts: list[int] | None) -> None:
         self.lengths = self.lengths + counts
-        self.host_lengths = [a + b for a, b in zip(self.host_lengths, host_counts, strict=True)]
+        if host_counts is not None:
+            self.host_lengths = [a + b for a, b in zip(self.host_lengths, host_counts, strict=True)]
 
-    # what transformers asks of a cache
+    # what transformers asks of a cache; attention itself writes and reads the buffer
+    def update(self, key_states, value_states, layer_idx, *args, **kwargs):
+        self.updated_layer = layer_idx
+        return key_states, value_states
+
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        return max(self.host_lengths)
+        return max(self.host_lengths or [0], default=0)
 
-    def get_query_offset(self, layer_idx: int = 0) -> int:
-        return max(self.host_lengths)
+    get_query_offset = get_seq_length
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
-        return self._live, 0
+        return self.get_seq_length() + query_length, 0
 
     def get_max_cache_shape(self, layer_idx: int = 0) -> int:
         return self.capacity

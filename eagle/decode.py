@@ -1,85 +1,25 @@
-"""The decode loop: plain and speculative decoding are this one loop, without and with a drafter.
+"""The decode loop: plain and speculative decoding, fixed batches and queues of requests are this one loop.
 
-Knows token ids and stopping; knows nothing of text.
+Knows token ids; knows nothing of text.
 
-B rows, T prompt tokens, N tree nodes, K = 1 + longest path.
+b rows in flight, T prompt tokens, N tree nodes, K = 1 + longest path, F features, V vocabulary.
 """
 
 from __future__ import annotations
 
+import collections
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 
 from .draft import Drafter
-from .errors import EagleError
-from .sampling import SamplingParams, process_tree
+from .request import Row
+from .sampling import Sampler, process_row
 from .target import Target
 from .tree import DraftTree
-from .verify import verify
-
-
-@dataclass(frozen=True)
-class Stopping:
-    """When a row is done. `stop(tokens)`: how many of a row's new tokens to keep, or None to go on."""
-
-    max_new_tokens: int = 512
-    eos_token_ids: frozenset[int] = frozenset()
-    stop: Callable[[list[int]], int | None] | None = None
-    max_length: int | None = None
-
-    def __post_init__(self) -> None:
-        for name, value in (
-            ("max_new_tokens", self.max_new_tokens),
-            ("max_length", self.max_length),
-        ):
-            if not (isinstance(value, int) and value >= 1) and not (
-                name == "max_length" and value is None
-            ):
-                raise EagleError(f"{name} must be a whole number of at least 1, not {value}")
-
-
-@dataclass
-class Row:
-    """One request. `tokens` are new tokens, an end token kept once; `accepted[a]` counts the cycles in which
-    a draft tokens were accepted, before any cut at an end token or limit."""
-
-    prompt: list[int]
-    budget: int
-    tokens: list[int] = field(default_factory=list)
-    finish_reason: str | None = None  # "eos", "stop" or "length"
-    cycles: int = 0
-    accepted: list[int] = field(default_factory=list)
-
-    @property
-    def done(self) -> bool:
-        return self.finish_reason is not None
-
-    @property
-    def tau(self) -> float:
-        """Tokens gained per verification; the first token comes from the prompt's own pass."""
-        return (len(self.tokens) - 1) / self.cycles if self.cycles else 0.0
-
-    def take(self, gained: list[int], stopping: Stopping) -> int:
-        """Append what this row may still have of `gained`; returns how many."""
-        gained = gained[: self.budget - len(self.tokens)]
-        for place, token in enumerate(gained):
-            if token in stopping.eos_token_ids:
-                gained = gained[: place + 1]
-                self.finish_reason = "eos"
-                break
-        before = len(self.tokens)
-        self.tokens += gained
-        if stopping.stop is not None:
-            keep = stopping.stop(self.tokens)
-            if keep is not None:
-                self.tokens = self.tokens[: max(keep, 0)]
-                self.finish_reason = "stop"
-        if not self.done and len(self.tokens) >= self.budget:
-            self.finish_reason = "length"
-        return min(len(gained), max(len(self.tokens) - before, 0))
+from .verify import Verdict, verify
 
 
 @dataclass
@@ -108,110 +48,208 @@ class Clock:
 @torch.inference_mode()
 def decode(
     target: Target,
-    prompts: Sequence[list[int]],
+    rows: Sequence[Row],
     *,
-    sampling: SamplingParams,
-    seeds: Sequence[int],
-    stopping: Stopping,
+    slots: int | None = None,
+    capacity: int | None = None,
     drafter: Drafter | None = None,
-    logits_processor=None,
     timings: Timings | None = None,
     synchronise: bool = False,
     on_cache: Callable | None = None,
-) -> Iterator[list[Row]]:
-    """Yields the rows after the prompt's pass and after every cycle; their tokens grow in place.
+    verify: Callable[[DraftTree, torch.Tensor, int], Verdict] = verify,
+) -> Iterator[Sequence[Row]]:
+    """Runs `rows`, at most `slots` at a time, the next one entering as soon as one is done. Yields them all
+    after every prompt pass and every cycle; their tokens grow in place.
 
+    capacity: tokens that a slot can hold, prompt and new ones; by default what the largest row needs.
     `on_cache(cache, drafter)` is called after each commit, to look at what the caches hold.
 
-    Lossless: each yielded token is the target's own choice at its position, whatever the drafter proposed.
+    Lossless: each token is the target's own choice at its position, whatever the drafter proposed.
     """
-    rows = [Row(list(p), budget_of(len(p), stopping, target.max_positions)) for p in prompts]
-    timings = timings if timings is not None else Timings()
-    device, draft = target.device, drafter is not None
-    levels = drafter.shape.levels if draft else 0
-    nodes = drafter.shape.num_nodes if draft else 1
-    lengths = [len(p) for p in prompts]
-    capacity = max(n + r.budget for n, r in zip(lengths, rows, strict=True))
-    cache = target.new_cache(len(rows), capacity + nodes)
-    if draft:
-        drafter.begin(len(rows), capacity)
-    seed_tensor = torch.tensor(list(seeds), dtype=torch.int64, device=device)
-    clock = Clock(device, synchronise)
+    slots = min(slots or len(rows), len(rows))
+    needed = max(len(row.prompt) + row.budget for row in rows)
+    batch = Batch(target, drafter, slots, max(capacity or 0, needed), verify)
+    timings, clock = timings or Timings(), Clock(target.device, synchronise)
+    waiting = collections.deque(rows)
+    while waiting or batch.rows:
+        if waiting and batch.free:
+            batch.admit([waiting.popleft() for _ in batch.free[: len(waiting)]])
+            timings.prefill += clock.lap()
+        else:
+            batch.settle()
+            timings.commit += clock.lap()
+            if on_cache is not None:
+                on_cache(batch.cache, batch.drafter)
+            tree = batch.expand()
+            timings.draft += clock.lap()
+            batch.judge(tree)
+            timings.verify += clock.lap()
+        yield rows
+        batch.drop_finished()
 
-    def choose(
-        logits: torch.Tensor, tree: DraftTree | None, positions: torch.Tensor
-    ) -> torch.Tensor:
-        if logits_processor is not None:
-            logits = process_tree(
-                logits_processor, [r.prompt + r.tokens for r in rows], tree, logits
+
+class Batch:
+    """The rows in flight; lists and tensors are in the order of `rows`. What a verification gained is
+    `pending` until `settle` brings it into the caches: decided, and not yet run by anyone."""
+
+    def __init__(
+        self, target: Target, drafter: Drafter | None, slots: int, capacity: int, verify: Callable
+    ) -> None:
+        self.target, self.verify = target, verify
+        nodes = drafter.shape.num_nodes if drafter else 1
+        self.cache = target.new_cache(slots, capacity + nodes).empty_rows([])
+        self.drafter = None
+        if drafter is not None:
+            drafter.begin(slots, capacity)
+            self.drafter = drafter.empty_rows([])
+        self.free = list(range(slots))
+        self.rows: list[Row] = []
+        self.root = torch.zeros(0, dtype=torch.int64, device=target.device)
+        self.pending: Pending | None = None
+        self._sampler: Sampler | None = None
+
+    def admit(self, rows: list[Row]) -> None:
+        """The prompts' pass: the target writes its cache and chooses the roots, the head follows."""
+        order, self.free = self.free[: len(rows)], self.free[len(rows) :]
+        cache, device = self.cache.empty_rows(order), self.target.device
+        host_lengths = [len(row.prompt) for row in rows]
+        ids = torch.zeros(len(rows), max(host_lengths), dtype=torch.int64)
+        for line, row in zip(ids, rows, strict=True):
+            line[: len(row.prompt)] = torch.tensor(row.prompt)
+        ids, lengths = ids.to(device), torch.tensor(host_lengths, device=device)
+        draft = self.drafter is not None
+        logits, features = self.target.prefill(ids, lengths, host_lengths, cache, features=draft)
+        root = choose(rows, sampler_of(rows, device), logits, None, lengths[:, None])
+        keep_logprobs(rows, logits, root.new_zeros(len(rows), 1), root, [1] * len(rows))
+        for row, token in zip(rows, root[:, 0].tolist(), strict=True):
+            row.take([token])
+        self.settle()
+        if draft:
+            following = torch.cat([ids[:, 1:], ids[:, :1]], dim=1).scatter(
+                1, lengths[:, None] - 1, root
             )
-        return sampling.choose(logits, seed_tensor, positions)
+            drafter = self.drafter.empty_rows(order)
+            drafter.ingest(features, following, lengths, host_lengths)
+            self.drafter.join(drafter)
+        self.cache.join(cache)
+        self.rows = self.rows + rows
+        self.root, self._sampler = torch.cat([self.root, root[:, 0]]), None
 
-    # the prompt's pass: the target writes its cache and chooses the root
-    ids = torch.zeros(len(rows), max(lengths), dtype=torch.int64)
-    for row, prompt in zip(ids, prompts, strict=True):
-        row[: len(prompt)] = torch.tensor(prompt)
-    ids, length_tensor = ids.to(device), torch.tensor(lengths, device=device)
-    logits, features = target.prefill(ids, length_tensor, lengths, cache, features=draft)
-    root = choose(logits, None, length_tensor[:, None])[:, 0]
-    for row, token in zip(rows, root.tolist(), strict=True):
-        row.take([token], stopping)
-    if draft and not all(row.done for row in rows):
-        following = torch.cat([ids[:, 1:], ids[:, :1]], dim=1).scatter(
-            1, length_tensor[:, None] - 1, root[:, None]
+    def settle(self) -> None:
+        """Bring what was gained into the caches: accepted slots move to the front, the head ingests."""
+        pending, self.pending = self.pending, None
+        if pending is None or not self.rows:
+            return
+        counts = torch.tensor(pending.counts, device=self.target.device)
+        if self.drafter is not None:
+            self.cache.commit(pending.path, counts)
+        self.cache.advance(counts, pending.counts)
+        self.root = pending.tokens.gather(1, (counts - 1)[:, None])[:, 0]
+        if self.drafter is not None:
+            self.drafter.ingest(pending.features, pending.tokens, counts, pending.counts)
+
+    def expand(self) -> DraftTree:
+        return self.drafter.expand(self.root) if self.drafter else DraftTree.root_only(self.root)
+
+    def judge(self, tree: DraftTree) -> None:
+        """One pass of the target over the tree: its choices, and what each row gains by them."""
+        draft = self.drafter is not None
+        logits, features = self.target.verify_tree(
+            tree.tokens, tree.depth, tree.mask, self.cache, features=draft, counts=tree.counts
         )
-        drafter.ingest(features, following, length_tensor, lengths)
-    timings.prefill += clock.lap()
-    if on_cache is not None:
-        on_cache(cache, drafter)
-    yield rows
-
-    while not all(row.done for row in rows):
-        tree = drafter.expand(root) if draft else DraftTree.root_only(root)
-        timings.draft += clock.lap()
-        logits, features = target.verify_tree(
-            tree.tokens, tree.depth, tree.mask, cache, features=draft
-        )
-        choices = choose(logits, tree, cache.lengths[:, None] + tree.depth + 1)
-        verdict = verify(tree, choices, levels)
-        outcome = torch.cat(
-            [verdict.num_accepted[:, None], verdict.tokens], dim=1
-        ).tolist()  # the one read
-        timings.verify += clock.lap()
-
+        self._sampler = self._sampler or sampler_of(self.rows, self.target.device)
+        positions = self.cache.lengths[:, None] + tree.depth + 1
+        choices = choose(self.rows, self._sampler, logits, tree, positions)
+        levels = self.drafter.shape.levels if draft else 0
+        verdict = self.verify(tree, choices, levels)
+        outcome = torch.cat([verdict.num_accepted[:, None], verdict.tokens], dim=1).tolist()
         counts = []
-        for row, (accepted, *gained) in zip(rows, outcome, strict=True):
-            if row.done:
+        for row, (accepted, *gained) in zip(self.rows, outcome, strict=True):
+            if row.done:  # cancelled, or failed in this very pass
                 counts.append(0)
                 continue
             row.cycles += 1
             row.accepted += [0] * (levels + 1 - len(row.accepted))
             row.accepted[accepted] += 1
-            counts.append(row.take(gained[: accepted + 1], stopping))
-        count_tensor = torch.tensor(counts, device=device)
+            counts.append(row.take(gained[: accepted + 1]))
+        keep_logprobs(self.rows, logits, verdict.path, verdict.tokens, counts)
+        K = max(max(counts), 1)
+        path = verdict.path[:, :K]
         if draft:
-            cache.commit(verdict.path, count_tensor)
-        cache.advance(count_tensor, counts)
-        K = max(counts)
-        last = (count_tensor - 1).clamp_min(0)[:, None]
-        root = torch.where(count_tensor > 0, verdict.tokens.gather(1, last)[:, 0], root)
-        if draft and K > 0 and not all(row.done for row in rows):
-            path = verdict.path[:, :K, None].expand(-1, -1, features.shape[-1])
-            drafter.ingest(features.gather(1, path), verdict.tokens[:, :K], count_tensor, counts)
-        timings.commit += clock.lap()
-        if on_cache is not None:
-            on_cache(cache, drafter)
-        yield rows
+            features = features.gather(1, path[..., None].expand(-1, -1, features.shape[-1]))
+        self.pending = Pending(counts, path, verdict.tokens[:, :K], features)
 
-
-def budget_of(prompt_length: int, stopping: Stopping, max_positions: int) -> int:
-    """How many new tokens a row may have; raises when not even one fits."""
-    limit = min(max_positions, stopping.max_length or max_positions)
-    if prompt_length < 1:
-        raise EagleError("a prompt is empty; give at least one token")
-    if prompt_length >= limit:
-        raise EagleError(
-            f"the prompt has {prompt_length} tokens and the limit is {limit} with at least one new token; "
-            "shorten the prompt or raise max_length (never above the model's own limit)"
+    def drop_finished(self) -> None:
+        """Their slots become free; the others go on without them."""
+        keep = [i for i, row in enumerate(self.rows) if not row.done]
+        if len(keep) == len(self.rows):
+            return
+        self.free = sorted(
+            set(self.free) | (set(self.cache.order) - {self.cache.order[i] for i in keep})
         )
-    return min(stopping.max_new_tokens, limit - prompt_length)
+        self.rows = [self.rows[i] for i in keep]
+        self.cache.select(keep)
+        if self.drafter is not None:
+            self.drafter.select(keep)
+        self.root, self._sampler = self.root[keep], None
+        if self.pending is not None:
+            self.pending = self.pending.select(keep)
+
+
+@dataclass
+class Pending:
+    """counts: tokens gained a row, at least one; path, tokens [b, K], features [b, K, F] or None."""
+
+    counts: list[int]
+    path: torch.Tensor
+    tokens: torch.Tensor
+    features: torch.Tensor | None
+
+    def select(self, keep: list[int]) -> Pending:
+        features = None if self.features is None else self.features[keep]
+        counts = [self.counts[i] for i in keep]
+        return Pending(counts, self.path[keep], self.tokens[keep], features)
+
+
+def sampler_of(rows: list[Row], device: torch.device) -> Sampler:
+    return Sampler([r.request.sampling for r in rows], [r.request.seed for r in rows], device)
+
+
+def choose(
+    rows: list[Row],
+    sampler: Sampler,
+    logits: torch.Tensor,
+    tree: DraftTree | None,
+    positions: torch.Tensor,
+) -> torch.Tensor:
+    """logits [b, N, V], positions [b, N] of the tokens to be chosen -> choices [b, N]."""
+    if any(row.request.processor is not None for row in rows):
+        logits = logits.float().clone()
+        tree = tree or DraftTree.root_only(positions[:, 0])
+        for i, row in enumerate(rows):
+            if row.request.processor is None or row.done:
+                continue
+            n = tree.counts[i] if tree.counts else tree.tokens.shape[1]
+            try:
+                logits[i, :n] = process_row(
+                    row.request.processor, row.context, tree.depth[i, :n], tree.mask[i, :n, :n],
+                    tree.tokens[i, :n], logits[i, :n],
+                )  # fmt: skip
+            except Exception as error:
+                row.fail("the logits processor", error)
+    return sampler.choose(logits, positions)
+
+
+def keep_logprobs(
+    rows: list[Row],
+    logits: torch.Tensor,
+    path: torch.Tensor,
+    tokens: torch.Tensor,
+    counts: list[int],
+) -> None:
+    """For rows that ask: the target's own log-probability, unprocessed, of each token gained."""
+    for i, row in enumerate(rows):
+        if row.request.logprobs and counts[i]:
+            at = logits[i, path[i, : counts[i]]].float().log_softmax(-1)
+            row.logprobs += at.gather(1, tokens[i, : counts[i], None])[:, 0].tolist()
+            del row.logprobs[len(row.tokens) :]

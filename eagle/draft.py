@@ -2,7 +2,7 @@
 
 Knows features, tokens and trees; knows nothing of the target's weights, of sampling or of text.
 
-B rows, K ingested tokens, k beams, F features, H hidden, D draft vocabulary.
+b rows, K ingested tokens, k beams, F features, H hidden, D draft vocabulary.
 
 Alignment: the head's position t pairs the target's feature at t with the token at t+1 and predicts the
 token at t+2. After ingesting up to the root's predecessor its last output therefore predicts the root's
@@ -11,12 +11,13 @@ children, and a beam at tree depth d sits at head position length + d - 1.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Protocol
 
 import torch
 
-from .attention import TreeContext, attend_tree
+from .attention import TreeContext
 from .cache import StaticKVCache
 from .head import Eagle3Head
 from .tree import DraftTree, TreeShape, rerank
@@ -35,13 +36,21 @@ class Drafter(Protocol):
         features: torch.Tensor,
         tokens: torch.Tensor,
         counts: torch.Tensor,
-        host_counts: list[int],
+        host_counts: list[int] | None,
     ) -> None:
-        """features [B, K, F] of newly committed positions, tokens [B, K] that follow each; counts [B] say
+        """features [b, K, F] of newly committed positions, tokens [b, K] that follow each; counts [b] say
         how many of a row's K are real."""
 
     def expand(self, root: torch.Tensor) -> DraftTree:
-        """root [B] -> the tree to verify."""
+        """root [b] -> the tree to verify."""
+
+    def empty_rows(self, order: list[int]) -> Drafter:
+        """A drafter over the same buffers with other rows in use, empty; `join` takes them over."""
+
+    def select(self, keep: list[int]) -> None:
+        """Go on with these of the rows in use, in this order."""
+
+    def join(self, other: Drafter) -> None: ...
 
 
 class HeadDrafter:
@@ -51,91 +60,130 @@ class HeadDrafter:
         self, head: Eagle3Head, embed: Callable[[torch.Tensor], torch.Tensor], shape: TreeShape
     ) -> None:
         self.head, self.embed = head, embed
+        self.compiled = None  # compiled passes, while a mode that has them is in use
+        self.reshape(shape)
+
+    def reshape(self, shape: TreeShape) -> None:
+        """Draft trees of this shape from now on."""
         # fewer draft tokens than beams: nothing is left to fill the others with
-        beams = min(shape.top_k, head.config.draft_vocab_size)
+        beams = min(shape.top_k, self.head.config.draft_vocab_size)
         self.shape = TreeShape(shape.total_token, shape.depth, beams)
         k, depth = self.shape.top_k, self.shape.depth
-        device = head.fc.weight.device
+        device = self.head.fc.weight.device
         self._levels = torch.cat(
             [torch.ones(k, dtype=torch.int64), torch.arange(2, depth + 2).repeat_interleave(k * k)]
         ).to(device)
         self._eye = torch.eye(k, dtype=torch.bool, device=device)[None]
 
+    @property
+    def scratch(self) -> int:
+        """Slots that a cycle needs past the committed ones."""
+        return max(self.shape.depth * self.shape.top_k, self.shape.levels + 1)
+
     def begin(self, rows: int, capacity: int) -> None:
         c, weight = self.head.config, self.head.fc.weight
-        scratch = max(self.shape.depth * self.shape.top_k, self.shape.levels + 1)
         self.cache = StaticKVCache(
             1,
             rows,
             c.num_key_value_heads,
-            capacity + scratch,
+            capacity + self.scratch,
             c.head_dim,
             weight.dtype,
             weight.device,
         )
-        self.last = torch.zeros(rows, c.hidden_size, dtype=weight.dtype, device=weight.device)
+        self.last = weight.new_zeros(rows, c.hidden_size)
+        self.first = weight.new_zeros(rows, c.draft_vocab_size, dtype=torch.float32)
+
+    def empty_rows(self, order: list[int]) -> HeadDrafter:
+        other = copy.copy(self)
+        other.cache = self.cache.empty_rows(order)
+        other.last = self.last.new_zeros(len(order), self.last.shape[1])
+        other.first = self.first.new_zeros(len(order), self.first.shape[1])
+        return other
+
+    def select(self, keep: list[int]) -> None:
+        self.cache.select(keep)
+        self.last, self.first = self.last[keep], self.first[keep]
+
+    def join(self, other: HeadDrafter) -> None:
+        self.cache.join(other.cache)
+        self.last = torch.cat([self.last, other.last])
+        self.first = torch.cat([self.first, other.first])
 
     def _pass(
         self, hidden: torch.Tensor, tokens: torch.Tensor, context: TreeContext
-    ) -> torch.Tensor:
-        """One head pass: hidden [B, N, H], tokens [B, N] -> pre-norm hidden [B, N, H]."""
-        cache = self.cache
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """One head pass: hidden [b, N, H], tokens [b, N] -> pre-norm hidden [b, N, H] and log-probabilities
+        [b, N, D] float32 over the draft vocabulary."""
+        positions = context.pack(context.positions)
+        hidden, tokens = context.pack(hidden), context.pack(tokens)
+        if self.compiled is not None and context.mask is not None:
+            out, log_probs = self.compiled.head(hidden, tokens, positions, context)
+        else:
+            out = self.run(hidden, tokens, positions, context)
+            log_probs = self.log_probs(out)
+        return context.unpack(out), context.unpack(log_probs)
+
+    def run(self, hidden, tokens, positions, context) -> torch.Tensor:
+        """The head's forward with our attention over packed tokens, [1, T, ...]."""
 
         def over_cache(q, k, v):
-            return attend_tree(context, q, *cache.update(k, v, 0), q.shape[-1] ** -0.5)
+            return context.attend(0, q, k, v, q.shape[-1] ** -0.5)
 
-        return self.head(hidden, self.embed(tokens).to(hidden.dtype), context.positions, over_cache)
+        return self.head(hidden, self.embed(tokens).to(hidden.dtype), positions, over_cache)
+
+    def log_probs(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self.head.logits(hidden).float().log_softmax(-1)
 
     def ingest(self, features, tokens, counts, host_counts) -> None:
-        B, K = tokens.shape
+        b, K = tokens.shape
         cache = self.cache
-        live = cache.open(K)
         positions = cache.lengths[:, None] + torch.arange(K, device=tokens.device)
-        context = TreeContext(cache.lengths, positions, live, cache.row_ends(K))
-        if any(cache.host_lengths):  # not the prompt's pass: a chain behind what is committed
+        hidden = self.head.fc(features.to(self.last.dtype))
+        index = torch.arange(b, device=tokens.device), (counts - 1).clamp_min(0)
+        if cache.host_lengths is not None and not any(cache.host_lengths):  # the prompt's pass
+            context = TreeContext(cache, positions, counts=host_counts)
+            packed = (context.pack(x) for x in (hidden, tokens, positions))
+            last = context.unpack(self.run(*packed, context))[index]
+            first = self.log_probs(last)
+        else:  # a chain behind what is committed
             causal = torch.ones(K, K, dtype=torch.bool, device=tokens.device).tril()
-            context.mask, context.tree_positions = causal.expand(B, K, K), positions
-        out = self._pass(self.head.fc(features.to(self.last.dtype)), tokens, context)
-        last = out.gather(1, (counts - 1).clamp_min(0)[:, None, None].expand(B, 1, out.shape[-1]))[
-            :, 0
-        ]
-        self.last = torch.where((counts > 0)[:, None], last, self.last)
+            context = TreeContext(cache, positions, causal.expand(b, K, K), positions, host_counts)
+            out, log_probs = self._pass(hidden, tokens, context)
+            last, first = out[index], log_probs[index]
+        gained = (counts > 0)[:, None]
+        self.last = torch.where(gained, last, self.last)
+        self.first = torch.where(gained, first, self.first)
         cache.advance(counts, host_counts)
 
-    def _log_probs(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The k best continuations: hidden [B, N, H] -> log-probabilities and draft ids [B, N, k]."""
-        logits = self.head.logits(hidden).float()
-        best = logits.topk(self.shape.top_k, dim=-1)
-        return best.values - logits.logsumexp(-1, keepdim=True), best.indices
-
     def expand(self, root: torch.Tensor) -> DraftTree:
-        B, k, head, cache = root.shape[0], self.shape.top_k, self.head, self.cache
-        score, ids = self._log_probs(self.last[:, None])  # [B, 1, k]
-        beam_score, beam_tokens = score[:, 0], head.to_target(ids[:, 0])  # [B, k]
-        beam_place = torch.arange(1, k + 1, device=root.device).expand(B, k)
-        hidden = self.last[:, None].expand(B, k, -1)
+        b, k, head, cache = root.shape[0], self.shape.top_k, self.head, self.cache
+        best = self.first.topk(k)  # [b, k]
+        beam_score, beam_tokens = best.values, head.to_target(best.indices)
+        beam_place = torch.arange(1, k + 1, device=root.device).expand(b, k)
+        hidden = self.last[:, None].expand(b, k, -1)
         tokens, scores, parents = [beam_tokens], [beam_score], [torch.zeros_like(beam_tokens)]
-        seen = self._eye.expand(B, k, k)  # [B, k, beams so far]
+        seen = self._eye.expand(b, k, k)  # [b, k, beams so far]
+        beam_positions = []
         for step in range(self.shape.depth):
-            live = cache.open(k, offset=step * k)
-            positions = (cache.lengths + step)[:, None].expand(B, k)
-            ends = cache.row_ends((step + 1) * k)
-            context = TreeContext(cache.lengths, positions, live, ends, seen, positions)
-            out = self._pass(hidden, beam_tokens, context)  # [B, k, H]
-            score, ids = self._log_probs(out)
-            score = (beam_score[..., None] + score).flatten(1)  # [B, k*k]
-            token = head.to_target(ids.flatten(1))
+            positions = (cache.lengths + step)[:, None].expand(b, k)
+            beam_positions.append(positions)
+            context = TreeContext(cache, positions, seen, torch.cat(beam_positions, 1))
+            out, log_probs = self._pass(hidden, beam_tokens, context)  # [b, k, H], [b, k, D]
+            best = log_probs.topk(k)
+            score = (beam_score[..., None] + best.values).flatten(1)  # [b, k*k]
+            token = head.to_target(best.indices.flatten(1))
             tokens.append(token)
             scores.append(score)
             parents.append(beam_place.repeat_interleave(k, dim=1))
             if step + 1 < self.shape.depth:
-                beam_score, pick = score.topk(k, dim=-1)
+                beam_score, pick = score.topk(k)
                 beam_place = 1 + k + step * k * k + pick
                 beam_tokens = token.gather(1, pick)
                 origin = pick // k
-                hidden = out.gather(1, origin[..., None].expand(B, k, out.shape[-1]))
-                inherited = seen.gather(1, origin[..., None].expand(B, k, seen.shape[-1]))
-                seen = torch.cat([inherited, self._eye.expand(B, k, k)], dim=-1)
+                hidden = out.gather(1, origin[..., None].expand(b, k, out.shape[-1]))
+                inherited = seen.gather(1, origin[..., None].expand(b, k, seen.shape[-1]))
+                seen = torch.cat([inherited, self._eye.expand(b, k, k)], dim=-1)
         return rerank(
             root, torch.cat(tokens, 1), torch.cat(parents, 1), torch.cat(scores, 1), self._levels,
             self.shape.num_nodes, self.shape.levels,

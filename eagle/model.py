@@ -7,19 +7,24 @@ from __future__ import annotations
 
 import collections
 import copy
+import functools
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from .decode import Row, Stopping, Timings, decode
+from .decode import Timings, decode
 from .draft import Drafter, HeadDrafter
 from .errors import EagleError
 from .head import Eagle3Head
-from .sampling import SamplingParams, row_seeds
+from .options import Options, read_prompts
+from .request import Request, Row
+from .sampling import row_seeds
 from .target import EMBEDDED, Target
 from .tree import TreeShape
+from .verify import force, verify
 
 EMBEDDED_HEAD = EMBEDDED / "heads" / "eagle3"
 EMBEDDED_TREE = "16,4,4"
@@ -137,11 +142,11 @@ class EaModel:
         self,
         input_ids,
         attention_mask=None,
-        max_new_tokens: int = 512,
+        max_new_tokens: int | None = None,
         max_length: int | None = None,
-        temperature: float = 0.0,
-        top_p: float = 0.0,
-        top_k: int = 0,
+        temperature: float | None = None,
+        top_p: float | None = None,
+        top_k: int | None = None,
         do_sample: bool | None = None,
         seed: int | Sequence[int] | None = None,
         eos_token_id: int | Sequence[int] | None = None,
@@ -154,8 +159,11 @@ class EaModel:
         """Prompt and new tokens, [B, L] int64, right-padded; an end token is kept once.
 
         input_ids: [B, T] with padding on either side marked by attention_mask, or a list of lists. seed:
-        an int (row i uses seed + i) or one a row. With `log=True`: (ids, new tokens, cycles), summed over
-        rows. `generate` takes the same arguments and returns statistics too.
+        an int (row i uses seed + i) or one a row. max_new_tokens is 512, temperature 0 (greedy) by default.
+        Further options: min_p, min_new_tokens, repetition_penalty, no_repeat_ngram_size, bad_words_ids,
+        suppress_tokens, generation_config (a transformers GenerationConfig; arguments win over it); tree,
+        compile, draft, capacity for this call. With `log=True`: (ids, new tokens, cycles), summed over
+        rows. `generate` takes the same arguments and returns statistics and log-probabilities too.
         """
         result = self.generate(
             input_ids, attention_mask, max_new_tokens=max_new_tokens, max_length=max_length,
@@ -173,9 +181,10 @@ class EaModel:
 
     def ea_generate(self, input_ids, attention_mask=None, **kwargs) -> Iterator[torch.Tensor]:
         """Yields prompt and new tokens so far, [B, L], each time tokens are accepted."""
-        steps, pad = self._start(input_ids, attention_mask, **kwargs)
-        for rows in steps:
-            yield pad_rows(rows, pad, self.target.device)
+        start = self._start(input_ids, attention_mask, **kwargs)
+        for _ in start.steps:
+            raise_errors(start.rows)
+            yield pad_rows(start.rows, start.pad, self.target.device)
 
     def naive_generate(self, input_ids, attention_mask=None, **kwargs) -> Iterator[torch.Tensor]:
         """`ea_generate` without drafting."""
@@ -184,11 +193,14 @@ class EaModel:
     def generate(
         self, input_ids, attention_mask=None, *, timings: Timings | None = None, **kwargs
     ) -> Generation:
-        """As `eagenerate`, returning a `Generation` with per-row statistics. draft=False decodes plainly."""
+        """As `eagenerate`, returning a `Generation` with per-row statistics. draft=False decodes plainly;
+        logprobs=True keeps `row.logprobs`, the target's own log-probability of each new token."""
         timings = timings or Timings()
-        steps, pad = self._start(input_ids, attention_mask, timings=timings, **kwargs)
-        rows = collections.deque(steps, maxlen=1)[0]  # run to the end
-        return Generation(rows, pad_rows(rows, pad, self.target.device), timings)
+        start = self._start(input_ids, attention_mask, timings=timings, **kwargs)
+        collections.deque(start.steps, maxlen=0)  # run to the end
+        raise_errors(start.rows)
+        sequences = pad_rows(start.rows, start.pad, self.target.device)
+        return Generation(start.rows, sequences, timings)
 
     def custom_generate(
         self,
@@ -206,20 +218,6 @@ class EaModel:
                 "custom_generate belongs to another model; call generate on ea_model.target.model"
             )
         g = generation_config
-        sampling = {}
-        processors = list(logits_processor or [])
-        if g.do_sample:
-            warpers = (
-                "TemperatureLogitsWarper",
-                "TopKLogitsWarper",
-                "TopPLogitsWarper",
-                "MinPLogitsWarper",
-            )
-            processors = [p for p in processors if type(p).__name__ not in warpers]
-            sampling = {
-                "temperature": 1.0 if g.temperature is None else g.temperature, "top_k": g.top_k or 0,
-                "top_p": g.top_p or 0.0, "min_p": g.min_p or 0.0,
-            }  # fmt: skip
         known = ("MaxLengthCriteria", "EosTokenCriteria")
         foreign = [
             type(c).__name__ for c in stopping_criteria or [] if type(c).__name__ not in known
@@ -228,94 +226,178 @@ class EaModel:
             raise EagleError(
                 f"custom_generate does not take {', '.join(foreign)}; use eagenerate(stop_strings=...)"
             )
-        pad = g.pad_token_id
+        # the warpers are ours to apply; every other processor that transformers prepared is kept
+        warpers = (
+            "TemperatureLogitsWarper",
+            "TopKLogitsWarper",
+            "TopPLogitsWarper",
+            "MinPLogitsWarper",
+        )
+        processors = [p for p in logits_processor or [] if type(p).__name__ not in warpers]
+        sampling = {}
+        if g.do_sample:
+            sampling = {
+                "temperature": 1.0 if g.temperature is None else g.temperature, "top_k": g.top_k,
+                "top_p": g.top_p, "min_p": g.min_p,
+            }  # fmt: skip
         return self.eagenerate(
             input_ids, kwargs.get("attention_mask"), max_new_tokens=g.max_length - input_ids.shape[1],
-            eos_token_id=-1 if g.eos_token_id is None else g.eos_token_id, pad_token_id=pad,
-            logits_processor=type(logits_processor)(processors) if processors else None, **sampling,
+            eos_token_id=-1 if g.eos_token_id is None else g.eos_token_id, pad_token_id=g.pad_token_id,
+            logits_processor=processors or None, **sampling,
         )  # fmt: skip
+
+    def stream(self, input_ids, attention_mask=None, **kwargs) -> Iterator[Span]:
+        """Yields spans of new tokens as they are accepted, of all rows. `span.row.cancel()` gives a row up;
+        closing the iterator gives all up. Takes what `generate_many` takes."""
+        start = self._start(input_ids, attention_mask, lenient=True, **kwargs)
+        shown = [0] * len(start.rows)
+        told = [False] * len(start.rows)
+        for _ in start.steps:
+            for i, row in enumerate(start.rows):
+                if len(row.tokens) > shown[i] or row.done and not told[i]:
+                    tokens, shown[i], told[i] = row.tokens[shown[i] :], len(row.tokens), row.done
+                    yield Span(i, tokens, row)
+
+    def generate_many(
+        self, prompts, *, slots: int = 8, as_completed: bool = False, **options
+    ) -> list[Row] | Iterator[tuple[int, Row]]:
+        """Any number of requests over `slots` rows: a finished row's slot is refilled at once.
+
+        prompts: lists of token ids, or dicts {"input_ids": [...], "temperature": 0.7, ...} with options of
+        their own (those of `eagenerate`); other options hold for all. seed: an int (request i uses seed + i),
+        or one a request. capacity: tokens that a slot holds, prompt and new ones; by default what the
+        largest request needs.
+
+        Returns the finished rows in the order of the prompts, or with as_completed=True an iterator of
+        (index, row). A request that cannot be served has `row.error` set, and the others are not touched by it.
+        """
+        done = (
+            (span.index, span.row)
+            for span in self.stream(prompts, slots=slots, **options)
+            if span.row.done
+        )
+        if as_completed:
+            return done
+        finished = dict(done)
+        return [finished[i] for i in sorted(finished)]
 
     def _start(
         self,
         input_ids,
         attention_mask=None,
         *,
-        max_new_tokens: int = 512,
-        max_length: int | None = None,
-        temperature: float = 0.0,
-        top_p: float = 0.0,
-        top_k: int = 0,
-        min_p: float = 0.0,
-        do_sample: bool | None = None,
         seed: int | Sequence[int] | None = None,
-        eos_token_id: int | Sequence[int] | None = None,
+        generation_config=None,
         pad_token_id: int | None = None,
-        stop_strings: str | Sequence[str] | None = None,
-        logits_processor=None,
         streamer=None,
+        slots: int | None = None,
+        capacity: int | None = None,
         draft: bool = True,
+        tree: TreeShape | str | None = None,
+        compile: str | None = None,
+        forced_acceptance: int | None = None,
         timings: Timings | None = None,
         synchronise: bool = False,
         on_cache=None,
-    ) -> tuple[Iterator[list[Row]], int]:
-        prompts = read_prompts(input_ids, attention_mask, self.target.vocab_size)
-        if do_sample is False:
-            temperature = 0.0
-        elif do_sample and temperature == 0.0:
-            raise EagleError("do_sample=True needs temperature > 0")
-        sampling = SamplingParams(temperature, top_k, top_p, min_p)
-        eos = self._eos(eos_token_id)
-        stopping = Stopping(max_new_tokens, eos, self._stopper(stop_strings), max_length)
+        lenient: bool = False,
+        **options,
+    ) -> Start:
+        """lenient: a request that cannot be served gets its error and the others go on; else it is raised."""
+        common = Options.read(generation_config, **options)
+        given, own = split_options(input_ids)
+        prompts = read_prompts(given, attention_mask, self.target.vocab_size)
+        seeds = row_seeds(seed, len(prompts))
+        if slots is not None and slots < 1:
+            raise EagleError(f"slots must be at least 1, not {slots}")
+        if streamer is not None and len(prompts) != 1:
+            raise EagleError("a streamer shows one row; give it a batch of one")
+        eos = self._eos()
+        rows = []
+        for i, prompt in enumerate(prompts):
+            row = Row(Request(prompt), 0)
+            try:
+                mine = dict(own[i])
+                row_seed = mine.pop("seed", seeds[i])
+                row.request = common.over(**mine).request(
+                    prompt, row_seeds([row_seed], 1)[0], eos, lambda: self.tokenizer
+                )
+                row.budget = row.request.stopping.budget(len(prompt), self.target.max_positions)
+                if capacity is not None and lenient and len(prompt) + row.budget > capacity:
+                    raise EagleError(
+                        f"request {i} needs {len(prompt) + row.budget} tokens and a slot holds {capacity}; "
+                        "raise capacity, or lower max_new_tokens"
+                    )
+            except EagleError as error:
+                if not lenient:
+                    raise
+                row.error, row.finish_reason = error, "error"
+            rows.append(row)
+        live = [row for row in rows if not row.done]
+        drafter = self._drafter(tree) if draft else None
+        steps = decode(
+            self._target(compile, drafter), live, slots=slots, capacity=capacity, drafter=drafter,
+            timings=timings, synchronise=synchronise, on_cache=on_cache,
+            verify=verify if forced_acceptance is None else functools.partial(force, forced_acceptance),
+        )  # fmt: skip
+        steps = itertools.chain([rows], steps) if len(live) < len(rows) else steps
         pad = next(
             (p for p in (pad_token_id, self.target.config.pad_token_id) if isinstance(p, int)), None
         )
         if pad is None:
             pad = min(eos) if eos else 0
-        if streamer is not None and len(prompts) != 1:
-            raise EagleError("a streamer shows one row; give it a batch of one")
-        steps = decode(
-            self.target, prompts, sampling=sampling, seeds=row_seeds(seed, len(prompts)), stopping=stopping,
-            drafter=self._drafter() if draft else None, logits_processor=logits_processor, timings=timings,
-            synchronise=synchronise, on_cache=on_cache,
-        )  # fmt: skip
-        return (stream(steps, streamer) if streamer is not None else steps), pad
+        return Start(rows, show(steps, rows[0], streamer) if streamer else steps, pad)
 
-    def _drafter(self) -> Drafter | None:
+    def _drafter(self, tree: TreeShape | str | None) -> Drafter | None:
         """A drafter of its own for each call, so that interleaved calls do not share a cache."""
         if self.head is not None and self.target.feature_layers != self.head.config.feature_layers:
             self.target.set_feature_layers(self.head.config.feature_layers)
-        return copy.copy(self.drafter)
+        drafter = copy.copy(self.drafter)
+        if tree is not None and drafter is not None:
+            drafter.reshape(TreeShape.parse(tree))
+        return drafter
 
-    def _eos(self, eos_token_id) -> frozenset[int]:
+    def _target(self, mode: str | None, drafter: Drafter | None) -> Target:
+        return self.target
+
+    def _eos(self, _=None) -> frozenset[int]:
+        """The model's own end tokens."""
+        generation = getattr(self.target.model, "generation_config", None)
+        eos_token_id = getattr(generation, "eos_token_id", None)
         if eos_token_id is None:
-            generation = getattr(self.target.model, "generation_config", None)
-            eos_token_id = getattr(generation, "eos_token_id", None)
-            if eos_token_id is None:
-                eos_token_id = self.target.config.eos_token_id
+            eos_token_id = self.target.config.eos_token_id
         if eos_token_id is None:
             return frozenset()
         ids = [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id)
         return frozenset(i for i in ids if i >= 0)
 
-    def _stopper(self, stop_strings):
-        """How many new tokens to keep: up to the one that completes a stop string, as transformers does."""
-        if not stop_strings:
-            return None
-        strings = [stop_strings] if isinstance(stop_strings, str) else list(stop_strings)
-        tokenizer, longest = self.tokenizer, max(len(s.encode()) for s in strings)
-        checked: dict[int, int] = {}
 
-        def stop(tokens: list[int]) -> int | None:
-            start = checked.get(id(tokens), 0)
-            for end in range(start + 1, len(tokens) + 1):
-                # a token is at least a byte of text or nothing at all: look back far enough and no further
-                text = tokenizer.decode(tokens[max(0, end - longest - 8) : end])
-                if any(s in text for s in strings):
-                    return end
-            checked[id(tokens)] = len(tokens)
-            return None
+@dataclass
+class Span:
+    """tokens: what the row at `index` gained since its last span; empty when it ended without any."""
 
-        return stop
+    index: int
+    tokens: list[int]
+    row: Row
+
+
+@dataclass
+class Start:
+    """A generation about to run: `steps` yields after each cycle, `rows` grow meanwhile."""
+
+    rows: list[Row]
+    steps: Iterator
+    pad: int
+
+
+def split_options(input_ids) -> tuple[object, list[dict]]:
+    """Prompts, and the options that each brings along."""
+    if isinstance(input_ids, (list, tuple)) and any(isinstance(p, dict) for p in input_ids):
+        wrapped = [p if isinstance(p, dict) else {"input_ids": p} for p in input_ids]
+        if any("input_ids" not in p for p in wrapped):
+            raise EagleError('a request given as a dict needs "input_ids"')
+        own = [{k: v for k, v in p.items() if k != "input_ids"} for p in wrapped]
+        return [p["input_ids"] for p in wrapped], own
+    return input_ids, collections.defaultdict(dict)
 
 
 def load_tokenizer(name: str):
@@ -329,59 +411,10 @@ def load_tokenizer(name: str):
         raise EagleError(f"no tokenizer in {source}: {reason}") from error
 
 
-def read_prompts(input_ids, attention_mask, vocab_size: int) -> list[list[int]]:
-    """[B, T] with a mask, or a list of lists, or one list -> token lists without padding."""
-    if input_ids is None or isinstance(input_ids, int):
-        raise EagleError(
-            f"input_ids must be token ids [B, T] or a list of lists, not {input_ids!r}"
-        )
-    if isinstance(input_ids, torch.Tensor):
-        if input_ids.ndim == 1:
-            input_ids = input_ids[None]
-        if input_ids.ndim != 2 or input_ids.is_floating_point():
-            raise EagleError(
-                f"input_ids must be whole numbers [B, T], not {input_ids.dtype} {list(input_ids.shape)}"
-            )
-        if attention_mask is None:
-            prompts = input_ids.tolist()
-        else:
-            mask = torch.as_tensor(attention_mask).to(input_ids.device).bool()
-            mask = mask[None] if mask.ndim == 1 else mask
-            if mask.shape != input_ids.shape:
-                raise EagleError(
-                    f"attention_mask {list(mask.shape)} does not fit input_ids {list(input_ids.shape)}"
-                )
-            # with a False put in front, one run of tokens begins once
-            begins = mask & ~torch.cat([torch.zeros_like(mask[:, :1]), mask[:, :-1]], dim=1)
-            if (begins.sum(1) > 1).any():
-                raise EagleError(
-                    "attention_mask has holes; padding may stand before or after a row's tokens only"
-                )
-            prompts = [row[keep].tolist() for row, keep in zip(input_ids, mask, strict=True)]
-    else:
-        if attention_mask is not None:
-            raise EagleError(
-                "attention_mask goes with a tensor of input_ids; lists carry no padding"
-            )
-        prompts = list(input_ids)
-        if prompts and all(isinstance(p, int) for p in prompts):
-            prompts = [prompts]
-        prompts = [p.tolist() if isinstance(p, torch.Tensor) else p for p in prompts]
-        for p in prompts:
-            if not isinstance(p, (list, tuple)) or any(not isinstance(t, int) for t in p):
-                raise EagleError(
-                    "a batch must hold lists of token ids only; tokenize every prompt first"
-                )
-    if not prompts:
-        raise EagleError("the batch is empty; give at least one prompt")
-    for row, prompt in enumerate(prompts):
-        if not prompt:
-            raise EagleError(f"prompt {row} is empty; give at least one token")
-        if min(prompt) < 0 or max(prompt) >= vocab_size:
-            raise EagleError(
-                f"prompt {row} has token ids outside 0 … {vocab_size - 1}; use the target's tokenizer"
-            )
-    return [list(p) for p in prompts]
+def raise_errors(rows: list[Row]) -> None:
+    for row in rows:
+        if row.error is not None:
+            raise row.error
 
 
 def pad_rows(rows: list[Row], pad: int, device: torch.device) -> torch.Tensor:
@@ -393,14 +426,13 @@ def pad_rows(rows: list[Row], pad: int, device: torch.device) -> torch.Tensor:
     return out.to(device)
 
 
-def stream(steps: Iterator[list[Row]], streamer) -> Iterator[list[Row]]:
+def show(steps: Iterator, row: Row, streamer) -> Iterator:
     """Hand new tokens to a transformers streamer as they are accepted."""
+    streamer.put(torch.tensor([row.prompt]))
     shown = 0
-    for rows in steps:
-        if shown == 0:
-            streamer.put(torch.tensor([rows[0].prompt]))
-        for token in rows[0].tokens[shown:]:
+    for step in steps:
+        for token in row.tokens[shown:]:
             streamer.put(torch.tensor([token]))
-        shown = len(rows[0].tokens)
-        yield rows
+        shown = len(row.tokens)
+        yield step
     streamer.end()

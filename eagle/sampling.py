@@ -37,14 +37,26 @@ class SamplingParams:
     def greedy(self) -> bool:
         return self.temperature == 0.0
 
-    def choose(
-        self, logits: torch.Tensor, seeds: torch.Tensor, positions: torch.Tensor
-    ) -> torch.Tensor:
-        """logits [B, N, V], seeds [B], positions [B, N] -> choices [B, N]."""
-        return choose(
-            logits, seeds, positions, temperature=self.temperature, top_k=self.top_k,
-            top_p=self.top_p, min_p=self.min_p,
-        )  # fmt: skip
+
+class Sampler:
+    """The sampling of rows in flight: each parameter is a number where all rows agree, else a tensor [b]."""
+
+    def __init__(
+        self, params: Sequence[SamplingParams], seeds: Sequence[int], device: torch.device
+    ) -> None:
+        self.seeds = torch.tensor(list(seeds), dtype=torch.int64, device=device)
+        self.values: dict[str, int | float | torch.Tensor] = {}
+        for name in ("temperature", "top_k", "top_p", "min_p"):
+            column = [getattr(p, name) for p in params]
+            dtype = torch.int64 if name == "top_k" else torch.float32
+            same = len(set(column)) == 1
+            self.values[name] = (
+                column[0] if same else torch.tensor(column, dtype=dtype, device=device)
+            )
+
+    def choose(self, logits: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """logits [b, N, V], positions [b, N] -> choices [b, N]."""
+        return choose(logits, self.seeds, positions, **self.values)
 
 
 def row_seeds(seed: int | Sequence[int] | None, rows: int) -> list[int]:
@@ -65,25 +77,23 @@ def row_seeds(seed: int | Sequence[int] | None, rows: int) -> list[int]:
     return seeds
 
 
-def process_tree(processor, contexts: list[list[int]], tree, logits: torch.Tensor) -> torch.Tensor:
-    """Run a transformers `LogitsProcessorList` at every node, on the tokens that lead to it.
+def process_row(
+    processor, context: list[int], depth: torch.Tensor, mask: torch.Tensor, tokens: torch.Tensor,
+    logits: torch.Tensor,
+) -> torch.Tensor:  # fmt: skip
+    """Run a transformers `LogitsProcessorList` at every node of one row, on the tokens that lead to it.
 
-    contexts: each row's committed tokens, the root included (as it is already decided); tree: a DraftTree,
-    or None for the prompt's pass; logits [B, N, V] -> [B, N, V] float32. A processor sees [n, length] ids
-    of one length at a time, so it is called once per row and depth.
+    context: the row's tokens, the root included (it is already decided); depth, tokens [N], mask [N, N];
+    logits [N, V] -> [N, V] float32. A processor sees [n, length] ids of one length at a time, so it is called
+    once per depth.
     """
-    out = logits.float().clone()
-    for b, context in enumerate(contexts):
-        base = torch.tensor(context, dtype=torch.int64, device=logits.device)
-        if tree is None:
-            out[b] = processor(base[None], out[b])
-            continue
-        for depth in tree.depth[b].unique().tolist():
-            nodes = (tree.depth[b] == depth).nonzero()[:, 0]
-            on_path = tree.mask[b, nodes] & (tree.depth[b] > 0)  # the root ends the context already
-            order = torch.where(on_path, tree.depth[b], logits.shape[1] + 1).argsort(dim=-1)[
-                :, :depth
-            ]
-            ids = torch.cat([base.expand(len(nodes), -1), tree.tokens[b][order]], dim=1)
-            out[b, nodes] = processor(ids, out[b, nodes])
+    logits = logits.float()
+    out = logits.clone()
+    base = torch.tensor(context, dtype=torch.int64, device=logits.device)
+    for level in depth.unique().tolist():
+        nodes = (depth == level).nonzero()[:, 0]
+        on_path = mask[nodes] & (depth > 0)  # the root ends the context already
+        order = torch.where(on_path, depth, len(depth) + 1).argsort(dim=-1)[:, :level]
+        ids = torch.cat([base.expand(len(nodes), -1), tokens[order]], dim=1)
+        out[nodes] = processor(ids, logits[nodes]).float()
     return out

@@ -7,6 +7,7 @@ B rows, N queries, T tokens, F features (3 x hidden), V vocabulary.
 
 from __future__ import annotations
 
+import inspect
 import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,8 +15,9 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from transformers import AttentionInterface
 
-from .attention import NAME, TreeContext
+from .attention import NAME, TreeContext, tree_attention_forward
 from .cache import StaticKVCache
 from .errors import EagleError
 from .head import default_feature_layers
@@ -57,6 +59,18 @@ def fast_bf16(device: torch.device) -> bool:
     )
 
 
+class Tap:
+    """What the hooks on the model do in the pass that runs; shared by copies of a Target.
+
+    on: keep the states that enter the feature layers. keep [b]: tokens that are projected to the vocabulary.
+    """
+
+    def __init__(self) -> None:
+        self.on = False
+        self.keep: torch.Tensor | None = None
+        self.states: dict[int, torch.Tensor] = {}
+
+
 class Target:
     """Wraps a loaded model; `forward` runs a tree or a prompt over a `StaticKVCache`."""
 
@@ -65,15 +79,16 @@ class Target:
     ) -> None:
         self.model = model.eval().requires_grad_(False)
         self.name = name or getattr(model, "name_or_path", "") or "model"
+        refuse_encoder_decoder(model)
         self.config = model.config.get_text_config()
         self.backbone = model.get_decoder()
-        self.layers = getattr(self.backbone, "layers", None)
-        refuse_unsupported(model, self.config, self.layers)
+        self.layers = decoder_layers(self.backbone)
+        refuse_unsupported(model, self.config, self.backbone, self.layers)
+        relay_context(self.config, self.layers)
         self.feature_layers = tuple(feature_layers or default_feature_layers(len(self.layers)))
-        self._captured: dict[int, torch.Tensor] = {}
-        self._capture = False
-        self._keep: torch.Tensor | None = None
+        self._tap = Tap()
         self._hooks: list = []
+        self.compiled = None  # compiled passes, while a mode that has them is in use
         self.set_feature_layers(self.feature_layers)
         model.get_output_embeddings().register_forward_pre_hook(self._gather_kept)
         model.set_attn_implementation(NAME)
@@ -177,28 +192,25 @@ class Target:
 
     def _saver(self, layer: int):
         def save(module, args, kwargs):
-            if self._capture:
-                self._captured[layer] = args[0] if args else kwargs["hidden_states"]
+            if self._tap.on:
+                self._tap.states[layer] = args[0] if args else kwargs["hidden_states"]
 
         return save
 
     def _last_saver(self, layer: int):
         def save(module, args, output):
-            if self._capture:
-                self._captured[layer] = output[0] if isinstance(output, tuple) else output
+            if self._tap.on:
+                self._tap.states[layer] = output[0] if isinstance(output, tuple) else output
 
         return save
 
     def _gather_kept(self, module, args):
-        """Project only the kept query of each row to the vocabulary: [B, N, H] -> [B, 1, H]."""
-        if self._keep is None:
-            return None
-        hidden = args[0]
-        index = self._keep[:, None, None].expand(-1, 1, hidden.shape[-1])
-        return (hidden.gather(1, index),)
+        """Project only the kept tokens to the vocabulary: [1, T, H] -> [1, b, H]."""
+        keep = self._tap.keep
+        return None if keep is None else (args[0][:, keep],)
 
     def _features(self) -> torch.Tensor:
-        return torch.cat([self._captured[i] for i in self.feature_layers], dim=-1)
+        return torch.cat([self._tap.states[i] for i in self.feature_layers], dim=-1)
 
     def new_cache(self, rows: int, capacity: int) -> StaticKVCache:
         return StaticKVCache(
@@ -210,27 +222,36 @@ class Target:
         self,
         ids: torch.Tensor,
         context: TreeContext,
-        cache: StaticKVCache,
         keep: torch.Tensor | None = None,
         features: bool = True,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """ids [B, N] -> logits [B, N, V] and features [B, N, F]. keep [B]: logits of one query a row only,
-        [B, 1, V]."""
-        self._keep, self._capture = keep, features
+        """One pass over packed tokens: ids [1, T] -> logits [1, T, V] and features [1, T, F].
+
+        keep [b]: logits of these tokens only, [1, b, V].
+        """
+        positions = context.pack(context.positions)
+        compiled = self.compiled if keep is None and context.mask is not None else None
+        if compiled is not None:
+            return compiled.target(ids, positions, context, features)
+        return self.run(ids, positions, context, keep, features)
+
+    def run(self, ids, positions, context, keep=None, features=True):
+        """The stock model's forward with our context; also what is exported to be compiled."""
+        self._tap.keep, self._tap.on = keep, features
         try:
             out = self.model(
                 input_ids=ids,
                 # four dimensions tell transformers that the mask is ready: no mask is built a pass
-                attention_mask=context.positions[:, None, None, :],
-                position_ids=context.positions,
-                past_key_values=cache,
+                attention_mask=positions[:, None, None, :],
+                position_ids=positions,
+                past_key_values=context.cache,
                 use_cache=True,
                 tree=context,
             )
             return out.logits, self._features() if features else None
         finally:
-            self._keep, self._capture = None, False
-            self._captured.clear()
+            self._tap.keep, self._tap.on = None, False
+            self._tap.states.clear()
 
     def prefill(
         self,
@@ -240,17 +261,16 @@ class Target:
         cache: StaticKVCache,
         features: bool,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """ids [B, T] right-padded, lengths [B] -> logits [B, 1, V] of each row's last token, features [B, T, F].
-
-        Padding comes after a row's tokens, so no token of the row sees it.
-        """
-        B, T = ids.shape
-        live = cache.open(T)
-        positions = torch.arange(T, device=ids.device).expand(B, T)
-        context = TreeContext(cache.lengths, positions, live)
-        out = self.forward(ids, context, cache, keep=lengths - 1, features=features)
+        """ids [b, T] right-padded, lengths [b], the cache's rows empty -> logits [b, 1, V] of each row's last
+        token, features [b, T, F]. Padding is not run."""
+        b, T = ids.shape
+        context = TreeContext(
+            cache, torch.arange(T, device=ids.device).expand(b, T), counts=host_lengths
+        )
+        keep = lengths.cumsum(0) - 1
+        logits, found = self.forward(context.pack(ids), context, keep, features)
         cache.advance(lengths, host_lengths)
-        return out
+        return logits.transpose(0, 1), context.unpack(found) if features else None
 
     def verify_tree(
         self,
@@ -259,14 +279,17 @@ class Target:
         mask: torch.Tensor,
         cache: StaticKVCache,
         features: bool,
+        counts: list[int] | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """tokens, depth [B, N], mask [B, N, N] -> logits [B, N, V] and features; nothing is committed."""
-        live = cache.open(tokens.shape[1])
+        """tokens, depth [b, N], mask [b, N, N] -> logits [b, N, V] and features [b, N, F]; nothing is committed.
+
+        counts: nodes of each row where rows differ; what lies past them is not run, and comes out as zeros.
+        """
         # a draft past the model's limit can never be kept, and must not ask for a position that does not exist
         positions = (cache.lengths[:, None] + depth).clamp_max(self.max_positions - 1)
-        ends = cache.row_ends(tokens.shape[1])
-        context = TreeContext(cache.lengths, positions, live, ends, mask, positions)
-        return self.forward(tokens, context, cache, features=features)
+        context = TreeContext(cache, positions, mask, positions, counts)
+        logits, found = self.forward(context.pack(tokens), context, features=features)
+        return context.unpack(logits), context.unpack(found) if features else None
 
     @torch.no_grad()
     def hidden_and_features(
@@ -276,20 +299,23 @@ class Target:
 
         attention_mask [B, T]: 1 on real tokens. The stock attention is used.
         """
-        self._capture = True
+        self._tap.on = True
         try:
             with self.stock():
                 out = self.backbone(input_ids=ids, attention_mask=attention_mask, use_cache=False)
             return out.last_hidden_state, self._features()
         finally:
-            self._capture = False
-            self._captured.clear()
+            self._tap.on = False
+            self._tap.states.clear()
 
     def head_logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Final hidden [..., H] -> logits [..., V], with the scale or soft cap that some families apply."""
         logits = self.model.get_output_embeddings()(hidden)
         logits = logits * (getattr(self.config, "logit_scale", None) or 1.0)  # Cohere
-        logits = logits / (getattr(self.config, "logits_scaling", None) or 1.0)  # Granite
+        scaling = getattr(self.config, "logits_scaling", None) or 1.0
+        # Granite divides by it, HyperCLOVA X multiplies
+        multiply = getattr(self.config, "model_type", "") == "hyperclovax"
+        logits = logits * scaling if multiply else logits / scaling
         cap = getattr(self.config, "final_logit_softcapping", None)
         return cap * torch.tanh(logits / cap) if cap else logits
 
@@ -311,85 +337,183 @@ class Target:
         """Run six tokens through our attention and cache, as a prompt and as a tree, and through stock ones:
         same logits, or refuse.
 
-        This finds models whose layers drop the context, see the future, or keep state of their own.
+        This finds models whose layers drop the context, see the future, keep state of their own, or give the
+        attention what ours does not read. Sliding windows are shortened meanwhile, so that they count.
         Returns (kv_heads, head_dim).
         """
         found: list[tuple[int, int, int]] = []
 
-        class Recorder(StaticKVCache):
-            def __init__(self):
-                pass
+        class Recorder(TreeContext):
+            """Takes note of shapes and attends to nothing."""
 
+            def attend(self, layer, q, k, v, *args):
+                self.layers_seen += 1
+                return q.new_zeros(1, q.shape[2], q.shape[1], v.shape[3])
+
+        class Passing(StaticKVCache):
             def update(self, key_states, value_states, layer_idx, *args, **kwargs):
                 found.append((key_states.shape[1], key_states.shape[3], value_states.shape[3]))
-                return key_states, value_states
+                return super().update(key_states, value_states, layer_idx)
 
-            def get_seq_length(self, layer_idx=0):
-                return 0
-
-            get_query_offset = get_seq_length
-
-        ids = torch.arange(6, device=self.device)[None] % self.vocab_size
+        # spread over the vocabulary: the first ids are often special tokens with degenerate embeddings
+        ids = (torch.arange(1, 7, device=self.device) * (self.vocab_size // 7))[None]
         positions = torch.arange(6, device=self.device)[None]
-        zero = torch.zeros(1, dtype=torch.int64, device=self.device)
-        context = TreeContext(zero, positions, 6)
-        recorder = Recorder()
-        recorder.layers = []
+        three = torch.full((1,), 3, device=self.device)
+        context = Recorder(Passing(0, 1, 1, 6, 1, self.dtype, self.device), positions)
         kind = getattr(self.config, "model_type", "?")
         refused = (TypeError, AttributeError, LookupError, RuntimeError, ValueError)
         try:
-            logits, _ = self.forward(ids, context, recorder, features=False)
+            with unread_arguments() as unread:
+                self.forward(ids, context, features=False)
         except refused as error:
+            refuse_shapes(self.config, found)  # the better reason, where it is the reason
             raise EagleError(
-                f"models of type {kind!r} do not take our attention: {error}"
+                f"models of type {kind!r} do not take our attention and cache: {error}; {INSTEAD}"
             ) from error
         if context.layers_seen != len(self.layers) or len(found) != len(self.layers):
             raise EagleError(
-                f"models of type {kind!r} are not supported: only {context.layers_seen} of {len(self.layers)} "
-                "layers go through transformers' attention interface and cache"
+                f"models of type {kind!r} are not supported: of {len(self.layers)} layers, {context.layers_seen} "
+                f"calls reach transformers' attention interface with our arguments and {len(found)} our cache; {INSTEAD}"
             )
-        if len(set(found)) != 1 or found[0][1] != found[0][2]:
+        if unread:
             raise EagleError(
-                f"models of type {kind!r} are not supported: their key and value shapes differ {set(found)}"
+                f"models of type {kind!r} are not supported: their attention also needs {', '.join(sorted(unread))}, "
+                f"which tree attention does not honour; {INSTEAD}"
             )
+        refuse_shapes(self.config, found)
         self.kv_heads, self.head_dim, _ = found[0]
         try:
-            # the last three tokens once more, as a chain of tree nodes behind a prefix, with a branch between
-            cache = self.new_cache(1, 7)
-            self.prefill(ids[:, :3], zero + 3, [3], cache, features=False)
-            tokens, depth = (
-                ids[:, [3, 0, 4, 5]],
-                zero + torch.tensor([[0, 1, 1, 2]], device=self.device),
-            )
-            mask = torch.tensor(
-                [[1, 0, 0, 0], [1, 1, 0, 0], [1, 0, 1, 0], [1, 0, 1, 1]], device=self.device
-            )
-            tree_logits, _ = self.verify_tree(
-                tokens, depth, mask[None].bool(), cache, features=False
-            )
-            logits = torch.cat([logits, tree_logits[:, [0, 2, 3]]], dim=1)
-            with self.stock() as model:
-                expected = model(input_ids=ids, use_cache=False).logits.float()
-            expected = torch.cat([expected, expected[:, 3:]], dim=1)
+            with short_windows(self.model, self.config, 3, below=self.max_positions):
+                # all six as a prompt; then the last three once more, as a chain of tree nodes behind a
+                # prefix, with a branch between
+                context = TreeContext(self.new_cache(1, 6), positions)
+                logits, _ = self.forward(ids, context, features=False)
+                cache = self.new_cache(1, 7)
+                self.prefill(ids[:, :3], three, [3], cache, features=False)
+                tokens = ids[:, [3, 0, 4, 5]]
+                depth = torch.tensor([[0, 1, 1, 2]], device=self.device)
+                mask = torch.tensor(
+                    [[1, 0, 0, 0], [1, 1, 0, 0], [1, 0, 1, 0], [1, 0, 1, 1]], device=self.device
+                )
+                tree_logits, _ = self.verify_tree(
+                    tokens, depth, mask[None].bool(), cache, features=False
+                )
+                logits = torch.cat([logits, tree_logits[:, [0, 2, 3]]], dim=1)
+                with self.stock() as model:
+                    expected = model(input_ids=ids, use_cache=False).logits.float()
+                expected = torch.cat([expected, expected[:, 3:]], dim=1)
         except refused as error:
             raise EagleError(
-                f"models of type {kind!r} do not take our attention: {error}"
+                f"models of type {kind!r} do not take our attention and cache: {error}; {INSTEAD}"
             ) from error
         tolerance = {torch.float32: 1e-3, torch.float16: 5e-2}.get(self.dtype, 2e-1)
         error = (logits.float() - expected).abs().max().item() / max(expected.std().item(), 1e-6)
         if not error < tolerance:
             raise EagleError(
                 f"models of type {kind!r} are not supported: logits through our attention differ from "
-                f"transformers' by {error:.3g} standard deviations"
+                f"transformers' by {error:.3g} standard deviations; {INSTEAD}"
             )
         return self.kv_heads, self.head_dim
 
 
+def decoder_layers(backbone: nn.Module) -> nn.ModuleList | None:
+    """The decoder's blocks, under whatever name the family keeps them: Llama's layers, GPT-2's h."""
+    for name in ("layers", "h", "blocks"):
+        if isinstance(found := getattr(backbone, name, None), nn.ModuleList):
+            return found
+    return None
+
+
+# whose decoder layers take keyword arguments and do not hand them to their attention (transformers 5.23)
+DROP_ARGUMENTS = ("nemotron", "stablelm")
+
+
+def relay_context(config, layers: nn.ModuleList) -> None:
+    """Carry the `tree` argument from a layer to its attention where the family's layers drop it."""
+    if getattr(config, "model_type", None) not in DROP_ARGUMENTS:
+        return
+    current: list = [None]
+
+    def take(module, args, kwargs):
+        current[0] = kwargs.get("tree")
+
+    def give(module, args, kwargs):
+        tree, current[0] = current[0], None
+        return args, {**kwargs, "tree": tree}
+
+    for layer in layers:
+        layer.register_forward_pre_hook(take, with_kwargs=True)
+        layer.self_attn.register_forward_pre_hook(give, with_kwargs=True)
+
+
+@contextmanager
+def short_windows(model: nn.Module, config, window: int, below: int) -> Iterator[None]:
+    """Every sliding window that is shorter than `below` is `window` tokens, for masks (the config) and layers."""
+    owners = [
+        owner
+        for owner in (config, *model.modules())
+        if type(width := getattr(owner, "sliding_window", None)) is int and 0 < width < below
+    ]
+    before = [owner.sliding_window for owner in owners]
+    try:
+        for owner in owners:
+            owner.sliding_window = window
+        yield
+    finally:
+        for owner, value in zip(owners, before, strict=True):
+            owner.sliding_window = value
+
+
+@contextmanager
+def unread_arguments() -> Iterator[set[str]]:
+    """Collects what the layers give to our attention and it does not read: tensors by name, and a mask other
+    than the positions that `run` hands in."""
+    read = {*inspect.signature(tree_attention_forward).parameters, "position_ids"}
+    unread: set[str] = set()
+
+    def watch(module, query, key, value, attention_mask, *args, **kwargs):
+        unread.update(k for k, v in kwargs.items() if k not in read and isinstance(v, torch.Tensor))
+        if attention_mask is not None and attention_mask.dtype != torch.int64:
+            unread.add("a mask of its own")
+        return tree_attention_forward(module, query, key, value, attention_mask, *args, **kwargs)
+
+    AttentionInterface.register(NAME, watch)
+    try:
+        yield unread
+    finally:
+        AttentionInterface.register(NAME, tree_attention_forward)
+
+
+INSTEAD = "use a decoder-only causal language model such as Llama, Qwen, Mistral or Gemma"
+# layer types that see all of the context, or a sliding window of it ("attention" is an older name for the first)
+ATTENDING = {"full_attention", "sliding_attention", "attention"}
 RECURRENT = ("mamba", "linear_attention", "recurrent", "conv", "rwkv", "ssm")
 
 
-def refuse_unsupported(model: nn.Module, config, layers) -> None:
-    """Models that cannot roll back by index are refused, with the reason."""
+def refuse_encoder_decoder(model: nn.Module) -> None:
+    config = model.config
+    kind = getattr(config, "model_type", type(model).__name__)
+    if getattr(config, "is_encoder_decoder", False) or getattr(
+        config, "add_cross_attention", False
+    ):
+        raise EagleError(
+            f"models of type {kind!r} attend to an encoder (cross-attention); {INSTEAD}"
+        )
+
+
+def refuse_shapes(config, found: list[tuple[int, int, int]]) -> None:
+    """found: (key/value heads, key dim, value dim) of each layer that reached the cache."""
+    if len(set(found)) > 1 or any(key != value for _, key, value in found):
+        latent = ", of multi-head latent attention" if hasattr(config, "kv_lora_rank") else ""
+        raise EagleError(
+            f"models of type {getattr(config, 'model_type', '?')!r} are not supported: their key and value shapes "
+            f"differ, (heads, key dim, value dim) {sorted(set(found))}{latent}; use a model whose layers all cache "
+            "keys and values of one shape"
+        )
+
+
+def refuse_unsupported(model: nn.Module, config, backbone: nn.Module, layers) -> None:
+    """Models that cannot be served are refused with the reason, where the configuration or the code shows it."""
     kind = getattr(config, "model_type", type(model).__name__)
     types = {str(t) for t in getattr(config, "layer_types", None) or []}
     recurrent = sorted(t for t in types if any(r in t for r in RECURRENT))
@@ -399,9 +523,42 @@ def refuse_unsupported(model: nn.Module, config, layers) -> None:
             "that cannot be rolled back to an accepted token; use a model of attention layers only"
         )
     if "chunked_attention" in types:
-        raise EagleError(f"models of type {kind!r} use chunked attention, which is not supported")
+        raise EagleError(
+            f"models of type {kind!r} use chunked attention, which is not supported; {INSTEAD}"
+        )
+    if unknown := sorted(types - ATTENDING):
+        raise EagleError(
+            f"models of type {kind!r} have layers of type {', '.join(unknown)}, which tree attention does not know; "
+            f"{INSTEAD}"
+        )
+    if getattr(config, "num_kv_shared_layers", None):
+        raise EagleError(
+            f"models of type {kind!r} share keys and values between layers (num_kv_shared_layers = "
+            f"{config.num_kv_shared_layers}), and the cache holds one pair a layer; {INSTEAD}"
+        )
+    alibi = getattr(config, "alibi", False) or getattr(
+        getattr(config, "attn_config", None), "alibi", False
+    )
+    if alibi or kind == "bloom":
+        raise EagleError(
+            f"models of type {kind!r} add a bias to the attention scores by distance (ALiBi), which tree "
+            f"attention does not know; use a model with rotary or learned positions"
+        )
+    if layers is None and getattr(config, "is_decoder", None) is False:
+        raise EagleError(f"models of type {kind!r} attend in both directions; {INSTEAD}")
     if layers is None or model.get_output_embeddings() is None:
         raise EagleError(
             f"models of type {kind!r} are not supported: their decoder shows no list of `layers` and an output "
-            "embedding; use a decoder-only causal language model such as Llama, Qwen, Mistral or Gemma"
+            f"embedding; {INSTEAD}"
+        )
+    interface = getattr(type(model), "_can_set_attn_implementation", None)
+    if interface is not None and not interface():
+        raise EagleError(
+            f"models of type {kind!r} do not take our attention: they compute attention in code of their own, not "
+            f"through transformers' attention interface; {INSTEAD}"
+        )
+    if "position_ids" not in inspect.signature(type(backbone).forward).parameters:
+        raise EagleError(
+            f"models of type {kind!r} do not take position_ids: they number tokens by their place in the cache, and "
+            f"the nodes of a tree need positions of their own; {INSTEAD}"
         )

@@ -71,13 +71,15 @@ class TreeShape:
 @dataclass
 class DraftTree:
     """tokens, parents, depth [B, N] int64; mask [B, N, N] bool (a node sees its ancestors and itself);
-    scores [B, N] float32, cumulative log-probability. Parents come before children; parents[:, 0] = 0."""
+    scores [B, N] float32, cumulative log-probability. Parents come before children; parents[:, 0] = 0.
+    counts: how many of the N are nodes, a row, where rows differ; what lies past them has token -1."""
 
     tokens: torch.Tensor
     parents: torch.Tensor
     depth: torch.Tensor
     mask: torch.Tensor
     scores: torch.Tensor
+    counts: list[int] | None = None
 
     @classmethod
     def root_only(cls, root: torch.Tensor) -> DraftTree:

@@ -33,15 +33,33 @@ def verify(tree: DraftTree, choices: torch.Tensor, levels: int) -> Verdict:
     correct[:, 0] = True
     accepted = (correct[:, None] | ~tree.mask).all(-1)  # [B, N]
     deepest = torch.where(accepted, tree.depth, -1).argmax(-1, keepdim=True)  # [B, 1]
+    return along(tree, choices, deepest, levels)
+
+
+def along(tree: DraftTree, choices: torch.Tensor, deepest: torch.Tensor, levels: int) -> Verdict:
+    """The verdict whose path ends at node deepest [B, 1]."""
     num_accepted = tree.depth.gather(1, deepest)
     B, N = tree.tokens.shape
     on_path = tree.mask.gather(1, deepest[..., None].expand(B, 1, N))[:, 0]  # [B, N]
-    step = torch.where(
-        on_path, tree.depth, levels + 1
-    )  # everything else goes to a column cut off below
+    # everything else goes to a column that is cut off below
+    step = torch.where(on_path, tree.depth, levels + 1)
     node = torch.arange(N, device=choices.device).expand(B, N)
     path = torch.zeros((B, levels + 2), dtype=torch.int64, device=choices.device)
     path = path.scatter(1, step, node)[:, : levels + 1]
     # the token at step j is the choice at the path's j-th node: for accepted nodes that is the next
     # accepted token, and at the deepest one it is the target's own next token
     return Verdict(num_accepted[:, 0], path, choices.gather(1, path))
+
+
+def force(accept: int, tree: DraftTree, choices: torch.Tensor, levels: int) -> Verdict:
+    """A verdict that accepts `accept` draft tokens whatever the target chose, or the deepest path where the
+    tree is not that deep: for measuring a cycle apart from the head. Not lossless."""
+    within = (tree.depth <= accept) & (tree.tokens >= 0)
+    goal = torch.where(within, tree.depth, -1).argmax(-1, keepdim=True)
+    verdict = along(tree, choices, goal, levels)
+    # the tokens gained are the path's own; only the last is the target's choice
+    drafted = tree.tokens.gather(1, verdict.path[:, 1:])
+    step = torch.arange(levels, device=choices.device)
+    kept = step < verdict.num_accepted[:, None]
+    verdict.tokens[:, :-1] = torch.where(kept, drafted, verdict.tokens[:, :-1])
+    return verdict

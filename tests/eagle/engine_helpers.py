@@ -1,5 +1,6 @@
 """Tiny random models, prompts, and drafters that are always right or always wrong."""
 
+import copy
 import random
 
 import torch
@@ -117,7 +118,19 @@ class ScriptedDrafter:
 
     def begin(self, rows, capacity):
         assert rows == len(self.answers)
-        self.known = None
+        self.script = self.answers  # one a slot, so every row must have its own
+
+    def empty_rows(self, order):
+        other = copy.copy(self)
+        other.answers, other.known = [self.script[i] for i in order], None if order else []
+        return other
+
+    def select(self, keep):
+        self.answers = [self.answers[i] for i in keep]
+        self.known = [self.known[i] for i in keep]
+
+    def join(self, other):
+        self.answers, self.known = self.answers + other.answers, self.known + other.known
 
     def ingest(self, features, tokens, counts, host_counts):
         assert counts.tolist() == host_counts and features.shape[:2] == tokens.shape

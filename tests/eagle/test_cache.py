@@ -1,9 +1,12 @@
 """What is committed is what a fresh prefill writes; what is not committed can hold anything."""
 
+import copy
+
 import pytest
 import torch
 from engine_helpers import ScriptedDrafter, head_model, make_prompts, make_target, new_tokens, plain
 
+from eagle.attention import TreeContext
 from eagle.cache import StaticKVCache
 from eagle.errors import EagleError
 from eagle.model import EaModel
@@ -28,19 +31,23 @@ def test_committed_slots_equal_a_fresh_prefill_after_50_cycles(targets, family):
         [t if (i + row) % 3 else (t + 1) % 128 for i, t in enumerate(a)]
         for row, a in enumerate(answers)
     ]
-    seen = []
-    drafter = ScriptedDrafter(mixed, True, "16,4,4")
-    model = EaModel(target, drafter=drafter)
-    result = model.generate(
-        prompts, max_new_tokens=new, on_cache=lambda cache, _: seen.append(cache)
-    )
-    assert new_tokens(result) == answers and len(seen) > 50
-    cache = seen[-1]
-    for row, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
-        tokens = (prompt + answer)[:-1]  # the last token is decided and never run
-        assert cache.lengths[row] == cache.host_lengths[row] == len(tokens)
-        got = cache.buffer[:, :, row, :, : len(tokens)]
-        assert torch.allclose(got, fresh(target, tokens), atol=1e-4)
+    commits = 0
+
+    def watch(cache, _):
+        nonlocal commits
+        commits += 1
+        if commits % 17:
+            return
+        for place, row in enumerate(cache.order):
+            length = cache.host_lengths[place]
+            assert cache.lengths[place] == length
+            tokens = (prompts[row] + answers[row])[:length]
+            got = cache.buffer[:, :, row, :, :length]
+            assert torch.allclose(got, fresh(target, tokens), atol=1e-4)
+
+    model = EaModel(target, drafter=ScriptedDrafter(mixed, True, "16,4,4"))
+    assert new_tokens(model.generate(prompts, max_new_tokens=new, on_cache=watch)) == answers
+    assert commits > 50
 
 
 def test_heads_cache_equals_a_fresh_ingest(llama):
@@ -48,12 +55,12 @@ def test_heads_cache_equals_a_fresh_ingest(llama):
     model = head_model(llama, "8,4,2", draft_vocab=128)
     drafters = []
     result = model.generate(
-        prompts, max_new_tokens=30, on_cache=lambda _, drafter: drafters.append(drafter)
+        prompts, max_new_tokens=30, on_cache=lambda _, d: drafters.append(copy.deepcopy(d.cache))
     )
-    cache = drafters[-1].cache
+    cache = drafters[-1]
     used = cache.buffer.clone()
-    for row, done in enumerate(result.rows):
-        length = cache.host_lengths[row]
+    for place, row in enumerate(cache.order):
+        length, done = cache.host_lengths[place], result.rows[row]
         tokens = done.prompt + done.tokens
         assert length >= len(done.prompt)
         ids = torch.tensor([tokens[:length]])
@@ -79,7 +86,7 @@ def test_slots_past_the_length_are_never_read(targets, family, lengths):
 
     def poison(cache, drafter):
         for each in [cache] + ([drafter.cache] if drafting else []):
-            for row, length in enumerate(each.host_lengths):
+            for row, length in zip(each.order, each.host_lengths, strict=True):
                 each.buffer[:, :, row, :, length:] = float("nan")
 
     for drafting in (True, False):
@@ -130,42 +137,45 @@ def test_prompts_at_the_limit(llama):
     assert model.eagenerate([longest[:5]], max_length=99).shape[1] == 16
 
 
-def test_finished_rows_are_frozen(llama):
-    """Rows end at different cycles; afterwards their length and committed slots stay as they were."""
+def test_finished_rows_are_not_computed(llama):
+    """Rows end at different cycles; their slots then stay as they were while the others go on."""
     prompts = make_prompts((9, 3, 14, 5))
     answers = plain(llama, prompts, max_new_tokens=40)
     eos = {answers[0][6], answers[1][12]}
     model = head_model(llama, "16,4,4", draft_vocab=128)
-    frozen, checks = {}, 0
-    rows = None
+    frozen, seen, checks = {}, [], 0
 
-    def watch(cache, _):
+    def watch(cache, drafter):
         nonlocal checks
-        for row, (length, kept) in frozen.items():
-            assert cache.host_lengths[row] == length == cache.lengths[row]
-            assert torch.equal(cache.buffer[:, :, row, :, :length], kept)
-            checks += 1
-        for row, state in enumerate(rows or []):
-            if state.done and row not in frozen:
-                length = cache.host_lengths[row]
-                frozen[row] = (length, cache.buffer[:, :, row, :, :length].clone())
+        assert cache.order == drafter.cache.order and len(cache.order) == len(drafter.last)
+        seen.append(list(cache.order))
+        for row in set(range(4)) - set(cache.order):
+            if row in frozen:
+                assert torch.equal(cache.buffer[:, :, row], frozen[row])
+                checks += 1
+            frozen[row] = cache.buffer[:, :, row].clone()
 
-    steps, _ = model._start(prompts, max_new_tokens=40, eos_token_id=list(eos), on_cache=watch)
-    for rows in steps:  # noqa: B007 - `watch` reads it
+    start = model._start(prompts, max_new_tokens=40, eos_token_id=list(eos), on_cache=watch)
+    rows = start.rows
+    for _ in start.steps:
         pass
-    assert checks > 5 and len({state.finish_reason for state in rows}) == 2
+    assert checks > 5 and len(seen[0]) > len(seen[-1]) >= 1
+    assert len({row.finish_reason for row in rows}) == 2
     assert [r.tokens for r in rows] == plain(
         llama, prompts, max_new_tokens=40, eos_token_id=list(eos)
     )
 
 
 def test_the_cost_of_a_pass_follows_the_context(llama):
-    """Layers are handed the live slots, never the capacity."""
+    """Attention is given the live slots, never the capacity."""
     cache = llama.new_cache(2, 1000)
     cache.advance(torch.tensor([5, 9]), [5, 9])
-    assert cache.open(4) == 13
-    k = torch.zeros(2, 2, 4, 8)
-    keys, values = cache.update(k, k, 0)
+    depth = torch.arange(4).expand(2, 4)
+    mask = torch.ones(4, 4, dtype=torch.bool).tril().expand(2, 4, 4)
+    context = TreeContext(
+        cache, cache.lengths[:, None] + depth, mask, cache.lengths[:, None] + depth
+    )
+    keys, values = context.read(0)
     assert keys.shape[2] == values.shape[2] == 13
 
 
@@ -175,9 +185,12 @@ def test_update_writes_each_row_at_its_own_length(lengths):
     cache.advance(torch.tensor(lengths), lengths)
     before = torch.randn_like(cache.buffer)
     cache.buffer.copy_(before)
-    cache.open(4, offset=2)
+    positions = cache.lengths[:, None] + torch.arange(6)
+    mask = torch.ones(2, 4, 6, dtype=torch.bool)  # two slots of the tree are there already
+    context = TreeContext(cache, positions[:, 2:], mask, positions)
     new = torch.randn(2, 3, 4, 4)
-    cache.update(new, new + 1, 1)
+    packed = new.transpose(1, 2).flatten(0, 1).transpose(0, 1)[None]  # [1, H, T, D]
+    context.write(1, packed, packed + 1)
     expected = before.clone()
     for row, length in enumerate(lengths):
         expected[1, 0, row, :, length + 2 : length + 6] = new[row]

@@ -189,5 +189,8 @@ def test_do_sample(llama):
     assert torch.equal(
         model.naivegenerate(prompt, max_new_tokens=6, do_sample=False, temperature=1.3), greedy
     )
-    with pytest.raises(EagleError, match="temperature"):
-        model.naivegenerate(prompt, do_sample=True)
+    sampled = model.naivegenerate(prompt, max_new_tokens=6, do_sample=True, seed=3)
+    again = model.naivegenerate(prompt, max_new_tokens=6, temperature=1.0, seed=3)
+    assert torch.equal(sampled, again)
+    with pytest.raises(EagleError, match="conflicts with temperature 0"):
+        model.naivegenerate(prompt, do_sample=True, temperature=0.0)

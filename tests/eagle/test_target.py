@@ -39,10 +39,10 @@ REFUSED = {
     "DeepseekV3Config": (dict(n_routed_experts=4, kv_lora_rank=8, qk_rope_head_dim=4, qk_nope_head_dim=8,
                               v_head_dim=8, q_lora_rank=8, n_group=1, topk_group=1, num_experts_per_tok=2),
                          "key and value shapes differ"),
-    "DogeConfig": ({}, "do not take our attention"),  # builds a mask of its own over the cache
+    "DogeConfig": ({}, "a mask of its own"),
     "XGLMConfig": (dict(d_model=32, num_layers=4, attention_heads=4, ffn_dim=48), "do not take our attention"),
     "DiffLlamaConfig": ({}, "not supported"),  # two attentions a layer
-    "GPT2Config": (dict(n_embd=32, n_layer=2, n_head=4), "no list of `layers`"),
+    "CpmAntConfig": (dict(dim_ff=48), "no list of `layers`"),
 }  # fmt: skip
 
 

@@ -1,0 +1,120 @@
+"""A request and what has become of it. Knows token ids and stopping; knows nothing of models or text."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from .errors import EagleError
+from .sampling import SamplingParams
+
+
+@dataclass(frozen=True)
+class Stopping:
+    """When a row is done. `stop(tokens)`: how many of a row's new tokens to keep, or None to go on."""
+
+    max_new_tokens: int = 512
+    eos_token_ids: frozenset[int] = frozenset()
+    stop: Callable[[list[int]], int | None] | None = None
+    max_length: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, value in (
+            ("max_new_tokens", self.max_new_tokens),
+            ("max_length", self.max_length),
+        ):
+            if not (isinstance(value, int) and value >= 1) and not (
+                name == "max_length" and value is None
+            ):
+                raise EagleError(f"{name} must be a whole number of at least 1, not {value}")
+
+    def budget(self, prompt_length: int, max_positions: int) -> int:
+        """How many new tokens a row may have; raises when not even one fits."""
+        limit = min(max_positions, self.max_length or max_positions)
+        if prompt_length < 1:
+            raise EagleError("a prompt is empty; give at least one token")
+        if prompt_length >= limit:
+            raise EagleError(
+                f"the prompt has {prompt_length} tokens and the limit is {limit} with at least one new token; "
+                "shorten the prompt or raise max_length (never above the model's own limit)"
+            )
+        return min(self.max_new_tokens, limit - prompt_length)
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is asked for. processor: a transformers LogitsProcessorList; logprobs: keep the target's
+    log-probability of each new token."""
+
+    prompt: list[int]
+    sampling: SamplingParams = field(default_factory=SamplingParams)
+    seed: int = 0
+    stopping: Stopping = field(default_factory=Stopping)
+    processor: Callable | None = None
+    logprobs: bool = False
+
+
+@dataclass
+class Row:
+    """A request in work. `tokens` are new tokens, an end token kept once; `accepted[a]` counts the cycles in
+    which a draft tokens were accepted, before any cut at an end token or limit. `error` is set when the
+    request's own processor or stopping failed; its neighbours are not touched by it."""
+
+    request: Request
+    budget: int
+    tokens: list[int] = field(default_factory=list)
+    finish_reason: str | None = None  # "eos", "stop", "length", "cancelled" or "error"
+    cycles: int = 0
+    accepted: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    error: EagleError | None = None
+
+    @property
+    def prompt(self) -> list[int]:
+        return self.request.prompt
+
+    @property
+    def context(self) -> list[int]:
+        return self.prompt + self.tokens
+
+    @property
+    def done(self) -> bool:
+        return self.finish_reason is not None
+
+    @property
+    def tau(self) -> float:
+        """Tokens gained per verification; the first token comes from the prompt's own pass."""
+        return (len(self.tokens) - 1) / self.cycles if self.cycles else 0.0
+
+    def cancel(self) -> None:
+        """Give up at the next cycle; what is there stays."""
+        self.finish_reason = self.finish_reason or "cancelled"
+
+    def fail(self, what: str, error: Exception) -> None:
+        self.finish_reason = "error"
+        self.error = EagleError(f"{what} of a request raised {type(error).__name__}: {error}")
+        self.error.__cause__ = error
+
+    def take(self, gained: list[int]) -> int:
+        """Append what this row may still have of `gained`; returns how many."""
+        stopping = self.request.stopping
+        gained = gained[: self.budget - len(self.tokens)]
+        for place, token in enumerate(gained):
+            if token in stopping.eos_token_ids:
+                gained = gained[: place + 1]
+                self.finish_reason = "eos"
+                break
+        before = len(self.tokens)
+        self.tokens += gained
+        if stopping.stop is not None:
+            try:
+                keep = stopping.stop(self.tokens)
+            except Exception as error:
+                self.fail("the stopping rule", error)
+                return len(gained)
+            if keep is not None:
+                self.tokens = self.tokens[: max(keep, 0)]
+                self.finish_reason = "stop"
+        if not self.done and len(self.tokens) >= self.budget:
+            self.finish_reason = "length"
+        return min(len(gained), max(len(self.tokens) - before, 0))

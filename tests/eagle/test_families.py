@@ -1,0 +1,237 @@
+"""Every family of the README's table: speculative output is plain output is transformers' output; refusals say why."""
+
+from dataclasses import replace
+from functools import cached_property
+
+import pytest
+import torch
+from engine_helpers import (
+    ScriptedDrafter,
+    head_model,
+    make_prompts,
+    make_tree,
+    new_tokens,
+    padded,
+    plain,
+    stock_greedy,
+)
+from families import REFUSED, ROOT, SERVED, Family, with_table
+
+from eagle.errors import EagleError
+from eagle.model import EaModel
+from eagle.target import Target
+
+NEW = 20
+SAMPLED = {"temperature": 1.2, "top_p": 0.95, "seed": 70}
+TREES = {"chain": "6,4,1", "branching": "16,4,4"}
+
+
+class Case:
+    """One family's model, its ragged prompts, and the plain answers that everything else must equal."""
+
+    def __init__(self, family: Family) -> None:
+        self.family = family
+        self.target = Target(family.build(), name=family.name)
+        self.prompts = make_prompts((9, 3, 14))
+
+    @cached_property
+    def greedy(self) -> list[list[int]]:
+        return plain(self.target, self.prompts, max_new_tokens=NEW)
+
+    @cached_property
+    def sampled(self) -> list[list[int]]:
+        return plain(self.target, self.prompts, max_new_tokens=NEW, **SAMPLED)
+
+    def drafted(self, tree: str, inputs=None, **sampling) -> list[list[int]]:
+        """The rows' tokens with a random head."""
+        model = head_model(self.target, TREES[tree])
+        inputs = {"input_ids": self.prompts} if inputs is None else inputs
+        return new_tokens(model.generate(**inputs, max_new_tokens=NEW, **sampling))
+
+    def prefill(self, prompts):
+        """-> the cache of the ragged prompts, and the features [B, T, F] of their tokens."""
+        cache = self.target.new_cache(len(prompts), 40)
+        lengths = [len(p) for p in prompts]
+        ids = padded(prompts, "right")[0]
+        _, features = self.target.prefill(ids, torch.tensor(lengths), lengths, cache, features=True)
+        return cache, features
+
+
+@pytest.fixture(scope="session", params=SERVED, ids=lambda family: family.name)
+def case(request):
+    if not request.param.present:
+        pytest.skip(f"this transformers has no {request.param.config}")
+    return Case(request.param)
+
+
+def test_greedy(case):
+    assert type(case.target.model).__name__ == case.family.model
+    stock = [stock_greedy(case.target, prompt, NEW) for prompt in case.prompts]
+    # a model that repeats one token, or says the same to every prompt, would prove nothing
+    assert min(len(set(row)) for row in stock) >= 8 and len({tuple(r[-6:]) for r in stock}) == 3
+    assert case.greedy == stock
+    for tree in TREES:
+        assert case.drafted(tree) == stock
+
+
+def test_sampled(case):
+    assert case.drafted("chain", **SAMPLED) == case.sampled
+    ids, mask = padded(case.prompts, "both")
+    inputs = {"input_ids": ids, "attention_mask": mask}
+    assert case.drafted("branching", inputs, **SAMPLED) == case.sampled
+    assert case.sampled != case.greedy
+    another = plain(case.target, case.prompts, max_new_tokens=NEW, **{**SAMPLED, "seed": 1})
+    assert all(a != b for a, b in zip(another, case.sampled, strict=True))
+
+
+def test_rows_do_not_depend_on_their_batch(case):
+    """Rows 0 and 1 alone are rows 0 and 1 of the ragged batch."""
+    for row, tree, answers, sampling in (
+        (0, "chain", case.greedy, {}),
+        (1, "branching", case.sampled, {**SAMPLED, "seed": SAMPLED["seed"] + 1}),
+    ):
+        alone = {"input_ids": [case.prompts[row]]}
+        assert case.drafted(tree, alone, **sampling) == [answers[row]]
+        own = plain(case.target, [case.prompts[row]], max_new_tokens=NEW, **sampling)
+        assert own == [answers[row]]
+
+
+@pytest.mark.parametrize("tree", TREES)
+def test_long_accepted_paths(case, tree):
+    """An always-right drafter: every path is accepted to its end, and the text is still the model's."""
+    levels = ScriptedDrafter([], True, TREES[tree]).shape.levels
+    new = 1 + 3 * (levels + 1)  # the first token, then three whole cycles
+    assert new <= NEW
+    for answers, sampling in ((case.greedy, {}), (case.sampled, SAMPLED)):
+        answers = [row[:new] for row in answers]
+        drafter = ScriptedDrafter(answers, True, TREES[tree])
+        model = EaModel(case.target, drafter=drafter)
+        result = model.generate(case.prompts, max_new_tokens=new, **sampling)
+        assert new_tokens(result) == answers
+        assert result.tau == levels + 1
+
+
+def differs(a, b):
+    """[…, N, X] -> [N]: where two passes differ by more than rounding (MoE layers group tokens by expert)."""
+    a, b = a.flatten(0, -3), b.flatten(0, -3)
+    return ((a - b).abs().amax((0, -1)) > 1e-6 * b.abs().max()).tolist()
+
+
+@torch.inference_mode()
+def test_no_leak_from_the_future(case):
+    """features end with the last layer's output: what is equal there has equal logits."""
+    (prompt,) = make_prompts((14,))
+    _, before = case.prefill([prompt])
+    for changed in (0, 8, 13):
+        other = [(t + 50) % 128 if i == changed else t for i, t in enumerate(prompt)]
+        _, after = case.prefill([other])
+        outcome = differs(after, before)
+        assert not any(outcome[:changed]) and outcome[changed]
+        assert any(outcome[changed + 1 :]) == (changed < 13)
+
+
+NODES = [(9, 0), (4, 0), (7, 0), (5, 1), (6, 1), (4, 2), (8, 3), (1, 5), (2, 6)]  # token, parent
+
+
+@torch.inference_mode()
+def test_no_leak_between_branches(case):
+    """Each node changes itself and its descendants, and nothing else in the tree."""
+    cache, _ = case.prefill(make_prompts((8, 5)))
+    tree = make_tree([NODES] * 2, 4)
+    target = case.target
+    before, _ = target.verify_tree(tree.tokens, tree.depth, tree.mask, cache, features=False)
+    for changed in range(len(NODES)):
+        tokens = tree.tokens.clone()
+        tokens[:, changed] += 50
+        after, _ = target.verify_tree(tokens, tree.depth, tree.mask, cache, features=False)
+        assert differs(after, before) == tree.mask[0, :, changed].tolist()
+
+
+@torch.inference_mode()
+def test_what_training_sees(case):
+    """The features of a training pass are those of decoding, and `head_logits` gives the model's logits."""
+    (prompt,) = make_prompts((13,))
+    ids = torch.tensor([prompt])
+    _, features = case.prefill([prompt])
+    hidden, trained = case.target.hidden_and_features(ids, torch.ones_like(ids))
+    assert torch.allclose(trained, features, rtol=1e-4, atol=1e-4)
+    with case.target.stock() as model:
+        expected = model(input_ids=ids).logits
+    assert torch.allclose(case.target.head_logits(hidden), expected, rtol=1e-4, atol=1e-4)
+
+
+def family(name, **changes):
+    (found,) = [f for f in SERVED if f.name == name]
+    return replace(found, changes={**found.changes, **changes})
+
+
+@pytest.mark.parametrize("name", ["GPT-2", "GPT-BigCode", "OPT", "BioGPT"])
+def test_learned_positions_end_where_the_model_ends(name):
+    """Drafts at the end of the context must not look up a position that does not exist."""
+    short_case = Case(family(name, max_position_embeddings=22))
+    lengths = [len(row) for row in short_case.greedy]
+    assert lengths == [13, 19, 8]
+    for prompt, row in zip(short_case.prompts, short_case.greedy, strict=True):
+        assert stock_greedy(short_case.target, prompt, len(row)) == row
+    for tree in TREES:
+        assert short_case.drafted(tree) == short_case.greedy
+    right = EaModel(
+        short_case.target, drafter=ScriptedDrafter(short_case.greedy, True, TREES["branching"])
+    )
+    result = right.generate(short_case.prompts, max_new_tokens=NEW)
+    assert new_tokens(result) == short_case.greedy
+
+
+@pytest.mark.parametrize("refused", REFUSED, ids=lambda refused: refused.name)
+def test_refusals_name_the_family_the_reason_and_the_remedy(refused):
+    if not refused.present:
+        pytest.skip(f"this transformers has no {refused.model}")
+    model = refused.build()
+    kind = model.config.get_text_config().model_type
+    with pytest.raises(EagleError, match=refused.match) as error:
+        Target(model)
+    assert f"models of type {kind!r}" in str(error.value) and "; use a " in str(error.value)
+
+
+def test_the_probe_exercises_sliding_windows():
+    """transformers gives OLMoE's attention a window that its masks do not have: no window, or no such model."""
+    with pytest.raises(EagleError, match="standard deviations"):
+        Target(family("OLMoE", sliding_window=200).build())
+    target = Target(
+        family("OLMoE", sliding_window=256).build()
+    )  # as long as the model: never reached
+    assert target.config.sliding_window == 256
+    target = Target(family("Gemma 2", sliding_window=100).build())
+    assert target.config.sliding_window == 100
+    assert [layer.self_attn.sliding_window for layer in target.layers] == [100, None] * 2
+
+
+def test_the_probe_finds_what_mixes_tokens():
+    model = family("Llama").build()
+    model.model.layers[1].mlp.register_forward_hook(
+        lambda module, args, out: out + out.mean(1, keepdim=True)
+    )
+    with pytest.raises(EagleError, match="standard deviations"):
+        Target(model)
+
+
+def test_the_probe_finds_attention_arguments_that_are_not_honoured():
+    model = family("Llama").build()
+    model.model.layers[2].self_attn.register_forward_pre_hook(
+        lambda module, args, kwargs: (args, {**kwargs, "block_indices": torch.zeros(1)}),
+        with_kwargs=True,
+    )
+    with pytest.raises(EagleError, match="also needs block_indices"):
+        Target(model)
+
+
+def test_the_table_in_the_readme():
+    if absent := [f.config for f in SERVED if not f.present]:
+        pytest.skip(f"this transformers has no {', '.join(absent)}")
+    readme = (ROOT / "README.md").read_text("utf-8")
+    assert with_table(readme) == readme, "run: .venv/bin/python tests/eagle/families.py --write"
+
+
+def test_family_names_are_told_once():
+    names = [f.name for f in (*SERVED, *REFUSED)]
+    assert len(set(names)) == len(names) and len(SERVED) >= 22
