@@ -7,16 +7,28 @@ from __future__ import annotations
 
 import torch
 
+from kernels.dispatch import use_triton
+
 
 def commit_kv(
     buffer: torch.Tensor, lengths: torch.Tensor, path: torch.Tensor, counts: torch.Tensor
 ) -> None:
     """In place: slot lengths[b]+j takes what slot lengths[b]+path[b, j] held, for j < counts[b].
 
-    buffer [L, 2, B, H, C, D] (keys and values of all layers); lengths, counts [B] int64; path [B, K]
-    int64, tree nodes. Sources are read before anything is written, so overlapping moves are safe. Slots at
-    or past lengths[b] + counts[b] keep what they held.
+    buffer [L, 2, B, H, C, D] (keys and values of all layers); lengths, counts [B] int64; path [B,
+    K] int64, tree nodes. Sources are read before anything is written, so overlapping moves are
+    safe. Slots at or past lengths[b] + counts[b] keep what they held.
     """
+    implementation = commit_kv_reference
+    if use_triton(buffer):
+        from kernels.triton_commit_kv import commit_kv_triton as implementation
+    implementation(buffer, lengths, path, counts)
+
+
+def commit_kv_reference(
+    buffer: torch.Tensor, lengths: torch.Tensor, path: torch.Tensor, counts: torch.Tensor
+) -> None:
+    """The specification of `commit_kv`, in plain PyTorch."""
     B, K = path.shape
     step = torch.arange(K, device=path.device)[None]
     source = lengths[:, None] + torch.where(step < counts[:, None], path, step)  # [B, K]

@@ -2,19 +2,21 @@
 
 Knows nothing of models or configs.
 
-B rows, N queries, M tree slots (the last N of them are the queries' own), Hq query heads, Hkv key/value
-heads, C capacity, S live slots, D head_dim.
+B rows, N queries, M tree slots (the last N of them are the queries' own), W = ceil(M / 32) words of
+mask, Hq query heads, Hkv key/value heads, C capacity, S live slots, D head_dim.
 
-Row b's keys are its prefix, slots 0 … lengths[b]-1 at positions 0 … lengths[b]-1, followed by M tree
-slots lengths[b] … lengths[b]+M-1 at positions `tree_positions[b]`. A query sees the whole prefix (inside
-its sliding window) and the tree slots that `tree_mask` names. Nothing else is read: slots past
-lengths[b]+M may hold anything, NaN included.
+Row b's keys are its prefix, slots 0 … lengths[b]-1 at positions 0 … lengths[b]-1, followed by M
+tree slots lengths[b] … lengths[b]+M-1 at positions `tree_positions[b]`. A query sees the whole
+prefix (inside its sliding window) and the tree slots that its mask names. Nothing else is read:
+slots past lengths[b]+M may hold anything, NaN included.
 """
 
 from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+
+from kernels.dispatch import use_triton
 
 
 def attention_bias(
@@ -27,8 +29,9 @@ def attention_bias(
 ) -> torch.Tensor:
     """Additive bias [B, 1, N, S]: 0 where a query may look, -inf elsewhere.
 
-    lengths [B] int64; tree_mask [B, N, M] bool; tree_positions [B, M] int64 (absolute; the queries are
-    the last N); live = S >= max(lengths) + M. A window of w sees the keys at positions > query - w.
+    lengths [B] int64; tree_mask [B, N, M] bool; tree_positions [B, M] int64 (absolute; the queries
+    are the last N); live = S >= max(lengths) + M. A window of w sees the keys at positions > query
+    - w.
     """
     B, N, M = tree_mask.shape
     slot = torch.arange(live, device=lengths.device)
@@ -56,10 +59,10 @@ def attend(
 ) -> torch.Tensor:
     """q [B, Hq, N, D], k and v [B, Hkv, S, D], bias [B, 1, N, S] -> [B, N, Hq, D] in q's dtype.
 
-    bias may also come folded, [B, 1, G*N, S] with G = Hq / Hkv, when many layers share it, and be None when
-    every query sees every slot.
-    softcap: scores become softcap * tanh(scores / softcap) before the bias; sinks [Hq]: one extra logit a
-    head that takes probability and gives nothing. A query that sees nothing yields zeros.
+    bias may also come folded, [B, 1, G*N, S] with G = Hq / Hkv, when many layers share it, and be
+    None when every query sees every slot. softcap: scores become softcap * tanh(scores / softcap)
+    before the bias; sinks [Hq]: one extra logit a head that takes probability and gives nothing. A
+    query that sees nothing yields zeros.
     """
     B, Hq, N, D = q.shape
     Hkv = k.shape[1]
@@ -94,12 +97,29 @@ def fold(bias: torch.Tensor, N: int, G: int) -> torch.Tensor:
     return bias.repeat(1, 1, G, 1) if G > 1 and bias.shape[2] == N else bias
 
 
+def pack_bits(mask: torch.Tensor) -> torch.Tensor:
+    """mask [B, N, M] bool -> words [B, N, W] int32: bit m % 32 of word m // 32 is mask[..., m]."""
+    B, N, M = mask.shape
+    words = F.pad(mask, (0, -M % 32)).reshape(B, N, -1, 32).int()
+    # distinct bits: the sum is their union, with bit 31 as the sign
+    return (words << torch.arange(32, dtype=torch.int32, device=mask.device)).sum(
+        -1, dtype=torch.int32
+    )
+
+
+def unpack_bits(bits: torch.Tensor, M: int) -> torch.Tensor:
+    """Words [B, N, W] int32 -> mask [B, N, M] bool."""
+    B, N, W = bits.shape
+    shifts = torch.arange(32, dtype=torch.int32, device=bits.device)
+    return ((bits[..., None] >> shifts) & 1).bool().reshape(B, N, 32 * W)[..., :M]
+
+
 def tree_attention(
     q: torch.Tensor,
     k_cache: torch.Tensor,
     v_cache: torch.Tensor,
     lengths: torch.Tensor,
-    tree_mask: torch.Tensor,
+    tree_bits: torch.Tensor,
     tree_positions: torch.Tensor,
     *,
     scaling: float,
@@ -107,10 +127,43 @@ def tree_attention(
     softcap: float | None = None,
     sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """The whole operation over caches [B, Hkv, C, D]; see the module's text. Returns [B, N, Hq, D]."""
-    M = tree_mask.shape[2]
+    """Attention of N tree nodes a row over its prefix and its tree; see the module's text.
+
+    q [B, Hq, N, D] and k_cache, v_cache [B, Hkv, C, D] in one dtype (the caches may be strided
+    views of a larger buffer); lengths [B] int64; tree_bits [B, N, W] int32 (`pack_bits`);
+    tree_positions [B, M] int64, absolute; sinks [Hq], any float dtype. Returns [B, N, Hq, D] in q's
+    dtype. No gradients.
+
+    A row's result depends on its own arguments alone, bit for bit on the Triton path: not on the
+    rows beside it, and not on C.
+    """
+    implementation = tree_attention_reference
+    if use_triton(q):
+        from kernels.triton_tree_attention import tree_attention_triton as implementation
+    return implementation(
+        q, k_cache, v_cache, lengths, tree_bits, tree_positions,
+        scaling=scaling, sliding_window=sliding_window, softcap=softcap, sinks=sinks,
+    )  # fmt: skip
+
+
+def tree_attention_reference(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    lengths: torch.Tensor,
+    tree_bits: torch.Tensor,
+    tree_positions: torch.Tensor,
+    *,
+    scaling: float,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The specification of `tree_attention`, in plain PyTorch. Reads max(lengths) on the host."""
+    M = tree_positions.shape[1]
     live = int(lengths.max()) + M
-    bias = attention_bias(lengths, tree_mask, tree_positions, live, q.dtype, sliding_window)
+    mask = unpack_bits(tree_bits, M)
+    bias = attention_bias(lengths, mask, tree_positions, live, q.dtype, sliding_window)
     k, v = reachable(k_cache[:, :, :live], v_cache[:, :, :live], lengths + M)
     return attend(q, k, v, bias, scaling, softcap, sinks)
 

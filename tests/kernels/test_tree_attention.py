@@ -3,7 +3,14 @@
 import pytest
 import torch
 
-from kernels.tree_attention import attend, attention_bias, fold, tree_attention
+from kernels.tree_attention import (
+    attend,
+    attention_bias,
+    fold,
+    pack_bits,
+    tree_attention,
+    unpack_bits,
+)
 
 
 def slow(q, k, v, lengths, mask, positions, scaling, window=None, softcap=None, sinks=None):
@@ -73,7 +80,7 @@ def test_against_a_loop(case, way):
     options = dict(WAYS[way])
     if options.get("sinks"):
         options["sinks"] = torch.linspace(-1, 2, q.shape[1])
-    got = tree_attention(q, k, v, lengths, mask, positions, scaling=0.3, **options)
+    got = tree_attention(q, k, v, lengths, pack_bits(mask), positions, scaling=0.3, **options)
     expected = slow(
         q,
         k,
@@ -97,7 +104,7 @@ def test_a_query_that_sees_nothing_yields_zeros(softcap, sinks):
     mask[0, 1] = False
     sinks = torch.zeros(4) if sinks else None
     out = tree_attention(
-        q, k, v, lengths, mask, positions, scaling=0.3, softcap=softcap, sinks=sinks
+        q, k, v, lengths, pack_bits(mask), positions, scaling=0.3, softcap=softcap, sinks=sinks
     )
     assert (out[0, 1] == 0).all() and out.isfinite().all()
     assert torch.allclose(
@@ -136,7 +143,23 @@ def test_large_scores_stay_finite():
     q, k, v, lengths, mask, positions = problem(B=1, Hq=2, Hkv=2, N=3, M=3, D=8, lengths=[4])
     for options in ({}, {"sinks": torch.full((2,), 1e4)}):
         assert (
-            tree_attention(q * 1e4, k, v, lengths, mask, positions, scaling=1.0, **options)
+            tree_attention(
+                q * 1e4, k, v, lengths, pack_bits(mask), positions, scaling=1.0, **options
+            )
             .isfinite()
             .all()
         )
+
+
+@pytest.mark.parametrize("M", [1, 31, 32, 33, 64, 100])
+def test_packed_bits(M):
+    mask = torch.rand(2, 3, M, generator=torch.Generator().manual_seed(M)) < 0.5
+    mask[0, 0] = True
+    bits = pack_bits(mask)
+    assert bits.dtype == torch.int32 and bits.shape == (2, 3, -(-M // 32))
+    assert torch.equal(unpack_bits(bits, M), mask)
+    for m in range(M):
+        word = bits[..., m // 32].long() & 0xFFFFFFFF
+        assert torch.equal((word >> (m % 32)) & 1, mask[..., m].long())
+    if M % 32:  # nothing beyond the mask
+        assert (unpack_bits(bits, 32 * bits.shape[2])[..., M:] == 0).all()
