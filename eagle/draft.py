@@ -118,7 +118,7 @@ class HeadDrafter:
         positions = context.pack(context.positions)
         hidden, tokens = context.pack(hidden), context.pack(tokens)
         if self.compiled is not None and context.mask is not None:
-            out, log_probs = self.compiled.head(hidden, tokens, positions, context)
+            out, log_probs = self.compiled(hidden, tokens, positions, context)
         else:
             out = self.run(hidden, tokens, positions, context)
             log_probs = self.log_probs(out)

@@ -28,6 +28,7 @@ from .verify import force, verify
 
 EMBEDDED_HEAD = EMBEDDED / "heads" / "eagle3"
 EMBEDDED_TREE = "16,4,4"
+MODES = ("auto", "off", "max")
 DEFAULT_TREE = TreeShape()
 
 
@@ -78,8 +79,11 @@ class EaModel:
         tree: TreeShape | str = DEFAULT_TREE,
         tokenizer=None,
         drafter: Drafter | None = None,
+        compile: str = "auto",
     ) -> None:
         self.target, self.head, self._tokenizer = target, head, tokenizer
+        self.compile = compile
+        self._compiled: dict[str, tuple] = {}
         self.drafter = drafter
         if head is not None:
             target.set_feature_layers(head.config.feature_layers)
@@ -98,6 +102,7 @@ class EaModel:
         use_eagle3: bool | None = None,
         dtype: str | torch.dtype = "auto",
         device: str | torch.device | None = None,
+        compile: str = "auto",
         **hf_kwargs,
     ) -> EaModel:
         """Load a target and its head; without paths, the embedded model and its head.
@@ -129,7 +134,7 @@ class EaModel:
             from .checkpoint import load_head
 
             head, _ = load_head(ea_model_path, target, dtype=target.dtype, device=target.device)
-        return cls(target, head, shape)
+        return cls(target, head, shape, compile=compile)
 
     @property
     def tokenizer(self):
@@ -335,7 +340,7 @@ class EaModel:
         live = [row for row in rows if not row.done]
         drafter = self._drafter(tree) if draft else None
         steps = decode(
-            self._target(compile, drafter), live, slots=slots, capacity=capacity, drafter=drafter,
+            self._compile(compile, drafter), live, slots=slots, capacity=capacity, drafter=drafter,
             timings=timings, synchronise=synchronise, on_cache=on_cache,
             verify=verify if forced_acceptance is None else functools.partial(force, forced_acceptance),
         )  # fmt: skip
@@ -356,8 +361,38 @@ class EaModel:
             drafter.reshape(TreeShape.parse(tree))
         return drafter
 
-    def _target(self, mode: str | None, drafter: Drafter | None) -> Target:
-        return self.target
+    def prepare(self, compile: str | None = None, draft: bool = True) -> dict[str, float]:
+        """Compile, or load from the disk, what `compile` needs; returns the seconds spent on each part, and
+        nothing for what was ready. Generation calls it when needed.
+
+        "off": eager. "max": on a CPU, AOTInductor packages kept on disk. "auto": off on a CPU.
+        """
+        mode = self.compile if compile is None else compile
+        if mode not in MODES:
+            raise EagleError(f"unknown compile {mode!r}; use {', '.join(MODES)}")
+        seconds: dict[str, float] = {}
+        if mode != "max" or self.target.device.type != "cpu":
+            return seconds
+        from .compile import CompiledHead, CompiledTarget
+
+        # features are part of a package: another head's layers are another package
+        wanted = {"target": (CompiledTarget, self.target, self.target.feature_layers)}
+        if draft and isinstance(self.drafter, HeadDrafter):
+            wanted["head"] = (CompiledHead, self.drafter, self.head)
+        for name, (make, subject, version) in wanted.items():
+            if self._compiled.get(name, (None,))[0] is not version:
+                self._compiled[name] = version, make(subject, seconds)
+        return seconds
+
+    def _compile(self, mode: str | None, drafter: Drafter | None) -> Target:
+        """The target of one call; it and the drafter run compiled passes where the mode has them."""
+        self.prepare(mode, drafter is not None)
+        target = copy.copy(self.target)
+        if (self.compile if mode is None else mode) == "max" and target.device.type == "cpu":
+            target.compiled = self._compiled["target"][1]
+            if isinstance(drafter, HeadDrafter):
+                drafter.compiled = self._compiled["head"][1]
+        return target
 
     def _eos(self, _=None) -> frozenset[int]:
         """The model's own end tokens."""

@@ -232,7 +232,7 @@ class Target:
         positions = context.pack(context.positions)
         compiled = self.compiled if keep is None and context.mask is not None else None
         if compiled is not None:
-            return compiled.target(ids, positions, context, features)
+            return compiled(ids, positions, context, features)
         return self.run(ids, positions, context, keep, features)
 
     def run(self, ids, positions, context, keep=None, features=True):
@@ -348,11 +348,14 @@ class Target:
 
             def attend(self, layer, q, k, v, *args):
                 self.layers_seen += 1
+                found.append((k.shape[1], k.shape[3], v.shape[3]))
                 return q.new_zeros(1, q.shape[2], q.shape[1], v.shape[3])
+
+        updated: list[int] = []
 
         class Passing(StaticKVCache):
             def update(self, key_states, value_states, layer_idx, *args, **kwargs):
-                found.append((key_states.shape[1], key_states.shape[3], value_states.shape[3]))
+                updated.append(layer_idx)
                 return super().update(key_states, value_states, layer_idx)
 
         # spread over the vocabulary: the first ids are often special tokens with degenerate embeddings
@@ -370,10 +373,10 @@ class Target:
             raise EagleError(
                 f"models of type {kind!r} do not take our attention and cache: {error}; {INSTEAD}"
             ) from error
-        if context.layers_seen != len(self.layers) or len(found) != len(self.layers):
+        if context.layers_seen != len(self.layers) or len(updated) != len(self.layers):
             raise EagleError(
                 f"models of type {kind!r} are not supported: of {len(self.layers)} layers, {context.layers_seen} "
-                f"calls reach transformers' attention interface with our arguments and {len(found)} our cache; {INSTEAD}"
+                f"calls reach transformers' attention interface with our arguments and {len(updated)} our cache; {INSTEAD}"
             )
         if unread:
             raise EagleError(
