@@ -9,6 +9,8 @@ b rows, N queries of the longest row, T = tokens of all rows, M tree slots, S li
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 import torch.nn.functional as F
 from transformers import AttentionInterface, AttentionMaskInterface
@@ -71,6 +73,19 @@ class TreeContext:
         out = x.new_zeros(b * N, *x.shape[2:])
         out[self.index] = x[0]
         return out.unflatten(0, (b, N))
+
+    def packed(self) -> tuple:
+        """What the CPU kernel asks of a pass over a tree: buffer, rows, starts [b + 1] of each row's tokens
+        among the packed, lengths, mask, tree_positions, offset."""
+        b, N = self.shape
+        if self.counts is None:
+            starts = torch.arange(0, b * N + 1, N)
+        else:
+            starts = torch.tensor([0, *itertools.accumulate(self.counts)])
+        cache = self.cache
+        return (
+            cache.buffer, cache.rows, starts, cache.lengths, self.mask, self.tree_positions, self.offset
+        )  # fmt: skip
 
     def write(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> None:
         """k, v [1, Hkv, T, D] go to the slots of this pass."""

@@ -19,6 +19,8 @@ from pathlib import Path
 
 import torch
 
+from kernels.cpu_extension import load as load_attention
+
 from .attention import TreeContext
 from .cache import StaticKVCache
 from .draft import HeadDrafter
@@ -73,12 +75,15 @@ class TargetPass(torch.nn.Module):
 
 
 class HeadPass(torch.nn.Module):
-    def __init__(self, drafter: HeadDrafter) -> None:
+    """fc: the input is the target's features, not the head's own output."""
+
+    def __init__(self, drafter: HeadDrafter, fc: bool) -> None:
         super().__init__()
-        self.head, self.embed, self.drafter = drafter.head, drafter.embed, [drafter]
+        self.head, self.embed, self.drafter, self.fc = drafter.head, drafter.embed, [drafter], fc
 
     def forward(self, hidden, tokens, positions):
         drafter = self.drafter[0]
+        hidden = self.head.fc(hidden) if self.fc else hidden
         out = drafter.run(hidden, tokens, positions, Opaque(None))
         return out, drafter.log_probs(out)
 
@@ -96,17 +101,20 @@ class CompiledTarget:
 
 
 class CompiledHead:
-    """A head pass: hidden [1, T, H], tokens, positions [1, T] -> hidden [1, T, H], log-probabilities
-    [1, T, D]."""
+    """A head pass: hidden [1, T, H], or features [1, T, F] of the target, tokens, positions [1, T]
+    -> hidden [1, T, H], log-probabilities [1, T, D]."""
 
     def __init__(self, drafter: HeadDrafter, seconds: dict[str, float]) -> None:
         ids = torch.zeros(1, 8, dtype=torch.int64)
         weight = drafter.head.fc.weight
-        hidden = torch.zeros(1, 8, weight.shape[0], dtype=weight.dtype)
-        self.run = load(HeadPass(drafter), (hidden, ids, ids), "head", seconds)
+        hidden, features = (
+            torch.zeros(1, 8, width, dtype=weight.dtype) for width in weight.shape
+        )
+        self.run = load(HeadPass(drafter, False), (hidden, ids, ids), "head", seconds)
+        self.ingest = load(HeadPass(drafter, True), (features, ids, ids), "head_ingest", seconds)
 
-    def __call__(self, hidden, tokens, positions, context):
-        return self.run(context, hidden, tokens, positions)
+    def __call__(self, hidden, tokens, positions, context, fc):
+        return (self.ingest if fc else self.run)(context, hidden, tokens, positions)
 
 
 def load(module: torch.nn.Module, example: tuple, name: str, seconds: dict[str, float]):
@@ -118,6 +126,7 @@ def load(module: torch.nn.Module, example: tuple, name: str, seconds: dict[str, 
             "use compile='off'"
         )
     started = time.perf_counter()
+    load_attention(cache_folder(), cpu_flags())
     folder = cache_folder() / f"{name}-{key(module, example)}"
     one = package(module, tuple(x[:, :1].clone() for x in example), folder / "one.pt2", None)
     tokens = torch.export.Dim("T", min=2, max=2**20)
@@ -128,10 +137,12 @@ def load(module: torch.nn.Module, example: tuple, name: str, seconds: dict[str, 
     def run(context, *inputs):
         global current
         current = context
+        torch.ops.eagle_cpu.enter(*context.packed())
         try:
             # packages read memory as it lay when they were made: contiguous
             return (one if inputs[0].shape[1] == 1 else many)(*(x.contiguous() for x in inputs))
         finally:
+            torch.ops.eagle_cpu.leave()
             current = None
 
     return run
@@ -180,6 +191,7 @@ def key(module: torch.nn.Module, example: tuple) -> str:
     digest = hashlib.sha256()
     facts = (
         torch.__version__, transformers.__version__, platform.machine(), torch.get_num_threads(),
+        getattr(module, "fc", None),
         torch.backends.cpu.get_cpu_capability(), cpu_flags(), str(module),
         [(x.dtype, x.shape[2:]) for x in example],
     )  # fmt: skip

@@ -111,15 +111,16 @@ class HeadDrafter:
         self.first = torch.cat([self.first, other.first])
 
     def _pass(
-        self, hidden: torch.Tensor, tokens: torch.Tensor, context: TreeContext
+        self, hidden: torch.Tensor, tokens: torch.Tensor, context: TreeContext, fc: bool = False
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """One head pass: hidden [b, N, H], tokens [b, N] -> pre-norm hidden [b, N, H] and log-probabilities
-        [b, N, D] float32 over the draft vocabulary."""
+        """One head pass: hidden [b, N, H] (with fc the target's features [b, N, F]), tokens [b, N] -> pre-norm
+        hidden [b, N, H] and log-probabilities [b, N, D] float32 over the draft vocabulary."""
         positions = context.pack(context.positions)
         hidden, tokens = context.pack(hidden), context.pack(tokens)
-        if self.compiled is not None and context.mask is not None:
-            out, log_probs = self.compiled(hidden, tokens, positions, context)
+        if self.compiled is not None:
+            out, log_probs = self.compiled(hidden, tokens, positions, context, fc)
         else:
+            hidden = self.head.fc(hidden) if fc else hidden
             out = self.run(hidden, tokens, positions, context)
             log_probs = self.log_probs(out)
         return context.unpack(out), context.unpack(log_probs)
@@ -139,17 +140,17 @@ class HeadDrafter:
         b, K = tokens.shape
         cache = self.cache
         positions = cache.lengths[:, None] + torch.arange(K, device=tokens.device)
-        hidden = self.head.fc(features.to(self.last.dtype))
+        features = features.to(self.last.dtype)
         index = torch.arange(b, device=tokens.device), (counts - 1).clamp_min(0)
         if cache.host_lengths is not None and not any(cache.host_lengths):  # the prompt's pass
             context = TreeContext(cache, positions, counts=host_counts)
-            packed = (context.pack(x) for x in (hidden, tokens, positions))
+            packed = (context.pack(x) for x in (self.head.fc(features), tokens, positions))
             last = context.unpack(self.run(*packed, context))[index]
             first = self.log_probs(last)
         else:  # a chain behind what is committed
             causal = torch.ones(K, K, dtype=torch.bool, device=tokens.device).tril()
             context = TreeContext(cache, positions, causal.expand(b, K, K), positions, host_counts)
-            out, log_probs = self._pass(hidden, tokens, context)
+            out, log_probs = self._pass(features, tokens, context, fc=True)
             last, first = out[index], log_probs[index]
         gained = (counts > 0)[:, None]
         self.last = torch.where(gained, last, self.last)

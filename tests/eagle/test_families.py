@@ -1,4 +1,4 @@
-"""Every family of the README's table: speculative output is plain output is transformers' output; refusals say why."""
+"""Every family of the README: drafted output is plain output is transformers' output; refusals say why."""
 
 from dataclasses import replace
 from functools import cached_property

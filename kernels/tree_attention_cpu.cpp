@@ -1,0 +1,263 @@
+// Tree attention on a CPU: `tree_attention` of tree_attention.py over packed rows, with the write of the
+// pass's keys and values in front of it.
+//
+// b rows in use of B, T packed tokens, n tokens of one row, M tree slots a row, Hq query heads, Hkv key/value
+// heads, G = Hq / Hkv, C capacity, D head_dim. A row's queries of one key/value head are R = G * n lines.
+//
+// One task is a row, a key/value head and a tile of lines. It walks the row's live slots in blocks of 64
+// with a running softmax (Milakov and Gimelshein 2018, arXiv:1805.02867) in float32: for each block,
+// scores = Q K^T, then out += exp(scores - max) V. Slots past the live ones are never read.
+
+#include <ATen/Parallel.h>
+#include <torch/library.h>
+#include <torch/types.h>
+
+#include <cmath>
+#include <limits>
+#include <vector>
+
+namespace {
+
+constexpr int64_t BLOCK = 64;  // keys a block, and columns of the micro-kernel
+constexpr int64_t LINES = 64;  // lines a tile
+typedef float v16 __attribute__((vector_size(64)));
+typedef int32_t i16 __attribute__((vector_size(64)));
+
+inline v16 load(const float* p) {
+  v16 x;
+  __builtin_memcpy(&x, p, sizeof x);
+  return x;
+}
+inline void store(float* p, v16 x) { __builtin_memcpy(p, &x, sizeof x); }
+inline v16 all(float x) { return x - v16{}; }
+
+// c[r][0..63] (+)= sum_k a[r][k] * b[k][0..63], for ROWS lines r
+template <int ROWS>
+inline void multiply(const float* a, int64_t lda, const float* b, int64_t ldb, int64_t depth, float* c,
+                     int64_t ldc, bool add) {
+  v16 sum[ROWS][4];
+  for (int r = 0; r < ROWS; ++r)
+    for (int j = 0; j < 4; ++j) sum[r][j] = add ? load(c + r * ldc + 16 * j) : v16{};
+  for (int64_t k = 0; k < depth; ++k) {
+    const float* line = b + k * ldb;
+    const v16 b0 = load(line), b1 = load(line + 16), b2 = load(line + 32), b3 = load(line + 48);
+    for (int r = 0; r < ROWS; ++r) {
+      const v16 x = all(a[r * lda + k]);
+      sum[r][0] += x * b0;
+      sum[r][1] += x * b1;
+      sum[r][2] += x * b2;
+      sum[r][3] += x * b3;
+    }
+  }
+  for (int r = 0; r < ROWS; ++r)
+    for (int j = 0; j < 4; ++j) store(c + r * ldc + 16 * j, sum[r][j]);
+}
+
+void multiply_lines(int64_t lines, const float* a, int64_t lda, const float* b, int64_t ldb, int64_t depth,
+                    float* c, int64_t ldc, bool add) {
+  int64_t r = 0;
+  for (; r + 4 <= lines; r += 4) multiply<4>(a + r * lda, lda, b, ldb, depth, c + r * ldc, ldc, add);
+  a += r * lda, c += r * ldc;
+  if (lines - r == 3) multiply<3>(a, lda, b, ldb, depth, c, ldc, add);
+  if (lines - r == 2) multiply<2>(a, lda, b, ldb, depth, c, ldc, add);
+  if (lines - r == 1) multiply<1>(a, lda, b, ldb, depth, c, ldc, add);
+}
+
+// exp for x <= 0 to within 2 units in the last place (Cephes' reduction and polynomial); 0 below -87
+inline v16 exp16(v16 x) {
+  const v16 kept = __builtin_convertvector(-(x > all(-87.0f)), v16);  // 1 or 0
+  x = x > all(-87.0f) ? x : all(-87.0f);
+  const v16 magic = all(12582912.0f);  // 1.5 * 2^23: adding and taking it away rounds to a whole number
+  const v16 n = (x * all(1.44269504088896341f) + magic) - magic;
+  x = x - n * all(0.693359375f);
+  x = x - n * all(-2.12194440e-4f);
+  v16 p = all(1.9875691500e-4f);
+  p = p * x + all(1.3981999507e-3f);
+  p = p * x + all(8.3334519073e-3f);
+  p = p * x + all(4.1665795894e-2f);
+  p = p * x + all(1.6666665459e-1f);
+  p = p * x + all(5.0000001201e-1f);
+  p = p * x * x + x + all(1.0f);
+  const i16 bits = (__builtin_convertvector(n, i16) + 127) << 23;
+  v16 scale;
+  __builtin_memcpy(&scale, &bits, sizeof scale);
+  return p * scale * kept;
+}
+
+inline float widen(float x) { return x; }
+inline float widen(c10::BFloat16 x) { return static_cast<float>(x); }
+inline float widen(c10::Half x) { return static_cast<float>(x); }
+
+// What holds for every layer of a pass. mask [b, N, M] and tree_positions [b, M] describe the tree's slots;
+// starts [b + 1] says which packed tokens are a row's.
+struct Pass {
+  at::Tensor buffer, rows, starts, lengths, mask, tree_positions;
+  int64_t offset = 0;
+};
+Pass current;
+
+template <typename scalar>
+void attend_typed(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, int64_t layer, float scaling,
+                  int64_t window, float softcap, const float* sinks, at::Tensor& out) {
+  const int64_t T = q.size(2), Hq = q.size(1), D = q.size(3), Hkv = k.size(1), G = Hq / Hkv;
+  const int64_t b = current.rows.size(0), N = current.mask.size(1), M = current.mask.size(2);
+  const int64_t C = current.buffer.size(4), B = current.buffer.size(2);
+  const int64_t half = B * Hkv * C * D;
+  scalar* keys = current.buffer.data_ptr<scalar>() + layer * 2 * half;
+  scalar* values = keys + half;
+  const int64_t *rows = current.rows.data_ptr<int64_t>(), *starts = current.starts.data_ptr<int64_t>(),
+                *lengths = current.lengths.data_ptr<int64_t>(),
+                *places = current.tree_positions.data_ptr<int64_t>();
+  const bool* mask = current.mask.data_ptr<bool>();
+  const scalar *qp = q.data_ptr<scalar>(), *kp = k.data_ptr<scalar>(), *vp = v.data_ptr<scalar>();
+  scalar* op = out.data_ptr<scalar>();
+  const int64_t q_head = q.stride(1), q_token = q.stride(2), k_head = k.stride(1), k_token = k.stride(2),
+                v_head = v.stride(1), v_token = v.stride(2);
+
+  int64_t longest = 0;
+  for (int64_t i = 0; i < b; ++i) longest = std::max(longest, starts[i + 1] - starts[i]);
+  const int64_t tiles = (G * longest + LINES - 1) / LINES;
+  // depth of the products in whole registers, and columns in whole micro-kernels
+  const int64_t Dp = (D + BLOCK - 1) / BLOCK * BLOCK;
+
+  // a row's tiles of one head share what they write, so they are written before any of them reads
+  for (int64_t i = 0; i < b; ++i)
+    for (int64_t t = starts[i]; t < starts[i + 1]; ++t)
+      for (int64_t h = 0; h < Hkv; ++h) {
+        const int64_t slot = lengths[i] + current.offset + t - starts[i];
+        const int64_t to = ((rows[i] * Hkv + h) * C + slot) * D;
+        std::memcpy(keys + to, kp + h * k_head + t * k_token, D * sizeof(scalar));
+        std::memcpy(values + to, vp + h * v_head + t * v_token, D * sizeof(scalar));
+      }
+
+  at::parallel_for(0, b * Hkv * tiles, 1, [&](int64_t from, int64_t till) {
+    std::vector<float> space(LINES * Dp * 2 + BLOCK * Dp * 2 + LINES * BLOCK + 2 * LINES);
+    float* Q = space.data();           // [lines, Dp]
+    float* acc = Q + LINES * Dp;       // [lines, Dp]
+    float* Kt = acc + LINES * Dp;      // [Dp, BLOCK]
+    float* V = Kt + BLOCK * Dp;        // [BLOCK, Dp]
+    float* S = V + BLOCK * Dp;         // [lines, BLOCK]
+    float* top = S + LINES * BLOCK;    // [lines]
+    float* mass = top + LINES;         // [lines]
+    for (int64_t task = from; task < till; ++task) {
+      const int64_t i = task / (Hkv * tiles), h = task / tiles % Hkv, tile = task % tiles;
+      const int64_t n = starts[i + 1] - starts[i], first = tile * LINES;
+      const int64_t lines = std::min(LINES, G * n - first);
+      if (lines <= 0) continue;
+      const int64_t prefix = lengths[i], end = prefix + current.offset + n;
+      const scalar* K0 = keys + (rows[i] * Hkv + h) * C * D;
+      const scalar* V0 = values + (rows[i] * Hkv + h) * C * D;
+      // line r is query token (first + r) / G under query head h * G + (first + r) % G
+      int64_t lowest = std::numeric_limits<int64_t>::max();  // the oldest position any line looks at
+      for (int64_t r = 0; r < lines; ++r) {
+        const int64_t token = (first + r) / G, head = h * G + (first + r) % G;
+        const scalar* from_q = qp + head * q_head + (starts[i] + token) * q_token;
+        for (int64_t d = 0; d < D; ++d) Q[r * Dp + d] = widen(from_q[d]) * scaling;
+        lowest = std::min(lowest, places[i * M + M - N + token] - window + 1);
+        top[r] = -std::numeric_limits<float>::infinity();
+        mass[r] = 0;
+      }
+      std::fill(acc, acc + lines * Dp, 0.0f);
+      const int64_t begin = window ? std::max<int64_t>(0, std::min(lowest, prefix)) / BLOCK * BLOCK : 0;
+      for (int64_t s0 = begin; s0 < end; s0 += BLOCK) {
+        const int64_t width = std::min(BLOCK, end - s0);
+        for (int64_t d = 0; d < D; ++d) {
+          for (int64_t s = 0; s < width; ++s) Kt[d * BLOCK + s] = widen(K0[(s0 + s) * D + d]);
+          for (int64_t s = width; s < BLOCK; ++s) Kt[d * BLOCK + s] = 0;
+        }
+        for (int64_t s = 0; s < width; ++s) {
+          for (int64_t d = 0; d < D; ++d) V[s * Dp + d] = widen(V0[(s0 + s) * D + d]);
+          for (int64_t d = D; d < Dp; ++d) V[s * Dp + d] = 0;
+        }
+        multiply_lines(lines, Q, Dp, Kt, BLOCK, D, S, BLOCK, false);
+        for (int64_t r = 0; r < lines; ++r) {
+          float* score = S + r * BLOCK;
+          const int64_t token = (first + r) / G;
+          if (softcap > 0)
+            for (int64_t s = 0; s < width; ++s) score[s] = softcap * std::tanh(score[s] / softcap);
+          const bool* seen = mask + (i * N + token) * M;
+          for (int64_t s = std::max<int64_t>(0, prefix - s0); s < width; ++s)
+            if (!seen[s0 + s - prefix]) score[s] = -std::numeric_limits<float>::infinity();
+          if (window) {
+            const int64_t oldest = places[i * M + M - N + token] - window;  // this one is out
+            for (int64_t s = 0; s < width; ++s) {
+              const int64_t slot = s0 + s;
+              const int64_t at = slot < prefix ? slot : places[i * M + slot - prefix];
+              if (at <= oldest) score[s] = -std::numeric_limits<float>::infinity();
+            }
+          }
+          for (int64_t s = width; s < BLOCK; ++s) score[s] = -std::numeric_limits<float>::infinity();
+          float best = top[r];
+          for (int64_t s = 0; s < width; ++s) best = std::max(best, score[s]);
+          if (best == -std::numeric_limits<float>::infinity()) {  // nothing to see so far
+            for (int64_t s = 0; s < BLOCK; ++s) score[s] = 0;
+            continue;
+          }
+          const float shrink = std::exp(top[r] - best);
+          v16 total{};
+          for (int64_t s = 0; s < BLOCK; s += 16) {
+            const v16 weight = exp16(load(score + s) - all(best));
+            store(score + s, weight);
+            total += weight;
+          }
+          float sum = 0;
+          for (int lane = 0; lane < 16; ++lane) sum += total[lane];
+          mass[r] = mass[r] * shrink + sum;
+          top[r] = best;
+          if (shrink != 1.0f)
+            for (int64_t d = 0; d < Dp; ++d) acc[r * Dp + d] *= shrink;
+        }
+        for (int64_t d = 0; d < Dp; d += BLOCK)
+          multiply_lines(lines, S, BLOCK, V + d, Dp, width, acc + d, Dp, true);
+      }
+      for (int64_t r = 0; r < lines; ++r) {
+        const int64_t token = (first + r) / G, head = h * G + (first + r) % G;
+        float scale = mass[r] > 0 ? 1 / mass[r] : 0;
+        if (sinks != nullptr && mass[r] > 0) {  // one more logit that takes probability and gives nothing
+          const float best = std::max(top[r], sinks[head]), shrink = std::exp(top[r] - best);
+          scale = shrink / (mass[r] * shrink + std::exp(sinks[head] - best));
+        }
+        scalar* to = op + ((starts[i] + token) * Hq + head) * D;
+        for (int64_t d = 0; d < D; ++d) to[d] = static_cast<scalar>(acc[r * Dp + d] * scale);
+      }
+    }
+  });
+}
+
+at::Tensor attend(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, int64_t layer, double scaling,
+                  int64_t window, double softcap, const std::optional<at::Tensor>& sinks) {
+  TORCH_CHECK(current.buffer.defined(), "eagle::attend outside of a pass");
+  TORCH_CHECK(q.stride(3) == 1 && k.stride(3) == 1 && v.stride(3) == 1 && current.buffer.is_contiguous());
+  TORCH_CHECK(q.scalar_type() == current.buffer.scalar_type() && q.size(2) == k.size(2));
+  auto out = at::empty({1, q.size(2), q.size(1), q.size(3)}, q.options());
+  at::Tensor sink;
+  if (sinks) sink = sinks->to(at::kFloat).contiguous();
+  const float* s = sinks ? sink.data_ptr<float>() : nullptr;
+  if (q.scalar_type() == at::kBFloat16)
+    attend_typed<c10::BFloat16>(q, k, v, layer, scaling, window, softcap, s, out);
+  else if (q.scalar_type() == at::kHalf)
+    attend_typed<c10::Half>(q, k, v, layer, scaling, window, softcap, s, out);
+  else if (q.scalar_type() == at::kFloat)
+    attend_typed<float>(q, k, v, layer, scaling, window, softcap, s, out);
+  else
+    TORCH_CHECK(false, "eagle::attend takes float32, bfloat16 or float16, not ", q.scalar_type());
+  return out;
+}
+
+void enter(const at::Tensor& buffer, const at::Tensor& rows, const at::Tensor& starts,
+           const at::Tensor& lengths, const at::Tensor& mask, const at::Tensor& tree_positions,
+           int64_t offset) {
+  current = {buffer, rows, starts, lengths, mask.contiguous(), tree_positions.contiguous(), offset};
+}
+
+void leave() { current = {}; }
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(eagle_cpu, m) {
+  m.def("enter(Tensor buffer, Tensor rows, Tensor starts, Tensor lengths, Tensor mask, "
+        "Tensor tree_positions, int offset) -> ()", enter);
+  m.def("leave() -> ()", leave);
+}
+
+TORCH_LIBRARY_IMPL(eagle, CPU, m) { m.impl("attend", attend); }
