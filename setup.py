@@ -50,7 +50,8 @@ setup(
     extras_require={
         "flash": ["flash-attn>=2.8"],
         "finetune": ["peft>=0.18", "trl>=1.0", "bitsandbytes>=0.48"],
-        "dev": ["pytest>=8", "ruff>=0.8", "build"],
+        "plots": ["matplotlib>=3.8"],
+        "dev": ["pytest>=8", "ruff>=0.8", "build", "matplotlib>=3.8"],
     },
     entry_points={"console_scripts": ["eagle = inference.console:main"]},
 )

@@ -18,7 +18,15 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 from transformers.models.gemma2.modeling_gemma2 import eager_attention_forward
 
-from kernels.tree_attention import attend, attention_bias, fold, reachable
+from kernels.dispatch import use_triton
+from kernels.tree_attention import (
+    attend,
+    attention_bias,
+    fold,
+    pack_bits,
+    reachable,
+    tree_attention,
+)
 
 from .cache import StaticKVCache
 
@@ -59,6 +67,7 @@ class TreeContext:
         self.ragged = lengths is None or min(lengths) != max(lengths)
         self._slots: tuple[torch.Tensor, torch.Tensor] | None = None
         self._bias: dict = {}
+        self._bits: torch.Tensor | None = None
 
     def pack(self, x: torch.Tensor) -> torch.Tensor:
         """[b, N, ...] -> [1, T, ...]: the tokens of all rows one behind the other."""
@@ -156,6 +165,8 @@ class TreeContext:
         -> [1, T, Hq, D]."""
         self.layers_seen += 1
         self.write(layer, k, v)
+        if self.mask is not None and self.index is None and self.cache.whole and use_triton(q):
+            return self._attend_kernel(layer, q, scaling, window, softcap, sinks)
         groups = q.shape[1] // k.shape[1]
         queries = self.unpack(q.transpose(1, 2)).transpose(1, 2)  # [b, Hq, N, D]
         if self.mask is None:
@@ -171,6 +182,18 @@ class TreeContext:
             k, v = self.read(layer)
         bias = self.bias(q.dtype, window, groups)
         return self.pack(attend(queries, k, v, bias, scaling, softcap, sinks))
+
+
+    def _attend_kernel(self, layer, q, scaling, window, softcap, sinks) -> torch.Tensor:
+        """The Triton kernel reads each row's live slots in place; even passes over all rows only."""
+        if self._bits is None:
+            self._bits = pack_bits(self.mask)
+        queries = q[0].unflatten(1, self.shape).transpose(0, 1)  # [b, Hq, N, D]
+        out = tree_attention(
+            queries, *self.cache.layer(layer), self.cache.lengths, self._bits, self.tree_positions,
+            scaling=scaling, sliding_window=window, softcap=softcap, sinks=sinks,
+        )  # fmt: skip
+        return self.pack(out)
 
 
 def tree_attention_forward(
@@ -208,7 +231,7 @@ def tree_attention_forward(
     out = tree.attend(
         tree.cache.updated_layer, query, key, value, scaling, sliding_window, softcap, s_aux
     )
-    return out, None
+    return out.contiguous(), None
 
 
 AttentionInterface.register(NAME, tree_attention_forward)

@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 
 from .errors import EagleError
 from .head import Eagle3Head, HeadConfig, default_feature_layers
-from .target import Target, resolve_dtype
+from .target import Target, decoder_layers, resolve_dtype
 
 CONVENTION = (
     "entering"  # ids count the states that enter a layer; "output" counts those that leave it
@@ -304,7 +304,7 @@ def target_fingerprint(model: torch.nn.Module) -> str:
     names = ("model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
              "num_key_value_heads", "vocab_size")  # fmt: skip
     digest = hashlib.sha256(repr([(n, getattr(config, n, None)) for n in names]).encode())
-    layers = model.get_decoder().layers
+    layers = decoder_layers(model.get_decoder())
     modules = [("embed", model.get_input_embeddings()), ("first", layers[0]), ("last", layers[-1])]
     for prefix, module in modules:
         for name, weight in sorted(module.named_parameters()):

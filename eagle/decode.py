@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 
 from .draft import Drafter
+from .plan import Plan
 from .request import Row
 from .sampling import Sampler, process_row
 from .target import Target
@@ -57,18 +58,20 @@ def decode(
     synchronise: bool = False,
     on_cache: Callable | None = None,
     verify: Callable[[DraftTree, torch.Tensor, int], Verdict] = verify,
+    plan: Plan | None = None,
 ) -> Iterator[Sequence[Row]]:
     """Runs `rows`, at most `slots` at a time, the next one entering as soon as one is done. Yields them all
     after every prompt pass and every cycle; their tokens grow in place.
 
     capacity: tokens that a slot can hold, prompt and new ones; by default what the largest row needs.
+    plan: how much to draft, cycle by cycle; without one every cycle drafts the drafter's whole tree.
     `on_cache(cache, drafter)` is called after each commit, to look at what the caches hold.
 
     Lossless: each token is the target's own choice at its position, whatever the drafter proposed.
     """
     slots = min(slots or len(rows), len(rows))
     needed = max(len(row.prompt) + row.budget for row in rows)
-    batch = Batch(target, drafter, slots, max(capacity or 0, needed), verify)
+    batch = Batch(target, drafter, slots, max(capacity or 0, needed), verify, plan)
     timings, clock = timings or Timings(), Clock(target.device, synchronise)
     waiting = collections.deque(rows)
     while waiting or batch.rows:
@@ -93,9 +96,15 @@ class Batch:
     `pending` until `settle` brings it into the caches: decided, and not yet run by anyone."""
 
     def __init__(
-        self, target: Target, drafter: Drafter | None, slots: int, capacity: int, verify: Callable
+        self,
+        target: Target,
+        drafter: Drafter | None,
+        slots: int,
+        capacity: int,
+        verify: Callable,
+        plan: Plan | None,
     ) -> None:
-        self.target, self.verify = target, verify
+        self.target, self.verify, self.plan = target, verify, plan
         nodes = drafter.shape.num_nodes if drafter else 1
         self.cache = target.new_cache(slots, capacity + nodes).empty_rows([])
         self.drafter = None
@@ -106,6 +115,8 @@ class Batch:
         self.rows: list[Row] = []
         self.root = torch.zeros(0, dtype=torch.int64, device=target.device)
         self.pending: Pending | None = None
+        self.deferred: list[Pending] = []  # committed, and not yet seen by the head
+        self.drafting = drafter is not None
         self._sampler: Sampler | None = None
 
     def admit(self, rows: list[Row]) -> None:
@@ -125,6 +136,7 @@ class Batch:
             row.take([token])
         self.settle()
         if draft:
+            self.catch_up()
             following = torch.cat([ids[:, 1:], ids[:, :1]], dim=1).scatter(
                 1, lengths[:, None] - 1, root
             )
@@ -136,24 +148,36 @@ class Batch:
         self.root, self._sampler = torch.cat([self.root, root[:, 0]]), None
 
     def settle(self) -> None:
-        """Bring what was gained into the caches: accepted slots move to the front, the head ingests."""
+        """Bring what was gained into the caches: accepted slots move to the front, the head ingests, now or
+        when it is next asked to draft."""
         pending, self.pending = self.pending, None
         if pending is None or not self.rows:
             return
-        counts = torch.tensor(pending.counts, device=self.target.device)
+        if self.drafting:
+            self.cache.commit(pending.path, pending.counts)
+        self.cache.advance(pending.counts, pending.host_counts)
+        last = (pending.counts - 1)[:, None]
+        self.root = pending.tokens.gather(1, last)[:, 0]
         if self.drafter is not None:
-            self.cache.commit(pending.path, counts)
-        self.cache.advance(counts, pending.counts)
-        self.root = pending.tokens.gather(1, (counts - 1)[:, None])[:, 0]
-        if self.drafter is not None:
-            self.drafter.ingest(pending.features, pending.tokens, counts, pending.counts)
+            self.deferred.append(pending)
+
+    def catch_up(self) -> None:
+        """The head ingests what was deferred."""
+        if self.deferred:
+            late, self.deferred = Pending.merge(self.deferred), []
+            self.drafter.ingest(late.features, late.tokens, late.counts, late.host_counts)
 
     def expand(self) -> DraftTree:
-        return self.drafter.expand(self.root) if self.drafter else DraftTree.root_only(self.root)
+        plan = self.plan
+        self.drafting = self.drafter is not None and (plan is None or plan.begin(len(self.rows)))
+        if not self.drafting:
+            return DraftTree.root_only(self.root)
+        self.catch_up()
+        return self.drafter.expand(self.root, *([] if plan is None else [plan]))
 
     def judge(self, tree: DraftTree) -> None:
         """One pass of the target over the tree: its choices, and what each row gains by them."""
-        draft = self.drafter is not None
+        draft = self.drafter is not None  # features are kept for it though it may not draft now
         logits, features = self.target.verify_tree(
             tree.tokens, tree.depth, tree.mask, self.cache, features=draft, counts=tree.counts
         )
@@ -177,7 +201,10 @@ class Batch:
         path = verdict.path[:, :K]
         if draft:
             features = features.gather(1, path[..., None].expand(-1, -1, features.shape[-1]))
-        self.pending = Pending(counts, path, verdict.tokens[:, :K], features)
+        count_tensor = torch.tensor(counts, device=self.target.device)
+        self.pending = Pending(counts, count_tensor, path, verdict.tokens[:, :K], features)
+        if self.plan is not None and self.drafting:
+            self.plan.observe(tree, verdict, sum(counts))
 
     def drop_finished(self) -> None:
         """Their slots become free; the others go on without them."""
@@ -194,21 +221,42 @@ class Batch:
         self.root, self._sampler = self.root[keep], None
         if self.pending is not None:
             self.pending = self.pending.select(keep)
+        self.deferred = [late.select(keep) for late in self.deferred]
 
 
 @dataclass
 class Pending:
-    """counts: tokens gained a row, at least one; path, tokens [b, K], features [b, K, F] or None."""
+    """Tokens gained: counts [b], at least one a row; path, tokens [b, K]; features [b, K, F] or None."""
 
-    counts: list[int]
+    host_counts: list[int]
+    counts: torch.Tensor
     path: torch.Tensor
     tokens: torch.Tensor
     features: torch.Tensor | None
 
     def select(self, keep: list[int]) -> Pending:
         features = None if self.features is None else self.features[keep]
-        counts = [self.counts[i] for i in keep]
-        return Pending(counts, self.path[keep], self.tokens[keep], features)
+        counts = [self.host_counts[i] for i in keep]
+        return Pending(counts, self.counts[keep], self.path[keep], self.tokens[keep], features)
+
+    @staticmethod
+    def merge(parts: list[Pending]) -> Pending:
+        """One behind the other, each row without gaps."""
+        if len(parts) == 1:
+            return parts[0]
+        tokens = torch.cat([p.tokens for p in parts], 1)
+        real = torch.cat(
+            [torch.arange(p.tokens.shape[1], device=tokens.device) < p.counts[:, None] for p in parts], 1
+        )
+        order = (~real).int().argsort(dim=1, stable=True)  # the real ones to the front, in order
+        features = torch.cat([p.features for p in parts], 1)
+        features = features.gather(1, order[..., None].expand(-1, -1, features.shape[-1]))
+        host_counts = [sum(counts) for counts in zip(*(p.host_counts for p in parts), strict=True)]
+        K = max(host_counts)
+        return Pending(
+            host_counts, sum(p.counts for p in parts), order[:, :K], tokens.gather(1, order)[:, :K],
+            features[:, :K],
+        )  # fmt: skip
 
 
 def sampler_of(rows: list[Row], device: torch.device) -> Sampler:

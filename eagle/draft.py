@@ -20,6 +20,7 @@ import torch
 from .attention import TreeContext
 from .cache import StaticKVCache
 from .head import Eagle3Head
+from .plan import Plan
 from .tree import DraftTree, TreeShape, rerank
 
 
@@ -68,12 +69,6 @@ class HeadDrafter:
         # fewer draft tokens than beams: nothing is left to fill the others with
         beams = min(shape.top_k, self.head.config.draft_vocab_size)
         self.shape = TreeShape(shape.total_token, shape.depth, beams)
-        k, depth = self.shape.top_k, self.shape.depth
-        device = self.head.fc.weight.device
-        self._levels = torch.cat(
-            [torch.ones(k, dtype=torch.int64), torch.arange(2, depth + 2).repeat_interleave(k * k)]
-        ).to(device)
-        self._eye = torch.eye(k, dtype=torch.bool, device=device)[None]
 
     @property
     def scratch(self) -> int:
@@ -157,35 +152,42 @@ class HeadDrafter:
         self.first = torch.where(gained, first, self.first)
         cache.advance(counts, host_counts)
 
-    def expand(self, root: torch.Tensor) -> DraftTree:
+    def expand(self, root: torch.Tensor, plan: Plan | None = None) -> DraftTree:
+        """root [b] -> the tree to verify: `shape`'s, or within it what `plan` finds worth its cost."""
         b, k, head, cache = root.shape[0], self.shape.top_k, self.head, self.cache
         best = self.first.topk(k)  # [b, k]
-        beam_score, beam_tokens = best.values, head.to_target(best.indices)
-        beam_place = torch.arange(1, k + 1, device=root.device).expand(b, k)
-        hidden = self.last[:, None].expand(b, k, -1)
-        tokens, scores, parents = [beam_tokens], [beam_score], [torch.zeros_like(beam_tokens)]
-        seen = self._eye.expand(b, k, k)  # [b, k, beams so far]
+        score, token = best.values, head.to_target(best.indices)
+        tokens, scores, parents = [token], [score], [torch.zeros_like(token)]
+        base = 1  # how many come before this level's candidates, the root included
         beam_positions = []
         for step in range(self.shape.depth):
-            positions = (cache.lengths + step)[:, None].expand(b, k)
-            beam_positions.append(positions)
-            context = TreeContext(cache, positions, seen, torch.cat(beam_positions, 1))
-            out, log_probs = self._pass(hidden, beam_tokens, context)  # [b, k, H], [b, k, D]
+            n = k if plan is None else plan.beams(score, k)
+            if n == 0:
+                break
+            beam_score, pick = score.topk(n)  # [b, n]
+            beam_place, beam_tokens = base + pick, token.gather(1, pick)
+            base += score.shape[1]
+            own = torch.eye(n, dtype=torch.bool, device=root.device).expand(b, n, n)
+            if step == 0:
+                hidden, seen = self.last[:, None].expand(b, n, -1), own
+            else:
+                origin = pick // k  # the beam of the level before that each beam continues
+                hidden = out.gather(1, origin[..., None].expand(b, n, out.shape[-1]))
+                inherited = seen.gather(1, origin[..., None].expand(b, n, seen.shape[-1]))
+                seen = torch.cat([inherited, own], dim=-1)  # [b, n, beams so far]
+            beam_positions.append((cache.lengths + step)[:, None].expand(b, n))
+            context = TreeContext(cache, beam_positions[-1], seen, torch.cat(beam_positions, 1))
+            out, log_probs = self._pass(hidden, beam_tokens, context)  # [b, n, H], [b, n, D]
             best = log_probs.topk(k)
-            score = (beam_score[..., None] + best.values).flatten(1)  # [b, k*k]
+            score = (beam_score[..., None] + best.values).flatten(1)  # [b, n*k]
             token = head.to_target(best.indices.flatten(1))
             tokens.append(token)
             scores.append(score)
             parents.append(beam_place.repeat_interleave(k, dim=1))
-            if step + 1 < self.shape.depth:
-                beam_score, pick = score.topk(k)
-                beam_place = 1 + k + step * k * k + pick
-                beam_tokens = token.gather(1, pick)
-                origin = pick // k
-                hidden = out.gather(1, origin[..., None].expand(b, k, out.shape[-1]))
-                inherited = seen.gather(1, origin[..., None].expand(b, k, seen.shape[-1]))
-                seen = torch.cat([inherited, self._eye.expand(b, k, k)], dim=-1)
+        sizes = torch.tensor([level.shape[1] for level in tokens], device=root.device)
+        depth = torch.arange(1, len(tokens) + 1, device=root.device).repeat_interleave(sizes)
+        scores = torch.cat(scores, 1)
         return rerank(
-            root, torch.cat(tokens, 1), torch.cat(parents, 1), torch.cat(scores, 1), self._levels,
-            self.shape.num_nodes, self.shape.levels,
+            root, torch.cat(tokens, 1), torch.cat(parents, 1), scores, depth, self.shape.num_nodes,
+            self.shape.levels, None if plan is None else plan.keep(scores),
         )  # fmt: skip

@@ -69,7 +69,7 @@ class HeadConfig:
             rope = rope.get("full_attention", next(iter(rope.values())))
         values = {
             "hidden_size": config.hidden_size,
-            "intermediate_size": config.intermediate_size,
+            "intermediate_size": mlp_width(config),
             "num_attention_heads": heads,
             "num_key_value_heads": getattr(config, "num_key_value_heads", None) or heads,
             "head_dim": getattr(config, "head_dim", None) or config.hidden_size // heads,
@@ -92,6 +92,14 @@ class HeadConfig:
     @classmethod
     def names(cls) -> set[str]:
         return {f.name for f in fields(cls)}
+
+
+def mlp_width(config) -> int:
+    """The width of the MLP under the names that families give it; GPT-2's default is four times the hidden."""
+    for name in ("intermediate_size", "ffn_dim", "n_inner"):
+        if getattr(config, name, None):
+            return getattr(config, name)
+    return 4 * config.hidden_size
 
 
 def default_feature_layers(num_layers: int) -> tuple[int, int, int]:

@@ -15,11 +15,14 @@ from pathlib import Path
 
 import torch
 
+from .compile import CompiledHead, CompiledTarget, cache_folder
+from .costs import CostTable
 from .decode import Timings, decode
 from .draft import Drafter, HeadDrafter
 from .errors import EagleError
 from .head import Eagle3Head
-from .options import Options, read_prompts
+from .options import Options, check_prompt, read_prompts
+from .plan import WIDEST, Acceptance, Plan
 from .request import Request, Row
 from .sampling import row_seeds
 from .target import EMBEDDED, Target
@@ -82,13 +85,17 @@ class EaModel:
         compile: str = "auto",
     ) -> None:
         self.target, self.head, self._tokenizer = target, head, tokenizer
-        self.compile = compile
+        self.compile, self.tree = compile, tree
+        self.plan: Plan | None = None  # of the last call with tree="auto"
+        self._costs: dict[str, CostTable] = {}
+        self._acceptance: dict[bool, Acceptance] = {}
         self._compiled: dict[str, tuple] = {}
         self.drafter = drafter
         if head is not None:
             target.set_feature_layers(head.config.feature_layers)
             head.eval().requires_grad_(False)
-            self.drafter = drafter or HeadDrafter(head, target.embed, TreeShape.parse(tree))
+            shape = WIDEST if tree == "auto" else TreeShape.parse(tree)
+            self.drafter = drafter or HeadDrafter(head, target.embed, shape)
 
     @classmethod
     def from_pretrained(
@@ -103,6 +110,7 @@ class EaModel:
         dtype: str | torch.dtype = "auto",
         device: str | torch.device | None = None,
         compile: str = "auto",
+        tree: TreeShape | str | None = None,
         **hf_kwargs,
     ) -> EaModel:
         """Load a target and its head; without paths, the embedded model and its head.
@@ -134,7 +142,7 @@ class EaModel:
             from .checkpoint import load_head
 
             head, _ = load_head(ea_model_path, target, dtype=target.dtype, device=target.device)
-        return cls(target, head, shape, compile=compile)
+        return cls(target, head, tree or shape, compile=compile)
 
     @property
     def tokenizer(self):
@@ -257,7 +265,8 @@ class EaModel:
         start = self._start(input_ids, attention_mask, lenient=True, **kwargs)
         shown = [0] * len(start.rows)
         told = [False] * len(start.rows)
-        for _ in start.steps:
+        # a row that is cancelled while nothing else runs ends without a further step
+        for _ in itertools.chain(start.steps, [None]):
             for i, row in enumerate(start.rows):
                 if len(row.tokens) > shown[i] or row.done and not told[i]:
                     tokens, shown[i], told[i] = row.tokens[shown[i] :], len(row.tokens), row.done
@@ -308,23 +317,29 @@ class EaModel:
         **options,
     ) -> Start:
         """lenient: a request that cannot be served gets its error and the others go on; else it is raised."""
-        common = Options.read(generation_config, **options)
+        common = Options().over(generation_config, **options)
         given, own = split_options(input_ids)
-        prompts = read_prompts(given, attention_mask, self.target.vocab_size)
+        prompts = read_prompts(given, attention_mask)
         seeds = row_seeds(seed, len(prompts))
-        if slots is not None and slots < 1:
-            raise EagleError(f"slots must be at least 1, not {slots}")
+        for name, value in (("slots", slots), ("capacity", capacity)):
+            if value is not None and not (isinstance(value, int) and value >= 1):
+                raise EagleError(f"{name} must be a whole number of at least 1, not {value!r}")
         if streamer is not None and len(prompts) != 1:
             raise EagleError("a streamer shows one row; give it a batch of one")
+        vocab_size, device = self.target.vocab_size, self.target.device
         eos = self._eos()
+        if lenient:  # a mistake that all requests would share is the caller's
+            common.request([0], 0, eos, lambda: self.tokenizer, device)
         rows = []
         for i, prompt in enumerate(prompts):
             row = Row(Request(prompt), 0)
             try:
+                check_prompt(i, prompt, vocab_size)
                 mine = dict(own[i])
-                row_seed = mine.pop("seed", seeds[i])
+                row_seed = mine.pop("seed", None)
+                row_seed = seeds[i] if row_seed is None else row_seeds([row_seed], 1)[0]
                 row.request = common.over(**mine).request(
-                    prompt, row_seeds([row_seed], 1)[0], eos, lambda: self.tokenizer
+                    prompt, row_seed, eos, lambda: self.tokenizer, device
                 )
                 row.budget = row.request.stopping.budget(len(prompt), self.target.max_positions)
                 if capacity is not None and lenient and len(prompt) + row.budget > capacity:
@@ -339,15 +354,23 @@ class EaModel:
             rows.append(row)
         live = [row for row in rows if not row.done]
         drafter = self._drafter(tree) if draft else None
+        target = self._compile(compile, drafter)
+        automatic = (self.tree if tree is None else tree) == "auto" and forced_acceptance is None
+        plan = None
+        if automatic and isinstance(drafter, HeadDrafter) and live:
+            longest = max(len(row.prompt) + row.budget // 2 for row in live)
+            plan = self._plan(target, drafter, compile, longest, live[0].request.sampling.greedy)
         steps = decode(
-            self._compile(compile, drafter), live, slots=slots, capacity=capacity, drafter=drafter,
+            target, live, slots=slots, capacity=capacity, drafter=drafter, plan=plan,
             timings=timings, synchronise=synchronise, on_cache=on_cache,
             verify=verify if forced_acceptance is None else functools.partial(force, forced_acceptance),
         )  # fmt: skip
-        steps = itertools.chain([rows], steps) if len(live) < len(rows) else steps
-        pad = next(
-            (p for p in (pad_token_id, self.target.config.pad_token_id) if isinstance(p, int)), None
-        )
+        if len(live) < len(rows):
+            steps = itertools.chain([rows], steps if live else [])
+        pads = (
+            pad_token_id, getattr(generation_config, "pad_token_id", None), self.target.config.pad_token_id
+        )  # fmt: skip
+        pad = next((p for p in pads if isinstance(p, int)), None)
         if pad is None:
             pad = min(eos) if eos else 0
         return Start(rows, show(steps, rows[0], streamer) if streamer else steps, pad)
@@ -356,10 +379,27 @@ class EaModel:
         """A drafter of its own for each call, so that interleaved calls do not share a cache."""
         if self.head is not None and self.target.feature_layers != self.head.config.feature_layers:
             self.target.set_feature_layers(self.head.config.feature_layers)
-        drafter = copy.copy(self.drafter)
-        if tree is not None and drafter is not None:
-            drafter.reshape(TreeShape.parse(tree))
+        drafter, tree = copy.copy(self.drafter), self.tree if tree is None else tree
+        if isinstance(drafter, HeadDrafter):
+            drafter.reshape(WIDEST if tree == "auto" else TreeShape.parse(tree))
         return drafter
+
+    def _plan(self, target, drafter, mode: str | None, context: int, greedy: bool) -> Plan:
+        """A plan for one call; what was learnt of acceptance is kept from call to call."""
+        mode = self.compile if mode is None else mode
+        table = self._costs.get(mode)
+        if table is None:
+            table = self._costs[mode] = CostTable(target, drafter, mode, cache_folder())
+        # greedy choices and samples accept differently
+        acceptance = self._acceptance.setdefault(greedy, Acceptance())
+        self.plan = Plan(lambda rows: table(rows, context), acceptance)
+        return self.plan
+
+    def explain(self) -> str:
+        """Why tree="auto" drafted as it did in the last call: costs, rates, break-even."""
+        if self.plan is None:
+            return 'no call with tree="auto" has been made'
+        return self.plan.explain()
 
     def prepare(self, compile: str | None = None, draft: bool = True) -> dict[str, float]:
         """Compile, or load from the disk, what `compile` needs; returns the seconds spent on each part, and
@@ -373,8 +413,6 @@ class EaModel:
         seconds: dict[str, float] = {}
         if mode != "max" or self.target.device.type != "cpu":
             return seconds
-        from .compile import CompiledHead, CompiledTarget
-
         # features are part of a package: another head's layers are another package
         wanted = {"target": (CompiledTarget, self.target, self.target.feature_layers)}
         if draft and isinstance(self.drafter, HeadDrafter):
@@ -426,10 +464,12 @@ class Start:
 
 def split_options(input_ids) -> tuple[object, list[dict]]:
     """Prompts, and the options that each brings along."""
+    if isinstance(input_ids, Iterator):
+        input_ids = list(input_ids)
     if isinstance(input_ids, (list, tuple)) and any(isinstance(p, dict) for p in input_ids):
         wrapped = [p if isinstance(p, dict) else {"input_ids": p} for p in input_ids]
-        if any("input_ids" not in p for p in wrapped):
-            raise EagleError('a request given as a dict needs "input_ids"')
+        if any("input_ids" not in p or isinstance(p["input_ids"], int) for p in wrapped):
+            raise EagleError('a request given as a dict needs "input_ids", a list of token ids')
         own = [{k: v for k, v in p.items() if k != "input_ids"} for p in wrapped]
         return [p["input_ids"] for p in wrapped], own
     return input_ids, collections.defaultdict(dict)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -24,9 +25,10 @@ SAME = (
 REFUSED = {
     "num_beams": 1, "num_beam_groups": 1, "num_return_sequences": 1, "penalty_alpha": None, "typical_p": 1.0,
     "epsilon_cutoff": 0.0, "eta_cutoff": 0.0, "top_h": None, "encoder_repetition_penalty": 1.0,
-    "guidance_scale": None, "sequence_bias": None, "min_length": 0, "max_time": None, "dola_layers": None,
+    "guidance_scale": 1.0, "sequence_bias": None, "min_length": 0, "max_time": None, "dola_layers": None,
     "forced_bos_token_id": None, "forced_eos_token_id": None, "begin_suppress_tokens": None,
     "exponential_decay_length_penalty": None, "watermarking_config": None, "renormalize_logits": False,
+    "encoder_no_repeat_ngram_size": 0, "remove_invalid_values": False, "token_healing": False,
 }  # fmt: skip
 
 
@@ -54,21 +56,32 @@ class Options:
     logits_processor: Any = None
     logprobs: bool = False
 
-    @classmethod
-    def read(cls, generation_config=None, **options) -> Options:
-        """Arguments of a call, over a GenerationConfig's. Unknown names are errors."""
-        known = {f.name for f in fields(cls)}
+    def __post_init__(self) -> None:
+        for name in ("temperature", "top_p", "min_p", "repetition_penalty"):
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, Real)):
+                raise EagleError(f"{name} must be a number, not {value!r}")
+        for name in ("top_k", "min_new_tokens", "no_repeat_ngram_size"):
+            value = getattr(self, name)
+            if value is not None and not (isinstance(value, Integral) and value >= 0):
+                raise EagleError(f"{name} must be a whole number >= 0 (0 is off), not {value!r}")
+
+    def over(self, generation_config=None, **options) -> Options:
+        """These options under those of a GenerationConfig, and both under the arguments of a call.
+        Unknown names are errors."""
+        known = {f.name for f in fields(self)}
         if unknown := sorted(set(options) - known):
             raise EagleError(
                 f"unknown option {', '.join(unknown)}; use some of {', '.join(sorted(known))}"
             )
+        options = {k: v for k, v in options.items() if v is not None}
         values = {} if generation_config is None else read_config(generation_config)
-        return cls(**{**values, **{k: v for k, v in options.items() if v is not None}})
-
-    def over(self, **options) -> Options:
-        """These options with some replaced."""
-        Options.read(**options)
-        return replace(self, **{k: v for k, v in options.items() if v is not None})
+        if "max_new_tokens" in options:
+            values.pop("max_length", None)  # as in transformers, new tokens win
+        merged = {**values, **options}
+        if "temperature" in options and "do_sample" not in options:
+            merged["do_sample"] = None  # the temperature says it, whatever was said further out
+        return replace(self, **merged)
 
     @property
     def sampling(self) -> SamplingParams:
@@ -82,18 +95,20 @@ class Options:
         temperature = temperature or 0.0
         return SamplingParams(temperature, self.top_k or 0, self.top_p or 0.0, self.min_p or 0.0)
 
-    def request(self, prompt: list[int], seed: int, eos: frozenset[int], tokenizer) -> Request:
-        """eos: the model's own end tokens, for when none are named. tokenizer(): called for stop strings."""
+    def request(
+        self, prompt: list[int], seed: int, eos: frozenset[int], tokenizer, device
+    ) -> Request:
+        """eos: the model's own end tokens, for when none are named. tokenizer(): called for stop strings.
+        device: of the logits that processors will see."""
         if self.eos_token_id is not None:
-            ids = self.eos_token_id
-            eos = frozenset(i for i in ([ids] if isinstance(ids, int) else ids) if i >= 0)
+            eos = end_tokens(self.eos_token_id)
         stop = stopper(self.stop_strings, tokenizer) if self.stop_strings else None
         return Request(
             prompt, self.sampling, seed, Stopping(self.max_new_tokens, eos, stop, self.max_length),
-            self._processor(len(prompt), eos), self.logprobs,
+            self._processor(len(prompt), eos, device), self.logprobs,
         )  # fmt: skip
 
-    def _processor(self, prompt_length: int, eos: frozenset[int]):
+    def _processor(self, prompt_length: int, eos: frozenset[int], device):
         """transformers' own processors for what is asked, in its order; None where nothing is."""
         from transformers.generation import logits_process as hf
 
@@ -110,13 +125,11 @@ class Options:
                     f"min_new_tokens {self.min_new_tokens} is above max_new_tokens {self.max_new_tokens}"
                 )
             if eos:
-                found.append(
-                    hf.MinNewTokensLengthLogitsProcessor(
-                        prompt_length, self.min_new_tokens, sorted(eos)
-                    )
-                )
+                least = (prompt_length, self.min_new_tokens, sorted(eos))
+                found.append(checked(hf.MinNewTokensLengthLogitsProcessor, *least, device=device))
         if self.suppress_tokens:
-            found.append(checked(hf.SuppressTokensLogitsProcessor, self.suppress_tokens))
+            make = hf.SuppressTokensLogitsProcessor
+            found.append(checked(make, self.suppress_tokens, device=device))
         given = self.logits_processor
         if given is not None:
             given = given if isinstance(given, (list, tuple)) else [given]
@@ -128,15 +141,28 @@ class Options:
         return found or None
 
 
-def checked(make, *args):
+def end_tokens(ids: int | Sequence[int]) -> frozenset[int]:
+    """Negative ids, and an empty list, mean none."""
+    ids = ids.tolist() if hasattr(ids, "tolist") else ids
+    ids = [ids] if isinstance(ids, int) else ids
+    if not isinstance(ids, (list, tuple, set, frozenset)) or any(
+        not isinstance(i, int) for i in ids
+    ):
+        raise EagleError(f"eos_token_id must be a token id or a list of them, not {ids!r}")
+    return frozenset(i for i in ids if i >= 0)
+
+
+def checked(make, *args, **options):
     try:
-        return make(*args)
+        return make(*args, **options)
     except (ValueError, TypeError) as error:
         raise EagleError(str(error)) from error
 
 
 def read_config(config) -> dict:
     """The options that a transformers GenerationConfig asks for; what we do not honour is refused."""
+    if not hasattr(config, "max_new_tokens"):
+        raise EagleError(f"generation_config must be a transformers GenerationConfig, not {config!r}")
     for name, off in REFUSED.items():
         value = getattr(config, name, off)
         if value not in (off, None, False):
@@ -146,12 +172,8 @@ def read_config(config) -> dict:
             )
     values = {name: getattr(config, name, None) for name in SAME}
     values = {k: v for k, v in values.items() if v is not None}
-    if not values.get("do_sample"):
-        values = {
-            k: v for k, v in values.items() if k not in ("temperature", "top_k", "top_p", "min_p")
-        }
-    elif "temperature" not in values:
-        values["temperature"] = 1.0
+    # what transformers puts in for what a config leaves open
+    values = {"do_sample": False, "temperature": 1.0, "top_k": 50, **values}
     if "max_new_tokens" in values:  # transformers: the length in new tokens wins
         values.pop("max_length", None)
     elif "max_length" in values:
@@ -180,7 +202,7 @@ def stopper(strings: str | Sequence[str], tokenizer):
     return stop
 
 
-def read_prompts(input_ids, attention_mask, vocab_size: int) -> list[list[int]]:
+def read_prompts(input_ids, attention_mask) -> list[list[int]]:
     """[B, T] with a mask, or a list of lists, or one list -> token lists without padding."""
     if input_ids is None or isinstance(input_ids, int):
         raise EagleError(
@@ -225,11 +247,13 @@ def read_prompts(input_ids, attention_mask, vocab_size: int) -> list[list[int]]:
                 )
     if not prompts:
         raise EagleError("the batch is empty; give at least one prompt")
-    for row, prompt in enumerate(prompts):
-        if not prompt:
-            raise EagleError(f"prompt {row} is empty; give at least one token")
-        if min(prompt) < 0 or max(prompt) >= vocab_size:
-            raise EagleError(
-                f"prompt {row} has token ids outside 0 … {vocab_size - 1}; use the target's tokenizer"
-            )
     return [list(p) for p in prompts]
+
+
+def check_prompt(row: int, prompt: list[int], vocab_size: int) -> None:
+    if not prompt:
+        raise EagleError(f"prompt {row} is empty; give at least one token")
+    if min(prompt) < 0 or max(prompt) >= vocab_size:
+        raise EagleError(
+            f"prompt {row} has token ids outside 0 … {vocab_size - 1}; use the target's tokenizer"
+        )

@@ -97,6 +97,8 @@ class Row:
 
     def take(self, gained: list[int]) -> int:
         """Append what this row may still have of `gained`; returns how many."""
+        if self.done:  # given up, or its processor failed: what was chosen since is not its own
+            return 0
         stopping = self.request.stopping
         gained = gained[: self.budget - len(self.tokens)]
         for place, token in enumerate(gained):

@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 
 from .errors import EagleError
 
@@ -111,27 +112,44 @@ def rerank(
     depth: torch.Tensor,
     num_nodes: int,
     levels: int,
+    worth: torch.Tensor | None = None,
 ) -> DraftTree:
     """Keep the best num_nodes - 1 of P candidates, every one with its parent.
 
     root [B]; tokens, parents, scores [B, P]; depth [P]. A parent is named by its candidate's place plus
     one, 0 being the root. Candidates are ordered by level, so with a stable sort a parent, whose
     cumulative log-probability is never below its child's, is always picked before it.
+    worth [B, P] bool: keep only these, however few; it must hold for a parent where it holds for a child.
     """
-    keep = scores.sort(dim=-1, descending=True, stable=True).indices[:, : num_nodes - 1]
-    keep = keep.sort(dim=-1).values  # [B, N-1]: by level, parents first
     B, P = scores.shape
-    place = torch.zeros((B, P + 1), dtype=torch.int64, device=root.device)
-    order = torch.arange(1, num_nodes, device=root.device).expand_as(keep)
+    device = root.device
+    if worth is not None:
+        scores = scores.masked_fill(~worth, float("-inf"))
+    keep = scores.sort(dim=-1, descending=True, stable=True).indices[:, : num_nodes - 1]
+    counts = None
+    if worth is not None:
+        found = worth.sum(1).clamp_max(num_nodes - 1)
+        host = found.tolist()
+        keep = keep[:, : max(host)]
+        # what is not worth it goes to the end, to a candidate P that stands for nothing
+        keep = keep.masked_fill(torch.arange(keep.shape[1], device=device) >= found[:, None], P)
+        counts = [1 + n for n in host] if min(host) < max(host) else None
+        tokens, parents, scores = (
+            F.pad(x, (0, 1), value=v) for x, v in ((tokens, -1), (parents, 0), (scores, 0.0))
+        )
+        depth = F.pad(depth, (0, 1))
+    keep = keep.sort(dim=-1).values  # [B, N-1]: by level, parents first
+    place = torch.zeros((B, P + 2), dtype=torch.int64, device=device)
+    order = torch.arange(1, keep.shape[1] + 1, device=device).expand_as(keep)
     place.scatter_(1, keep + 1, order)  # candidate -> node
     new_parents = place.gather(1, parents.gather(1, keep))
-    zero = torch.zeros((B, 1), dtype=torch.int64, device=root.device)
+    zero = torch.zeros((B, 1), dtype=torch.int64, device=device)
     new_parents = torch.cat([zero, new_parents], dim=1)
-    node_depth = torch.cat([zero, depth[keep]], dim=1)
     return DraftTree(
         tokens=torch.cat([root[:, None], tokens.gather(1, keep)], dim=1),
         parents=new_parents,
-        depth=node_depth,
+        depth=torch.cat([zero, depth[keep]], dim=1),
         mask=ancestors(new_parents, levels),
         scores=torch.cat([zero.float(), scores.gather(1, keep)], dim=1),
+        counts=counts,
     )

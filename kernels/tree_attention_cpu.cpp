@@ -13,8 +13,13 @@
 #include <torch/types.h>
 
 #include <cmath>
+#include <cstring>
 #include <limits>
 #include <vector>
+
+#ifdef __AVX512BF16__
+#include <immintrin.h>
+#endif
 
 namespace {
 
@@ -88,6 +93,117 @@ inline float widen(float x) { return x; }
 inline float widen(c10::BFloat16 x) { return static_cast<float>(x); }
 inline float widen(c10::Half x) { return static_cast<float>(x); }
 
+// The two products of a block, in float32: keys transposed to [D, BLOCK], queries and weights as they are.
+template <typename scalar>
+struct Products {
+  static void query(const scalar* from, int64_t D, float* line) {
+    for (int64_t d = 0; d < D; ++d) line[d] = widen(from[d]);
+  }
+  static void keys(const scalar* K, int64_t width, int64_t D, float* Kt) {
+    for (int64_t d = 0; d < D; ++d) {
+      for (int64_t s = 0; s < width; ++s) Kt[d * BLOCK + s] = widen(K[s * D + d]);
+      for (int64_t s = width; s < BLOCK; ++s) Kt[d * BLOCK + s] = 0;
+    }
+  }
+  static void values(const scalar* V, int64_t width, int64_t D, int64_t Dp, float* to) {
+    for (int64_t s = 0; s < width; ++s) {
+      for (int64_t d = 0; d < D; ++d) to[s * Dp + d] = widen(V[s * D + d]);
+      for (int64_t d = D; d < Dp; ++d) to[s * Dp + d] = 0;
+    }
+  }
+  static void scores(int64_t lines, const float* Q, const float* Kt, int64_t D, int64_t Dp, float* S) {
+    multiply_lines(lines, Q, Dp, Kt, BLOCK, D, S, BLOCK, false);
+  }
+  static void weigh(int64_t lines, float* S, const float* V, int64_t width, int64_t Dp, float* acc) {
+    for (int64_t d = 0; d < Dp; d += BLOCK)
+      multiply_lines(lines, S, BLOCK, V + d, Dp, width, acc + d, Dp, true);
+  }
+};
+
+#ifdef __AVX512BF16__
+// The same with pairs of bf16 in a 32-bit word and vdpbf16ps, which adds both products to a float32.
+template <int ROWS>
+inline void multiply_pairs(const uint32_t* a, int64_t lda, const uint32_t* b, int64_t ldb, int64_t pairs,
+                           float* c, int64_t ldc, bool add) {
+  __m512 sum[ROWS][4];
+  for (int r = 0; r < ROWS; ++r)
+    for (int j = 0; j < 4; ++j) sum[r][j] = add ? _mm512_loadu_ps(c + r * ldc + 16 * j) : _mm512_setzero_ps();
+  for (int64_t k = 0; k < pairs; ++k) {
+    __m512bh line[4];
+    for (int j = 0; j < 4; ++j) line[j] = (__m512bh)_mm512_loadu_si512(b + k * ldb + 16 * j);
+    for (int r = 0; r < ROWS; ++r) {
+      const __m512bh x = (__m512bh)_mm512_set1_epi32(a[r * lda + k]);
+      for (int j = 0; j < 4; ++j) sum[r][j] = _mm512_dpbf16_ps(sum[r][j], x, line[j]);
+    }
+  }
+  for (int r = 0; r < ROWS; ++r)
+    for (int j = 0; j < 4; ++j) _mm512_storeu_ps(c + r * ldc + 16 * j, sum[r][j]);
+}
+
+void multiply_pair_lines(int64_t lines, const uint32_t* a, int64_t lda, const uint32_t* b, int64_t ldb,
+                         int64_t pairs, float* c, int64_t ldc, bool add) {
+  int64_t r = 0;
+  for (; r + 4 <= lines; r += 4)
+    multiply_pairs<4>(a + r * lda, lda, b, ldb, pairs, c + r * ldc, ldc, add);
+  a += r * lda, c += r * ldc;
+  if (lines - r == 3) multiply_pairs<3>(a, lda, b, ldb, pairs, c, ldc, add);
+  if (lines - r == 2) multiply_pairs<2>(a, lda, b, ldb, pairs, c, ldc, add);
+  if (lines - r == 1) multiply_pairs<1>(a, lda, b, ldb, pairs, c, ldc, add);
+}
+
+template <>
+struct Products<c10::BFloat16> {
+  static void query(const c10::BFloat16* from, int64_t D, float* line) {
+    auto* to = reinterpret_cast<uint16_t*>(line);
+    std::memcpy(to, from, D * 2);
+    if (D % 2) to[D] = 0;
+  }
+  static void keys(const c10::BFloat16* K, int64_t width, int64_t D, float* Kt) {
+    auto* to = reinterpret_cast<uint32_t*>(Kt);
+    const int64_t pairs = (D + 1) / 2;
+    for (int64_t s = 0; s < width; ++s) {
+      const auto* from = reinterpret_cast<const uint16_t*>(K + s * D);
+      for (int64_t d = 0; d < D / 2; ++d) {
+        uint32_t pair;
+        std::memcpy(&pair, from + 2 * d, 4);
+        to[d * BLOCK + s] = pair;
+      }
+      if (D % 2) to[(pairs - 1) * BLOCK + s] = from[D - 1];
+    }
+    for (int64_t d = 0; d < pairs; ++d)
+      for (int64_t s = width; s < BLOCK; ++s) to[d * BLOCK + s] = 0;
+  }
+  static void values(const c10::BFloat16* V, int64_t width, int64_t D, int64_t Dp, float* packed) {
+    auto* to = reinterpret_cast<uint32_t*>(packed);
+    const auto* from = reinterpret_cast<const uint16_t*>(V);
+    for (int64_t s = 0; s < width; s += 2, to += Dp) {
+      const uint16_t *even = from + s * D, *odd = even + D;
+      if (s + 1 < width)
+        for (int64_t d = 0; d < D; ++d) to[d] = even[d] | static_cast<uint32_t>(odd[d]) << 16;
+      else
+        for (int64_t d = 0; d < D; ++d) to[d] = even[d];
+      for (int64_t d = D; d < Dp; ++d) to[d] = 0;
+    }
+  }
+  static void scores(int64_t lines, const float* Q, const float* Kt, int64_t D, int64_t Dp, float* S) {
+    multiply_pair_lines(lines, reinterpret_cast<const uint32_t*>(Q), Dp,
+                        reinterpret_cast<const uint32_t*>(Kt), BLOCK, (D + 1) / 2, S, BLOCK, false);
+  }
+  static void weigh(int64_t lines, float* S, const float* V, int64_t width, int64_t Dp, float* acc) {
+    for (int64_t r = 0; r < lines; ++r) {  // the weights of a line become bf16 in its own place
+      float* line = S + r * BLOCK;
+      for (int64_t s = 0; s < BLOCK; s += 32) {
+        const __m512 low = _mm512_loadu_ps(line + s), high = _mm512_loadu_ps(line + s + 16);
+        _mm512_storeu_si512(line + s / 2, (__m512i)_mm512_cvtne2ps_pbh(high, low));
+      }
+    }
+    for (int64_t d = 0; d < Dp; d += BLOCK)
+      multiply_pair_lines(lines, reinterpret_cast<const uint32_t*>(S), BLOCK,
+                          reinterpret_cast<const uint32_t*>(V) + d, Dp, (width + 1) / 2, acc + d, Dp, true);
+  }
+};
+#endif
+
 // What holds for every layer of a pass. mask [b, N, M] and tree_positions [b, M] describe the tree's slots;
 // starts [b + 1] says which packed tokens are a row's.
 struct Pass {
@@ -131,7 +247,9 @@ void attend_typed(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
       }
 
   at::parallel_for(0, b * Hkv * tiles, 1, [&](int64_t from, int64_t till) {
-    std::vector<float> space(LINES * Dp * 2 + BLOCK * Dp * 2 + LINES * BLOCK + 2 * LINES);
+    thread_local std::vector<float> space;  // kept: zeroing it anew costs more than a small pass
+    space.resize(std::max<size_t>(
+        space.size(), LINES * Dp * 2 + BLOCK * Dp * 2 + LINES * BLOCK + 2 * LINES));
     float* Q = space.data();           // [lines, Dp]
     float* acc = Q + LINES * Dp;       // [lines, Dp]
     float* Kt = acc + LINES * Dp;      // [Dp, BLOCK]
@@ -151,8 +269,7 @@ void attend_typed(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
       int64_t lowest = std::numeric_limits<int64_t>::max();  // the oldest position any line looks at
       for (int64_t r = 0; r < lines; ++r) {
         const int64_t token = (first + r) / G, head = h * G + (first + r) % G;
-        const scalar* from_q = qp + head * q_head + (starts[i] + token) * q_token;
-        for (int64_t d = 0; d < D; ++d) Q[r * Dp + d] = widen(from_q[d]) * scaling;
+        Products<scalar>::query(qp + head * q_head + (starts[i] + token) * q_token, D, Q + r * Dp);
         lowest = std::min(lowest, places[i * M + M - N + token] - window + 1);
         top[r] = -std::numeric_limits<float>::infinity();
         mass[r] = 0;
@@ -161,18 +278,13 @@ void attend_typed(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
       const int64_t begin = window ? std::max<int64_t>(0, std::min(lowest, prefix)) / BLOCK * BLOCK : 0;
       for (int64_t s0 = begin; s0 < end; s0 += BLOCK) {
         const int64_t width = std::min(BLOCK, end - s0);
-        for (int64_t d = 0; d < D; ++d) {
-          for (int64_t s = 0; s < width; ++s) Kt[d * BLOCK + s] = widen(K0[(s0 + s) * D + d]);
-          for (int64_t s = width; s < BLOCK; ++s) Kt[d * BLOCK + s] = 0;
-        }
-        for (int64_t s = 0; s < width; ++s) {
-          for (int64_t d = 0; d < D; ++d) V[s * Dp + d] = widen(V0[(s0 + s) * D + d]);
-          for (int64_t d = D; d < Dp; ++d) V[s * Dp + d] = 0;
-        }
-        multiply_lines(lines, Q, Dp, Kt, BLOCK, D, S, BLOCK, false);
+        Products<scalar>::keys(K0 + s0 * D, width, D, Kt);
+        Products<scalar>::values(V0 + s0 * D, width, D, Dp, V);
+        Products<scalar>::scores(lines, Q, Kt, D, Dp, S);
         for (int64_t r = 0; r < lines; ++r) {
           float* score = S + r * BLOCK;
           const int64_t token = (first + r) / G;
+          for (int64_t s = 0; s < BLOCK; s += 16) store(score + s, load(score + s) * all(scaling));
           if (softcap > 0)
             for (int64_t s = 0; s < width; ++s) score[s] = softcap * std::tanh(score[s] / softcap);
           const bool* seen = mask + (i * N + token) * M;
@@ -187,8 +299,13 @@ void attend_typed(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
             }
           }
           for (int64_t s = width; s < BLOCK; ++s) score[s] = -std::numeric_limits<float>::infinity();
+          v16 peak = load(score);
+          for (int64_t s = 16; s < BLOCK; s += 16) {
+            const v16 next = load(score + s);
+            peak = next > peak ? next : peak;
+          }
           float best = top[r];
-          for (int64_t s = 0; s < width; ++s) best = std::max(best, score[s]);
+          for (int lane = 0; lane < 16; ++lane) best = std::max(best, peak[lane]);
           if (best == -std::numeric_limits<float>::infinity()) {  // nothing to see so far
             for (int64_t s = 0; s < BLOCK; ++s) score[s] = 0;
             continue;
@@ -207,8 +324,7 @@ void attend_typed(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
           if (shrink != 1.0f)
             for (int64_t d = 0; d < Dp; ++d) acc[r * Dp + d] *= shrink;
         }
-        for (int64_t d = 0; d < Dp; d += BLOCK)
-          multiply_lines(lines, S, BLOCK, V + d, Dp, width, acc + d, Dp, true);
+        Products<scalar>::weigh(lines, S, V, width, Dp, acc);
       }
       for (int64_t r = 0; r < lines; ++r) {
         const int64_t token = (first + r) / G, head = h * G + (first + r) % G;

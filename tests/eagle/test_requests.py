@@ -1,0 +1,517 @@
+"""Many requests over few slots: each is served as if it were alone, and none can harm another."""
+
+import pytest
+import torch
+from engine_helpers import ScriptedDrafter, head_model, make_prompts, new_tokens, plain
+from transformers import GenerationConfig, TextStreamer
+
+from eagle.errors import EagleError
+from eagle.model import EaModel
+
+LENGTHS = (9, 3, 14, 1, 6, 22, 2, 11, 5, 1, 17, 8, 4)
+PROMPTS = make_prompts(LENGTHS)
+NEW = 16
+SAMPLED = {"temperature": 1.3, "top_p": 0.95, "seed": 70}
+
+
+def tokens(rows):
+    return [row.tokens for row in rows]
+
+
+def alone(model, requests, **options):
+    """Each request in a call of its own."""
+    out = []
+    for request in requests:
+        request = request if isinstance(request, dict) else {"input_ids": request}
+        own = {**options, **{k: v for k, v in request.items() if k != "input_ids"}}
+        out.append(new_tokens(model.generate([request["input_ids"]], **own))[0])
+    return out
+
+
+@pytest.fixture(scope="module")
+def model(llama):
+    return head_model(llama, "8,4,2", draft_vocab=128)
+
+
+@pytest.fixture(scope="module")
+def answers(llama):
+    return plain(llama, PROMPTS, max_new_tokens=NEW)
+
+
+class Letters:
+    """Token 3 -> "d" and so on; a token is one letter."""
+
+    def decode(self, ids, **_):
+        return "".join(chr(97 + i % 26) for i in ids)
+
+
+class Broken:
+    def decode(self, ids, **_):
+        raise RuntimeError("no such piece")
+
+
+def broken_processor(after):
+    """Works until the context is longer than `after` tokens."""
+
+    def process(ids, scores):
+        if ids.shape[1] > after:
+            raise RuntimeError("out of ideas")
+        return scores
+
+    return process
+
+
+@pytest.mark.parametrize("draft", [True, False], ids=["head", "plain"])
+@pytest.mark.parametrize("sampling", [{}, SAMPLED], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_more_requests_than_slots(targets, family, sampling, draft):
+    model = head_model(targets(family), "8,4,2", draft_vocab=128)
+    rows = model.generate_many(PROMPTS, slots=3, max_new_tokens=NEW, draft=draft, **sampling)
+    assert len({tuple(t) for t in tokens(rows)}) == len(PROMPTS)
+    for i, (row, prompt) in enumerate(zip(rows, PROMPTS, strict=True)):
+        own = {**sampling, "seed": 70 + i} if sampling else {}
+        one = model.generate([prompt], max_new_tokens=NEW, draft=False, **own).rows[0]
+        assert row.tokens == one.tokens and row.prompt == prompt
+        assert row.finish_reason == "length" and row.error is None
+
+
+@pytest.mark.parametrize("slots", [1, 2, 5, 13, 40])
+def test_any_number_of_slots(model, answers, slots):
+    assert tokens(model.generate_many(PROMPTS, slots=slots, max_new_tokens=NEW)) == answers
+
+
+def test_a_seed_for_each_request(model):
+    seeds = [2**62, 5, -7, 8, 9]
+    prompts = PROMPTS[:5]
+    options = dict(max_new_tokens=NEW, temperature=1.3)
+    many = tokens(model.generate_many(prompts, slots=2, seed=seeds, **options))
+    own = [{"input_ids": p, "seed": s} for p, s in zip(prompts, seeds, strict=True)]
+    assert many == tokens(model.generate_many(own, slots=3, seed=1, **options))
+    assert many == alone(model, own, **options)
+    # a request without a seed of its own has the call's
+    own[1].pop("seed"), own[2].update(seed=None)
+    mixed = tokens(model.generate_many(own, slots=3, seed=1, **options))
+    expected = [{**own[1], "seed": 2}, {**own[2], "seed": 3}]
+    assert mixed == [many[0], *alone(model, expected, **options), *many[3:]]
+
+
+def test_as_completed(llama, answers):
+    """Plain decoding, so that the number of passes is known: short ones come first."""
+    limits = [16, 2, 7, 1, 12, 3, 5, 1, 9, 2, 4, 6, 8]
+    requests = [{"input_ids": p, "max_new_tokens": n} for p, n in zip(PROMPTS, limits, strict=True)]
+    model = EaModel(llama)
+    seen = list(model.generate_many(requests, slots=3, as_completed=True))
+    assert sorted(i for i, _ in seen) == list(range(len(PROMPTS)))
+    for i, row in seen:
+        assert row.done and row.tokens == answers[i][: limits[i]]
+    place = {i: n for n, (i, _) in enumerate(seen)}
+    # 1 ends first; 2 (7 tokens) long before 0 (16), which shared the first three slots with it
+    assert place[1] == 0 and place[3] < place[2] < place[0]
+    assert [i for i, _ in seen] != sorted(place)
+
+
+def test_as_completed_gives_a_row_before_the_others_are_done(model):
+    requests = [
+        {"input_ids": p, "max_new_tokens": 3 + 40 * (i == 0)} for i, p in enumerate(PROMPTS)
+    ]
+    rows = model.generate_many(requests, slots=2, as_completed=True)
+    index, row = next(rows)
+    assert index != 0 and row.done
+    assert 0 in [i for i, _ in rows]
+
+
+def passes(model, requests, **options):
+    """Cycles of the loop, a pass of the target each; prompts' passes are not counted."""
+    count = 0
+
+    def tick(cache, drafter):
+        nonlocal count
+        count += 1
+
+    rows = model.generate_many(requests, on_cache=tick, **options)
+    return rows, count
+
+
+def test_a_free_slot_is_filled_at_once(llama):
+    limits = [31, 4, 4, 4, 4, 4, 4, 4, 4, 4, 4, 4, 4]
+    requests = [{"input_ids": p, "max_new_tokens": n} for p, n in zip(PROMPTS, limits, strict=True)]
+    rows, count = passes(EaModel(llama), requests, slots=3)
+    assert [len(row.tokens) for row in rows] == limits
+    # two slots serve the 12 short requests, 3 cycles each, beside the long one's 30
+    assert count == 30
+    in_turn = sum(passes(EaModel(llama), requests[i : i + 3], slots=3)[1] for i in range(0, 13, 3))
+    assert in_turn == 30 + 4 * 3
+
+
+def test_drafts_that_are_always_right_in_refilled_slots(llama, answers):
+    """The scripted drafter knows one answer a slot: with a single slot it is used again and again."""
+    prompt, answer = PROMPTS[0], answers[0]
+    drafter = ScriptedDrafter([answer], True, "6,4,1")
+    rows = EaModel(llama, drafter=drafter).generate_many([prompt] * 4, slots=1, max_new_tokens=NEW)
+    assert tokens(rows) == [answer] * 4
+    assert all(row.cycles == 3 and row.tau == 5 for row in rows)  # 1 + 3 cycles of 5
+
+
+def test_options_of_a_requests_own(llama, model):
+    model = head_model(llama, "8,4,2", draft_vocab=128)
+    model._tokenizer = text = Letters()
+    plain_answers = plain(llama, PROMPTS, max_new_tokens=30)
+    stop = text.decode(plain_answers[4])[6:9]
+    eos = plain_answers[6][5]
+
+    def ban(ids, scores):
+        return scores.index_fill(-1, torch.tensor(plain_answers[8][2]), -float("inf"))
+
+    own = {
+        1: {"temperature": 1.3, "seed": 5},
+        2: {"temperature": 0.7, "top_k": 20, "top_p": 0.9, "min_p": 0.01, "seed": 6},
+        3: {"max_new_tokens": 4},
+        4: {"stop_strings": stop},
+        5: {"do_sample": True, "seed": 9},
+        6: {"eos_token_id": eos},
+        8: {"logits_processor": ban},
+        9: {"repetition_penalty": 1.6, "logprobs": True},
+        10: {"max_length": len(PROMPTS[10]) + 7},
+        11: {"generation_config": GenerationConfig(max_new_tokens=9, no_repeat_ngram_size=2)},
+    }
+    requests = [{"input_ids": p, **own[i]} if i in own else p for i, p in enumerate(PROMPTS)]
+    rows = model.generate_many(requests, slots=4, max_new_tokens=30)
+    assert [row.error for row in rows] == [None] * len(rows)
+    assert tokens(rows) == alone(model, requests, max_new_tokens=30, draft=False)
+    changed = {i for i, row in enumerate(rows) if row.tokens != plain_answers[i]}
+    assert changed - set(own) == set() and changed >= {1, 2, 3, 4, 5, 6, 8, 10}
+    assert [len(rows[i].tokens) for i in (3, 10)] == [4, 7]
+    assert rows[4].finish_reason == "stop" and rows[6].finish_reason == "eos"
+    assert plain_answers[8][2] not in rows[8].tokens
+    assert len(rows[9].logprobs) == 30 and not rows[0].logprobs
+
+
+def test_a_requests_options_win_over_the_calls(model):
+    requests = [
+        {"input_ids": PROMPTS[0], "temperature": 0.0},
+        {"input_ids": PROMPTS[1], "do_sample": False},
+        PROMPTS[2],
+    ]
+    for common in (
+        {"temperature": 1.3},
+        {"do_sample": True, "temperature": 1.3},
+        {"generation_config": GenerationConfig(do_sample=True, temperature=1.3, top_k=0)},
+    ):
+        rows = model.generate_many(requests, slots=2, seed=3, max_new_tokens=8, **common)
+        greedy = alone(model, PROMPTS[:2], max_new_tokens=8)
+        sampled = alone(model, PROMPTS[2:3], max_new_tokens=8, temperature=1.3, seed=5)
+        assert tokens(rows) == greedy + sampled
+    # and the other way round: one request that samples among greedy ones
+    requests = [{"input_ids": PROMPTS[0], "temperature": 1.3, "seed": 5}, PROMPTS[1]]
+    rows = model.generate_many(requests, do_sample=False, max_new_tokens=8)
+    assert tokens(rows) == alone(model, requests, max_new_tokens=8)
+    assert rows[0].tokens != alone(model, PROMPTS[:1], max_new_tokens=8)[0]
+
+
+def test_prompts_in_any_form(model, answers):
+    some, expected = PROMPTS[:3], [a[:5] for a in answers[:3]]
+
+    def run(prompts):
+        return tokens(model.generate_many(prompts, slots=2, max_new_tokens=5))
+
+    assert run(torch.tensor(p) for p in some) == expected
+    assert run(iter([{"input_ids": p} for p in some])) == expected
+    assert run(tuple(map(tuple, some))) == expected
+    assert run([some[0], {"input_ids": torch.tensor(some[1])}, some[2]]) == expected
+    assert run(torch.tensor([some[0]])) == expected[:1]
+
+
+def test_cancelling_a_row(model, answers):
+    """Rows 1 and 4 are given up when they show their first tokens: one of the first three, and one that
+    waited for a slot."""
+    got, last, done = {}, {}, []
+    for span in model.stream(PROMPTS, slots=3, max_new_tokens=NEW):
+        got[span.index] = got.get(span.index, []) + span.tokens
+        last[span.index] = span.row
+        done += [span.index] * span.row.done
+        if span.index in (1, 4):
+            span.row.cancel()
+    for i, answer in enumerate(answers):
+        assert got[i] == last[i].tokens
+        if i in (1, 4):
+            assert last[i].finish_reason == "cancelled" and got[i] == answer[:1]
+        else:
+            assert got[i] == answer
+    assert sorted(done) == list(range(len(PROMPTS)))  # each row says once that it is done
+
+
+def test_cancelling_frees_the_slot(llama):
+    requests = [{"input_ids": p, "max_new_tokens": 40} for p in PROMPTS[:3]]
+    requests += [{"input_ids": p, "max_new_tokens": 4} for p in PROMPTS[3:6]]
+    order = []
+    for span in EaModel(llama).stream(requests, slots=3):
+        if span.index == 1:
+            span.row.cancel()
+        if span.row.done:
+            order.append(span.index)
+    # the waiting ones all went through the slot of row 1, long before the other long ones ended
+    assert order == [1, 3, 4, 5, 0, 2]
+
+
+def test_cancelling_the_last_row_and_a_finished_one(model):
+    spans = []
+    for span in model.stream(PROMPTS[:1], max_new_tokens=NEW):
+        spans.append(span)
+        span.row.cancel()
+    assert [len(s.tokens) for s in spans] == [1, 0]  # the second says that it is done
+    row = model.generate_many(PROMPTS[:1], max_new_tokens=3)[0]
+    row.cancel()
+    assert row.finish_reason == "length"
+
+
+def test_closing_a_stream(model, answers):
+    stream = model.stream(PROMPTS, slots=3, max_new_tokens=NEW)
+    for _ in range(7):
+        next(stream)
+    stream.close()
+    assert list(stream) == []
+    assert tokens(model.generate_many(PROMPTS, slots=3, max_new_tokens=NEW)) == answers
+    for _ in model.stream(PROMPTS[:4], max_new_tokens=NEW):
+        break
+    assert torch.is_inference_mode_enabled() is False
+    assert new_tokens(model.generate(PROMPTS, max_new_tokens=NEW)) == answers
+
+
+def test_spans_are_the_rows_tokens(model, answers):
+    got = [[] for _ in PROMPTS]
+    for span in model.stream(PROMPTS, slots=4, max_new_tokens=NEW):
+        assert span.tokens and span.row.prompt == PROMPTS[span.index]
+        got[span.index] += span.tokens
+        assert got[span.index] == span.row.tokens[: len(got[span.index])]
+    assert got == answers
+
+
+def test_two_live_streams_of_one_model(model, answers):
+    options = dict(max_new_tokens=NEW)
+    streams = [
+        model.stream(PROMPTS[:5], slots=2, **options),
+        model.stream(PROMPTS[5:], slots=3, tree="16,4,4", **options),
+        model.stream(PROMPTS, slots=3, draft=False, **options),
+    ]
+    got = [{}, {}, {}]
+    running = [0, 1, 2]
+    while running:
+        for n in list(running):
+            span = next(streams[n], None)
+            if span is None:
+                running.remove(n)
+            else:
+                got[n].setdefault(span.index, []).extend(span.tokens)
+    assert [got[0][i] for i in range(5)] + [got[1][i] for i in range(8)] == answers
+    assert [got[2][i] for i in range(13)] == answers
+
+
+def test_a_request_that_does_not_fit_its_slot(model, answers):
+    capacity = max(LENGTHS[:5]) + NEW
+    rows = model.generate_many(PROMPTS, slots=2, max_new_tokens=NEW, capacity=capacity)
+    for i, row in enumerate(rows):
+        if LENGTHS[i] > 14:
+            assert row.finish_reason == "error" and row.tokens == []
+            with pytest.raises(EagleError, match="raise capacity, or lower max_new_tokens"):
+                raise row.error
+        else:
+            assert row.error is None and row.tokens == answers[i]
+    assert sum(row.error is not None for row in rows) == 2
+
+
+def bad_requests(vocab=128, limit=256):
+    p = PROMPTS[1]
+    return {
+        "empty": ([], "empty; give"),
+        "too high": ([1, vocab], "outside 0 … 127"),
+        "negative": ([5, -1], "outside 0 … 127"),
+        "too long": ([1] * limit, "shorten the prompt"),
+        "unknown": ({"input_ids": p, "temprature": 1.0}, "unknown option temprature; use"),
+        "conflict": (
+            {"input_ids": p, "do_sample": True, "temperature": 0},
+            "conflicts with temperature 0",
+        ),
+        "min above max": (
+            {"input_ids": p, "min_new_tokens": NEW + 1},
+            f"min_new_tokens {NEW + 1} is above",
+        ),
+        "min_p": ({"input_ids": p, "temperature": 1.0, "min_p": 1.5}, "min_p must lie in"),
+        "top_p": ({"input_ids": p, "temperature": 1.0, "top_p": -0.1}, "top_p must lie in"),
+        "top_k": ({"input_ids": p, "top_k": 2.5}, "top_k must be a whole number"),
+        "temperature": ({"input_ids": p, "temperature": "hot"}, "temperature must be a number"),
+        "penalty": ({"input_ids": p, "repetition_penalty": -1.0}, "strictly positive"),
+        "ngram": ({"input_ids": p, "no_repeat_ngram_size": -2}, "no_repeat_ngram_size must be"),
+        "bad words": ({"input_ids": p, "bad_words_ids": [[]]}, "bad_words_ids"),
+        "suppress": ({"input_ids": p, "suppress_tokens": ["x"]}, "x|str"),
+        "eos": ({"input_ids": p, "eos_token_id": "</s>"}, "eos_token_id must be"),
+        "seed": ({"input_ids": p, "seed": 2**64}, "64 bits"),
+        "limit": ({"input_ids": p, "max_new_tokens": 0}, "max_new_tokens must be"),
+        "stop": ({"input_ids": p, "stop_strings": [""]}, "stop_strings must be"),
+        "processor": ({"input_ids": p, "logits_processor": "greedy"}, "give callables"),
+        "beams": (
+            {"input_ids": p, "generation_config": GenerationConfig(num_beams=4)},
+            "num_beams=4",
+        ),
+        "config": ({"input_ids": p, "generation_config": {"num_beams": 4}}, "GenerationConfig"),
+    }
+
+
+def test_bad_requests_among_good_ones(model, answers):
+    bad = bad_requests()
+    requests = [PROMPTS[0], *[request for request, _ in bad.values()], PROMPTS[2]]
+    rows = model.generate_many(requests, slots=2, max_new_tokens=NEW)
+    assert rows[0].tokens == answers[0] and rows[-1].tokens == answers[2]
+    for name, row, (_, message) in zip(bad, rows[1:-1], bad.values(), strict=True):
+        assert row.finish_reason == "error" and row.tokens == [], name
+        with pytest.raises(EagleError, match=message):
+            raise row.error
+    # only bad ones: nothing is left to run
+    rows = model.generate_many([[], {"input_ids": [1], "top_k": -1}], max_new_tokens=4)
+    assert [row.finish_reason for row in rows] == ["error", "error"]
+    assert [i for i, _ in model.generate_many([[]], as_completed=True)] == [0]
+
+
+@pytest.mark.parametrize("name", bad_requests())
+def test_eagenerate_raises_for_them(model, name):
+    request, message = bad_requests()[name]
+    with pytest.raises(EagleError, match=message):
+        model.eagenerate([PROMPTS[0], request], max_new_tokens=NEW)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (dict(slots=0), "slots must be"),
+        (dict(slots=2.5), "slots must be"),
+        (dict(capacity=0), "capacity must be"),
+        (dict(temprature=1.0), "unknown option temprature"),
+        (dict(do_sample=True, temperature=0.0), "conflicts with temperature 0"),
+        (dict(min_new_tokens=9, max_new_tokens=8), "min_new_tokens 9 is above max_new_tokens 8"),
+        (dict(min_p=1.0), "min_p must lie in"),
+        (dict(max_new_tokens=0), "max_new_tokens must be"),
+        (dict(generation_config=GenerationConfig(num_beams=4)), "num_beams=4"),
+        (dict(seed=[1, 2, 3]), "3 seeds were given for 2 rows"),
+        (dict(stop_strings=""), "stop_strings|tokenizer"),
+        (dict(compile="fast"), "unknown compile 'fast'; use"),
+        (dict(tree="no tree"), "tree"),
+    ],
+    ids=lambda x: None if isinstance(x, str) else "-".join(x),
+)
+def test_what_all_requests_share_is_the_callers_mistake(model, options, message):
+    model = EaModel(model.target, model.head, "8,4,2", tokenizer=Letters())
+    with pytest.raises(EagleError, match=message):
+        model.generate_many(PROMPTS[:2], **options)
+    with pytest.raises(EagleError, match=message):
+        list(model.stream(PROMPTS[:2], **options))
+    with pytest.raises(EagleError, match=message):
+        list(model.generate_many(PROMPTS[:2], as_completed=True, **options))
+
+
+@pytest.mark.parametrize(
+    "prompts, message",
+    [
+        ([], "empty; give"),
+        (["def f():"], "tokenize"),
+        ([[1, 2], "def"], "tokenize"),
+        ([{"prompt": [1]}], 'needs "input_ids"'),
+        ([{"input_ids": 1}, {"input_ids": 2}], 'needs "input_ids"'),
+        ({"input_ids": [1]}, "tokenize"),
+        (None, "token ids"),
+    ],
+    ids=str,
+)
+def test_what_is_no_list_of_prompts(model, prompts, message):
+    with pytest.raises(EagleError, match=message):
+        model.generate_many(prompts)
+
+
+@pytest.mark.parametrize("after", [0, 3], ids=["in the prompt's pass", "later"])
+@pytest.mark.parametrize("draft", [True, False], ids=["head", "plain"])
+def test_a_processor_that_fails(llama, model, answers, after, draft):
+    process = broken_processor(len(PROMPTS[1]) + after)
+    requests = [{"input_ids": PROMPTS[1], "logits_processor": process, "logprobs": True}]
+    requests = [PROMPTS[0], *requests, *PROMPTS[2:]]
+    # the first token of the failing row must not be taken for an end: the error stays
+    eos = plain(llama, PROMPTS[1:2], max_new_tokens=1)[0]
+    rows = model.generate_many(requests, slots=3, max_new_tokens=NEW, draft=draft)
+    failed = rows.pop(1)
+    assert tokens(rows) == [a for i, a in enumerate(answers) if i != 1]
+    assert failed.finish_reason == "error" and isinstance(failed.error.__cause__, RuntimeError)
+    assert "logits processor of a request raised RuntimeError: out of ideas" in str(failed.error)
+    # what came before the failure is its own; nothing that the failing pass chose is kept
+    assert failed.tokens == answers[1][: len(failed.tokens)] and len(failed.tokens) <= after + 1
+    assert len(failed.logprobs) == len(failed.tokens)
+    row = model.generate_many(requests[1:2], max_new_tokens=NEW, draft=draft, eos_token_id=eos)[0]
+    assert row.finish_reason == "error" or after
+    for generate in (
+        model.eagenerate,
+        model.generate,
+        lambda *a, **k: list(model.ea_generate(*a, **k)),
+    ):
+        with pytest.raises(EagleError, match="out of ideas"):
+            generate(requests[:3], max_new_tokens=NEW, draft=draft)
+
+
+def test_a_processor_of_the_wrong_shape(model, answers):
+    def narrow(ids, scores):
+        return scores[:, :5]
+
+    requests = [{"input_ids": PROMPTS[0], "logits_processor": narrow}, *PROMPTS[1:4]]
+    rows = model.generate_many(requests, slots=2, max_new_tokens=NEW)
+    assert rows[0].finish_reason == "error" and rows[0].tokens == []
+    assert tokens(rows[1:]) == answers[1:4]
+
+
+def test_a_stopping_rule_that_fails(llama, answers):
+    model = head_model(llama, "8,4,2", draft_vocab=128)
+    model._tokenizer = Broken()
+    requests = [PROMPTS[0], {"input_ids": PROMPTS[1], "stop_strings": "x"}, *PROMPTS[2:5]]
+    rows = model.generate_many(requests, slots=2, max_new_tokens=NEW)
+    failed = rows.pop(1)
+    assert tokens(rows) == [answers[0], *answers[2:5]]
+    assert failed.finish_reason == "error" and isinstance(failed.error.__cause__, RuntimeError)
+    assert "stopping rule of a request raised RuntimeError: no such piece" in str(failed.error)
+    with pytest.raises(EagleError, match="no such piece"):
+        model.eagenerate(requests, max_new_tokens=NEW)
+
+
+def test_a_model_without_a_tokenizer_serves_the_others(model, answers):
+    requests = [{"input_ids": PROMPTS[0], "stop_strings": "x"}, PROMPTS[1]]
+    rows = model.generate_many(requests, max_new_tokens=NEW)
+    assert "no tokenizer in tiny-llama" in str(rows[0].error) and rows[1].tokens == answers[1]
+
+
+class Show(TextStreamer):
+    def __init__(self):
+        self.calls, self.ended = [], 0
+
+    def put(self, value):
+        assert not self.ended
+        self.calls.append(value.tolist())
+
+    def end(self):
+        self.ended += 1
+
+
+@pytest.mark.parametrize("way", ["eagenerate", "generate_many", "stream"])
+def test_a_streamer(model, answers, way):
+    streamer = Show()
+    options = dict(max_new_tokens=NEW, streamer=streamer)
+    if way == "stream":
+        list(model.stream(PROMPTS[:1], **options))
+    else:
+        getattr(model, way)(PROMPTS[:1], **options)
+    # as stock `generate` calls it: the prompt [1, T], then tokens one by one
+    assert streamer.calls == [[PROMPTS[0]], *[[t] for t in answers[0]]] and streamer.ended == 1
+    with pytest.raises(EagleError, match="streamer"):
+        model.generate_many(PROMPTS[:2], streamer=Show())
+
+
+def test_limits_of_the_model_and_of_the_slot(model):
+    """The longest row that the model takes, beside a short one, in a slot that serves both in turn."""
+    long = make_prompts((250,), seed=4)[0]
+    requests = [PROMPTS[3], long, PROMPTS[3], {"input_ids": long, "max_new_tokens": 1}]
+    rows = model.generate_many(requests, slots=1, max_new_tokens=40)
+    assert [len(row.tokens) for row in rows] == [40, 6, 40, 1]
+    assert all(row.finish_reason == "length" for row in rows)
+    assert tokens(rows) == alone(model, requests, max_new_tokens=40, draft=False)

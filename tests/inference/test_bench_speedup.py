@@ -1,0 +1,115 @@
+"""Ratios with their baselines and intervals, on runs written by hand."""
+
+import random
+
+import pytest
+
+from inference.cases import Case
+from inference.measure import Run
+from inference.speedup import against_baselines, baseline, headline, interval
+
+
+class Known:
+    """Rows of a run whose tau is known."""
+
+    def __init__(self, cycles):
+        self.cycles = cycles
+
+
+def run(engine, seconds, tokens=100, batches=4, tau=None, **settings):
+    made = Run(
+        Case(engine, **settings), [tokens // batches] * batches, [[seconds / batches]] * batches
+    )
+    if tau:
+        made.rows = [Known(0)] * batches
+        made.rows[0] = Known((tokens - batches) / tau)
+    return made
+
+
+def test_headline_of_every_engine():
+    runs = [
+        run("hf", 4.0), run("hf_prompt_lookup", 0.1), run("vanilla", 3.0, tau=1.0),
+        run("vanilla_compiled", 2.0, tau=1.0), run("eagle", 2.0, tau=3.0),
+        run("eagle_compiled", 1.0, tau=4.0), run("eagle_auto", 0.8, tau=2.5),
+        run("hf", 8.0, batch_size=8), run("eagle", 4.0, batch_size=8, tau=2.0),
+    ]  # fmt: skip
+    result = headline(runs)
+    assert result["speedup"] == {
+        "vs_hf": {"1": 2.0, "8": 2.0},
+        "vs_vanilla": {"1": 1.5},
+        "vs_vanilla_compiled": {"1": 2.0},  # of eagle_compiled: the same engine without drafting
+        "best_vs_hf": {"1": 5.0, "8": 2.0},
+        "best_vs_best_vanilla": {"1": 2.5},  # eagle_auto over vanilla_compiled
+    }
+    assert result["efficiency"] == {"1": 0.5} and result["efficiency_best"] == {"1": 1.0}
+
+
+def test_nothing_to_compare_with():
+    result = headline([run("eagle", 1.0, tau=2.0)])
+    assert not any(result["speedup"].values()) and result["efficiency"] == {}
+    assert headline([run("hf", 1.0), run("vanilla", 1.0)])["efficiency_best"] == {}
+    alone = run("eagle", 1.0)
+    assert set(against_baselines(alone, [alone]).values()) == {None}
+
+
+def test_the_baseline_has_the_runs_own_settings():
+    mine = run(
+        "eagle", 1.0, batch_size=2, temperature=0.8, context_length=64, capacity=128, tree="8,4,2"
+    )
+    same = dict(batch_size=2, temperature=0.8, context_length=64)
+    right = run("vanilla", 3.0, capacity=128, **same)
+    stock = run("hf", 3.0, **same)
+    others = [
+        run("vanilla", 1.0, capacity=256, **same), run("vanilla", 1.0, capacity=128),
+        run("vanilla", 1.0, capacity=128, **{**same, "batch_size": 1}),
+        run("vanilla", 1.0, capacity=128, **{**same, "temperature": 0.0}),
+        run("vanilla", 1.0, capacity=128, **{**same, "context_length": 32}),
+        run("hf", 1.0), run("hf_prompt_lookup", 1.0, **same),
+    ]  # fmt: skip
+    runs = [*others, right, stock, mine]
+    assert baseline(mine, runs, ("vanilla", "vanilla_compiled")) is right
+    assert baseline(mine, runs, ("hf",)) is stock
+    faster = run("vanilla_compiled", 2.0, capacity=128, **same)
+    found = against_baselines(mine, [*runs, faster])
+    assert found["vs_hf"] == 3.0 and found["vs_best_vanilla"] == 2.0
+
+
+def test_interval_of_equal_batches_is_the_ratio_and_of_one_batch_nothing():
+    fast, slow = run("eagle", 1.0), run("hf", 3.0)
+    assert interval(fast, slow) == [3.0, 3.0]
+    assert interval(run("eagle", 1.0, batches=1), run("hf", 3.0, batches=1)) is None
+    own = against_baselines(slow, [slow])
+    assert own["vs_hf"] == 1.0 and own["vs_hf_ci95"] is None
+
+
+def test_interval_is_reproducible_and_pairs_the_batches():
+    rng = random.Random(0)
+    tokens = [rng.randrange(10, 200) for _ in range(20)]
+    slow = Run(Case("hf"), tokens, [[0.01 * n] for n in tokens])
+    # twice as fast on every batch: what varies between batches cancels
+    fast = Run(Case("eagle"), tokens, [[0.005 * n] for n in tokens])
+    assert interval(fast, slow) == [2.0, 2.0]
+    noisy = Run(Case("eagle"), tokens, [[0.005 * n * rng.uniform(0.7, 1.4)] for n in tokens])
+    low, high = interval(noisy, slow)
+    ratio = noisy.tokens_per_second / slow.tokens_per_second
+    assert low < ratio < high and interval(noisy, slow) == [low, high]
+    assert interval(noisy, slow, seed=1) != [low, high]
+
+
+def test_interval_covers_the_truth_about_as_often_as_it_says():
+    rng = random.Random(1)
+    hits = 0
+    for _ in range(200):
+        factors = [rng.uniform(1.0, 3.0) for _ in range(30)]
+        slow = Run(Case("hf"), [10] * 30, [[1.0]] * 30)
+        fast = Run(Case("eagle"), [10] * 30, [[f] for f in factors])
+        low, high = interval(fast, slow, resamples=200)
+        hits += low <= 1 / 2.0 <= high  # the mean of the factors is 2
+    assert 0.88 <= hits / 200 <= 0.99
+
+
+def test_medians_enter_the_interval():
+    fast = Run(Case("eagle"), [10, 10], [[1.0, 1.0, 50.0], [1.0, 0.01, 1.0]])
+    slow = Run(Case("hf"), [10, 10], [[2.0], [2.0]])
+    assert interval(fast, slow) == [2.0, 2.0]
+    assert fast.tokens_per_second == pytest.approx(10.0)
