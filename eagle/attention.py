@@ -59,26 +59,29 @@ class TreeContext:
         device = positions.device
         self.index = None  # [T] where the packed tokens lie in [b*N]
         if self.counts is not None:
-            n = torch.tensor(self.counts, device=device)
-            self.index = (torch.arange(N, device=device) < n[:, None]).flatten().nonzero()[:, 0]
+            self._counts = torch.tensor(self.counts, device=device)
+            real = torch.arange(N, device=device) < self._counts[:, None]
+            self.index = real.flatten().nonzero()[:, 0]
         lengths = cache.host_lengths
         self.live = cache.capacity if lengths is None else max(lengths) + self.offset + N
         assert self.live <= cache.capacity, f"{self.live} slots do not fit {cache.capacity}"
-        self.ragged = lengths is None or min(lengths) != max(lengths)
+        self.ragged = lengths is None or min(lengths) != max(lengths) or self.counts is not None
         self._slots: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._ends: torch.Tensor | None = None
         self._bias: dict = {}
         self._bits: torch.Tensor | None = None
 
     def pack(self, x: torch.Tensor) -> torch.Tensor:
         """[b, N, ...] -> [1, T, ...]: the tokens of all rows one behind the other."""
-        flat = x.flatten(0, 1)
-        return (flat if self.index is None else flat[self.index])[None]
+        if self.index is None:
+            return x if self.shape[0] == 1 else x.flatten(0, 1)[None]
+        return x.flatten(0, 1)[self.index][None]
 
     def unpack(self, x: torch.Tensor) -> torch.Tensor:
         """[1, T, ...] -> [b, N, ...], zeros where a row has no token."""
         b, N = self.shape
         if self.index is None:
-            return x[0].unflatten(0, (b, N))
+            return x if b == 1 else x[0].unflatten(0, (b, N))
         out = x.new_zeros(b * N, *x.shape[2:])
         out[self.index] = x[0]
         return out.unflatten(0, (b, N))
@@ -120,7 +123,10 @@ class TreeContext:
         if not self.cache.whole:
             k, v = k[self.cache.rows], v[self.cache.rows]
         if self.ragged:  # another row's length must not make stale slots readable: 0 x NaN is NaN
-            k, v = reachable(k, v, self.cache.lengths + self.mask.shape[2])
+            if self._ends is None:
+                new = self.shape[1] if self.counts is None else self._counts
+                self._ends = self.cache.lengths + self.offset + new
+            k, v = reachable(k, v, self._ends)
         return k, v
 
     def bias(self, dtype: torch.dtype, window: int | None, groups: int) -> torch.Tensor | None:
@@ -182,7 +188,6 @@ class TreeContext:
             k, v = self.read(layer)
         bias = self.bias(q.dtype, window, groups)
         return self.pack(attend(queries, k, v, bias, scaling, softcap, sinks))
-
 
     def _attend_kernel(self, layer, q, scaling, window, softcap, sinks) -> torch.Tensor:
         """The Triton kernel reads each row's live slots in place; even passes over all rows only."""

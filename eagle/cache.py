@@ -32,7 +32,7 @@ class StaticKVCache(Cache):
         device: torch.device | str,
     ) -> None:
         super().__init__(layers=[])
-        self.buffer = torch.zeros(
+        self.buffer = torch.empty(  # never read where it was not written
             num_layers, 2, rows, kv_heads, capacity, head_dim, dtype=dtype, device=device
         )
         self.capacity = capacity

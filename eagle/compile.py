@@ -58,9 +58,7 @@ class Opaque:
         self.cache = cache
 
     def attend(self, layer, q, k, v, scaling, window=None, softcap=None, sinks=None):
-        return torch.ops.eagle.attend(
-            q, k, v, layer, scaling, window or 0, softcap or 0.0, sinks
-        )
+        return torch.ops.eagle.attend(q, k, v, layer, scaling, window or 0, softcap or 0.0, sinks)
 
 
 class TargetPass(torch.nn.Module):
@@ -107,9 +105,7 @@ class CompiledHead:
     def __init__(self, drafter: HeadDrafter, seconds: dict[str, float]) -> None:
         ids = torch.zeros(1, 8, dtype=torch.int64)
         weight = drafter.head.fc.weight
-        hidden, features = (
-            torch.zeros(1, 8, width, dtype=weight.dtype) for width in weight.shape
-        )
+        hidden, features = (torch.zeros(1, 8, width, dtype=weight.dtype) for width in weight.shape)
         self.run = load(HeadPass(drafter, False), (hidden, ids, ids), "head", seconds)
         self.ingest = load(HeadPass(drafter, True), (features, ids, ids), "head_ingest", seconds)
 
@@ -131,7 +127,9 @@ def load(module: torch.nn.Module, example: tuple, name: str, seconds: dict[str, 
     one = package(module, tuple(x[:, :1].clone() for x in example), folder / "one.pt2", None)
     tokens = torch.export.Dim("T", min=2, max=2**20)
     # no two inputs may be one tensor: export would take them for one
-    many = package(module, tuple(x.clone() for x in example), folder / "many.pt2", [{1: tokens}] * len(example))
+    many = package(
+        module, tuple(x.clone() for x in example), folder / "many.pt2", [{1: tokens}] * len(example)
+    )
     seconds[name] = round(time.perf_counter() - started, 2)
 
     def run(context, *inputs):
@@ -174,9 +172,10 @@ def package(module, example, path: Path, dynamic):
 
 
 def cache_folder() -> Path:
-    root = os.environ.get("EAGLE_CACHE") or Path(
-        os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    ) / "eagle-heads"
+    root = (
+        os.environ.get("EAGLE_CACHE")
+        or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "eagle-heads"
+    )
     return Path(root) / "compiled"
 
 

@@ -246,7 +246,11 @@ class Pending:
             return parts[0]
         tokens = torch.cat([p.tokens for p in parts], 1)
         real = torch.cat(
-            [torch.arange(p.tokens.shape[1], device=tokens.device) < p.counts[:, None] for p in parts], 1
+            [
+                torch.arange(p.tokens.shape[1], device=tokens.device) < p.counts[:, None]
+                for p in parts
+            ],
+            1,
         )
         order = (~real).int().argsort(dim=1, stable=True)  # the real ones to the front, in order
         features = torch.cat([p.features for p in parts], 1)

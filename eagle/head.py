@@ -217,7 +217,9 @@ class Eagle3Head(nn.Module):
         return self.to_target(ids)
 
     def to_target(self, draft_ids: torch.Tensor) -> torch.Tensor:
-        return draft_ids + self.d2t[draft_ids] if self.config.reduced_vocab else draft_ids
+        if not self.config.reduced_vocab:
+            return draft_ids
+        return draft_ids + self.d2t[draft_ids]
 
     def rotary(
         self, positions: torch.Tensor, dtype: torch.dtype

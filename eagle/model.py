@@ -327,7 +327,7 @@ class EaModel:
         if streamer is not None and len(prompts) != 1:
             raise EagleError("a streamer shows one row; give it a batch of one")
         vocab_size, device = self.target.vocab_size, self.target.device
-        eos = self._eos()
+        eos = self.eos_token_ids
         if lenient:  # a mistake that all requests would share is the caller's
             common.request([0], 0, eos, lambda: self.tokenizer, device)
         rows = []
@@ -398,7 +398,7 @@ class EaModel:
     def explain(self) -> str:
         """Why tree="auto" drafted as it did in the last call: costs, rates, break-even."""
         if self.plan is None:
-            return 'no call with tree="auto" has been made'
+            return 'no call with tree="auto" has drafted yet'
         return self.plan.explain()
 
     def prepare(self, compile: str | None = None, draft: bool = True) -> dict[str, float]:
@@ -432,7 +432,8 @@ class EaModel:
                 drafter.compiled = self._compiled["head"][1]
         return target
 
-    def _eos(self, _=None) -> frozenset[int]:
+    @property
+    def eos_token_ids(self) -> frozenset[int]:
         """The model's own end tokens."""
         generation = getattr(self.target.model, "generation_config", None)
         eos_token_id = getattr(generation, "eos_token_id", None)

@@ -162,7 +162,9 @@ def checked(make, *args, **options):
 def read_config(config) -> dict:
     """The options that a transformers GenerationConfig asks for; what we do not honour is refused."""
     if not hasattr(config, "max_new_tokens"):
-        raise EagleError(f"generation_config must be a transformers GenerationConfig, not {config!r}")
+        raise EagleError(
+            f"generation_config must be a transformers GenerationConfig, not {config!r}"
+        )
     for name, off in REFUSED.items():
         value = getattr(config, name, off)
         if value not in (off, None, False):

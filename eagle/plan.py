@@ -176,4 +176,8 @@ class Plan:
     @property
     def break_even(self) -> float:
         """Acceptance length at which the last speculative cycles would have been as fast as plain decoding."""
-        return self.spent / (1 - 0.97) ** -1 * self.plain / self._rows if math.isfinite(self.spent) else 0.0
+        return (
+            self.spent / (1 - 0.97) ** -1 * self.plain / self._rows
+            if math.isfinite(self.spent)
+            else 0.0
+        )

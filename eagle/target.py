@@ -23,6 +23,7 @@ from .errors import EagleError
 from .head import default_feature_layers
 
 EMBEDDED = Path(__file__).parent / "embedded"
+CHUNK = 256
 
 
 def resolve_device(device: str | torch.device | None) -> torch.device:
@@ -263,6 +264,8 @@ class Target:
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """ids [b, T] right-padded, lengths [b], the cache's rows empty -> logits [b, 1, V] of each row's last
         token, features [b, T, F]. Padding is not run."""
+        if self.compiled is not None:
+            return self._prefill_chunks(ids, lengths, host_lengths, cache, features)
         b, T = ids.shape
         context = TreeContext(
             cache, torch.arange(T, device=ids.device).expand(b, T), counts=host_lengths
@@ -271,6 +274,30 @@ class Target:
         logits, found = self.forward(context.pack(ids), context, keep, features)
         cache.advance(lengths, host_lengths)
         return logits.transpose(0, 1), context.unpack(found) if features else None
+
+    def _prefill_chunks(self, ids, lengths, host_lengths, cache, features):
+        """`prefill` through the compiled passes, at most CHUNK tokens at a time, as these project every token
+        to the vocabulary."""
+        b, T = ids.shape
+        width = max(CHUNK // b, 1)
+        found, last = [], None
+        for start in range(0, T, width):
+            piece = ids[:, start : start + width]
+            N = piece.shape[1]
+            counts = [min(max(n - start, 0), N) for n in host_lengths]
+            positions = torch.arange(start, start + N, device=ids.device).expand(b, N)
+            mask = torch.ones(N, N, dtype=torch.bool, device=ids.device).tril().expand(b, N, N)
+            context = TreeContext(cache, positions, mask, positions, counts)
+            logits, states = self.forward(context.pack(piece), context, features=features)
+            logits = context.unpack(logits)
+            place = (lengths - 1 - start).clamp(0, N - 1)
+            at = logits.gather(1, place[:, None, None].expand(b, 1, logits.shape[-1]))
+            here = (lengths > start)[:, None, None]
+            last = at if last is None else torch.where(here, at, last)
+            if features:
+                found.append(context.unpack(states))
+            cache.advance((lengths - start).clamp(0, N), counts)
+        return last, torch.cat(found, 1) if features else None
 
     def verify_tree(
         self,

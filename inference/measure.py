@@ -217,7 +217,7 @@ def run_stock(case: Case, model, batch, options: dict, memory: PeakMemory) -> La
     import torch
 
     target = model.target
-    eos = sorted(model._eos())
+    eos = sorted(model.eos_token_ids)
     pad = eos[0] if eos else 0
     width = max(map(len, batch))
     ids = torch.tensor([[pad] * (width - len(p)) + p for p in batch], device=target.device)

@@ -33,3 +33,12 @@ def targets():
 @pytest.fixture(scope="session")
 def llama(targets):
     return targets("llama")
+
+
+@pytest.fixture(scope="session")
+def compile_cache(tmp_path_factory):
+    """An empty EAGLE_CACHE for the session: what is compiled is compiled here and now, once."""
+    folder = tmp_path_factory.mktemp("eagle_cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("EAGLE_CACHE", str(folder))
+        yield folder

@@ -1,0 +1,360 @@
+"""What a request may ask for means what transformers means by it, in trees too."""
+
+import pytest
+import torch
+from engine_helpers import (
+    ScriptedDrafter,
+    head_model,
+    make_head,
+    make_prompts,
+    make_target,
+    new_tokens,
+    plain,
+    stock_greedy,
+)
+from transformers import GenerationConfig, LogitsProcessor
+
+from eagle.errors import EagleError
+from eagle.model import EaModel
+from eagle.options import Options
+
+NEW = 24
+PROMPTS = make_prompts((9, 3, 14, 1))
+
+
+@pytest.fixture(scope="module")
+def answers(llama):
+    return plain(llama, PROMPTS, max_new_tokens=NEW)
+
+
+class Letters:
+    """Token 3 -> "d" and so on; a token is one letter."""
+
+    def decode(self, ids, **_):
+        return "".join(chr(97 + i % 26) for i in ids)
+
+
+def engines(target, expected, tree="16,4,4"):
+    """Without drafts, with a random head, and with drafts that are always and never right."""
+    yield EaModel(target), False
+    yield head_model(target, tree, draft_vocab=128), True
+    yield EaModel(target, drafter=ScriptedDrafter(expected, True, tree)), True
+    yield EaModel(target, drafter=ScriptedDrafter(expected, False, tree)), True
+
+
+def stock(target, prompts, config, **options):
+    """transformers' own continuations under a GenerationConfig."""
+    out = []
+    with target.stock() as model, torch.no_grad():
+        for prompt in prompts:
+            ids = torch.tensor([prompt])
+            got = model.generate(
+                ids, attention_mask=torch.ones_like(ids), generation_config=config, **options
+            )
+            out.append(got[0, len(prompt) :].tolist())
+    return out
+
+
+def config(**values):
+    return GenerationConfig(**{"max_new_tokens": NEW, "pad_token_id": 0, **values})
+
+
+def configs(answers):
+    """Each changes, or cuts, the answers of at least one prompt."""
+    first = answers[0]
+    rare = [t for t in first if all(t not in a[:6] for a in answers[1:])]
+    bad = [[first[3]], first[6:8], answers[1][2:5], [answers[2][0]]]
+    yield "penalty", config(repetition_penalty=1.7)
+    yield "bonus", config(repetition_penalty=0.7)
+    yield "ngram", config(no_repeat_ngram_size=2)
+    yield "one gram", config(no_repeat_ngram_size=1)
+    yield "eos", config(eos_token_id=rare[:2])
+    yield "min new tokens", config(eos_token_id=[first[2], answers[1][4]], min_new_tokens=11)
+    yield "bad words", config(bad_words_ids=bad)
+    yield "bad words and eos", config(bad_words_ids=[*bad, [first[4]]], eos_token_id=first[4])
+    yield "suppressed", config(suppress_tokens=[first[0], first[5], answers[3][1]])
+    yield "length", GenerationConfig(max_length=15, pad_token_id=0)
+    yield (
+        "all",
+        config(
+            repetition_penalty=1.4, no_repeat_ngram_size=3, bad_words_ids=bad, suppress_tokens=[first[1]],
+            eos_token_id=[first[4], answers[2][3]], min_new_tokens=7,
+        ),
+    )  # fmt: skip
+
+
+NAMES = [
+    "penalty", "bonus", "ngram", "one gram", "eos", "min new tokens", "bad words", "bad words and eos",
+    "suppressed", "length", "all",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_generation_config_gives_what_stock_generate_gives(llama, answers, name):
+    asked = dict(configs(answers))
+    assert list(asked) == NAMES
+    prompts = (
+        PROMPTS if name != "length" else PROMPTS[:3]
+    )  # their lengths leave room for different numbers
+    expected = stock(llama, prompts, asked[name])
+    assert expected != answers[: len(prompts)]
+    for model, draft in engines(llama, expected):
+        result = model.generate(prompts, generation_config=asked[name], draft=draft)
+        assert new_tokens(result) == expected
+        many = model.generate_many(
+            prompts, slots=len(prompts), generation_config=asked[name], draft=draft
+        )
+        assert [row.tokens for row in many] == expected
+
+
+@pytest.mark.parametrize("name", ["penalty", "min new tokens", "bad words", "all"])
+def test_arguments_mean_what_a_generation_config_means(llama, answers, name):
+    asked = dict(configs(answers))[name]
+    names = (
+        "repetition_penalty min_new_tokens eos_token_id bad_words_ids no_repeat_ngram_size suppress_tokens"
+    ).split()
+    options = {n: getattr(asked, n) for n in names if getattr(asked, n) is not None}
+    result = head_model(llama, "8,4,2").generate(PROMPTS, max_new_tokens=NEW, **options)
+    assert new_tokens(result) == stock(llama, PROMPTS, asked)
+
+
+def test_arguments_win_over_a_generation_config(llama, answers):
+    model = head_model(llama)
+    asked = config(max_new_tokens=5, repetition_penalty=1.7, eos_token_id=answers[0][2])
+
+    def run(given, **options):
+        return new_tokens(model.generate(PROMPTS, generation_config=given, **options))
+
+    assert run(asked, max_new_tokens=NEW, repetition_penalty=1.0, eos_token_id=-1) == answers
+    assert run(asked, eos_token_id=[]) == stock(
+        llama, PROMPTS, config(max_new_tokens=5, repetition_penalty=1.7)
+    )
+    # as in transformers, a number of new tokens wins over a length of the whole
+    longer = GenerationConfig(max_length=16, pad_token_id=0)
+    assert run(longer, max_new_tokens=NEW) == answers
+    with_both = GenerationConfig(max_length=16, max_new_tokens=NEW, pad_token_id=0)
+    assert run(with_both) == stock(llama, PROMPTS, with_both) == answers
+
+    sampling = GenerationConfig(do_sample=True, temperature=1.3, top_k=30, max_new_tokens=NEW)
+    sampled = run(None, temperature=1.3, top_k=30, seed=3, max_new_tokens=NEW)
+    assert run(sampling, seed=3) == sampled != answers
+    assert run(sampling, seed=3, do_sample=False) == run(sampling, temperature=0.0) == answers
+    assert run(sampling, seed=3, temperature=0.4) == run(
+        None, temperature=0.4, top_k=30, seed=3, max_new_tokens=NEW
+    )
+    silent = GenerationConfig(temperature=1.3, top_k=30, max_new_tokens=NEW)  # asks for no sampling
+    assert run(silent) == answers
+    assert run(silent, do_sample=True, seed=3) == run(silent, temperature=1.3, seed=3) == sampled
+
+
+def test_sampling_that_a_generation_config_leaves_open_is_transformers_own(llama):
+    """Top-k of 50 at temperature 1; found by drawing with the call that stock `generate` prepares."""
+    model = head_model(llama, "8,4,2")
+    ids = torch.tensor(PROMPTS[:1])
+    asked = config(do_sample=True, max_new_tokens=60)
+    torch.manual_seed(3)
+    prepared = llama.model.generate(
+        ids, custom_generate=model.custom_generate, generation_config=asked
+    )
+    torch.manual_seed(3)
+    ours = model.eagenerate(ids, generation_config=asked)
+    assert torch.equal(ours, prepared)
+    torch.manual_seed(3)
+    named = model.eagenerate(ids, max_new_tokens=60, temperature=1.0, top_k=50)
+    assert torch.equal(ours, named)
+    torch.manual_seed(3)
+    assert not torch.equal(ours, model.eagenerate(ids, max_new_tokens=60, temperature=1.0))
+
+
+@pytest.mark.parametrize("name", ["penalty", "ngram", "min new tokens", "bad words", "all"])
+def test_sampling_with_context_dependent_options(llama, answers, name):
+    asked = dict(configs(answers))[name]
+    options = dict(generation_config=asked, temperature=1.1, top_p=0.95, seed=21)
+    expected = plain(llama, PROMPTS, **options)
+    assert expected != plain(
+        llama, PROMPTS, max_new_tokens=NEW, temperature=1.1, top_p=0.95, seed=21
+    )
+    for model, draft in engines(llama, expected):
+        assert new_tokens(model.generate(PROMPTS, draft=draft, **options)) == expected
+
+
+class Whole(LogitsProcessor):
+    """Scores that depend on every token before, in its order, and on how many there are."""
+
+    def __call__(self, ids, scores):
+        place = torch.arange(1, ids.shape[1] + 1)
+        hashed = (ids * (place * 31 + 7)).sum(-1, keepdim=True) * 2654435761
+        token = torch.arange(scores.shape[-1])
+        noise = ((hashed ^ (token * 40503 + 17)) % 1009) / 1009
+        return scores + 6 * noise
+
+
+@pytest.mark.parametrize(
+    "sampling", [{}, {"temperature": 1.2, "seed": 8}], ids=["greedy", "sampled"]
+)
+@pytest.mark.parametrize("family", ["llama", "mistral"])
+def test_a_processor_that_reads_the_whole_context(targets, family, sampling):
+    target = targets(family)
+    options = dict(max_new_tokens=NEW, logits_processor=Whole(), **sampling)
+    expected = plain(target, PROMPTS, **options)
+    assert expected != plain(target, PROMPTS, max_new_tokens=NEW, **sampling)
+    if not sampling:
+        for prompt, tokens in zip(PROMPTS, expected, strict=True):
+            assert stock_greedy(target, prompt, NEW, logits_processor=[Whole()]) == tokens
+    for tree in ("16,4,4", "6,4,1"):
+        for model, draft in engines(target, expected, tree):
+            result = model.generate(PROMPTS, draft=draft, **options)
+            assert new_tokens(result) == expected
+            if isinstance(model.drafter, ScriptedDrafter) and model.drafter.right:
+                assert result.tau > 4  # the processor ran on deep nodes, not on the roots alone
+
+
+def test_processors_run_in_transformers_order(llama):
+    """A penalty on what a later processor forces would come out otherwise."""
+    seen = []
+
+    def force(ids, scores):
+        seen.append(scores.clone())
+        return scores
+
+    prompt = PROMPTS[0]
+    model = EaModel(llama)
+    model.generate(
+        [prompt], draft=False, max_new_tokens=1, repetition_penalty=2.0, logits_processor=[force]
+    )
+    with llama.stock() as stock_model, torch.no_grad():
+        logits = stock_model(torch.tensor([prompt])).logits[0, -1]
+    used = torch.tensor(sorted(set(prompt)))
+    halved = torch.where(logits < 0, logits * 2, logits / 2)[used]
+    assert torch.allclose(seen[0][0][used], halved, atol=1e-5)
+
+
+def stock_logprobs(target, row):
+    """log_softmax of the stock model's logits at the places that chose the row's new tokens."""
+    with target.stock() as model, torch.no_grad():
+        logits = model(torch.tensor([row.context])).logits[0].float()
+    start, new = len(row.prompt), len(row.tokens)
+    chosen = logits[start - 1 : start - 1 + new].log_softmax(-1)
+    return chosen.gather(1, torch.tensor(row.tokens)[:, None])[:, 0]
+
+
+WAYS = {
+    "greedy": {},
+    "sampled": {"temperature": 1.3, "top_p": 0.9, "seed": 5},
+    "processed": {"repetition_penalty": 1.6, "no_repeat_ngram_size": 2},
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_logprobs(targets, family, way):
+    """They are the target's own, whatever processors and cut-offs chose the token."""
+    target = targets(family)
+    options = dict(max_new_tokens=NEW, logprobs=True, **WAYS[way])
+    expected = plain(target, PROMPTS, **options)
+    for model, draft in engines(target, expected):
+        result = model.generate(PROMPTS, draft=draft, **options)
+        assert new_tokens(result) == expected
+        for row in result.rows:
+            assert len(row.logprobs) == len(row.tokens) == NEW
+            assert torch.allclose(
+                torch.tensor(row.logprobs), stock_logprobs(target, row), atol=1e-4
+            )
+
+
+@pytest.mark.parametrize("cut", ["eos", "stop", "limit"])
+def test_logprobs_end_with_the_tokens(llama, answers, cut):
+    text = Letters()
+    ends = {
+        "eos": {"eos_token_id": [answers[0][6], answers[1][3], answers[2][0]]},
+        "stop": {"stop_strings": [text.decode(a)[5:7] for a in answers]},
+        "limit": {"max_new_tokens": 7},
+    }[cut]
+    options = {"max_new_tokens": NEW, **ends}
+    for model, draft in engines(llama, answers):
+        model._tokenizer = text
+        result = model.generate(PROMPTS, draft=draft, logprobs=True, **options)
+        assert min(len(row.tokens) for row in result.rows) < NEW
+        for row, answer in zip(result.rows, answers, strict=True):
+            assert row.tokens == answer[: len(row.tokens)] and len(row.logprobs) == len(row.tokens)
+            assert torch.allclose(torch.tensor(row.logprobs), stock_logprobs(llama, row), atol=1e-4)
+
+
+def test_logprobs_of_one_request_among_many(llama, answers):
+    requests = [{"input_ids": p, "logprobs": i % 2 == 0} for i, p in enumerate(PROMPTS)]
+    rows = head_model(llama).generate_many(requests, slots=2, max_new_tokens=NEW)
+    assert [row.tokens for row in rows] == answers
+    assert [len(row.logprobs) for row in rows] == [NEW, 0, NEW, 0]
+    assert torch.allclose(torch.tensor(rows[2].logprobs), stock_logprobs(llama, rows[2]), atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["ngram", "min new tokens", "bad words", "eos", "length", "all"])
+def test_custom_generate(llama, answers, name):
+    asked = dict(configs(answers))[name]
+    model = head_model(llama)
+    for prompt, expected in zip(PROMPTS[:3], stock(llama, PROMPTS[:3], asked), strict=True):
+        ids = torch.tensor([prompt])
+        ours = llama.model.generate(
+            ids, attention_mask=torch.ones_like(ids), custom_generate=model.custom_generate,
+            generation_config=asked,
+        )  # fmt: skip
+        assert ours[0].tolist() == prompt + expected
+
+
+REFUSED = {
+    "num_beams": 4, "num_return_sequences": 2, "penalty_alpha": 0.6, "typical_p": 0.9, "epsilon_cutoff": 0.1,
+    "encoder_repetition_penalty": 1.2, "guidance_scale": 1.5, "sequence_bias": [[[5], -1.0]], "min_length": 5,
+    "max_time": 1.0, "forced_eos_token_id": 5, "begin_suppress_tokens": [4],
+    "exponential_decay_length_penalty": (3, 1.1), "renormalize_logits": True,
+    "encoder_no_repeat_ngram_size": 2, "remove_invalid_values": True,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_is_not_honoured_is_refused(llama, name):
+    asked = GenerationConfig()
+    setattr(asked, name, REFUSED[name])
+    with pytest.raises(EagleError, match=f"asks for {name}="):
+        EaModel(llama).eagenerate(PROMPTS, generation_config=asked, draft=False)
+
+
+def test_a_generation_config_of_defaults_is_taken(llama, answers):
+    asked = GenerationConfig(**GenerationConfig._get_default_generation_params())
+    asked.guidance_scale = 1.0  # off
+    result = EaModel(llama).generate(
+        PROMPTS, generation_config=asked, max_new_tokens=NEW, draft=False
+    )
+    assert new_tokens(result) == answers
+
+
+def test_the_padding_of_a_generation_config(llama, answers):
+    asked = GenerationConfig(eos_token_id=answers[0][1], pad_token_id=99, max_new_tokens=6)
+    ids = EaModel(llama).naivegenerate(PROMPTS[:2], generation_config=asked)
+    new = answers[0][: answers[0].index(answers[0][1]) + 1]
+    assert ids[0].tolist() == PROMPTS[0] + new + [99] * (ids.shape[1] - 9 - len(new))
+    ids = EaModel(llama).naivegenerate(PROMPTS[:2], generation_config=asked, pad_token_id=98)
+    assert ids[1, -1] == 98
+
+
+def test_options_are_layered():
+    """What is said nearer to the request wins, and silence changes nothing."""
+    call = Options().over(config(repetition_penalty=1.3, max_new_tokens=9), top_k=5)
+    assert (call.repetition_penalty, call.max_new_tokens, call.top_k) == (1.3, 9, 5)
+    assert call.sampling.greedy
+    assert call.over(temperature=0.5).sampling.temperature == 0.5
+    assert call.over(do_sample=True).sampling.temperature == 1.0
+    assert call.over() == call.over(top_k=None) == call
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+def test_options_on_a_gpu(answers):
+    """Processors hold tensors of their own, which must be where the logits are."""
+    target = make_target("llama")
+    target.model.cuda()
+    model = EaModel(target, make_head(target).cuda(), "8,4,2")
+    asked = dict(configs(answers))["all"]
+    fast = model.generate(PROMPTS, generation_config=asked, logprobs=True)
+    slow = model.generate(PROMPTS, generation_config=asked, logprobs=True, draft=False)
+    assert new_tokens(fast) == new_tokens(slow)
+    assert all(len(row.logprobs) == len(row.tokens) for row in fast.rows)

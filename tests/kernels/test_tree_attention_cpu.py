@@ -1,0 +1,341 @@
+"""The C++ operator against the reference of tree attention, through the context that feeds it.
+
+b rows in use of B buffer rows, N queries of the longest row, M tree slots, C capacity, D head_dim.
+"""
+
+import shutil
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+from eagle.attention import TreeContext
+from eagle.cache import StaticKVCache
+from kernels.tree_attention import pack_bits, tree_attention_reference
+
+pytestmark = pytest.mark.skipif(
+    not (shutil.which("g++") and shutil.which("ninja")), reason="needs a C++ compiler and ninja"
+)
+LAYERS, LAYER = 3, 1
+NAN = float("nan")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def operator(compile_cache):
+    import eagle.compile  # defines eagle::attend
+    from kernels.cpu_extension import load
+
+    load(eagle.compile.cache_folder(), eagle.compile.cpu_flags())
+
+
+@dataclass
+class Problem:
+    """q [1, Hq, T, D], k and v [1, Hkv, T, D] of a pass over `context`; the same padded for the reference."""
+
+    context: TreeContext
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    padded_q: torch.Tensor  # [b, Hq, N, D]
+    keys: torch.Tensor  # [b, Hkv, C, D] as they must be seen, this pass's included
+    values: torch.Tensor
+    mask: torch.Tensor
+    places: torch.Tensor
+    counts: list[int]
+
+    @property
+    def cache(self):
+        return self.context.cache
+
+    def run(self, scaling=0.3, window=None, softcap=None, sinks=None):
+        """-> [b, N, Hq, D], zeros where a row has no query."""
+        torch.ops.eagle_cpu.enter(*self.context.packed())
+        try:
+            out = torch.ops.eagle.attend(
+                self.q, self.k, self.v, LAYER, scaling, window or 0, softcap or 0.0, sinks
+            )
+        finally:
+            torch.ops.eagle_cpu.leave()
+        assert out.shape == (1, self.q.shape[2], *self.padded_q.shape[1::2])
+        assert out.dtype == self.q.dtype and out.is_contiguous()
+        return self.context.unpack(out)
+
+    def reference(self, scaling=0.3, window=None, softcap=None, sinks=None):
+        """In fp32, whatever the inputs are."""
+        out = tree_attention_reference(
+            self.padded_q.float(), self.keys.float(), self.values.float(), self.cache.lengths,
+            pack_bits(self.mask), self.places, scaling=scaling, sliding_window=window, softcap=softcap,
+            sinks=sinks,
+        )  # fmt: skip
+        for i, n in enumerate(self.counts):
+            out[i, n:] = 0
+        return out
+
+
+def problem(
+    lengths, N=5, offset=0, Hq=4, Hkv=2, D=16, counts=None, order=None, rows=None, dtype=torch.float32,
+    strided=False, seed=0, scale=1.0,
+) -> Problem:  # fmt: skip
+    """Rows of these lengths in buffer rows `order` of `rows`, the tree's slots `offset` before the queries
+    filled. What no query may read is NaN: slots past the live ones, and rows and layers not in use."""
+    g = torch.Generator().manual_seed(seed)
+    b, M = len(lengths), N + offset
+    counts = counts or [N] * b
+    order = order or list(range(b))
+    capacity = max(lengths) + M + 3
+    cache = StaticKVCache(LAYERS, rows or max(order) + 1, Hkv, capacity, D, dtype, "cpu")
+    cache.buffer.fill_(NAN)
+    cache = cache.empty_rows(order)
+    cache.advance(torch.tensor(lengths), list(lengths))
+    keys, values = torch.zeros(2, b, Hkv, capacity, D, dtype=dtype)
+    # what the prefix and earlier passes of this tree have written, and what this pass brings along
+    new_k, new_v = (torch.randn(b, N, Hkv, D, generator=g).to(dtype) for _ in range(2))
+    padded_q = (scale * torch.randn(b, N, Hq, D, generator=g)).to(dtype).transpose(1, 2)
+    for i, length in enumerate(lengths):
+        for whole, part, new in ((keys, 0, new_k), (values, 1, new_v)):
+            old = torch.randn(Hkv, length + offset, D, generator=g).to(dtype)
+            cache.buffer[LAYER, part, order[i], :, : length + offset] = old
+            whole[i, :, : length + offset] = old
+            fresh = slice(length + offset, length + offset + counts[i])
+            whole[i, :, fresh] = new[i, : counts[i]].transpose(0, 1)
+    mask = torch.rand(b, N, M, generator=g) < 0.4
+    mask[:, torch.arange(N), offset + torch.arange(N)] = True  # a query sees itself
+    for i, n in enumerate(counts):
+        mask[i, :, offset + n :] = False  # and no query that is not there
+    depth = torch.randint(0, 7, (b, M), generator=g)
+    places = torch.tensor(lengths)[:, None] + depth
+    context = TreeContext(cache, places[:, offset:].contiguous(), mask, places, counts)
+    q, k, v = (context.pack(x).transpose(1, 2) for x in (padded_q.transpose(1, 2), new_k, new_v))
+    if not strided:  # a layer's projections come as views; both must do
+        q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+    return Problem(context, q, k, v, padded_q, keys, values, mask, places, counts)
+
+
+def close(problem, **options):
+    got, expected = problem.run(**options), problem.reference(**options)
+    tolerance = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}[problem.q.dtype]
+    assert got.isfinite().all()
+    assert torch.allclose(got.float(), expected, atol=tolerance, rtol=tolerance), (
+        (got.float() - expected).abs().max()
+    )
+    return got
+
+
+WAYS = {
+    "plain": {},
+    "window": dict(window=4),
+    "window of one": dict(window=1),
+    "wide window": dict(window=70),
+    "softcap": dict(softcap=1.5),
+    "sinks": dict(sinks=torch.linspace(-2, 3, 24)),
+    "all": dict(window=5, softcap=2.0, sinks=torch.linspace(-1, 2, 24)),
+}
+CASES = {
+    "one": dict(lengths=[1], N=1, Hq=1, Hkv=1, D=4),
+    "nothing before": dict(lengths=[0], N=1),
+    "a token each": dict(lengths=[7, 63, 64, 65], N=1),
+    "even": dict(lengths=[9, 9]),
+    "ragged": dict(lengths=[11, 1, 0, 130]),
+    "ungrouped": dict(lengths=[11, 66], Hq=3, Hkv=3),
+    "groups of three": dict(lengths=[11, 66], Hq=6, Hkv=2),
+    "groups of eight": dict(lengths=[3, 70], Hq=8, Hkv=1, N=7),
+    "a whole tree": dict(lengths=[40, 3], N=60),
+    "more than a tile": dict(lengths=[40, 3], N=60, Hq=24, Hkv=3),
+    "tree slots before": dict(lengths=[5, 17, 64], N=3, offset=11),
+    "many before": dict(lengths=[5, 60], N=8, offset=70),
+    "counts": dict(lengths=[5, 17, 64], N=6, counts=[6, 1, 3]),
+    "counts without one": dict(lengths=[5, 17], N=6, counts=[2, 4]),
+    "counts and slots before": dict(lengths=[5, 17, 64], N=6, offset=4, counts=[3, 6, 1]),
+    "other order": dict(lengths=[5, 17, 64], order=[4, 0, 2], rows=6),
+    "all together": dict(
+        lengths=[70, 0, 9, 128],
+        N=9,
+        offset=3,
+        counts=[1, 9, 4, 7],
+        order=[3, 0, 5, 1],
+        rows=7,
+        Hq=6,
+        D=7,
+    ),
+    "strided": dict(lengths=[8, 20], N=7, counts=[7, 2], strided=True),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("case", CASES)
+def test_against_the_reference(case, way):
+    asked = problem(**CASES[case])
+    options = dict(WAYS[way])
+    if "sinks" in options:
+        options["sinks"] = options["sinks"][: asked.q.shape[1]]
+    close(asked, **options)
+
+
+@pytest.mark.parametrize("groups", [1, 3, 8])
+@pytest.mark.parametrize("D", [7, 16, 64, 80, 128])
+@pytest.mark.parametrize("N", [1, 5, 60])
+def test_sizes(N, D, groups):
+    asked = problem([33, 0, 65], N=N, D=D, Hq=2 * groups, Hkv=2, seed=D + N)
+    close(asked, scaling=D**-0.5)
+    close(asked, scaling=D**-0.5, window=9, softcap=3.0, sinks=torch.randn(2 * groups))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("case", ["ragged", "a whole tree", "more than a tile", "all together"])
+def test_half_precision(case, dtype):
+    asked = problem(**CASES[case], dtype=dtype)
+    close(asked)
+    close(asked, window=6, softcap=2.0, sinks=torch.randn(asked.q.shape[1]).to(dtype))
+
+
+@pytest.mark.parametrize("window", [None, 100, 513])
+def test_long_contexts(window):
+    asked = problem([517, 1300, 64], N=17, D=64, Hq=8, counts=[17, 5, 9], order=[2, 0, 1], seed=3)
+    close(asked, scaling=0.125, window=window)
+
+
+def test_a_window_does_not_read_what_it_cannot_see():
+    """Slots before every query's window may hold anything; whole blocks of them are skipped."""
+    asked = problem([300, 20], N=3)
+    expected = asked.reference(window=40)
+    asked.cache.buffer[LAYER, :, 0, :, :192] = NAN
+    assert torch.allclose(asked.run(window=40), expected, atol=2e-5)
+
+
+def test_queries_that_see_nothing_yield_zeros():
+    for offset, softcap in ((0, None), (2, None), (0, 2.0)):
+        asked = problem([0, 0, 4], N=4, offset=offset)
+        asked.mask[0, 1] = asked.mask[1] = False
+        for sinks in (None, torch.zeros(4)):
+            got = close(asked, softcap=softcap, sinks=sinks)
+            assert (got[0, 1] == 0).all() and (got[1] == 0).all() and (got[2] != 0).any()
+    # a prefix that the window leaves behind, and a tree that the mask hides
+    asked = problem([9, 80], N=2)
+    asked.mask[:, 0] = False
+    asked.places += 20
+    got = close(asked, window=3)
+    assert (got[:, 0] == 0).all() and (got[:, 1] != 0).all()
+
+
+def test_the_first_blocks_hide_everything():
+    """The running maximum starts at nothing, block after block, and then finds something."""
+    asked = problem([0], N=5, offset=190)
+    asked.mask[:, :, :170] = False
+    close(asked)
+    asked = problem([200], N=3)
+    close(asked, window=2)
+
+
+def test_large_scores():
+    """The largest score dominates, wherever it comes; nothing overflows."""
+    for case in ("ragged", "a whole tree"):
+        asked = problem(**CASES[case], scale=1e3)
+        got, expected = asked.run(scaling=1.0), asked.reference(scaling=1.0)
+        assert torch.allclose(got, expected, atol=1e-3)
+        sinks = torch.full((4,), 1e5)
+        assert (asked.run(scaling=1.0, sinks=sinks).abs() < 1e-3).all()
+        sinks = torch.full((4,), -1e5)
+        assert torch.allclose(asked.run(scaling=1.0, sinks=sinks), expected, atol=1e-3)
+
+
+@pytest.mark.parametrize("case", ["counts and slots before", "all together", "other order", "even"])
+def test_writes_its_slots_and_nothing_else(case):
+    asked = problem(**CASES[case])
+    before = asked.cache.buffer.clone()
+    asked.run()
+    expected = before.clone()
+    offset, start = asked.context.offset, 0
+    for i, n in enumerate(asked.counts):
+        row, slot = asked.cache.order[i], asked.cache.host_lengths[i] + offset
+        for part, new in ((0, asked.k), (1, asked.v)):
+            expected[LAYER, part, row, :, slot : slot + n] = new[0, :, start : start + n]
+        start += n
+    assert torch.equal(asked.cache.buffer.nan_to_num(77.0), expected.nan_to_num(77.0))
+    assert not torch.equal(asked.cache.buffer.nan_to_num(77.0), before.nan_to_num(77.0))
+
+
+@pytest.mark.parametrize("case", ["ragged", "all together", "more than a tile"])
+def test_a_row_does_not_depend_on_its_neighbours(case):
+    """Bit for bit: what speculative decoding's equality over batches rests on."""
+    given = CASES[case]
+    asked = problem(**given)
+    together = asked.run(window=50)
+    # the same rows alone: everything but the row's own facts is another's
+    for i, n in enumerate(asked.counts):
+        cache = StaticKVCache(
+            LAYERS,
+            1,
+            asked.k.shape[1],
+            asked.cache.capacity + 5,
+            asked.k.shape[3],
+            torch.float32,
+            "cpu",
+        )
+        cache.buffer.fill_(NAN)
+        cache.buffer[LAYER, 0, 0, :, : asked.cache.capacity] = asked.keys[i]
+        cache.buffer[LAYER, 1, 0, :, : asked.cache.capacity] = asked.values[i]
+        length, offset = asked.cache.host_lengths[i], asked.context.offset
+        cache.advance(torch.tensor([length]), [length])
+        places = asked.places[i : i + 1, : offset + n]
+        context = TreeContext(
+            cache, places[:, offset:], asked.mask[i : i + 1, :n, : offset + n], places
+        )
+        start = sum(asked.counts[:i])
+        q, k, v = (x[:, :, start : start + n] for x in (asked.q, asked.k, asked.v))
+        one = Problem(
+            context, q, k, v, asked.padded_q[i : i + 1, :, :n], cache.buffer[LAYER, 0],
+            cache.buffer[LAYER, 1], context.mask, places, [n],
+        )  # fmt: skip
+        assert torch.equal(one.run(window=50)[0], together[i, :n])
+
+
+def test_a_node_does_not_depend_on_its_tree():
+    """A chain decoded one token a pass and the same chain in one pass: the values of plain and
+    speculative decoding."""
+    asked = problem([50], N=6, D=64)
+    chain = torch.ones(6, 6, dtype=torch.bool).tril()[None]
+    places = torch.arange(50, 56)[None]
+    context = TreeContext(asked.cache, places, chain, places)
+    asked.context, asked.mask, asked.places = context, chain, places
+    whole = close(asked)
+    cache = asked.cache
+    cache.buffer[LAYER, :, :, :, 50:] = NAN
+    for t in range(6):
+        at = torch.tensor([[50 + t]])
+        context = TreeContext(cache, at, torch.ones(1, 1, 1, dtype=torch.bool), at)
+        torch.ops.eagle_cpu.enter(*context.packed())
+        q, k, v = (x[:, :, t : t + 1] for x in (asked.q, asked.k, asked.v))
+        one = torch.ops.eagle.attend(q, k, v, LAYER, 0.3, 0, 0.0, None)
+        torch.ops.eagle_cpu.leave()
+        assert torch.allclose(one[0, 0], whole[0, t], atol=1e-6)
+        cache.advance(torch.tensor([1]), [1])
+
+
+def test_more_threads_give_the_same_bits():
+    asked = problem(**CASES["more than a tile"])
+    one = asked.run()
+    torch.set_num_threads(3)
+    try:
+        assert torch.equal(asked.run(), one)
+    finally:
+        torch.set_num_threads(1)
+
+
+def test_outside_of_a_pass_it_is_refused():
+    x = torch.zeros(1, 2, 1, 8)
+    with pytest.raises(RuntimeError, match="outside of a pass"):
+        torch.ops.eagle.attend(x, x, x, 0, 1.0, 0, 0.0, None)
+    asked = problem([3])
+    asked.run()
+    with pytest.raises(RuntimeError, match="outside of a pass"):  # `leave` forgets the pass
+        torch.ops.eagle.attend(asked.q, asked.k, asked.v, LAYER, 1.0, 0, 0.0, None)
+
+
+def test_other_dtypes_are_refused():
+    asked = problem([3])
+    asked.q = asked.q.bfloat16()
+    with pytest.raises(RuntimeError):
+        asked.run()
+    asked = problem([3], dtype=torch.float64)
+    with pytest.raises(RuntimeError, match="float32, bfloat16 or float16"):
+        asked.run()
