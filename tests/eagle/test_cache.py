@@ -151,9 +151,9 @@ def test_finished_rows_are_not_computed(llama):
         seen.append(list(cache.order))
         for row in set(range(4)) - set(cache.order):
             if row in frozen:
-                assert torch.equal(cache.buffer[:, :, row], frozen[row])
+                assert torch.equal(cache.buffer[:, :, row].nan_to_num(), frozen[row])
                 checks += 1
-            frozen[row] = cache.buffer[:, :, row].clone()
+            frozen[row] = cache.buffer[:, :, row].nan_to_num()
 
     start = model._start(prompts, max_new_tokens=40, eos_token_id=list(eos), on_cache=watch)
     rows = start.rows

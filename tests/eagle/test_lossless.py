@@ -194,7 +194,7 @@ def test_embedded_model(embedded, sampling):
     slow = embedded.generate(prompts, max_new_tokens=32, draft=False, **sampling)
     assert new_tokens(fast) == new_tokens(slow)
     if not sampling:
-        eos = sorted(embedded._eos(None))
+        eos = sorted(embedded.eos_token_ids)
         assert new_tokens(fast)[0] == stock_greedy(
             embedded.target, prompts[0], 32, eos_token_id=eos
         )
