@@ -73,17 +73,26 @@ class TargetPass(torch.nn.Module):
 
 
 class HeadPass(torch.nn.Module):
-    """fc: the input is the target's features, not the head's own output."""
+    """A draft pass: every token's continuation is asked for."""
 
-    def __init__(self, drafter: HeadDrafter, fc: bool) -> None:
+    def __init__(self, drafter: HeadDrafter) -> None:
         super().__init__()
-        self.head, self.embed, self.drafter, self.fc = drafter.head, drafter.embed, [drafter], fc
+        self.head, self.embed, self.drafter = drafter.head, drafter.embed, [drafter]
 
     def forward(self, hidden, tokens, positions):
         drafter = self.drafter[0]
-        hidden = self.head.fc(hidden) if self.fc else hidden
         out = drafter.run(hidden, tokens, positions, Opaque(None))
         return out, drafter.log_probs(out)
+
+
+class IngestPass(HeadPass):
+    """Takes the target's features, and asks for the continuation of the tokens `keep` only."""
+
+    def forward(self, features, tokens, positions, keep):
+        drafter = self.drafter[0]
+        out = drafter.run(self.head.fc(features), tokens, positions, Opaque(None))
+        last = out[:, keep]
+        return last, drafter.log_probs(last)
 
 
 class CompiledTarget:
@@ -99,18 +108,23 @@ class CompiledTarget:
 
 
 class CompiledHead:
-    """A head pass: hidden [1, T, H], or features [1, T, F] of the target, tokens, positions [1, T]
-    -> hidden [1, T, H], log-probabilities [1, T, D]."""
+    """Passes of the head over packed tokens [1, T], returning hidden [1, ., H] and log-probabilities [1, ., D]."""
 
     def __init__(self, drafter: HeadDrafter, seconds: dict[str, float]) -> None:
-        ids = torch.zeros(1, 8, dtype=torch.int64)
+        ids, keep = torch.zeros(1, 8, dtype=torch.int64), torch.zeros(4, dtype=torch.int64)
         weight = drafter.head.fc.weight
         hidden, features = (torch.zeros(1, 8, width, dtype=weight.dtype) for width in weight.shape)
-        self.run = load(HeadPass(drafter, False), (hidden, ids, ids), "head", seconds)
-        self.ingest = load(HeadPass(drafter, True), (features, ids, ids), "head_ingest", seconds)
+        self.run = load(HeadPass(drafter), (hidden, ids, ids), "head", seconds)
+        self.run_ingest = load(IngestPass(drafter), (features, ids, ids, keep), "ingest", seconds)
 
-    def __call__(self, hidden, tokens, positions, context, fc):
-        return (self.ingest if fc else self.run)(context, hidden, tokens, positions)
+    def __call__(self, hidden, tokens, positions, context):
+        return self.run(context, hidden, tokens, positions)
+
+    def ingest(self, features, tokens, positions, context, keep):
+        # a package takes two rows at least
+        twice = keep if len(keep) > 1 else keep.expand(2)
+        out, log_probs = self.run_ingest(context, features, tokens, positions, twice)
+        return out[:, : len(keep)], log_probs[:, : len(keep)]
 
 
 def load(module: torch.nn.Module, example: tuple, name: str, seconds: dict[str, float]):
@@ -124,12 +138,13 @@ def load(module: torch.nn.Module, example: tuple, name: str, seconds: dict[str, 
     started = time.perf_counter()
     load_attention(cache_folder(), cpu_flags())
     folder = cache_folder() / f"{name}-{key(module, example)}"
-    one = package(module, tuple(x[:, :1].clone() for x in example), folder / "one.pt2", None)
-    tokens = torch.export.Dim("T", min=2, max=2**20)
+    tokens, rows = (torch.export.Dim(name, min=2, max=2**20) for name in ("T", "b"))
+    shapes = [{1: tokens} if x.ndim > 1 else {0: rows} for x in example]
+    fixed = [None if x.ndim > 1 else {0: rows} for x in example]
+    single = tuple(x[:, :1].clone() if x.ndim > 1 else x.clone() for x in example)
+    one = package(module, single, folder / "one.pt2", fixed)
     # no two inputs may be one tensor: export would take them for one
-    many = package(
-        module, tuple(x.clone() for x in example), folder / "many.pt2", [{1: tokens}] * len(example)
-    )
+    many = package(module, tuple(x.clone() for x in example), folder / "many.pt2", shapes)
     seconds[name] = round(time.perf_counter() - started, 2)
 
     def run(context, *inputs):
@@ -153,7 +168,7 @@ def package(module, example, path: Path, dynamic):
         try:
             with torch.inference_mode(False), torch.no_grad():
                 exported = torch.export.export(
-                    module, example, dynamic_shapes=dynamic and tuple(dynamic), strict=False
+                    module, example, dynamic_shapes=tuple(dynamic), strict=False
                 )
                 torch._inductor.aoti_compile_and_package(
                     exported,
@@ -190,7 +205,7 @@ def key(module: torch.nn.Module, example: tuple) -> str:
     digest = hashlib.sha256()
     facts = (
         torch.__version__, transformers.__version__, platform.machine(), torch.get_num_threads(),
-        getattr(module, "fc", None),
+        type(module).__name__,
         torch.backends.cpu.get_cpu_capability(), cpu_flags(), str(module),
         [(x.dtype, x.shape[2:]) for x in example],
     )  # fmt: skip

@@ -37,7 +37,7 @@ class Drafter(Protocol):
         features: torch.Tensor,
         tokens: torch.Tensor,
         counts: torch.Tensor,
-        host_counts: list[int] | None,
+        host_counts: list[int],
     ) -> None:
         """features [b, K, F] of newly committed positions, tokens [b, K] that follow each; counts [b] say
         how many of a row's K are real."""
@@ -106,17 +106,15 @@ class HeadDrafter:
         self.first = torch.cat([self.first, other.first])
 
     def _pass(
-        self, hidden: torch.Tensor, tokens: torch.Tensor, context: TreeContext, fc: bool = False
+        self, hidden: torch.Tensor, tokens: torch.Tensor, context: TreeContext
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """One head pass: hidden [b, N, H] (with fc the target's features [b, N, F]), tokens [b, N] -> pre-norm
-        hidden [b, N, H] and log-probabilities [b, N, D] float32 over the draft vocabulary."""
-        positions = context.pack(context.positions)
-        hidden, tokens = context.pack(hidden), context.pack(tokens)
+        """One draft pass: hidden [b, N, H], tokens [b, N] -> pre-norm hidden [b, N, H] and log-probabilities
+        [b, N, D] float32 over the draft vocabulary."""
+        inputs = (*map(context.pack, (hidden, tokens, context.positions)), context)
         if self.compiled is not None:
-            out, log_probs = self.compiled(hidden, tokens, positions, context, fc)
+            out, log_probs = self.compiled(*inputs)
         else:
-            hidden = self.head.fc(hidden) if fc else hidden
-            out = self.run(hidden, tokens, positions, context)
+            out = self.run(*inputs)
             log_probs = self.log_probs(out)
         return context.unpack(out), context.unpack(log_probs)
 
@@ -135,21 +133,29 @@ class HeadDrafter:
         b, K = tokens.shape
         cache = self.cache
         positions = cache.lengths[:, None] + torch.arange(K, device=tokens.device)
-        features = features.to(self.last.dtype)
-        index = torch.arange(b, device=tokens.device), (counts - 1).clamp_min(0)
-        if cache.host_lengths is not None and not any(cache.host_lengths):  # the prompt's pass
+        prompt = not any(cache.host_lengths)
+        if prompt:
             context = TreeContext(cache, positions, counts=host_counts)
-            packed = (context.pack(x) for x in (self.head.fc(features), tokens, positions))
-            last = context.unpack(self.run(*packed, context))[index]
-            first = self.log_probs(last)
         else:  # a chain behind what is committed
             causal = torch.ones(K, K, dtype=torch.bool, device=tokens.device).tril()
             context = TreeContext(cache, positions, causal.expand(b, K, K), positions, host_counts)
-            out, log_probs = self._pass(features, tokens, context, fc=True)
-            last, first = out[index], log_probs[index]
-        gained = (counts > 0)[:, None]
-        self.last = torch.where(gained, last, self.last)
-        self.first = torch.where(gained, first, self.first)
+        features, tokens, positions = map(
+            context.pack, (features.to(self.last.dtype), tokens, positions)
+        )
+        keep = counts.cumsum(0) - 1  # the last of each row among the packed tokens
+        if self.compiled is not None and not prompt:
+            last, first = self.compiled.ingest(features, tokens, positions, context, keep)
+        else:
+            last = self.run(self.head.fc(features), tokens, positions, context)[:, keep]
+            first = self.log_probs(last)
+        last, first = last[0], first[0]
+        if not all(host_counts):
+            gained = (counts > 0)[:, None]
+            last, first = (
+                torch.where(gained, last, self.last),
+                torch.where(gained, first, self.first),
+            )
+        self.last, self.first = last, first
         cache.advance(counts, host_counts)
 
     def expand(self, root: torch.Tensor, plan: Plan | None = None) -> DraftTree:
@@ -160,6 +166,7 @@ class HeadDrafter:
         tokens, scores, parents = [token], [score], [torch.zeros_like(token)]
         base = 1  # how many come before this level's candidates, the root included
         beam_positions = []
+        out, seen = self.last[:, None], root.new_zeros(b, 1, 0, dtype=torch.bool)
         for step in range(self.shape.depth):
             n = k if plan is None else plan.beams(score, k)
             if n == 0:
@@ -168,13 +175,10 @@ class HeadDrafter:
             beam_place, beam_tokens = base + pick, token.gather(1, pick)
             base += score.shape[1]
             own = torch.eye(n, dtype=torch.bool, device=root.device).expand(b, n, n)
-            if step == 0:
-                hidden, seen = self.last[:, None].expand(b, n, -1), own
-            else:
-                origin = pick // k  # the beam of the level before that each beam continues
-                hidden = out.gather(1, origin[..., None].expand(b, n, out.shape[-1]))
-                inherited = seen.gather(1, origin[..., None].expand(b, n, seen.shape[-1]))
-                seen = torch.cat([inherited, own], dim=-1)  # [b, n, beams so far]
+            origin = pick // k  # the beam of the level before that each beam continues
+            hidden = out.gather(1, origin[..., None].expand(b, n, out.shape[-1]))
+            inherited = seen.gather(1, origin[..., None].expand(b, n, seen.shape[-1]))
+            seen = torch.cat([inherited, own], dim=-1)  # [b, n, beams so far]
             beam_positions.append((cache.lengths + step)[:, None].expand(b, n))
             context = TreeContext(cache, beam_positions[-1], seen, torch.cat(beam_positions, 1))
             out, log_probs = self._pass(hidden, beam_tokens, context)  # [b, n, H], [b, n, D]

@@ -1,0 +1,363 @@
+"""Compiled passes give the tokens of eager ones, are kept on disk, and fail with a remedy.
+
+Packages are built once for the whole file, in an empty cache: some 100 s of its time.
+"""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from engine_helpers import (
+    head_model,
+    make_head,
+    make_prompts,
+    make_target,
+    new_tokens,
+    plain,
+    stock_greedy,
+)
+
+from eagle.draft import HeadDrafter
+from eagle.errors import EagleError
+from eagle.model import EaModel
+from eagle.tree import TreeShape
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        not (shutil.which("g++") and shutil.which("ninja")), reason="needs a C++ compiler and ninja"
+    ),
+]
+NEW = 20
+PROMPTS = make_prompts((9, 3, 14, 1, 60))
+SAMPLED = {"temperature": 1.2, "top_p": 0.95, "seed": 30}
+TREES = ("16,4,4", "6,4,1", "40,5,8")
+
+
+def packages(folder):
+    """Name -> time of change, of every file that a compilation keeps."""
+    return {
+        str(p.relative_to(folder)): p.stat().st_mtime_ns
+        for p in Path(folder).rglob("*")
+        if p.suffix in (".pt2", ".so")
+    }
+
+
+@pytest.fixture(scope="module")
+def target():
+    return make_target("llama")
+
+
+@pytest.fixture(scope="module")
+def model(compile_cache, target):
+    """Drafts well enough that trees are accepted to some depth: the target's own vocabulary and a fixed seed."""
+    model = head_model(target, "16,4,4", draft_vocab=128)
+    seconds = model.prepare("max")
+    assert set(seconds) == {"target", "head", "head_ingest"}
+    assert len([p for p in packages(compile_cache) if p.endswith(".pt2")]) == 6
+    return model
+
+
+def runs(model, monkeypatch):
+    """Counts the packages' runs from now on: [target, head]."""
+    counts = [0, 0]
+    for place, name in enumerate(("target", "head")):
+        compiled = model._compiled[name][1]
+
+        def counted(*args, place=place, call=type(compiled).__call__):
+            counts[place] += 1
+            return call(*args)
+
+        monkeypatch.setattr(type(compiled), "__call__", counted)
+    return counts
+
+
+@pytest.mark.parametrize("tree", TREES)
+@pytest.mark.parametrize("sampling", [{}, SAMPLED], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("batch", [1, 5])
+def test_compiled_equals_eager(model, target, monkeypatch, batch, sampling, tree):
+    prompts = PROMPTS[:batch]
+    options = dict(max_new_tokens=NEW, **sampling)
+    expected = plain(target, prompts, compile="off", **options)
+    assert len({tuple(t) for t in expected}) == batch and len(set(expected[0])) > 5
+    count = runs(model, monkeypatch)
+    assert new_tokens(model.generate(prompts, compile="max", tree=tree, **options)) == expected
+    assert min(count) > 0
+    count[:] = 0, 0
+    slow = model.generate(prompts, compile="max", draft=False, **options)
+    assert new_tokens(slow) == expected
+    assert count == [NEW - 1, 0]  # the prompts' pass is not compiled
+    count[:] = 0, 0
+    eager = model.generate(prompts, compile="off", tree=tree, **options)
+    assert new_tokens(eager) == expected and count == [0, 0]
+    if not sampling:
+        assert expected == [stock_greedy(target, p, NEW) for p in prompts]
+
+
+def test_drafts_are_the_same_too(model):
+    """Compiled drafting is as good as eager: the same trees are accepted, node for node."""
+    for tree in TREES:
+        eager, compiled = (
+            model.generate(PROMPTS, max_new_tokens=40, tree=tree, compile=mode)
+            for mode in ("off", "max")
+        )
+        assert [r.accepted for r in compiled.rows] == [r.accepted for r in eager.rows]
+        assert sum(sum(r.accepted[1:]) for r in eager.rows) > 0
+
+
+@pytest.mark.parametrize("sampling", [{}, SAMPLED], ids=["greedy", "sampled"])
+def test_many_requests(model, target, sampling):
+    prompts = make_prompts((9, 3, 14, 1, 6, 22, 2, 90, 5), seed=3)
+    options = dict(max_new_tokens=NEW, **sampling)
+    expected = plain(target, prompts, compile="off", **options)
+    for draft in (True, False):
+        rows = model.generate_many(prompts, slots=3, compile="max", draft=draft, **options)
+        assert [row.tokens for row in rows] == expected
+
+
+def test_nothing_is_compiled_anew_for_other_shapes(model, compile_cache):
+    """Batch, capacity, tree, context and options are no part of a package."""
+    before = packages(compile_cache)
+    model = EaModel(model.target, model.head, "16,4,4", compile="max")
+    model.prepare()
+    loaded = dict(model._compiled)
+    for prompts, options in (
+        (make_prompts((200,)), {"tree": "60,7,10"}),
+        (make_prompts((30,) * 7), {"capacity": 200}),
+        (make_prompts((4, 2)), {"tree": "3,1,2", "temperature": 0.9, "repetition_penalty": 1.2}),
+        (make_prompts((2,)), {"draft": False, "logprobs": True}),
+    ):
+        model.generate(prompts, max_new_tokens=6, **options)
+    assert model._compiled == loaded and packages(compile_cache) == before
+
+
+def test_another_model_object_loads_what_is_there(model, compile_cache):
+    before = packages(compile_cache)
+    target = make_target("llama")
+    again = EaModel(target, make_head(target, 128), "8,4,2", compile="max")
+    assert set(again.prepare()) == {"target", "head", "head_ingest"}
+    assert again.prepare() == {}  # it is ready
+    assert packages(compile_cache) == before
+    assert new_tokens(again.generate(PROMPTS, max_new_tokens=8)) == plain(
+        target, PROMPTS, max_new_tokens=8
+    )
+
+
+def test_streams_that_take_turns(model, target):
+    """The pass that runs is global to the operator; a pass begins and ends within one step."""
+    options = dict(max_new_tokens=NEW, compile="max")
+    streams = [model.stream(PROMPTS[:2], **options), model.stream(PROMPTS, slots=2, **options)]
+    got, running = [{}, {}], [0, 1]
+    while running:
+        for n in list(running):
+            span = next(streams[n], None)
+            if span is None:
+                running.remove(n)
+            else:
+                got[n].setdefault(span.index, []).extend(span.tokens)
+    expected = plain(target, PROMPTS, max_new_tokens=NEW, compile="off")
+    assert [got[0][i] for i in range(2)] == expected[:2]
+    assert [got[1][i] for i in range(5)] == expected
+
+
+def test_logprobs_of_compiled_passes(model):
+    options = dict(max_new_tokens=NEW, logprobs=True)
+    eager = model.generate(PROMPTS, compile="off", **options)
+    compiled = model.generate(PROMPTS, compile="max", **options)
+    for one, other in zip(eager.rows, compiled.rows, strict=True):
+        assert torch.allclose(torch.tensor(one.logprobs), torch.tensor(other.logprobs), atol=1e-4)
+
+
+def test_windows_and_soft_caps(compile_cache):
+    """Gemma 2's alternate layers, and its two kinds of soft cap; contexts longer than the window."""
+    target = make_target("gemma2", num_hidden_layers=2)
+    assert {"sliding_attention", "full_attention"} == set(target.config.layer_types)
+    model = EaModel(target, compile="max")
+    assert set(model.prepare()) == {"target"}
+    expected = plain(target, PROMPTS, max_new_tokens=NEW, compile="off")
+    assert new_tokens(model.generate(PROMPTS, max_new_tokens=NEW, draft=False)) == expected
+    assert expected == [stock_greedy(target, p, NEW) for p in PROMPTS]
+    # trees: an eager head over the compiled target
+    drafting = head_model(target, "16,4,4", draft_vocab=128)
+    drafting._compiled = {**model._compiled, "head": (drafting.head, None)}
+    for sampling in ({}, SAMPLED):
+        options = dict(max_new_tokens=NEW, **sampling)
+        rows = drafting.generate_many(PROMPTS, slots=3, compile="max", **options)
+        assert [r.tokens for r in rows] == plain(target, PROMPTS, compile="off", **options)
+
+
+def test_the_mode_is_for_a_model_or_a_call(model, target, compile_cache, monkeypatch):
+    before = packages(compile_cache)
+    count = runs(model, monkeypatch)
+    eager = EaModel(target, model.head, "8,4,2")
+    eager.generate(PROMPTS, max_new_tokens=4)
+    eager.generate(PROMPTS, max_new_tokens=4, compile="auto")  # off on a CPU
+    assert count == [0, 0] and eager._compiled == {}
+    eager.generate(PROMPTS, max_new_tokens=4, compile="max")
+    assert min(count) > 0
+    count[:] = 0, 0
+    eager.generate(PROMPTS, max_new_tokens=4)
+    assert count == [0, 0] and eager.drafter.compiled is None and target.compiled is None
+    assert packages(compile_cache) == before
+
+
+def test_an_unknown_mode_is_refused(target):
+    for call in (
+        lambda: EaModel(target, compile="fast").prepare(),
+        lambda: EaModel(target).prepare("fast"),
+        lambda: EaModel(target, compile="fast").generate(PROMPTS, draft=False),
+        lambda: EaModel(target).naivegenerate(PROMPTS, compile="fast"),
+    ):
+        with pytest.raises(EagleError, match="unknown compile 'fast'; use auto, off, max"):
+            call()
+
+
+def test_a_key_names_all_that_a_package_depends_on(target):
+    from eagle.compile import HeadPass, TargetPass, key
+
+    ids = torch.zeros(1, 8, dtype=torch.int64)
+
+    def target_key(target):
+        return key(TargetPass(target), (ids, ids))
+
+    def head_key(target, head, fc=False):
+        drafter = HeadDrafter(head, target.embed, TreeShape())
+        hidden = torch.zeros(1, 8, 96 if fc else 32)
+        return key(HeadPass(drafter, fc), (hidden, ids, ids))
+
+    first = target_key(target)
+    other = make_target("llama")
+    assert target_key(other) == first
+    weight = other.model.model.layers[2].mlp.up_proj.weight.data
+    weight[3, 5] = torch.nextafter(weight[3, 5], torch.tensor(9.0))
+    changed = target_key(other)
+    assert changed != first  # the last bit of one weight
+    other = make_target("llama")
+    other.set_feature_layers((0, 1, 4))
+    layers = target_key(other)
+    other = make_target("llama")
+    other.config.rope_parameters["rope_theta"] = 5e5  # no weight says so
+    theta = target_key(other)
+    other = make_target("llama")
+    other.model.bfloat16()
+    half = target_key(other)
+    head = make_head(target)
+    heads = [head_key(target, head), head_key(target, head, fc=True)]
+    assert heads[0] == head_key(target, make_head(target))
+    head.norm.weight.data[0] += 1e-6
+    heads.append(head_key(target, head))
+    heads.append(head_key(target, make_head(target, seed=1)))
+    torch.set_num_threads(2)
+    try:
+        threads = target_key(target)
+    finally:
+        torch.set_num_threads(1)
+    everything = [first, changed, layers, theta, half, threads, *heads]
+    assert len(set(everything)) == len(everything)
+
+
+def test_a_changed_weight_is_another_package(model, compile_cache, monkeypatch):
+    """Where a package is looked for, without building it: building is stopped."""
+    import eagle.compile
+
+    def stop(module, example, path, dynamic):
+        raise EagleError(f"would build {path}")
+
+    monkeypatch.setattr(eagle.compile, "package", stop)
+    target = make_target("llama")
+    folders = {Path(p).parent.name for p in packages(compile_cache)}
+    with pytest.raises(EagleError) as found:
+        EaModel(target, compile="max").prepare()
+    assert Path(str(found.value)).parent.name in folders
+    target.model.lm_head.weight.data[0, 0] += 1
+    with pytest.raises(EagleError) as found:
+        EaModel(target, compile="max").prepare()
+    name = Path(str(found.value)).parent.name
+    assert name.startswith("target-") and name not in folders
+
+
+def test_a_model_too_large_to_copy_is_refused(target, monkeypatch):
+    monkeypatch.setattr("eagle.compile.LARGEST", 1000)
+    with pytest.raises(EagleError, match="too much for that; use compile='off'"):
+        EaModel(target, compile="max").generate(PROMPTS, draft=False)
+
+
+def test_without_a_compiler(model, monkeypatch, tmp_path):
+    from eagle.compile import package
+
+    monkeypatch.setenv("PATH", str(tmp_path))
+    path = tmp_path / "linear" / "one.pt2"
+    with pytest.raises(EagleError, match=r"use compile='off'.*needs a C\+\+ compiler"):
+        package(torch.nn.Linear(3, 5), (torch.ones(1, 3),), path, None)
+    assert list(path.parent.iterdir()) == []
+    # the attention operator comes first, and needs the compiler as much
+    monkeypatch.setattr("kernels.cpu_extension._loaded", False)
+    monkeypatch.setenv("EAGLE_CACHE", str(tmp_path / "empty"))
+    target = make_target("llama")
+    with pytest.raises(EagleError, match="compile='off'"):
+        EaModel(target, compile="max").generate(PROMPTS, draft=False)
+    # and the model goes on without
+    assert len(plain(target, PROMPTS, max_new_tokens=2, compile="off")) == len(PROMPTS)
+
+
+class Undecided(torch.nn.Module):
+    """Its control flow depends on data, which export cannot follow."""
+
+    def forward(self, x):
+        return x + 1 if x.sum().item() > 3.5 else x
+
+
+def test_a_model_that_cannot_be_exported(compile_cache, tmp_path):
+    from eagle.compile import package
+
+    path = tmp_path / "undecided" / "one.pt2"
+    with pytest.raises(EagleError, match="cannot compile this model.*use compile='off'"):
+        package(Undecided(), (torch.ones(1, 3),), path, None)
+    assert list(path.parent.iterdir()) == []
+
+
+KILLED = """
+import os, sys, time
+sys.path.insert(0, sys.argv[1])
+import torch
+from pathlib import Path
+from eagle.compile import package
+
+def wait(part, path):
+    print("about to put it in its place", flush=True)
+    time.sleep(600)
+
+os.replace = wait
+torch.manual_seed(0)
+package(torch.nn.Linear(3, 5), (torch.ones(1, 3),), Path(sys.argv[2]), None)
+"""
+
+
+def test_a_process_that_is_killed_leaves_no_package(tmp_path):
+    """kill -9 at the last moment: a whole file is there, but not under the package's name."""
+    from eagle.compile import package
+
+    path = tmp_path / "linear" / "one.pt2"
+    root = str(Path(__file__).parents[2])
+    process = subprocess.Popen(
+        [sys.executable, "-c", KILLED, root, str(path)], stdout=subprocess.PIPE, text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    try:
+        assert "in its place" in process.stdout.readline()
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    left = [p.name for p in path.parent.iterdir()]
+    assert len(left) == 1 and left[0].startswith(f".{process.pid}-")
+    (path.parent / left[0]).write_bytes(b"half a file")
+    torch.manual_seed(0)
+    linear, x = torch.nn.Linear(3, 5), torch.randn(1, 3)
+    compiled = package(linear, (torch.ones(1, 3),), path, None)
+    assert torch.allclose(compiled(x), linear(x), atol=1e-6)
+    assert {p.name for p in path.parent.iterdir()} == {"one.pt2", *left}
