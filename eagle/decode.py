@@ -169,11 +169,17 @@ class Batch:
 
     def expand(self) -> DraftTree:
         plan = self.plan
-        self.drafting = self.drafter is not None and (plan is None or plan.begin(len(self.rows)))
+        self.drafting = self.drafter is not None and (plan is None or plan.begin(self.urgency()))
         if not self.drafting:
             return DraftTree.root_only(self.root)
         self.catch_up()
         return self.drafter.expand(self.root, *([] if plan is None else [plan]))
+
+    def urgency(self) -> list[float]:
+        """How far each row has to go, over the mean."""
+        left = [row.budget - len(row.tokens) for row in self.rows]
+        mean = sum(left) / len(left)
+        return [n / mean for n in left]
 
     def judge(self, tree: DraftTree) -> None:
         """One pass of the target over the tree: its choices, and what each row gains by them."""

@@ -14,9 +14,10 @@ where not even a root's best child is worth it, decoding is plain.
 from __future__ import annotations
 
 import bisect
-import math
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from .tree import DraftTree, TreeShape
@@ -28,6 +29,8 @@ BINS = 24  # of the draft's log-probability, down to FLOOR
 FLOOR = -6.0
 SETTLED = 24  # cycles before a rate is believed
 PAUSE = 96  # plain cycles before speculation is tried again
+MEMORY = 0.97  # of the rate, from cycle to cycle
+NEXT = 0.75  # the chance of a beam's best child, given the beam
 
 
 @dataclass(frozen=True)
@@ -59,48 +62,59 @@ class Costs:
         return max((self.target[last] - self.target[sizes[0]]) / (last - sizes[0]), 1e-4)
 
 
-@dataclass
 class Acceptance:
     """How often nodes of a given draft probability were accepted, their ancestors included. The head's own
     probability is the prior, with the weight of a few observations."""
 
-    tried: torch.Tensor = field(default_factory=lambda: torch.full((BINS,), 4.0))
-    kept: torch.Tensor = field(
-        default_factory=lambda: 4.0 * torch.exp((torch.arange(BINS) + 0.5) / BINS * FLOOR)
-    )
-    table: torch.Tensor | None = None
+    def __init__(self) -> None:
+        self.tried = np.full(BINS, 4.0)
+        self.kept = 4.0 * np.exp((np.arange(BINS) + 0.5) / BINS * FLOOR)
+        self._refresh()
 
-    def chances(self, scores: torch.Tensor) -> torch.Tensor:
-        """scores: cumulative log-probabilities -> chances of acceptance, of the same shape; never higher
-        for a lower score, so that a parent is at least as likely as its child."""
-        if self.table is None:
-            rates = (self.kept / self.tried).flip(0).cummax(0).values.flip(0)
-            self.table = torch.cat([rates, rates.new_zeros(1)])
-        return self.table[(scores * (BINS / FLOOR)).long().clamp_(0, BINS)]
+    def _refresh(self) -> None:
+        # never higher for a lower score, so that a parent is at least as likely as its child
+        rates = np.maximum.accumulate((self.kept / self.tried)[::-1])[::-1]
+        self.table = np.append(rates, 0.0)
 
-    def observe(self, scores: torch.Tensor, accepted: torch.Tensor) -> None:
+    def bins(self, scores: np.ndarray) -> np.ndarray:
+        return np.minimum(scores * (BINS / FLOOR), BINS).astype(np.int64)
+
+    def chances(self, scores: np.ndarray) -> np.ndarray:
+        """scores: cumulative log-probabilities -> chances of acceptance, of the same shape."""
+        return self.table[self.bins(scores)]
+
+    def observe(self, scores: np.ndarray, accepted: np.ndarray) -> None:
         """scores [n] of nodes that were verified, accepted [n] bool."""
-        bins = (scores * (BINS / FLOOR)).long().clamp_(0, BINS - 1)
+        bins = self.bins(scores)
         # older observations fade, so that a change of subject is noticed within some hundred cycles
         fade = 0.998
-        self.tried = self.tried * fade + torch.bincount(bins, minlength=BINS)
-        self.kept = self.kept * fade + torch.bincount(bins, accepted.float(), minlength=BINS)
-        self.tried.clamp_min_(1.0)
-        self.table = None
+        self.tried = np.maximum(self.tried * fade, 1.0)
+        self.kept = np.minimum(self.kept * fade, self.tried)
+        self.tried += np.bincount(bins, minlength=BINS + 1)[:BINS]
+        self.kept += np.bincount(bins, accepted, minlength=BINS + 1)[:BINS]
+        self._refresh()
 
 
 class Plan:
-    """One call's decisions. `costs(rows)` looks up the costs for that many rows."""
+    """One call's decisions. `costs(rows)` looks up the costs for that many rows.
 
-    def __init__(self, costs, acceptance: Acceptance) -> None:
+    The decisions are the host's, in numpy: a few numbers a cycle, for which tensors would be slower.
+    """
+
+    def __init__(self, costs: Callable[[int], Costs], acceptance: Acceptance) -> None:
         self.costs, self.acceptance = costs, acceptance
-        self._rows = 0
-        self.resting = 0  # plain cycles still to go before speculation is tried
+        self.rows, self.resting = (
+            0,
+            0,
+        )  # resting: plain cycles to go before speculation is tried again
+        self.urgency: np.ndarray | None = None
 
-    def begin(self, rows: int) -> bool:
-        """A cycle of `rows` rows is about to start: draft in it?"""
-        if rows != self._rows:
-            self._rows, self.now = rows, self.costs(rows)
+    def begin(self, urgency: Sequence[float]) -> bool:
+        """A cycle is about to start: draft in it? urgency: for each row, how much its tokens are wanted, 1 on
+        the whole; a row that has far to go holds up its batch."""
+        rows = len(urgency)
+        if rows != self.rows:
+            self.rows, self.now = rows, self.costs(rows)
             self.node = self.now.per_node
             self.plain = rows / self.now.plain
             # tokens and milliseconds of recent speculation; begins as if it were a little better than plain
@@ -109,6 +123,7 @@ class Plan:
         if self.resting:
             self.resting -= 1
             return False
+        self.urgency = np.asarray(urgency)[:, None]
         self.passes: list[int] = []
         return True
 
@@ -124,60 +139,58 @@ class Plan:
 
     def beams(self, scores: torch.Tensor, most: int) -> int:
         """scores [b, P] of the last level: how many of the best to expand, 0 to stop drafting."""
-        chances = self.acceptance.chances(scores.topk(min(most, scores.shape[1])).values)
-        worth = (chances * self.next - self.floor).clamp_min_(0.0)  # of each beam's best child
+        best = np.sort(scores.numpy(force=True))[:, : -most - 1 : -1]
+        chances = self.acceptance.chances(best) * self.urgency * NEXT
+        worth = np.maximum(chances - self.floor, 0.0)  # of each beam's best child
         width = int((worth > 0).any(0).sum())
-        if not width:
-            return 0
-        tokens = scores.shape[0] * width
-        cost = self.now.of(self.now.head, tokens)
-        if float(worth.sum()) <= max(self.rate, self.plain) * cost:
+        tokens = len(best) * width
+        if not width or worth.sum() <= max(self.rate, self.plain) * self.now.of(
+            self.now.head, tokens
+        ):
             return 0
         self.passes.append(tokens)
         return width
 
-    # of accepted nodes, the share with an accepted child: what a further level may bring
-    next: float = 0.75
-
     def keep(self, scores: torch.Tensor) -> torch.Tensor:
         """scores [b, P] of candidates -> [b, P] bool, those worth verifying."""
-        return self.acceptance.chances(scores) >= self.floor
+        chances = self.acceptance.chances(scores.numpy(force=True)) * self.urgency
+        return torch.from_numpy(chances >= self.floor).to(scores.device)
 
     def observe(self, tree: DraftTree, verdict: Verdict, gained: int) -> None:
         """After a speculative cycle. gained: tokens of all rows."""
-        nodes = tree.tokens >= 0
+        tokens, path, kept = (
+            x.numpy(force=True) for x in (tree.tokens, verdict.path, verdict.num_accepted)
+        )
+        nodes = tokens >= 0
         nodes[:, 0] = False  # the root was decided before
-        step = torch.arange(verdict.path.shape[1], device=nodes.device)
-        taken = step <= verdict.num_accepted[:, None]
-        accepted = torch.zeros_like(nodes).scatter(1, verdict.path, taken)
-        scores = tree.scores
-        self.acceptance.observe(scores[nodes], accepted[nodes])
-        now, b = self.now, scores.shape[0]
-        verified = b + int(nodes.sum())
-        spent = now.of(now.target, verified)
-        spent += sum(now.of(now.head, tokens) for tokens in self.passes)
-        self.gained = 0.97 * self.gained + gained
-        self.spent = 0.97 * self.spent + spent
+        accepted = np.zeros_like(nodes)
+        step = np.arange(path.shape[1]) <= kept[:, None]
+        row = np.broadcast_to(np.arange(len(path))[:, None], path.shape)
+        accepted[row[step], path[step]] = True
+        self.acceptance.observe(tree.scores.numpy(force=True)[nodes], accepted[nodes])
+        now = self.now
+        verified = len(tokens) + int(nodes.sum())
+        spent = now.of(now.target, verified) + sum(now.of(now.head, n) for n in self.passes)
+        self.gained = MEMORY * self.gained + gained
+        self.spent = MEMORY * self.spent + spent
         self.seen += 1
         if self.seen >= SETTLED and self.rate < self.plain:
             self.resting, self.seen = PAUSE, SETTLED - 6
             self.gained, self.spent = 8 * 1.1 * self.plain, 8.0
 
-    def explain(self) -> dict:
-        return {
-            "rows": self._rows,
-            "plain_tokens_per_ms": round(self.plain, 3),
-            "speculative_tokens_per_ms": round(self.rate, 3),
-            "ms_per_node": round(self.node, 4),
-            "least_chance": round(self.floor, 3),
-            "break_even_tau": round(self.break_even, 2),
-        }
-
-    @property
-    def break_even(self) -> float:
-        """Acceptance length at which the last speculative cycles would have been as fast as plain decoding."""
-        return (
-            self.spent / (1 - 0.97) ** -1 * self.plain / self._rows
-            if math.isfinite(self.spent)
-            else 0.0
-        )
+    def explain(self) -> str:
+        if not self.rows:
+            return "nothing has been planned yet"
+        now, cycles = self.now, ", ".join
+        per_cycle = self.spent * (1 - MEMORY)
+        state = "plain decoding: speculation loses" if self.resting else "speculating"
+        return "\n".join([
+            f"{self.rows} rows, {state}",
+            f"plain cycle {now.plain:.2f} ms: {self.plain:.3f} tokens/ms",
+            "speculative cycle without its draft passes, by tokens verified: "
+            + cycles(f"{n}: {ms:.2f} ms" for n, ms in sorted(now.target.items())),
+            "draft pass, by beams: " + cycles(f"{n}: {ms:.2f} ms" for n, ms in sorted(now.head.items())),
+            f"recent speculation: {self.rate:.3f} tokens/ms; break-even tau about "
+            f"{per_cycle * self.plain / self.rows:.2f} at its {per_cycle:.2f} ms a cycle",
+            f"one more node costs {self.node:.3f} ms, so it must have a chance of {self.floor:.3f} at least",
+        ])  # fmt: skip
