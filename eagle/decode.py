@@ -131,9 +131,11 @@ class Batch:
         draft = self.drafter is not None
         logits, features = self.target.prefill(ids, lengths, host_lengths, cache, features=draft)
         root = choose(rows, sampler_of(rows, device), logits, None, lengths[:, None])
-        keep_logprobs(rows, logits, root.new_zeros(len(rows), 1), root, [1] * len(rows))
-        for row, token in zip(rows, root[:, 0].tolist(), strict=True):
-            row.take([token])
+        counts = [
+            0 if row.done else row.take([token])
+            for row, token in zip(rows, root[:, 0].tolist(), strict=True)
+        ]
+        keep_logprobs(rows, logits, torch.zeros_like(root), root, counts)
         self.settle()
         if draft:
             self.catch_up()

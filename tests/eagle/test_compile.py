@@ -67,13 +67,14 @@ def runs(model, monkeypatch):
     """Counts the packages' runs from now on: [target, head]."""
     counts = [0, 0]
     for place, name in enumerate(("target", "head")):
-        compiled = model._compiled[name][1]
+        kind = type(model._compiled[name][1])
+        call = kind.__call__
 
-        def counted(*args, place=place, call=type(compiled).__call__):
+        def counted(*args, place=place, call=call):
             counts[place] += 1
             return call(*args)
 
-        monkeypatch.setattr(type(compiled), "__call__", counted)
+        monkeypatch.setattr(kind, "__call__", counted)
     return counts
 
 
