@@ -6,6 +6,7 @@ b rows, N nodes a row, T = b * N packed tokens.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import hashlib
 import json
@@ -42,26 +43,43 @@ class CostTable:
         name = hashlib.sha256(repr(self.facts).encode()).hexdigest()[:24]
         self.path = folder / f"costs-{name}.json"
         self.known: dict[str, dict] = {}
-        if self.path.exists():
-            self.known = json.loads(self.path.read_text())
+        try:
+            found = json.loads(self.path.read_text())
+        except (OSError, ValueError):  # none yet, or one that cannot be read: measured anew
+            found = None
+        if isinstance(found, dict):
+            self.known = found
 
     def __call__(self, rows: int, context: int) -> Costs:
         """For `rows` rows of about `context` tokens: both are rounded up to a power of two."""
         rows = 1 << max(rows - 1, 0).bit_length()
         context = min(1 << max(context - 1, 127).bit_length(), self.target.max_positions // 2)
         key = f"{rows}x{context}"
-        if key not in self.known:
+        costs = read(self.known.get(key))
+        if costs is None:
             self.known[key] = measure(self.target, self.drafter, rows, context)
             self._save()
-        entry = self.known[key]
-        tables = ({int(k): v for k, v in entry[name].items()} for name in ("target", "head"))
-        return Costs(*tables, entry["plain"])
+            costs = read(self.known[key])
+        return costs
 
     def _save(self) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        part = self.path.with_name(f".{os.getpid()}-{self.path.name}")
-        part.write_text(json.dumps(self.known))
-        os.replace(part, self.path)
+        """A folder that cannot be written costs the next process a measurement, and is no reason to fail."""
+        with contextlib.suppress(OSError):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            part = self.path.with_name(f".{os.getpid()}-{self.path.name}")
+            part.write_text(json.dumps(self.known))
+            os.replace(part, self.path)
+
+
+def read(entry: dict | None) -> Costs | None:
+    """What `measure` returned, as it comes back from JSON; None where it is not that."""
+    try:
+        target, head = ({int(k): float(entry[t][k]) for k in entry[t]} for t in ("target", "head"))
+        costs = Costs(target, head, float(entry["plain"]))
+    except (KeyError, TypeError, ValueError):
+        return None
+    values = [*target.values(), *head.values(), costs.plain]
+    return costs if target and head and all(0 < ms < float("inf") for ms in values) else None
 
 
 def device_name(device: torch.device) -> str:

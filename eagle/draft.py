@@ -17,6 +17,8 @@ from typing import Protocol
 
 import torch
 
+from kernels.grow_tree import best_beams, candidates
+
 from .attention import TreeContext
 from .cache import StaticKVCache
 from .head import Eagle3Head
@@ -69,6 +71,7 @@ class HeadDrafter:
         # fewer draft tokens than beams: nothing is left to fill the others with
         beams = min(shape.top_k, self.head.config.draft_vocab_size)
         self.shape = TreeShape(shape.total_token, shape.depth, beams)
+        self._to_target = self.head.draft_token_ids()  # [D]
 
     @property
     def scratch(self) -> int:
@@ -160,34 +163,27 @@ class HeadDrafter:
 
     def expand(self, root: torch.Tensor, plan: Plan | None = None) -> DraftTree:
         """root [b] -> the tree to verify: `shape`'s, or within it what `plan` finds worth its cost."""
-        b, k, head, cache = root.shape[0], self.shape.top_k, self.head, self.cache
-        best = self.first.topk(k)  # [b, k]
-        score, token = best.values, head.to_target(best.indices)
+        b, k, cache = root.shape[0], self.shape.top_k, self.cache
+        score, token = candidates(self.first[:, None], None, self._to_target, k)
         tokens, scores, parents = [token], [score], [torch.zeros_like(token)]
         base = 1  # how many come before this level's candidates, the root included
-        beam_positions = []
         out, seen = self.last[:, None], root.new_zeros(b, 1, 0, dtype=torch.bool)
         for step in range(self.shape.depth):
             n = k if plan is None else plan.beams(score, k)
             if n == 0:
                 break
-            beam_score, pick = score.topk(n)  # [b, n]
-            beam_place, beam_tokens = base + pick, token.gather(1, pick)
-            base += score.shape[1]
-            own = torch.eye(n, dtype=torch.bool, device=root.device).expand(b, n, n)
-            origin = pick // k  # the beam of the level before that each beam continues
-            hidden = out.gather(1, origin[..., None].expand(b, n, out.shape[-1]))
-            inherited = seen.gather(1, origin[..., None].expand(b, n, seen.shape[-1]))
-            seen = torch.cat([inherited, own], dim=-1)  # [b, n, beams so far]
-            beam_positions.append((cache.lengths + step)[:, None].expand(b, n))
-            context = TreeContext(cache, beam_positions[-1], seen, torch.cat(beam_positions, 1))
+            beam_score, pick, beam_tokens, hidden, seen = best_beams(
+                score, token, out, seen, k, n
+            )  # [b, n] three times, [b, n, H], [b, n, beams so far]
+            positions = (cache.lengths + step)[:, None].expand(b, n)
+            # no window asks for the positions of earlier beams
+            context = TreeContext(cache, positions, seen, positions[:, :1].expand(b, seen.shape[2]))
             out, log_probs = self._pass(hidden, beam_tokens, context)  # [b, n, H], [b, n, D]
-            best = log_probs.topk(k)
-            score = (beam_score[..., None] + best.values).flatten(1)  # [b, n*k]
-            token = head.to_target(best.indices.flatten(1))
+            parents.append((base + pick).repeat_interleave(k, dim=1))
+            base += score.shape[1]
+            score, token = candidates(log_probs, beam_score, self._to_target, k)
             tokens.append(token)
             scores.append(score)
-            parents.append(beam_place.repeat_interleave(k, dim=1))
         sizes = torch.tensor([level.shape[1] for level in tokens], device=root.device)
         depth = torch.arange(1, len(tokens) + 1, device=root.device).repeat_interleave(sizes)
         scores = torch.cat(scores, 1)

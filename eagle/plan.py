@@ -28,7 +28,10 @@ WIDEST = TreeShape(total_token=48, depth=10, top_k=4)
 BINS = 24  # of the draft's log-probability, down to FLOOR
 FLOOR = -6.0
 SETTLED = 24  # cycles before a rate is believed
-PAUSE = 96  # plain cycles before speculation is tried again
+TRIAL = 6  # cycles of another try, once acceptance has been observed
+PAUSE = 96  # plain cycles, at least, before speculation is tried again
+LOSS = 0.02  # of the time that a try may lose: the pause after a dear one is longer
+HELD = 8.0  # plain cycles of time that the rate begins with
 MEMORY = 0.97  # of the rate, from cycle to cycle
 NEXT = 0.75  # the chance of a beam's best child, given the beam
 
@@ -67,8 +70,8 @@ class Acceptance:
     probability is the prior, with the weight of a few observations."""
 
     def __init__(self) -> None:
-        self.tried = np.full(BINS, 4.0)
-        self.kept = 4.0 * np.exp((np.arange(BINS) + 0.5) / BINS * FLOOR)
+        self.prior = 4.0 * np.exp((np.arange(BINS) + 0.5) / BINS * FLOOR)
+        self.tried, self.kept = np.full(BINS, 4.0), self.prior.copy()
         self._refresh()
 
     def _refresh(self) -> None:
@@ -77,7 +80,8 @@ class Acceptance:
         self.table = np.append(rates, 0.0)
 
     def bins(self, scores: np.ndarray) -> np.ndarray:
-        return np.minimum(scores * (BINS / FLOOR), BINS).astype(np.int64)
+        scores = np.nan_to_num(scores, nan=-np.inf)  # of a broken head: never worth it
+        return np.clip(scores * (BINS / FLOOR), 0, BINS).astype(np.int64)
 
     def chances(self, scores: np.ndarray) -> np.ndarray:
         """scores: cumulative log-probabilities -> chances of acceptance, of the same shape."""
@@ -86,10 +90,11 @@ class Acceptance:
     def observe(self, scores: np.ndarray, accepted: np.ndarray) -> None:
         """scores [n] of nodes that were verified, accepted [n] bool."""
         bins = self.bins(scores)
-        # older observations fade, so that a change of subject is noticed within some hundred cycles
+        # older observations fade, so that a change of subject is noticed within some hundred cycles; what is
+        # left is the prior, or a score that is not tried any more could never be tried again
         fade = 0.998
-        self.tried = np.maximum(self.tried * fade, 1.0)
-        self.kept = np.minimum(self.kept * fade, self.tried)
+        self.tried = 4.0 + (self.tried - 4.0) * fade
+        self.kept = self.prior + (self.kept - self.prior) * fade
         self.tried += np.bincount(bins, minlength=BINS + 1)[:BINS]
         self.kept += np.bincount(bins, accepted, minlength=BINS + 1)[:BINS]
         self._refresh()
@@ -103,10 +108,8 @@ class Plan:
 
     def __init__(self, costs: Callable[[int], Costs], acceptance: Acceptance) -> None:
         self.costs, self.acceptance = costs, acceptance
-        self.rows, self.resting = (
-            0,
-            0,
-        )  # resting: plain cycles to go before speculation is tried again
+        self.rows = 0
+        self.resting = 0  # plain cycles to go before speculation is tried again
         self.urgency: np.ndarray | None = None
 
     def begin(self, urgency: Sequence[float]) -> bool:
@@ -117,15 +120,20 @@ class Plan:
             self.rows, self.now = rows, self.costs(rows)
             self.node = self.now.per_node
             self.plain = rows / self.now.plain
-            # tokens and milliseconds of recent speculation; begins as if it were a little better than plain
-            self.gained, self.spent = 8 * 1.3 * self.plain, 8.0
-            self.seen, self.resting = 0, 0
+            self.resting = 0
+            self._try(SETTLED, 1.3)
         if self.resting:
             self.resting -= 1
             return False
         self.urgency = np.asarray(urgency)[:, None]
         self.passes: list[int] = []
         return True
+
+    def _try(self, trial: int, hope: float) -> None:
+        """Speculate for `trial` cycles at least, beginning as if it were `hope` times as fast as plain."""
+        self.trial, self.seen, self.lost = trial, 0, 0.0
+        # tokens, milliseconds and cycles of recent speculation
+        self.gained, self.spent, self.held = HELD * hope * self.rows, HELD * self.now.plain, HELD
 
     @property
     def rate(self) -> float:
@@ -173,16 +181,21 @@ class Plan:
         spent = now.of(now.target, verified) + sum(now.of(now.head, n) for n in self.passes)
         self.gained = MEMORY * self.gained + gained
         self.spent = MEMORY * self.spent + spent
+        self.held = MEMORY * self.held + 1
         self.seen += 1
-        if self.seen >= SETTLED and self.rate < self.plain:
-            self.resting, self.seen = PAUSE, SETTLED - 6
-            self.gained, self.spent = 8 * 1.1 * self.plain, 8.0
+        self.lost += spent - gained / self.plain
+        if self.seen >= self.trial and self.rate < self.plain:
+            lost = TRIAL / self.seen * self.lost / now.plain  # by a try, in plain cycles
+            self.resting = max(PAUSE, int(lost / LOSS))
+            self.last = self.rate, self.spent / self.held
+            self._try(TRIAL, 1.1)
 
     def explain(self) -> str:
         if not self.rows:
             return "nothing has been planned yet"
         now, cycles = self.now, ", ".join
-        per_cycle = self.spent * (1 - MEMORY)
+        # while it rests, the rate that speculation had is not the one it begins again with
+        rate, per_cycle = self.last if self.resting else (self.rate, self.spent / self.held)
         state = "plain decoding: speculation loses" if self.resting else "speculating"
         return "\n".join([
             f"{self.rows} rows, {state}",
@@ -190,7 +203,7 @@ class Plan:
             "speculative cycle without its draft passes, by tokens verified: "
             + cycles(f"{n}: {ms:.2f} ms" for n, ms in sorted(now.target.items())),
             "draft pass, by beams: " + cycles(f"{n}: {ms:.2f} ms" for n, ms in sorted(now.head.items())),
-            f"recent speculation: {self.rate:.3f} tokens/ms; break-even tau about "
+            f"recent speculation: {rate:.3f} tokens/ms; break-even tau about "
             f"{per_cycle * self.plain / self.rows:.2f} at its {per_cycle:.2f} ms a cycle",
             f"one more node costs {self.node:.3f} ms, so it must have a chance of {self.floor:.3f} at least",
         ])  # fmt: skip

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from kernels.grow_tree import fast
+
 from .errors import EagleError
 
 
@@ -52,7 +54,8 @@ class TreeShape:
             total_token, depth, top_k = (int(p) for p in parts)
         except ValueError:
             raise EagleError(
-                f"tree {text!r} is not total_token,depth,top_k; write for instance --tree 16,4,4"
+                f"tree {text!r} is neither auto nor total_token,depth,top_k; write for instance "
+                "--tree auto or --tree 16,4,4"
             ) from None
         return cls(total_token, depth, top_k)
 
@@ -121,6 +124,13 @@ def rerank(
     cumulative log-probability is never below its child's, is always picked before it.
     worth [B, P] bool: keep only these, however few; it must hold for a parent where it holds for a child.
     """
+    if fast(scores):
+        found = torch.ops.eagle_cpu.keep_best(
+            root, tokens, parents, scores, depth, num_nodes, worth
+        )
+        counts = None if worth is None else found[5].tolist()
+        counts = counts if counts and min(counts) < max(counts) else None
+        return DraftTree(*found[:5], counts=counts)
     B, P = scores.shape
     device = root.device
     if worth is not None:

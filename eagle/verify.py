@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 import torch
 
+from kernels.grow_tree import fast
+
 from .tree import DraftTree
 
 
@@ -29,6 +31,12 @@ def verify(tree: DraftTree, choices: torch.Tensor, levels: int) -> Verdict:
     are. Children of a node are distinct, so the accepted nodes form one path; its deepest node's choice
     is the next token.
     """
+    if fast(choices):
+        return Verdict(
+            *torch.ops.eagle_cpu.longest_path(
+                tree.tokens, tree.parents, tree.depth, choices, levels
+            )
+        )
     correct = tree.tokens == choices.gather(1, tree.parents)
     correct[:, 0] = True
     accepted = (correct[:, None] | ~tree.mask).all(-1)  # [B, N]

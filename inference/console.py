@@ -8,6 +8,7 @@ import sys
 COMMANDS = {
     "generate": ("inference.generate", "generate from a prompt or a file"),
     "bench": ("inference.bench", "measure against stock generate and the plain engine"),
+    "profile": ("inference.profile", "show where a cycle spends its time"),
     "demo": ("inference.demo", "train a head for minutes and benchmark the shipped one"),
     "train": ("train.main", "train a draft head"),
     "inspect": ("train.inspect", "show training samples with the supervised tokens coloured"),

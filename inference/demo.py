@@ -39,7 +39,8 @@ def demo(*, output: str = "runs/demo", minutes: float = 3.0, num_prompts: int = 
         f"train.time_budget_minutes={minutes}")  # fmt: skip
     bench = folder / "bench.json"
     run("3. the shipped head: stock generate, the plain engine, eagenerate",
-        "-m", "inference.bench", "--num_prompts", str(num_prompts), "--max_new_tokens", "96", "--json", str(bench))  # fmt: skip
+        "-m", "inference.bench", "--engines", "hf,vanilla,eagle", "--num_prompts", str(num_prompts),
+        "--max_new_tokens", "96", "--json", str(bench))  # fmt: skip
 
     console.rule("what happened")
     summary = json.loads((folder / "head" / "summary.json").read_text())

@@ -32,18 +32,27 @@ def generate(
     temperature: float = 0.0,
     top_p: float = 0.0,
     top_k: int = 0,
+    min_p: float = 0.0,
     seed: int | None = None,
     stop: str | None = None,
     batch_size: int = 1,
     output: str | None = None,
     dtype: str = "auto",
     device: str | None = None,
-) -> None:
+    compile: str = "auto",
+) -> int:
     """Generate losslessly with a draft head. Text goes to stdout, statistics to stderr.
 
     --prompt TEXT (with --chat through the chat template), or --prefix with --suffix to fill in the middle,
     or --prompts FILE (JSONL; one completion a line goes to --output or stdout). "-" reads the prompt from
     stdin. Without --base and --head the embedded model is used. --engine vanilla turns drafting off.
+
+    With --prompts, --batch_size rows run at a time and the next prompt takes the place of one that is done;
+    line i uses seed + i. A prompt that cannot be served gets a record with its line and "error", the others
+    go on, and the exit status is 1.
+
+    --tree total_token,depth,top_k, or auto: as much as measured costs and acceptance make worth it.
+    --compile off, auto (off on a CPU) or max (compiled once, and kept on disk).
     """
     from eagle.errors import EagleError
 
@@ -67,20 +76,25 @@ def generate(
     if output is not None:
         require_writable(Path(output))
 
+    from eagle.model import MODES
+
+    if compile not in MODES:
+        raise EagleError(f"unknown compile {compile!r}; use {', '.join(MODES)}")
+
     from inference.prompts import Prompt, chat_prompt, fim_prompt, load_prompts, text_prompt
 
-    model = load_model(base, head, adapter, tree, dtype, device)
+    model = load_model(base, head, adapter, tree, dtype, device, compile)
     if engine == "eagle" and model.drafter is None:
         raise EagleError("no draft head: give --head PATH, or --engine vanilla")
     tokenizer = model.tokenizer
     options = dict(
-        max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed,
-        stop_strings=stop, draft=engine == "eagle",
+        max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p,
+        seed=seed, stop_strings=stop, draft=engine == "eagle",
     )  # fmt: skip
     if prompts is not None:
         loaded = load_prompts(prompts, tokenizer)
-        complete_file(model, loaded, options, batch_size, output)
-        return
+        prepare(model, engine)
+        return complete_file(model, loaded, options, batch_size, Path(prompts), output)
     if prompt is not None:
         text = sys.stdin.read() if prompt == "-" else prompt
         ids = (
@@ -92,59 +106,105 @@ def generate(
         ids = fim_prompt(tokenizer, prefix or "", suffix or "")
     from transformers import TextStreamer
 
+    prepare(model, engine)
     started = time.perf_counter()
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     result = model.generate([Prompt(ids, "text", {}).ids], streamer=streamer, **options)
     report(result, time.perf_counter() - started)
+    return 0
 
 
-def load_model(base, head, adapter, tree, dtype, device):
-    """The EaModel that the command line asks for."""
+def load_model(base, head, adapter, tree, dtype, device, compile="auto"):
+    """The EaModel that the command line asks for. tree: "total_token,depth,top_k", "auto" or None."""
     from transformers.utils import logging
 
     from eagle import EaModel, TreeShape
 
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
-    shape = TreeShape.parse(tree) if tree else None
+    shape = TreeShape.parse(tree) if tree and tree != "auto" else tree or None
     return EaModel.from_pretrained(
-        base, head, adapter_path=adapter, dtype=dtype, device=device,
-        total_token=shape and shape.total_token, depth=shape and shape.depth, top_k=shape and shape.top_k,
-    )  # fmt: skip
+        base, head, adapter_path=adapter, dtype=dtype, device=device, compile=compile, tree=shape
+    )
 
 
-def complete_file(model, prompts, options: dict, batch_size: int, output: str | None) -> None:
-    """Batches of similar length; completions are written in the order of the file, all or nothing."""
+def prepare(model, engine: str) -> None:
+    """Compile before the clock starts, and say how long it took."""
+    seconds = model.prepare(draft=engine == "eagle")
+    if seconds:
+        parts = ", ".join(f"{name} {value:.1f} s" for name, value in seconds.items())
+        print(f"[compiled or loaded: {parts}]", file=sys.stderr)
+
+
+def complete_file(
+    model, prompts, options: dict, batch_size: int, source: Path, output: str | None
+) -> int:
+    """Completions are written in the order of the file, all or nothing. Returns the exit status."""
     from rich.console import Console
-    from rich.progress import track
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+    )
 
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i].ids))
-    lines: dict[int, str] = {}
+    # the longest first: rows in flight are of similar length, and what runs alone at the end is short
+    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i].ids))
+    records: dict[int, dict] = {}
     seed = options.pop("seed")
-    batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
-    console = Console(stderr=True)
+    seeds = None if seed is None else [seed + i for i in order]
+    progress = Progress(
+        TextColumn("generating"), BarColumn(), MofNCompleteColumn(),
+        TextColumn("{task.fields[rate]:.0f} tokens/s"), TimeRemainingColumn(),
+        console=Console(stderr=True),
+    )  # fmt: skip
     started, tokens = time.perf_counter(), 0
-    for batch in track(batches, "generating", console=console):
-        seeds = None if seed is None else [seed + i for i in batch]
-        result = model.generate([prompts[i].ids for i in batch], seed=seeds, **options)
-        tokens += result.new_tokens
-        for i, row in zip(batch, result.rows, strict=True):
-            completion = model.tokenizer.decode(row.tokens, skip_special_tokens=True)
-            lines[i] = json.dumps(
-                {"prompt": prompts[i].record, "completion": completion, "new_tokens": len(row.tokens),
-                 "finish_reason": row.finish_reason, "tau": round(row.tau, 3)},
-                ensure_ascii=False,
-            )  # fmt: skip
-    text = "".join(lines[i] + "\n" for i in range(len(prompts)))
+    done = model.generate_many(
+        [prompts[i].ids for i in order], slots=batch_size, as_completed=True, seed=seeds, **options
+    )
+    with progress:
+        task = progress.add_task("", total=len(prompts), rate=0.0)
+        for place, row in done:
+            i = order[place]
+            records[i] = {
+                "prompt": prompts[i].record,
+                "completion": model.tokenizer.decode(row.tokens, skip_special_tokens=True),
+                "new_tokens": len(row.tokens), "finish_reason": row.finish_reason,
+                "tau": round(row.tau, 3),
+            }  # fmt: skip
+            if row.error is not None:
+                records[i]["error"] = str(row.error)
+            tokens += len(row.tokens)
+            rate = tokens / (time.perf_counter() - started)
+            progress.update(task, advance=1, rate=rate)
+    seconds = time.perf_counter() - started
+    failed = [i for i in range(len(prompts)) if "error" in records[i]]
+    numbers = line_numbers(source) if failed else []
+    for i in failed:
+        records[i]["line"] = numbers[i]
+    text = "".join(json.dumps(records[i], ensure_ascii=False) + "\n" for i in range(len(prompts)))
     if output is None:
         sys.stdout.write(text)
     else:
         write_text(Path(output), text)
-    seconds = time.perf_counter() - started
     print(
-        f"{len(prompts)} completions, {tokens} tokens, {tokens / seconds:.1f} tokens/s",
+        f"{len(prompts) - len(failed)} completions, {tokens} tokens, {tokens / seconds:.1f} tokens/s",
         file=sys.stderr,
     )
+    for i in failed:
+        print(f"{source}:{numbers[i]} failed: {records[i]['error']}", file=sys.stderr)
+    if failed:
+        print(f"error: {len(failed)} of {len(prompts)} requests failed", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def line_numbers(source: Path) -> list[int]:
+    """Of each prompt in a file that `load_prompts` has read."""
+    if source.suffix == ".txt":
+        return [1]
+    lines = source.read_text("utf-8").split("\n")
+    return [number for number, line in enumerate(lines, 1) if line.strip()]
 
 
 def require_writable(path: Path) -> None:

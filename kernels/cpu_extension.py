@@ -1,6 +1,6 @@
-"""Builds tree_attention_cpu.cpp with the machine's C++ compiler, once, and loads it.
+"""Builds the C++ files beside it with the machine's compiler, once, and loads them.
 
-Once loaded, `torch.ops.eagle.attend` on CPU tensors runs the compiled kernel; see the C++ file's text.
+Once `loaded`, `torch.ops.eagle.attend` on CPU tensors and the functions of grow_tree.py run compiled.
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ from pathlib import Path
 
 import torch
 
-SOURCE = Path(__file__).with_name("tree_attention_cpu.cpp")
+SOURCES = [Path(__file__).with_name(f"{name}_cpu.cpp") for name in ("tree_attention", "grow_tree")]
 FLAGS = ["-O3", "-march=native", "-std=c++20"]
-_loaded = False
+loaded = False
 
 
 def load(folder: Path, machine: str) -> None:
@@ -20,16 +20,20 @@ def load(folder: Path, machine: str) -> None:
 
     Needs g++ (or clang++) and ninja; raises what torch's extension loader raises.
     """
-    global _loaded
-    if _loaded:
+    global loaded
+    if loaded:
         return
     from torch.utils.cpp_extension import load as build
 
-    facts = repr((SOURCE.read_text(), FLAGS, torch.__version__, machine))
+    facts = repr(([s.read_text() for s in SOURCES], FLAGS, torch.__version__, machine))
     name = "eagle_cpu_" + hashlib.sha256(facts.encode()).hexdigest()[:16]
     path = folder / name
     path.mkdir(parents=True, exist_ok=True)
     build(
-        name, [str(SOURCE)], extra_cflags=FLAGS, build_directory=str(path), is_python_module=False
+        name,
+        list(map(str, SOURCES)),
+        extra_cflags=FLAGS,
+        build_directory=str(path),
+        is_python_module=False,
     )
-    _loaded = True
+    loaded = True

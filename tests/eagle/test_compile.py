@@ -3,6 +3,7 @@
 Packages are built once for the whole file, in an empty cache: some 100 s of its time.
 """
 
+import dataclasses
 import os
 import shutil
 import signal
@@ -24,6 +25,7 @@ from engine_helpers import (
 
 from eagle.draft import HeadDrafter
 from eagle.errors import EagleError
+from eagle.head import Eagle3Head
 from eagle.model import EaModel
 from eagle.tree import TreeShape
 
@@ -58,7 +60,7 @@ def model(compile_cache, target):
     """Drafts well enough that trees are accepted to some depth: the target's own vocabulary and a fixed seed."""
     model = head_model(target, "16,4,4", draft_vocab=128)
     seconds = model.prepare("max")
-    assert set(seconds) == {"target", "head", "head_ingest"}
+    assert set(seconds) == {"target", "head", "ingest"}
     assert len([p for p in packages(compile_cache) if p.endswith(".pt2")]) == 6
     return model
 
@@ -141,7 +143,7 @@ def test_another_model_object_loads_what_is_there(model, compile_cache):
     before = packages(compile_cache)
     target = make_target("llama")
     again = EaModel(target, make_head(target, 128), "8,4,2", compile="max")
-    assert set(again.prepare()) == {"target", "head", "head_ingest"}
+    assert set(again.prepare()) == {"target", "head", "ingest"}
     assert again.prepare() == {}  # it is ready
     assert packages(compile_cache) == before
     assert new_tokens(again.generate(PROMPTS, max_new_tokens=8)) == plain(
@@ -219,17 +221,15 @@ def test_an_unknown_mode_is_refused(target):
 
 
 def test_a_key_names_all_that_a_package_depends_on(target):
-    from eagle.compile import HeadPass, TargetPass, key
+    from eagle.compile import HeadPass, IngestPass, TargetPass, key
 
     ids = torch.zeros(1, 8, dtype=torch.int64)
 
     def target_key(target):
         return key(TargetPass(target), (ids, ids))
 
-    def head_key(target, head, fc=False):
-        drafter = HeadDrafter(head, target.embed, TreeShape())
-        hidden = torch.zeros(1, 8, 96 if fc else 32)
-        return key(HeadPass(drafter, fc), (hidden, ids, ids))
+    def head_key(target, head, kind=HeadPass):
+        return key(kind(HeadDrafter(head, target.embed, TreeShape())), (torch.zeros(1, 8, 32), ids))
 
     first = target_key(target)
     other = make_target("llama")
@@ -248,11 +248,16 @@ def test_a_key_names_all_that_a_package_depends_on(target):
     other.model.bfloat16()
     half = target_key(other)
     head = make_head(target)
-    heads = [head_key(target, head), head_key(target, head, fc=True)]
+    heads = [head_key(target, head), head_key(target, head, IngestPass)]
     assert heads[0] == head_key(target, make_head(target))
     head.norm.weight.data[0] += 1e-6
     heads.append(head_key(target, head))
     heads.append(head_key(target, make_head(target, seed=1)))
+    for change in ({"rms_norm_eps": 1e-3}, {"rope_theta": 5e5}):  # no weight says so
+        head = make_head(target)
+        other = Eagle3Head(dataclasses.replace(head.config, **change))
+        other.load_state_dict(head.state_dict())
+        heads.append(head_key(target, other))
     torch.set_num_threads(2)
     try:
         threads = target_key(target)
@@ -294,7 +299,7 @@ def test_without_a_compiler(model, monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     path = tmp_path / "linear" / "one.pt2"
     with pytest.raises(EagleError, match=r"use compile='off'.*needs a C\+\+ compiler"):
-        package(torch.nn.Linear(3, 5), (torch.ones(1, 3),), path, None)
+        package(torch.nn.Linear(3, 5), (torch.ones(1, 3),), path, [None])
     assert list(path.parent.iterdir()) == []
     # the attention operator comes first, and needs the compiler as much
     monkeypatch.setattr("kernels.cpu_extension._loaded", False)
@@ -318,7 +323,7 @@ def test_a_model_that_cannot_be_exported(compile_cache, tmp_path):
 
     path = tmp_path / "undecided" / "one.pt2"
     with pytest.raises(EagleError, match="cannot compile this model.*use compile='off'"):
-        package(Undecided(), (torch.ones(1, 3),), path, None)
+        package(Undecided(), (torch.ones(1, 3),), path, [None])
     assert list(path.parent.iterdir()) == []
 
 
@@ -335,7 +340,7 @@ def wait(part, path):
 
 os.replace = wait
 torch.manual_seed(0)
-package(torch.nn.Linear(3, 5), (torch.ones(1, 3),), Path(sys.argv[2]), None)
+package(torch.nn.Linear(3, 5), (torch.ones(1, 3),), Path(sys.argv[2]), [None])
 """
 
 
@@ -359,6 +364,6 @@ def test_a_process_that_is_killed_leaves_no_package(tmp_path):
     (path.parent / left[0]).write_bytes(b"half a file")
     torch.manual_seed(0)
     linear, x = torch.nn.Linear(3, 5), torch.randn(1, 3)
-    compiled = package(linear, (torch.ones(1, 3),), path, None)
+    compiled = package(linear, (torch.ones(1, 3),), path, [None])
     assert torch.allclose(compiled(x), linear(x), atol=1e-6)
     assert {p.name for p in path.parent.iterdir()} == {"one.pt2", *left}

@@ -1,0 +1,124 @@
+"""The C++ bookkeeping of draft trees against the plain-PyTorch references, decision for decision."""
+
+import pytest
+import torch
+
+from eagle.tree import DraftTree, ancestors, rerank
+from eagle.verify import verify
+from kernels import cpu_extension
+from kernels.grow_tree import best_beams, candidates
+
+
+@pytest.fixture(scope="module", autouse=True)
+def built():
+    from eagle.compile import cache_folder, cpu_flags
+
+    if not cpu_extension.loaded:
+        cpu_extension.load(cache_folder(), cpu_flags())
+
+
+def both(monkeypatch, work):
+    """What the C++ gives, and what the reference gives."""
+    assert cpu_extension.loaded
+    fast = work()
+    with monkeypatch.context() as patch:
+        patch.setattr(cpu_extension, "loaded", False)
+        slow = work()
+    return fast, slow
+
+
+def level(b, n, k, D, seed):
+    g = torch.Generator().manual_seed(seed)
+    log_probs = torch.randn(b, n, D, generator=g).log_softmax(-1)
+    to_target = torch.randperm(3 * D, generator=g)[:D]
+    return log_probs, -torch.rand(b, n, generator=g), to_target
+
+
+@pytest.mark.parametrize(
+    "b, n, k, D", [(1, 1, 1, 3), (1, 4, 4, 63), (3, 10, 10, 500), (5, 2, 7, 7)]
+)
+@pytest.mark.parametrize("first", [True, False], ids=["first", "later"])
+def test_candidates(monkeypatch, b, n, k, D, first):
+    log_probs, beam_scores, to_target = level(b, n, k, D, b + n)
+    scores = None if first else beam_scores
+    fast, slow = both(monkeypatch, lambda: candidates(log_probs, scores, to_target, k))
+    assert all(torch.equal(x, y) for x, y in zip(fast, slow, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "b, m, k, n, M", [(1, 1, 4, 4, 0), (3, 4, 4, 2, 9), (2, 10, 10, 10, 70), (4, 3, 1, 1, 5)]
+)
+def test_best_beams(monkeypatch, b, m, k, n, M, dtype):
+    g = torch.Generator().manual_seed(b + m)
+    scores = -torch.rand(b, m * k, generator=g)
+    tokens = torch.randint(0, 999, (b, m * k), generator=g)
+    hidden = torch.randn(b, m, 13, generator=g).to(dtype)
+    seen = torch.rand(b, m, M, generator=g) < 0.5
+    fast, slow = both(monkeypatch, lambda: best_beams(scores, tokens, hidden, seen, k, n))
+    assert all(torch.equal(x, y) for x, y in zip(fast, slow, strict=True))
+
+
+def forest(b, k, depth, seed):
+    """Candidates as a drafter makes them: levels of k beams, scores falling from parent to child."""
+    g = torch.Generator().manual_seed(seed)
+    parents, scores, levels = (
+        [torch.zeros(b, k, dtype=torch.int64)],
+        [-torch.rand(b, k, generator=g)],
+        [1] * k,
+    )
+    base, width = 1, k
+    for step in range(depth):
+        pick = torch.stack([torch.randperm(width, generator=g)[:k] for _ in range(b)])
+        above = scores[-1].gather(1, pick)
+        parents.append((base + pick).repeat_interleave(k, 1))
+        scores.append((above[..., None] - torch.rand(b, k, k, generator=g)).flatten(1))
+        levels += [step + 2] * (k * k)
+        base, width = base + width, k * k
+    parents, scores = torch.cat(parents, 1), torch.cat(scores, 1)
+    tokens = torch.randint(0, 50, parents.shape, generator=g)
+    return torch.arange(b), tokens, parents, scores, torch.tensor(levels)
+
+
+@pytest.mark.parametrize(
+    "b, k, depth, nodes", [(1, 1, 4, 6), (2, 4, 4, 16), (3, 10, 6, 60), (2, 3, 0, 3)]
+)
+@pytest.mark.parametrize("bar", [None, -0.7, -9.0, 0.5], ids=["all", "some", "most", "none"])
+def test_rerank(monkeypatch, b, k, depth, nodes, bar):
+    root, tokens, parents, scores, levels = forest(b, k, depth, b + k)
+    worth = None if bar is None else scores >= bar
+    fast, slow = both(
+        monkeypatch, lambda: rerank(root, tokens, parents, scores, levels, nodes, depth + 1, worth)
+    )
+    assert fast.counts == slow.counts
+    for b_, n in enumerate(fast.counts or [fast.tokens.shape[1]] * b):
+        for name in ("tokens", "parents", "depth", "scores"):
+            assert torch.equal(getattr(fast, name)[b_], getattr(slow, name)[b_]), name
+        assert torch.equal(fast.mask[b_, :n, :n], slow.mask[b_, :n, :n])
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_verify(monkeypatch, seed):
+    g = torch.Generator().manual_seed(seed)
+    b, k, depth = 1 + seed, 3, 4
+    tree = rerank(*forest(b, k, depth, seed), 20, depth + 1)
+    # distinct children, so that one at most is right, and choices that often follow the tree
+    tree.tokens = torch.arange(tree.tokens.shape[1]).expand(b, -1).clone()
+    assert torch.equal(tree.mask, ancestors(tree.parents, depth + 1))
+    choices = torch.full_like(tree.tokens, 999)
+    for row in range(b):
+        for node in range(1, tree.tokens.shape[1]):
+            if torch.rand((), generator=g) < 0.8:
+                choices[row, tree.parents[row, node]] = tree.tokens[row, node]
+    fast, slow = both(monkeypatch, lambda: verify(tree, choices, depth + 1))
+    assert torch.equal(fast.num_accepted, slow.num_accepted)
+    assert seed == 0 or fast.num_accepted.max() > 1
+    for row, n in enumerate(fast.num_accepted.tolist()):
+        assert torch.equal(fast.path[row, : n + 1], slow.path[row, : n + 1])
+        assert torch.equal(fast.tokens[row, : n + 1], slow.tokens[row, : n + 1])
+
+
+def test_a_ragged_tree_pads_with_nothing():
+    tree = rerank(*forest(2, 3, 2, 1), 20, 3, torch.tensor([[True] * 21, [False] * 21]))
+    assert tree.counts == [20, 1] and isinstance(tree, DraftTree)
+    assert (tree.tokens[1, 1:] == -1).all()
