@@ -33,6 +33,7 @@ setup(
     include_package_data=False,
     package_data={
         "eagle.embedded": ["*", "heads/*/*", "data/*"],
+        "kernels": ["*.cpp"],
         "configs": ["presets/*.yaml", "deepspeed/*.json"],
     },
     install_requires=[
@@ -46,6 +47,7 @@ setup(
         "pydantic>=2.7",
         "omegaconf>=2.3",
         "rich>=13",
+        "ninja>=1.11",
     ],
     extras_require={
         "flash": ["flash-attn>=2.8"],

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from kernels.cpu_extension import load as load_attention
+from kernels.cpu_extension import load as load_extension
 
 from .attention import TreeContext
 from .cache import StaticKVCache
@@ -136,7 +136,10 @@ def load(module: torch.nn.Module, example: tuple, name: str, seconds: dict[str, 
             "use compile='off'"
         )
     started = time.perf_counter()
-    load_attention(cache_folder(), cpu_flags())
+    try:
+        load_extension(cache_folder(), cpu_flags())
+    except Exception as error:
+        raise cannot_compile(error) from error
     folder = cache_folder() / f"{name}-{key(module, example)}"
     tokens, rows = (torch.export.Dim(name, min=2, max=2**20) for name in ("T", "b"))
     shapes = [{1: tokens} if x.ndim > 1 else {0: rows} for x in example]
@@ -178,12 +181,16 @@ def package(module, example, path: Path, dynamic):
             os.replace(part, path)
         except Exception as error:
             part.unlink(missing_ok=True)
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else ""
-            raise EagleError(
-                f"cannot compile this model ({type(error).__name__}: {reason}); use compile='off'. Compiling on a "
-                "CPU needs a C++ compiler (g++)"
-            ) from error
+            raise cannot_compile(error) from error
     return torch._inductor.aoti_load_package(str(path))
+
+
+def cannot_compile(error: Exception) -> EagleError:
+    reason = next(iter(str(error).strip().splitlines()), "")
+    return EagleError(
+        f"cannot compile this model ({type(error).__name__}: {reason}); use compile='off'. Compiling on a CPU "
+        "needs a C++ compiler (g++) and ninja"
+    )
 
 
 def cache_folder() -> Path:
@@ -213,6 +220,8 @@ def key(module: torch.nn.Module, example: tuple) -> str:
     if isinstance(module, TargetPass):
         target = module.target[0]
         digest.update(repr((target.config.to_json_string(), target.feature_layers)).encode())
+    if isinstance(module, HeadPass):
+        digest.update(repr(module.drafter[0].head.config).encode())
     for name in ("attention", "cache", "compile", "draft", "head", "target"):
         digest.update((Path(__file__).parent / f"{name}.py").read_bytes())
     for name, weight in [*module.named_parameters(), *module.named_buffers()]:

@@ -38,7 +38,7 @@ class CostTable:
         weights = target_fingerprint(target.model)
         self.facts = (
             weights, str(target.dtype), device_name(target.device), torch.get_num_threads(), mode,
-            torch.__version__, str(drafter.head.config), REPEATS, 1,
+            torch.__version__, str(drafter.head.config), REPEATS, 2,
         )  # fmt: skip
         name = hashlib.sha256(repr(self.facts).encode()).hexdigest()[:24]
         self.path = folder / f"costs-{name}.json"
@@ -76,7 +76,7 @@ def read(entry: dict | None) -> Costs | None:
     try:
         target, head = ({int(k): float(entry[t][k]) for k in entry[t]} for t in ("target", "head"))
         costs = Costs(target, head, float(entry["plain"]))
-    except (KeyError, TypeError, ValueError):
+    except (LookupError, TypeError, ValueError):
         return None
     values = [*target.values(), *head.values(), costs.plain]
     return costs if target and head and all(0 < ms < float("inf") for ms in values) else None
@@ -108,11 +108,12 @@ def measure(target: Target, drafter: HeadDrafter, rows: int, context: int) -> di
         return min(spent)
 
     def batch(head: HeadDrafter | None) -> Batch:
-        """Rows in the middle of a generation: what their slots hold does not change the time."""
+        """Rows in the middle of a generation: which numbers their slots hold does not change the time."""
         some = [Row(Request([1 + i % 7, 2], stopping=Stopping(10**6)), 10**6) for i in range(rows)]
         made = Batch(target, head, rows, context + 64, verify, None)
         made.admit(some)
         for cache in caches(made):
+            cache.buffer.zero_()  # what nobody wrote may be NaN, and the tree of such scores is none
             cache.lengths = torch.full_like(cache.lengths, context)
             cache.host_lengths = [context] * rows
         return made
@@ -139,8 +140,9 @@ def measure(target: Target, drafter: HeadDrafter, rows: int, context: int) -> di
         return fastest(lambda: cycle(speculative))
 
     beams = min(4, speculative.drafter.shape.top_k)
+    # three nodes whatever the depth, so that passes are all that differs
     head = {
-        rows * k: max((drafted(4, 5, k) - drafted(4, 1, k)) / 4, 1e-3) for k in sorted({1, beams})
+        rows * k: max((drafted(3, 5, k) - drafted(3, 1, k)) / 4, 1e-3) for k in sorted({1, beams})
     }
     target, least = {}, float("inf")
     for nodes in sorted((n for n in NODES if n == 2 or n * rows <= MOST), reverse=True):

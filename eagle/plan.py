@@ -81,7 +81,7 @@ class Acceptance:
 
     def bins(self, scores: np.ndarray) -> np.ndarray:
         scores = np.nan_to_num(scores, nan=-np.inf)  # of a broken head: never worth it
-        return np.clip(scores * (BINS / FLOOR), 0, BINS).astype(np.int64)
+        return (np.clip(scores / FLOOR, 0.0, 1.0) * BINS).astype(np.int64)
 
     def chances(self, scores: np.ndarray) -> np.ndarray:
         """scores: cumulative log-probabilities -> chances of acceptance, of the same shape."""

@@ -49,10 +49,10 @@ class TreeShape:
         """From "total_token,depth,top_k", for instance "16,4,4"."""
         if isinstance(text, TreeShape):
             return text
-        parts = text.split(",") if isinstance(text, str) else list(text)
         try:
+            parts = text.split(",") if isinstance(text, str) else list(text)
             total_token, depth, top_k = (int(p) for p in parts)
-        except ValueError:
+        except (TypeError, ValueError):
             raise EagleError(
                 f"tree {text!r} is neither auto nor total_token,depth,top_k; write for instance "
                 "--tree auto or --tree 16,4,4"
@@ -133,6 +133,7 @@ def rerank(
         return DraftTree(*found[:5], counts=counts)
     B, P = scores.shape
     device = root.device
+    scores = scores.nan_to_num(nan=float("-inf"))  # of a broken head: NaN would sort before its parent
     if worth is not None:
         scores = scores.masked_fill(~worth, float("-inf"))
     keep = scores.sort(dim=-1, descending=True, stable=True).indices[:, : num_nodes - 1]

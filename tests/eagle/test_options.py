@@ -101,10 +101,8 @@ def test_a_generation_config_gives_what_stock_generate_gives(llama, answers, nam
     for model, draft in engines(llama, expected):
         result = model.generate(prompts, generation_config=asked[name], draft=draft)
         assert new_tokens(result) == expected
-        many = model.generate_many(
-            prompts, slots=len(prompts), generation_config=asked[name], draft=draft
-        )
-        assert [row.tokens for row in many] == expected
+    many = head_model(llama).generate_many(prompts, slots=2, generation_config=asked[name])
+    assert [row.tokens for row in many] == expected
 
 
 @pytest.mark.parametrize("name", ["penalty", "min new tokens", "bad words", "all"])

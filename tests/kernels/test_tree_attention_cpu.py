@@ -145,6 +145,7 @@ CASES = {
     "many before": dict(lengths=[5, 60], N=8, offset=70),
     "counts": dict(lengths=[5, 17, 64], N=6, counts=[6, 1, 3]),
     "counts without one": dict(lengths=[5, 17], N=6, counts=[2, 4]),
+    "a row without a token": dict(lengths=[5, 17, 64], N=6, offset=2, counts=[0, 6, 2]),
     "counts and slots before": dict(lengths=[5, 17, 64], N=6, offset=4, counts=[3, 6, 1]),
     "other order": dict(lengths=[5, 17, 64], order=[4, 0, 2], rows=6),
     "all together": dict(
@@ -238,7 +239,7 @@ def test_large_scores():
         assert torch.allclose(asked.run(scaling=1.0, sinks=sinks), expected, atol=1e-3)
 
 
-@pytest.mark.parametrize("case", ["counts and slots before", "all together", "other order", "even"])
+@pytest.mark.parametrize("case", ["a row without a token", "all together", "other order", "even"])
 def test_writes_its_slots_and_nothing_else(case):
     asked = problem(**CASES[case])
     before = asked.cache.buffer.clone()
@@ -254,7 +255,7 @@ def test_writes_its_slots_and_nothing_else(case):
     assert not torch.equal(asked.cache.buffer.nan_to_num(77.0), before.nan_to_num(77.0))
 
 
-@pytest.mark.parametrize("case", ["ragged", "all together", "more than a tile"])
+@pytest.mark.parametrize("case", ["ragged", "all together", "more than a tile", "counts"])
 def test_a_row_does_not_depend_on_its_neighbours(case):
     """Bit for bit: what speculative decoding's equality over batches rests on."""
     given = CASES[case]
