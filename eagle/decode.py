@@ -229,7 +229,7 @@ class Batch:
         self.root, self._sampler = self.root[keep], None
         if self.pending is not None:
             self.pending = self.pending.select(keep)
-        self.deferred = [late.select(keep) for late in self.deferred]
+        self.deferred = [late.select(keep) for late in self.deferred] if keep else []
 
 
 @dataclass

@@ -85,7 +85,7 @@ class EaModel:
         compile: str = "auto",
     ) -> None:
         self.target, self.head, self._tokenizer = target, head, tokenizer
-        self.compile, self.tree = compile, tree
+        self.compile, self.tree = compile, tree if tree == "auto" else TreeShape.parse(tree)
         self.plan: Plan | None = None  # of the last call with tree="auto"
         self._costs: dict[str, CostTable] = {}
         self._acceptance: dict[bool, Acceptance] = {}

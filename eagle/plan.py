@@ -75,8 +75,16 @@ class Acceptance:
         self._refresh()
 
     def _refresh(self) -> None:
-        # never higher for a lower score, so that a parent is at least as likely as its child
-        rates = np.maximum.accumulate((self.kept / self.tried)[::-1])[::-1]
+        # never higher for a lower score, so that a parent is at least as likely as its child: bins that are
+        # out of order are pooled, each with the weight of its observations
+        blocks: list[tuple[float, float, int]] = []
+        for kept, tried in zip(self.kept.tolist(), self.tried.tolist(), strict=True):
+            size = 1
+            while blocks and kept * blocks[-1][1] > blocks[-1][0] * tried:
+                more = blocks.pop()
+                kept, tried, size = kept + more[0], tried + more[1], size + more[2]
+            blocks.append((kept, tried, size))
+        rates = np.repeat([k / t for k, t, _ in blocks], [n for _, _, n in blocks])
         self.table = np.append(rates, 0.0)
 
     def bins(self, scores: np.ndarray) -> np.ndarray:

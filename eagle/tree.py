@@ -133,7 +133,9 @@ def rerank(
         return DraftTree(*found[:5], counts=counts)
     B, P = scores.shape
     device = root.device
-    scores = scores.nan_to_num(nan=float("-inf"))  # of a broken head: NaN would sort before its parent
+    scores = scores.nan_to_num(
+        nan=float("-inf")
+    )  # of a broken head: NaN would sort before its parent
     if worth is not None:
         scores = scores.masked_fill(~worth, float("-inf"))
     keep = scores.sort(dim=-1, descending=True, stable=True).indices[:, : num_nodes - 1]

@@ -8,6 +8,7 @@ sizes of tree and two numbers of rows. End tokens are ignored, so that rows stay
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -39,6 +40,8 @@ def profile(
     else goes to stdout. Host reads and operator counts are of our own loop; the profiler's times are larger
     than those of the phases, as it watches each operator.
     """
+    # the profiler's library says on stderr when it starts and stops
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")
     from eagle.errors import EagleError
 
     if batch_size < 1:
@@ -110,7 +113,7 @@ def report(model, ids: list[list[int]], rows: int, new: int) -> str:
         scaling(settings),
     ]
     if tree == "auto":
-        parts.append('tree="auto"\n' + indent(explained.splitlines()))
+        parts.append('tree="auto", when the call ended\n' + indent(explained.splitlines()))
     return "\n\n".join(parts) + "\n"
 
 

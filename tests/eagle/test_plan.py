@@ -78,9 +78,9 @@ def inject(monkeypatch):
 def check_heads(monkeypatch):
     """In every cycle that drafts, the head has seen all that is committed, as if ingested afresh. Returns
     the lengths checked."""
-    expand, checked = Batch.expand, []
+    checked = []
 
-    def checking(batch):
+    def checking(expand, batch):
         tree = expand(batch)
         if not batch.drafting:
             return tree
@@ -93,12 +93,14 @@ def check_heads(monkeypatch):
             got = batch.drafter.cache.buffer[:, :, slot, :, :length]
             assert torch.allclose(got, fresh.cache.buffer[:, :, 0, :, :length], atol=1e-4)
             assert torch.allclose(batch.drafter.last[i], fresh.last[0], atol=1e-3)
-            assert torch.allclose(batch.drafter.first[i], fresh.first[0], atol=1e-3)
+            if not isinstance(batch.drafter, Oracle):  # what an oracle predicts is not the head's
+                assert torch.allclose(batch.drafter.first[i], fresh.first[0], atol=1e-3)
             checked.append(length)
         return tree
 
     def use():
-        monkeypatch.setattr(Batch, "expand", checking)
+        expand = Batch.expand
+        monkeypatch.setattr(Batch, "expand", lambda batch: checking(expand, batch))
         return checked
 
     return use
@@ -118,10 +120,8 @@ def fresh_drafter(target, drafter, context):
 
 
 class Oracle(HeadDrafter):
-    """The head runs as ever, but its prediction is the row's next token, with probability `sure`, or a wrong
-    one where `right(row, position)` is false. It looks its rows up by slot: as many slots as rows."""
-
-    sure = 0.9
+    """The head runs as ever, but its prediction is the row's next token with probability 0.9, or a wrong one
+    with 0.3 where `right(row, position)` is false. It looks its rows up by slot: as many slots as rows."""
 
     def teach(self, texts, right=lambda row, position: True):
         self.texts, self.right = texts, right
@@ -131,11 +131,11 @@ class Oracle(HeadDrafter):
     def told(self, row, position):
         """Log-probabilities [D] of the token that follows `position` + 1."""
         text = self.texts[row]
-        token = text[position + 2] if position + 2 < len(text) else 0
+        token, sure = text[position + 2] if position + 2 < len(text) else 0, 0.9
         if not self.right(row, position + 2):
-            token = (token + 1) % 128
-        spread = torch.full((len(self.ids),), math.log((1 - self.sure) / 127))
-        spread[self.ids.index(token)] = math.log(self.sure)
+            token, sure = (token + 1) % 128, 0.3
+        spread = torch.full((len(self.ids),), math.log((1 - sure) / 127))
+        spread[self.ids.index(token)] = math.log(sure)
         return spread
 
     def ingest(self, *args):
@@ -274,10 +274,10 @@ def test_generate_many_with_few_slots(llama, inject, check_heads, behaviour, slo
 def test_rows_that_are_cancelled_or_end_early(llama, inject, check_heads, behaviour):
     prompts = make_prompts()
     answers = plain(llama, prompts, max_new_tokens=NEW)
-    trees, checked = inject(behaviour), check_heads()
-    model = head_model(llama, "auto", draft_vocab=128)
     eos = answers[3][12]
     expected = plain(llama, prompts, max_new_tokens=NEW, eos_token_id=[eos])
+    trees, checked = inject(behaviour), check_heads()
+    model = head_model(llama, "auto", draft_vocab=128)
     rows = {}
     for span in model.stream(prompts, slots=3, max_new_tokens=NEW, eos_token_id=[eos]):
         rows[span.index] = span.row
@@ -295,11 +295,12 @@ def test_rows_that_are_cancelled_or_end_early(llama, inject, check_heads, behavi
 def test_a_broken_head_costs_speed_only(llama, inject):
     prompts = make_prompts((5, 8))
     for broken in ("lm_head", "fc"):
-        trees = inject("wide")
+        inject("wide")
         model = head_model(llama, "auto", draft_vocab=128)
         getattr(model.head, broken).weight.data[3] = float("nan")
-        result = new_tokens(model.generate(prompts, max_new_tokens=12))
-        assert result == plain(llama, prompts, max_new_tokens=12) and trees
+        for tree in ("auto", "16,4,4"):
+            result = new_tokens(model.generate(prompts, max_new_tokens=12, tree=tree))
+            assert result == plain(llama, prompts, max_new_tokens=12)
 
 
 # the tree
@@ -321,13 +322,13 @@ def random_candidates(rng, k, depth):
 
 def test_rerank_with_worth_against_a_slow_reference():
     rng, seen = random.Random(3), Counter()
-    for _ in range(80):
+    for trial in range(80):
         k, depth = rng.randint(1, 4), rng.randint(0, 4)
         made = [random_candidates(rng, k, depth) for _ in range(3)]
         parents, scores, level = (list(x) for x in zip(*made, strict=True))
         total = len(scores[0])
         num_nodes = rng.randint(2, total + 3)
-        floors = [rng.choice([1.0, -0.4, -1.0, -1.0, -99.0]) for _ in made]
+        floors = [rng.choice([1.0, -0.4, -1.0, -1.0, -99.0][: trial % 6 or 1]) for _ in made]
         worth = [[s >= f for s in row] for row, f in zip(scores, floors, strict=True)]
         tree = rerank(
             torch.tensor([7, 8, 9]), torch.arange(1000, 1000 + total).expand(3, -1),
@@ -532,7 +533,7 @@ def test_the_floor_rises_with_the_cost_of_a_node():
 
 def test_rows_that_have_far_to_go_are_given_more():
     scores = torch.linspace(-0.01, -5.9, 40).expand(3, 40)
-    plan = make_plan(3, [1.7, 1.0, 0.3], node=0.1)
+    plan = make_plan(3, [1.7, 1.0, 0.3], node=0.04)
     kept = plan.keep(scores).sum(1).tolist()
     assert kept[0] > kept[1] > kept[2] > 0
 
@@ -647,7 +648,7 @@ def best_chain(costs, rows, p):
         (1, 1.0, 0.02, 0.1, 1.0),  # a small model
         (4, 10.0, 0.2, 1.0, 10.0),
         (1, 30.0, 0.3, 3.0, 30.0),  # a large one
-        (1, 1.0, 0.2, 0.1, 1.1),  # nodes are dear
+        (1, 1.0, 0.15, 0.1, 1.2),  # nodes are dear
         (4, 0.1, 0.002, 0.02, 0.11),  # fractions of a millisecond
     ],
 )
@@ -688,16 +689,13 @@ def observe_failure(plan, rows=1):
 def test_rests_when_speculation_loses_and_tries_again():
     plan = Plan(lambda rows: make_costs(rows, base=1.2, node=1e-4), Acceptance())
     runs = []
-    for drafted in [plan.begin([1.0]) or False for _ in range(1)]:
-        assert drafted
-    observe_failure(plan)
     for _ in range(600):
         drafting = plan.begin([1.0])
         if drafting:
             observe_failure(plan)
         runs.append(drafting)
     lengths = [(k, len(list(g))) for k, g in itertools.groupby(runs)]
-    assert lengths[0][0] and lengths[0][1] + 1 >= eagle.plan.SETTLED
+    assert lengths[0][0] and lengths[0][1] >= eagle.plan.SETTLED
     rests = [n for drafted, n in lengths[1:-1] if not drafted]
     tries = [n for drafted, n in lengths[1:-1] if drafted]
     assert len(rests) >= 3 and set(rests) == {eagle.plan.PAUSE}
@@ -732,18 +730,18 @@ def test_explain(llama, inject):
     inject("rests")
     model.generate(make_prompts((3,)), max_new_tokens=1)  # done with the prompt's pass
     assert model.explain() == "nothing has been planned yet"
-    prompts = make_prompts((5, 8))
+    prompts = make_prompts((5,))
     states = set()
     for new in (2, 4, 8, 12, 20):
         model.generate(prompts, max_new_tokens=new)
         text = model.explain()
-        assert text.startswith("2 rows, ") and "plain cycle 1.00 ms: 2.000 tokens/ms" in text
-        assert "4: 40.00 ms" in text and "draft pass, by beams: 2: " in text
+        assert text.startswith("1 rows, ") and "plain cycle 1.00 ms: 1.000 tokens/ms" in text
+        assert "2: 40.00 ms" in text and "draft pass, by beams: 1: " in text
         assert "break-even tau" in text and "one more node costs" in text
         states.add(text.splitlines()[0].split(", ")[1])
         rate = float(text.split("recent speculation: ")[1].split()[0])
         # what it says of a resting plan is why it rests
-        assert rate < 2.0 or "loses" not in text
+        assert rate < 1.0 or "loses" not in text
     assert states == {"speculating", "plain decoding: speculation loses"}
 
 
@@ -800,13 +798,6 @@ def test_costs_are_measured_once(measured, tmp_path):
     assert all(0 < ms < 1000 for ms in values)
     assert sorted(costs.target.values()) == [costs.target[4 * n] for n in NODES]
     assert not [p for p in tmp_path.rglob("*") if p.name.startswith(".")]
-    assert f"{costs.plain:.2f} ms" in Plan_text(costs)
-
-
-def Plan_text(costs):
-    plan = Plan(lambda rows: costs, Acceptance())
-    plan.begin([1.0])
-    return plan.explain()
 
 
 def test_other_weights_modes_and_heads_have_files_of_their_own(measured, tmp_path):
@@ -854,8 +845,8 @@ def test_rows_and_context_are_rounded_up(table, llama):
     assert costs.calls == expected
     table(long)(7, 2000)
     assert costs.calls == expected
-    table(llama)(1, 250)  # the model's own limit is 256
-    assert costs.calls[4:] == [(1, 128)]
+    table(llama)(2, 250)  # the model's own limit is 256
+    assert costs.calls[4:] == [(2, 128)]
 
 
 @pytest.mark.parametrize(
@@ -926,7 +917,7 @@ def test_a_folder_that_cannot_be_written(measured, monkeypatch, tmp_path):
     assert measured == [(1, 128)]
 
 
-@pytest.mark.parametrize("limit", [3, 4, 16, 40])
+@pytest.mark.parametrize("limit", [8, 16, 40])
 def test_models_with_a_small_limit(measured, limit):
     target = make_target("llama", max_position_embeddings=limit)
     prompts = [[1, 2], [5]]

@@ -7,6 +7,7 @@ from engine_helpers import plain
 from transformers import AutoTokenizer
 
 from eagle.target import Target
+from inference.console import COMMANDS
 from inference.generate import generate, write_text
 from inference.prompts import text_prompt
 
@@ -108,6 +109,83 @@ def test_files_keep_their_order_at_every_batch_size(
     assert [json.loads(line)["completion"] for line in stdout.splitlines()] == outputs[0]
 
 
+def test_a_request_that_fails_is_reported_and_the_others_are_written(
+    in_process, base, tmp_path, model_folder
+):
+    source, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    texts = [TEXTS[0], "word " * 400, TEXTS[2]]
+    first, *rest = (json.dumps({"prompt": t}) + "\n" for t in texts)
+    source.write_text(first + "\n" + "".join(rest))
+    sampling = ["--temperature", "1.1", "--seed", "6", "--max_new_tokens", 9]
+    asked = (*base, "--prompts", source, *sampling, "--batch_size", 2)
+    code, stdout, err = in_process(generate, *asked, "--output", out)
+    assert code == 1 and stdout == "" and one_error(err) and "1 of 3 requests failed" in err
+    records = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [r["prompt"]["prompt"] for r in records] == texts
+    bad = records[1]
+    assert bad["finish_reason"] == "error" and bad["completion"] == "" and bad["line"] == 3
+    assert "256" in bad["error"] and f"{source}:3 failed: {bad['error']}" in err
+    # seeds count lines with a prompt, the failed one included
+    for place in (0, 2):
+        (text,), _ = expected(model_folder, [texts[place]], 9, temperature=1.1, seed=6 + place)
+        assert records[place]["completion"] == text and "error" not in records[place]
+    # on stdout too
+    code, stdout, _ = in_process(generate, *asked)
+    assert code == 1 and [json.loads(line) for line in stdout.splitlines()] == records
+
+
+def test_more_prompts_than_rows_are_all_in_flight_in_turn(in_process, base, tmp_path, monkeypatch):
+    from eagle import EaModel
+
+    source, seen = tmp_path / "in.jsonl", []
+    source.write_text("".join(json.dumps({"prompt": t}) + "\n" for t in TEXTS))
+    many = EaModel.generate_many
+
+    def watched(self, prompts, **options):
+        found = many(
+            self, prompts, on_cache=lambda cache, _: seen.append(len(cache.order)), **options
+        )
+        return found
+
+    monkeypatch.setattr(EaModel, "generate_many", watched)
+    code, stdout, err = in_process(
+        generate, *base, "--prompts", source, "--max_new_tokens", 9, "--batch_size", 2
+    )
+    assert code == 0 and len(stdout.splitlines()) == 5 and "5 completions" in err
+    assert max(seen) == 2 and sum(seen) > len(seen)  # two at a time, mostly
+
+
+def test_tree_auto_and_compile_off_keep_the_output(in_process, base, model_folder, compile_cache):
+    (text,), _ = expected(model_folder, ["def add(a, b):"], 12)
+    asked = (*base, "--prompt", "def add(a, b):", "--max_new_tokens", 12, "--compile", "off")
+    for tree in ("auto", "8,4,2"):
+        code, stdout, err = in_process(generate, *asked, "--tree", tree)
+        assert code == 0 and stdout == text + "\n", err
+
+
+def test_min_p(in_process, base, model_folder):
+    asked = (*base, "--prompt", "x", "--temperature", "1.5", "--seed", "4", "--max_new_tokens", 10)
+    outputs = {}
+    for min_p in (0.0, 0.3):
+        (text,), _ = expected(model_folder, ["x"], 10, temperature=1.5, seed=4, min_p=min_p)
+        code, outputs[min_p], _ = in_process(generate, *asked, "--min_p", min_p)
+        assert code == 0 and outputs[min_p] == text + "\n"
+    assert outputs[0.0] != outputs[0.3]
+
+
+def test_compiling_is_told_apart_from_generating(capsys):
+    from inference.generate import prepare
+
+    class Model:
+        def prepare(self, draft):
+            return {"target": 2.04} if draft else {}
+
+    prepare(Model(), "vanilla")
+    assert capsys.readouterr().err == ""
+    prepare(Model(), "eagle")
+    assert capsys.readouterr().err == "[compiled or loaded: target 2.0 s]\n"
+
+
 def test_stop_string(in_process, base, model_folder):
     _, (tokens,) = expected(model_folder, ["def add(a, b):"], 20)
     tokenizer = AutoTokenizer.from_pretrained(model_folder)
@@ -133,6 +211,9 @@ BAD = {
     "no new tokens": ["--prompt", "a", "--max_new_tokens", "0"],
     "too long": ["--prompt", "word " * 400],
     "tree": ["--prompt", "a", "--tree", "16,4"],
+    "tree in words": ["--prompt", "a", "--tree", "wide"],
+    "compile": ["--prompt", "a", "--compile", "fast"],
+    "min_p": ["--prompt", "a", "--temperature", "1", "--min_p", "1"],
     "batch size": ["--prompts", "x", "--batch_size", "0"],
     "missing file": ["--prompts", "/no/such/file.jsonl"],
     "output without file": ["--prompt", "a", "--output", "x"],
@@ -221,3 +302,13 @@ def test_console():
         )  # fmt: skip
         assert result.returncode == code and "Traceback" not in result.stderr
     assert result.stderr.startswith("error: unknown command 'nonsense'")
+    for name in COMMANDS:
+        assert name in result.stderr
+
+
+def test_every_command_is_there():
+    import importlib.util
+
+    assert "profile" in COMMANDS
+    for module, text in COMMANDS.values():
+        assert importlib.util.find_spec(module) and text
