@@ -21,7 +21,7 @@ from .decode import Timings, decode
 from .draft import Drafter, HeadDrafter
 from .errors import EagleError
 from .head import Eagle3Head
-from .options import Options, check_prompt, read_prompts
+from .options import Options, check_prompt, read_prompts, refuse
 from .plan import WIDEST, Acceptance, Plan
 from .request import Request, Row
 from .sampling import row_seeds
@@ -239,6 +239,10 @@ class EaModel:
             raise EagleError(
                 f"custom_generate does not take {', '.join(foreign)}; use eagenerate(stop_strings=...)"
             )
+        # no processor of that call, or one that would have to come after the warpers
+        refuse(
+            g, ("num_beams", "guidance_scale", "typical_p", "epsilon_cutoff", "eta_cutoff", "top_h")
+        )
         # the warpers are ours to apply; every other processor that transformers prepared is kept
         warpers = (
             "TemperatureLogitsWarper",

@@ -5,7 +5,7 @@ Knows tokenizers and transformers' GenerationConfig; knows nothing of decoding.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from numbers import Integral, Real
 from typing import Any
@@ -165,13 +165,7 @@ def read_config(config) -> dict:
         raise EagleError(
             f"generation_config must be a transformers GenerationConfig, not {config!r}"
         )
-    for name, off in REFUSED.items():
-        value = getattr(config, name, off)
-        if value not in (off, None, False):
-            raise EagleError(
-                f"generation_config asks for {name}={value!r}, which lossless decoding of one sequence does not "
-                f"honour; leave it at {off!r}, or pass a logits_processor that does it"
-            )
+    refuse(config, REFUSED)
     values = {name: getattr(config, name, None) for name in SAME}
     values = {k: v for k, v in values.items() if v is not None}
     # what transformers puts in for what a config leaves open
@@ -181,6 +175,17 @@ def read_config(config) -> dict:
     elif "max_length" in values:
         values["max_new_tokens"] = values["max_length"]
     return values
+
+
+def refuse(config, names: Iterable[str]) -> None:
+    for name in names:
+        off = REFUSED[name]
+        value = getattr(config, name, off)
+        if value not in (off, None, False):
+            raise EagleError(
+                f"generation_config asks for {name}={value!r}, which lossless decoding of one sequence does not "
+                f"honour; leave it at {off!r}, or pass a logits_processor that does it"
+            )
 
 
 def stopper(strings: str | Sequence[str], tokenizer):

@@ -299,6 +299,23 @@ def test_custom_generate(llama, answers, name):
         assert ours[0].tolist() == prompt + expected
 
 
+@pytest.mark.parametrize(
+    "asked",
+    [{"num_beams": 3}, {"guidance_scale": 1.5}, {"do_sample": True, "typical_p": 0.8}],
+    ids=str,
+)
+def test_what_custom_generate_cannot_do_is_refused(llama, asked):
+    ids = torch.tensor(PROMPTS[:1])
+    with pytest.raises(EagleError, match=f"asks for {list(asked)[-1]}="):
+        llama.model.generate(
+            ids,
+            custom_generate=head_model(llama).custom_generate,
+            max_new_tokens=4,
+            pad_token_id=0,
+            **asked,
+        )
+
+
 REFUSED = {
     "num_beams": 4, "num_return_sequences": 2, "penalty_alpha": 0.6, "typical_p": 0.9, "epsilon_cutoff": 0.1,
     "encoder_repetition_penalty": 1.2, "guidance_scale": 1.5, "sequence_bias": [[[5], -1.0]], "min_length": 5,
