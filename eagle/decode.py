@@ -69,6 +69,8 @@ def decode(
 
     Lossless: each token is the target's own choice at its position, whatever the drafter proposed.
     """
+    if not rows:
+        return
     slots = min(slots or len(rows), len(rows))
     needed = max(len(row.prompt) + row.budget for row in rows)
     batch = Batch(target, drafter, slots, max(capacity or 0, needed), verify, plan)
