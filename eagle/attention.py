@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import itertools
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from transformers import AttentionInterface, AttentionMaskInterface
@@ -59,9 +60,10 @@ class TreeContext:
         device = positions.device
         self.index = None  # [T] where the packed tokens lie in [b*N]
         if self.counts is not None:
+            # found on the host, which need not wait for the device then
+            real = np.arange(N) < np.asarray(self.counts)[:, None]
+            self.index = torch.from_numpy(np.flatnonzero(real)).to(device)
             self._counts = torch.tensor(self.counts, device=device)
-            real = torch.arange(N, device=device) < self._counts[:, None]
-            self.index = real.flatten().nonzero()[:, 0]
         lengths = cache.host_lengths
         self.live = cache.capacity if lengths is None else max(lengths) + self.offset + N
         assert self.live <= cache.capacity, f"{self.live} slots do not fit {cache.capacity}"

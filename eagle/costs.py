@@ -144,9 +144,10 @@ def measure(target: Target, drafter: HeadDrafter, rows: int, context: int) -> di
     head = {
         rows * k: max((drafted(3, 5, k) - drafted(3, 1, k)) / 4, 1e-3) for k in sorted({1, beams})
     }
+    idle = fastest(lambda: cycle(plain))
     target, least = {}, float("inf")
     for nodes in sorted((n for n in NODES if n == 2 or n * rows <= MOST), reverse=True):
-        # more tokens never cost less: the rest is noise
+        # more tokens never cost less, and none less than plain decoding: the rest is noise
         least = min(least, drafted(nodes, 3, beams) - 3 * head[rows * beams])
-        target[rows * nodes] = max(least, 1e-3)
-    return {"target": target, "head": head, "plain": fastest(lambda: cycle(plain))}
+        target[rows * nodes] = max(least, idle)
+    return {"target": target, "head": head, "plain": idle}

@@ -60,8 +60,8 @@ def decode(
     verify: Callable[[DraftTree, torch.Tensor, int], Verdict] = verify,
     plan: Plan | None = None,
 ) -> Iterator[Sequence[Row]]:
-    """Runs `rows`, at most `slots` at a time, the next one entering as soon as one is done. Yields them all
-    after every prompt pass and every cycle; their tokens grow in place.
+    """Runs `rows`, at most `slots` at a time, the next one entering as soon as one is done. Yields those in
+    flight after every prompt pass and every cycle; their tokens grow in place.
 
     capacity: tokens that a slot can hold, prompt and new ones; by default what the largest row needs.
     plan: how much to draft, cycle by cycle; without one every cycle drafts the drafter's whole tree.
@@ -89,7 +89,7 @@ def decode(
             timings.draft += clock.lap()
             batch.judge(tree)
             timings.verify += clock.lap()
-        yield rows
+        yield batch.rows
         batch.drop_finished()
 
 

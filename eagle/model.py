@@ -267,14 +267,20 @@ class EaModel:
         """Yields spans of new tokens as they are accepted, of all rows. `span.row.cancel()` gives a row up;
         closing the iterator gives all up. Takes what `generate_many` takes."""
         start = self._start(input_ids, attention_mask, lenient=True, **kwargs)
+        index = {id(row): i for i, row in enumerate(start.rows)}
         shown = [0] * len(start.rows)
         told = [False] * len(start.rows)
-        # a row that is cancelled while nothing else runs ends without a further step
-        for _ in itertools.chain(start.steps, [None]):
-            for i, row in enumerate(start.rows):
+        for rows in start.steps:
+            for row in rows:
+                i = index[id(row)]
                 if len(row.tokens) > shown[i] or row.done and not told[i]:
                     tokens, shown[i], told[i] = row.tokens[shown[i] :], len(row.tokens), row.done
                     yield Span(i, tokens, row)
+            for row in rows:  # cancelled just now: this is the last that is seen of it
+                i = index[id(row)]
+                if row.done and not told[i]:
+                    told[i] = True
+                    yield Span(i, [], row)
 
     def generate_many(
         self, prompts, *, slots: int = 8, as_completed: bool = False, **options

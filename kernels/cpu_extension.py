@@ -6,6 +6,8 @@ Once `loaded`, `torch.ops.eagle.attend` on CPU tensors and the functions of grow
 from __future__ import annotations
 
 import hashlib
+import os
+import tempfile
 from pathlib import Path
 
 import torch
@@ -27,13 +29,16 @@ def load(folder: Path, machine: str) -> None:
 
     facts = repr(([s.read_text() for s in SOURCES], FLAGS, torch.__version__, machine))
     name = "eagle_cpu_" + hashlib.sha256(facts.encode()).hexdigest()[:16]
-    path = folder / name
-    path.mkdir(parents=True, exist_ok=True)
-    build(
-        name,
-        list(map(str, SOURCES)),
-        extra_cflags=FLAGS,
-        build_directory=str(path),
-        is_python_module=False,
-    )
+    library = folder / f"{name}.so"
+    if library.exists():
+        torch.ops.load_library(str(library))
+    else:
+        folder.mkdir(parents=True, exist_ok=True)
+        # a folder of this process's own: torch's loader waits for ever on the lock of a build that was killed
+        with tempfile.TemporaryDirectory(prefix=".building-", dir=folder) as scratch:
+            build(
+                name, list(map(str, SOURCES)), extra_cflags=FLAGS, build_directory=scratch,
+                is_python_module=False,
+            )  # fmt: skip
+            os.replace(Path(scratch) / library.name, library)
     loaded = True
