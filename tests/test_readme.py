@@ -38,12 +38,18 @@ def run(command, cwd, extra=()):
     )
 
 
-def test_python_snippet(capsys):
-    (snippet,) = blocks("python")
-    exec(compile(snippet, "README.md", "exec"), {})
+def test_python_snippets(capsys):
+    """In order and in one namespace, as a reader types them."""
+    first, *others = blocks("python")
+    names = {}
+    exec(compile(first, "README.md", "exec"), names)
     shown = capsys.readouterr().out
     assert "def add(a, b):" in shown
     assert re.search(r"\d\.\d+ \['(eos|length)', '(eos|length)'\]", shown)
+    (requests,) = others
+    exec(compile(requests, "README.md", "exec"), names)
+    shown = capsys.readouterr().out.splitlines()
+    assert len(shown) == 2 and all(line.endswith("] None") for line in shown)
 
 
 @pytest.mark.parametrize(
