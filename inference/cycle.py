@@ -7,6 +7,7 @@ Knows the engine's classes by name; knows nothing of text, files or command line
 
 from __future__ import annotations
 
+import abc
 import bisect
 import statistics
 import sys
@@ -56,15 +57,16 @@ class Cycles:
         return statistics.median(sum(cycle.values()) for cycle in self.counts)
 
 
-class Watch:
+class Watch(abc.ABC):
     """Takes what has been counted so far at every commit, and hands out the differences."""
 
     def __init__(self, rows: int) -> None:
         self.rows = rows
         self.marks: list[Counter] = []
 
+    @abc.abstractmethod
     def so_far(self) -> Counter:
-        raise NotImplementedError
+        """What has been counted since the start, by name."""
 
     def on_cache(self, cache, drafter) -> None:
         # a row that ended takes part in no later cycle, and never comes back

@@ -84,7 +84,8 @@ def test_merge():
     from kernels.triton_tree_attention import _merge
 
     constants = {k: v for k, v in ATTENTION.items() if k in _merge.arg_names}
-    compiled(_merge, "bf16", constants | dict(SINKS=True, BLOCK_R=8))
+    kernel = compiled(_merge, "bf16", constants | dict(SINKS=True, BLOCK_R=8))
+    assert "ld.global" in kernel.asm["ptx"] and "st.global" in kernel.asm["ptx"]
 
 
 @pytest.mark.parametrize("block", [1, 8, 64])
