@@ -65,7 +65,10 @@ class TreeContext:
             self.index = torch.from_numpy(np.flatnonzero(real)).to(device)
             self._counts = torch.tensor(self.counts, device=device)
         lengths = cache.host_lengths
-        self.live = cache.capacity if lengths is None else max(lengths) + self.offset + N
+        self.live = cache.capacity
+        if lengths is not None:
+            new = self.counts or [N] * b
+            self.live = self.offset + max(n + m for n, m in zip(lengths, new, strict=True))
         assert self.live <= cache.capacity, f"{self.live} slots do not fit {cache.capacity}"
         self.ragged = lengths is None or min(lengths) != max(lengths) or self.counts is not None
         self._slots: tuple[torch.Tensor, torch.Tensor] | None = None
@@ -118,6 +121,22 @@ class TreeContext:
         # advanced indices on dims 0 and 2 come to the front: [T, Hkv, D]
         keys[rows, :, slots] = k[0].transpose(0, 1)
         values[rows, :, slots] = v[0].transpose(0, 1)
+
+    def _padding_fits(self) -> bool:
+        lengths = self.cache.host_lengths
+        return (
+            lengths is not None
+            and max(lengths) + self.offset + self.shape[1] <= self.cache.capacity
+        )
+
+    def write_padding(self, layer: int) -> None:
+        """Zeros to all N slots of every row."""
+        keys, values = self.cache.layer(layer)
+        slots = self.cache.lengths[:, None] + torch.arange(self.shape[1], device=keys.device)
+        slots = slots + self.offset
+        rows = self.cache.rows[:, None].expand(self.shape)
+        keys[rows, :, slots] = 0
+        values[rows, :, slots] = 0
 
     def read(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Live keys and values [b, Hkv, S, D]; a view where rows are even."""
@@ -172,8 +191,14 @@ class TreeContext:
         """Write this pass's keys and values, and attend. q [1, Hq, T, D], k and v [1, Hkv, T, D]
         -> [1, T, Hq, D]."""
         self.layers_seen += 1
+        kernel = self.mask is not None and use_triton(q)
+        if kernel and self.index is not None:
+            # the kernel reads all N slots of a row: what is not a token must be a number at least
+            kernel = self._padding_fits()
+            if kernel:
+                self.write_padding(layer)
         self.write(layer, k, v)
-        if self.mask is not None and self.index is None and self.cache.whole and use_triton(q):
+        if kernel:
             return self._attend_kernel(layer, q, scaling, window, softcap, sinks)
         groups = q.shape[1] // k.shape[1]
         queries = self.unpack(q.transpose(1, 2)).transpose(1, 2)  # [b, Hq, N, D]
@@ -192,13 +217,14 @@ class TreeContext:
         return self.pack(attend(queries, k, v, bias, scaling, softcap, sinks))
 
     def _attend_kernel(self, layer, q, scaling, window, softcap, sinks) -> torch.Tensor:
-        """The Triton kernel reads each row's live slots in place; even passes over all rows only."""
+        """The Triton kernel reads each row's live slots in place."""
         if self._bits is None:
             self._bits = pack_bits(self.mask)
-        queries = q[0].unflatten(1, self.shape).transpose(0, 1)  # [b, Hq, N, D]
+        queries = self.unpack(q.transpose(1, 2)).transpose(1, 2)  # [b, Hq, N, D]
         out = tree_attention(
             queries, *self.cache.layer(layer), self.cache.lengths, self._bits, self.tree_positions,
             scaling=scaling, sliding_window=window, softcap=softcap, sinks=sinks,
+            rows=None if self.cache.whole else self.cache.rows,
         )  # fmt: skip
         return self.pack(out)
 

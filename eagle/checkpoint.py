@@ -23,7 +23,8 @@ from safetensors.torch import load_file, save_file
 
 from .errors import EagleError
 from .head import Eagle3Head, HeadConfig, default_feature_layers
-from .target import Target, decoder_layers, resolve_dtype
+from .loading import differences, resolve_dtype
+from .target import Target, decoder_layers
 
 CONVENTION = (
     "entering"  # ids count the states that enter a layer; "output" counts those that leave it
@@ -284,15 +285,12 @@ def _checked(
 
 
 def _warn_if_foreign(path: Path, provenance: dict, target: Target) -> None:
-    recorded = (provenance.get("target") or {}).get("fingerprint")
-    if not recorded:
-        return
-    found = target_fingerprint(target.model)
-    if recorded != found:
-        name = provenance["target"].get("id", "another model")
+    recorded = {**provenance, **(provenance.get("target") or {})}
+    said = differences(recorded, target.identity)
+    if said:
         warnings.warn(
-            f"the head {path} was trained on {name} (weights {recorded[:12]}), this target is {target.name} "
-            f"(weights {found[:12]}); output stays the target's own, fewer drafts may be accepted",
+            f"the head {path}: {'; '.join(said)}. Output stays the target's own, fewer drafts may be accepted; "
+            "a short run of `python -m train.main --init_head HEAD` with this target adapts the head",
             stacklevel=4,
         )
 

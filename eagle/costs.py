@@ -19,13 +19,13 @@ import torch
 from .checkpoint import target_fingerprint
 from .decode import Batch
 from .draft import HeadDrafter
-from .plan import WIDEST, Costs
+from .plan import WIDEST, Costs, size_of
 from .request import Request, Row, Stopping
 from .target import Target
 from .tree import TreeShape
 from .verify import verify
 
-NODES = (2, 4, 8, 16, 32, 48)  # of a row
+NODES = (2, 4, 8, 16, 32, 60)  # of a row
 MOST = 256  # tokens a pass
 REPEATS = 12
 
@@ -38,7 +38,7 @@ class CostTable:
         weights = target_fingerprint(target.model)
         self.facts = (
             weights, str(target.dtype), device_name(target.device), torch.get_num_threads(), mode,
-            torch.__version__, str(drafter.head.config), REPEATS, 2,
+            torch.__version__, str(drafter.head.config), REPEATS, 3,
         )  # fmt: skip
         name = hashlib.sha256(repr(self.facts).encode()).hexdigest()[:24]
         self.path = folder / f"costs-{name}.json"
@@ -51,8 +51,8 @@ class CostTable:
             self.known = found
 
     def __call__(self, rows: int, context: int) -> Costs:
-        """For `rows` rows of about `context` tokens: both are rounded up to a power of two."""
-        rows = 1 << max(rows - 1, 0).bit_length()
+        """For `rows` rows of about `context` tokens: both are rounded up, see `size_of`."""
+        rows = size_of(rows)
         context = min(1 << max(context - 1, 127).bit_length(), self.target.max_positions // 2)
         key = f"{rows}x{context}"
         costs = read(self.known.get(key))
@@ -139,7 +139,7 @@ def measure(target: Target, drafter: HeadDrafter, rows: int, context: int) -> di
         speculative.drafter.reshape(TreeShape(*shape))
         return fastest(lambda: cycle(speculative))
 
-    beams = min(4, speculative.drafter.shape.top_k)
+    beams = min(5, speculative.drafter.shape.top_k)
     # three nodes whatever the depth, so that passes are all that differs
     head = {
         rows * k: max((drafted(3, 5, k) - drafted(3, 1, k)) / 4, 1e-3) for k in sorted({1, beams})

@@ -117,7 +117,8 @@ class Batch:
         self.rows: list[Row] = []
         self.root = torch.zeros(0, dtype=torch.int64, device=target.device)
         self.pending: Pending | None = None
-        self.deferred: list[Pending] = []  # committed, and not yet seen by the head
+        # committed, and not yet seen by the head, with the rows that it is of
+        self.deferred: list[tuple[list[Row], Pending]] = []
         self.drafting = drafter is not None
         self._sampler: Sampler | None = None
 
@@ -140,12 +141,16 @@ class Batch:
         keep_logprobs(rows, logits, torch.zeros_like(root), root, counts)
         self.settle()
         if draft:
-            self.catch_up()
             following = torch.cat([ids[:, 1:], ids[:, :1]], dim=1).scatter(
                 1, lengths[:, None] - 1, root
             )
             drafter = self.drafter.empty_rows(order)
-            drafter.ingest(features, following, lengths, host_lengths)
+            if self.plan is not None and self.plan.rests(len(self.rows) + len(rows)):
+                prompt = Pending(host_lengths, lengths, None, following, features)
+                self.deferred.append((rows, prompt))
+            else:
+                self.catch_up()
+                drafter.ingest(features, following, lengths, host_lengths)
             self.drafter.join(drafter)
         self.cache.join(cache)
         self.rows = self.rows + rows
@@ -163,38 +168,36 @@ class Batch:
         last = (pending.counts - 1)[:, None]
         self.root = pending.tokens.gather(1, last)[:, 0]
         if self.drafter is not None:
-            self.deferred.append(pending)
+            self.deferred.append((self.rows, pending))
 
     def catch_up(self) -> None:
         """The head ingests what was deferred."""
         if self.deferred:
-            late, self.deferred = Pending.merge(self.deferred), []
+            late, self.deferred = merge(self.deferred, self.rows), []
             self.drafter.ingest(late.features, late.tokens, late.counts, late.host_counts)
 
     def expand(self) -> DraftTree:
-        plan = self.plan
-        self.drafting = self.drafter is not None and (plan is None or plan.begin(self.urgency()))
+        self.drafting = self.drafter is not None
+        if self.plan is not None:
+            shape = self.plan.begin(len(self.rows))
+            self.drafting = shape is not None
+            if self.drafting:
+                self.drafter.reshape(shape)
         if not self.drafting:
             return DraftTree.root_only(self.root)
         self.catch_up()
-        return self.drafter.expand(self.root, *([] if plan is None else [plan]))
-
-    def urgency(self) -> list[float]:
-        """How far each row has to go, over the mean."""
-        left = [row.budget - len(row.tokens) for row in self.rows]
-        mean = sum(left) / len(left)
-        return [n / mean for n in left]
+        return self.drafter.expand(self.root)
 
     def judge(self, tree: DraftTree) -> None:
         """One pass of the target over the tree: its choices, and what each row gains by them."""
         draft = self.drafter is not None  # features are kept for it though it may not draft now
         logits, features = self.target.verify_tree(
-            tree.tokens, tree.depth, tree.mask, self.cache, features=draft, counts=tree.counts
+            tree.tokens, tree.depth, tree.mask, self.cache, features=draft
         )
         self._sampler = self._sampler or sampler_of(self.rows, self.target.device)
         positions = self.cache.lengths[:, None] + tree.depth + 1
         choices = choose(self.rows, self._sampler, logits, tree, positions)
-        levels = self.drafter.shape.levels if draft else 0
+        levels = self.drafter.shape.levels if self.drafting else 0
         verdict = self.verify(tree, choices, levels)
         outcome = torch.cat([verdict.num_accepted[:, None], verdict.tokens], dim=1).tolist()
         counts = []
@@ -209,12 +212,12 @@ class Batch:
         keep_logprobs(self.rows, logits, verdict.path, verdict.tokens, counts)
         K = max(max(counts), 1)
         path = verdict.path[:, :K]
-        if draft:
+        if self.drafting:
             features = features.gather(1, path[..., None].expand(-1, -1, features.shape[-1]))
         count_tensor = torch.tensor(counts, device=self.target.device)
         self.pending = Pending(counts, count_tensor, path, verdict.tokens[:, :K], features)
-        if self.plan is not None and self.drafting:
-            self.plan.observe(tree, verdict, sum(counts))
+        if self.plan is not None:
+            self.plan.end(sum(counts))
 
     def drop_finished(self) -> None:
         """Their slots become free; the others go on without them."""
@@ -231,16 +234,19 @@ class Batch:
         self.root, self._sampler = self.root[keep], None
         if self.pending is not None:
             self.pending = self.pending.select(keep)
-        self.deferred = [late.select(keep) for late in self.deferred] if keep else []
+        self.deferred = [
+            (rows, late) for rows, late in self.deferred if any(not row.done for row in rows)
+        ]
 
 
 @dataclass
 class Pending:
-    """Tokens gained: counts [b], at least one a row; path, tokens [b, K]; features [b, K, F] or None."""
+    """Tokens gained: counts [b]; path, tokens [b, K]; features [b, K, F] or None. path: None where they are of
+    no one tree."""
 
     host_counts: list[int]
     counts: torch.Tensor
-    path: torch.Tensor
+    path: torch.Tensor | None
     tokens: torch.Tensor
     features: torch.Tensor | None
 
@@ -249,28 +255,25 @@ class Pending:
         counts = [self.host_counts[i] for i in keep]
         return Pending(counts, self.counts[keep], self.path[keep], self.tokens[keep], features)
 
-    @staticmethod
-    def merge(parts: list[Pending]) -> Pending:
-        """One behind the other, each row without gaps."""
-        if len(parts) == 1:
-            return parts[0]
-        tokens = torch.cat([p.tokens for p in parts], 1)
-        real = torch.cat(
-            [
-                torch.arange(p.tokens.shape[1], device=tokens.device) < p.counts[:, None]
-                for p in parts
-            ],
-            1,
-        )
-        order = (~real).int().argsort(dim=1, stable=True)  # the real ones to the front, in order
-        features = torch.cat([p.features for p in parts], 1)
-        features = features.gather(1, order[..., None].expand(-1, -1, features.shape[-1]))
-        host_counts = [sum(counts) for counts in zip(*(p.host_counts for p in parts), strict=True)]
-        K = max(host_counts)
-        return Pending(
-            host_counts, sum(p.counts for p in parts), order[:, :K], tokens.gather(1, order)[:, :K],
-            features[:, :K],
-        )  # fmt: skip
+
+def merge(parts: list[tuple[list[Row], Pending]], rows: list[Row]) -> Pending:
+    """What `rows` gained in all parts, each row's without gaps; rows that have left are left out."""
+    if len(parts) == 1 and parts[0][0] is rows:
+        return parts[0][1]
+    places: dict[int, list[int]] = {id(row): [] for row in rows}  # among the tokens of all parts
+    start = 0
+    for members, part in parts:
+        K = part.tokens.shape[1]
+        for row, count in zip(members, part.host_counts, strict=True):
+            places.get(id(row), []).extend(range(start, start + count))
+            start += K
+    counts = [len(found) for found in places.values()]
+    index = torch.tensor([found + [0] * (max(counts) - len(found)) for found in places.values()])
+    device = parts[0][1].tokens.device
+    index = index.to(device)
+    tokens = torch.cat([part.tokens.flatten() for _, part in parts])[index]
+    features = torch.cat([part.features.flatten(0, 1) for _, part in parts])[index]
+    return Pending(counts, torch.tensor(counts, device=device), None, tokens, features)
 
 
 def sampler_of(rows: list[Row], device: torch.device) -> Sampler:
@@ -291,11 +294,9 @@ def choose(
         for i, row in enumerate(rows):
             if row.request.processor is None or row.done:
                 continue
-            n = tree.counts[i] if tree.counts else tree.tokens.shape[1]
             try:
-                logits[i, :n] = process_row(
-                    row.request.processor, row.context, tree.depth[i, :n], tree.mask[i, :n, :n],
-                    tree.tokens[i, :n], logits[i, :n],
+                logits[i] = process_row(
+                    row.request.processor, row.context, tree.depth[i], tree.mask[i], tree.tokens[i], logits[i]
                 )  # fmt: skip
             except Exception as error:
                 row.fail("the logits processor", error)

@@ -22,8 +22,9 @@ from kernels.grow_tree import best_beams, candidates
 from .attention import TreeContext
 from .cache import StaticKVCache
 from .head import Eagle3Head
-from .plan import Plan
 from .tree import DraftTree, TreeShape, rerank
+
+CHUNK = 512  # tokens of a row that the head ingests in one pass
 
 
 class Drafter(Protocol):
@@ -63,6 +64,7 @@ class HeadDrafter:
         self, head: Eagle3Head, embed: Callable[[torch.Tensor], torch.Tensor], shape: TreeShape
     ) -> None:
         self.head, self.embed = head, embed
+        self._to_target = head.draft_token_ids()  # [D]
         self.compiled = None  # compiled passes, while a mode that has them is in use
         self.reshape(shape)
 
@@ -71,7 +73,6 @@ class HeadDrafter:
         # fewer draft tokens than beams: nothing is left to fill the others with
         beams = min(shape.top_k, self.head.config.draft_vocab_size)
         self.shape = TreeShape(shape.total_token, shape.depth, beams)
-        self._to_target = self.head.draft_token_ids()  # [D]
 
     @property
     def scratch(self) -> int:
@@ -134,10 +135,17 @@ class HeadDrafter:
 
     def ingest(self, features, tokens, counts, host_counts) -> None:
         b, K = tokens.shape
+        if K > CHUNK:  # a mask of K x K is made
+            for start in range(0, K, CHUNK):
+                piece = slice(start, start + CHUNK)
+                some = [min(max(n - start, 0), CHUNK) for n in host_counts]
+                self.ingest(
+                    features[:, piece], tokens[:, piece], (counts - start).clamp(0, CHUNK), some
+                )
+            return
         cache = self.cache
         positions = cache.lengths[:, None] + torch.arange(K, device=tokens.device)
-        prompt = not any(cache.host_lengths)
-        if prompt:
+        if self.compiled is None and not any(cache.host_lengths):
             context = TreeContext(cache, positions, counts=host_counts)
         else:  # a chain behind what is committed
             causal = torch.ones(K, K, dtype=torch.bool, device=tokens.device).tril()
@@ -146,7 +154,7 @@ class HeadDrafter:
             context.pack, (features.to(self.last.dtype), tokens, positions)
         )
         keep = counts.cumsum(0) - 1  # the last of each row among the packed tokens
-        if self.compiled is not None and not prompt:
+        if self.compiled is not None:
             last, first = self.compiled.ingest(features, tokens, positions, context, keep)
         else:
             last = self.run(self.head.fc(features), tokens, positions, context)[:, keep]
@@ -161,24 +169,20 @@ class HeadDrafter:
         self.last, self.first = last, first
         cache.advance(counts, host_counts)
 
-    def expand(self, root: torch.Tensor, plan: Plan | None = None) -> DraftTree:
-        """root [b] -> the tree to verify: `shape`'s, or within it what `plan` finds worth its cost."""
+    def expand(self, root: torch.Tensor) -> DraftTree:
         b, k, cache = root.shape[0], self.shape.top_k, self.cache
         score, token = candidates(self.first[:, None], None, self._to_target, k)
         tokens, scores, parents = [token], [score], [torch.zeros_like(token)]
         base = 1  # how many come before this level's candidates, the root included
         out, seen = self.last[:, None], root.new_zeros(b, 1, 0, dtype=torch.bool)
         for step in range(self.shape.depth):
-            n = k if plan is None else plan.beams(score, k)
-            if n == 0:
-                break
             beam_score, pick, beam_tokens, hidden, seen = best_beams(
-                score, token, out, seen, k, n
-            )  # [b, n] three times, [b, n, H], [b, n, beams so far]
-            positions = (cache.lengths + step)[:, None].expand(b, n)
+                score, token, out, seen, k
+            )  # [b, k] three times, [b, k, H], [b, k, beams so far]
+            positions = (cache.lengths + step)[:, None].expand(b, k)
             # no window asks for the positions of earlier beams
             context = TreeContext(cache, positions, seen, positions[:, :1].expand(b, seen.shape[2]))
-            out, log_probs = self._pass(hidden, beam_tokens, context)  # [b, n, H], [b, n, D]
+            out, log_probs = self._pass(hidden, beam_tokens, context)  # [b, k, H], [b, k, D]
             parents.append((base + pick).repeat_interleave(k, dim=1))
             base += score.shape[1]
             score, token = candidates(log_probs, beam_score, self._to_target, k)
@@ -186,8 +190,7 @@ class HeadDrafter:
             scores.append(score)
         sizes = torch.tensor([level.shape[1] for level in tokens], device=root.device)
         depth = torch.arange(1, len(tokens) + 1, device=root.device).repeat_interleave(sizes)
-        scores = torch.cat(scores, 1)
         return rerank(
-            root, torch.cat(tokens, 1), torch.cat(parents, 1), scores, depth, self.shape.num_nodes,
-            self.shape.levels, None if plan is None else plan.keep(scores),
+            root, torch.cat(tokens, 1), torch.cat(parents, 1), torch.cat(scores, 1), depth,
+            self.shape.num_nodes, self.shape.levels,
         )  # fmt: skip

@@ -21,11 +21,12 @@ from .decode import Timings, decode
 from .draft import Drafter, HeadDrafter
 from .errors import EagleError
 from .head import Eagle3Head
+from .loading import EMBEDDED
 from .options import Options, check_prompt, read_prompts, refuse
-from .plan import WIDEST, Acceptance, Plan
+from .plan import WIDEST, Experience, Plan
 from .request import Request, Row
 from .sampling import row_seeds
-from .target import EMBEDDED, Target
+from .target import Target
 from .tree import TreeShape
 from .verify import force, verify
 
@@ -88,7 +89,7 @@ class EaModel:
         self.compile, self.tree = compile, tree if tree == "auto" else TreeShape.parse(tree)
         self.plan: Plan | None = None  # of the last call with tree="auto"
         self._costs: dict[str, CostTable] = {}
-        self._acceptance: dict[bool, Acceptance] = {}
+        self._experience: dict[tuple, Experience] = {}
         self._compiled: dict[str, tuple] = {}
         self.drafter = drafter
         if head is not None:
@@ -111,13 +112,16 @@ class EaModel:
         device: str | torch.device | None = None,
         compile: str = "auto",
         tree: TreeShape | str | None = None,
+        quantization: str = "none",
         **hf_kwargs,
     ) -> EaModel:
         """Load a target and its head; without paths, the embedded model and its head.
 
         total_token, depth, top_k: the draft tree, upstream's meaning (total_token counts the root). They
         default to 60, 7, 10, and to 16, 4, 4 for the embedded model, where the smaller tree is faster.
-        dtype "auto" is the checkpoint's (float32 where a CPU would emulate bf16). Further arguments go to transformers' `from_pretrained`.
+        dtype "auto" is the checkpoint's (float32 where a CPU would emulate bf16). adapter_path: a LoRA folder;
+        quantization: "none", "nf4" or "int8" (bitsandbytes). Further arguments go to transformers'
+        `from_pretrained`.
 
         A base model without ea_model_path generates plainly. Raises EagleError when the files cannot be
         read, or the head does not fit the target.
@@ -133,8 +137,9 @@ class EaModel:
             default.top_k if top_k is None else top_k,
         )
         target = Target.from_pretrained(
-            base_model_path, dtype=dtype, device=device, adapter_path=adapter_path, **hf_kwargs
-        )
+            base_model_path, dtype=dtype, device=device, adapter_path=adapter_path,
+            quantization=quantization, **hf_kwargs
+        )  # fmt: skip
         if ea_model_path is None and base_model_path is None and EMBEDDED_HEAD.exists():
             ea_model_path = EMBEDDED_HEAD
         head = None
@@ -395,14 +400,15 @@ class EaModel:
         return drafter
 
     def _plan(self, target, drafter, mode: str | None, context: int, greedy: bool) -> Plan:
-        """A plan for one call; what was learnt of acceptance is kept from call to call."""
+        """A plan for one call; what was learnt is kept from call to call."""
         mode = self.compile if mode is None else mode
         table = self._costs.get(mode)
         if table is None:
             table = self._costs[mode] = CostTable(target, drafter, mode, cache_folder())
-        # greedy choices and samples accept differently
-        acceptance = self._acceptance.setdefault(greedy, Acceptance())
-        self.plan = Plan(lambda rows: table(rows, context), acceptance)
+        # greedy choices and samples accept differently, and a long context costs more
+        kind = mode, greedy, context.bit_length()
+        experience = self._experience.setdefault(kind, Experience())
+        self.plan = Plan(lambda rows: table(rows, context), experience)
         return self.plan
 
     def explain(self) -> str:

@@ -1,39 +1,45 @@
-"""tree="auto": how much to draft, decided anew in every cycle from measured costs and observed acceptance.
+"""tree="auto": which tree to draft, or none, by the tokens per second that each is seen to make.
 
-Knows costs, probabilities and rates; knows nothing of models, caches or tokens.
+Knows shapes, milliseconds and tokens; knows nothing of models, caches or what the tokens are.
 
-b rows in flight, k beams, P candidates, N nodes, T packed tokens.
-
-The aim is tokens per second, a ratio of gains to time. By Dinkelbach's argument (1967) the best cycle takes
-every step whose own tokens-per-time is above the rate of the whole: a node is verified when its chance of
-being accepted, divided by what one more node costs, beats the going rate; a further draft pass is made when
-what it may add does. With many rows a node costs more and the bar rises, so trees thin out to chains, and
-where not even a root's best child is worth it, decoding is plain.
+The choice is among the rungs of a ladder: plain decoding, short chains, wider and deeper trees. What a rung
+makes is first estimated, from the measured costs of this machine and a typical head's acceptance, and then
+seen. Each cycle takes the rung that promises most; now and then a neighbour is looked at again. Where plain
+decoding is best, speculation rests, and is tried again so seldom that trying costs next to nothing.
 """
 
 from __future__ import annotations
 
 import bisect
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
-import numpy as np
-import torch
+from .tree import TreeShape
 
-from .tree import DraftTree, TreeShape
-from .verify import Verdict
-
-# the bounds within which a plan moves: draft passes, beams, nodes a row
-WIDEST = TreeShape(total_token=48, depth=10, top_k=4)
-BINS = 24  # of the draft's log-probability, down to FLOOR
-FLOOR = -6.0
-SETTLED = 24  # cycles before a rate is believed
-TRIAL = 6  # cycles of another try, once acceptance has been observed
+# tree, and tokens a cycle of a good head: where estimates begin. They had better be high, as what promises
+# too much is tried and found out, and what promises too little is not
+LADDER: tuple[tuple[TreeShape | None, float], ...] = (
+    (None, 1.0),
+    (TreeShape(3, 1, 1), 2.4),
+    (TreeShape(4, 2, 1), 3.0),
+    (TreeShape(6, 3, 2), 3.4),
+    (TreeShape(8, 4, 2), 3.9),
+    (TreeShape(12, 4, 3), 4.3),
+    (TreeShape(16, 4, 4), 4.5),
+    (TreeShape(24, 5, 5), 4.9),
+    (TreeShape(40, 6, 7), 5.3),
+    (TreeShape(60, 7, 10), 5.7),
+)
+WIDEST = TreeShape(60, 7, 10)  # room for any rung
+PLAIN = 0  # its place on the ladder
+DOUBT = 24.0  # cycles of a row that an estimate weighs against what is seen
+WINDOW = 600.0  # cycles of a row that are remembered
+AGAIN = 16  # cycles between two looks at a neighbouring rung; each eighth look is at plain decoding
+TRIAL = 6  # cycles of a try after a rest
 PAUSE = 96  # plain cycles, at least, before speculation is tried again
-LOSS = 0.02  # of the time that a try may lose: the pause after a dear one is longer
-HELD = 8.0  # plain cycles of time that the rate begins with
-MEMORY = 0.97  # of the rate, from cycle to cycle
-NEXT = 0.75  # the chance of a beam's best child, given the beam
+LOSS = 0.01  # of the time that tries may lose: the pause after a dear one is longer
+GAIN = 1.03  # over plain decoding, below which speculation rests: prompts cost it more
 
 
 @dataclass(frozen=True)
@@ -55,163 +61,187 @@ class Costs:
         slope = (table[b] - table[a]) / (b - a)
         return table[a] + max(slope, 0.0) * (tokens - a)
 
+    def cycle(self, shape: TreeShape | None, rows: int) -> float:
+        """Of a whole cycle that drafts `shape`; None is plain."""
+        if shape is None:
+            return self.plain
+        passes = shape.depth * self.of(self.head, rows * shape.top_k)
+        return self.of(self.target, rows * shape.num_nodes) + passes
+
+
+def size_of(rows: int) -> int:
+    """Numbers of rows that share costs and a pace: rounded up to 1, 2, 3, 4, 6, 8, 12, 16, …"""
+    power = 1 << (rows - 1).bit_length()
+    return power * 3 // 4 if power > 2 and rows <= power * 3 // 4 else power
+
+
+@dataclass
+class Rung:
+    """What is known of one shape with one number of rows: tokens a row gains in a cycle, milliseconds of a
+    cycle, and how many cycles of a row stand behind both."""
+
+    tokens: float
+    ms: float
+    seen: float = 0.0
+
+    def see(self, tokens: float, ms: float, rows: int) -> float:
+        """A cycle in which each of `rows` rows gained `tokens` on average and that took `ms`. Returns the
+        milliseconds that count: what else the machine did counts no more than the cycle itself."""
+        ms = min(ms, 2 * self.ms)
+        share = rows / (min(self.seen, WINDOW) + DOUBT + rows)
+        self.tokens += share * (tokens - self.tokens)
+        share = max(share, 1 / (2 + self.seen / rows))  # times scatter less than tokens
+        self.ms += share * (ms - self.ms)
+        self.seen += rows
+        return ms
+
     @property
-    def per_node(self) -> float:
-        """What one more node costs: the slope over trees of usual size."""
-        sizes = sorted(self.target)
-        last = sizes[min(3, len(sizes) - 1)]
-        if last == sizes[0]:
-            return 0.0
-        return max((self.target[last] - self.target[sizes[0]]) / (last - sizes[0]), 1e-4)
+    def rate(self) -> float:
+        """Tokens of a row per millisecond."""
+        return self.tokens / self.ms
 
 
-class Acceptance:
-    """How often nodes of a given draft probability were accepted, their ancestors included. The head's own
-    probability is the prior, with the weight of a few observations."""
+class Pace:
+    """The ladder for one number of rows, and where on it decoding stands."""
 
-    def __init__(self) -> None:
-        self.prior = 4.0 * np.exp((np.arange(BINS) + 0.5) / BINS * FLOOR)
-        self.tried, self.kept = np.full(BINS, 4.0), self.prior.copy()
-        self._refresh()
+    def __init__(self, costs: Costs, rows: int) -> None:
+        self.rungs = [Rung(tokens, costs.cycle(shape, rows)) for shape, tokens in LADDER]
+        self.guess = [(rung.tokens, rung.ms) for rung in self.rungs]
+        self.resting = 0  # plain cycles to go before speculation is tried again
+        self.trying = 0  # cycles to go of a try
+        self.lost = 0.0  # milliseconds, by this try
+        self.cycles = 0
 
-    def _refresh(self) -> None:
-        # never higher for a lower score, so that a parent is at least as likely as its child: bins that are
-        # out of order are pooled, each with the weight of its observations
-        blocks: list[tuple[float, float, int]] = []
-        for kept, tried in zip(self.kept.tolist(), self.tried.tolist(), strict=True):
-            size = 1
-            while blocks and kept * blocks[-1][1] > blocks[-1][0] * tried:
-                more = blocks.pop()
-                kept, tried, size = kept + more[0], tried + more[1], size + more[2]
-            blocks.append((kept, tried, size))
-        rates = np.repeat([k / t for k, t, _ in blocks], [n for _, _, n in blocks])
-        self.table = np.append(rates, 0.0)
+    def estimate(self, place: int) -> tuple[float, float]:
+        """Tokens and milliseconds of a rung: what was seen of it, and where nothing was, its guess corrected by
+        what came of the nearest rung's."""
+        rung = self.rungs[place]
+        known = [i for i, r in enumerate(self.rungs) if r.seen and i != PLAIN]
+        if rung.seen or place == PLAIN or not known:
+            return rung.tokens, rung.ms
+        near = min(known, key=lambda i: abs(i - place))
+        tokens, ms = self.guess[near]
+        # a head is better or worse in what its drafts add to the one token that is sure
+        better = (self.rungs[near].tokens - 1) / (tokens - 1)
+        slower = self.rungs[near].ms / ms
+        return 1 + better * (rung.tokens - 1), slower * rung.ms
 
-    def bins(self, scores: np.ndarray) -> np.ndarray:
-        scores = np.nan_to_num(scores, nan=-np.inf)  # of a broken head: never worth it
-        return (np.clip(scores / FLOOR, 0.0, 1.0) * BINS).astype(np.int64)
+    def expect(self, place: int) -> float:
+        """The rate of a rung, as far as is known."""
+        tokens, ms = self.estimate(place)
+        return tokens / ms
 
-    def chances(self, scores: np.ndarray) -> np.ndarray:
-        """scores: cumulative log-probabilities -> chances of acceptance, of the same shape."""
-        return self.table[self.bins(scores)]
+    def best(self) -> int:
+        """The speculative rung that promises most."""
+        return max(range(1, len(self.rungs)), key=self.expect)
 
-    def observe(self, scores: np.ndarray, accepted: np.ndarray) -> None:
-        """scores [n] of nodes that were verified, accepted [n] bool."""
-        bins = self.bins(scores)
-        # older observations fade, so that a change of subject is noticed within some hundred cycles; what is
-        # left is the prior, or a score that is not tried any more could never be tried again
-        fade = 0.998
-        self.tried = 4.0 + (self.tried - 4.0) * fade
-        self.kept = self.prior + (self.kept - self.prior) * fade
-        self.tried += np.bincount(bins, minlength=BINS + 1)[:BINS]
-        self.kept += np.bincount(bins, accepted, minlength=BINS + 1)[:BINS]
-        self._refresh()
+
+@dataclass
+class Experience:
+    """What calls of one kind have taught, for those that follow: paces by `size_of`."""
+
+    paces: dict[int, Pace] = field(default_factory=dict)
 
 
 class Plan:
     """One call's decisions. `costs(rows)` looks up the costs for that many rows.
 
-    The decisions are the host's, in numpy: a few numbers a cycle, for which tensors would be slower.
+    A cycle is `begin`, which says what to draft, and `end`, which hears what came of it.
     """
 
-    def __init__(self, costs: Callable[[int], Costs], acceptance: Acceptance) -> None:
-        self.costs, self.acceptance = costs, acceptance
-        self.rows = 0
-        self.resting = 0  # plain cycles to go before speculation is tried again
-        self.urgency: np.ndarray | None = None
+    clock = staticmethod(time.perf_counter)  # None: cycles take what the costs say
 
-    def begin(self, urgency: Sequence[float]) -> bool:
-        """A cycle is about to start: draft in it? urgency: for each row, how much its tokens are wanted, 1 on
-        the whole; a row that has far to go holds up its batch."""
-        rows = len(urgency)
-        if rows != self.rows:
-            self.rows, self.now = rows, self.costs(rows)
-            self.node = self.now.per_node
-            self.plain = rows / self.now.plain
-            self.resting = 0
-            self._try(SETTLED, 1.3)
-        if self.resting:
-            self.resting -= 1
-            return False
-        self.urgency = np.asarray(urgency)[:, None]
-        self.passes: list[int] = []
-        return True
+    def __init__(self, costs: Callable[[int], Costs], experience: Experience) -> None:
+        self.costs, self.experience = costs, experience
+        self.rows = self.size = 0
+        self.idle = 0  # plain cycles since the head was last asked
 
-    def _try(self, trial: int, hope: float) -> None:
-        """Speculate for `trial` cycles at least, beginning as if it were `hope` times as fast as plain."""
-        self.trial, self.seen, self.lost = trial, 0, 0.0
-        # tokens, milliseconds and cycles of recent speculation
-        self.gained, self.spent, self.held = HELD * hope * self.rows, HELD * self.now.plain, HELD
+    def _meet(self, rows: int) -> None:
+        self.rows = rows
+        if size_of(rows) != self.size:
+            self.size = size_of(rows)
+            self.now = self.costs(self.size)
+            paces = self.experience.paces
+            self.pace = paces.get(self.size)
+            if self.pace is None:
+                self.pace = Pace(self.now, self.size)
+                fewer = [n for n in paces if n < self.size]
+                if fewer and paces[max(fewer)].resting:  # more rows gain less
+                    self.pace.resting = PAUSE
+                paces[self.size] = self.pace
 
-    @property
-    def rate(self) -> float:
-        """Tokens per millisecond that speculation makes now."""
-        return self.gained / self.spent
+    def rests(self, rows: int) -> bool:
+        """Will decoding be plain for a while, with that many rows?"""
+        self._meet(rows)
+        return self.pace.resting > 1
 
-    @property
-    def floor(self) -> float:
-        """The chance of acceptance from which on a node is worth its cost."""
-        return max(self.rate, self.plain) * self.node
+    def begin(self, rows: int) -> TreeShape | None:
+        """A cycle is about to start: the tree to draft, None for plain decoding."""
+        self._meet(rows)
+        pace = self.pace
+        pace.cycles += 1
+        self.place = self._choose(pace)
+        self.started = self.clock() if self.clock else 0.0
+        return LADDER[self.place][0]
 
-    def beams(self, scores: torch.Tensor, most: int) -> int:
-        """scores [b, P] of the last level: how many of the best to expand, 0 to stop drafting."""
-        best = np.sort(scores.numpy(force=True))[:, : -most - 1 : -1]
-        chances = self.acceptance.chances(best) * self.urgency * NEXT
-        worth = np.maximum(chances - self.floor, 0.0)  # of each beam's best child
-        width = int((worth > 0).any(0).sum())
-        tokens = len(best) * width
-        if not width or worth.sum() <= max(self.rate, self.plain) * self.now.of(
-            self.now.head, tokens
-        ):
-            return 0
-        self.passes.append(tokens)
-        return width
+    def _choose(self, pace: Pace) -> int:
+        if pace.resting:
+            pace.resting -= 1
+            if not pace.resting:
+                pace.trying, pace.lost = TRIAL, 0.0
+            return PLAIN
+        if not pace.rungs[PLAIN].seen:
+            return PLAIN
+        best = pace.best()
+        turn = pace.cycles // AGAIN % 8
+        near = min(max(best + 1 if turn % 2 else best - 1, 1), len(LADDER) - 1)
+        if pace.trying:
+            return best if pace.trying > 2 else near
+        if pace.cycles % AGAIN < 2:  # two in a row: the first after another is slower
+            return PLAIN if turn == 0 else near
+        return best
 
-    def keep(self, scores: torch.Tensor) -> torch.Tensor:
-        """scores [b, P] of candidates -> [b, P] bool, those worth verifying."""
-        chances = self.acceptance.chances(scores.numpy(force=True)) * self.urgency
-        return torch.from_numpy(chances >= self.floor).to(scores.device)
-
-    def observe(self, tree: DraftTree, verdict: Verdict, gained: int) -> None:
-        """After a speculative cycle. gained: tokens of all rows."""
-        tokens, path, kept = (
-            x.numpy(force=True) for x in (tree.tokens, verdict.path, verdict.num_accepted)
-        )
-        nodes = tokens >= 0
-        nodes[:, 0] = False  # the root was decided before
-        accepted = np.zeros_like(nodes)
-        step = np.arange(path.shape[1]) <= kept[:, None]
-        row = np.broadcast_to(np.arange(len(path))[:, None], path.shape)
-        accepted[row[step], path[step]] = True
-        self.acceptance.observe(tree.scores.numpy(force=True)[nodes], accepted[nodes])
-        now = self.now
-        verified = len(tokens) + int(nodes.sum())
-        spent = now.of(now.target, verified) + sum(now.of(now.head, n) for n in self.passes)
-        self.gained = MEMORY * self.gained + gained
-        self.spent = MEMORY * self.spent + spent
-        self.held = MEMORY * self.held + 1
-        self.seen += 1
-        self.lost += spent - gained / self.plain
-        if self.seen >= self.trial and self.rate < self.plain:
-            lost = TRIAL / self.seen * self.lost / now.plain  # by a try, in plain cycles
-            self.resting = max(PAUSE, int(lost / LOSS))
-            self.last = self.rate, self.spent / self.held
-            self._try(TRIAL, 1.1)
+    def end(self, gained: int) -> None:
+        """The cycle is done; its rows gained so many tokens in all."""
+        pace, rows = self.pace, self.rows
+        rung, plain = pace.rungs[self.place], pace.rungs[PLAIN]
+        ms = 1e3 * (self.clock() - self.started) if self.clock else self.now.cycle(LADDER[self.place][0], self.size)  # fmt: skip
+        if self.place == PLAIN:
+            rung.see(1.0, ms, rows)
+            self.idle += 1
+            return
+        if self.idle < 2:  # else the head's pass over what a rest left undone tells nothing of other cycles
+            if not rung.seen:
+                rung.tokens, rung.ms = pace.estimate(self.place)
+            ms = rung.see(gained / rows, ms, rows)
+        self.idle = 0
+        pace.lost += ms - gained / rows / plain.rate
+        pace.trying = max(pace.trying - 1, 0)
+        best = pace.rungs[pace.best()]
+        # not before the best is known, or it would be given up for a bad start
+        if not pace.trying and best.seen >= TRIAL and best.rate < GAIN * plain.rate:
+            pace.resting = max(PAUSE, int(pace.lost / plain.ms / LOSS))
+            pace.lost = 0.0
 
     def explain(self) -> str:
         if not self.rows:
             return "nothing has been planned yet"
+        pace, plain = self.pace, self.pace.rungs[PLAIN]
+        place = pace.best()
+        best, shape = pace.rungs[place], LADDER[place][0]
         now, cycles = self.now, ", ".join
-        # while it rests, the rate that speculation had is not the one it begins again with
-        rate, per_cycle = self.last if self.resting else (self.rate, self.spent / self.held)
-        state = "plain decoding: speculation loses" if self.resting else "speculating"
+        state = "plain decoding: speculation loses" if pace.resting else f"drafting {shape}"
+        seen = (
+            f"{shape}: {rung.tokens:.2f} tokens in {rung.ms:.2f} ms"
+            for (shape, _), rung in zip(LADDER[1:], pace.rungs[1:], strict=True)
+            if rung.seen
+        )
         return "\n".join([
             f"{self.rows} rows, {state}",
-            f"plain cycle {now.plain:.2f} ms: {self.plain:.3f} tokens/ms",
-            "speculative cycle without its draft passes, by tokens verified: "
-            + cycles(f"{n}: {ms:.2f} ms" for n, ms in sorted(now.target.items())),
-            "draft pass, by beams: " + cycles(f"{n}: {ms:.2f} ms" for n, ms in sorted(now.head.items())),
-            f"recent speculation: {rate:.3f} tokens/ms; break-even tau about "
-            f"{per_cycle * self.plain / self.rows:.2f} at its {per_cycle:.2f} ms a cycle",
-            f"one more node costs {self.node:.3f} ms, so it must have a chance of {self.floor:.3f} at least",
+            f"plain cycle {plain.ms:.2f} ms; a cycle of the best tree ({shape}) {best.ms:.2f} ms: it pays from "
+            f"tau {best.ms / plain.ms:.2f} on, and makes {best.tokens:.2f}",
+            "a row's cycles seen: " + (cycles(seen) or "none yet"),
+            "measured before: plain cycle " + f"{now.plain:.2f} ms; speculative cycle without its draft passes, "
+            "by tokens verified, " + cycles(f"{n}: {ms:.2f} ms" for n, ms in sorted(now.target.items()))
+            + "; draft pass, by beams, " + cycles(f"{n}: {ms:.2f} ms" for n, ms in sorted(now.head.items())),
         ])  # fmt: skip

@@ -8,7 +8,6 @@ B rows, N queries, T tokens, F features (3 x hidden), V vocabulary.
 from __future__ import annotations
 
 import inspect
-import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,43 +20,9 @@ from .attention import NAME, TreeContext, tree_attention_forward
 from .cache import StaticKVCache
 from .errors import EagleError
 from .head import default_feature_layers
+from .loading import identity_of, load_model
 
-EMBEDDED = Path(__file__).parent / "embedded"
 CHUNK = 256
-
-
-def resolve_device(device: str | torch.device | None) -> torch.device:
-    if device is not None:
-        try:
-            return torch.device(device)
-        except RuntimeError as error:
-            raise EagleError(f"unknown device {device!r}; use cpu, cuda or cuda:N") from error
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def resolve_dtype(dtype: str | torch.dtype) -> torch.dtype | str:
-    if isinstance(dtype, torch.dtype) or dtype == "auto":
-        return dtype
-    names = {"float32": torch.float32, "fp32": torch.float32, "bfloat16": torch.bfloat16,
-             "bf16": torch.bfloat16, "float16": torch.float16, "fp16": torch.float16}  # fmt: skip
-    if dtype not in names:
-        raise EagleError(f"unknown dtype {dtype!r}; use auto, float32, bfloat16 or float16")
-    return names[dtype]
-
-
-def fast_bf16(device: torch.device) -> bool:
-    """Does the device multiply bf16 natively? x86 CPUs without AVX512-BF16 or AMX emulate it, slowly."""
-    if device.type != "cpu":
-        return True
-    probes = [
-        getattr(torch.cpu, n, None) for n in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-    ]
-    probes = [probe for probe in probes if probe is not None]
-    return (
-        not probes
-        or platform.machine() not in ("x86_64", "AMD64")
-        or any(probe() for probe in probes)
-    )
 
 
 class Tap:
@@ -76,7 +41,11 @@ class Target:
     """Wraps a loaded model; `forward` runs a tree or a prompt over a `StaticKVCache`."""
 
     def __init__(
-        self, model: nn.Module, name: str = "", feature_layers: tuple[int, ...] | None = None
+        self,
+        model: nn.Module,
+        name: str = "",
+        feature_layers: tuple[int, ...] | None = None,
+        identity: dict | None = None,
     ) -> None:
         self.model = model.eval().requires_grad_(False)
         self.name = name or getattr(model, "name_or_path", "") or "model"
@@ -94,6 +63,14 @@ class Target:
         model.get_output_embeddings().register_forward_pre_hook(self._gather_kept)
         model.set_attn_implementation(NAME)
         self.kv_heads, self.head_dim = self._probe()
+        self._identity = identity
+
+    @property
+    def identity(self) -> dict:
+        """What a head belongs to; see `eagle.loading`."""
+        if self._identity is None:
+            self._identity = identity_of(self.model, self.name)
+        return self._identity
 
     @classmethod
     def from_pretrained(
@@ -102,50 +79,16 @@ class Target:
         *,
         dtype: str | torch.dtype = "auto",
         device: str | torch.device | None = None,
-        adapter_path: str | None = None,
+        quantization: str = "none",
+        adapter_path: str | Path | None = None,
         feature_layers: tuple[int, ...] | None = None,
         **hf_kwargs,
     ) -> Target:
-        """Load a model folder or hub id; no path means the embedded model.
-
-        dtype "auto" is the checkpoint's, but float32 for a bf16 one on a CPU that would emulate bf16.
-        """
-        from safetensors import SafetensorError
-        from transformers import AutoModelForCausalLM
-
-        device = resolve_device(device)
-        source = EMBEDDED if path is None else path
-        if path is None and not (EMBEDDED / "model.safetensors").exists():
-            raise EagleError(
-                "this installation has no embedded model; reinstall it, or give a model path"
-            )
-        if not hf_kwargs.get("device_map"):
-            hf_kwargs.pop("device_map", None)
-        try:
-            model = AutoModelForCausalLM.from_pretrained(
-                source, dtype=resolve_dtype(dtype), **hf_kwargs
-            )
-        except (OSError, ValueError, SafetensorError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise EagleError(
-                f"cannot load the target model {str(source)!r}: {reason} "
-                "(give a folder with config.json and weights, or a hub id that can be reached)"
-            ) from error
-        if adapter_path is not None:
-            try:
-                model.load_adapter(adapter_path)
-            except ImportError as error:
-                raise EagleError(
-                    "adapters need peft: pip install 'eagle-heads[finetune]'"
-                ) from error
-            except (OSError, ValueError) as error:
-                raise EagleError(f"cannot load the adapter {adapter_path!r}: {error}") from error
-        if "device_map" not in hf_kwargs and not getattr(model, "is_quantized", False):
-            slow = dtype == "auto" and model.dtype == torch.bfloat16 and not fast_bf16(device)
-            model = model.to(device=device, dtype=torch.float32 if slow else None)
-        return cls(
-            model, name="embedded" if path is None else str(path), feature_layers=feature_layers
-        )
+        """Load a model folder or hub id, as `eagle.loading.load_model` does."""
+        model, identity = load_model(
+            path, dtype=dtype, device=device, quantization=quantization, adapter_path=adapter_path, **hf_kwargs
+        )  # fmt: skip
+        return cls(model, identity["id"], feature_layers, identity)
 
     @property
     def device(self) -> torch.device:
@@ -306,15 +249,11 @@ class Target:
         mask: torch.Tensor,
         cache: StaticKVCache,
         features: bool,
-        counts: list[int] | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """tokens, depth [b, N], mask [b, N, N] -> logits [b, N, V] and features [b, N, F]; nothing is committed.
-
-        counts: nodes of each row where rows differ; what lies past them is not run, and comes out as zeros.
-        """
+        """tokens, depth [b, N], mask [b, N, N] -> logits [b, N, V] and features [b, N, F]; nothing is committed."""
         # a draft past the model's limit can never be kept, and must not ask for a position that does not exist
         positions = (cache.lengths[:, None] + depth).clamp_max(self.max_positions - 1)
-        context = TreeContext(cache, positions, mask, positions, counts)
+        context = TreeContext(cache, positions, mask, positions)
         logits, found = self.forward(context.pack(tokens), context, features=features)
         return context.unpack(logits), context.unpack(found) if features else None
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 
 from kernels.grow_tree import fast
 
@@ -75,15 +74,13 @@ class TreeShape:
 @dataclass
 class DraftTree:
     """tokens, parents, depth [B, N] int64; mask [B, N, N] bool (a node sees its ancestors and itself);
-    scores [B, N] float32, cumulative log-probability. Parents come before children; parents[:, 0] = 0.
-    counts: how many of the N are nodes, a row, where rows differ; what lies past them has token -1."""
+    scores [B, N] float32, cumulative log-probability. Parents come before children; parents[:, 0] = 0."""
 
     tokens: torch.Tensor
     parents: torch.Tensor
     depth: torch.Tensor
     mask: torch.Tensor
     scores: torch.Tensor
-    counts: list[int] | None = None
 
     @classmethod
     def root_only(cls, root: torch.Tensor) -> DraftTree:
@@ -115,44 +112,25 @@ def rerank(
     depth: torch.Tensor,
     num_nodes: int,
     levels: int,
-    worth: torch.Tensor | None = None,
 ) -> DraftTree:
     """Keep the best num_nodes - 1 of P candidates, every one with its parent.
 
     root [B]; tokens, parents, scores [B, P]; depth [P]. A parent is named by its candidate's place plus
     one, 0 being the root. Candidates are ordered by level, so with a stable sort a parent, whose
     cumulative log-probability is never below its child's, is always picked before it.
-    worth [B, P] bool: keep only these, however few; it must hold for a parent where it holds for a child.
     """
     if fast(scores):
-        found = torch.ops.eagle_cpu.keep_best(
-            root, tokens, parents, scores, depth, num_nodes, worth
+        return DraftTree(
+            *torch.ops.eagle_cpu.keep_best(root, tokens, parents, scores, depth, num_nodes)
         )
-        counts = None if worth is None else found[5].tolist()
-        counts = counts if counts and min(counts) < max(counts) else None
-        return DraftTree(*found[:5], counts=counts)
     B, P = scores.shape
     device = root.device
     scores = scores.nan_to_num(
         nan=float("-inf")
     )  # of a broken head: NaN would sort before its parent
-    if worth is not None:
-        scores = scores.masked_fill(~worth, float("-inf"))
     keep = scores.sort(dim=-1, descending=True, stable=True).indices[:, : num_nodes - 1]
-    counts = None
-    if worth is not None:
-        found = worth.sum(1).clamp_max(num_nodes - 1)
-        host = found.tolist()
-        keep = keep[:, : max(host)]
-        # what is not worth it goes to the end, to a candidate P that stands for nothing
-        keep = keep.masked_fill(torch.arange(keep.shape[1], device=device) >= found[:, None], P)
-        counts = [1 + n for n in host] if min(host) < max(host) else None
-        tokens, parents, scores = (
-            F.pad(x, (0, 1), value=v) for x, v in ((tokens, -1), (parents, 0), (scores, 0.0))
-        )
-        depth = F.pad(depth, (0, 1))
     keep = keep.sort(dim=-1).values  # [B, N-1]: by level, parents first
-    place = torch.zeros((B, P + 2), dtype=torch.int64, device=device)
+    place = torch.zeros((B, P + 1), dtype=torch.int64, device=device)
     order = torch.arange(1, keep.shape[1] + 1, device=device).expand_as(keep)
     place.scatter_(1, keep + 1, order)  # candidate -> node
     new_parents = place.gather(1, parents.gather(1, keep))
@@ -164,5 +142,4 @@ def rerank(
         depth=torch.cat([zero, depth[keep]], dim=1),
         mask=ancestors(new_parents, levels),
         scores=torch.cat([zero.float(), scores.gather(1, keep)], dim=1),
-        counts=counts,
     )

@@ -62,7 +62,7 @@ def along(tree: DraftTree, choices: torch.Tensor, deepest: torch.Tensor, levels:
 def force(accept: int, tree: DraftTree, choices: torch.Tensor, levels: int) -> Verdict:
     """A verdict that accepts `accept` draft tokens whatever the target chose, or the deepest path where the
     tree is not that deep: for measuring a cycle apart from the head. Not lossless."""
-    within = (tree.depth <= accept) & (tree.tokens >= 0)
+    within = tree.depth <= accept
     goal = torch.where(within, tree.depth, -1).argmax(-1, keepdim=True)
     verdict = along(tree, choices, goal, levels)
     # the tokens gained are the path's own; only the last is the target's choice

@@ -26,6 +26,7 @@ def bench(
     base: str | None = None,
     head: str | None = None,
     adapter: str | None = None,
+    quantization: str = "none",
     prompts: str | None = None,
     engines: str | None = None,
     batch_sizes: str = "1",
@@ -111,7 +112,9 @@ def bench(
     if plots is not None:
         require_matplotlib()
         require_writable(Path(plots) / "plot.png")
-    model = load_model(base, head, adapter, shapes[0] if shapes else None, dtype, device)
+    model = load_model(
+        base, head, adapter, shapes[0] if shapes else None, dtype, device, quantization=quantization
+    )
     if model.drafter is None and any(engine.startswith("eagle") for engine in chosen):
         raise EagleError("no draft head to measure: give --head PATH, or --engines hf,vanilla")
     ids = [p.ids for p in load_prompts(prompts, model.tokenizer, num_prompts)]

@@ -26,6 +26,7 @@ def generate(
     base: str | None = None,
     head: str | None = None,
     adapter: str | None = None,
+    quantization: str = "none",
     engine: str = "eagle",
     tree: str | None = None,
     max_new_tokens: int = 256,
@@ -51,8 +52,9 @@ def generate(
     line i uses seed + i. A prompt that cannot be served gets a record with its line and "error", the others
     go on, and the exit status is 1.
 
-    --tree total_token,depth,top_k, or auto: as much as measured costs and acceptance make worth it.
+    --tree total_token,depth,top_k, or auto: in each cycle the tree that was seen to make most tokens a second.
     --compile off, auto (off on a CPU) or max (compiled once, and kept on disk).
+    --adapter a LoRA folder on the base, --quantization none, nf4 or int8.
     """
     from eagle.errors import EagleError
 
@@ -83,7 +85,7 @@ def generate(
 
     from inference.prompts import Prompt, chat_prompt, fim_prompt, load_prompts, text_prompt
 
-    model = load_model(base, head, adapter, tree, dtype, device, compile)
+    model = load_model(base, head, adapter, tree, dtype, device, compile, quantization=quantization)
     if engine == "eagle" and model.drafter is None:
         raise EagleError("no draft head: give --head PATH, or --engine vanilla")
     tokenizer = model.tokenizer
@@ -114,7 +116,9 @@ def generate(
     return 0
 
 
-def load_model(base, head, adapter, tree, dtype, device, compile="auto"):
+def load_model(
+    base, head, adapter, tree, dtype, device, compile="auto", quantization="none"
+):  # fmt: skip
     """The EaModel that the command line asks for. tree: "total_token,depth,top_k", "auto" or None."""
     from transformers.utils import logging
 
@@ -124,8 +128,9 @@ def load_model(base, head, adapter, tree, dtype, device, compile="auto"):
         logging.disable_progress_bar()
     shape = TreeShape.parse(tree) if tree and tree != "auto" else tree or None
     return EaModel.from_pretrained(
-        base, head, adapter_path=adapter, dtype=dtype, device=device, compile=compile, tree=shape
-    )
+        base, head, adapter_path=adapter, quantization=quantization, dtype=dtype, device=device,
+        compile=compile, tree=shape,
+    )  # fmt: skip
 
 
 def prepare(model, engine: str) -> None:

@@ -26,6 +26,7 @@ def profile(
     base: str | None = None,
     head: str | None = None,
     adapter: str | None = None,
+    quantization: str = "none",
     batch_size: int = 1,
     tree: str | None = None,
     compile: str = "auto",
@@ -60,7 +61,7 @@ def profile(
         raise EagleError(f"unknown compile {compile!r}; use {', '.join(MODES)}")
     from inference.prompts import load_prompts
 
-    model = load_model(base, head, adapter, tree, dtype, device, compile)
+    model = load_model(base, head, adapter, tree, dtype, device, compile, quantization=quantization)
     if model.drafter is None:
         raise EagleError("no draft head to profile: give --head PATH")
     ids = [p.ids for p in load_prompts(None, model.tokenizer)]

@@ -14,7 +14,7 @@ from jinja2 import TemplateError
 from configs.errors import ConfigError
 from configs.fim_tokens import find_fim_tokens
 from eagle.errors import EagleError
-from eagle.target import EMBEDDED
+from eagle.loading import EMBEDDED
 
 HELDOUT_PROMPTS = EMBEDDED / "data" / "prompts.jsonl"
 

@@ -23,6 +23,7 @@ def slots(
     base: str | None = None,
     head: str | None = None,
     adapter: str | None = None,
+    quantization: str = "none",
     prompts: str | None = None,
     num_prompts: int = 64,
     slots: int = 8,
@@ -45,7 +46,7 @@ def slots(
             raise EagleError(f"{name} must be at least 1, not {value}")
     if max_new_tokens < 4:
         raise EagleError(f"max_new_tokens must be at least 4, not {max_new_tokens}")
-    model = load_model(base, head, adapter, tree, dtype, device)
+    model = load_model(base, head, adapter, tree, dtype, device, quantization=quantization)
     ids = [p.ids for p in load_prompts(prompts, model.tokenizer, num_prompts)]
     rng = random.Random(0)
     requests = [

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 
 from kernels.dispatch import use_triton
+from kernels.grow_tree import fast
 
 
 def commit_kv(
@@ -22,6 +23,8 @@ def commit_kv(
     implementation = commit_kv_reference
     if use_triton(buffer):
         from kernels.triton_commit_kv import commit_kv_triton as implementation
+    elif fast(buffer):
+        implementation = torch.ops.eagle_cpu.commit_kv
     implementation(buffer, lengths, path, counts)
 
 

@@ -1,7 +1,7 @@
 """The bookkeeping of a draft tree, level by level: plain-PyTorch references, and the choice between them and
 the C++ of grow_tree_cpu.cpp, which is used on CPU tensors once the extension is loaded.
 
-b rows, n beams, k candidates a beam, P candidates a row, H hidden, D draft vocabulary, M beams so far.
+b rows, n beams, k candidates a beam, and as many beams after it, P candidates a row, H hidden, D draft vocabulary, M beams so far.
 """
 
 from __future__ import annotations
@@ -33,20 +33,19 @@ def best_beams(
     hidden: torch.Tensor,
     seen: torch.Tensor,
     k: int,
-    n: int,
 ) -> tuple[torch.Tensor, ...]:
-    """The n best candidates of a level become beams. scores, tokens [b, P] of the level, k a beam; hidden
+    """The k best candidates of a level become beams. scores, tokens [b, P] of the level, k a beam; hidden
     [b, m, H] and seen [b, m, M] bool of the m beams they continue -> scores, place among the candidates, tokens
-    [b, n], hidden [b, n, H] of what each continues, seen [b, n, M + n]: its ancestors among all beams, itself
+    [b, k], hidden [b, k, H] of what each continues, seen [b, k, M + k]: its ancestors among all beams, itself
     included."""
     if fast(scores):
-        return torch.ops.eagle_cpu.best_beams(scores, tokens, hidden, seen, k, n)
+        return torch.ops.eagle_cpu.best_beams(scores, tokens, hidden, seen, k)
     b = scores.shape[0]
-    beam_scores, pick = scores.topk(n)
+    beam_scores, pick = scores.topk(k)
     origin = (pick // k)[..., None]
-    inherited = seen.gather(1, origin.expand(b, n, seen.shape[-1]))
-    own = torch.eye(n, dtype=torch.bool, device=scores.device).expand(b, n, n)
+    inherited = seen.gather(1, origin.expand(b, k, seen.shape[-1]))
+    own = torch.eye(k, dtype=torch.bool, device=scores.device).expand(b, k, k)
     return (
-        beam_scores, pick, tokens.gather(1, pick), hidden.gather(1, origin.expand(b, n, hidden.shape[-1])),
+        beam_scores, pick, tokens.gather(1, pick), hidden.gather(1, origin.expand(b, k, hidden.shape[-1])),
         torch.cat([inherited, own], dim=-1),
     )  # fmt: skip

@@ -1,8 +1,9 @@
 // The bookkeeping of a draft tree on a CPU, for which a dozen small tensor operations a level cost more than
-// the level's own pass: the functions of grow_tree.py, of the same meaning.
+// the level's own pass: the functions of grow_tree.py and commit_kv.py, of the same meaning.
 //
 // b rows, n beams, k candidates a beam, P candidates a row, H hidden, D draft vocabulary, N nodes.
 
+#include <ATen/Parallel.h>
 #include <torch/library.h>
 #include <torch/types.h>
 
@@ -58,13 +59,13 @@ std::tuple<Tensor, Tensor> candidates(const Tensor& log_probs, const std::option
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> best_beams(const Tensor& scores, const Tensor& tokens,
                                                               const Tensor& hidden, const Tensor& seen,
-                                                              int64_t k, int64_t n) {
+                                                              int64_t k) {
   const auto b = scores.size(0), P = scores.size(1), m = hidden.size(1), H = hidden.size(2),
              M = seen.size(2);
   const Tensor states = hidden.contiguous(), visible = seen.contiguous();
-  auto beam_scores = at::empty({b, n}, scores.options());
-  auto pick = at::empty({b, n}, tokens.options()), beam_tokens = at::empty({b, n}, tokens.options());
-  auto next = at::empty({b, n, H}, hidden.options()), sees = at::zeros({b, n, M + n}, seen.options());
+  auto beam_scores = at::empty({b, k}, scores.options());
+  auto pick = at::empty({b, k}, tokens.options()), beam_tokens = at::empty({b, k}, tokens.options());
+  auto next = at::empty({b, k, H}, hidden.options()), sees = at::zeros({b, k, M + k}, seen.options());
   const float* s = scores.data_ptr<float>();
   const int64_t* t = tokens.data_ptr<int64_t>();
   const auto* from = static_cast<const char*>(states.data_ptr());
@@ -72,14 +73,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> best_beams(const Tensor& scor
   const int64_t bytes = H * hidden.element_size();
   std::vector<int64_t> best;
   for (int64_t i = 0; i < b; ++i) {
-    largest(s + i * P, P, n, best);
-    for (int64_t j = 0; j < n; ++j) {
-      const int64_t place = best[j], beam = place / k, line = i * n + j;
+    largest(s + i * P, P, k, best);
+    for (int64_t j = 0; j < k; ++j) {
+      const int64_t place = best[j], beam = place / k, line = i * k + j;
       beam_scores.data_ptr<float>()[line] = s[i * P + place];
       pick.data_ptr<int64_t>()[line] = place;
       beam_tokens.data_ptr<int64_t>()[line] = t[i * P + place];
       std::memcpy(to + line * bytes, from + (i * m + beam) * bytes, bytes);
-      bool* row = sees.data_ptr<bool>() + line * (M + n);
+      bool* row = sees.data_ptr<bool>() + line * (M + k);
       if (M) std::memcpy(row, visible.data_ptr<bool>() + (i * m + beam) * M, M);
       row[M + j] = true;
     }
@@ -87,46 +88,31 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> best_beams(const Tensor& scor
   return {beam_scores, pick, beam_tokens, next, sees};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> keep_best(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> keep_best(
     const Tensor& root, const Tensor& tokens, const Tensor& parents, const Tensor& scores, const Tensor& depth,
-    int64_t num_nodes, const std::optional<Tensor>& worth) {
-  const auto b = scores.size(0), P = scores.size(1);
+    int64_t num_nodes) {
+  const auto b = scores.size(0), P = scores.size(1), N = std::min<int64_t>(num_nodes, P + 1);
   const Tensor all_tokens = tokens.contiguous(), all_parents = parents.contiguous(),
                all_scores = scores.contiguous(), levels = depth.contiguous();
-  Tensor wanted;
-  if (worth) wanted = worth->contiguous();
-  std::vector<std::vector<int64_t>> kept(b);
-  int64_t N = 1;
+  auto node_tokens = at::empty({b, N}, tokens.options());
+  auto node_parents = at::zeros({b, N}, parents.options()), node_depth = at::zeros({b, N}, depth.options());
+  auto node_scores = at::zeros({b, N}, scores.options());
+  auto mask = at::zeros({b, N, N}, scores.options().dtype(at::kBool));
+  std::vector<int64_t> place(P + 1), order(P);
   for (int64_t i = 0; i < b; ++i) {
     const float* s = all_scores.data_ptr<float>() + i * P;
-    auto& order = kept[i];
-    for (int64_t c = 0; c < P; ++c)
-      if (!worth || wanted.data_ptr<bool>()[i * P + c]) order.push_back(c);
-    const int64_t most = std::min<int64_t>(num_nodes - 1, order.size());
+    std::iota(order.begin(), order.end(), 0);
     // the first of equals first: a parent comes before its child
-    std::partial_sort(order.begin(), order.begin() + most, order.end(), [s](int64_t x, int64_t y) {
+    std::partial_sort(order.begin(), order.begin() + N - 1, order.end(), [s](int64_t x, int64_t y) {
       return s[x] > s[y] || (s[x] == s[y] && x < y);
     });
-    order.resize(most);
-    std::sort(order.begin(), order.end());
-    N = std::max(N, 1 + most);
-  }
-  auto node_tokens = at::full({b, N}, -1, tokens.options());
-  auto node_parents = at::zeros({b, N}, parents.options()), node_depth = at::zeros({b, N}, depth.options());
-  auto node_scores = at::zeros({b, N}, scores.options()), counts = at::empty({b}, tokens.options());
-  auto mask = at::zeros({b, N, N}, scores.options().dtype(at::kBool));
-  std::vector<int64_t> place(P + 1);
-  for (int64_t i = 0; i < b; ++i) {
+    std::sort(order.begin(), order.begin() + N - 1);
     bool* seen = mask.data_ptr<bool>() + i * N * N;
-    for (int64_t node = 0; node < N; ++node) {  // what stands for nothing sees the root and itself
-      seen[node * N] = true;
-      seen[node * N + node] = true;
-    }
+    seen[0] = true;
     node_tokens.data_ptr<int64_t>()[i * N] = root.data_ptr<int64_t>()[i];
-    counts.data_ptr<int64_t>()[i] = 1 + kept[i].size();
     place[0] = 0;
-    for (size_t j = 0; j < kept[i].size(); ++j) {
-      const int64_t c = kept[i][j], node = 1 + j, at = i * P + c;
+    for (int64_t node = 1; node < N; ++node) {
+      const int64_t c = order[node - 1], at = i * P + c;
       place[c + 1] = node;
       const int64_t parent = place[all_parents.data_ptr<int64_t>()[at]];
       node_tokens.data_ptr<int64_t>()[i * N + node] = all_tokens.data_ptr<int64_t>()[at];
@@ -137,7 +123,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> keep_best(
       seen[node * N + node] = true;
     }
   }
-  return {node_tokens, node_parents, node_depth, mask, node_scores, counts};
+  return {node_tokens, node_parents, node_depth, mask, node_scores};
 }
 
 std::tuple<Tensor, Tensor, Tensor> longest_path(const Tensor& tokens, const Tensor& parents,
@@ -166,15 +152,42 @@ std::tuple<Tensor, Tensor, Tensor> longest_path(const Tensor& tokens, const Tens
   return {accepted, path, gained};
 }
 
+// commit_kv of commit_kv.py. buffer [L, 2, B, H, C, D] of any dtype.
+void commit_kv(const Tensor& buffer, const Tensor& lengths, const Tensor& path, const Tensor& counts) {
+  TORCH_CHECK(buffer.is_contiguous());
+  const auto B = buffer.size(2), H = buffer.size(3), C = buffer.size(4), K = path.size(1);
+  const int64_t bytes = buffer.size(5) * buffer.element_size(), slabs = buffer.size(0) * 2;
+  const Tensor steps = path.contiguous(), front = lengths.contiguous(), moved = counts.contiguous();
+  const int64_t *length = front.data_ptr<int64_t>(), *count = moved.data_ptr<int64_t>();
+  auto* data = static_cast<char*>(buffer.data_ptr());
+  at::parallel_for(0, slabs, 8, [&](int64_t from, int64_t till) {
+    std::vector<char> kept(K * bytes);
+    for (int64_t slab = from; slab < till; ++slab)
+      for (int64_t i = 0; i < B; ++i) {
+        const int64_t* node = steps.data_ptr<int64_t>() + i * K;
+        int64_t first = 0;  // what is in its place stays there
+        while (first < count[i] && node[first] == first) ++first;
+        if (first >= count[i]) continue;
+        for (int64_t h = 0; h < H; ++h) {
+          char* to = data + (((slab * B + i) * H + h) * C + length[i]) * bytes;
+          for (int64_t j = first; j < count[i]; ++j)
+            std::memcpy(kept.data() + j * bytes, to + node[j] * bytes, bytes);
+          std::memcpy(to + first * bytes, kept.data() + first * bytes, (count[i] - first) * bytes);
+        }
+      }
+  });
+}
+
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(eagle_cpu, m) {
   m.def("candidates(Tensor log_probs, Tensor? beam_scores, Tensor to_target, int k) -> (Tensor, Tensor)",
         candidates);
-  m.def("best_beams(Tensor scores, Tensor tokens, Tensor hidden, Tensor seen, int k, int n) "
+  m.def("best_beams(Tensor scores, Tensor tokens, Tensor hidden, Tensor seen, int k) "
         "-> (Tensor, Tensor, Tensor, Tensor, Tensor)", best_beams);
-  m.def("keep_best(Tensor root, Tensor tokens, Tensor parents, Tensor scores, Tensor depth, int num_nodes, "
-        "Tensor? worth) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)", keep_best);
+  m.def("keep_best(Tensor root, Tensor tokens, Tensor parents, Tensor scores, Tensor depth, int num_nodes) "
+        "-> (Tensor, Tensor, Tensor, Tensor, Tensor)", keep_best);
+  m.def("commit_kv(Tensor(a!) buffer, Tensor lengths, Tensor path, Tensor counts) -> ()", commit_kv);
   m.def("longest_path(Tensor tokens, Tensor parents, Tensor depth, Tensor choices, int levels) "
         "-> (Tensor, Tensor, Tensor)", longest_path);
 }

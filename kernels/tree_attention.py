@@ -126,11 +126,13 @@ def tree_attention(
     sliding_window: int | None = None,
     softcap: float | None = None,
     sinks: torch.Tensor | None = None,
+    rows: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Attention of N tree nodes a row over its prefix and its tree; see the module's text.
 
     q [B, Hq, N, D] and k_cache, v_cache [B, Hkv, C, D] in one dtype (the caches may be strided
-    views of a larger buffer); lengths [B] int64; tree_bits [B, N, W] int32 (`pack_bits`);
+    views of a larger buffer); rows [B] int64: the cache's row of each, where the cache holds others too or
+    another order; lengths [B] int64; tree_bits [B, N, W] int32 (`pack_bits`);
     tree_positions [B, M] int64, absolute; sinks [Hq], any float dtype. Returns [B, N, Hq, D] in q's
     dtype. No gradients.
 
@@ -142,7 +144,7 @@ def tree_attention(
         from kernels.triton_tree_attention import tree_attention_triton as implementation
     return implementation(
         q, k_cache, v_cache, lengths, tree_bits, tree_positions,
-        scaling=scaling, sliding_window=sliding_window, softcap=softcap, sinks=sinks,
+        scaling=scaling, sliding_window=sliding_window, softcap=softcap, sinks=sinks, rows=rows,
     )  # fmt: skip
 
 
@@ -158,10 +160,13 @@ def tree_attention_reference(
     sliding_window: int | None = None,
     softcap: float | None = None,
     sinks: torch.Tensor | None = None,
+    rows: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The specification of `tree_attention`, in plain PyTorch. Reads max(lengths) on the host."""
     M = tree_positions.shape[1]
     live = int(lengths.max()) + M
+    if rows is not None:
+        k_cache, v_cache = k_cache[rows], v_cache[rows]
     mask = unpack_bits(tree_bits, M)
     bias = attention_bias(lengths, mask, tree_positions, live, q.dtype, sliding_window)
     k, v = reachable(k_cache[:, :, :live], v_cache[:, :, :live], lengths + M)

@@ -112,10 +112,10 @@ def _visit(
 
 @triton.jit
 def _attend_split(
-    q, k_cache, v_cache, lengths, bits, positions, part_acc, part_best, part_total,
+    q, k_cache, v_cache, rows, lengths, bits, positions, part_acc, part_best, part_total,
     q_b, q_h, q_n, k_b, k_h, k_c, v_b, v_h, v_c, bits_b, bits_n, positions_b,
     N, M, W, C, window, scale, softcap,
-    G: tl.constexpr, D: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
+    G: tl.constexpr, D: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, ROWS: tl.constexpr,
     PRECISION: tl.constexpr, SPLIT: tl.constexpr, SPLITS: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -163,7 +163,10 @@ def _attend_split(
     if WINDOW:  # a key is seen at positions above this one
         here = tl.load(positions + (M - N) + query, mask=live, other=0)
         seen_from = (here - window).to(tl.int32)
-    keys, values = k_cache + row * k_b + kv * k_h, v_cache + row * v_b + kv * v_h
+    place = row  # in the cache
+    if ROWS:
+        place = tl.load(rows + row)
+    keys, values = k_cache + place * k_b + kv * k_h, v_cache + place * v_b + kv * v_h
 
     best = tl.full((BLOCK_R,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_R,), tl.float32)
@@ -258,6 +261,7 @@ def tree_attention_triton(
     sliding_window: int | None = None,
     softcap: float | None = None,
     sinks: torch.Tensor | None = None,
+    rows: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """`kernels.tree_attention.tree_attention` without host synchronisation. fp16, bf16 or fp32.
 
@@ -266,16 +270,24 @@ def tree_attention_triton(
     B, Hq, N, D = q.shape
     Hkv, C = k_cache.shape[1], k_cache.shape[2]
     M = tree_positions.shape[1]
-    assert k_cache.shape == v_cache.shape == (B, Hkv, C, D) and Hq % Hkv == 0
+    assert k_cache.shape == v_cache.shape and k_cache.shape[1:] == (Hkv, C, D) and Hq % Hkv == 0
+    assert (
+        k_cache.shape[0] == B
+        if rows is None
+        else (rows.shape == (B,) and rows.dtype == torch.int64)
+    )
     assert q.dtype == k_cache.dtype == v_cache.dtype and lengths.shape == (B,)
     assert 1 <= N <= M <= C and tree_positions.shape == (B, M)
     assert tree_bits.shape == (B, N, triton.cdiv(M, 32)) and tree_bits.dtype == torch.int32
     assert lengths.dtype == tree_positions.dtype == torch.int64 and lengths.is_contiguous()
-    assert k_cache.stride(3) == v_cache.stride(3) == 1 and tree_positions.stride(1) == 1
+    assert k_cache.stride(3) == v_cache.stride(3) == 1
     assert sliding_window is None or sliding_window >= 1
     assert sinks is None or (sinks.shape == (Hq,) and sinks.is_contiguous())
     q = q if q.stride(3) == 1 else q.contiguous()
     tree_bits = tree_bits if tree_bits.stride(2) == 1 else tree_bits.contiguous()
+    tree_positions = (
+        tree_positions if tree_positions.stride(1) == 1 else tree_positions.contiguous()
+    )
     G = Hq // Hkv
     single = q.dtype == torch.float32
 
@@ -298,12 +310,12 @@ def tree_attention_triton(
         BLOCK_D=block_d,
     )  # fmt: skip
     _attend_split[(splits * triton.cdiv(N * G, block_r), Hkv, B)](
-        q, k_cache, v_cache, lengths, tree_bits, tree_positions, part_acc, part_best, part_total,
-        *q.stride()[:3], *k_cache.stride()[:3], *v_cache.stride()[:3],
+        q, k_cache, v_cache, lengths if rows is None else rows, lengths, tree_bits, tree_positions,
+        part_acc, part_best, part_total, *q.stride()[:3], *k_cache.stride()[:3], *v_cache.stride()[:3],
         *tree_bits.stride()[:2], tree_positions.stride(0), N, M, tree_bits.shape[2], C, window,
         scaling * LOG2E if softcap is None else scaling / softcap,
         0.0 if softcap is None else softcap * LOG2E,
-        SOFTCAP=softcap is not None, PRECISION="tf32x3" if single else "tf32", BLOCK_R=block_r,
+        SOFTCAP=softcap is not None, ROWS=rows is not None, PRECISION="tf32x3" if single else "tf32", BLOCK_R=block_r,
         num_warps=4 if block_d <= 128 else 8, num_stages=2, **shared,
     )  # fmt: skip
     block_r = min(8, triton.next_power_of_2(N * G))

@@ -17,8 +17,9 @@ from engine_helpers import (
     stock_greedy,
 )
 
+from eagle.loading import EMBEDDED
 from eagle.model import EMBEDDED_HEAD, EaModel
-from eagle.target import EMBEDDED, Target
+from eagle.target import Target
 
 NEW = 20
 TREES = ("6,4,1", "8,4,2", "16,4,4", "60,7,10")

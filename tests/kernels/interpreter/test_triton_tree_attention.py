@@ -79,6 +79,18 @@ def test_half_precision(way):
     check(arguments, **options_of(way, 3))
 
 
+@pytest.mark.parametrize("way", ["plain", "all"])
+def test_rows_of_a_larger_cache_in_another_order(way):
+    q, k, v, *rest = problem([63, 0, 300], N=5, M=6, D=16, G=2)
+    options = options_of(way, 2)
+    expected = check((q, k, v, *rest), **options)
+    rows = torch.tensor([3, 0, 4])
+    cache = torch.full((2, 5, *k.shape[1:]), float("nan"))
+    cache[0, rows], cache[1, rows] = k, v
+    got = check((q, cache[0], cache[1], *rest), rows=rows, **options)
+    assert torch.equal(got, expected)
+
+
 @pytest.mark.parametrize("way", WAYS)
 def test_a_row_does_not_depend_on_its_batch_or_the_capacity(way, monkeypatch):
     """Bit for bit, alone and among shorter and longer rows, in a capacity of more or fewer splits;

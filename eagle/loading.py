@@ -1,0 +1,273 @@
+"""A target's weights from the disk: base, quantization, adapter, and what they are called in a head's record.
+
+Knows files and transformers' loading; knows nothing of passes, caches or drafting.
+
+An identity is {"id": folder or hub id, "fingerprint": of the base's weights as the checkpoint has them,
+"dtype", "quantization": "none", "nf4" or "int8", "adapter": None or a hash of the adapter's weights}: what decides
+the features a head learns from.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from .errors import EagleError
+
+EMBEDDED = Path(__file__).parent / "embedded"
+QUANTIZATIONS = ("none", "nf4", "int8")
+WEIGHTS, RECORD = "adapter_model.safetensors", "eagle.json"  # of an adapter folder
+
+
+def load_model(
+    path: str | Path | None = None,
+    *,
+    dtype: str | torch.dtype = "auto",
+    device: str | torch.device | None = None,
+    quantization: str = "none",
+    adapter_path: str | Path | None = None,
+    **hf_kwargs,
+) -> tuple[nn.Module, dict]:
+    """A causal LM and its identity; no path means the embedded model.
+
+    dtype "auto" is the checkpoint's, but float32 for a bf16 one on a CPU that would emulate bf16. quantization:
+    "nf4" (double quantization, Dettmers et al. 2023, arXiv:2305.14314) or "int8", of the linear layers except
+    the LM head, computing in the dtype. adapter_path: a LoRA folder, or a run of train.finetune.
+    """
+    device = resolve_device(device)
+    if path is None and not (EMBEDDED / "model.safetensors").exists():
+        raise EagleError(
+            "this installation has no embedded model; reinstall it, or give a model path"
+        )
+    if quantization not in QUANTIZATIONS:
+        raise EagleError(f"unknown quantization {quantization!r}; use {', '.join(QUANTIZATIONS)}")
+    source, name = (EMBEDDED, "embedded") if path is None else (path, str(path))
+    dtype = resolve_dtype(dtype)
+    if not hf_kwargs.get("device_map"):
+        hf_kwargs.pop("device_map", None)
+    placed = "device_map" in hf_kwargs
+    if quantization == "none":
+        model = _read(source, dtype, hf_kwargs)
+        slow = dtype == "auto" and model.dtype == torch.bfloat16 and not fast_bf16(device)
+        if not placed and not getattr(model, "is_quantized", False):
+            model = model.to(device=device, dtype=torch.float32 if slow else None)
+        identity = identity_of(model, name)
+    else:
+        if "quantization_config" in hf_kwargs:
+            raise EagleError("give quantization or quantization_config, not both")
+        plain = _read(source, "auto", {k: v for k, v in hf_kwargs.items() if k != "device_map"})
+        if getattr(plain, "is_quantized", False):
+            raise EagleError(
+                f"{name} is stored quantized already; leave quantization={quantization!r} out"
+            )
+        identity = identity_of(plain, name)
+        if dtype == "auto":
+            dtype = plain.dtype
+            if dtype == torch.bfloat16 and not fast_bf16(device):
+                dtype = torch.float32
+        del plain
+        hf_kwargs["quantization_config"] = quantization_config(quantization, dtype)
+        if not placed:
+            hf_kwargs["device_map"] = {"": device}
+        model = _read(source, dtype, hf_kwargs)
+        _restrain_repacking(model, dtype)
+        identity |= {"quantization": quantization}
+    identity["dtype"] = str(model.dtype).split(".")[-1]
+    if adapter_path is not None:
+        identity["adapter"] = attach(model, find_adapter(adapter_path), identity)
+    return model, identity
+
+
+def _read(source: str | Path, dtype: torch.dtype | str, hf_kwargs: dict) -> nn.Module:
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM
+
+    try:
+        return AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **hf_kwargs)
+    except ImportError as error:
+        raise EagleError(
+            f"quantized models need bitsandbytes: pip install 'eagle-heads[finetune]' ({error})"
+        ) from error
+    except (OSError, ValueError, SafetensorError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise EagleError(
+            f"cannot load the target model {str(source)!r}: {reason} "
+            "(give a folder with config.json and weights, or a hub id that can be reached)"
+        ) from error
+
+
+def quantization_config(quantization: str, compute: torch.dtype, double_quant: bool = True) -> Any:
+    from transformers import BitsAndBytesConfig
+
+    if quantization == "int8":
+        # without the outliers' own product: which columns hold one would depend on a pass's other tokens
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=0.0)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=double_quant,
+        bnb_4bit_compute_dtype=compute,
+    )
+
+
+def _restrain_repacking(model: nn.Module, compute: torch.dtype) -> None:
+    """On a CPU with AVX512-BF16, bitsandbytes repacks 4-bit weights in the first pass for a kernel that computes in
+    bf16, whatever was asked for, and fails where a layer's width is no multiple of 32."""
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            fits = compute == torch.bfloat16 and module.out_features % 32 == 0
+            module.support_avx512bf16_for_cpu &= fits
+
+
+def find_adapter(path: str | Path) -> Path:
+    """The folder of an adapter: itself, or `adapter/` of a run."""
+    folder = Path(path).expanduser()
+    for candidate in (folder, folder / "adapter"):
+        if (candidate / "adapter_config.json").exists() and (candidate / WEIGHTS).exists():
+            return candidate
+    raise EagleError(
+        f"no adapter in {str(path)!r}: give a folder with adapter_config.json and {WEIGHTS}, or the run "
+        "that made it"
+    )
+
+
+def attach(model: nn.Module, folder: Path, identity: dict) -> str:
+    """Load the adapter into the model; returns a hash of its weights. One that was trained on another base, or
+    does not have this one's shapes, is refused."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    from .checkpoint import read_json
+
+    record = read_json(folder / RECORD) if (folder / RECORD).exists() else {}
+    base = record.get("base") or {}
+    if base.get("fingerprint") not in (None, identity["fingerprint"]):
+        raise EagleError(
+            f"the adapter {folder} was trained on {base.get('id', 'another model')} (weights "
+            f"{base['fingerprint'][:12]}), not on {identity['id']} (weights {identity['fingerprint'][:12]}); "
+            "give that base"
+        )
+    try:
+        tensors = load_file(folder / WEIGHTS)
+    except (OSError, SafetensorError) as error:
+        raise EagleError(
+            f"{folder / WEIGHTS} is missing or damaged ({error}); restore the file"
+        ) from error
+    try:
+        model.load_adapter(str(folder))
+    except ImportError as error:
+        raise EagleError("adapters need peft: pip install 'eagle-heads[finetune]'") from error
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise EagleError(
+            f"the adapter {folder} does not fit {identity['id']}: {reason}; give the base it was trained on"
+        ) from error
+    # what does not match by name is only warned about by transformers, and left random
+    held = {n.replace(".default", ""): p.shape for n, p in model.named_parameters() if "lora_" in n}
+    brought = {
+        n.removeprefix("base_model.model."): t.shape for n, t in tensors.items() if "lora_" in n
+    }
+    if not held or held != brought:
+        strange = sorted(set(held.items()) ^ set(brought.items()))
+        raise EagleError(
+            f"the adapter {folder} does not fit {identity['id']}: {len(strange)} of its weights and the model's do not "
+            f"match, {strange[0][0] if strange else 'no LoRA weight'} first; give the base it was trained on"
+        )
+    model.requires_grad_(False)
+    return weights_hash(tensors)
+
+
+def identity_of(model: nn.Module, name: str) -> dict:
+    """Of a model as it is: what was quantized before cannot be told from its checkpoint."""
+    from .checkpoint import target_fingerprint
+
+    config = getattr(model.config, "quantization_config", None)
+    kind = "none"
+    if config is not None:
+        values = config if isinstance(config, dict) else config.to_dict()
+        kind = (
+            "nf4"
+            if values.get("bnb_4bit_quant_type") == "nf4" and values.get("load_in_4bit")
+            else None
+        )
+        kind = kind or (
+            "int8" if values.get("load_in_8bit") else str(values.get("quant_method", "other"))
+        )
+    lora = {n: p.detach() for n, p in model.named_parameters() if "lora_" in n}
+    return {
+        "id": name,
+        "fingerprint": target_fingerprint(model),
+        "dtype": str(model.dtype).split(".")[-1],
+        "quantization": kind,
+        "adapter": weights_hash(lora) if lora else None,
+    }
+
+
+def weights_hash(tensors: dict[str, torch.Tensor]) -> str:
+    """Of names, shapes and every value."""
+    digest = hashlib.sha256()
+    for name, value in sorted(tensors.items()):
+        digest.update(f"{name}{tuple(value.shape)}{value.dtype}".encode())
+        digest.update(value.contiguous().flatten().view(torch.uint8).cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def differences(recorded: dict, found: dict) -> list[str]:
+    """Why a head that was trained for one target may draft worse for another, in words; empty for the same."""
+    said = []
+    if recorded.get("fingerprint") not in (None, found["fingerprint"]):
+        said.append(
+            f"it was trained on {recorded.get('id', 'another model')} (weights {recorded['fingerprint'][:12]}), "
+            f"this target is {found['id']} (weights {found['fingerprint'][:12]})"
+        )
+    if "adapter" in recorded and recorded["adapter"] != found["adapter"]:
+        ours, theirs = (
+            "no adapter" if a is None else f"the adapter {a[:12]}"
+            for a in (recorded["adapter"], found["adapter"])
+        )
+        said.append(f"it was trained with {ours}, this target has {theirs}")
+    quantization = recorded.get("quantization") or "none"
+    if quantization != found["quantization"]:
+        said.append(
+            f"it was trained with quantization={quantization}, this target has {found['quantization']}"
+        )
+    return said
+
+
+def resolve_device(device: str | torch.device | None) -> torch.device:
+    if device is not None:
+        try:
+            return torch.device(device)
+        except RuntimeError as error:
+            raise EagleError(f"unknown device {device!r}; use cpu, cuda or cuda:N") from error
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def resolve_dtype(dtype: str | torch.dtype) -> torch.dtype | str:
+    if isinstance(dtype, torch.dtype) or dtype == "auto":
+        return dtype
+    names = {"float32": torch.float32, "fp32": torch.float32, "bfloat16": torch.bfloat16,
+             "bf16": torch.bfloat16, "float16": torch.float16, "fp16": torch.float16}  # fmt: skip
+    if dtype not in names:
+        raise EagleError(f"unknown dtype {dtype!r}; use auto, float32, bfloat16 or float16")
+    return names[dtype]
+
+
+def fast_bf16(device: torch.device) -> bool:
+    """Does the device multiply bf16 natively? x86 CPUs without AVX512-BF16 or AMX emulate it, slowly."""
+    if device.type != "cpu":
+        return True
+    probes = [
+        getattr(torch.cpu, n, None) for n in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    ]
+    probes = [probe for probe in probes if probe is not None]
+    return (
+        not probes
+        or platform.machine() not in ("x86_64", "AMD64")
+        or any(probe() for probe in probes)
+    )

@@ -1,0 +1,38 @@
+"""Whole generations whose attention, commits and choices are the Triton kernels'."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.append(str(Path(__file__).parents[2] / "eagle"))
+
+from engine_helpers import head_model, make_prompts, make_target, plain
+
+import kernels.triton_tree_attention as kernel
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.9])
+def test_rows_that_finish_one_after_the_other(temperature, monkeypatch):
+    """The remaining rows still go through the kernel, out of order in their cache."""
+    calls = {"rows": 0, "all": 0}
+    attend = kernel.tree_attention_triton
+
+    def counted(*args, rows=None, **options):
+        calls["all" if rows is None else "rows"] += 1
+        return attend(*args, rows=rows, **options)
+
+    monkeypatch.setattr(kernel, "tree_attention_triton", counted)
+    target = make_target("llama")
+    model = head_model(target, "6,2,2", draft_vocab=128)
+    prompts = make_prompts((5, 9, 3))
+    budgets = (9, 3, 6)
+    options = {"temperature": temperature, "seed": 3}
+    rows = model.generate_many(
+        [{"input_ids": p, "max_new_tokens": n} for p, n in zip(prompts, budgets, strict=True)],
+        slots=2, **options,
+    )  # fmt: skip
+    monkeypatch.setenv("EAGLE_TRITON", "0")
+    expected = plain(target, prompts, max_new_tokens=9, **options)
+    assert [r.tokens for r in rows] == [e[:n] for e, n in zip(expected, budgets, strict=True)]
+    assert calls["rows"] and calls["all"]
