@@ -9,12 +9,17 @@ from typing import Any
 from configs.schema import HeadTrainConfig
 
 
+def zero_preset(stage: int) -> dict[str, Any]:
+    """The preset as it stands, with "auto" where a run's values belong."""
+    preset = files("configs") / "deepspeed" / f"zero{stage}.json"
+    return json.loads(preset.read_text(encoding="utf-8"))
+
+
 def deepspeed_config(cfg: HeadTrainConfig, world_size: int = 1) -> dict[str, Any]:
     """Config for `deepspeed.initialize`: preset `zero{cfg.train.zero}.json` with values set."""
     assert world_size >= 1, world_size
     train = cfg.train
-    preset = files("configs") / "deepspeed" / f"zero{train.zero}.json"
-    filled = json.loads(preset.read_text(encoding="utf-8"))
+    filled = zero_preset(train.zero)
     filled["train_micro_batch_size_per_gpu"] = train.batch_size
     filled["gradient_accumulation_steps"] = train.grad_accum
     filled["train_batch_size"] = train.batch_size * train.grad_accum * world_size

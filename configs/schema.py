@@ -5,7 +5,7 @@ Knows nothing of torch, files or models; only of names, types and ranges.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -30,6 +30,10 @@ class ModelConfig(Section):
     init_head: str | None = Field(None, description="head folder to start from (warm start)")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="dtype of the frozen target"
+    )
+    adapter: str | None = Field(None, description="LoRA folder of the tuned target; null = none")
+    quantization: Literal["none", "nf4", "int8"] = Field(
+        "none", description="how the frozen target's linear layers are held"
     )
     draft_vocab_size: int | None = Field(
         None, ge=1, description="head output vocabulary; null = min(32000, half the target's)"
@@ -67,11 +71,20 @@ class FimTokens(Section):
 class MixtureSource(Section):
     format: SourceFormat = Field(description="format of this source")
     path: str | list[str] | None = Field(None, description="file(s); null = the shipped data set")
+    eval_path: str | list[str] | None = Field(
+        None, description="held-out file(s); null = shipped, or heldout_fraction of the source"
+    )
+    name: str | None = Field(None, description="what metrics call it; null = its format")
     weight: float = Field(1.0, gt=0, description="relative share of this source's rows")
+    loss_weight: float = Field(1.0, gt=0, description="factor on the loss of this source's rows")
 
     @property
     def paths(self) -> list[str] | None:
         return _paths(self.path)
+
+    @property
+    def eval_paths(self) -> list[str] | None:
+        return _paths(self.eval_path)
 
 
 class DataConfig(Section):
@@ -85,8 +98,13 @@ class DataConfig(Section):
     mixture: list[MixtureSource] | None = Field(
         None, description="sources of format=mixed: [{format: fim, path: f.jsonl, weight: 2}, ...]"
     )
-    on_policy: bool = Field(
-        False, description="the answers were written by this target; recorded with the head"
+    on_policy: bool | None = Field(
+        None,
+        description="the answers were written by this target; recorded with the head; null = as the "
+        "data cards beside the files say",
+    )
+    features: str | None = Field(
+        None, description="folder of `train.prepare features`; null = the target computes them"
     )
     max_length: int = Field(512, ge=8, description="tokens a row may have")
     max_bad_fraction: float = Field(
@@ -111,7 +129,12 @@ class DataConfig(Section):
     fim_tokens: FimTokens | None = Field(
         None, description="{prefix, suffix, middle, eot}; null = found in the tokenizer"
     )
-    num_workers: int = Field(0, ge=0, description="worker processes that load batches")
+    min_supervised_tokens: int = Field(
+        100, ge=1, description="supervised tokens below which a run is refused"
+    )
+    num_workers: int | None = Field(
+        None, ge=0, description="processes that prepare batches; null = by GPUs and cores, 0 = none"
+    )
     seed: int = Field(0, ge=0, description="seed of FIM cuts, mixture and order")
 
     @property
@@ -145,6 +168,16 @@ class TrainConfig(Section):
     )
     batch_size: int = Field(8, ge=1, description="rows a process takes per micro batch")
     grad_accum: int = Field(1, ge=1, description="micro batches per optimizer step")
+    max_tokens_per_batch: int | None = Field(
+        None,
+        ge=8,
+        description="padded tokens a micro batch may have: a step's batch_size x grad_accum rows a "
+        "process are cut into as few as fit; null = batch_size rows each",
+    )
+    checkpoint_activations: bool = Field(
+        False, description="compute the head's activations again in backward: less memory, more time"
+    )
+    compile: bool = Field(False, description="torch.compile the head's layer")
     lr: float = Field(1e-3, gt=0, le=1, description="peak learning rate")
     min_lr_ratio: float = Field(0.1, ge=0, le=1, description="final over peak learning rate")
     warmup_ratio: float = Field(0.03, ge=0, lt=1, description="share of steps that warm up")
@@ -160,9 +193,19 @@ class TrainConfig(Section):
     ttt_steps: int = Field(5, ge=1, le=16, description="unrolled steps of training-time test")
     ttt_decay: float = Field(0.8, gt=0, le=1, description="loss weight of step i is decay**i")
     log_every: int = Field(10, ge=1, description="steps between metric rows")
+    perf_every: int = Field(
+        50, ge=0, description="steps between rows of time, FLOP/s and memory; 0 = none"
+    )
+    report_to: list[Literal["tensorboard", "wandb", "trackio"]] | None = Field(
+        None, description="trackers, comma separated, or none; null = tensorboard if installed"
+    )
+    profile: int = Field(0, ge=0, description="steps recorded by torch.profiler; 0 = none")
     save_every: int = Field(200, ge=1, description="steps between checkpoints")
     eval_every: int | None = Field(None, ge=1, description="steps between evaluations; null = end")
-    save_total_limit: int = Field(2, ge=1, description="checkpoints kept")
+    early_stopping_patience: int | None = Field(
+        None, ge=1, description="evaluations without a better acceptance length that end the run"
+    )
+    save_total_limit: int = Field(2, ge=1, description="newest checkpoints kept; the best one stays too")
     resume: str | None = Field(None, description="auto = newest checkpoint in output; or a folder")
 
     @field_validator("betas")
@@ -172,6 +215,20 @@ class TrainConfig(Section):
             raise ValueError("give two numbers in [0, 1), for instance [0.9,0.95]")
         return betas
 
+    @field_validator("report_to", mode="before")
+    @classmethod
+    def _names(cls, value: object) -> object:
+        """`a,b` is a list; `none` is an empty one."""
+        if isinstance(value, str):
+            value = [name.strip() for name in value.split(",") if name.strip()]
+        return [] if value == ["none"] else value
+
+    @field_validator("profile", mode="before")
+    @classmethod
+    def _some_steps(cls, value: object) -> object:
+        """`--profile` alone arrives as true and means three steps."""
+        return {True: 3, False: 0}[value] if isinstance(value, bool) else value
+
     @field_validator("resume", mode="before")
     @classmethod
     def _flag(cls, value: object) -> object:
@@ -180,7 +237,12 @@ class TrainConfig(Section):
 
 
 class LossConfig(Section):
-    name: Literal["soft_ce", "focal", "kl", "overlap"] = Field("soft_ce", description="loss")
+    name: Literal["soft_ce", "kl", "reverse_kl", "overlap", "total_variation", "focal"] = Field(
+        "soft_ce", description="loss; overlap is the LK loss, -log of the acceptance rate"
+    )
+    focal_over: Literal["soft_ce", "kl", "reverse_kl", "overlap", "total_variation"] = Field(
+        "soft_ce", description="loss that name=focal weights"
+    )
     gamma: float = Field(2.0, ge=0, description="focal exponent")
     alpha: float = Field(1.0, gt=0, description="focal scale")
     weight: Literal["overlap", "target_prob"] = Field(
@@ -190,7 +252,29 @@ class LossConfig(Section):
         "supervised",
         description="all: learn from every token of a row, whatever its loss mask says",
     )
-    label_smoothing: float = Field(0.0, ge=0, lt=1, description="uniform share mixed into targets")
+    label_smoothing: float = Field(
+        0.0, ge=0, lt=1, description="uniform share mixed into targets of soft_ce and kl"
+    )
+    depth_weights: list[Annotated[float, Field(ge=0)]] | None = Field(
+        None, description="loss weight of each unrolled step; null = train.ttt_decay**i"
+    )
+
+    @model_validator(mode="after")
+    def _applies(self) -> LossConfig:
+        if self.focal_over != "soft_ce" and self.name != "focal":
+            raise ValueError(
+                f"focal_over={self.focal_over} needs name=focal, not {self.name}; set loss.name=focal or "
+                "leave loss.focal_over out"
+            )
+        base = self.focal_over if self.name == "focal" else self.name
+        if self.label_smoothing and base not in ("soft_ce", "kl"):
+            raise ValueError(
+                f"label_smoothing={self.label_smoothing} applies to soft_ce and kl, not to {base}, which "
+                "compares with the target's own distribution; set loss.label_smoothing=0"
+            )
+        if self.depth_weights is not None and not any(self.depth_weights):
+            raise ValueError("depth_weights has no positive number: nothing would be learned")
+        return self
 
 
 class EvalConfig(Section):
@@ -230,6 +314,28 @@ class HeadTrainConfig(Section):
     train: TrainConfig = Field(default_factory=TrainConfig, description="optimisation and run")
     loss: LossConfig = Field(default_factory=LossConfig, description="objective")
     eval: EvalConfig = Field(default_factory=EvalConfig, description="held-out acceptance")
+
+    @model_validator(mode="after")
+    def _agree(self) -> HeadTrainConfig:
+        t = self.train
+        if t.early_stopping_patience and not (t.eval_every and self.eval.num_prompts):
+            raise ValueError(
+                "train.early_stopping_patience counts evaluations: set train.eval_every and "
+                "eval.num_prompts"
+            )
+        weights = self.loss.depth_weights
+        if weights is not None and len(weights) != t.ttt_steps:
+            raise ValueError(
+                f"loss.depth_weights lists {len(weights)} weights for train.ttt_steps={t.ttt_steps}: give "
+                "one a step"
+            )
+        longest = -(-self.data.max_length // 8) * 8
+        if t.max_tokens_per_batch and t.max_tokens_per_batch < longest:
+            raise ValueError(
+                f"train.max_tokens_per_batch={t.max_tokens_per_batch} cannot hold a row of "
+                f"data.max_length={self.data.max_length}: set at least {longest}"
+            )
+        return self
 
 
 def _paths(value: str | list[str] | None) -> list[str] | None:

@@ -36,8 +36,7 @@ def inspect(
     config:      YAML file or preset name; section.key=value overrides come after it.
     num:         samples to show.     split: train or eval.     color: auto, always or never.
     """
-    if color not in ("auto", "always", "never"):
-        raise ConfigError(f"--color={color}: must be auto, always or never")
+    console = make_console(color)
     if split not in ("train", "eval"):
         raise ConfigError(f"--split={split}: must be train or eval")
     if num < 0:
@@ -45,16 +44,8 @@ def inspect(
     flags = {"data.format": data_format, "data.path": data, "model.base": base}
     cfg = load_config(HeadTrainConfig, config, overrides, flags)
 
-    from rich.console import Console
-
     from train.data import load_dataset_for, load_tokenizer
 
-    console = Console(
-        force_terminal={"always": True, "never": False}.get(color),
-        no_color=True if color == "never" else None,
-        highlight=False,
-        soft_wrap=True,
-    )
     tokenizer = load_tokenizer(cfg.model.base)
     lenient = cfg.data.model_copy(update={"max_bad_fraction": 1.0})
     loaded = load_dataset_for(lenient, tokenizer, split=split)
@@ -70,6 +61,20 @@ def inspect(
             f"data.max_bad_fraction={cfg.data.max_bad_fraction:g}; repair them or raise the limit"
         )
     return 0
+
+
+def make_console(color: str) -> Console:
+    """color: auto, always or never."""
+    if color not in ("auto", "always", "never"):
+        raise ConfigError(f"--color={color}: must be auto, always or never")
+    from rich.console import Console
+
+    return Console(
+        force_terminal={"always": True, "never": False}.get(color),
+        no_color=True if color == "never" else None,
+        highlight=False,
+        soft_wrap=True,
+    )
 
 
 def print_header(console: Console, loaded: TokenizedData, cfg: HeadTrainConfig) -> None:

@@ -17,19 +17,29 @@ def train(
     base: str | None = None,
     data: str | None = None,
     output: str | None = None,
+    features: str | None = None,
+    adapter: str | None = None,
+    quantization: str | None = None,
+    init_head: str | None = None,
     config: str | None = None,
     resume: bool | str | None = None,
+    profile: bool | int | None = None,
     local_rank: int | None = None,
 ) -> int:
     """Train an EAGLE-3 draft head; without arguments, on the embedded model and the shipped FIM data.
 
     --data_format fim|chat|instruction|mixed|plain|tokenized; --base and --data name the target model and
     the data file(s); --config takes a YAML file or a preset; --resume continues the run in --output (or a
-    checkpoint folder). Any setting is an override: train.max_steps=20 loss.name=focal loss.gamma=2.
+    checkpoint folder). --adapter and --quantization none|nf4|int8 say how the target is served, --init_head
+    a head to start from: the head of a base is adapted to a tuned target in a short run. --features DIR: what `python -m train.prepare features` wrote, so that no layer of
+    the target runs in a training step (evaluations still run it). --profile [N] records N steps with
+    torch.profiler. Any setting is an override: train.max_steps=20 loss.name=focal loss.gamma=2.
     Several processes: torchrun --nproc_per_node 2 -m train.main ..., or deepspeed --module train.main ...
     """
     flags = {"data.format": data_format, "model.base": base, "data.path": data, "train.output": output,
-             "train.resume": resume}  # fmt: skip
+             "data.features": features,
+             "model.adapter": adapter, "model.quantization": quantization, "model.init_head": init_head,
+             "train.resume": resume, "train.profile": profile}  # fmt: skip
     cfg = load_config(HeadTrainConfig, config, overrides, flags)
     if local_rank is not None:  # the deepspeed launcher's way
         os.environ.setdefault("LOCAL_RANK", str(local_rank))
@@ -43,6 +53,7 @@ def train(
 
 def run(cfg: HeadTrainConfig, quiet: bool = False) -> int:
     """Train as `cfg` says; returns the exit code."""
+    from train.head.seeing.trackers import require_installed
     from train.head.state import choose_output, require_writable, write_config
 
     if (
@@ -53,6 +64,7 @@ def run(cfg: HeadTrainConfig, quiet: bool = False) -> int:
         raise EagleError(
             f"no model folder {cfg.model.base!r}; give a folder with config.json and weights, or a hub id"
         )
+    require_installed(cfg.train.report_to)
     if int(os.environ.get("RANK", "0")) == 0:
         output = choose_output(cfg.train.output, cfg.data.format, cfg.train.resume)
         fresh = not output.exists()

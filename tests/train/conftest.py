@@ -23,6 +23,26 @@ def tokenizer_dir(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="session")
+def base(tmp_path_factory, tokenizer_dir):
+    """A folder with a tiny random target."""
+    from head_helpers import save_tiny_model
+
+    folder = tmp_path_factory.mktemp("base")
+    save_tiny_model(folder, tokenizer_dir)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory):
+    """A small FIM file."""
+    from head_helpers import write_fim
+
+    path = tmp_path_factory.mktemp("data") / "fim.jsonl"
+    write_fim(path)
+    return path
+
+
 @pytest.fixture
 def tokenizer(tokenizer_dir):
     """Fresh for each test: tests change its template."""

@@ -1,3 +1,4 @@
+import json
 from collections import Counter
 
 import pytest
@@ -63,6 +64,65 @@ def test_mixed_format_from_files(tmp_path, tokenizer):
     before = [data[i] for i in range(len(data))]
     data.set_epoch(1)
     assert before != [data[i] for i in range(len(data))]
+
+
+def test_sources_are_named_weighted_and_located(tmp_path, tokenizer):
+    first = write_jsonl(tmp_path / "a.jsonl", [{"text": f"word {n}"} for n in range(20)])
+    second = write_jsonl(
+        tmp_path / "b.jsonl", ["{", *({"text": f"more {n} of it"} for n in range(30))]
+    )
+    held = write_jsonl(tmp_path / "e.jsonl", [{"text": "held out"}])
+    mixture = [
+        {"format": "plain", "path": str(first), "weight": 2, "loss_weight": 0.5},
+        {"format": "plain", "path": str(second)},
+        {"format": "plain", "path": str(first), "name": "again", "eval_path": str(held)},
+    ]
+    cfg = DataConfig(format="mixed", mixture=mixture, cache_dir=str(tmp_path / "cache"))
+    data = load_dataset_for(cfg, tokenizer)
+    assert [source.name for source in data.sources] == ["plain", "plain 2", "again"]
+    seen = Counter()
+    for i in range(len(data)):
+        row = data[i]
+        seen[row["source"]] += 1
+        assert row["loss_weight"] == (0.5 if row["source"] == 0 else 1.0)
+        assert data.length(i) == len(row["input_ids"])
+        file, line = data.where(i).rsplit(":", 1)
+        text = json.loads((tmp_path / file).read_text().splitlines()[int(line) - 1])["text"]
+        assert text in tokenizer.decode(row["input_ids"])
+    assert seen[0] == pytest.approx(2 * seen[1], abs=2) and seen[1] == pytest.approx(seen[2], abs=2)
+    rows = load_dataset_for(cfg, tokenizer, split="eval")
+    assert len(rows.sources[2]) == 1 and len(data.sources[2]) == 20
+    # what is drawn twice as often counts twice
+    counts = [source.token_counts(len(tokenizer)) for source in data.sources]
+    repeats = [seen[n] / len(source) for n, source in enumerate(data.sources)]
+    expected = sum(c * r for c, r in zip(counts, repeats, strict=True)).round()
+    assert (data.token_counts(len(tokenizer)) == expected).all()
+
+
+def test_the_digest_is_of_the_records_and_their_shares(tmp_path, tokenizer):
+    path = write_jsonl(tmp_path / "a.jsonl", [{"text": f"word {n}"} for n in range(20)])
+
+    def digest(**source):
+        mixture = [
+            {"format": "plain", "path": str(path)},
+            {"format": "plain", "path": str(path), **source},
+        ]
+        cfg = DataConfig(format="mixed", mixture=mixture, cache_dir=str(tmp_path / "cache"))
+        return load_dataset_for(cfg, tokenizer).digest
+
+    before = digest()
+    assert digest(loss_weight=2) == before != digest(weight=2)
+    write_jsonl(path, [{"text": f"word {n}"} for n in range(1, 21)])
+    assert digest() != before
+
+
+def test_collator_says_where_rows_are_from():
+    rows = [
+        {"input_ids": [7, 8], "loss_mask": [0, 1], "source": 2, "loss_weight": 0.25},
+        {"input_ids": [8], "loss_mask": [1]},
+    ]
+    batch = Collator()(rows)
+    assert batch["source"].tolist() == [2, 0] and batch["loss_weight"].tolist() == [0.25, 1.0]
 
 
 def test_collator_pads_by_length():

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import eagle
-from eagle.target import EMBEDDED
+from eagle.loading import EMBEDDED
 from train.embedded import corpus
 from train.embedded.datasets import write_datasets
 from train.embedded.pretrain import PretrainConfig, pretrain

@@ -1,30 +1,37 @@
-"""What is taught where: shift of the mask, normalisation, and the loss functions."""
+"""What is taught where: shift of the mask, normalisation, and the settings of the loss."""
 
 import pytest
 import torch
+import torch.nn.functional as F
 from head_helpers import tiny_head
+from pydantic import ValidationError
 
 from configs.schema import LossConfig
-from train.head.losses import overlap, token_losses
+from kernels.draft_loss import position_loss
+from train.head.losses import depth_weights, feature_loss, objective_of
 from train.head.metrics import COLUMNS, depth_metrics
-from train.head.ttt import Teacher, UnrolledHead, plan_unroll
+from train.head.ttt import UnrolledHead, plan_unroll
 
 H, V, D = 32, 60, 24
 
 
 def distributions(rows=50, seed=0):
     torch.manual_seed(seed)
-    return torch.randn(rows, D).softmax(-1), torch.randn(rows, D)
+    return torch.randn(rows, D), torch.randn(rows, D)
+
+
+def losses(teacher, logits, **settings):
+    return position_loss(teacher, logits, objective_of(LossConfig(**settings)))
 
 
 def fake_batch(mask, seed=0):
-    """Random features, embeddings and a teacher that is a function of (row, source)."""
+    """Random features, embeddings, and a teacher's logits and choice for every (row, source)."""
     generator = torch.Generator().manual_seed(seed)
     B, T = mask.shape
     features = torch.randn(B, T, 3 * H, generator=generator)
     embeds = torch.randn(B, T, H, generator=generator)
-    everywhere = torch.randn(B, T, D, generator=generator).softmax(-1)
-    best = torch.randint(0, V, (B, T), generator=generator)
+    everywhere = torch.randn(B, T, D, generator=generator)
+    best = torch.randint(-4, D, (B, T), generator=generator).clamp_min(-1)
     return features, embeds, everywhere, best
 
 
@@ -32,8 +39,11 @@ def run(module, mask, data, totals=None):
     features, embeds, everywhere, best = data
     plan = plan_unroll(mask, module.steps)
     at = (plan.rows, plan.sources)
-    known = best[at] % 5 != 0
-    teacher = Teacher(everywhere[at], best[at], known)
+    logits, choices = everywhere[at], best[at]
+
+    def teacher(start, stop):
+        return logits[start:stop], choices[start:stop]
+
     return module(
         features, embeds, plan, teacher, plan.counts.float() if totals is None else totals
     )
@@ -43,55 +53,99 @@ def make(steps=3, loss=None):
     return UnrolledHead(tiny_head(), steps, 0.8, loss or LossConfig(), amp=False)
 
 
-def test_focal_without_gamma_is_soft_ce():
-    p, logits = distributions()
-    soft, _ = token_losses(p, logits, LossConfig())
-    focal, _ = token_losses(p, logits, LossConfig(name="focal", gamma=0.0))
-    torch.testing.assert_close(focal, soft)
+@pytest.mark.parametrize("over", ["soft_ce", "kl", "reverse_kl", "overlap", "total_variation"])
+def test_focal_without_gamma_is_the_loss_it_is_over(over):
+    teacher, logits = distributions()
+    plain, _ = losses(teacher, logits, name=over)
+    focal, _ = losses(teacher, logits, name="focal", focal_over=over, gamma=0.0)
+    torch.testing.assert_close(focal, plain)
+    scaled, _ = losses(teacher, logits, name="focal", focal_over=over, gamma=0.0, alpha=0.25)
+    torch.testing.assert_close(scaled, 0.25 * plain)
 
 
 @pytest.mark.parametrize("gamma", [0.5, 2.0])
 def test_focal_fades_as_the_overlap_grows(gamma):
-    p, logits = distributions()
-    far, near = logits, p.log() + 1e-3 * logits
-    cfg = LossConfig(name="focal", gamma=gamma)
+    teacher, logits = distributions()
     ratio = [
-        (token_losses(p, x, cfg)[0] / token_losses(p, x, LossConfig())[0]).mean().item()
-        for x in (far, near, p.log())
+        (losses(teacher, x, name="focal", gamma=gamma)[0] / losses(teacher, x)[0]).mean().item()
+        for x in (logits, teacher + 1e-3 * logits, teacher)
     ]
     assert ratio[0] > 0.05 > ratio[1] > ratio[2] >= 0 and ratio[2] < 1e-2
 
 
 def test_the_target_prob_weight_does_not_fade_on_soft_targets():
-    p, _ = distributions()
-    cfg = LossConfig(name="focal", weight="target_prob")
-    kept = token_losses(p, p.log(), cfg)[0] / token_losses(p, p.log(), LossConfig())[0]
+    teacher, _ = distributions()
+    kept = losses(teacher, teacher, name="focal", weight="target_prob")[0] / losses(teacher, teacher)[0]  # fmt: skip
     assert kept.mean() > 0.5
 
 
-@pytest.mark.parametrize("name", ["kl", "overlap"])
+@pytest.mark.parametrize("name", ["kl", "reverse_kl", "overlap", "total_variation"])
 def test_a_perfect_head_has_no_loss(name):
-    p, logits = distributions()
-    perfect, accepted = token_losses(p, p.log(), LossConfig(name=name))
+    teacher, logits = distributions()
+    perfect, accepted = losses(teacher, teacher, name=name)
     assert perfect.abs().max() < 1e-5 and torch.allclose(accepted, torch.ones_like(accepted))
-    assert (token_losses(p, logits, LossConfig(name=name))[0] > 0.01).all()
+    assert (losses(teacher, logits, name=name)[0] > 0.01).all()
+
+
+def test_definitions():
+    teacher, logits = distributions()
+    p, q = teacher.softmax(-1), logits.softmax(-1)
+    kl = F.kl_div(q.log(), p, reduction="none").sum(-1)
+    expected = {
+        "soft_ce": F.cross_entropy(logits, p, reduction="none"),
+        "kl": kl,
+        "reverse_kl": F.kl_div(p.log(), q, reduction="none").sum(-1),
+        "total_variation": 0.5 * (p - q).abs().sum(-1),
+        "overlap": -torch.log(1 - 0.5 * (p - q).abs().sum(-1)),
+    }
+    for name, values in expected.items():
+        found, alpha = losses(teacher, logits, name=name)
+        torch.testing.assert_close(found, values)
+        torch.testing.assert_close(alpha, 1 - 0.5 * (p - q).abs().sum(-1))
+    smoothed, _ = losses(teacher, logits, label_smoothing=0.2)
+    mixed = 0.8 * p + 0.2 / D
+    torch.testing.assert_close(smoothed, F.cross_entropy(logits, mixed, reduction="none"))
 
 
 def test_kl_and_soft_ce_have_the_same_gradient():
-    p, logits = distributions()
+    teacher, logits = distributions()
     grads = []
     for name in ("kl", "soft_ce"):
         x = logits.clone().requires_grad_()
-        token_losses(p, x, LossConfig(name=name, label_smoothing=0.1))[0].sum().backward()
+        losses(teacher, x, name=name, label_smoothing=0.1)[0].sum().backward()
         grads.append(x.grad)
     torch.testing.assert_close(*grads)
 
 
-def test_overlap_is_the_acceptance_rate():
-    p, logits = distributions()
-    q = logits.softmax(-1)
-    expected = 1 - 0.5 * (p - q).abs().sum(-1)  # one minus the total variation
-    torch.testing.assert_close(overlap(p, logits.log_softmax(-1)), expected)
+def test_smoothing_where_there_is_nothing_to_smooth_is_refused():
+    with pytest.raises(ValidationError, match="label_smoothing"):
+        LossConfig(name="overlap", label_smoothing=0.1)
+    with pytest.raises(ValidationError, match="label_smoothing"):
+        LossConfig(name="focal", focal_over="reverse_kl", label_smoothing=0.1)
+
+
+def test_depth_weights():
+    assert depth_weights(LossConfig(), 3, 0.5) == [1, 0.5, 0.25]
+    assert depth_weights(LossConfig(depth_weights=[3, 2, 1]), 3, 0.5) == [3, 2, 1]
+    mask = torch.zeros(2, 14, dtype=torch.bool)
+    mask[:, 5:11] = True
+    by_step = []
+    for only in range(3):
+        weights = [0.0] * 3
+        weights[only] = 1.0
+        module = make(3, LossConfig(depth_weights=weights))
+        by_step.append(float(run(module, mask, fake_batch(mask))[0].detach()))
+    whole = float(run(make(), mask, fake_batch(mask))[0].detach())
+    assert whole == pytest.approx(sum(0.8**i * x for i, x in enumerate(by_step)), rel=1e-5)
+
+
+def test_feature_loss_is_smooth_l1_and_teaches_the_head_alone():
+    predicted = torch.tensor([[0.0, 3.0]], requires_grad=True)
+    features = torch.tensor([[0.5, 0.0]], requires_grad=True)
+    loss = feature_loss(predicted, features)
+    assert loss.tolist() == [pytest.approx((0.125 + 2.5) / 2)]
+    loss.sum().backward()
+    assert predicted.grad.tolist() == [[-0.25, 0.5]] and features.grad is None
 
 
 @pytest.mark.parametrize("steps", [1, 2, 4])
@@ -116,9 +170,31 @@ def test_the_last_step_has_gradient_exactly_where_its_token_is_supervised(steps)
     plan = plan_unroll(mask, steps)
     reached = kept[-1].grad.abs().sum(-1) > 0
     for row in range(2):
-        found = sorted(plan.positions[row][reached[row]].tolist())
+        found = plan.positions[reached & (plan.chain_rows == row)].tolist()
         expected = [t for t in range(14) if t + 2 + steps - 1 < 14 and mask[row, t + 1 + steps]]
         assert found == expected
+
+
+def test_nothing_is_detached_between_the_steps():
+    mask = torch.zeros(1, 12, dtype=torch.bool)
+    mask[0, 5:12] = True
+    module = make(3, LossConfig(depth_weights=[0, 0, 1]))
+    data = fake_batch(mask)
+    data[3][:] = 1
+    run(module, mask, data)[0].backward()
+    assert module.head.fc.weight.grad.abs().sum() > 0  # only step 0 uses it
+
+
+def test_what_the_head_cannot_propose_teaches_nothing():
+    mask = torch.zeros(1, 10, dtype=torch.bool)
+    mask[0, 4:9] = True
+    data = fake_batch(mask)
+    data[3][:] = -1
+    module = make()
+    loss, sums = run(module, mask, data)
+    loss.backward()
+    assert float(loss.detach()) == 0 and not any(p.grad.any() for p in module.parameters())
+    assert sums[..., COLUMNS.index("known")].sum() == 0 < sums[..., COLUMNS.index("targets")].sum()
 
 
 def test_loss_ignores_padding_and_what_stands_there():

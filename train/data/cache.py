@@ -24,7 +24,7 @@ from train.data.rows import Row, RowError
 from train.data.sources import read_records
 from train.data.tokens import tokenizer_hash
 
-CODE_VERSION = 1  # raise when rendering changes: old entries are then not found
+CODE_VERSION = 2  # raise when rendering changes: old entries are then not found
 BATCH_ROWS = 1000
 SHAPING_FIELDS = {
     "chat": ("max_length", "supervise"),
@@ -36,7 +36,8 @@ SHAPING_FIELDS = {
 
 
 class CacheEntry(NamedTuple):
-    """`table` has columns input_ids, loss_mask, key (hash of the record a row came from)."""
+    """`table` has columns input_ids, loss_mask, key (hash of the record a row came from), and file (its
+    number among the entry's files) and line of that record."""
 
     table: Any
     records: int
@@ -132,14 +133,17 @@ def _build(folder: Path, files: list[Path], renderer: Renderer) -> None:
             ("loss_mask", pa.list_(pa.uint8())),
             ("key", pa.int64()),
             ("truncated", pa.bool_()),
+            ("file", pa.int32()),
+            ("line", pa.int64()),
         ]
     )
     path = folder / "rows.arrow"
     with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
         batch: list[dict[str, Any]] = []
-        for key, row in _rows(files, renderer, bad, counts):
+        for (file, line), key, row in _rows(files, renderer, bad, counts):
             ids, mask, truncated = row
-            batch.append({"input_ids": ids, "loss_mask": mask, "key": key, "truncated": truncated})
+            batch.append({"input_ids": ids, "loss_mask": mask, "key": key, "truncated": truncated,
+                          "file": file, "line": line})  # fmt: skip
             if len(batch) == BATCH_ROWS:
                 writer.write_batch(pa.RecordBatch.from_pylist(batch, schema=schema))
                 batch = []
@@ -153,9 +157,9 @@ def _build(folder: Path, files: list[Path], renderer: Renderer) -> None:
 
 def _rows(
     files: list[Path], renderer: Renderer, bad: list[BadRow], counts: dict[str, int]
-) -> Iterator[tuple[int, Row]]:
-    """(record key, row) of every good record; bad ones go to `bad`."""
-    for path in files:
+) -> Iterator[tuple[tuple[int, int], int, Row]]:
+    """(file number, line), record key and row of every good record; bad ones go to `bad`."""
+    for number, path in enumerate(files):
         for record in read_records(path):
             counts["records"] += 1
             if record.value is None:
@@ -173,4 +177,4 @@ def _rows(
             key = record_key(record.value)
             for row in rendered:
                 counts["rows"] += 1
-                yield key, row
+                yield (number, record.line), key, row

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from configs.schema import DataConfig
+from configs.schema import DataConfig, MixtureSource
 from eagle.errors import EagleError
 from train.data.cache import CacheEntry, load_or_build
 from train.data.mixture import MixtureDataset, RoundRobin
@@ -22,12 +22,22 @@ logger = logging.getLogger("train.data")
 
 
 class Source:
-    """The rows of one format that belong to a split, read from the cache's memory map."""
+    """The rows of one format that belong to a split, read from the cache's memory map.
 
-    def __init__(self, entry: CacheEntry, data_format: str, indices: np.ndarray) -> None:
+    `number` is its place in a mixture, `name` what metrics call it, `loss_weight` how much its rows' losses
+    count beside the others'.
+    """
+
+    def __init__(
+        self, entry: CacheEntry, data_format: str, indices: np.ndarray, files: list[Path]
+    ) -> None:
         self.format = data_format
         self.indices = indices
         self.entry = entry
+        self.files = files
+        self.number, self.name, self.loss_weight = 0, data_format, 1.0
+        tokens = entry.table.data.column("input_ids").chunks
+        self._lengths = np.concatenate([np.diff(chunk.offsets.to_numpy()) for chunk in tokens])
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -38,7 +48,23 @@ class Source:
             "input_ids": row["input_ids"],
             "loss_mask": row["loss_mask"],
             "format": self.format,
+            "source": self.number,
+            "loss_weight": self.loss_weight,
         }
+
+    def length(self, index: int) -> int:
+        """Tokens of a row, known without reading it."""
+        return int(self._lengths[self.indices[index]])
+
+    def where(self, index: int) -> str:
+        """FILE:LINE of the record that a row was made of."""
+        row = self.entry.table.select([int(self.indices[index])])
+        return f"{self.files[row['file'][0]]}:{row['line'][0]}"
+
+    def token_counts(self, vocab_size: int) -> np.ndarray:
+        """[vocab_size] int64: how often each token is a supervised target of these rows."""
+        ids, mask = self.columns("input_ids", "loss_mask")
+        return np.bincount(ids[mask == 1], minlength=vocab_size)[:vocab_size]
 
     def columns(self, *names: str) -> list[np.ndarray]:
         """Whole columns of this split's rows, list columns flattened."""
@@ -53,7 +79,8 @@ class Source:
 
 
 class TokenizedData:
-    """Rows `{"input_ids": list[int], "loss_mask": list[int], "format": str}`, by index.
+    """Rows by index: `input_ids` and `loss_mask` (list[int]), `format`, and the number of their `source`
+    and its `loss_weight`.
 
     `stats` counts rows, truncated, tokens and supervised_tokens of this split, records and bad of
     its files, and says `cache_hit`; `bad_rows` names each rejected row.
@@ -78,13 +105,35 @@ class TokenizedData:
         if isinstance(self.order, MixtureDataset):
             self.order.set_epoch(epoch)
 
-    def token_counts(self, vocab_size: int) -> np.ndarray:
-        """[vocab_size] int64: how often each token is a supervised target."""
-        counts = np.zeros(vocab_size, dtype=np.int64)
+    def length(self, index: int) -> int:
+        """Tokens of a row, known without reading it."""
+        source, row = self._locate(index)
+        return self.sources[source].length(row)
+
+    def where(self, index: int) -> str:
+        """FILE:LINE of the record that a row was made of."""
+        source, row = self._locate(index)
+        return self.sources[source].where(row)
+
+    @property
+    def digest(self) -> str:
+        """A hash of the records behind the rows, in their order, and of how often each source is seen."""
+        digest = hashlib.sha256(repr(getattr(self.order, "counts", None)).encode())
         for source in self.sources:
-            ids, mask = source.columns("input_ids", "loss_mask")
-            counts += np.bincount(ids[mask == 1], minlength=vocab_size)[:vocab_size]
-        return counts
+            (keys,) = source.columns("key")
+            digest.update(np.ascontiguousarray(keys, dtype=np.int64).tobytes())
+        return digest.hexdigest()[:16]
+
+    def _locate(self, index: int) -> tuple[int, int]:
+        return self.order.locate(index) if hasattr(self.order, "locate") else (0, index)
+
+    def token_counts(self, vocab_size: int) -> np.ndarray:
+        """[vocab_size] int64: how often each token is a supervised target in an epoch."""
+        rows = getattr(self.order, "counts", [len(source) for source in self.sources])
+        counts = np.zeros(vocab_size, dtype=np.float64)
+        for source, seen in zip(self.sources, rows, strict=True):
+            counts += source.token_counts(vocab_size) * (seen / len(source))
+        return np.rint(counts).astype(np.int64)
 
     def _count(self) -> dict[str, Any]:
         stats: dict[str, Any] = dict.fromkeys(
@@ -114,10 +163,9 @@ def load_dataset_for(
     name = "quarantine.jsonl" if split == "train" else "quarantine_eval.jsonl"
     quarantine = Path(out_dir) / name if out_dir is not None else None
     if cfg.format == "mixed":
-        sources, paths = _mixture_sources(cfg, tokenizer, split)
+        sources = _mixture_sources(cfg, tokenizer, split)
     else:
-        source, paths = _source(cfg, cfg.format, cfg.paths, cfg.eval_paths, tokenizer, split)
-        sources = [source]
+        sources = [_source(cfg, cfg.format, cfg.paths, cfg.eval_paths, tokenizer, split)]
     _report_bad(sources, cfg, quarantine)
     for source in sources:
         if len(source) == 0:
@@ -127,7 +175,7 @@ def load_dataset_for(
         weights = [s.weight for s in cfg.mixture] if cfg.mixture else None
         train_order = split == "train"
         order = MixtureDataset(sources, weights, cfg.seed) if train_order else RoundRobin(sources)
-    data = TokenizedData(sources, order, paths)
+    data = TokenizedData(sources, order, [path for source in sources for path in source.files])
     if data.stats["truncated"]:
         logger.warning(
             "%d of %d %s rows did not fit in data.max_length=%d and were cut",
@@ -136,20 +184,18 @@ def load_dataset_for(
     return data
 
 
-def _mixture_sources(
-    cfg: DataConfig, tokenizer: Any, split: str
-) -> tuple[list[Source], list[Path]]:
-    listed: Sequence[tuple[str, list[str] | None]]
-    if cfg.mixture:
-        listed = [(source.format, source.paths) for source in cfg.mixture]
-    else:
-        listed = [(data_format, None) for data_format in SHIPPED_FORMATS]
-    sources, paths = [], []
-    for data_format, given in listed:
-        source, files = _source(cfg, data_format, given, None, tokenizer, split)
+def _mixture_sources(cfg: DataConfig, tokenizer: Any, split: str) -> list[Source]:
+    listed = cfg.mixture or [MixtureSource(format=name) for name in SHIPPED_FORMATS]
+    sources: list[Source] = []
+    for number, entry in enumerate(listed):
+        source = _source(cfg, entry.format, entry.paths, entry.eval_paths, tokenizer, split)
+        source.number, source.loss_weight = number, entry.loss_weight
+        source.name, n = entry.name or entry.format, 1
+        while source.name in {other.name for other in sources}:
+            n += 1
+            source.name = f"{entry.name or entry.format} {n}"
         sources.append(source)
-        paths += files
-    return sources, paths
+    return sources
 
 
 def _source(
@@ -159,8 +205,8 @@ def _source(
     eval_given: list[str] | None,
     tokenizer: Any,
     split: str,
-) -> tuple[Source, list[Path]]:
-    """One format's rows of a split, and the files they come from."""
+) -> Source:
+    """One format's rows of a split."""
     renderer = make_renderer(data_format, cfg, tokenizer)
     carve = False
     if split == "eval" and eval_given:
@@ -184,7 +230,7 @@ def _source(
             f"data.heldout_fraction={cfg.heldout_fraction:g}; give data.eval_path"
         )
     wanted = held if carve and split == "eval" else ~held
-    return Source(entry, data_format, np.flatnonzero(wanted)), files
+    return Source(entry, data_format, np.flatnonzero(wanted), files)
 
 
 def _held_out(keys: np.ndarray, fraction: float) -> np.ndarray:

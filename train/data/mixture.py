@@ -55,8 +55,13 @@ class MixtureDataset:
     def __len__(self) -> int:
         return len(self.order)
 
+    def locate(self, index: int) -> tuple[int, int]:
+        """(source, its row) at a place of this epoch."""
+        return int(self.order[index]), int(self.rows[index])
+
     def __getitem__(self, index: int) -> Any:
-        return self.sources[self.order[index]][int(self.rows[index])]
+        source, row = self.locate(index)
+        return self.sources[source][row]
 
 
 class RoundRobin:
@@ -70,6 +75,10 @@ class RoundRobin:
     def __len__(self) -> int:
         return len(self.places)
 
-    def __getitem__(self, index: int) -> Any:
+    def locate(self, index: int) -> tuple[int, int]:
         row, source = self.places[index]
+        return source, row
+
+    def __getitem__(self, index: int) -> Any:
+        source, row = self.locate(index)
         return self.sources[source][row]

@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from eagle.errors import EagleError
+from train.data.card import CARD, QUARANTINE
 
 EXTENSIONS = (".jsonl", ".ndjson", ".json", ".parquet")
+NO_DATA = (CARD, QUARANTINE)  # what stands beside data that was regenerated
 
 
 class Record(NamedTuple):
@@ -35,7 +37,10 @@ def resolve(paths: Iterable[str | Path]) -> list[Path]:
     for given in paths:
         path = Path(given).expanduser()
         if path.is_dir():
-            inside = sorted(p for p in path.iterdir() if p.suffix.lower() in EXTENSIONS)
+            inside = sorted(
+                p for p in path.iterdir()
+                if p.suffix.lower() in EXTENSIONS and not p.name.endswith(NO_DATA)
+            )  # fmt: skip
             if not inside:
                 raise EagleError(f"{path}: no {', '.join(EXTENSIONS)} file in this folder")
             files += inside

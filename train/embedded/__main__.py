@@ -58,7 +58,8 @@ def heads(
     data = [folder / "work" / "own_answers.jsonl", folder / "work" / "corpus_rows.jsonl"]
     write_own_answers(folder, data[0], count=rows, root=root, seed=seed)
     write_corpus_rows(folder, data[1], count=rows * 2 // 3, root=root, seed=seed)
-    head = train_head(folder, data, folder / "work" / "head", minutes, (f"train.seed={seed}",))
+    head = train_head(folder, data, folder / "work" / "head", minutes,
+                      (f"train.seed={seed}", "loss.tokens=all"))  # fmt: skip
     final = folder / "heads" / "eagle3"
     shutil.rmtree(final, ignore_errors=True)
     shutil.copytree(head, final)

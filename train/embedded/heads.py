@@ -9,12 +9,10 @@ taken from the files as they are, so that the head also knows text that the targ
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 from .corpus import (
@@ -84,47 +82,25 @@ def write_own_answers(
     count: int,
     new_tokens: int = 160,
     longest: int = 224,
-    batch_size: int = 64,
+    slots: int = 64,
     root: str | None = None,
     seed: int = 0,
 ) -> int:
-    """Tokenised rows (`input_ids`, `loss_mask`: everything but the first token), one JSONL line each.
+    """Prompts of all four kinds, continued by the target in `out`: tokenised rows whose answers are
+    supervised, with their data card. A killed run goes on. Returns the number of rows."""
+    from configs.schema import DataConfig
+    from eagle.model import load_tokenizer
+    from train.prepare.answering import Sampling
+    from train.prepare.regenerate import open_local, regenerate
 
-    Batches are appended as they are done, each flushed; a killed run goes on after the last whole batch.
-    Returns the number of rows.
-    """
-    from eagle.model import EaModel, load_tokenizer
-    from eagle.target import Target
-
-    tokenizer = load_tokenizer(str(target_dir))
-    model = EaModel(Target.from_pretrained(target_dir))
-    prompts = training_prompts(tokenizer, root, count, seed, longest)
-    order = sorted(range(count), key=lambda i: (len(prompts[i]) // 16, i % 2))
-    batches = [order[i : i + batch_size] for i in range(0, count, batch_size)]
-    random.Random(seed).shuffle(batches)  # so that a part of the run is a fair sample
-    done = sum(1 for _ in open(out)) // batch_size if out.exists() else 0
-    if done:
-        lines = out.read_text("utf-8").splitlines(keepends=True)[: done * batch_size]
-        out.write_text("".join(lines), "utf-8")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    started = time.monotonic()
-    with open(out, "a", encoding="utf-8") as file:
-        for number, batch in enumerate(batches[done:], done + 1):
-            result = model.generate(
-                [prompts[i] for i in batch], max_new_tokens=new_tokens, draft=False,
-                temperature=0.0 if number % 2 else 0.8, seed=seed + number,
-            )  # fmt: skip
-            for row in result.rows:
-                ids = row.prompt + row.tokens
-                file.write(
-                    json.dumps({"input_ids": ids, "loss_mask": [0] + [1] * (len(ids) - 1)}) + "\n"
-                )
-            file.flush()
-            left = (time.monotonic() - started) / (number - done) * (len(batches) - number)
-            print(
-                f"own answers: {number}/{len(batches)} batches, about {left:.0f} s left", flush=True
-            )
-    return count
+    prompts = training_prompts(load_tokenizer(str(target_dir)), root, count, seed, longest)
+    random.Random(seed).shuffle(prompts)  # kinds came in turn, as temperatures will
+    path = out.with_name("prompts.jsonl")
+    write_jsonl(path, [{"input_ids": ids} for ids in prompts])
+    cfg = DataConfig(format="tokenized", path=str(path))
+    sampling = Sampling((0.0, 0.8), max_new_tokens=new_tokens)
+    parts = open_local(cfg, sampling, str(target_dir), slots=slots)
+    return regenerate([path], out, *parts, sampling, seed)["counts"]["written"]
 
 
 def write_corpus_rows(

@@ -49,6 +49,14 @@ class World:
         torch.distributed.broadcast_object_list(box, src=0, device=self.device)
         return box[0]
 
+    def gather(self, value) -> list:
+        """Every rank's picklable value, by rank, on every rank."""
+        if self.size == 1:
+            return [value]
+        found = [None] * self.size
+        torch.distributed.all_gather_object(found, value)
+        return found
+
     def wait(self) -> None:
         if self.size > 1:
             torch.distributed.barrier()

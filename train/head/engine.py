@@ -21,11 +21,10 @@ STEP = "step"
 
 
 class Engine:
-    """Call it, then `micro(loss)` and `step()`, for each micro-batch."""
+    """Call it and `backward(loss)` for each micro-batch of a step, however many; then `update()` once."""
 
     def __init__(self, module: nn.Module, cfg: HeadTrainConfig, world: World) -> None:
         self.cfg, self.world, self.zero = cfg, world, cfg.train.zero
-        self.names = {id(p): name for name, p in module.head.named_parameters()}
         self.head = module.head
         config = deepspeed_config(cfg, world.size)
         config["bf16"]["enabled"] = False  # fp32 weights under autocast, see above
@@ -50,24 +49,40 @@ class Engine:
     def __call__(self, *args):
         return self.engine(*args)
 
-    def micro(self, loss: torch.Tensor) -> None:
-        """Backward. `loss` is this rank's share of a
-        global sum; DeepSpeed takes means over ranks and micro-batches, which is undone here."""
-        self.engine.backward(loss * (self.world.size * self.cfg.train.grad_accum))
+    @property
+    def can_forget(self) -> bool:
+        """Whether a step can be begun again: ZeRO 2 and 3 have shared gradients among ranks by then."""
+        return self.zero < 2
 
-    def step(self) -> float:
-        """End a micro-batch; after the last one of a step update the weights. Returns the gradient's norm
-        before clipping, 0 in between."""
-        last = self.engine.is_gradient_accumulation_boundary()
-        norm = 0.0
-        if last and self.zero == 0:
-            grads = [p.grad for p in self.head.parameters() if p.grad is not None]
-            norm = float(torch.nn.utils.get_total_norm(grads))
+    def backward(self, loss: torch.Tensor, last: bool) -> None:
+        """Add a micro-batch's gradients. `loss` is this rank's share of a global sum (DeepSpeed takes means
+        over ranks, which is undone here); `last`: of the step. In ZeRO 0 and 1 nothing leaves the rank."""
+        self.engine.set_gradient_accumulation_boundary(last and not self.can_forget)
+        self.engine.backward(loss * self.world.size, scale_wrt_gas=False)
+
+    def forget(self) -> None:
+        """Drop the gradients added since the last update."""
+        assert self.can_forget, self.zero
+        for p in self.head.parameters():
+            p.grad = p.grad_accum = None
+        if hasattr(self.engine.optimizer, "exit_backward"):  # ZeRO: it may have been cut short
+            self.engine.optimizer.exit_backward()
+
+    def update(self) -> float:
+        """Share the gradients, clip, update the weights. Returns the gradient's norm before clipping."""
+        from deepspeed.utils import safe_get_full_grad
+
+        norm = None
+        if self.can_forget:
+            self.engine.set_gradient_accumulation_boundary(True)
+            self.engine.allreduce_gradients()
+        if self.zero == 0:  # DeepSpeed keeps no norm there
+            grads = [safe_get_full_grad(p) for p in self.head.parameters()]
+            norm = torch.nn.utils.get_total_norm([g for g in grads if g is not None])
         self.engine.step()
-        if last and self.zero:
-            found = self.engine.get_global_grad_norm()
-            norm = float(found) if found is not None else 0.0
-        return norm
+        if norm is None:
+            norm = self.engine.get_global_grad_norm()
+        return float(norm)
 
     def set_lr(self, lr: float) -> None:
         for group in self.engine.optimizer.param_groups:

@@ -3,46 +3,71 @@
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass
 
 import numpy as np
 
 from configs.schema import EvalConfig
 from eagle.head import Eagle3Head
 from eagle.target import Target
+from train.data import TokenizedData
 
 
-def heldout_prompts(data, count: int, limit: int) -> list[list[int]]:
-    """`count` rows spread over `data`: what precedes a row's first supervised token, at most `limit` tokens
-    (the end is kept). Rows that are supervised from the start, as plain text, give their first half."""
-    prompts = []
-    for index in np.linspace(0, len(data) - 1, min(count, len(data))).astype(int):
-        row = data[int(index)]
-        ids, mask = list(row["input_ids"]), list(row["loss_mask"])
-        first = mask.index(1)
-        prompts.append(ids[: first if first > 1 else max(len(ids) // 2, 1)][-limit:])
+@dataclass(frozen=True)
+class Prompt:
+    """Token ids, and the name of the source that they come from."""
+
+    ids: list[int]
+    source: str
+
+
+def heldout_prompts(data: TokenizedData, count: int, limit: int) -> list[Prompt]:
+    """`count` rows, as many of each source of `data`, spread over it: what precedes a row's first supervised
+    token, at most `limit` tokens (the end is kept). Rows that are supervised from the start, as plain text,
+    give their first half."""
+    sources, prompts = data.sources, []
+    for n, source in enumerate(sources):
+        share = (count + len(sources) - 1 - n) // len(sources)
+        for index in np.linspace(0, len(source) - 1, min(share, len(source))).astype(int):
+            row = source[int(index)]
+            ids, mask = list(row["input_ids"]), list(row["loss_mask"])
+            first = mask.index(1)
+            ids = ids[: first if first > 1 else max(len(ids) // 2, 1)][-limit:]
+            prompts.append(Prompt(ids, source.name))
     return prompts
 
 
 def acceptance(
-    target: Target, head: Eagle3Head, prompts: list[list[int]], cfg: EvalConfig, batch: int = 8
+    target: Target, head: Eagle3Head, prompts: list[Prompt], cfg: EvalConfig, batch: int = 8
 ) -> dict:
-    """Greedy decoding of every prompt -> tau (tokens a verification), acceptance by depth, counts, seconds."""
-    from eagle.model import EaModel, acceptance_by_depth
+    """Greedy decoding of every prompt -> tau (tokens a verification), acceptance by depth, counts, seconds;
+    and the same under `sources` by name where there are several."""
+    from eagle.model import EaModel
 
     started = time.monotonic()
     model = EaModel(target, head=head, tree=cfg.tree)
     rows = []
     for start in range(0, len(prompts), batch):
-        result = model.generate(
-            prompts[start : start + batch], max_new_tokens=cfg.max_new_tokens, temperature=0.0
-        )
-        rows += result.rows
+        ids = [prompt.ids for prompt in prompts[start : start + batch]]
+        rows += model.generate(ids, max_new_tokens=cfg.max_new_tokens, temperature=0.0).rows
+    result = {**_counted(rows), "seconds": time.monotonic() - started}
+    names = list(dict.fromkeys(prompt.source for prompt in prompts))
+    if len(names) > 1:
+        result["sources"] = {
+            name: _counted([r for r, p in zip(rows, prompts, strict=True) if p.source == name])
+            for name in names
+        }
+    return result
+
+
+def _counted(rows: list) -> dict:
+    from eagle.model import acceptance_by_depth
+
     cycles = sum(row.cycles for row in rows)
     gained = sum(len(row.tokens) - 1 for row in rows)
     return {
         "tau": gained / cycles if cycles else 0.0,
         "acceptance_by_depth": acceptance_by_depth([row.accepted for row in rows]),
-        "prompts": len(prompts),
+        "prompts": len(rows),
         "new_tokens": sum(len(row.tokens) for row in rows),
-        "seconds": time.monotonic() - started,
     }

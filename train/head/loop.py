@@ -8,32 +8,34 @@ from __future__ import annotations
 import copy
 import json
 import logging
-import math
-import signal
-import threading
 import time
 import warnings
-from contextlib import contextmanager
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
 from configs.schema import HeadTrainConfig
 from eagle.checkpoint import atomic_write_text, load_head, save_head
-from eagle.errors import EagleError
 from eagle.head import Eagle3Head
-from train.data import Collator
+from train.head import guards
 from train.head import state as disk
+from train.head.accumulate import Accumulator
+from train.head.compile import compile_layer
 from train.head.distributed import World
 from train.head.engine import Engine
 from train.head.evaluate import acceptance
-from train.head.metrics import COLUMNS, MetricsLog, Progress, clock, depth_metrics
-from train.head.order import RowOrder, share_of
+from train.head.loader import Loader, MicroBatch, Steps
+from train.head.metrics import clock
+from train.head.order import RowOrder
 from train.head.schedule import Schedule
+from train.head.seeing.card import run_card
+from train.head.seeing.perf import FlopCount
+from train.head.seeing.recorder import Recorder
 from train.head.setup import Parts, build
-from train.head.ttt import UnrolledHead, plan_unroll, teach
-
-PHASES = ("data", "target", "head", "backward", "step")
+from train.head.signals import StopSignals
+from train.head.sources import SourceMetrics
+from train.head.ttt import UnrolledHead
 
 
 class Trainer:
@@ -43,11 +45,13 @@ class Trainer:
         self, cfg: HeadTrainConfig, output: Path, world: World, quiet: bool = False
     ) -> None:
         self.cfg, self.output, self.world = cfg, output, world
-        resumed = disk.find_checkpoint(output, cfg.train.resume) if cfg.train.resume else None
+        t = cfg.train
+        resumed = self._find_checkpoint()
         if not world.first:
             logging.getLogger("train.data").setLevel(logging.ERROR)  # said once is enough
             world.wait()  # the first rank fills the data cache
-        parts = build(cfg, output if world.first else None, world.device)
+        draft_ids = resumed.vocabulary["draft_ids"] if resumed else None
+        parts = build(cfg, output if world.first else None, world.device, draft_ids)
         if world.first:
             world.wait()
         self.parts: Parts = parts
@@ -56,136 +60,108 @@ class Trainer:
             with torch.no_grad():
                 for name, p in parts.head.named_parameters():
                     p.copy_(resumed.weights[name])
-        self.draft_ids = parts.head.draft_token_ids().to(world.device)
-        self.in_draft = torch.zeros(parts.target.vocab_size, dtype=torch.bool, device=world.device)
-        self.in_draft[self.draft_ids] = True
-        self.blank = copy.deepcopy(
-            parts.head
-        )  # keeps the map and shapes where ZeRO splits the weights
-        t = cfg.train
-        module = UnrolledHead(
-            parts.head.to(world.device), t.ttt_steps, t.ttt_decay, cfg.loss, t.dtype == "bf16"
-        )
-        self.module = module
-        self.engine = Engine(module, cfg, world)
-        self.global_batch = world.size * t.batch_size * t.grad_accum
+        self.blank = copy.deepcopy(parts.head)  # ZeRO splits the weights, not these
+        self.module = UnrolledHead(
+            parts.head.to(world.device), t.ttt_steps, t.ttt_decay, cfg.loss, t.dtype == "bf16",
+            recompute=t.checkpoint_activations,
+        )  # fmt: skip
+        if t.compile:
+            compile_layer(self.module)
+        self.engine = Engine(self.module, cfg, world)
+        self.steps = Steps(
+            parts.data, RowOrder(len(parts.data), t.seed), parts.pad_id, world.rank, world.size,
+            batch_size=t.batch_size, grad_accum=t.grad_accum, max_tokens=t.max_tokens_per_batch,
+        )  # fmt: skip
+        self.loader = Loader(self.steps, world.device, cfg.data.num_workers)
+        self.batches: Iterator[list[MicroBatch]] | None = None
+        self.global_batch = self.steps.rows
         self.schedule = Schedule.of(t, len(parts.data), self.global_batch)
-        self.order = RowOrder(len(parts.data), t.seed)
-        self.collate = Collator(parts.pad_id, pad_to_multiple=8)
+        sources = parts.data.sources
+        self.sources = SourceMetrics(
+            [s.name for s in sources],
+            [s.loss_weight for s in sources],
+            self.module.depth_weights,
+        )
+        self.loss_watch = guards.LossWatch()
         self.step, self.rows_seen, self.elapsed_before = 0, 0, 0.0
         self.evaluations: list[dict] = []
-        self.epoch = 0
+        self.warnings: list[str] = []
+        self.row: dict = {}
+        self.seen = Recorder(
+            cfg, output, world, rows_per_step=self.global_batch, total=self.schedule.total, quiet=quiet,
+            flops=FlopCount.of(
+                parts.target, self.blank, t.ttt_steps, target_runs=parts.states is parts.target
+            ),
+        )  # fmt: skip
+        self.accumulate = Accumulator(
+            cfg, world, parts, self.engine, self.steps, self.seen, self._warn
+        )
         if resumed is not None:
             self._restore(resumed)
-        self.progress = Progress(self.schedule.total, quiet=quiet or not world.first)
-        self.log = MetricsLog(output / "metrics.jsonl", self.step) if world.first else None
-        self.row: dict = {}
-        self.signal = 0
+        self.signals = StopSignals()
+
+    def _find_checkpoint(self) -> disk.TrainState | None:
+        """The checkpoint to go on from, which the first rank chooses."""
+        if not self.cfg.train.resume:
+            return None
+        found = None
+        if self.world.first:
+            found = disk.find_checkpoint(self.output, self.cfg.train.resume)
+        path = self.world.share(found.path if found else None)
+        return found if self.world.first or path is None else disk.load_checkpoint(path)
 
     def _restore(self, resumed: disk.TrainState) -> None:
         info = resumed.info
         self.step, self.rows_seen = info["step"], info["rows_seen"]
         self.elapsed_before, self.evaluations = info["elapsed"], info["evaluations"]
+        self.warnings, self.accumulate.pieces = info["warnings"], info["pieces"]
+        self.loss_watch = guards.LossWatch(**info["loss_watch"])
+        self.sources.sums.copy_(torch.tensor(info["source_sums"], dtype=torch.float64))
+        self.row = info["row"]
         if resumed.optimizer:
             self.engine.load_optimizer_state(resumed.optimizer, prime=self._prime)
         disk.set_rng_state(resumed.rng, info["rng"])
+        self._point_best()
+        self.parts.notes.append(f"continues {resumed.path}")
+        before = info["world"]["global_batch"]
+        if before != self.global_batch:
+            self.parts.notes.append(f"a step has {self.global_batch} rows, it had {before} before")
 
     def _prime(self) -> None:
-        for batch, totals, _ in self._batches(self.rows_seen, [0.0] * len(PHASES)):
-            loss, _ = self._forward(batch, totals, [0.0] * len(PHASES))
-            self.engine.micro(loss)
-            self.engine.step()  # at learning rate 0
+        """One update at learning rate 0, which makes the optimizer's state and changes nothing."""
+        self.accumulate(self.steps[self.rows_seen], self.step + 1)
+        self.engine.update()
 
     # one step
 
-    def _rows(self, start: int) -> list[list[tuple[int, int]]]:
-        t = self.cfg.train
-        rows = self.order.take(start, self.global_batch)
-        return share_of(rows, self.world.rank, self.world.size, t.batch_size, t.grad_accum)
-
-    def _read(self, place: tuple[int, int]) -> dict:
-        epoch, row = place
-        if epoch != self.epoch:
-            self.parts.data.set_epoch(epoch)
-            self.epoch = epoch
-        return self.parts.data[row]
-
-    def _batches(self, start: int, times: list[float]):
-        """This rank's micro-batches of the step from row `start` on, and the whole step's [S] targets."""
-        began = time.perf_counter()
-        steps, batches = self.cfg.train.ttt_steps, []
-        for places in self._rows(start):
-            batch = self.collate([self._read(place) for place in places])
-            if int(batch["input_ids"].max()) >= self.parts.target.vocab_size:
-                raise EagleError(
-                    f"rows {[row for _, row in places]} hold token ids outside the target's vocabulary of "
-                    f"{self.parts.target.vocab_size}; the data was made with another tokenizer"
-                )
-            mask = batch["attention_mask" if self.cfg.loss.tokens == "all" else "loss_mask"]
-            batches.append((batch, plan_unroll(mask, steps), places))
-        totals = self.world.sum(torch.stack([plan.counts for _, plan, _ in batches]).sum(0))
-        totals = totals.to(self.world.device, torch.float32)
-        times[0] += time.perf_counter() - began
-        for batch, plan, places in batches:
-            yield (batch, plan.to(self.world.device)), totals, places
-
-    def _forward(self, batch, totals, times: list[float]):
-        batch, plan = batch
-        target, device, began = self.parts.target, self.world.device, time.perf_counter()
-        ids, mask = batch["input_ids"].to(device), batch["attention_mask"].to(device)
-        with torch.no_grad():
-            hidden, features = target.hidden_and_features(ids, mask.long())
-            embeds = target.embed(ids)
-            teacher = teach(target, hidden, plan, self.draft_ids, self.in_draft)
-        times[1] += time.perf_counter() - began
-        began = time.perf_counter()
-        loss, sums = self.engine(features, embeds, plan, teacher, totals)
-        times[2] += time.perf_counter() - began
-        return loss, sums
-
     def _train_step(self, lr: float) -> dict:
-        times = [0.0] * len(PHASES)
+        self.seen.begin(self.step + 1)
         started = time.perf_counter()
         self.engine.set_lr(lr)
-        sums = torch.zeros(self.cfg.train.ttt_steps, len(COLUMNS), dtype=torch.float64)
-        tokens, norm = 0, 0.0
-        for batch, totals, places in self._batches(self.rows_seen, times):
-            loss, part = self._forward(batch, totals, times)
-            self._require_finite(float(loss.detach()), places)
-            began = time.perf_counter()
-            self.engine.micro(loss)
-            times[3] += time.perf_counter() - began
-            began = time.perf_counter()
-            norm = self.engine.step()
-            times[4] += time.perf_counter() - began
-            sums += part.double().cpu()
-            tokens += int(batch[0]["attention_mask"].sum())
-        self._require_finite(norm, places)
-        sums = self.world.sum(sums)
-        tokens = int(self.world.sum(torch.tensor([tokens])))
+        with self.seen.phase("data"):
+            if self.batches is None:
+                self.batches = self.loader.from_row(self.rows_seen)
+            batches = next(self.batches)
+        sums = self.accumulate(batches, self.step + 1)
+        with self.seen.phase("step"):
+            norm = self.engine.update()
+        self.accumulate.require_finite_norm(norm)
+        tokens = torch.tensor([sum(int(batch.attention_mask.sum()) for batch in batches)])
+        sums, tokens = self.world.sum(sums), int(self.world.sum(tokens))
         self.step += 1
         self.rows_seen += self.global_batch
         seconds = time.perf_counter() - started
         return {
             "step": self.step,
             "epoch": self.rows_seen / len(self.parts.data),
-            **depth_metrics(sums, self.cfg.train.ttt_decay),
+            **self.sources.step(sums),
             "lr": lr,
             "grad_norm": norm,
             "tokens": tokens,
             "tokens_per_second": tokens / seconds,
             "steps_per_second": 1 / seconds,
-            "seconds": dict(zip(PHASES, times, strict=True)),
+            "seconds": dict(self.seen.perf.times),
         }
-
-    def _require_finite(self, value: float, places: list[tuple[int, int]]) -> None:
-        if self.world.max([0.0 if math.isfinite(value) else 1.0])[0]:
-            rows = [row for _, row in places]
-            raise EagleError(
-                f"the loss or gradient is {value} at step {self.step + 1}, "
-                f"rows {rows} on rank {self.world.rank}; "
-                "lower train.lr or look at those rows with train.inspect; the last checkpoint is whole"
-            )
 
     # the run
 
@@ -194,50 +170,86 @@ class Trainer:
 
     def _agree(self) -> tuple[float, int]:
         """Elapsed seconds and signal, the same on every rank."""
-        elapsed, number = self.world.max([self.elapsed(), float(self.signal)])
+        elapsed, number = self.world.max([self.elapsed(), float(self.signals.number)])
         return elapsed, int(number)
 
     def fit(self) -> int:
-        t = self.cfg.train
         self.started = time.monotonic()
-        if self.step == 0:
+        card = run_card(self.parts) if self.world.first else {}
+        with self.signals, disk.full_disk_told(self.output), self.seen.running(self.step, card):
+            self._introduce()
+            return self._fit()
+
+    def _fit(self) -> int:
+        t = self.cfg.train
+        if self.step == 0 and not self.evaluations:
             self._evaluate()
         elapsed, number = self._agree()
         span = 0.0  # of a step, to place the learning rate of a timed run in its middle
         saved = None
-        with self._signals():
-            while not number and self.schedule.fraction(self.step, elapsed) < 1:
-                ahead = 1 if self.schedule.total else 0
-                fraction = self.schedule.fraction(self.step + ahead, elapsed + span)
-                row = self._train_step(self.schedule.lr(fraction))
-                before = elapsed
-                elapsed, number = self._agree()
-                span = elapsed - before if self.schedule.budget else 0.0
-                done = self.schedule.fraction(self.step, elapsed + span)
-                last = number or done >= 1
-                self._report(row, done, elapsed, bool(last))
-                due = t.eval_every and self.step % t.eval_every == 0
-                if due and not last:
-                    saved = self._evaluate()
-                elif number or (self.step % t.save_every == 0 and not last):
-                    saved = self._save()
-                if done >= 1:
-                    break
-        self.progress.close()
+        while not number and not self._stalled() and self.schedule.fraction(self.step, elapsed) < 1:
+            ahead = 1 if self.schedule.total else 0
+            fraction = self.schedule.fraction(self.step + ahead, elapsed + span)
+            row = self._train_step(self.schedule.lr(fraction))
+            before = elapsed
+            elapsed, number = self._agree()
+            span = elapsed - before if self.schedule.budget else 0.0
+            done = self.schedule.fraction(self.step, elapsed + span)
+            last = number or done >= 1
+            self._report(row, done, elapsed, bool(last))
+            due = t.eval_every and self.step % t.eval_every == 0
+            if due and not last:
+                saved = self._evaluate()
+            elif number or (self.step % t.save_every == 0 and not last):
+                saved = self._save()
+            if done >= 1:
+                break
+        self.batches = None  # ends the loader's processes
+        self.seen.progress.close()
         if number:
             saved = saved or self._save()
-            self.progress.note(
+            self.seen.note(
                 f"stopped by signal at step {self.step}; continue with --resume; saved {saved}"
             )
             return 128 + number
         return self._finish()
 
+    def _stalled(self) -> bool:
+        """Whether the acceptance length has not risen for so many evaluations that the run is to end."""
+        patience = self.cfg.train.early_stopping_patience
+        trained = [e["tau"] for e in self.evaluations if e["step"] > 0]
+        if not patience or guards.evaluations_without_gain(trained) < patience:
+            return False
+        self.seen.note(
+            f"no better acceptance length in {patience} evaluations: the run ends at step {self.step}"
+        )
+        return True
+
+    def _introduce(self) -> None:
+        """What is to be known before the first step."""
+        if self.world.first:
+            weights = sum(p.numel() for p in self.blank.parameters())
+            guards.require_space(self.output, 16 * weights)  # fp32 weights, two moments, the head
+        for note in self.parts.notes:
+            self.seen.note(note)
+
     def _report(self, row: dict, done: float, elapsed: float, last: bool) -> None:
+        warned = self.loss_watch.see(self.step, row["loss"]) if row["targets"] else []
+        for text in warned:
+            self._warn(text)
+        row["loss_smoothed"] = self.loss_watch.smooth
+        if warned:
+            row["warnings"] = warned
+        logged = last or self.step == 1 or self.step % self.cfg.train.log_every == 0
+        if logged and (sources := self.sources.take()):
+            row["sources"] = sources
         self.row = row
         eta = elapsed * (1 - done) / done if 0 < done < 1 else 0.0
-        self.progress.update(self.step, min(done, 1.0), eta, row)
-        if self.log and (last or self.step == 1 or self.step % self.cfg.train.log_every == 0):
-            self.log.write({**row, "elapsed": elapsed})
+        self.seen.step(row, min(done, 1.0), eta, elapsed, keep=bool(logged or warned))
+
+    def _warn(self, text: str) -> None:
+        self.warnings.append(text)
+        self.seen.warn(text)
 
     def _finish(self) -> int:
         if not self.evaluations or self.evaluations[-1]["step"] != self.step:
@@ -252,10 +264,10 @@ class Trainer:
             atomic_write_text(self.output / "summary.json", json.dumps(summary, indent=2) + "\n")
             if self.evaluations:
                 first, final = self.evaluations[0]["tau"], self.evaluations[-1]["tau"]
-                self.progress.note(
+                self.seen.note(
                     f"acceptance length on held-out prompts: {first:.2f} before, {final:.2f} after"
                 )
-            self.progress.note(
+            self.seen.note(
                 f"{self.step} steps in {clock(self.elapsed())}; head: {self.output / 'head'}"
             )
         self.world.wait()
@@ -270,8 +282,9 @@ class Trainer:
             "final": {k: v for k, v in self.row.items() if k != "seconds"},
             "tau_before": taus[0] if taus else None,
             "tau_after": taus[-1] if taus else None,
-            "best": {"checkpoint": best.name, "tau": max(taus[1:], default=None)},
+            "best": {"checkpoint": best.name, "tau": self._tau_at(disk.step_of(best))},
             "evaluations": self.evaluations,
+            "warnings": self.warnings,
             "draft_vocabulary": self.parts.vocabulary,
             "data": self.parts.provenance["data"],
             "paths": {
@@ -280,6 +293,9 @@ class Trainer:
                 "checkpoints": str(self.output / "checkpoints"),
             },
         }
+
+    def _tau_at(self, step: int) -> float | None:
+        return next((e["tau"] for e in self.evaluations if e["step"] == step), None)
 
     # saving and evaluating
 
@@ -291,67 +307,60 @@ class Trainer:
 
     def _evaluate(self) -> Path | None:
         """Measure, remember, and point `best` at the checkpoint of the highest acceptance length."""
-        head = self._export()
+        head, result = self._export(), None
         if self.world.first and self.parts.prompts:
             target = self.parts.target
             fit = copy.deepcopy(head).to(target.device, target.dtype)
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 result = acceptance(target, fit, self.parts.prompts, self.cfg.eval)
-            self.evaluations.append({"step": self.step, **result})
             depths = " ".join(f"{a:.2f}" for a in result["acceptance_by_depth"])
-            self.progress.note(
+            self.seen.note(
                 f"held-out at step {self.step}: tau {result['tau']:.3f}, acceptance by depth {depths}"
             )
+        result = self.world.share(result)
+        if result is not None:
+            self.evaluations.append({"step": self.step, **result})
+            self.seen.evaluation(self.evaluations[-1])
         if self.step == 0:
-            self.world.wait()
             return None
         path = self._save(head)
-        trained = [e for e in self.evaluations if e["step"] > 0]
-        if self.world.first and trained and trained[-1]["tau"] >= max(e["tau"] for e in trained):
-            atomic_write_text(self.output / "checkpoints" / "best", path.name + "\n")
+        self._point_best()
         return path
+
+    def _point_best(self) -> None:
+        """Point `best` at the checkpoint of the highest acceptance length, the latest of equals. Also when
+        resumed: a kill may have come between a checkpoint and the pointer."""
+        folder = self.output / "checkpoints"
+        kept = [e for e in self.evaluations if (folder / f"step-{e['step']}").is_dir()]
+        if self.world.first and kept:
+            best = max(kept, key=lambda e: (e["tau"], e["step"]))
+            atomic_write_text(folder / "best", f"step-{best['step']}\n")
 
     def _save(self, head: Eagle3Head | None = None) -> Path:
         """All ranks must call it; rank 0 writes."""
         head = head or self._export()
-        weights, optimizer = self.engine.weights(), self.engine.optimizer_state()
+        weights = self.engine.weights()
+        optimizer = self.engine.optimizer_state() if self.step else {}
         path = self.output / "checkpoints" / f"step-{self.step}"
         if self.world.first:
             rng, rest = disk.rng_state()
             info = {
                 "step": self.step, "rows_seen": self.rows_seen, "elapsed": self.elapsed(),
-                "evaluations": self.evaluations, "identity": self.parts.identity, "rng": rest,
+                "evaluations": self.evaluations, "warnings": self.warnings, "row": self.row,
+                "loss_watch": self.loss_watch.state(), "source_sums": self.sources.sums.tolist(),
+                "pieces": self.accumulate.pieces, "identity": self.parts.identity, "rng": rest,
                 "world": {"size": self.world.size, "global_batch": self.global_batch},
                 "config": self.cfg.model_dump(mode="json"),
             }  # fmt: skip
             loss = self.row.get("loss")
-            tau = next((e["tau"] for e in self.evaluations if e["step"] == self.step), None)
+            tau = self._tau_at(self.step)
             training = {"step": self.step, "rows_seen": self.rows_seen, "loss": loss, "tau": tau,
                         "ttt_steps": self.cfg.train.ttt_steps, "loss_name": self.cfg.loss.name}  # fmt: skip
             provenance = {**self.parts.provenance, "training": training}
-            disk.save_checkpoint(
-                self.output, disk.TrainState(info, weights, optimizer, rng), head, provenance
-            )
+            vocabulary = {"draft_ids": self.blank.draft_token_ids().cpu()}
+            state = disk.TrainState(info, weights, optimizer, rng, vocabulary)
+            disk.save_checkpoint(self.output, state, head, provenance)
             disk.prune(self.output, self.cfg.train.save_total_limit)
         self.world.wait()
         return path
-
-    @contextmanager
-    def _signals(self):
-        """Ctrl-C and SIGTERM end the run at the next step; a second one ends it at once."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-
-        def stop(number, frame):
-            if self.signal:
-                raise KeyboardInterrupt
-            self.signal = number
-
-        kept = {s: signal.signal(s, stop) for s in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield
-        finally:
-            for s, handler in kept.items():
-                signal.signal(s, handler)

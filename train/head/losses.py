@@ -1,8 +1,7 @@
-"""What a draft position is taught: losses between the head's and the target's distributions.
+"""What a draft position is taught, and how much it counts: from the config to numbers.
 
-Knows two distributions over the draft vocabulary; knows nothing of positions, masks or models.
-
-M positions, D draft vocabulary. p: the target's probabilities, q: the head's.
+Knows settings and tensors of hidden states; the losses between two distributions are defined in
+`kernels.draft_loss`, and positions and masks are known to `train.head.ttt`.
 """
 
 from __future__ import annotations
@@ -11,36 +10,30 @@ import torch
 import torch.nn.functional as F
 
 from configs.schema import LossConfig
+from kernels.draft_loss import Objective
 
 
-def overlap(p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
-    """Σ min(p, q) [M]: the chance that a sampled draft token is accepted."""
-    return torch.minimum(p, log_q.exp()).sum(-1)
+def objective_of(cfg: LossConfig) -> Objective:
+    """The loss between the head's and the target's distributions that `cfg` names."""
+    if cfg.name != "focal":
+        return Objective(cfg.name, smoothing=cfg.label_smoothing)
+    return Objective(cfg.focal_over, cfg.gamma, cfg.alpha, cfg.weight, cfg.label_smoothing)
 
 
-def smooth(p: torch.Tensor, share: float) -> torch.Tensor:
-    """Mix a uniform share into p."""
-    return p if share == 0 else (1 - share) * p + share / p.shape[-1]
+def depth_weights(cfg: LossConfig, steps: int, decay: float) -> list[float]:
+    """[S]: how much each unrolled step counts, `decay**i` unless the config lists weights."""
+    if cfg.depth_weights is None:
+        return [decay**i for i in range(steps)]
+    assert len(cfg.depth_weights) == steps, (cfg.depth_weights, steps)
+    return list(cfg.depth_weights)
 
 
-def token_losses(
-    p: torch.Tensor, logits: torch.Tensor, cfg: LossConfig
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """p [M, D] fp32, logits [M, D] -> loss [M] and overlap [M] (no gradient), both fp32.
+def feature_loss(predicted: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
+    """EAGLE-1's regression term (Li et al. 2024, arXiv:2401.15077, section 4.2): smooth L1 between the
+    head's predicted feature and the target's, [..., H] each -> [...] fp32, the mean over H.
 
-    soft_ce: -Σ p log q. kl: soft_ce minus the entropy of p. overlap: -log Σ min(p, q).
-    focal: alpha * (1 - inner)^gamma * soft_ce with a weight that has no gradient; inner is Σ min(p, q),
-    the acceptance rate, so that the weight fades where drafting works; or Σ p·q ("target_prob").
+    0.5 d^2 where |d| < 1 and |d| - 0.5 elsewhere. The features are constants; the paper adds a tenth of the
+    soft cross-entropy to it.
     """
-    log_q = F.log_softmax(logits.float(), dim=-1)
-    accepted = overlap(p, log_q.detach())
-    if cfg.name == "overlap":
-        return -overlap(smooth(p, cfg.label_smoothing), log_q).clamp_min(1e-8).log(), accepted
-    taught = smooth(p, cfg.label_smoothing)
-    loss = -(taught * log_q).sum(-1)
-    if cfg.name == "kl":
-        loss = loss - torch.special.entr(taught).sum(-1)
-    elif cfg.name == "focal":
-        inner = accepted if cfg.weight == "overlap" else (p * log_q.detach().exp()).sum(-1)
-        loss = cfg.alpha * (1 - inner).clamp(0, 1) ** cfg.gamma * loss
-    return loss, accepted
+    loss = F.smooth_l1_loss(predicted.float(), features.detach().float(), reduction="none")
+    return loss.mean(-1)

@@ -6,12 +6,15 @@ S unrolled steps; a depth of the metrics is a step.
 from __future__ import annotations
 
 import json
-import os
 import sys
 import time
 from pathlib import Path
 
+import rich.progress
 import torch
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, TaskProgressColumn, TextColumn
 
 from eagle.checkpoint import atomic_write_text
 
@@ -19,8 +22,8 @@ from eagle.checkpoint import atomic_write_text
 COLUMNS = ("loss", "targets", "known", "right", "overlap", "asked", "held")
 
 
-def depth_metrics(sums: torch.Tensor, decay: float) -> dict:
-    """sums [S, len(COLUMNS)] of the global batch -> metrics.
+def depth_metrics(sums: torch.Tensor, depth_weights: list[float]) -> dict:
+    """sums [S, len(COLUMNS)] of the global batch, depth_weights [S] -> metrics.
 
     accuracy_by_depth: the head's best token is the target's, whatever came before (targets outside the
     draft vocabulary count as wrong). acceptance_by_depth: the same, given that all earlier depths of the
@@ -33,7 +36,7 @@ def depth_metrics(sums: torch.Tensor, decay: float) -> dict:
         return (column[a] / column[b].clamp_min(1)).tolist()
 
     loss = column["loss"] / column["targets"].clamp_min(1)
-    weights = torch.tensor([decay**i for i in range(len(loss))], dtype=torch.float64)
+    weights = torch.tensor(depth_weights, dtype=torch.float64)
     acceptance = share("held", "asked")
     return {
         "loss": float((loss * weights).sum()),
@@ -81,45 +84,66 @@ def _step_of(line: str) -> float:
 
 
 class Progress:
-    """One line that is redrawn on a terminal, and a plain line now and then elsewhere."""
+    """A bar that is redrawn on a terminal, and a plain line now and then elsewhere."""
 
     def __init__(self, total: int | None, quiet: bool = False, every: float = 10.0) -> None:
         self.total, self.quiet, self.every = total, quiet, every
-        self.live = sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
-        self.started = self.shown = time.monotonic()
+        self.console = Console(stderr=True, highlight=False)
+        self.live = self.console.is_terminal and not self.console.is_dumb_terminal
+        self.shown = time.monotonic()
         self.first = True
+        self.bar: rich.progress.Progress | None = None
 
-    def update(self, step: int, fraction: float, eta: float, row: dict) -> None:
+    def update(
+        self, step: int, fraction: float, eta: float, row: dict, memory: int | None = None
+    ) -> None:
+        """eta: seconds. memory: bytes in use."""
         now = time.monotonic()
         due = self.first or fraction >= 1 or now - self.shown >= (0.2 if self.live else self.every)
         if self.quiet or not due:
             return
         self.first, self.shown = False, now
-        count = f"{step}/{self.total}" if self.total else f"{step}"
-        accuracy = " ".join(f"{a:.2f}" for a in row["accuracy_by_depth"])
-        text = (
-            f"step {count} {100 * min(fraction, 1):3.0f}%  loss {row['loss']:.3f}  accuracy {accuracy}  "
-            f"tau~{row['tau_simulated']:.2f}  {row['tokens_per_second']:.0f} tok/s  "
-            f"{row['steps_per_second']:.2f} steps/s  ETA {clock(eta)}"
-        )
-        if self.live:
-            filled = int(20 * min(fraction, 1))
-            print(
-                f"\r\x1b[2K[{'#' * filled}{'.' * (20 - filled)}] {text}",
-                end="",
-                file=sys.stderr,
-                flush=True,
+        count = f"step {step}/{self.total}" if self.total else f"step {step}"
+        text = describe(row, eta, memory)
+        if not self.live:
+            print(f"{count} {100 * min(fraction, 1):3.0f}%  {text}", file=sys.stderr, flush=True)
+            return
+        if self.bar is None:
+            columns = (
+                TextColumn("{task.fields[count]}"), BarColumn(20), TaskProgressColumn(),
+                TextColumn("{task.description}"),
+            )  # fmt: skip
+            self.bar = rich.progress.Progress(
+                *columns, console=self.console, auto_refresh=False, redirect_stdout=False
             )
-        else:
-            print(text, file=sys.stderr, flush=True)
+            self.task = self.bar.add_task("", total=1.0, count=count)
+            self.bar.start()
+        self.bar.update(
+            self.task, completed=min(fraction, 1), description=escape(text), count=count
+        )
+        self.bar.refresh()
 
     def note(self, text: str) -> None:
         if not self.quiet:
-            print(("\r\x1b[2K" if self.live else "") + text, file=sys.stderr, flush=True)
+            self.console.print(text, markup=False, soft_wrap=True)
 
     def close(self) -> None:
-        if self.live and not self.quiet and not self.first:
-            print(file=sys.stderr, flush=True)
+        if self.bar is not None:
+            self.bar.stop()
+            self.bar = None
+
+
+def describe(row: dict, eta: float, memory: int | None) -> str:
+    """A step's metrics on one line. acceptance: conditional, by depth."""
+    acceptance = " ".join(f"{a:.2f}" for a in row["acceptance_by_depth"])
+    parts = [
+        f"loss {row['loss']:.3f}", f"acceptance {acceptance}", f"tau~{row['tau_simulated']:.2f}",
+        f"{row['tokens_per_second']:.0f} tok/s", f"{row['steps_per_second']:.2f} steps/s",
+        f"ETA {clock(eta)}",
+    ]  # fmt: skip
+    if memory:
+        parts.append(f"{memory / 2**30:.1f} GiB")
+    return "  ".join(parts)
 
 
 def clock(seconds: float) -> str:

@@ -1,10 +1,13 @@
-"""Which rows each step sees: a function of the seed and of how many rows were seen before.
+"""Which rows each step sees, and how they are cut into micro-batches.
 
-The same rows make up a step however they are split over ranks and micro-batches, so a run can be resumed
-at another world size and two ranks equal one.
+The rows of a step are a function of the seed and of how many rows were seen before, never of how they are
+split: so a run can be resumed at another world size, two ranks equal one, and a token budget or a smaller
+micro-batch changes what a step costs but not what it learns.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -29,8 +32,27 @@ class RowOrder:
         return out
 
 
-def share_of(rows: list, rank: int, world: int, batch_size: int, accum: int) -> list[list]:
-    """A global batch -> the micro-batches of one rank."""
-    assert len(rows) == world * batch_size * accum, (len(rows), world, batch_size, accum)
-    starts = [(a * world + rank) * batch_size for a in range(accum)]
-    return [rows[start : start + batch_size] for start in starts]
+def cut_step(
+    lengths: Sequence[int], world: int, batch_size: int, max_tokens: int | None = None
+) -> list[list[int]]:
+    """Token counts of a step's rows -> micro-batches of places in it, rank r's are number r, r + world, …
+
+    Rows of like length stand together, the longest first, so that padding is least and a micro-batch that
+    does not fit into memory is met at once. Without `max_tokens`, `batch_size` rows each. With it, as few as
+    keep padded rows x longest row within it, whatever `batch_size` says; every rank gets equally many.
+    """
+    assert len(lengths) % world == 0, (len(lengths), world)
+    order = sorted(range(len(lengths)), key=lambda n: (-lengths[n], n))
+    if max_tokens is None:
+        return [order[n : n + batch_size] for n in range(0, len(order), batch_size)]
+    parts: list[list[int]] = []
+    for n in order:
+        if parts and lengths[parts[-1][0]] * (len(parts[-1]) + 1) <= max_tokens:
+            parts[-1].append(n)
+        else:
+            parts.append([n])
+    while len(parts) % world:
+        largest = max(range(len(parts)), key=lambda i: len(parts[i]))
+        half = (len(parts[largest]) + 1) // 2
+        parts[largest : largest + 1] = [parts[largest][:half], parts[largest][half:]]
+    return parts

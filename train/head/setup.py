@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.metadata
+import importlib.util
 import random
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,22 +12,29 @@ import numpy as np
 import torch
 
 from configs.schema import HeadTrainConfig
-from eagle.checkpoint import load_head, target_fingerprint
+from eagle.checkpoint import load_head
 from eagle.errors import EagleError
 from eagle.head import Eagle3Head, HeadConfig
 from eagle.target import Target
-from train.data import load_dataset_for, load_tokenizer
+from train.data import TokenizedData, load_dataset_for, load_tokenizer
+from train.data.card import who_answered
 from train.data.tokens import tokenizer_hash
-from train.head.evaluate import heldout_prompts
-from train.head.vocab import choose_draft_vocab, coverage, special_ids
+from train.head import guards
+from train.head.evaluate import Prompt, heldout_prompts
+from train.head.features import Belongs, FeatureStore
+from train.head.vocab import choose_draft_vocab, coverage, describe, special_ids
 
 
 @dataclass
 class Parts:
+    """states: what gives features and final hidden states of rows, the target or what it wrote before.
+    identity: what a resumed run must have in common. notes: what is to be known before the first step."""
+
     target: Target
+    states: Target | FeatureStore
     head: Eagle3Head
-    data: object
-    prompts: list[list[int]]
+    data: TokenizedData
+    prompts: list[Prompt]
     vocabulary: dict
     provenance: dict
     identity: dict
@@ -39,11 +48,19 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def build(cfg: HeadTrainConfig, output: Path | None, device: torch.device) -> Parts:
-    """Load what `cfg` names. `output`: where rejected rows are listed (None: nowhere)."""
+def build(
+    cfg: HeadTrainConfig, output: Path | None, device: torch.device,
+    draft_ids: torch.Tensor | None = None,
+) -> Parts:  # fmt: skip
+    """Load what `cfg` names. `output`: where rejected rows are listed (None: nowhere). `draft_ids` [D]: the
+    draft vocabulary of the run that is resumed (None: chosen by the data, or the warm start's)."""
     tokenizer = load_tokenizer(cfg.model.base)
     data = load_dataset_for(cfg.data, tokenizer, split="train", out_dir=output)
-    target = Target.from_pretrained(cfg.model.base, dtype=cfg.model.dtype, device=device)
+    guards.require_supervised(data.stats["supervised_tokens"], cfg.data.min_supervised_tokens)
+    m = cfg.model
+    target = Target.from_pretrained(
+        m.base, dtype=m.dtype, device=device, adapter_path=m.adapter, quantization=m.quantization
+    )
     held_out = (
         load_dataset_for(cfg.data, tokenizer, split="eval", out_dir=output)
         if cfg.eval.num_prompts
@@ -61,44 +78,71 @@ def build(cfg: HeadTrainConfig, output: Path | None, device: torch.device) -> Pa
             f"{target.name}; lower it"
         )
     counts = data.token_counts(target.vocab_size)
+    always = special_ids(tokenizer, target.vocab_size)
     seed_everything(cfg.train.seed)
-    if cfg.model.init_head:
-        head, vocabulary = _warm(cfg, target, counts)
-    else:
-        head, vocabulary = _fresh(cfg, target, counts, special_ids(tokenizer, target.vocab_size))
+    head = _warm(cfg, target) if cfg.model.init_head else _fresh(cfg, target, counts, always)
+    if draft_ids is not None:
+        head.set_draft_vocab(draft_ids)
+    ids = head.draft_token_ids().cpu().numpy()
+    sources = {s.name: s.token_counts(target.vocab_size) for s in data.sources}
+    vocabulary = coverage(counts, ids, always, sources)
     target.set_feature_layers(head.config.feature_layers)
-    fingerprint = target_fingerprint(target.model)
-    quantization = getattr(target.model.config, "quantization_config", None)
+    who = target.identity
+    states: Target | FeatureStore = target
+    if cfg.data.features:
+        states = FeatureStore(cfg.data.features)
+        states.require_fit(Belongs.to(target), data, cfg.data)
     provenance = {
-        "target": {"id": target.name, "fingerprint": fingerprint, "dtype": str(target.dtype).split(".")[-1]},
+        "target": who,
         "tokenizer": tokenizer_hash(tokenizer),
-        "adapter": None,
-        "quantization": str(quantization) if quantization else None,
         "data": {"format": cfg.data.format, "files": [p.name for p in data.paths], **data.stats,
-                 "answers": "written by the target" if cfg.data.on_policy else "as in the data"},
+                 "answers": who_answered(data.paths, cfg.data.on_policy, who["fingerprint"], who["adapter"])},
         "draft_vocabulary": vocabulary,
     }  # fmt: skip
     provenance["data"].pop("cache_hit", None)
     identity = {
-        "target": fingerprint,
+        "target": [who["fingerprint"], who["adapter"], who["quantization"]],
         "head": head.config.to_dict(),
         "data": [
             cfg.data.format,
             data.stats["rows"],
             data.stats["tokens"],
             data.stats["supervised_tokens"],
+            data.digest,
         ],
+        "data.seed": cfg.data.seed,
         "train.seed": cfg.train.seed,
         "train.optimizer": cfg.train.optimizer,
     }
     pad = tokenizer.pad_token_id
     pad_id = pad if pad is not None and 0 <= pad < target.vocab_size else 0
-    return Parts(target, head, data, prompts, vocabulary, provenance, identity, pad_id)
+    notes = [describe(vocabulary), attention_note(target)]
+    return Parts(
+        target, states, head, data, prompts, vocabulary, provenance, identity, pad_id, notes
+    )
+
+
+def attention_note(target: Target) -> str:
+    """Which attention a step computes with, and what becomes of flash-attention."""
+    head = "the head's in blocks of its own"
+    if target.device.type != "cuda":
+        return f"attention: the target's by torch SDPA, {head}; flash-attention needs a CUDA GPU"
+    config = target.config
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    q = torch.empty(1, 1, 8, size, device=target.device, dtype=target.dtype)
+    asked = torch.backends.cuda.SDPAParams(q, q, q, None, 0.0, True, False)
+    kernel = "flash" if torch.backends.cuda.can_use_flash_attention(asked) else "memory-efficient"
+    found = importlib.util.find_spec("flash_attn") is not None
+    package = f"flash-attn {importlib.metadata.version('flash_attn')}" if found else "no flash-attn"
+    return (
+        f"attention: the target's by torch SDPA with its {kernel} kernel ({target.dtype}, head size {size}), "
+        f"{head}; {package} installed, and not needed"
+    )
 
 
 def _fresh(
     cfg: HeadTrainConfig, target: Target, counts: np.ndarray, always: list[int]
-) -> tuple[Eagle3Head, dict]:
+) -> Eagle3Head:
     V, m = target.vocab_size, cfg.model
     size = m.draft_vocab_size or min(32000, max(V // 2, 1))
     if size > V:
@@ -120,7 +164,7 @@ def _fresh(
             torch.nn.init.normal_(p, std=p.shape[1] ** -0.5)
             if name.endswith(("o_proj.weight", "down_proj.weight")):
                 p.data.mul_(0.1)  # the residual path carries the features through at first
-    ids, report = choose_draft_vocab(counts, always, size)
+    ids, _ = choose_draft_vocab(counts, always, size)
     head.set_draft_vocab(ids)
     rows = target.model.get_output_embeddings().weight
     if rows.is_floating_point():  # the target's own rows know what each token looks like
@@ -128,10 +172,11 @@ def _fresh(
         head.lm_head.weight.data.copy_(
             scale / scale.std().clamp_min(1e-6) * config.hidden_size**-0.5
         )
-    return head, report
+    return head
 
 
-def _warm(cfg: HeadTrainConfig, target: Target, counts: np.ndarray) -> tuple[Eagle3Head, dict]:
+def _warm(cfg: HeadTrainConfig, target: Target) -> Eagle3Head:
+    """The head to start from; its draft vocabulary stays, whatever the data holds."""
     head, _ = load_head(cfg.model.init_head, target, dtype="float32")
     m, c = cfg.model, head.config
     pairs = [("draft_vocab_size", m.draft_vocab_size, c.draft_vocab_size),
@@ -144,4 +189,4 @@ def _warm(cfg: HeadTrainConfig, target: Target, counts: np.ndarray) -> tuple[Eag
             raise EagleError(
                 f"model.{name}={asked} contradicts the head to start from, which has {has}; leave it out"
             )
-    return head.requires_grad_(True), coverage(counts, head.draft_token_ids().cpu().numpy())
+    return head.requires_grad_(True)

@@ -2,8 +2,10 @@
 
     OUTPUT/config.yaml  metrics.jsonl  summary.json
     OUTPUT/checkpoints/step-N/head/            the head, published layout
-    OUTPUT/checkpoints/step-N/state.safetensors  fp32 master weights, optimizer state, generator states
-    OUTPUT/checkpoints/step-N/state.json       step, rows seen, time, what the run was
+    OUTPUT/checkpoints/step-N/state.safetensors  fp32 master weights, optimizer state, generator states,
+                                               the draft vocabulary
+    OUTPUT/checkpoints/step-N/state.json       step, rows seen, evaluations, what the run was, the digest of
+                                               state.safetensors
     OUTPUT/checkpoints/latest, best            names of checkpoints
     OUTPUT/head/                               the head to use
 
@@ -12,11 +14,17 @@ Folders appear whole or not at all; a pointer is written after the folder it nam
 
 from __future__ import annotations
 
+import errno
+import hashlib
 import json
+import logging
+import os
 import random
 import re
 import shutil
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -35,17 +43,25 @@ from eagle.checkpoint import (
 from eagle.errors import EagleError
 from eagle.head import Eagle3Head
 
+logger = logging.getLogger("train.head")
+
 STEP_NAME = re.compile(r"step-(\d+)")
+PARTS = ("weights", "optimizer", "rng", "vocabulary")
+NEEDED = ("step", "identity", "rng", "digest")
 
 
 @dataclass
 class TrainState:
-    """`info` is state.json: step, rows_seen, elapsed, identity, evaluations …"""
+    """`info` is state.json: step, rows_seen, elapsed, identity, evaluations …
+
+    vocabulary: `draft_ids` [D] int64, the target id of each draft id; a resumed run must not choose anew.
+    """
 
     info: dict
     weights: dict[str, torch.Tensor]
     optimizer: dict[str, torch.Tensor]
     rng: dict[str, torch.Tensor]
+    vocabulary: dict[str, torch.Tensor] = field(default_factory=dict)
     path: Path | None = None
 
 
@@ -79,13 +95,17 @@ def _run_of(path: Path) -> Path:
     return path.parent.parent if STEP_NAME.fullmatch(path.name) else path
 
 
+def step_of(checkpoint: Path) -> int:
+    return int(STEP_NAME.fullmatch(checkpoint.name)[1])
+
+
 def checkpoints(output: Path) -> list[Path]:
     """Whole checkpoints, oldest first."""
     folder = output / "checkpoints"
     if not folder.is_dir():
         return []
-    found = [(int(m[1]), p) for p in folder.iterdir() if (m := STEP_NAME.fullmatch(p.name))]
-    return [p for _, p in sorted(found) if (p / "state.json").exists()]
+    found = [p for p in folder.iterdir() if STEP_NAME.fullmatch(p.name)]
+    return sorted((p for p in found if (p / "state.json").exists()), key=step_of)
 
 
 def pointed(output: Path, name: str) -> Path | None:
@@ -100,16 +120,17 @@ def pointed(output: Path, name: str) -> Path | None:
 def save_checkpoint(output: Path, state: TrainState, head: Eagle3Head, provenance: dict) -> Path:
     """Write `checkpoints/step-N` whole, then point `latest` at it."""
     path = output / "checkpoints" / f"step-{state.info['step']}"
-    tensors = {f"weights/{k}": v for k, v in state.weights.items()}
-    tensors |= {f"optimizer/{k}": v for k, v in state.optimizer.items()}
-    tensors |= {f"rng/{k}": v for k, v in state.rng.items()}
-    tensors = {k: v.contiguous() for k, v in tensors.items()}
-    with atomic_dir(path) as folder:
+    tensors = {
+        f"{part}/{k}": v.contiguous() for part in PARTS for k, v in getattr(state, part).items()
+    }
+    with full_disk_told(output), atomic_dir(path) as folder:
         save_head(head, folder / "head", provenance)
         save_file(tensors, folder / "state.safetensors")
         require_equal(load_file(folder / "state.safetensors"), tensors, path)
-        write_json(folder / "state.json", state.info)
-    atomic_write_text(path.parent / "latest", path.name + "\n")
+        digest = _digest(folder / "state.safetensors")
+        write_json(folder / "state.json", {**state.info, "digest": digest})
+    with full_disk_told(output):
+        atomic_write_text(path.parent / "latest", path.name + "\n")
     return path
 
 
@@ -118,11 +139,16 @@ def load_checkpoint(path: Path) -> TrainState:
     try:
         info = json.loads((path / "state.json").read_text(encoding="utf-8"))
         tensors = load_file(path / "state.safetensors")
-    except (OSError, ValueError, SafetensorError) as error:
+        lacking = [key for key in NEEDED if key not in info]
+        if lacking:
+            raise ValueError(f"state.json lacks {', '.join(lacking)}")
+        if _digest(path / "state.safetensors") != info["digest"]:
+            raise ValueError("state.safetensors is not what was written")
+    except (OSError, ValueError, TypeError, SafetensorError) as error:
         raise EagleError(
             f"the checkpoint {path} cannot be read ({error}); resume from another one"
         ) from error
-    parts: dict[str, dict] = {"weights": {}, "optimizer": {}, "rng": {}}
+    parts: dict[str, dict] = {part: {} for part in PARTS}
     for key, value in tensors.items():
         part, name = key.split("/", 1)
         parts[part][name] = value
@@ -130,30 +156,55 @@ def load_checkpoint(path: Path) -> TrainState:
 
 
 def find_checkpoint(output: Path, resume: str) -> TrainState | None:
-    """`auto`: the newest readable checkpoint of the run, None when there is none; else the folder named."""
-    if resume != "auto":
-        path = Path(resume).expanduser()
-        if STEP_NAME.fullmatch(path.name):
-            return load_checkpoint(path)
-        if not checkpoints(path):
-            raise EagleError(
-                f"--resume {path}: no checkpoint there; give a run folder or one of its step-N folders"
-            )
-        output = path
-    folder = output / "checkpoints"
+    """`auto`: the newest readable checkpoint of the run, None when there is none; else the folder named.
+
+    What is damaged, or was made after the one that is resumed, is set aside under another name and told.
+    """
+    path = Path(resume).expanduser()
+    named = resume != "auto" and STEP_NAME.fullmatch(path.name) is not None
+    run = output if resume == "auto" else _run_of(path)
+    folder = run / "checkpoints"
     for stale in list(folder.glob(".step-*")) if folder.is_dir() else []:
         recover(folder / stale.name[1:].split(".", 1)[0])
-    newest = checkpoints(output)[::-1]
-    latest = pointed(output, "latest")
-    if latest is not None and latest in newest:
-        newest = [latest, *(p for p in newest if p != latest)]
-    for place, path in enumerate(newest):
+    if named:
+        state = load_checkpoint(path)
+    elif resume != "auto" and not checkpoints(run):
+        raise EagleError(
+            f"--resume {path}: no checkpoint there; give a run folder or one of its step-N folders"
+        )
+    else:
+        state = _newest_readable(run)
+    if state is not None and _same(run, output):
+        for later in checkpoints(run):
+            if step_of(later) > step_of(state.path):
+                _set_aside(later, "left", f"the run goes on from {state.path.name}")
+    return state
+
+
+def _newest_readable(run: Path) -> TrainState | None:
+    found = checkpoints(run)[::-1]
+    for path in found:
         try:
             return load_checkpoint(path)
-        except EagleError:
-            if place + 1 == len(newest):
-                raise
+        except EagleError as error:
+            _set_aside(path, "damaged", str(error))
+    if found:
+        raise EagleError(
+            f"no checkpoint of {run} can be read; start a new run with another --output"
+        )
     return None
+
+
+def _set_aside(path: Path, word: str, why: str) -> None:
+    """Rename a checkpoint so that nothing takes it for one of the run's."""
+    aside = path.with_name(f"{word}-{path.name}")
+    shutil.rmtree(aside, ignore_errors=True)
+    os.rename(path, aside)
+    logger.warning("%s; %s is now %s", why, path.name, aside)
+
+
+def _same(a: Path, b: Path) -> bool:
+    return a.expanduser().resolve() == b.expanduser().resolve()
 
 
 def prune(output: Path, keep: int) -> None:
@@ -161,15 +212,43 @@ def prune(output: Path, keep: int) -> None:
     safe = {pointed(output, "best"), pointed(output, "latest")}
     for path in checkpoints(output)[:-keep]:
         if path not in safe:
-            shutil.rmtree(path, ignore_errors=True)
+            going = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+            os.rename(path, going)  # a kill leaves no half of a checkpoint under its name
+            shutil.rmtree(going, ignore_errors=True)
+
+
+@contextmanager
+def full_disk_told(output: Path) -> Iterator[None]:
+    """A disk that takes no more becomes one line with the remedy."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        named = re.search(r"os error (\d+)", str(error))  # how safetensors passes one on
+        number = int(named[1]) if named else getattr(error, "errno", None)
+        if number not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        raise EagleError(
+            f"cannot write to {output}: {os.strerror(number)}; the checkpoints there are whole: free some space "
+            "and continue with --resume"
+        ) from error
+
+
+def _digest(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def rng_state() -> tuple[dict[str, torch.Tensor], dict]:
-    """Generator states of torch, numpy and python: tensors, and the rest as JSON."""
+    """Generator states of torch, its CUDA devices, numpy and python: tensors, and the rest as JSON."""
     kind, keys, pos, has_gauss, cached = np.random.get_state()
     version, internal, gauss = random.getstate()
     tensors = {"torch": torch.get_rng_state(), "numpy": torch.from_numpy(keys.astype(np.int64))}
     tensors["python"] = torch.tensor(internal, dtype=torch.int64)
+    if torch.cuda.is_available():
+        tensors["cuda"] = torch.cuda.get_rng_state()
     return tensors, {
         "numpy": [kind, int(pos), int(has_gauss), float(cached)],
         "python": [version, gauss],
@@ -178,6 +257,8 @@ def rng_state() -> tuple[dict[str, torch.Tensor], dict]:
 
 def set_rng_state(tensors: dict[str, torch.Tensor], rest: dict) -> None:
     torch.set_rng_state(tensors["torch"])
+    if "cuda" in tensors and torch.cuda.is_available():
+        torch.cuda.set_rng_state(tensors["cuda"])
     kind, pos, has_gauss, cached = rest["numpy"]
     np.random.set_state((kind, tensors["numpy"].numpy().astype(np.uint32), pos, has_gauss, cached))
     version, gauss = rest["python"]

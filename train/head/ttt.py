@@ -5,25 +5,31 @@ t), is paired with token t+1+i at rotary position t+i, and is taught the target'
 t+2+i, which the target gives at position t+1+i. It counts when token t+2+i is supervised.
 
 A position of step i > 0 sees the keys of step 0 up to t and its own keys of steps 1 … i: nothing of any
-other position. So only positions that some step supervises are unrolled beyond step 0.
+other position. So only positions that some step supervises are unrolled, and called chains; at step 0 the
+others give keys and values and nothing else. Everything is packed: rows lie end to end, padding is left out.
 
-B rows, T tokens (padding on the right), M unrolled positions a row, U supervised targets, S steps,
+B rows, T tokens (padding on the right), C chains and N key tokens of all rows, U supervised targets, S steps,
 H hidden, D draft vocabulary, V target vocabulary.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers.models.llama.modeling_llama import rotate_half
 
 from configs.schema import LossConfig
 from eagle.head import Eagle3Head
-from eagle.target import Target
-from train.head.losses import token_losses
+from kernels.draft_loss import Objective, draft_loss
+from train.head.attention import BLOCK, Block, UnrolledAttention
+from train.head.losses import depth_weights, objective_of
 from train.head.metrics import COLUMNS
+from train.head.teacher import Teacher
 
 
 @dataclass(frozen=True)
@@ -31,185 +37,194 @@ class Plan:
     """Which positions are taught what, from the loss mask alone.
 
     rows, sources [U]: target u is the distribution that the target model gives at (row, source), for the
-    supervised token after it. positions [B, M]: the unrolled positions, padded with 0. slots [B, T]: where
-    a position stands in `positions`. counts [S]: targets that step i has.
+    supervised token after it. chain_rows, positions [C]: the chains, row by row, ascending. key_rows,
+    key_positions [N]: the tokens up to each row's last chain; chain_keys [C]: the chains among them. places
+    [S, U]: the chain that is taught target u at step i; taught [S, U] bool: there is one. weights [B] fp32:
+    how much a row's targets count. counts [S]: targets that step i has, each counted by its row's weight.
+    blocks: the chains as attention takes them.
     """
 
     rows: torch.Tensor
     sources: torch.Tensor
+    chain_rows: torch.Tensor
     positions: torch.Tensor
-    slots: torch.Tensor
+    key_rows: torch.Tensor
+    key_positions: torch.Tensor
+    chain_keys: torch.Tensor
+    places: torch.Tensor
+    taught: torch.Tensor
+    weights: torch.Tensor
     counts: torch.Tensor
+    blocks: list[Block]
 
     def to(self, device: torch.device) -> Plan:
-        return Plan(**{name: value.to(device) for name, value in vars(self).items()})
+        moved = {k: v.to(device) for k, v in vars(self).items() if isinstance(v, torch.Tensor)}
+        return Plan(**moved, blocks=self.blocks)
 
 
-def plan_unroll(loss_mask: torch.Tensor, steps: int) -> Plan:
-    """loss_mask [B, T] bool -> Plan. Token 0 and 1 of a row cannot be drafted: nothing lies before."""
+def plan_unroll(loss_mask: torch.Tensor, steps: int, weights: torch.Tensor | None = None) -> Plan:
+    """loss_mask [B, T] bool -> Plan; weights [B], 1 by default. Token 0 and 1 of a row cannot be drafted:
+    nothing lies before."""
     B, T = loss_mask.shape
     supervised = loss_mask.bool().clone()
     supervised[:, :2] = False
     rows, tokens = supervised.nonzero(as_tuple=True)
     sources = tokens - 1
-    counts = torch.stack([(sources >= 1 + i).sum() for i in range(steps)])
-    needed = torch.zeros_like(supervised)  # position t: some step i supervises token t + 2 + i
-    for i in range(steps):
-        if T > 2 + i:
-            needed[:, : T - 2 - i] |= supervised[:, 2 + i :]
-    width = max(1, int(needed.sum(1).max()))
-    order = torch.argsort(~needed, dim=1, stable=True)[
-        :, :width
-    ]  # needed positions first, ascending
-    real = torch.arange(width) < needed.sum(1, keepdim=True)
-    slots = (needed.cumsum(1) - 1).clamp_min(0)
-    return Plan(rows, sources, order.masked_fill(~real, 0), slots, counts)
+    weights = torch.ones(B) if weights is None else weights.float()
+    chain = torch.zeros_like(supervised)  # position t: some step i supervises token t + 2 + i
+    for i in range(min(steps, T - 2)):
+        chain[:, : T - 2 - i] |= supervised[:, 2 + i :]
+    if not chain.any():
+        chain[0, 0] = True  # taught nothing; no pass of the head is empty
+    chain_rows, positions = chain.nonzero(as_tuple=True)
+    number = (chain.flatten().cumsum(0) - 1).view(B, T)
+    starts = sources - 1 - torch.arange(steps)[:, None]  # [S, U]
+    taught = starts >= 0
+    places = torch.where(taught, number[rows, starts.clamp_min(0)], 0)
+    reach = (chain * torch.arange(1, T + 1)).amax(1)  # [B] tokens up to the last chain
+    key_rows, key_positions = (torch.arange(T) < reach[:, None]).nonzero(as_tuple=True)
+    first_keys = reach.cumsum(0) - reach
+    return Plan(
+        rows, sources, chain_rows, positions, key_rows, key_positions,
+        first_keys[chain_rows] + positions, places, taught, weights, (taught * weights[rows]).sum(1),
+        _blocks(chain.sum(1).tolist(), first_keys.tolist(), positions.tolist()),
+    )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Teacher:
-    """p [U, D]: the target's distribution within the draft vocabulary. best [U]: its argmax in all of V.
-    known [U] bool: the argmax is in the draft vocabulary; other targets teach nothing (as upstream)."""
-
-    p: torch.Tensor
-    best: torch.Tensor
-    known: torch.Tensor
-
-
-@torch.no_grad()
-def teach(
-    target: Target, hidden: torch.Tensor, plan: Plan, draft_ids: torch.Tensor, in_draft: torch.Tensor,
-    block: int = 2048,
-) -> Teacher:  # fmt: skip
-    """hidden [B, T, H] (the target's, after its final norm) -> Teacher; V-wide logits only block by block."""
-    chosen = hidden[plan.rows, plan.sources]  # [U, H]
-    p, best = [], []
-    for part in chosen.split(block):
-        logits = target.head_logits(part)
-        best.append(logits.argmax(-1))
-        p.append(F.softmax(logits[:, draft_ids].float(), dim=-1))
-    if not p:
-        empty = torch.zeros(0, dtype=torch.int64, device=hidden.device)
-        return Teacher(torch.zeros(0, len(draft_ids), device=hidden.device), empty, empty.bool())
-    best_ids = torch.cat(best)
-    return Teacher(torch.cat(p), best_ids, in_draft[best_ids])
+def _blocks(chains: list[int], first_keys: list[int], positions: list[int]) -> list[Block]:
+    """chains, first_keys: of each row."""
+    blocks, start = [], 0
+    for count, key in zip(chains, first_keys, strict=True):
+        for first in range(start, start + count, BLOCK):
+            stop = min(first + BLOCK, start + count)
+            blocks.append(Block(first, stop, key, positions[stop - 1] + 1))
+        start += count
+    return blocks
 
 
-class UnrolledAttention:
-    """The `attend` of each step. Step 0 is causal; later ones add their own diagonal to step 0's keys."""
+class Projection(nn.Module):
+    """The loss at the head's output layer. A module with a weight of its own name, as ZeRO-3 gathers the
+    weights of a module when it is called."""
 
-    def __init__(self, positions: torch.Tensor, length: int) -> None:
-        later = torch.arange(length, device=positions.device) > positions[..., None]  # [B, M, T]
-        self.hidden_keys = later[:, None, None]
-        self.keys: list[torch.Tensor] = []
-        self.values: list[torch.Tensor] = []
+    def __init__(self, weight: nn.Parameter, objective: Objective) -> None:
+        super().__init__()
+        self.weight, self.objective = weight, objective
 
-    def first(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        """q [B, Hq, T, hd], k and v [B, Hkv, T, hd] -> [B, T, Hq, hd]."""
-        self.keys, self.values = [k], [v]
-        q, k = q.to(v.dtype), k.to(v.dtype)
-        out = F.scaled_dot_product_attention(
-            q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1]
-        )
-        return out.transpose(1, 2)
-
-    def later(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        """q [B, Hq, M, hd], k and v [B, Hkv, M, hd] -> [B, M, Hq, hd]; one softmax over both kinds of key."""
-        self.keys.append(k)
-        self.values.append(v)
-        B, Hq, M, hd = q.shape
-        Hkv = k.shape[1]
-        q = q * hd**-0.5
-        base = q.reshape(B, Hkv, -1, hd) @ self.keys[0].transpose(2, 3)  # [B, Hkv, G*M, T]
-        base = (
-            base.view(B, Hkv, Hq // Hkv, M, -1).float().masked_fill(self.hidden_keys, float("-inf"))
-        )
-        grouped = q.view(B, Hkv, Hq // Hkv, M, hd)
-        own = [
-            (grouped * key[:, :, None]).sum(-1, keepdim=True) for key in self.keys[1:]
-        ]  # [B, Hkv, G, M, 1]
-        weights = torch.cat([base, *[o.float() for o in own]], dim=-1).softmax(-1)
-        T = base.shape[-1]
-        context = weights[..., :T].reshape(B, Hkv, -1, T).to(v.dtype) @ self.values[0]
-        context = context.view(B, Hkv, Hq // Hkv, M, hd)
-        for i, value in enumerate(self.values[1:]):
-            context = context + weights[..., T + i, None] * value[:, :, None]
-        return context.reshape(B, Hq, M, hd).transpose(1, 2).to(v.dtype)
+    def forward(self, hidden: torch.Tensor, teacher: Teacher, importance: torch.Tensor) -> tuple:
+        """hidden [S, U, H], importance [S, U] -> the fields of `DraftLoss`."""
+        found = draft_loss(hidden, self.weight, teacher, importance, self.objective)
+        return found.total, found.loss, found.overlap, found.right, found.known
 
 
 class UnrolledHead(nn.Module):
     """The module that the engine wraps: one micro-batch -> its share of the global loss, and sums."""
 
+    attention = UnrolledAttention
+
     def __init__(
-        self, head: Eagle3Head, steps: int, decay: float, loss: LossConfig, amp: bool
-    ) -> None:
+        self, head: Eagle3Head, steps: int, decay: float, loss: LossConfig, amp: bool,
+        recompute: bool = False,
+    ) -> None:  # fmt: skip
         super().__init__()
         self.head = head
-        self.steps, self.decay, self.loss, self.amp = steps, decay, loss, amp
+        self.projection = Projection(head.lm_head.weight, objective_of(loss))
+        self.steps, self.amp, self.recompute = steps, amp, recompute
+        self.depth_weights = depth_weights(loss, steps, decay)
 
-    def unroll(self, features: torch.Tensor, embeds: torch.Tensor, plan: Plan):
+    def _pass(self, run, *args) -> torch.Tensor:
+        """One pass of the head; with `recompute` only its inputs are kept for the backward pass."""
+        if not (self.recompute and torch.is_grad_enabled()):
+            return run(*args)
+        return checkpoint(run, *args, use_reentrant=False, preserve_rng_state=False)
+
+    def _first(self, features, embeds, plan: Plan, attend) -> torch.Tensor:
+        """Step 0: `Eagle3Head.forward` with keys and values of all N tokens, and the rest of chains alone.
+        features [1, N, 3H], embeds [1, N, H] of the tokens that follow -> [1, C, H]."""
+        head, layer = self.head, self.head.midlayer
+        attention, chains = layer.self_attn, plan.chain_keys
+        hidden = head.fc(features).to(embeds.dtype)
+        x = torch.cat([layer.input_layernorm(embeds), layer.hidden_norm(hidden)], dim=-1)
+        cos, sin = (turn[:, None] for turn in head.rotary(plan.key_positions[None], hidden.dtype))
+
+        def split(states: torch.Tensor) -> torch.Tensor:
+            """[1, n, heads * hd] -> [1, heads, n, hd]."""
+            return states.unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
+
+        q, k = split(attention.q_proj(x[:, chains])), split(attention.k_proj(x))
+        q = q * cos[:, :, chains] + rotate_half(q) * sin[:, :, chains]
+        k = k * cos + rotate_half(k) * sin
+        seen = attend(q, k, split(attention.v_proj(x)))
+        hidden = hidden[:, chains] + attention.o_proj(seen.flatten(2))
+        return hidden + layer.mlp(layer.post_attention_layernorm(hidden))
+
+    def unroll(
+        self, features: torch.Tensor, embeds: torch.Tensor, plan: Plan
+    ) -> Iterator[torch.Tensor]:
         """features [B, T, 3H], embeds [B, T, H] of the row's tokens -> yields, for each step, the pre-norm
-        hidden [B, M, H] at `plan.positions`."""
-        B, T, H = embeds.shape
-        attention = UnrolledAttention(plan.positions, T)
-        dtype = self.head.fc.weight.dtype
-        embeds = embeds.to(dtype)
-        place = torch.arange(T, device=embeds.device).expand(B, T)
-        following = torch.cat(
-            [embeds[:, 1:], embeds[:, -1:]], dim=1
-        )  # the last position has no next token
-        hidden = self.head.fc(features.to(dtype)).to(dtype)
-        hidden = self.head(hidden, following, place, attention.first)
-        hidden = hidden.gather(1, plan.positions[..., None].expand(-1, -1, hidden.shape[-1]))
-        yield hidden
+        hidden [C, H] of the chains."""
+        T, dtype = embeds.shape[1], self.head.fc.weight.dtype
+        attention = self.attention(plan.blocks, plan.positions)
+
+        def following(rows: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+            """Past the row's end there is no token, and nothing that is supervised."""
+            return embeds[rows, positions.clamp_max(T - 1)][None].to(dtype)
+
+        packed = features[plan.key_rows, plan.key_positions][None]
+        hidden = self._pass(
+            self._first, packed if self.amp else packed.to(dtype),
+            following(plan.key_rows, plan.key_positions + 1), plan, partial(attention, 0),
+        )  # fmt: skip
+        yield hidden[0]
         for i in range(1, self.steps):
-            token = (plan.positions + 1 + i).clamp_max(
-                T - 1
-            )  # past the row's end: never supervised
-            following = embeds.gather(1, token[..., None].expand(-1, -1, H))
-            hidden = self.head(hidden, following, plan.positions + i, attention.later)
-            yield hidden
+            token = following(plan.chain_rows, plan.positions + 1 + i)
+            place = plan.positions[None] + i
+            hidden = self._pass(self.head, hidden, token, place, partial(attention, i))
+            yield hidden[0]
 
     def forward(
-        self,
-        features: torch.Tensor,
-        embeds: torch.Tensor,
-        plan: Plan,
-        teacher: Teacher,
+        self, features: torch.Tensor, embeds: torch.Tensor, plan: Plan, teacher: Teacher,
         totals: torch.Tensor,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """totals [S]: targets of each step in the global batch -> loss, Σ decay^i · Σ loss / totals[i], and
-        sums [S, len(COLUMNS)] for the metrics."""
+    ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+        """totals [S]: `counts` of the global batch -> loss, Σ depth weight · Σ weight · loss / totals[i], and
+        sums [B, S, len(COLUMNS)] of each row for the metrics, unweighted."""
         with torch.autocast(embeds.device.type, torch.bfloat16, enabled=self.amp):
-            return self._forward(features, embeds, plan, teacher, totals)
+            hidden = torch.stack(
+                [
+                    self.head.norm(hidden).index_select(0, places)
+                    for hidden, places in zip(
+                        self.unroll(features, embeds, plan), plan.places, strict=True
+                    )
+                ]
+            )  # [S, U, H]
+            if self.amp:
+                hidden = hidden.bfloat16()
+            depths = totals.new_tensor(self.depth_weights) / totals.clamp_min(1e-9)
+            importance = plan.taught * depths[:, None] * plan.weights[plan.rows]
+            total, *found = self.projection(hidden, teacher, importance)
+        return total, row_sums(plan, *found)
 
-    def _forward(self, features, embeds, plan, teacher, totals):
-        shape = plan.positions.shape
-        reached = torch.ones(
-            shape, dtype=torch.bool, device=embeds.device
-        )  # all earlier depths were right
-        supervised = reached.clone()  # and were supervised
-        total, sums = embeds.new_zeros((), dtype=torch.float32), []
-        for i, hidden in enumerate(self.unroll(features, embeds, plan)):
-            chosen = plan.sources >= 1 + i
-            rows, starts = plan.rows[chosen], plan.sources[chosen] - 1 - i
-            slots = plan.slots[rows, starts]
-            logits = self.head.logits(hidden[rows, slots])
-            known = teacher.known[chosen]
-            losses, accepted = token_losses(teacher.p[chosen], logits, self.loss)
-            loss = (losses * known).sum()
-            total = total + self.decay**i * loss / totals[i].clamp_min(1)
-            with torch.no_grad():
-                right = self.head.to_target(logits.argmax(-1)) == teacher.best[chosen]
-                now = torch.zeros(shape, dtype=torch.bool, device=embeds.device)
-                hit = now.clone()
-                now[rows, slots] = True
-                hit[rows, slots] = right
-                supervised &= now
-                asked = (reached & supervised).sum()
-                reached &= hit
-                counted = (loss, chosen.sum(), known.sum(), right.sum(), (accepted * known).sum(),
-                           asked, (reached & supervised).sum())  # fmt: skip
-                sums.append(torch.stack([value.detach().float() for value in counted]))
-        assert len(COLUMNS) == len(counted)
-        return total, torch.stack(sums)
+
+@torch.no_grad()
+def row_sums(
+    plan: Plan, loss: torch.Tensor, overlap: torch.Tensor, right: torch.Tensor, known: torch.Tensor
+) -> torch.Tensor:
+    """loss, overlap, right [S, U], known [U] -> [B, S, len(COLUMNS)] fp32, what the metrics are made of."""
+    S, B, taught = len(plan.taught), len(plan.weights), plan.taught
+    known = known & taught
+    right = right & taught
+    counted = [torch.where(known, loss, 0.0), taught, known, right, torch.where(known, overlap, 0.0)]
+    counted = torch.stack([value.float() for value in counted], -1)  # [S, U, 5]
+    by_row = counted.new_zeros(S, B, counted.shape[-1]).index_add_(1, plan.rows, counted)
+    held = torch.ones_like(plan.positions, dtype=torch.bool)  # all depths so far were taught and right
+    chains = []
+    for places, *both in zip(plan.places, taught, right, strict=True):
+        # other targets stand at place 0 and add nothing
+        now, hit = (held.float().zero_().index_add_(0, places, x.float()) > 0 for x in both)
+        asked = held & now
+        held = asked & hit
+        chains.append(torch.stack([asked, held], -1).float())
+    chains = torch.stack(chains)  # [S, C, 2]
+    by_chain = chains.new_zeros(S, B, 2).index_add_(1, plan.chain_rows, chains)
+    sums = torch.cat([by_row, by_chain], -1).transpose(0, 1)
+    assert sums.shape[-1] == len(COLUMNS)
+    return sums

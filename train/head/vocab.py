@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 
@@ -25,17 +27,37 @@ def choose_draft_vocab(
     ranked = np.argsort(-counts, kind="stable")  # unseen ones come last, lowest id first
     chosen += [int(i) for i in ranked if not taken[i]][: size - len(chosen)]
     ids = np.sort(np.asarray(chosen, dtype=np.int64))
-    report = coverage(counts, ids)
-    report["special_tokens"] = len(set(always) & set(chosen))
-    return torch.from_numpy(ids), report
+    return torch.from_numpy(ids), coverage(counts, ids, always)
 
 
-def coverage(counts: np.ndarray, ids: np.ndarray) -> dict:
-    """How much of the supervised tokens the draft vocabulary can express."""
-    total = int(counts.sum())
-    return {
+def coverage(
+    counts: np.ndarray, ids: np.ndarray, always: Sequence[int] = (), sources: dict | None = None
+) -> dict:
+    """How much of the supervised tokens the draft vocabulary can express. always: the special tokens.
+    sources: [V] counts of each source, by name."""
+    report = {
         "draft_vocab_size": len(ids),
         "vocab_size": len(counts),
         "distinct_supervised": int((counts > 0).sum()),
-        "coverage": float(counts[ids].sum() / total) if total else 0.0,
+        "coverage": _share(counts, ids),
+        "special_tokens": len(set(always) & set(ids.tolist())),
     }
+    if sources:
+        report["coverage_by_source"] = {n: _share(each, ids) for n, each in sources.items()}
+    return report
+
+
+def describe(report: dict) -> str:
+    """`coverage()` in one line."""
+    by_source = report.get("coverage_by_source", {})
+    parts = [f"{name} {share:.2%}" for name, share in by_source.items()]
+    return (
+        f"draft vocabulary: {report['draft_vocab_size']} of {report['vocab_size']} tokens hold "
+        f"{report['coverage']:.2%} of what is supervised"
+        + (f" ({', '.join(parts)})" if parts else "")
+    )
+
+
+def _share(counts: np.ndarray, ids: np.ndarray) -> float:
+    total = int(counts.sum())
+    return float(counts[ids].sum() / total) if total else 0.0

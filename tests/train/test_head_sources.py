@@ -1,0 +1,144 @@
+"""A run on several sources: their shares, loss weights and metrics."""
+
+import json
+
+import pytest
+import torch
+from data_helpers import chat, write_jsonl
+from head_helpers import config, losses_of, rows_of, write_fim
+
+from train.head.metrics import COLUMNS
+from train.head.sources import SourceMetrics, by_source
+from train.main import run
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sources")
+    write_fim(folder / "fim.jsonl", rows=60)
+    write_jsonl(
+        folder / "chat.jsonl", [chat(f"Add {n}?", f"return {n} + value") for n in range(40)]
+    )
+    return folder
+
+
+def mixed(
+    base, files, output, loss_weights=(1.0, 1.0), weights=(1.0, 1.0), data_more=None, **train
+):
+    mixture = [
+        {"format": "fim", "path": str(files / "fim.jsonl"), "loss_weight": loss_weights[0]},
+        {"format": "chat", "path": str(files / "chat.jsonl"), "loss_weight": loss_weights[1]},
+    ]
+    for source, weight in zip(mixture, weights, strict=True):
+        source["weight"] = weight
+    more = {"format": "mixed", "path": None, "mixture": mixture, "cache_dir": str(files / "cache"),
+            **(data_more or {})}  # fmt: skip
+    return config(base, files / "fim.jsonl", output, data_more=more, **train)
+
+
+def test_metrics_and_evaluation_are_told_by_source(base, files, tmp_path):
+    more = {"max_steps": 6, "log_every": 3, "batch_size": 4, "eval": {"num_prompts": 5}}
+    assert run(mixed(base, files, tmp_path / "run", **more), quiet=True) == 0
+    rows = rows_of(tmp_path / "run")
+    assert [row["step"] for row in rows] == [1, 3, 6]
+    last = rows[-1]["sources"]
+    assert last.keys() == {"fim", "chat"}
+    for values in last.values():
+        assert values["loss"] > 0 and len(values["acceptance_by_depth"]) == 3
+        assert (
+            values["targets"] > rows[-1]["targets"] / 8
+        )  # of the three steps since the row before
+    summary = json.loads((tmp_path / "run/summary.json").read_text())
+    assert summary["final"]["sources"].keys() == {"fim", "chat"}
+    assert summary["draft_vocabulary"]["coverage_by_source"].keys() == {"fim", "chat"}
+    evaluation = summary["evaluations"][-1]["sources"]
+    assert evaluation["fim"]["prompts"] + evaluation["chat"]["prompts"] == 5
+    assert {"tau", "acceptance_by_depth"} <= evaluation["chat"].keys()
+
+
+def test_sums_of_sources_add_up(base, files, tmp_path):
+    more = {"max_steps": 4, "log_every": 1, "batch_size": 6}
+    assert run(mixed(base, files, tmp_path / "run", **more), quiet=True) == 0
+    for row in rows_of(tmp_path / "run"):
+        parts = row["sources"].values()
+        assert sum(part["targets"] for part in parts) == row["targets"]
+        low, high = (f(part["loss"] for part in parts) for f in (min, max))
+        assert low <= row["loss"] <= high
+
+
+def test_loss_weights_of_all_sources_alike_change_nothing(base, files, tmp_path):
+    more = {"max_steps": 3, "lr": 1e-4}
+    for name, weights in (("ones", (1, 1)), ("small", (0.01, 0.01))):
+        cfg = mixed(base, files, tmp_path / name, loss_weights=weights, **more)
+        assert run(cfg, quiet=True) == 0
+    norms = [[row["grad_norm"] for row in rows_of(tmp_path / x)] for x in ("ones", "small")]
+    assert norms[0] == pytest.approx(norms[1], rel=1e-4)
+    assert losses_of(tmp_path / "ones") == pytest.approx(losses_of(tmp_path / "small"), rel=1e-5)
+
+
+def test_a_source_of_no_weight_leaves_the_gradient_of_the_other(base, files, tmp_path):
+    """With 1e-6 beside 1 the gradient is that of the other source's rows alone, and so is the loss."""
+    more = {"max_steps": 1, "batch_size": 8}
+    found = {}
+    for name, weights in (("both", (1, 1)), ("fim", (1, 1e-6)), ("chat", (1e-6, 1))):
+        output = tmp_path / name
+        assert run(mixed(base, files, output, loss_weights=weights, **more), quiet=True) == 0
+        [found[name]] = rows_of(output)
+    sources = found["both"]["sources"]
+    for name in ("fim", "chat"):
+        assert found[name]["loss"] == pytest.approx(sources[name]["loss"], rel=1e-3)
+        assert found[name]["sources"][name]["loss"] == pytest.approx(
+            sources[name]["loss"], rel=1e-3
+        )
+        assert found[name]["grad_norm"] != pytest.approx(found["both"]["grad_norm"], rel=1e-2)
+
+
+def test_the_cut_into_micro_batches_leaves_loss_weights_alone(base, files, tmp_path):
+    more = {"max_steps": 3, "lr": 1e-4, "loss_weights": (3.0, 0.5)}
+    whole = mixed(base, files, tmp_path / "whole", batch_size=8, **more)
+    parts = mixed(base, files, tmp_path / "parts", batch_size=2, grad_accum=4, zero=1, **more)
+    assert run(whole, quiet=True) == run(parts, quiet=True) == 0
+    assert losses_of(tmp_path / "whole") == pytest.approx(losses_of(tmp_path / "parts"), rel=1e-5)
+    norms = [[row["grad_norm"] for row in rows_of(tmp_path / x)] for x in ("whole", "parts")]
+    assert norms[0] == pytest.approx(norms[1], rel=1e-4)
+
+
+def test_shares_follow_weights_until_all_are_exhausted(base, files, tmp_path):
+    cfg = mixed(base, files, tmp_path / "run", weights=(3, 1), max_steps=None, epochs=1, log_every=1,
+                batch_size=8, lr=1e-6)  # fmt: skip
+    assert run(cfg, quiet=True) == 0
+    summary = json.loads((tmp_path / "run/summary.json").read_text())
+    fim, chats = 54, 36  # rows that are not held out, about
+    assert (
+        summary["rows_seen"] == pytest.approx(4 * chats, abs=30)
+        and summary["rows_seen"] > 3 * fim / 2
+    )
+
+
+def test_a_mixture_resumes_bit_for_bit(base, files, tmp_path):
+    from safetensors.torch import load_file
+
+    more = {"max_steps": 40, "save_every": 15, "save_total_limit": 9, "log_every": 4}  # epochs pass
+    assert run(mixed(base, files, tmp_path / "whole", **more), quiet=True) == 0
+    more |= {"resume": str(tmp_path / "whole/checkpoints/step-30"), "data_more": {"num_workers": 2}}
+    assert run(mixed(base, files, tmp_path / "cut", **more), quiet=True) == 0
+    one, two = (load_file(tmp_path / x / "head/model.safetensors") for x in ("whole", "cut"))
+    assert all(torch.equal(one[k], two[k]) for k in one)
+    whole = {row["step"]: row["sources"] for row in rows_of(tmp_path / "whole")}
+    for row in rows_of(tmp_path / "cut"):
+        assert row["sources"] == whole[row["step"]]
+
+
+def test_source_metrics_weigh_what_is_minimised_alone():
+    sums = torch.zeros(3, 2, len(COLUMNS))  # rows
+    column = {name: i for i, name in enumerate(COLUMNS)}
+    sums[..., column["targets"]] = 2.0
+    sums[0, :, column["loss"]], sums[1, :, column["loss"]], sums[2, :, column["loss"]] = 2, 4, 10
+    found = by_source(sums, torch.tensor([0, 0, 1]), 2)
+    metrics = SourceMetrics(["a", "b"], [1.0, 3.0], [1.0, 0.5])
+    row = metrics.step(found)
+    assert row["loss_by_depth"] == pytest.approx([(6 + 3 * 10) / (4 + 3 * 2)] * 2)
+    assert row["loss"] == pytest.approx(1.5 * 3.6) and row["targets"] == 6
+    told = metrics.take()
+    assert told["a"]["loss"] == pytest.approx(1.5 * 1.5) and told["b"]["targets"] == 2
+    assert metrics.take() == {}

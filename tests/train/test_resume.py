@@ -1,0 +1,337 @@
+"""A run that is resumed is the run that was never interrupted, whatever interrupted it."""
+
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from head_helpers import config, losses_of, rows_of, tiny_head
+from safetensors.torch import load_file
+
+from eagle.errors import EagleError
+from train.head import loop, setup
+from train.head import state as disk
+from train.head.accumulate import Accumulator
+from train.main import run
+
+ROOT = Path(__file__).parents[2]
+ENV = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+CLOCKS = ("elapsed", "seconds", "tokens_per_second", "steps_per_second")
+
+
+def require_same_files(a: Path, b: Path) -> None:
+    left, right = load_file(a), load_file(b)
+    assert left.keys() == right.keys()
+    different = [k for k in left if not torch.equal(left[k], right[k])]
+    assert not different, different
+
+
+def timeless(value):
+    """Without what a clock says."""
+    if isinstance(value, list):
+        return [timeless(v) for v in value]
+    if isinstance(value, dict):
+        return {k: timeless(v) for k, v in value.items() if k not in CLOCKS}
+    return value
+
+
+def require_same_run(a: Path, b: Path) -> None:
+    """Weights, optimizer, generators, metrics, evaluations and the choice of the best: bit for bit."""
+    require_same_files(a / "head/model.safetensors", b / "head/model.safetensors")
+    last = disk.checkpoints(a)[-1].name
+    for name in ("state.safetensors", "head/model.safetensors"):
+        require_same_files(a / "checkpoints" / last / name, b / "checkpoints" / last / name)
+    assert timeless(rows_of(a)) == timeless(rows_of(b))
+    assert (a / "checkpoints/best").read_text() == (b / "checkpoints/best").read_text()
+    left, right = (json.loads((x / "summary.json").read_text()) for x in (a, b))
+    for key in ("evaluations", "best", "final", "steps", "rows_seen", "warnings"):
+        assert timeless(left[key]) == timeless(right[key]), key
+
+
+@pytest.mark.slow
+def test_ten_kills_at_random_moments_change_nothing(base, data, tmp_path):
+    cfg = config(base, data, tmp_path / "run", max_steps=100, save_every=1, eval_every=10, lr=3e-3,
+                 log_every=3, optimizer="muon", dtype="bf16", batch_size=2,
+                 eval={"num_prompts": 1, "max_new_tokens": 6})  # fmt: skip
+    file = tmp_path / "config.json"
+    file.write_text(cfg.model_dump_json())
+    command = [sys.executable, str(ROOT / "tests/train/killed_runs.py"), str(file), "10", "4"]
+    done = subprocess.run(command, env=ENV, cwd=ROOT, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert len(found["moments"]) == 10 and 0 < max(found["steps"]) < 100
+    require_same_run(tmp_path / "run", tmp_path / "run-killed")
+    assert not list((tmp_path / "run-killed/checkpoints").glob("damaged-*"))
+
+
+def state_at(step: int, seed: int = 0) -> disk.TrainState:
+    head = tiny_head(seed=step)
+    tensors, rest = disk.rng_state()
+    info = {
+        "step": step,
+        "rows_seen": step,
+        "elapsed": 0.0,
+        "evaluations": [],
+        "identity": {},
+        "rng": rest,
+    }
+    weights = {n: p.detach() for n, p in head.named_parameters()}
+    return disk.TrainState(info, weights, {}, tensors, {"draft_ids": head.draft_token_ids()})
+
+
+def save(output: Path, step: int) -> None:
+    disk.save_checkpoint(output, state_at(step), tiny_head(seed=step), {"training": {"step": step}})
+
+
+OPERATIONS = ("fsync", "rename", "replace", "unlink", "rmdir", "mkdir")
+
+
+def killed_at(operation: int, work) -> bool:
+    """Run `work` in a process that is killed before its file operation number `operation`; False when it has
+    fewer."""
+    pid = os.fork()
+    if pid == 0:
+        left = [operation]
+
+        def counted(original):
+            def run(*args, **kwargs):
+                if left[0] == 0:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                left[0] -= 1
+                return original(*args, **kwargs)
+
+            return run
+
+        for name in OPERATIONS:
+            setattr(os, name, counted(getattr(os, name)))
+        try:
+            work()
+        except BaseException:
+            os._exit(1)
+        os._exit(0)
+    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    assert code in (0, -signal.SIGKILL), code
+    return code != 0
+
+
+def test_no_moment_of_saving_leaves_a_checkpoint_that_cannot_be_loaded(tmp_path):
+    """Killed before each file operation of a save in turn: saving, pointing, and removing an old one."""
+    before = tmp_path / "before"
+    for step in (1, 2):
+        save(before, step)
+    moments, reached = 0, set()
+    for again in (3, 2):  # a new checkpoint, and one in the place of an old
+        while True:
+            output = tmp_path / f"run-{again}-{moments}"
+            shutil.copytree(before, output)
+
+            def work(output=output, again=again):
+                save(output, again)
+                disk.prune(output, 2)
+
+            killed = killed_at(moments, work)
+            found = disk.find_checkpoint(output, "auto")
+            assert found.info["step"] in (2, again)
+            assert not list(output.glob("checkpoints/damaged-*"))
+            for path in disk.checkpoints(output):
+                disk.load_checkpoint(path)
+            reached.add(found.info["step"])
+            if not killed:
+                break
+            moments += 1
+        assert moments > 12, "the kills did not reach the save"
+        moments = 0
+    assert reached == {2, 3}
+
+
+@pytest.mark.parametrize("file", ["state.safetensors", "state.json"])
+@pytest.mark.parametrize("damage", ["cut", "flipped", "gone", "other"])
+def test_a_damaged_checkpoint_is_set_aside_and_told(tmp_path, caplog, file, damage):
+    for step in (2, 4):
+        save(tmp_path, step)
+    path = tmp_path / "checkpoints/step-4" / file
+    content = bytearray(path.read_bytes())
+    if damage == "cut":
+        path.write_bytes(content[: len(content) // 2])
+    elif damage == "flipped":
+        content[-9] ^= 0x10
+        path.write_bytes(content)
+    elif damage == "other":
+        path.write_text("{}")
+    else:
+        path.unlink()
+    assert disk.find_checkpoint(tmp_path, "auto").info["step"] == 2
+    if (file, damage) == ("state.json", "gone"):  # written last: it was never a checkpoint
+        return
+    assert "step-4" in caplog.text and "cannot be read" in caplog.text
+    assert (tmp_path / "checkpoints/damaged-step-4").is_dir()
+    assert disk.checkpoints(tmp_path) == [tmp_path / "checkpoints/step-2"]
+
+
+def test_without_any_readable_checkpoint_nothing_is_begun_anew(tmp_path):
+    save(tmp_path, 2)
+    (tmp_path / "checkpoints/step-2/state.safetensors").write_bytes(b"torn")
+    with pytest.raises(EagleError, match="no checkpoint of .* can be read; start a new run"):
+        disk.find_checkpoint(tmp_path, "auto")
+
+
+def test_going_on_from_an_earlier_checkpoint_leaves_the_later_ones(tmp_path, caplog):
+    for step in (2, 4, 6):
+        save(tmp_path, step)
+    found = disk.find_checkpoint(tmp_path, str(tmp_path / "checkpoints/step-2"))
+    assert found.info["step"] == 2
+    assert disk.checkpoints(tmp_path) == [tmp_path / "checkpoints/step-2"]
+    assert {p.name for p in tmp_path.glob("checkpoints/left-*")} == {"left-step-4", "left-step-6"}
+    assert "goes on from step-2" in caplog.text
+    save(tmp_path / "other", 3)
+    disk.find_checkpoint(tmp_path / "new", str(tmp_path / "other/checkpoints/step-3"))
+    assert (tmp_path / "other/checkpoints/step-3").is_dir()  # another run's are left alone
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 3 MB, where this process may mount one."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(folder)]
+    if subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("needs the right to mount a file system")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def require_intact(output: Path) -> int:
+    """Every checkpoint loads, and nothing half-written stays; returns the last step."""
+    assert not list((output / "checkpoints").glob(".step-*"))
+    return [disk.load_checkpoint(path).info["step"] for path in disk.checkpoints(output)][-1]
+
+
+def test_a_full_disk_ends_the_run_and_leaves_the_checkpoints(base, data, small_disk, tmp_path):
+    more = {"max_steps": 90, "save_every": 1, "save_total_limit": 99}
+    with pytest.raises(EagleError, match="No space left.*checkpoints there are whole.*--resume"):
+        run(config(base, data, small_disk / "run", **more), quiet=True)
+    last = require_intact(small_disk / "run")
+    assert 1 <= last < 90
+    for path in disk.checkpoints(small_disk / "run")[:-1]:  # space is made
+        shutil.rmtree(path)
+    more |= {"max_steps": last + 2, "save_total_limit": 1, "resume": "auto"}
+    assert run(config(base, data, small_disk / "run", **more), quiet=True) == 0
+
+
+def test_a_file_that_may_not_grow_is_told(tmp_path):
+    """The quota of a user, here of this process."""
+    save(tmp_path, 1)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+    try:
+        with pytest.raises(EagleError, match="cannot write to .*--resume"):
+            save(tmp_path, 2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert require_intact(tmp_path) == 1
+    assert (tmp_path / "checkpoints/latest").read_text() == "step-1\n"
+
+
+def test_a_disk_without_room_for_one_checkpoint_is_refused_at_once(
+    base, data, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 10, 1000))
+    with pytest.raises(EagleError, match="a checkpoint needs about .* MB"):
+        run(config(base, data, tmp_path / "run"), quiet=True)
+
+
+def test_the_draft_vocabulary_is_the_checkpoint_s(base, data, tmp_path, monkeypatch):
+    """Whatever a later version would choose: a draft id means what it meant."""
+    more = {"max_steps": 4, "save_every": 2, "save_total_limit": 9}
+    assert run(config(base, data, tmp_path / "run", **more), quiet=True) == 0
+    choose = setup.choose_draft_vocab
+    monkeypatch.setattr(
+        setup, "choose_draft_vocab", lambda counts, *rest: choose(counts[::-1].copy(), *rest)
+    )
+    start = str(tmp_path / "run/checkpoints/step-2")
+    assert run(config(base, data, tmp_path / "again", resume=start, **more), quiet=True) == 0
+    require_same_files(
+        tmp_path / "run/head/model.safetensors", tmp_path / "again/head/model.safetensors"
+    )
+
+
+def test_every_generator_goes_on_where_it_was():
+    import random
+
+    import numpy as np
+
+    tensors, rest = disk.rng_state()
+    drawn = [(random.random(), random.gauss(0, 1), np.random.rand(), torch.rand(1).item())]
+    disk.set_rng_state(tensors, json.loads(json.dumps(rest)))
+    drawn.append((random.random(), random.gauss(0, 1), np.random.rand(), torch.rand(1).item()))
+    assert drawn[0] == drawn[1]
+
+
+def test_the_best_checkpoint_is_known_after_a_kill_before_its_pointer(base, data, tmp_path):
+    more = {"max_steps": 4, "save_every": 1, "eval_every": 2, "eval": {"num_prompts": 2}}
+    assert run(config(base, data, tmp_path / "run", **more), quiet=True) == 0
+    best = (tmp_path / "run/checkpoints/best").read_text()
+    (tmp_path / "run/checkpoints/best").unlink()
+    assert run(config(base, data, tmp_path / "run", resume="auto", **more), quiet=True) == 0
+    assert (tmp_path / "run/checkpoints/best").read_text() == best
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_at_the_end_of_the_step(base, data, tmp_path, number, monkeypatch):
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    more = {"max_steps": 5, "eval_every": 2, "eval": {"num_prompts": 1, "max_new_tokens": 4}}
+    assert run(config(base, data, whole, **more), quiet=True) == 0
+    forward = Accumulator._forward
+
+    def and_then(self, *args):
+        if self.step == 3:
+            os.kill(os.getpid(), number)
+        return forward(self, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Accumulator, "_forward", and_then)
+        assert run(config(base, data, cut, **more), quiet=True) == 128 + number
+    assert disk.pointed(cut, "latest").name == "step-3" and not (cut / "summary.json").exists()
+    assert run(config(base, data, cut, resume="auto", **more), quiet=True) == 0
+    require_same_run(whole, cut)
+
+
+def test_a_signal_before_the_first_step_saves_too(base, data, tmp_path, monkeypatch):
+    more = {"max_steps": 2, "eval": {"num_prompts": 1, "max_new_tokens": 4}}
+    evaluate = loop.Trainer._evaluate
+
+    def and_then(self):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return evaluate(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.Trainer, "_evaluate", and_then)
+        assert run(config(base, data, tmp_path / "run", zero=1, **more), quiet=True) == 143
+    assert disk.pointed(tmp_path / "run", "latest").name == "step-0"
+    assert run(config(base, data, tmp_path / "run", resume="auto", **more), quiet=True) == 0
+    assert losses_of(tmp_path / "run") and len(rows_of(tmp_path / "run")) == 2
+
+
+def test_early_stopping_counts_evaluations_and_is_resumed(base, data, tmp_path):
+    more = {"max_steps": 40, "eval_every": 1, "early_stopping_patience": 2, "lr": 1e-12,
+            "eval": {"num_prompts": 1, "max_new_tokens": 4}}  # fmt: skip
+    assert run(config(base, data, tmp_path / "run", **more), quiet=True) == 0
+    summary = json.loads((tmp_path / "run/summary.json").read_text())
+    # the first evaluation is the best, two do not better it
+    assert summary["steps"] == 3 and [e["step"] for e in summary["evaluations"]] == [0, 1, 2, 3]
+    assert run(config(base, data, tmp_path / "run", resume="auto", **more), quiet=True) == 0
+    assert json.loads((tmp_path / "run/summary.json").read_text())["steps"] == 3
+    more |= {"early_stopping_patience": 3, "resume": "auto"}
+    assert run(config(base, data, tmp_path / "run", **more), quiet=True) == 0
+    assert json.loads((tmp_path / "run/summary.json").read_text())["steps"] == 4
+
+
+def test_early_stopping_without_evaluations_is_refused(base, data, tmp_path):
+    with pytest.raises(ValueError, match="set train.eval_every and eval.num_prompts"):
+        config(base, data, tmp_path / "run", early_stopping_patience=2)

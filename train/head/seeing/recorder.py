@@ -1,0 +1,167 @@
+"""The one object that the training loop tells what happened; it shows and keeps it.
+
+    OUTPUT/run.json        what the run was made of, from its start
+    OUTPUT/metrics.jsonl   a row every train.log_every steps
+    OUTPUT/perf.jsonl      a row every train.perf_every steps
+    OUTPUT/events.jsonl    starts, evaluations, warnings
+    OUTPUT/tensorboard/    and what else train.report_to names
+    OUTPUT/profile/        train.profile
+    OUTPUT/report.html     made of the files above when the run ends
+
+Every rank has one; the first rank's writes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+
+from configs.schema import HeadTrainConfig
+from eagle.checkpoint import atomic_write_text
+from train.head.distributed import World
+from train.head.metrics import MetricsLog, Progress
+from train.head.seeing.card import environment
+from train.head.seeing.perf import FlopCount, PerfMeter, memory, peak_flops
+from train.head.seeing.profiler import StepProfiler
+from train.head.seeing.report import write_report
+from train.head.seeing.trackers import Tracker, open_trackers, scalars
+
+
+class Recorder:
+    def __init__(
+        self, cfg: HeadTrainConfig, output: Path, world: World, *, flops: FlopCount, rows_per_step: int,
+        total: int | None, quiet: bool = False,
+    ) -> None:  # fmt: skip
+        """Writes nothing yet. total: steps of the run, None where only the clock ends it."""
+        t = cfg.train
+        self.cfg, self.output, self.world, self.rows = cfg, output, world, rows_per_step
+        self.facts = environment(world.device, world.size)
+        peak = peak_flops(self.facts["device"], t.dtype) if world.device.type == "cuda" else None
+        self.perf = PerfMeter(world.device, flops, t.perf_every, world.size, peak)
+        self.progress = Progress(total, quiet=quiet or not world.first)
+        self.profiler = StepProfiler(output / "profile", t.profile if world.first else 0)
+        self.trackers: dict[str, Tracker] = {}
+        self.at = 0
+
+    @contextlib.contextmanager
+    def running(self, step: int, card: dict) -> Iterator[None]:
+        """The run's time: files and trackers are open, and warnings of `train` and `eagle` loggers are kept.
+        Whatever ends it, trackers are closed and the report is written.
+
+        step: 0, or the one that is resumed; what an earlier process wrote of later ones is dropped. card:
+        what the run is made of; with the environment it becomes run.json.
+        """
+        if not self.world.first:
+            yield
+            return
+        self.at = step
+        self._open(step, card)
+        handler = _Events(self)
+        loggers = [logging.getLogger(name) for name in ("train", "eagle")]
+        for logger in loggers:
+            logger.addHandler(handler)
+        try:
+            yield
+        finally:
+            for logger in loggers:
+                logger.removeHandler(handler)
+            self._close()
+
+    def _open(self, step: int, card: dict) -> None:
+        t, keep_to = self.cfg.train, step or -1
+        text = json.dumps({"environment": self.facts, **card}, indent=2, ensure_ascii=False)
+        atomic_write_text(self.output / "run.json", text + "\n")
+        self.metrics = MetricsLog(self.output / "metrics.jsonl", keep_to)
+        self.perf_rows = MetricsLog(self.output / "perf.jsonl", keep_to)
+        self.events = MetricsLog(self.output / "events.jsonl", keep_to)
+        self._event("start", date=self.facts["date"], processes=self.world.size)
+        config = self.cfg.model_dump(mode="json")
+        self.trackers = open_trackers(t.report_to, self.output, config, step)
+        if t.report_to is None and not self.trackers:
+            self.note("no TensorBoard files: pip install tensorboardX, or set train.report_to=none")
+
+    def _close(self) -> None:
+        self.progress.close()
+        for name in list(self.trackers):
+            self._guarded(name, lambda tracker: tracker.close())
+        self.trackers = {}
+        try:
+            if trace := self.profiler.close():
+                self.note(f"profile: {trace}")
+            self.note(f"report: {write_report(self.output)}")
+        except OSError as error:  # what the run is for is saved: a full disk here does not undo it
+            remedy = f"make space and run python -m train.report {self.output}"
+            self.note(f"no report ({error.strerror or error}); {remedy}")
+
+    # what the loop tells
+
+    def begin(self, step: int) -> None:
+        """Before step number `step`."""
+        self.at = step
+        self.perf.begin(step)
+        self.profiler.before_step()
+
+    def phase(self, name: str):
+        """Time a part of the step."""
+        return self.perf.phase(name)
+
+    def step(self, row: dict, done: float, eta: float, elapsed: float, keep: bool) -> None:
+        """row: the step's metrics, kept in metrics.jsonl if `keep`. done: 0 … 1 of the run. eta and
+        elapsed: seconds."""
+        if trace := self.profiler.after_step():
+            self.note(f"profile of {self.cfg.train.profile} steps: {trace}")
+        perf = self.perf.add(row, self.rows)
+        if not self.world.first:
+            return
+        used, step = memory(self.world.device), row["step"]
+        self.progress.update(step, done, eta, row, used.get("allocated", used.get("resident")))
+        if keep:
+            self.metrics.write({**row, "elapsed": elapsed})
+            self._track(step, scalars(row, "train"))
+        if perf:
+            self.perf_rows.write(perf)
+            self._track(step, scalars(perf, "perf"))
+
+    def evaluation(self, result: dict) -> None:
+        """result: with its `step`, `tau` and `acceptance_by_depth`."""
+        if self.world.first:
+            self._event("evaluation", **result)
+            self._track(result["step"], scalars(result, "heldout"))
+
+    def warn(self, text: str) -> None:
+        """Shown, kept, and part of the report."""
+        self.progress.note(f"warning: {text}")
+        self._event("warning", text=text)
+
+    def note(self, text: str) -> None:
+        self.progress.note(text)
+
+    def _event(self, kind: str, **values) -> None:
+        if self.world.first:
+            self.events.write({"step": self.at, "kind": kind, **values})
+
+    def _track(self, step: int, values: dict[str, float]) -> None:
+        for name in list(self.trackers):
+            self._guarded(name, lambda tracker: tracker.log(step, values))
+
+    def _guarded(self, name: str, call) -> None:
+        try:
+            call(self.trackers[name])
+        except Exception as error:  # networks, quotas, disks: any may fail in any library's own way
+            del self.trackers[name]
+            reason = " ".join(str(error).split())[:200]
+            self.warn(f"{name} failed and gets nothing more of this run: {reason}")
+
+
+class _Events(logging.Handler):
+    """Shows what logging itself would have shown: with a handler, it no longer does."""
+
+    def __init__(self, recorder: Recorder) -> None:
+        super().__init__(logging.WARNING)
+        self.recorder = recorder
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.recorder.warn(record.getMessage())

@@ -1,0 +1,113 @@
+"""What the frozen target tells the head: features, final hidden states, and from these its distributions.
+
+Knows the target's passes; knows nothing of the head or of losses.
+
+B rows, T tokens, N real tokens of all rows, U supervised targets, R of a tile, H hidden, F features (3 x hidden),
+D draft vocabulary, V target vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from eagle.attention import TreeContext
+from eagle.cache import StaticKVCache
+from eagle.target import Target
+
+LOGITS = 2**22  # of the target's vocabulary, held at a time on a CPU; 2^26 on a GPU
+
+
+class PackedRows(TreeContext):
+    """A causal pass over whole rows that keeps no keys: padding is not run.
+
+    On a CPU rows attend one by one, each over its own length; elsewhere they are padded for the attention.
+    """
+
+    def __init__(self, target: Target, lengths: list[int], width: int) -> None:
+        rows, device = len(lengths), target.device
+        cache = StaticKVCache(0, rows, 1, width, 1, target.dtype, device)
+        super().__init__(
+            cache, torch.arange(width, device=device).expand(rows, width), counts=lengths
+        )
+        self.lengths = lengths
+
+    def write(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> None:
+        """Nothing comes after these rows."""
+
+    def attend(self, layer, q, k, v, scaling, window=None, softcap=None, sinks=None):
+        if q.is_cuda or not (window is None and softcap is None and sinks is None):
+            return super().attend(layer, q, k, v, scaling, window, softcap, sinks)
+        self.layers_seen += 1
+        groups = q.shape[1] > k.shape[1]
+        rows = zip(*(x.split(self.lengths, dim=2) for x in (q, k, v)), strict=True)
+        out = [
+            F.scaled_dot_product_attention(*row, is_causal=True, scale=scaling, enable_gqa=groups)
+            for row in rows
+        ]
+        return torch.cat(out, dim=2).transpose(1, 2)
+
+
+@torch.no_grad()
+def hidden_and_features(
+    states, ids: torch.Tensor, mask: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`states.hidden_and_features`, by a pass over the real tokens alone where `states` is a target.
+
+    ids [B, T] with padding on the right, mask [B, T] 1 on real tokens -> hidden [B, T, H] (what enters the
+    target's output embedding) and features [B, T, F], zeros on padding.
+    """
+    if not isinstance(states, Target):
+        return states.hidden_and_features(ids, mask)
+    context = PackedRows(states, mask.sum(1).tolist(), ids.shape[1])
+    entered = []
+    output = states.model.get_output_embeddings()
+    # before the target's own hook, which keeps one token so that hardly any logits are made here
+    hook = output.register_forward_pre_hook(
+        lambda module, args: entered.append(args[0]), prepend=True
+    )
+    try:
+        one = torch.zeros(1, dtype=torch.int64, device=ids.device)
+        positions = context.pack(context.positions)
+        _, features = states.run(context.pack(ids), positions, context, keep=one)
+    finally:
+        hook.remove()
+    return context.unpack(entered[0]), context.unpack(features)
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """The target's distributions at U positions, a `kernels.draft_loss.Teacher`: made tile by tile, when asked.
+
+    hidden [U, H]: the target's, after its final norm. draft_ids [D]: target ids of the draft vocabulary.
+    to_draft [V]: draft id of each target id, -1 outside.
+    """
+
+    target: Target
+    hidden: torch.Tensor
+    draft_ids: torch.Tensor
+    to_draft: torch.Tensor
+
+    @torch.no_grad()
+    def __call__(self, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Positions start … stop - 1 -> logits [R, D] over the draft vocabulary, and the draft id [R] of the
+        best token of all V: -1 where the head cannot propose it."""
+        V, cpu = len(self.to_draft), not self.hidden.is_cuda
+        block = max(1, (LOGITS if cpu else 16 * LOGITS) // V)
+        kept, best = [], []
+        for part in self.hidden[start:stop].split(block):
+            logits = self.target.head_logits(part)
+            logits = logits.float() if cpu else logits  # much faster to search and pick from there
+            best.append(logits.argmax(-1))
+            kept.append(logits.index_select(-1, self.draft_ids))
+        return torch.cat(kept), self.to_draft[torch.cat(best)]
+
+
+def teach(target: Target, hidden: torch.Tensor, plan, draft_ids: torch.Tensor) -> Teacher:
+    """hidden [B, T, H] (the target's, after its final norm), a `train.head.ttt.Plan` and draft_ids [D] ->
+    Teacher of the plan's targets."""
+    to_draft = torch.full((target.vocab_size,), -1, dtype=torch.int64, device=draft_ids.device)
+    to_draft[draft_ids] = torch.arange(len(draft_ids), device=draft_ids.device)
+    return Teacher(target, hidden[plan.rows, plan.sources], draft_ids, to_draft)

@@ -1,0 +1,1 @@
+"""Before training: features of the target, answers of the target. `python -m train.prepare`."""
