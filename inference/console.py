@@ -8,10 +8,15 @@ import sys
 COMMANDS = {
     "generate": ("inference.generate", "generate from a prompt or a file"),
     "bench": ("inference.bench", "measure against stock generate and the plain engine"),
+    "evaluate": ("inference.evaluate", "pass@k of programs, metrics of tasks and texts"),
     "profile": ("inference.profile", "show where a cycle spends its time"),
     "demo": ("inference.demo", "train a head for minutes and benchmark the shipped one"),
     "train": ("train.main", "train a draft head"),
     "inspect": ("train.inspect", "show training samples with the supervised tokens coloured"),
+    "doctor": ("train.doctor", "check the installation, devices, a target and data"),
+    "prepare": ("train.prepare", "write features or answers of the target before training"),
+    "report": ("train.report", "write the page of a training run again"),
+    "ablation": ("train.ablation", "train heads that differ in one thing, and compare them"),
     "embedded": ("train.embedded", "rebuild the embedded model and its data"),
 }
 

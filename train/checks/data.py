@@ -220,12 +220,9 @@ def vocabulary(found: list[Sample], subject: Subject, cfg: HeadTrainConfig) -> I
             halves[index % 2] += np.bincount(ids[ids < V], minlength=V)
     counts = halves[0] + halves[1]
     if subject.head is not None:
-        ids, what, remedy = (
-            subject.head.draft_token_ids().numpy(),
-            "the head's",
-            "train a head on data like this",
-        )
+        ids, remedy = subject.head.draft_token_ids().numpy(), "train a head on data like this"
         share = coverage(counts, ids)["coverage"]
+        text = f"the head's {len(ids)} of {V} tokens hold {share:.1%} of the answers' tokens"
     else:
         always = special_ids(subject.tokenizer, V)
         if len(always) > D:
@@ -235,11 +232,12 @@ def vocabulary(found: list[Sample], subject: Subject, cfg: HeadTrainConfig) -> I
                 "raise it",
             )
             return
-        ids = choose_draft_vocab(halves[0], always, D)[0].numpy()
-        what, remedy = "one chosen on half of the rows,", "raise model.draft_vocab_size"
+        ids, remedy = (
+            choose_draft_vocab(halves[0], always, D)[0].numpy(),
+            "raise model.draft_vocab_size",
+        )
         share = coverage(halves[1] if halves[1].any() else counts, ids)["coverage"]
-    where = "the answers' tokens" if subject.head is not None else "the other half's answers"
-    text = f"{what} {len(ids)} of {V} tokens, holds {share:.1%} of {where}"
+        text = f"{D} of {V} tokens, chosen on half of the rows, hold {share:.1%} of the others' answers"
     if share < 0.5:
         yield problem("draft vocabulary", text, remedy)
     elif share < 0.95:

@@ -29,6 +29,7 @@ PYTHON = ((3, 10), (3, 13))
 EXTRAS = {
     "finetune": "QLoRA and 4-bit targets",
     "plots": "plots of benchmarks",
+    "eval": "text metrics of inference.evaluate",
     "wandb": "train.report_to=wandb",
     "trackio": "train.report_to=trackio",
 }

@@ -1,0 +1,186 @@
+"""Completions of problems: what is asked for, what is kept of it, and files of them, ours and upstream's.
+
+Knows prompts, seeds and files; what runs the model is in generating.py.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from eagle.errors import EagleError
+from inference.generate import write_text
+
+from . import journal
+from .problems import Problem, ProblemSet, cut, fenced, some
+
+TOO_LONG = "prompt_too_long"
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How completions are drawn. engine: "eagle" drafts, "vanilla" does not. chat: through the chat template."""
+
+    engine: str = "eagle"
+    temperature: float = 0.2
+    top_p: float = 0.95
+    top_k: int = 0
+    min_p: float = 0.0
+    max_new_tokens: int = 512
+    seed: int = 0
+    tree: str | None = None
+    compile: str = "auto"
+    chat: bool = False
+
+
+@dataclass
+class Sample:
+    """One completion. finish_reason: the engine's, or TOO_LONG; None where a file does not tell. cycles:
+    verifications. chat: the answer of a chat, with the program in a fenced block."""
+
+    task_id: str
+    sample: int
+    output: str
+    seed: int | None = None
+    new_tokens: int | None = None
+    cycles: int | None = None
+    finish_reason: str | None = None
+    key: str | None = None
+    chat: bool | None = None
+
+
+def sample_seed(seed: int, task_id: str, sample: int) -> int:
+    """The seed of one completion: of nothing else in the run, so that neither order, batch nor the other problems
+    change it. 0 … 2^63 - 1."""
+    digest = hashlib.sha256(f"{seed}/{task_id}/{sample}".encode("utf-8", "surrogatepass")).digest()
+    return int.from_bytes(digest[:8]) >> 1
+
+
+def sample_key(settings: str, ids: Sequence[int], stops: Sequence[str], seed: int) -> str:
+    """The fingerprint under which a completion is kept: model, head, adapter and sampling (`settings`), prompt,
+    seed."""
+    text = json.dumps([settings, list(ids), list(stops), seed])
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+@dataclass
+class Generations:
+    """Completions read from a file. settings: of our journals; sessions: what was timed."""
+
+    samples: list[Sample]
+    settings: dict | None = None
+    sessions: list[dict] | None = None
+
+    def by_task(self) -> dict[str, list[Sample]]:
+        found: dict[str, list[Sample]] = {}
+        for sample in sorted(self.samples, key=lambda s: s.sample):
+            found.setdefault(sample.task_id, []).append(sample)
+        return found
+
+    def speed(self) -> dict:
+        """new_tokens, cycles and tau of all completions; seconds and the two rates of the sessions that ran to
+        their end, None where none did."""
+        tokens = sum(s.new_tokens or 0 for s in self.samples)
+        cycles = sum(s.cycles or 0 for s in self.samples)
+        gained = sum(s.new_tokens - 1 for s in self.samples if s.cycles)
+        seconds = sum(s["seconds"] for s in self.sessions or [])
+        timed = {
+            name: sum(s[name] for s in self.sessions or []) for name in ("samples", "new_tokens")
+        }
+        return {
+            "samples": len(self.samples), "new_tokens": tokens, "cycles": cycles,
+            "tau": round(gained / cycles, 3) if cycles else None, "seconds": round(seconds, 3),
+            "timed_samples": timed["samples"],
+            "tokens_per_second": round(timed["new_tokens"] / seconds, 2) if seconds else None,
+            "samples_per_second": round(timed["samples"] / seconds, 3) if seconds else None,
+        }  # fmt: skip
+
+
+def from_records(records: list[dict], where: str) -> Generations:
+    """The lines of one of our journals."""
+    samples, settings, sessions = [], None, []
+    fields = Sample.__dataclass_fields__.keys()
+    for record in records:
+        if "settings" in record:
+            settings = record["settings"]
+        elif "session" in record:
+            sessions.append(record["session"])
+        elif {"task_id", "sample", "output"} <= record.keys():
+            samples.append(Sample(**{k: v for k, v in record.items() if k in fields}))
+        else:
+            raise EagleError(
+                f"{where} holds {some(list(record))}: that is no journal of completions"
+            )
+    return Generations(samples, settings, sessions)
+
+
+def read_generations(path: str | Path, problems: ProblemSet) -> Generations:
+    """A journal of ours (.jsonl), or upstream's [{"task_id", "prompt", "output": [...]}] (.json).
+
+    Raises EagleError for completions of problems that `problems` does not have, for duplicates and bad rows.
+    """
+    path = Path(path)
+    if path.suffix == ".jsonl":
+        found = from_records(journal.read(path), str(path))
+    else:
+        found = Generations(read_upstream(path))
+    if not found.samples:
+        raise EagleError(f"{path} holds no completions; run the generate stage first")
+    unknown = sorted({s.task_id for s in found.samples} - problems.by_id.keys())
+    if unknown:
+        raise EagleError(
+            f"{path} has completions of {len(unknown)} tasks that {problems.name} does not have: {some(unknown)}; "
+            "give the data they were generated from, unfiltered"
+        )
+    seen = set()
+    for sample in found.samples:
+        if (sample.task_id, sample.sample) in seen:
+            raise EagleError(
+                f"{path} has completion {sample.sample} of task {sample.task_id} twice; each needs its own number"
+            )
+        seen.add((sample.task_id, sample.sample))
+    return found
+
+
+def read_upstream(path: Path) -> list[Sample]:
+    try:
+        rows = json.loads(path.read_text("utf-8"))
+    except OSError as error:
+        raise EagleError(f"cannot read {path}: {error.strerror}") from error
+    except ValueError as error:
+        raise EagleError(f"{path} is not JSON ({error}); restore the file") from error
+    if not isinstance(rows, list):
+        raise EagleError(f'{path} must hold a list of {{"task_id", "prompt", "output"}}')
+    samples, seen = [], set()
+    for number, row in enumerate(rows):
+        outputs = row.get("output") if isinstance(row, dict) else None
+        task = row.get("task_id") if isinstance(row, dict) else None
+        if (
+            task is None
+            or not isinstance(outputs, list)
+            or not all(isinstance(o, str) for o in outputs)
+        ):
+            raise EagleError(f"{path}[{number}] needs a task_id and output, a list of texts")
+        if str(task) in seen:
+            raise EagleError(f"{path} has task {task} twice; put its completions into one list")
+        seen.add(str(task))
+        samples += [Sample(str(task), i, output) for i, output in enumerate(outputs)]
+    return samples
+
+
+def write_upstream(path: str | Path, problems: Sequence[Problem], found: Generations) -> None:
+    """[{"task_id", "prompt", "output": [...]}], of the problems that have completions; a number as id stays a number."""
+    by_task = found.by_task()
+    rows = [
+        {"task_id": int(p.task_id) if p.task_id.isdigit() else p.task_id, "prompt": p.prompt,
+         "output": [fenced(s.output) if s.chat else cut(s.output, p.stops) for s in by_task[p.task_id]]}
+        for p in problems if p.task_id in by_task
+    ]  # fmt: skip
+    write_text(Path(path), json.dumps(rows, indent=1) + "\n")
+
+
+def to_record(sample: Sample) -> dict:
+    return {k: v for k, v in asdict(sample).items() if v is not None}

@@ -1,0 +1,94 @@
+"""How near texts are to their references, how much they repeat themselves, and how a model likes them.
+
+ROUGE-L and perplexity are torchmetrics', chrF is sacrebleu's. Knows texts and, for perplexity, a target; knows nothing
+of files.
+
+T tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+
+from eagle.errors import EagleError
+
+HINT = "these metrics need torchmetrics and sacrebleu: pip install 'eagle-heads[eval]'"
+WORD = re.compile(r"\w+|[^\w\s]")
+NGRAMS = (1, 2, 3, 4)
+
+
+def words(text: str) -> list[str]:
+    """Words and marks, in any script; code comes out as its tokens."""
+    return WORD.findall(text)
+
+
+def with_references(predictions: Sequence[str], references: Sequence[str]) -> dict[str, float]:
+    """rouge_l (F1, mean over texts, cased), chrf (chrF++ of the corpus: letters up to 6, words up to 2), and
+    exact_match (spaces at the ends aside); all in [0, 1]."""
+    try:
+        from sacrebleu.metrics import CHRF
+        from torchmetrics.functional.text.rouge import rouge_score
+    except ImportError as error:
+        raise EagleError(HINT) from error
+    if len(predictions) != len(references) or not predictions:
+        raise EagleError(
+            f"{len(predictions)} texts and {len(references)} references; give one reference a text"
+        )
+    rouge = rouge_score(
+        list(predictions), list(references), rouge_keys="rougeL", normalizer=str, tokenizer=words
+    )
+    same = [a.strip() == b.strip() for a, b in zip(predictions, references, strict=True)]
+    return {
+        "rouge_l": float(rouge["rougeL_fmeasure"]),
+        "chrf": CHRF(word_order=2).corpus_score(list(predictions), [list(references)]).score / 100,
+        "exact_match": sum(same) / len(same),
+    }
+
+
+def repetition(texts: Sequence[str]) -> dict[str, float | None]:
+    """By n: the share of a text's word n-grams that it had before, mean over texts that have any (seq-rep-n of
+    Welleck et al., 2020); None where no text has."""
+    found: dict[str, float | None] = {}
+    for n in NGRAMS:
+        shares = []
+        for text in texts:
+            tokens = words(text)
+            grams = Counter(zip(*(tokens[i:] for i in range(n)), strict=False))
+            if total := sum(grams.values()):
+                shares.append(1 - len(grams) / total)
+        found[str(n)] = sum(shares) / len(shares) if shares else None
+    return found
+
+
+def perplexity(model, texts: Sequence[str], contexts: Sequence[str] | None = None) -> dict:
+    """exp of the mean negative log-likelihood a token, over all texts, each after its context: the stock model's.
+
+    A text that does not fit the model, or has no token to predict, is counted in `skipped` and not scored.
+    """
+    try:
+        from torchmetrics.text import Perplexity
+    except ImportError as error:
+        raise EagleError(HINT) from error
+    import torch
+
+    target = model.target
+    metric = Perplexity().to(target.device)
+    tokens = skipped = 0
+    contexts = contexts or [""] * len(texts)
+    with torch.inference_mode(), target.stock() as stock:
+        for context, text in zip(contexts, texts, strict=True):
+            given = model.tokenizer(context, verbose=False).input_ids if context else []
+            ids = model.tokenizer(text, verbose=False, add_special_tokens=not given).input_ids
+            first = max(len(given), 1)  # a text without context is scored from its second token on
+            both = given + ids
+            if len(both) <= first or len(both) > target.max_positions:
+                skipped += 1
+                continue
+            row = torch.tensor([both], device=target.device)
+            logits = stock(row, use_cache=False).logits[:, first - 1 : -1].float()  # [1, T, V]
+            metric.update(logits, row[:, first:])
+            tokens += len(both) - first
+    value = float(metric.compute()) if tokens else None
+    return {"perplexity": value, "tokens": tokens, "skipped": skipped}

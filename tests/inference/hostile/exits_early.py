@@ -1,0 +1,6 @@
+"""Reports success before it has printed anything."""
+
+import sys
+
+sys.exit(0)
+print(42)

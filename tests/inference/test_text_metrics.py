@@ -1,0 +1,179 @@
+"""Text and task metrics against values worked out by hand."""
+
+import math
+
+import pytest
+
+from eagle.errors import EagleError
+from inference.evaluation.task_metrics import read_answer, task_report
+from inference.evaluation.text_metrics import perplexity, repetition, with_references, words
+
+
+def test_rouge_l_chrf_and_exact_match():
+    found = with_references(["the cat sat", "a b"], ["the cat sat on", " a b\n"])
+    # longest common subsequences 3 of (3, 4) and 2 of (2, 2)
+    assert found["rouge_l"] == pytest.approx((2 * 3 / 7 + 1) / 2)
+    assert found["exact_match"] == 0.5
+    assert 0.5 < found["chrf"] < 1.0
+    assert with_references(["same"], ["same"]) == {"rouge_l": 1.0, "chrf": 1.0, "exact_match": 1.0}
+    assert with_references(["abc"], ["xyz"]) == {"rouge_l": 0.0, "chrf": 0.0, "exact_match": 0.0}
+
+
+def test_rouge_l_sees_other_scripts_marks_and_case():
+    assert with_references(["größer Übel"], ["größer Übel"])["rouge_l"] == 1.0
+    assert with_references(["数 数"], ["数 学"])["rouge_l"] == 0.5
+    assert with_references(["x = 1"], ["x == 1"])["rouge_l"] == pytest.approx(2 * 3 / 7)
+    assert with_references(["True"], ["true"])["rouge_l"] == 0.0
+    assert words("a[i]+=1") == ["a", "[", "i", "]", "+", "=", "1"]
+
+
+def test_lengths_must_agree():
+    for predictions, references in ((["a"], []), ([], [])):
+        with pytest.raises(EagleError, match="one reference a text"):
+            with_references(predictions, references)
+
+
+def test_repetition():
+    found = repetition(["a b a b", "x y", ""])
+    assert found["1"] == pytest.approx((0.5 + 0) / 2)  # the empty text has no words
+    assert found["2"] == pytest.approx((1 / 3 + 0) / 2)
+    assert found["3"] == 0.0 and found["4"] == 0.0
+    assert repetition([""])["1"] is None
+
+
+def test_perplexity_is_that_of_the_models_own_logits(llama, tokenizer_folder):
+    import torch
+    from engine_helpers import VOCAB
+
+    from eagle.model import EaModel
+
+    class Bytes:
+        def __call__(self, text, **_):
+            ids = [ord(c) % VOCAB for c in text]
+            return type("Ids", (), {"input_ids": ids})
+
+    model = EaModel(llama, tokenizer=Bytes())
+    texts, contexts = ["hello", "abcabc"], ["", "say: "]
+    found = perplexity(model, texts, contexts)
+    losses = []
+    for text, context in zip(texts, contexts, strict=True):
+        ids = torch.tensor([[ord(c) % VOCAB for c in context + text]])
+        with llama.stock() as stock:
+            logits = stock(ids).logits.log_softmax(-1)
+        start = max(len(context), 1)
+        losses += [-logits[0, i - 1, ids[0, i]].item() for i in range(start, ids.shape[1])]
+    assert found["tokens"] == len(losses) == 4 + 6 and found["skipped"] == 0
+    assert found["perplexity"] == pytest.approx(math.exp(sum(losses) / len(losses)), rel=1e-4)
+    # nothing to predict, and more than the model's positions: counted, not cut
+    assert perplexity(model, ["x", "y" * 300]) == {"perplexity": None, "tokens": 0, "skipped": 2}
+
+
+def rows(task, kind, pairs, **more):
+    return [
+        read_answer({"task": task, "type": kind, "prediction": p, "label": y, **more})
+        for p, y in pairs
+    ]
+
+
+def test_classification():
+    pairs = [("a", "a"), ("a", "a"), ("b", "a"), ("b", "b"), (None, "b"), ("junk", "a")]
+    entry = task_report(rows("t", "classification", pairs))["tasks"]["t"]
+    assert entry["accuracy"] == pytest.approx(3 / 6) and entry["unanswered"] == 1
+    f1_a, f1_b = 2 * 2 / (2 + 4), 2 * 1 / (2 + 2)  # 2·hits / (predicted + there)
+    assert entry["macro_f1"] == pytest.approx((f1_a + f1_b) / 2)
+    # hits 3 of 6; there (4, 2, 0), predicted (2, 2, 2): (3·6 - 12) / sqrt((36 - 12)(36 - 20))
+    assert entry["mcc"] == pytest.approx(6 / math.sqrt(24 * 16))
+    assert entry["auroc"] is None
+
+
+def test_auroc_of_two_and_of_three_labels():
+    scores = [(0.1, "n"), (0.4, "y"), (0.35, "n"), (0.8, "y"), (0.4, "n")]
+    answers = [
+        read_answer({"task": "t", "type": "classification", "prediction": "n", "label": label,
+                     "scores": {"n": 1 - s, "y": s}}) for s, label in scores
+    ]  # fmt: skip
+    # of 6 pairs 5 are in order and one is a tie
+    assert task_report(answers)["tasks"]["t"]["auroc"] == pytest.approx(5.5 / 6)
+    logits = [
+        ({"a": 5, "b": 1, "c": 2}, "a"),
+        ({"a": 1, "b": 9, "c": 2}, "b"),
+        ({"a": 2, "b": 3, "c": 9}, "c"),
+    ]
+    answers = [
+        read_answer(
+            {"task": "t", "type": "classification", "prediction": "a", "label": label, "scores": s}
+        )
+        for s, label in logits
+    ]
+    assert task_report(answers)["tasks"]["t"]["auroc"] == 1.0
+    answers.append(
+        read_answer(
+            {
+                "task": "t",
+                "type": "classification",
+                "prediction": "a",
+                "label": "a",
+                "scores": {"a": 1},
+            }
+        )
+    )
+    with pytest.raises(EagleError, match="without a score for 'b'"):
+        task_report(answers)
+
+
+def test_regression():
+    pairs = [(1.0, 2.0), (2.0, 4.0), (3, 5.0), (None, 7)]
+    entry = task_report(rows("t", "regression", pairs))["tasks"]["t"]
+    assert entry["mae"] == pytest.approx(5 / 3) and entry["unanswered"] == 1
+    assert entry["spearman"] == pytest.approx(1.0, abs=1e-5)  # the library adds an epsilon
+    assert entry["pearson"] == pytest.approx(3 / math.sqrt(2 * 14 / 3))
+    constant = task_report(rows("t", "regression", [(1, 2), (1, 3)]))
+    assert constant["tasks"]["t"]["spearman"] is None and constant["mean_primary"] is None
+    nothing = task_report(rows("t", "regression", [(None, 2)]))["tasks"]["t"]
+    assert nothing["mae"] is None
+
+
+def test_generation_and_the_mean_over_tasks():
+    answers = rows("write", "generation", [("a b", "a b"), (None, "c")])
+    answers += rows("sort", "classification", [("x", "x"), ("y", "y")])
+    report = task_report(answers)
+    assert report["tasks"]["write"]["rouge_l"] == 0.5 == report["tasks"]["write"]["exact_match"]
+    assert report["tasks"]["sort"]["mcc"] == pytest.approx(1.0)
+    assert report["mean_primary"] == pytest.approx(0.75)
+
+
+def test_a_task_has_one_type_and_a_file_has_rows():
+    mixed = rows("t", "generation", [("a", "a")]) + rows("t", "classification", [("a", "a")])
+    with pytest.raises(EagleError, match="'t' has rows of types"):
+        task_report(mixed)
+    with pytest.raises(EagleError, match="no predictions"):
+        task_report([])
+
+
+@pytest.mark.parametrize(
+    "row, wrong",
+    [
+        ([], "object"),
+        ({"task": "t", "type": "regression", "label": 1}, "prediction"),
+        ({"task": "t", "type": "ranking", "prediction": 1, "label": 1}, "type"),
+        ({"task": "t", "type": "regression", "prediction": "1", "label": 1}, "prediction"),
+        ({"task": "t", "type": "regression", "prediction": 1, "label": float("nan")}, "label"),
+        ({"task": "t", "type": "regression", "prediction": 1, "label": None}, "label"),
+        ({"task": "t", "type": "generation", "prediction": 1, "label": "x"}, "text"),
+        ({"task": "t", "type": "classification", "prediction": "a", "label": "a", "scores": {"b": 1}}, "scores"),
+    ],
+)  # fmt: skip
+def test_rows_that_are_no_answers(row, wrong):
+    with pytest.raises(ValueError, match=wrong):
+        read_answer(row)
+
+
+def test_missing_libraries_are_named(monkeypatch):
+    import sys
+
+    monkeypatch.setitem(sys.modules, "sacrebleu.metrics", None)
+    monkeypatch.setitem(sys.modules, "torchmetrics.functional", None)
+    with pytest.raises(EagleError, match=r"eagle-heads\[eval\]"):
+        with_references(["a"], ["a"])
+    with pytest.raises(EagleError, match=r"eagle-heads\[eval\]"):
+        task_report(rows("t", "regression", [(1, 2)]))
