@@ -196,7 +196,7 @@ class Plan:
         turn = pace.cycles // AGAIN % 8
         near = min(max(best + 1 if turn % 2 else best - 1, 1), len(LADDER) - 1)
         if pace.trying:
-            return best if pace.trying > 2 else near
+            return best if pace.trying > TRIAL // 3 else near
         if pace.cycles % AGAIN < 2:  # two in a row: the first after another is slower
             return PLAIN if turn == 0 else near
         return best
