@@ -13,7 +13,7 @@ pytestmark = [
     ),
 ]
 
-FLOATS = {"scale", "softcap"}
+FLOATS = {"scale", "softcap", "gamma", "smoothing", "least"}
 WORDS = {"bits", "part_token"}
 SINGLES = {
     "part_acc",
@@ -24,8 +24,8 @@ SINGLES = {
     "temperatures",
     "top_ps",
 }
-SINGLES |= {"log_min_ps"}
-LONGS = {"lengths", "positions", "path", "counts", "seeds", "top_ks", "choices"}
+SINGLES |= {"log_min_ps", "importance", "loss_out", "overlap_out"}
+LONGS = {"lengths", "rows", "positions", "path", "counts", "seeds", "top_ks", "choices", "best_out"}
 
 
 def compiled(kernel, dtype, constants, **options):
@@ -42,7 +42,7 @@ def compiled(kernel, dtype, constants, **options):
         for names, pointer in ((WORDS, "*i32"), (SINGLES, "*fp32"), (LONGS, "*i64")):
             if name in names:
                 return pointer
-        if name in ("q", "k_cache", "v_cache", "buffer", "logits", "sinks", "out"):
+        if name in ("q", "k_cache", "v_cache", "buffer", "logits", "teacher", "sinks", "out"):
             return "*" + dtype
         return "i64" if name in ("k_b", "v_b", "stride_l", "stride_s", "stride_b") else "i32"
 
@@ -58,14 +58,14 @@ def compiled(kernel, dtype, constants, **options):
 
 
 ATTENTION = dict(
-    G=4, D=128, WINDOW=False, SOFTCAP=False, PRECISION="tf32", SPLIT=256, SPLITS=16,
+    G=4, D=128, WINDOW=False, SOFTCAP=False, ROWS=False, PRECISION="tf32", SPLIT=256, SPLITS=16,
     BLOCK_R=64, BLOCK_N=1, BLOCK_K=64, BLOCK_D=128,
 )  # fmt: skip
 
 
 @pytest.mark.parametrize("change", [
     {}, dict(WINDOW=True, BLOCK_N=64), dict(SOFTCAP=True), dict(N=1, G=1, W=1, M=1, BLOCK_R=16),
-    dict(D=80), dict(D=256, BLOCK_D=256, BLOCK_K=32),
+    dict(D=80), dict(D=256, BLOCK_D=256, BLOCK_K=32), dict(ROWS=True),
 ], ids=str)  # fmt: skip
 def test_attention(change):
     from kernels.triton_tree_attention import _attend_split
@@ -107,3 +107,11 @@ def test_choose(sample):
     # an approximate logarithm is coarse just below 1, where the largest noise comes from
     assert "lg2.approx" not in noise and ("div.rn.f32" in noise) == sample
     compiled(_settle, "bf16", dict(CUT=sample, CHUNKS=16, BLOCK=4096), num_warps=16)
+
+
+@pytest.mark.parametrize("loss", ["soft_ce", "kl", "reverse_kl", "overlap", "total_variation"])
+def test_draft_loss(loss):
+    from kernels.triton_draft_loss import _row
+
+    constants = dict(LOSS=loss, FOCAL=True, INNER="target_prob", GRAD=True, BLOCK=4096)
+    assert "st.global" in compiled(_row, "bf16", constants, num_warps=8).asm["ptx"]
