@@ -67,8 +67,8 @@ class TreeContext:
         lengths = cache.host_lengths
         self.live = cache.capacity
         if lengths is not None:
-            new = self.counts or [N] * b
-            self.live = self.offset + max(n + m for n, m in zip(lengths, new, strict=True))
+            ends = np.asarray(lengths) + (N if self.counts is None else np.asarray(self.counts))
+            self.live = self.offset + int(ends.max())
         assert self.live <= cache.capacity, f"{self.live} slots do not fit {cache.capacity}"
         self.ragged = lengths is None or min(lengths) != max(lengths) or self.counts is not None
         self._slots: tuple[torch.Tensor, torch.Tensor] | None = None
