@@ -130,7 +130,7 @@ class _Progress:
     outcomes: list[Outcome] = field(default_factory=list)
     done: bool = False
     again: bool = False  # the current test is to run once more, alone
-    retried: bool = False
+    retried: bool = False  # that is its present run
 
     def __post_init__(self) -> None:
         self.done = not self.job.tests
@@ -248,7 +248,7 @@ class Sandbox:
         while True:
             waiting = False
             for worker in self.workers:
-                ask = not (worker.progress or exhausted or waiting or self._wants_alone())
+                ask = not (worker.progress or exhausted or waiting or self._held())
                 if ask:
                     job = next(jobs, _END)
                     exhausted, waiting = job is _END, job is None
@@ -266,15 +266,17 @@ class Sandbox:
             elif exhausted and not any(worker.progress for worker in self.workers):
                 return
 
-    def _wants_alone(self) -> bool:
-        return any(worker.progress and worker.progress.again for worker in self.workers)
+    def _held(self) -> bool:
+        """A test waits to run alone, or does."""
+        jobs = [worker.progress for worker in self.workers if worker.progress]
+        return any(progress.again or progress.retried for progress in jobs)
 
     def _begin(self, worker: Worker) -> None:
         """Start the worker's next test, unless it has none or another's turn alone has come."""
         progress = worker.progress
         if worker.busy or progress is None:
             return
-        if self._wants_alone():
+        if self._held():
             if not progress.again or any(other.busy for other in self.workers):
                 return
             progress.again, progress.retried = False, True

@@ -29,7 +29,7 @@ from inference.sandbox import Job, Limits, Program, Sandbox
 
 NOBODY = 65534
 LIMITS = Limits(
-    cpu_seconds=0.5, wall_seconds=1.5, memory_bytes=256 << 20, output_bytes=1 << 20, file_bytes=4 << 20,
+    cpu_seconds=0.5, wall_seconds=1.5, memory_bytes=96 << 20, output_bytes=1 << 20, file_bytes=4 << 20,
     processes=16,
 )  # fmt: skip
 PLACES = ("/tmp", "/var/tmp", "/dev/shm", "/", "/usr")

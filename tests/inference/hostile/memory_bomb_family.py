@@ -6,5 +6,5 @@ import time
 for _ in range(6):
     if os.fork() == 0:
         break
-kept = bytearray(b"x") * (100 << 20)
+kept = bytearray(b"x") * (60 << 20)
 time.sleep(100)
