@@ -175,7 +175,7 @@ class TrainConfig(Section):
         "process are cut into as few as fit; null = batch_size rows each",
     )
     checkpoint_activations: bool = Field(
-        False, description="compute the head's activations again in backward: less memory, more time"
+        False, description="compute the head's activations again in backward: saves memory"
     )
     compile: bool = Field(False, description="torch.compile the head's layer")
     lr: float = Field(1e-3, gt=0, le=1, description="peak learning rate")
@@ -205,7 +205,7 @@ class TrainConfig(Section):
     early_stopping_patience: int | None = Field(
         None, ge=1, description="evaluations without a better acceptance length that end the run"
     )
-    save_total_limit: int = Field(2, ge=1, description="newest checkpoints kept; the best one stays too")
+    save_total_limit: int = Field(2, ge=1, description="newest checkpoints kept, besides the best")
     resume: str | None = Field(None, description="auto = newest checkpoint in output; or a folder")
 
     @field_validator("betas")

@@ -195,6 +195,16 @@ def test_two_ranks_equal_one(base, data, tmp_path):
         )
 
 
+@pytest.mark.parametrize("zero", [0, 1, 2, 3])
+def test_without_clipping_the_norm_is_still_told(base, data, tmp_path, zero):
+    more = {"max_steps": 2, "lr": 1e-6}
+    for name, clip in (("clipped", 0.1), ("free", 0.0)):
+        cfg = config(base, data, tmp_path / name, zero=zero, grad_clip=clip, **more)
+        assert run(cfg, quiet=True) == 0
+    norms = [[row["grad_norm"] for row in rows_of(tmp_path / x)] for x in ("clipped", "free")]
+    assert norms[0] == pytest.approx(norms[1], rel=1e-3) and min(norms[0]) > 0.1
+
+
 def test_a_time_budget_ends_the_run(base, data, tmp_path):
     cfg = config(base, data, tmp_path / "run", max_steps=None, time_budget_minutes=0.03)
     assert run(cfg, quiet=True) == 0

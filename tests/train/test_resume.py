@@ -177,8 +177,9 @@ def test_a_damaged_checkpoint_is_set_aside_and_told(tmp_path, caplog, file, dama
 def test_without_any_readable_checkpoint_nothing_is_begun_anew(tmp_path):
     save(tmp_path, 2)
     (tmp_path / "checkpoints/step-2/state.safetensors").write_bytes(b"torn")
-    with pytest.raises(EagleError, match="no checkpoint of .* can be read; start a new run"):
-        disk.find_checkpoint(tmp_path, "auto")
+    for _ in range(2):  # and not at the second try either
+        with pytest.raises(EagleError, match="no checkpoint of .* can be read; start a new run"):
+            disk.find_checkpoint(tmp_path, "auto")
 
 
 def test_going_on_from_an_earlier_checkpoint_leaves_the_later_ones(tmp_path, caplog):

@@ -20,13 +20,14 @@ BLOCK = 256  # chains
 
 @dataclass(frozen=True)
 class Block:
-    """Chains start … stop - 1 of one row, whose keys are first … first + n - 1: n is one more than the last
-    chain's position."""
+    """Chains start … stop - 1 of one row, whose keys are first … first + n - 1. n and seen: one more than the
+    last and the first chain's position, so that every chain sees the first `seen` keys and none more than n."""
 
     start: int
     stop: int
     first: int
     n: int
+    seen: int
 
     @property
     def chains(self) -> slice:
@@ -45,7 +46,12 @@ class UnrolledAttention:
 
     def __init__(self, blocks: list[Block], positions: torch.Tensor) -> None:
         """positions [C]: of the chains, in their rows."""
-        self.blocks, self.positions = blocks, positions
+        self.blocks = blocks
+        self.later = [
+            torch.arange(block.seen, block.n, device=positions.device)
+            > positions[block.chains, None]
+            for block in blocks
+        ]
         self.keys: list[torch.Tensor] = []
         self.values: list[torch.Tensor] = []
 
@@ -56,62 +62,73 @@ class UnrolledAttention:
         q, k, v = (x[0].to(v.dtype) for x in (q, k, v))
         self.keys, self.values = [*self.keys[:step], k], [*self.values[:step], v]
         q = q.unflatten(0, (k.shape[0], -1))
-        out = _Attend.apply(self.blocks, self.positions, q, *self.keys, *self.values)
+        out = _Attend.apply(self.blocks, self.later, q, *self.keys, *self.values)
         return out.flatten(0, 1).transpose(0, 1)[None]
 
 
 class _Attend(torch.autograd.Function):
+    """The softmax is taken in two parts: `top` and `total` of a query are the largest score and the sum of
+    exp(score - top), over both kinds of key."""
+
     @staticmethod
-    def forward(ctx, blocks, positions, q, *keys_and_values):
+    def forward(ctx, blocks, later, q, *keys_and_values):
         """q [Hkv, G, C, hd], keys [Hkv, N, hd], own keys [Hkv, C, hd] …, values alike -> [Hkv, G, C, hd]."""
-        saved, dtype = (positions, q, *keys_and_values), q.dtype
+        saved, dtype = (q, *keys_and_values), q.dtype
         with torch.autocast(q.device.type, enabled=False):
             q, (keys, *own_keys), (values, *own_values) = _widened(q, keys_and_values)
-            own_scores = _dots(q, own_keys)
-            own_weights, out = torch.empty_like(own_scores), torch.empty_like(q)
-            for block in blocks:
-                weights, own = _weights(block, positions, q, keys, own_scores)
-                own_weights[:, :, block.chains] = own
+            own = _dots(q, own_keys)  # [Hkv, G, C, i]
+            out = torch.empty_like(q)
+            top, total = own.new_empty(2, *q.shape[:3]).unbind()
+            highest = own.amax(-1) if own_keys else None
+            for block, mask in zip(blocks, later, strict=True):
+                scores = _scores(block, mask, q, keys)  # [Hkv, G, c, n]
+                most = scores.amax(-1)
+                if own_keys:
+                    most = torch.maximum(most, highest[:, :, block.chains])
+                weights = scores.sub_(most[..., None]).exp_()
+                top[:, :, block.chains], total[:, :, block.chains] = most, weights.sum(-1)
                 found = weights.to(q.dtype).flatten(1, 2) @ values[:, block.keys]
                 out[:, :, block.chains] = found.view(*weights.shape[:3], -1)
-            for value, weight in zip(own_values, own_weights.unbind(-1), strict=True):
-                out += weight[..., None] * value[:, None]
-        out = out.to(dtype)
-        ctx.blocks = blocks
-        ctx.save_for_backward(out, *saved)
+            own = own.sub_(top[..., None]).exp_()
+            for value, weight in zip(own_values, own.unbind(-1), strict=True):
+                out += (weight[..., None] * value[:, None]).to(out.dtype)
+            total += own.sum(-1)
+            out = (out / total[..., None]).to(dtype)
+        ctx.blocks, ctx.later = blocks, later
+        ctx.save_for_backward(out, top + total.log(), *saved)
         return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, d_out):
-        out, positions, q, *keys_and_values = ctx.saved_tensors
-        dtype, scale = q.dtype, q.shape[-1] ** -0.5
+        out, log_total, q, *keys_and_values = ctx.saved_tensors
+        dtype, hd = q.dtype, q.shape[-1]
         q, (keys, *own_keys), (values, *own_values) = _widened(q, keys_and_values)
-        d_out, out = d_out.to(q.dtype), out.to(q.dtype)
+        d_out = d_out.to(q.dtype)
         mean = (d_out * out).sum(-1, keepdim=True, dtype=torch.float32)  # [Hkv, G, C, 1]
-        own_scores, d_own = _dots(q, own_keys), _dots(d_out, own_values)
-        own_weights, d_q = torch.empty_like(own_scores), torch.empty_like(q)
+        d_q = torch.empty_like(q)
         # blocks of a row share the keys of step 0
         d_keys, d_values = (torch.zeros_like(x, dtype=torch.float32) for x in (keys, values))
-        for block in ctx.blocks:
-            weights, own_weights[:, :, block.chains] = _weights(
-                block, positions, q, keys, own_scores
-            )
+        for block, mask in zip(ctx.blocks, ctx.later, strict=True):
+            chains, seen = block.chains, block.keys
+            weights = _scores(block, mask, q, keys)
+            weights = weights.sub_(log_total[:, :, chains, None]).exp_()  # [Hkv, G, c, n]
             shape = weights.shape
-            query, d_found = (x[:, :, block.chains].reshape(shape[0], -1, q.shape[-1]) for x in (q, d_out))
-            d_values[:, block.keys] += weights.to(q.dtype).flatten(1, 2).transpose(1, 2) @ d_found
-            d_scores = (d_found @ values[:, block.keys].transpose(1, 2)).view(shape).float()
-            d_scores = d_scores.sub_(mean[:, :, block.chains]).mul_(weights).mul_(scale)
-            d_scores = d_scores.to(q.dtype).flatten(1, 2)
-            d_keys[:, block.keys] += d_scores.transpose(1, 2) @ query
-            d_q[:, :, block.chains] = (d_scores @ keys[:, block.keys]).view(*shape[:3], -1)
-        d_own = (d_own - mean) * own_weights * scale
-        grads_of_keys, grads_of_values = [d_keys], [d_values]
-        for key, weight, d_score in zip(own_keys, own_weights.unbind(-1), d_own.unbind(-1), strict=True):
-            d_q += d_score[..., None] * key[:, None]
-            grads_of_keys.append((d_score[..., None] * q).sum(1))
-            grads_of_values.append((weight[..., None] * d_out).sum(1))
-        grads = (x.to(dtype) for x in (d_q, *grads_of_keys, *grads_of_values))
+            query, d_found = (x[:, :, chains].reshape(shape[0], -1, hd) for x in (q, d_out))
+            d_values[:, seen] += weights.to(q.dtype).flatten(1, 2).transpose(1, 2) @ d_found
+            d_scores = (d_found @ values[:, seen].transpose(1, 2)).view(shape).float()
+            d_scores = d_scores.sub_(mean[:, :, chains]).mul_(weights).to(q.dtype).flatten(1, 2)
+            d_keys[:, seen] += d_scores.transpose(1, 2) @ query
+            d_q[:, :, chains] = (d_scores @ keys[:, seen]).view(*shape[:3], hd)
+        scale = hd**-0.5
+        grads_of_keys, grads_of_values = [d_keys.mul_(scale)], [d_values]
+        weights = (_dots(q, own_keys) - log_total[..., None]).exp_()  # [Hkv, G, C, i]
+        d_own = (_dots(d_out, own_values, 1.0) - mean) * weights
+        for n, key in enumerate(own_keys):
+            d_q += d_own[..., n, None] * key[:, None]
+            grads_of_keys.append((d_own[..., n, None] * q).sum(1).mul_(scale))
+            grads_of_values.append((weights[..., n, None] * d_out).sum(1))
+        grads = (x.to(dtype) for x in (d_q.mul_(scale), *grads_of_keys, *grads_of_values))
         return None, None, *grads
 
 
@@ -124,21 +141,22 @@ def _widened(q: torch.Tensor, keys_and_values) -> tuple[torch.Tensor, list, list
     return q, wide[:half], wide[half:]
 
 
-def _dots(q: torch.Tensor, own: list[torch.Tensor]) -> torch.Tensor:
-    """q [Hkv, G, C, hd], own [Hkv, C, hd] each -> [Hkv, G, C, i] fp32."""
+def _dots(q: torch.Tensor, own: list[torch.Tensor], scale: float | None = None) -> torch.Tensor:
+    """q [Hkv, G, C, hd], own [Hkv, C, hd] each -> [Hkv, G, C, i] fp32, scaled as scores are by default."""
     if not own:
         return q.new_empty(*q.shape[:3], 0, dtype=torch.float32)
-    return torch.stack([(q * x[:, None]).sum(-1, dtype=torch.float32) for x in own], -1)
+    dots = torch.stack([(q * x[:, None]).sum(-1, dtype=torch.float32) for x in own], -1)
+    return dots.mul_(q.shape[-1] ** -0.5 if scale is None else scale)
 
 
-def _weights(
-    block: Block, positions: torch.Tensor, q: torch.Tensor, keys: torch.Tensor, own_scores: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Softmax over both kinds of key -> fp32 weights of step 0's [Hkv, G, c, n] and own [Hkv, G, c, i]."""
+def _scores(
+    block: Block, later: torch.Tensor, q: torch.Tensor, keys: torch.Tensor
+) -> torch.Tensor:
+    """Scaled scores [Hkv, G, c, n] fp32 of a block's chains and keys, -inf for keys behind a chain's position.
+    later [c, n - seen]: those, among the keys that not all chains see."""
     Hkv, G, _, hd = q.shape
     query = q[:, :, block.chains].reshape(Hkv, -1, hd)
-    scores = (query @ keys[:, block.keys].transpose(1, 2)).view(Hkv, G, -1, block.n).float()
-    later = torch.arange(block.n, device=q.device) > positions[block.chains, None]  # [c, n]
-    scores.masked_fill_(later, float("-inf"))
-    both = torch.cat([scores, own_scores[:, :, block.chains]], -1).mul_(hd**-0.5).softmax(-1)
-    return both[..., : block.n], both[..., block.n :]
+    scores = (query @ keys[:, block.keys].transpose(1, 2)).float().mul_(hd**-0.5)
+    scores = scores.view(Hkv, G, -1, block.n)
+    scores[..., block.seen :].masked_fill_(later, float("-inf"))
+    return scores

@@ -182,13 +182,17 @@ def find_checkpoint(output: Path, resume: str) -> TrainState | None:
 
 
 def _newest_readable(run: Path) -> TrainState | None:
-    found = checkpoints(run)[::-1]
-    for path in found:
+    damaged: dict[Path, str] = {}
+    for path in checkpoints(run)[::-1]:
         try:
-            return load_checkpoint(path)
+            state = load_checkpoint(path)
         except EagleError as error:
-            _set_aside(path, "damaged", str(error))
-    if found:
+            damaged[path] = str(error)
+            continue
+        for other, why in damaged.items():
+            _set_aside(other, "damaged", why)
+        return state
+    if damaged:
         raise EagleError(
             f"no checkpoint of {run} can be read; start a new run with another --output"
         )

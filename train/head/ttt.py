@@ -97,7 +97,7 @@ def _blocks(chains: list[int], first_keys: list[int], positions: list[int]) -> l
     for count, key in zip(chains, first_keys, strict=True):
         for first in range(start, start + count, BLOCK):
             stop = min(first + BLOCK, start + count)
-            blocks.append(Block(first, stop, key, positions[stop - 1] + 1))
+            blocks.append(Block(first, stop, key, positions[stop - 1] + 1, positions[first] + 1))
         start += count
     return blocks
 
