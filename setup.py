@@ -34,7 +34,7 @@ setup(
     package_data={
         "eagle.embedded": ["*", "heads/*/*", "data/*"],
         "kernels": ["*.cpp"],
-        "configs": ["presets/*.yaml", "deepspeed/*.json"],
+        "configs": ["presets/*.yaml", "presets/*/*.yaml", "deepspeed/*.json"],
         "inference.evaluation.shipped": ["*.jsonl"],
     },
     install_requires=[
@@ -55,7 +55,7 @@ setup(
     ],
     extras_require={
         "flash": ["flash-attn>=2.8"],
-        "finetune": ["peft>=0.18", "trl>=1.0", "bitsandbytes>=0.48"],
+        "finetune": ["peft>=0.18", "trl>=1.16", "bitsandbytes>=0.48", "torchmetrics>=1.8"],
         "plots": ["matplotlib>=3.8"],
         "eval": ["torchmetrics>=1.8", "sacrebleu>=2.5"],
         "wandb": ["wandb>=0.19"],

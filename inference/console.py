@@ -12,6 +12,7 @@ COMMANDS = {
     "profile": ("inference.profile", "show where a cycle spends its time"),
     "demo": ("inference.demo", "train a head for minutes and benchmark the shipped one"),
     "train": ("train.main", "train a draft head"),
+    "finetune": ("train.finetune", "fine-tune a base model: sft, multitask, dpo, merge"),
     "inspect": ("train.inspect", "show training samples with the supervised tokens coloured"),
     "doctor": ("train.doctor", "check the installation, devices, a target and data"),
     "prepare": ("train.prepare", "write features or answers of the target before training"),

@@ -1,0 +1,197 @@
+"""Fine-tune a base model with a quantized low-rank adapter.
+
+python -m train.finetune sft --data_format instruction --data FILE.jsonl
+python -m train.finetune multitask --config writing_assistant
+python -m train.finetune dpo --adapter RUN --data PREFERENCES.jsonl
+python -m train.finetune merge --adapter RUN --output DIR
+python -m train.finetune pairs --data SCORED.jsonl --output PREFERENCES.jsonl
+python -m train.finetune data --output DIR
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from configs import cli
+from configs.errors import ConfigError
+from configs.finetune_schema import DpoConfig, MergeConfig, MultitaskConfig, SftConfig
+from configs.load import load_config
+
+PRESETS = {"sft": "qlora", "multitask": "writing_assistant", "dpo": "dpo"}
+
+
+def sft(
+    *overrides: str,
+    data_format: str | None = None,
+    base: str | None = None,
+    adapter: str | None = None,
+    data: str | None = None,
+    output: str | None = None,
+    config: str | None = None,
+    resume: bool | str | None = None,
+    local_rank: int | None = None,
+) -> int:
+    """Supervised fine-tuning; without arguments, of the embedded model on the shipped instructions.
+
+    --data_format chat|instruction|fim|mixed|plain|tokenized; --base and --data name the base model and the
+    data file(s); --adapter goes on from an adapter; --config takes a YAML file or a preset; --resume
+    continues the run in --output (or a checkpoint folder). Any setting is an override:
+    train.max_steps=20 model.quantization=none lora.r=32.
+    """
+    flags = {"data.format": data_format, "model.base": base, "model.adapter": adapter, "data.path": data,
+             "train.output": output, "train.resume": resume}  # fmt: skip
+    cfg = load_config(SftConfig, find_preset(config), overrides, flags)
+    return command("sft", cfg, local_rank)
+
+
+def multitask(
+    *overrides: str,
+    base: str | None = None,
+    adapter: str | None = None,
+    data: str | None = None,
+    output: str | None = None,
+    config: str | None = None,
+    resume: bool | str | None = None,
+    local_rank: int | None = None,
+) -> int:
+    """Several tasks in one adapter; without arguments, the five of a scientific-writing assistant.
+
+    The tasks stand in --config, a YAML file or a preset (see docs/finetune.md); other flags as for sft.
+    """
+    flags = {"model.base": base, "model.adapter": adapter, "data.path": data, "train.output": output,
+             "train.resume": resume}  # fmt: skip
+    source = find_preset(config or PRESETS["multitask"])
+    return command("multitask", load_config(MultitaskConfig, source, overrides, flags), local_rank)
+
+
+def dpo(
+    *overrides: str,
+    base: str | None = None,
+    adapter: str | None = None,
+    data: str | None = None,
+    output: str | None = None,
+    config: str | None = None,
+    resume: bool | str | None = None,
+    local_rank: int | None = None,
+) -> int:
+    """Preference optimisation (DPO) from an SFT adapter, which is also the reference.
+
+    --adapter names the SFT adapter or its run; without one the base is the reference. --data holds
+    {prompt, chosen, rejected}, chat pairs, or {query, retrieval_result, chosen, rejected}; without it,
+    pairs are made of the shipped docstrings. Other flags as for sft.
+    """
+    flags = {"model.base": base, "model.adapter": adapter, "data.path": data, "train.output": output,
+             "train.resume": resume}  # fmt: skip
+    return command("dpo", load_config(DpoConfig, find_preset(config), overrides, flags), local_rank)
+
+
+def merge(
+    *overrides: str,
+    adapter: str | None = None,
+    base: str | None = None,
+    output: str | None = None,
+    config: str | None = None,
+) -> int:
+    """Merge an adapter into its base in full precision, and report how far the result differs from it."""
+    flags = {"adapter": adapter, "base": base, "output": output}
+    cfg = load_config(MergeConfig, find_preset(config), overrides, flags)
+    require_libraries()
+    from train.finetune.merge import merge as body
+
+    return body(cfg)
+
+
+def pairs(*, data: str, output: str, margin: float = 0.0, per_prompt: int = 1) -> int:
+    """Preferences out of scored samples: {prompt, samples: [{text, score}]} or a line a sample.
+
+    Of each prompt the best is set against the worst, then the next two, up to --per_prompt pairs; scores
+    that differ by no more than --margin are ties and give none.
+    """
+    from train.finetune.pairs import build
+
+    return build(data, output, margin, per_prompt)
+
+
+def data(*, output: str) -> int:
+    """Write the example data to --output: task records, summaries (chats) and preferences, made of the
+    docstrings that ship with the package, and the same held out."""
+    from train.finetune.assistant import write_all
+
+    counts = write_all(Path(output).expanduser())
+    print("\n".join(f"{count:6d} {output}/{name}" for name, count in counts.items()))
+    return 0
+
+
+def command(method: str, cfg: Any, local_rank: int | None) -> int:
+    """`run`, and the end of the process group."""
+    if local_rank is not None:  # the deepspeed launcher's way
+        os.environ.setdefault("LOCAL_RANK", str(local_rank))
+    try:
+        return run(method, cfg)
+    finally:
+        from train.head.distributed import leave_world
+
+        leave_world()
+
+
+def run(method: str, cfg: Any, quiet: bool = False) -> int:
+    """Train as `cfg` says; returns the exit code."""
+    require_libraries()
+    from importlib import import_module
+
+    from train.finetune.run import execute
+
+    return execute(cfg, method, getattr(import_module(f"train.finetune.{method}"), method), quiet)
+
+
+def require_libraries() -> None:
+    """Import the trainers without their chatter: it is about options that the user cannot set."""
+    import logging
+    import warnings
+
+    import torch
+    from transformers.utils import logging as transformers_logging
+
+    from train.finetune.policy import require_finetune
+
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    os.environ.setdefault("DS_LOG_LEVEL", "error")
+    for name in ("bitsandbytes", "DeepSpeed", "trl", "torch.distributed"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    require_finetune()
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+
+
+def find_preset(config: str | None) -> Path | str | None:
+    """A file, or one of `configs/presets/finetune` by name."""
+    if config is None or Path(config).expanduser().is_file():
+        return config
+    folder = files("configs") / "presets" / "finetune"
+    names = sorted(p.name.removesuffix(".yaml") for p in folder.iterdir())
+    if config not in names:
+        raise ConfigError(
+            f"config {config!r} is neither a file nor a preset (presets: {', '.join(names)})"
+        )
+    return Path(str(folder / f"{config}.yaml"))
+
+
+COMMANDS = {"sft": sft, "multitask": multitask, "dpo": dpo, "merge": merge, "pairs": pairs,
+            "data": data}  # fmt: skip
+
+if __name__ == "__main__":
+    given = sys.argv[1:]
+    if given[:1] and given[0].startswith("--local_rank"):  # the deepspeed launcher puts it first
+        given = [*given[1:], given[0]]
+    if not given or given[0] not in COMMANDS:
+        help_wanted = given[:1] in (["-h"], ["--help"])
+        text = __doc__ if help_wanted else f"error: name a command: {', '.join(COMMANDS)}"
+        print(text, file=sys.stderr)
+        sys.exit(0 if help_wanted else 2)
+    cli.main(COMMANDS[given[0]], given[1:], name=f"python -m train.finetune {given[0]}")

@@ -1,0 +1,154 @@
+"""An adapter on disk: what `train.finetune` writes, and whether it fits a base.
+
+    adapter_config.json, adapter_model.safetensors   peft's layout, fp32, the adapter alone
+    task_heads.safetensors, tasks.json               heads of a multi-task run
+    tokenizer.json, ...                              the tokenizer it was trained with
+    eagle.json                                       what it belongs to and was made of
+    README.md                                        the same for people: the data card
+
+Knows nothing of training.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from eagle.checkpoint import read_json, recover, require_equal, write_json
+from eagle.errors import EagleError
+from train.finetune.policy import ADAPTER
+
+WEIGHTS, CONFIG, RECORD = "adapter_model.safetensors", "adapter_config.json", "eagle.json"
+HEADS, TASKS = "task_heads.safetensors", "tasks.json"
+
+
+def write_adapter(
+    folder: Path,
+    model: nn.Module,
+    state: dict[str, torch.Tensor],
+    tokenizer: Any,
+    record: dict,
+    tasks: list[dict] | None = None,
+) -> None:
+    """Fill `folder` (the caller makes it appear whole). `state`: `trainable_state(model)`."""
+    from peft import get_peft_model_state_dict
+
+    folder.mkdir(parents=True, exist_ok=True)
+    lora = get_peft_model_state_dict(
+        model, state_dict=state, adapter_name=ADAPTER, save_embedding_layers=False
+    )
+    lora = {k: v.contiguous() for k, v in lora.items()}
+    task_heads = getattr(model.get_base_model(), "task_heads", None)
+    heads = {} if task_heads is None else {k: v.cpu() for k, v in task_heads.state_dict().items()}
+    files = {WEIGHTS: lora, HEADS: heads} if heads else {WEIGHTS: lora}
+    for name, tensors in files.items():
+        save_file(tensors, folder / name, metadata={"format": "pt"})
+        require_equal(load_file(folder / name), tensors, folder)
+    config = model.peft_config[ADAPTER]
+    trains, config.inference_mode = config.inference_mode, True
+    config.save_pretrained(str(folder))
+    config.inference_mode = trains
+    if tasks is not None:
+        (folder / TASKS).write_text(json.dumps(tasks, indent=2) + "\n", encoding="utf-8")
+    tokenizer.save_pretrained(str(folder))
+    record = {"kind": "adapter", **record, "fingerprint": fingerprint(lora)}
+    write_json(folder / RECORD, record)
+    (folder / "README.md").write_text(card(record), encoding="utf-8")
+
+
+def load_trainable(model: nn.Module, folder: Path) -> None:
+    """Put an adapter, and the task heads beside it, into a model that has their shapes."""
+    from peft import set_peft_model_state_dict
+
+    found = set_peft_model_state_dict(model, read_tensors(folder / WEIGHTS), adapter_name=ADAPTER)
+    missing = [k for k in found.missing_keys if f".{ADAPTER}." in k and "lora_" in k]
+    if missing or found.unexpected_keys:
+        raise EagleError(
+            f"the adapter {folder} does not fit the model: missing {missing[:3]}, left over "
+            f"{found.unexpected_keys[:3]}; resume with the settings it was trained with"
+        )
+    heads = getattr(model.get_base_model(), "task_heads", None)
+    if heads is not None:
+        heads.load_state_dict(read_tensors(folder / HEADS))
+
+
+def read_tensors(path: Path) -> dict[str, torch.Tensor]:
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise EagleError(f"{path} is missing or damaged ({error}); restore the file") from error
+
+
+def find_adapter(path: str | Path) -> Path:
+    """The folder of an adapter: itself, or `adapter/` of a run."""
+    folder = Path(path).expanduser()
+    recover(folder)
+    for candidate in (folder, folder / "adapter"):
+        if (candidate / CONFIG).exists() and (candidate / WEIGHTS).exists():
+            return candidate
+    raise EagleError(
+        f"no adapter in {str(path)!r}: give a folder with {CONFIG} and {WEIGHTS}, or the run that made it"
+    )
+
+
+def read_record(folder: Path) -> dict:
+    """`eagle.json`, or {} for an adapter of another program, which does not say what it belongs to."""
+    return read_json(folder / RECORD) if (folder / RECORD).exists() else {}
+
+
+def require_base(folder: Path, record: dict, name: str, found: str) -> None:
+    """Refuse an adapter that was trained on other weights than those with fingerprint `found`."""
+    base = record.get("base") or {}
+    expected = base.get("fingerprint")
+    if expected and expected != found:
+        raise EagleError(
+            f"the adapter {folder} was trained on {base.get('id', 'another model')} (weights "
+            f"{expected[:12]}), not on {name} (weights {found[:12]}); give that base"
+        )
+
+
+def fingerprint(tensors: dict[str, torch.Tensor]) -> str:
+    """A hash of an adapter's weights: of names, shapes and every value."""
+    digest = hashlib.sha256()
+    for name, value in sorted(tensors.items()):
+        digest.update(f"{name}{tuple(value.shape)}{value.dtype}".encode())
+        digest.update(value.contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def adapter_bytes(folder: Path) -> int:
+    """Bytes of the weights an adapter folder holds."""
+    return sum((folder / n).stat().st_size for n in (WEIGHTS, HEADS) if (folder / n).exists())
+
+
+def card(record: dict) -> str:
+    """The record as a page: what the adapter belongs to, what it saw, what it reached."""
+    base, data, training = (record.get(k) or {} for k in ("base", "data", "training"))
+    rows = [
+        ("base", f"{base.get('id')} (weights {str(base.get('fingerprint'))[:12]})"),
+        ("quantization while training", record.get("quantization")),
+        ("method", record.get("method")),
+        ("trainable parameters", record.get("trainable_parameters")),
+        *((f"data: {key}", _short(value)) for key, value in data.items()),
+        *((f"training: {key}", _short(value)) for key, value in training.items()),
+    ]
+    lines = [f"| {key} | {value} |" for key, value in rows]
+    head = ["# Adapter", "", "| | |", "|---|---|"]
+    return "\n".join([*head, *lines, ""])
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, list):
+        return ", ".join(map(str, value))
+    if isinstance(value, dict):
+        return ", ".join(f"{k}: {_short(v)}" for k, v in value.items())
+    return str(value)

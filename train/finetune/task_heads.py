@@ -1,0 +1,203 @@
+"""Several tasks through one model: generation through its own output layer, the rest through small heads.
+
+S sequences of a batch, T tokens, H hidden, V vocabulary, N tasks, C classes.
+
+    loss = sum over tasks of  weight * sum of its losses / labels of it in the whole step
+
+The step's labels are counted over micro batches and ranks, so the gradient is that of each task's mean,
+however rows are split; a missing label adds neither to the sum nor to the count.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from configs.finetune_schema import TaskConfig
+
+INPUTS = ("input_ids", "attention_mask", "loss_mask", "targets", "group", "here", "counts")
+
+
+class TaskHeads(nn.Module):
+    """A linear layer in fp32 for each task that predicts, and a log variance for each task.
+
+    center, spread [H]: of the states that the heads read, before training; they see standardised ones.
+    mean, std [N]: of a regression's training labels; its head works on the standardised scale.
+    """
+
+    def __init__(self, tasks: list[TaskConfig], hidden: int, learned: bool) -> None:
+        super().__init__()
+        self.tasks, self.learned = tasks, learned
+        self.heads = nn.ModuleDict()
+        for n, task in enumerate(tasks):
+            if task.type != "generation":
+                # a ranking knows differences only, in which a bias would cancel
+                head = nn.Linear(
+                    hidden, len(task.classes) if task.classes else 1, bias=task.type != "ranking"
+                )
+                for p in head.parameters():  # it begins with the mean, and with classes alike
+                    nn.init.zeros_(p)
+                self.heads[str(n)] = head  # a name may hold a dot, which a module's may not
+        if learned:
+            self.log_variance = nn.Parameter(torch.zeros(len(tasks)))
+        self.register_buffer("center", torch.zeros(hidden))
+        self.register_buffer("spread", torch.ones(hidden))
+        self.register_buffer("mean", torch.zeros(len(tasks)))
+        self.register_buffer("std", torch.ones(len(tasks)))
+        self.register_buffer(
+            "weight", torch.tensor([task.weight for task in tasks]), persistent=False
+        )
+
+    def forward(self, state: torch.Tensor) -> dict[int, torch.Tensor]:
+        """state [S, H] -> outputs [S, C] or [S] by task number."""
+        # a step of Adam moves an output by up to lr * sum |state|: scaled so that wide models do not jump
+        state = (state.float() - self.center) / self.spread * state.shape[-1] ** -0.25
+        with torch.autocast(state.device.type, enabled=False):
+            out = {int(n): head(state) for n, head in self.heads.items()}
+        return {n: o if self.tasks[n].classes else o[:, 0] for n, o in out.items()}
+
+    def combine(self, sums: torch.Tensor, counts: torch.Tensor, here: torch.Tensor) -> torch.Tensor:
+        """sums [N] of losses and labels `here` [N] of a micro batch, `counts` [N] of the step -> its loss.
+
+        Learned weights are those of Kendall et al. (2018): exp(-s) * loss + s / 2.
+        """
+        counts = counts.clamp_min(1)
+        means = sums / counts
+        if self.learned:
+            s = self.log_variance
+            means = torch.exp(-s) * means + 0.5 * s * (here / counts)
+        loss = (self.weight * means).sum()
+        # a task that is absent here still takes part: ranks wait for the gradient of every weight
+        return loss + 0.0 * sum(p.sum() for p in self.parameters())
+
+    def destandardise(self, n: int, output: torch.Tensor) -> torch.Tensor:
+        return output * self.std[n] + self.mean[n]
+
+
+def attach(model: nn.Module, heads: TaskHeads) -> None:
+    """Make the base of a peft model take `task=` batches; without them it is what it was.
+
+    The heads become a part of it, so that they are moved, wrapped and saved together.
+    """
+    base = model.get_base_model()
+    base.task_heads = heads
+    original = base.forward
+
+    @functools.wraps(type(base).forward)  # `generate` reads the signature
+    def forward(*args: Any, task: torch.Tensor | None = None, **kwargs: Any):
+        if task is None:
+            return original(*args, **kwargs)
+        given = {name: kwargs[name] for name in INPUTS if name in kwargs}  # peft adds its own
+        return task_forward(base, original, task=task, **given)
+
+    base.forward = forward
+
+
+def task_forward(
+    base: nn.Module,
+    original: Any,
+    *,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor,
+    loss_mask: torch.Tensor,
+    task: torch.Tensor,
+    targets: torch.Tensor,
+    group: torch.Tensor,
+    here: torch.Tensor,
+    counts: torch.Tensor | None = None,
+) -> dict[str, Any]:
+    """input_ids, attention_mask, loss_mask [S, T]; task [S], -1 for rows of heads; targets [S, N], NaN where
+    missing; group [S], the record of a ranking; here [N] labels of this batch.
+
+    -> {loss, sums [N], outputs {task: [S', ...]}}, S' the rows with task -1, in order.
+    """
+    heads: TaskHeads = base.task_heads
+    sums = torch.zeros(len(heads.tasks), device=input_ids.device)
+    written, read = task >= 0, task < 0
+    outputs: dict[int, torch.Tensor] = {}
+    if written.any():
+        ids, mask = trim(input_ids[written], attention_mask[written])
+        logits = original(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1]
+        supervised = loss_mask[written][:, 1 : ids.shape[1]]
+        nll = F.cross_entropy(logits[supervised].float(), ids[:, 1:][supervised], reduction="none")
+        owner = task[written][:, None].expand_as(supervised)[supervised]
+        sums = sums.index_add(0, owner, nll)
+    if read.any():
+        outputs = heads(last_state(base, input_ids[read], attention_mask[read]))
+        found = [
+            task_loss(heads, n, outputs[n], targets[read][:, n], group[read])
+            if n in outputs
+            else sums.new_zeros(())
+            for n in range(len(heads.tasks))
+        ]
+        sums = sums + torch.stack(found)
+    loss = heads.combine(sums, here if counts is None else counts, here)
+    return {"loss": loss, "sums": sums.detach(), "outputs": outputs}
+
+
+def last_state(base: nn.Module, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """ids, mask [S, T], padded on the right -> the final state of each row's last real token, [S, H]."""
+    ids, mask = trim(ids, mask)
+    hidden = base.get_decoder()(input_ids=ids, attention_mask=mask, use_cache=False)
+    return hidden.last_hidden_state[torch.arange(len(ids), device=ids.device), mask.sum(1) - 1]
+
+
+@torch.no_grad()
+def calibrate(model: nn.Module, batches: list[dict[str, torch.Tensor]]) -> None:
+    """Set `center` and `spread` of the heads from batches of rows that they will read."""
+    base = model.get_base_model()
+    model.eval()
+    states = [last_state(base, b["input_ids"], b["attention_mask"]).float() for b in batches]
+    found = torch.cat(states)
+    base.task_heads.center.copy_(found.mean(0))
+    base.task_heads.spread.copy_(found.std(0, correction=0).clamp_min(1e-3))
+
+
+def task_loss(
+    heads: TaskHeads, n: int, output: torch.Tensor, target: torch.Tensor, group: torch.Tensor
+) -> torch.Tensor:
+    """The sum of a task's losses over the rows that have its label; 0 where none has."""
+    config = heads.tasks[n]
+    present = ~torch.isnan(target)
+    output, target, group = output[present], target[present], group[present]
+    if config.type == "classification":
+        nll = F.cross_entropy(output, target.long(), reduction="none")
+        return (
+            (nll * (1 - torch.exp(-nll)) ** 2).sum() if config.loss_name == "focal" else nll.sum()
+        )
+    if config.type == "regression":
+        target = (target - heads.mean[n]) / heads.std[n]
+        losses = {"mse": F.mse_loss, "huber": F.smooth_l1_loss, "mae": F.l1_loss}
+        return losses[config.loss_name](output, target, reduction="sum")
+    return ranking_loss(output, target, group, config.loss_name)
+
+
+def ranking_loss(
+    output: torch.Tensor, target: torch.Tensor, group: torch.Tensor, name: str
+) -> torch.Tensor:
+    """RankNet: over the pairs of one record whose labels differ, averaged within each record, summed over
+    records. output, target, group [S]."""
+    better = (group[:, None] == group[None]) & (target[:, None] > target[None])  # [S, S]
+    margin = output[:, None] - output[None]
+    loss = F.softplus(-margin) if name == "logistic" else F.relu(1 - margin)
+    pairs = better.sum(1)
+    records = torch.zeros_like(output).index_put(
+        (index_of(group),), pairs.to(output), accumulate=True
+    )
+    share = 1 / records[index_of(group)].clamp_min(1)
+    return ((loss * better).sum(1) * share).sum()
+
+
+def index_of(group: torch.Tensor) -> torch.Tensor:
+    """The groups numbered from 0: [S] -> [S]."""
+    return torch.unique(group, return_inverse=True)[1]
+
+
+def trim(ids: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Without the columns that are padding in every row."""
+    width = int(mask.sum(1).max())
+    return ids[:, :width], mask[:, :width].long()
