@@ -221,7 +221,6 @@ class Plan:
         # not before the best is known, or it would be given up for a bad start
         if not pace.trying and best.seen >= TRIAL and best.rate < GAIN * plain.rate:
             pace.resting = max(PAUSE, int(pace.lost / plain.ms / LOSS))
-            pace.lost = 0.0
 
     def explain(self) -> str:
         if not self.rows:

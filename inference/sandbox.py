@@ -19,7 +19,8 @@ What holds a program at each level (`Sandbox.isolation` says what was reached):
 
 What is not prevented: reading what the interpreter may read; `cpu_seconds` on every core until a look at the tree;
 noticing that one is being tested; bugs of the kernel. Code that somebody wrote to break out belongs in a virtual
-machine.
+machine. A program whose output hangs on the order of a set of strings may differ from run to run: the seed of hashes
+is a worker's own. At `rlimits` there is no /dev/stdin, and no shared semaphore.
 """
 
 from __future__ import annotations

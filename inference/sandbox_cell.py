@@ -50,9 +50,11 @@ class Cell:
         if namespaces:
             ids = kernel.enter_namespaces(new_user)
             _continue_in_child()  # only a child is inside the new PID namespace
-            kernel.private_root(self.folders)
+            # /tmp, as programs expect, unless the interpreter or its packages lie there
+            covered = any(f"{folder}/".startswith("/tmp/") for folder in self.folders)
+            self.top = "/scratch" if covered else "/tmp"
+            kernel.private_root(self.folders, self.top)
             self.pid_namespace = os.open("self/ns/pid", os.O_RDONLY, dir_fd=self.procfs)
-            self.top = "/tmp"
         else:
             kernel.prctl(kernel.PR_SET_CHILD_SUBREAPER, 1)
             self.top = ""
@@ -81,11 +83,12 @@ class Cell:
         }
 
     def filter_system_calls(self) -> None:
-        """For a process that has dropped its capabilities, or will run nothing (they are dropped here too)."""
+        """To try whether it can be done; capabilities go first, as in a program."""
         kernel.drop_capabilities()
         kernel.deny_system_calls(in_the_open=not self.namespaces)
 
     def confine_files(self) -> None:
+        """To try whether it can be done."""
         kernel.confine_files(self.folders, self.top or self.base)
 
     # -- scratch: `work` is the program's folder, `stdin` its input --

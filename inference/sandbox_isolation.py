@@ -100,10 +100,10 @@ def mount(source: str | None, target: str, kind: str | None, flags: int, data: s
     call("mount", source, target, kind, flags, data or None)
 
 
-def private_root(folders: Iterable[str]) -> None:
+def private_root(folders: Iterable[str], scratch: str) -> None:
     """Replace this mount namespace's root by an empty one that shows `folders` read-only.
 
-    `/tmp` is left as a mount point. Ends in a chroot below the namespace's own root: there the kernel grants
+    `scratch`, a folder below /, is left as a mount point. Ends in a chroot below the namespace's own root: there the kernel grants
     no further user namespaces, so nothing inside can gain the right to mount.
     """
     mount(None, "/", None, MS_REC | MS_PRIVATE)
@@ -113,13 +113,13 @@ def private_root(folders: Iterable[str]) -> None:
         if os.path.islink(path):
             links[path] = os.readlink(path)
         elif os.path.exists(path):
-            sources[path] = os.open(path, os.O_PATH)
+            sources[path] = os.open(path, os.O_PATH), os.path.isdir(path)
     base = "/tmp"  # covered in this namespace only
     mount("tmpfs", base, "tmpfs", MS_NOSUID | MS_NODEV, "size=1m,mode=755")
     root = f"{base}/root"
-    for path, descriptor in sources.items():
+    for path, (descriptor, is_folder) in sources.items():
         target = root + path
-        if os.path.isdir(path) and path not in devices:
+        if is_folder:
             os.makedirs(target, exist_ok=True)
         else:
             os.makedirs(os.path.dirname(target), exist_ok=True)
@@ -129,9 +129,9 @@ def private_root(folders: Iterable[str]) -> None:
     for path, target in links.items():
         os.makedirs(os.path.dirname(root + path), exist_ok=True)
         os.symlink(target, root + path)
-    for name, target in (("stdin", "../tmp/stdin"), ("shm", "../tmp/work")):
-        os.symlink(target, f"{root}/dev/{name}")
-    for path in (f"{root}/tmp", f"{base}/old"):
+    for name, target in (("stdin", "stdin"), ("shm", "work")):
+        os.symlink(f"..{scratch}/{target}", f"{root}/dev/{name}")
+    for path in (root + scratch, f"{base}/old"):
         os.mkdir(path)
     _protect(root + "/")
     call("pivot_root", base, f"{base}/old")

@@ -577,12 +577,12 @@ def test_a_try_looks_at_neighbours():
     """Chains lose, and so would wider trees if they were as much worse than was guessed."""
 
     def chances(shape, p):
-        return [(0.8 if shape.top_k == 1 else 0.9) ** d for d in range(1, shape.levels + 1)]
+        return [(0.7 if shape.top_k == 1 else 0.9) ** d for d in range(1, shape.levels + 1)]
 
     costs = fixed(2.0, 0.07, 0.3, 1.0)
-    assert best_rate(costs(1), 1, 0, chances) > 1.15
-    rates = [Simulation(costs, seed=s, chances=chances).run(4000, 1, 0).rate(3000) for s in range(4)]
-    assert np.mean(rates) > 1.05
+    assert 1.25 > best_rate(costs(1), 1, 0, chances) > 1.2
+    for seed in range(2):
+        assert Simulation(costs, seed=seed, chances=chances).run(4000, 1, 0).rate(3000) > 1.15
 
 
 @pytest.mark.parametrize("at", [1, 2, 3, 6, 11, 29, 128, 200])
@@ -653,6 +653,8 @@ def test_more_rows_inherit_a_rest_and_fewer_do_not():
     # fewer rows may gain, but where they do not either, they rest as well
     loses(later, 3)
     assert later.rests(3) and later.rests(4)
+    later.pace.resting = 1  # the very next cycle but one drafts
+    assert not later.rests(4)
 
 
 def test_costs_are_asked_for_once_a_size():

@@ -9,6 +9,7 @@ import sys
 import tempfile
 import threading
 import time
+import venv
 from pathlib import Path
 
 import pytest
@@ -540,7 +541,7 @@ def test_namespaces_without_a_user_namespace(monkeypatch):
     monkeypatch.setattr(Sandbox, "_try", no_user_namespace)
     with Sandbox(QUICK, workers=1, allow_code_execution=True) as sandbox:
         assert sandbox.level == "namespaces" and not sandbox.isolation["user_namespace"]
-        code = "import os; print(os.getuid(), os.getpid(), os.listdir('/tmp'))"
+        code = "import os; print(os.getuid(), os.getpid(), os.listdir('..'))"
         assert run(sandbox, code).stdout == b"65534 2 ['work', 'stdin']\n"
         assert run(sandbox, "import os; os.setuid(0)").status == "runtime_error"
 
@@ -555,3 +556,17 @@ def processes(name):
         if name.encode() in command and b"sandbox_runner" in command:
             found.append(folder.name)
     return found
+
+
+def test_an_interpreter_below_tmp(sandbox):
+    """The private root keeps /tmp for the interpreter then, and the scratch folder lies elsewhere."""
+    if sandbox.level != "namespaces":
+        pytest.skip("no private root here")
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:
+        venv.create(folder, with_pip=False)
+        python = f"{folder}/bin/python"
+        with Sandbox(QUICK, workers=1, python=python, allow_code_execution=True) as below:
+            code = "import os, sys, tempfile as t; print(sys.prefix, input(), t.gettempdir(), os.getcwd())"
+            out = run(below, code, "in").stdout.decode().split()
+    assert below.level == "namespaces"
+    assert out == [folder, "in", "/scratch/work", "/scratch/work"]

@@ -1,0 +1,201 @@
+"""The table of costs: what is measured, when, and what becomes of its file."""
+
+import json
+
+import pytest
+from engine_helpers import (
+    head_model,
+    make_head,
+    make_prompts,
+    make_target,
+    new_tokens,
+    plain,
+)
+
+import eagle.costs
+from eagle.costs import NODES, CostTable
+from eagle.draft import HeadDrafter
+from eagle.plan import WIDEST, Costs
+from eagle.tree import TreeShape
+
+
+@pytest.fixture
+def measured(monkeypatch, tmp_path):
+    """An empty EAGLE_CACHE, short measurements; returns the (rows, context) that were measured."""
+    monkeypatch.setenv("EAGLE_CACHE", str(tmp_path))
+    monkeypatch.setattr(eagle.costs, "REPEATS", 1)
+    calls, measure = [], eagle.costs.measure
+
+    def counting(target, drafter, rows, context):
+        calls.append((rows, context))
+        return measure(target, drafter, rows, context)
+
+    monkeypatch.setattr(eagle.costs, "measure", counting)
+    return calls
+
+
+def cost_files(folder):
+    return sorted(folder.rglob("costs-*.json"))
+
+
+def test_costs_are_measured_once(measured, tmp_path):
+    prompts = make_prompts((5, 8, 3))
+    expected = None
+    for _ in range(2):  # the second model reads the file
+        model = head_model(make_target("llama"), "auto", draft_vocab=128)
+        for _ in range(2):
+            got = new_tokens(model.generate(prompts, max_new_tokens=12))
+            expected = expected or plain(model.target, prompts, max_new_tokens=12)
+            assert got == expected
+    assert measured[0] == (3, 128) and len(measured) == len(set(measured)) <= 3
+    (path,) = cost_files(tmp_path)
+    known = json.loads(path.read_text())
+    assert set(known) == {f"{rows}x{context}" for rows, context in measured}
+    costs = model._costs["auto"](3, 128)
+    assert list(sorted(costs.target)) == [3 * n for n in NODES] and set(costs.head) == {3, 15}
+    values = [*costs.target.values(), *costs.head.values(), costs.plain]
+    assert all(0 < ms < 1000 for ms in values)
+    assert sorted(costs.target.values()) == [costs.target[3 * n] for n in NODES]
+    assert not [p for p in tmp_path.rglob("*") if p.name.startswith(".")]
+
+
+def test_other_weights_modes_and_heads_have_files_of_their_own(measured, tmp_path):
+    def table(seed=0, mode="off", vocab=128):
+        target = make_target("llama", seed=seed)
+        drafter = HeadDrafter(make_head(target, vocab), target.embed, WIDEST)
+        return CostTable(target, drafter, mode, tmp_path)
+
+    assert table().path == table().path
+    other = [table(seed=1), table(mode="max"), table(vocab=48)]
+    assert len({t.path for t in [table(), *other]}) == 4
+    table()(1, 10)
+    table()(1, 10)
+    other[0](1, 10)
+    assert measured == [(1, 128)] * 2 and len(cost_files(tmp_path)) == 2
+
+
+def fake(ms=1.0):
+    return {"target": {"2": ms, "16": 2 * ms}, "head": {"1": ms}, "plain": ms}
+
+
+@pytest.fixture
+def table(llama, monkeypatch, tmp_path):
+    """A table that measures in no time; `table.calls` holds what was asked."""
+    calls = []
+    monkeypatch.setattr(
+        eagle.costs, "measure", lambda t, d, rows, context: calls.append((rows, context)) or fake()
+    )
+    drafter = HeadDrafter(make_head(llama), llama.embed, WIDEST)
+
+    def make(target=llama):
+        made = CostTable(target, drafter, "off", tmp_path / "costs")
+        made.calls = calls
+        return made
+
+    return make
+
+
+def test_rows_and_context_are_rounded_up(table, llama):
+    long = make_target("llama", max_position_embeddings=4096)
+    costs = table(long)
+    for rows, context in ((1, 1), (1, 128), (5, 100), (6, 129), (5, 256), (7, 1025), (8, 9999)):
+        costs(rows, context)
+    expected = [(1, 128), (6, 128), (6, 256), (8, 2048)]
+    assert costs.calls == expected
+    table(long)(7, 2000)
+    assert costs.calls == expected
+    table(llama)(2, 250)  # the model's own limit is 256
+    assert costs.calls[4:] == [(2, 128)]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "", "{", "null", "[]", '"x"', "{}", '{"1x128": null}', '{"1x128": {}}', '{"1x128": [1]}',
+        json.dumps({"1x128": fake()})[:-4],
+        json.dumps({"1x128": {**fake(), "head": {}}}),
+        json.dumps({"1x128": {**fake(), "head": [7]}}),
+        json.dumps({"1x128": {**fake(), "target": {"a": 1.0}}}),
+        json.dumps({"1x128": {**fake(), "plain": "?"}}),
+        json.dumps({"1x128": {**fake(), "plain": 0.0}}),
+        json.dumps({"1x128": {**fake(), "plain": float("nan")}}),
+        b"\xff\xfe\x00garbage",
+    ],
+)  # fmt: skip
+def test_a_corrupt_file_is_measured_anew(table, text):
+    path = table().path
+    path.parent.mkdir(parents=True)
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    costs = table()
+    assert costs(1, 10) == Costs({2: 1.0, 16: 2.0}, {1: 1.0}, 1.0)
+    assert costs.calls == [(1, 128)]
+    assert table()(1, 10).plain == 1.0 and len(costs.calls) == 1  # and what is there now is whole
+
+
+def test_what_is_whole_in_a_file_is_kept(table):
+    path = table().path
+    path.parent.mkdir(parents=True)
+    path.write_text(json.dumps({"1x128": fake(5.0), "2x128": {"plain": 1.0}}))
+    costs = table()
+    assert costs(1, 10).plain == 5.0 and costs.calls == []
+    assert costs(2, 10).plain == 1.0 and costs.calls == [(2, 128)]
+    assert json.loads(path.read_text()) == {"1x128": fake(5.0), "2x128": fake()}
+
+
+def test_killed_while_writing(table, monkeypatch):
+    """At any moment: the file is the old one or the new one."""
+    table()(1, 10)
+    path = table().path
+    before = path.read_text()
+    write = type(path).write_text
+
+    def half(self, text):
+        write(self, text[: len(text) // 2])
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(path), "write_text", half)
+        with pytest.raises(KeyboardInterrupt):
+            table()(2, 10)
+    assert path.read_text() == before
+    with monkeypatch.context() as patch:
+        patch.setattr(eagle.costs.os, "replace", lambda *_: exec("raise KeyboardInterrupt"))
+        with pytest.raises(KeyboardInterrupt):
+            table()(2, 10)
+    assert path.read_text() == before
+    table()(2, 10)
+    assert set(json.loads(path.read_text())) == {"1x128", "2x128"}
+
+
+def test_a_folder_that_cannot_be_written(measured, monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("EAGLE_CACHE", str(tmp_path / "file"))
+    target = make_target("llama")
+    result = head_model(target, "auto").generate([[1, 2, 3]], max_new_tokens=6)
+    assert new_tokens(result) == plain(target, [[1, 2, 3]], max_new_tokens=6)
+    assert measured == [(1, 128)]
+
+
+@pytest.mark.parametrize("limit", [8, 16, 40])
+def test_models_with_a_small_limit(measured, limit):
+    target = make_target("llama", max_position_embeddings=limit)
+    prompts = [[1, 2], [5]]
+    result = head_model(target, "auto", draft_vocab=128).generate(prompts, max_new_tokens=60)
+    assert new_tokens(result) == plain(target, prompts, max_new_tokens=60)
+    assert [len(row.tokens) for row in result.rows] == [limit - 2, limit - 1]
+    assert measured and all(0 < context <= limit // 2 for _, context in measured)
+
+
+@pytest.mark.parametrize("vocab", [1, 2, 3])
+def test_heads_with_few_tokens(measured, llama, vocab):
+    """Fewer draft tokens than beams, when it is measured and when it drafts."""
+    prompts = make_prompts((5, 8))
+    result = head_model(llama, "auto", draft_vocab=vocab).generate(prompts, max_new_tokens=12)
+    assert new_tokens(result) == plain(llama, prompts, max_new_tokens=12)
+    assert measured[0] == (2, 128)
+
+
+def test_measuring_leaves_the_models_drafter_alone(measured, llama):
+    model = head_model(llama, "8,4,2", draft_vocab=128)
+    model.generate([[1, 2, 3]], max_new_tokens=8, tree="auto")
+    assert measured and model.drafter.shape == TreeShape(8, 4, 2)
