@@ -4,7 +4,7 @@ VENV ?= .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 
-.PHONY: install demo test lint bench clean
+.PHONY: install demo pipeline test lint bench clean
 
 # does nothing when the environment is newer than the package definition
 install: $(STAMP)
@@ -19,8 +19,12 @@ $(STAMP): setup.py pyproject.toml
 demo: install
 	$(PY) -m inference.demo
 
+pipeline: install
+	$(PY) -m inference.pipeline
+
+# a process a core, one thread each: two that compute with two threads slow each other down tenfold
 test: install
-	$(PY) -m pytest
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n logical --maxprocesses 4 --dist loadgroup
 
 lint: install
 	$(PY) -m ruff check .

@@ -62,6 +62,7 @@ setup(
         "trackio": ["trackio>=0.2"],
         "dev": [
             "pytest>=8",
+            "pytest-xdist>=3.6",
             "ruff>=0.8",
             "build",
             "matplotlib>=3.8",

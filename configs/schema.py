@@ -32,6 +32,9 @@ class ModelConfig(Section):
         "auto", description="dtype of the frozen target"
     )
     adapter: str | None = Field(None, description="LoRA folder of the tuned target; null = none")
+    method: Literal["eagle3", "eagle1"] = Field(
+        "eagle3", description="kind of head; an eagle1 head drafts EAGLE-2 trees"
+    )
     quantization: Literal["none", "nf4", "int8"] = Field(
         "none", description="how the frozen target's linear layers are held"
     )
@@ -44,6 +47,18 @@ class ModelConfig(Section):
     intermediate_size: int | None = Field(None, ge=1, description="head MLP width; null = target's")
     num_heads: int | None = Field(None, ge=1, description="head query heads; null = target's")
     num_kv_heads: int | None = Field(None, ge=1, description="head kv heads; null = target's")
+    num_layers: int | None = Field(None, ge=1, description="head layers; null = 1")
+    qk_norm: bool | None = Field(None, description="norm queries and keys, as Qwen3; null = no")
+    norm_before_residual: bool | None = Field(
+        None, description="the first layer's residual is the normed hidden state; null = no"
+    )
+    norm_before_fc: bool | None = Field(
+        None, description="norm the concatenated features; null = no"
+    )
+    fc_norm: bool | None = Field(None, description="norm each of the features; null = no")
+    norm_output: bool | None = Field(
+        None, description="feed the output after the last norm back; null = no"
+    )
 
     @field_validator("feature_layers")
     @classmethod
@@ -51,6 +66,18 @@ class ModelConfig(Section):
         if ids is not None and not 0 <= ids[0] < ids[1] < ids[2]:
             raise ValueError("give three increasing layer ids, for instance [2,8,13]")
         return ids
+
+    @model_validator(mode="after")
+    def _of_method(self) -> ModelConfig:
+        only = ("draft_vocab_size", "feature_layers", "norm_before_residual", "norm_before_fc", "fc_norm",
+                "norm_output")  # fmt: skip
+        given = [name for name in only if getattr(self, name)]
+        if self.method == "eagle1" and given:
+            raise ValueError(
+                f"{', '.join(given)} is for eagle3: an eagle1 head reads the target's last hidden state and "
+                "drafts through its LM head; leave it out"
+            )
+        return self
 
     @model_validator(mode="after")
     def _grouped(self) -> ModelConfig:
@@ -192,6 +219,11 @@ class TrainConfig(Section):
     dtype: Literal["bf16", "fp32"] = Field("bf16", description="dtype the head trains in")
     ttt_steps: int = Field(5, ge=1, le=16, description="unrolled steps of training-time test")
     ttt_decay: float = Field(0.8, gt=0, le=1, description="loss weight of step i is decay**i")
+    feature_noise: float | None = Field(
+        None,
+        ge=0,
+        description="uniform noise of ± this x 512/length on the features; null = 0.1 with eagle1, else 0",
+    )
     log_every: int = Field(10, ge=1, description="steps between metric rows")
     perf_every: int = Field(
         50, ge=0, description="steps between rows of time, FLOP/s and memory; 0 = none"
@@ -254,6 +286,12 @@ class LossConfig(Section):
     )
     label_smoothing: float = Field(
         0.0, ge=0, lt=1, description="uniform share mixed into targets of soft_ce and kl"
+    )
+    feature_weight: float | None = Field(
+        None, ge=0, description="eagle1: weight of the smooth L1 loss on features; null = 1"
+    )
+    token_weight: float | None = Field(
+        None, ge=0, description="eagle1: weight of the loss that `name` names; null = 0.1"
     )
     depth_weights: list[Annotated[float, Field(ge=0)]] | None = Field(
         None, description="loss weight of each unrolled step; null = train.ttt_decay**i"
@@ -322,6 +360,19 @@ class HeadTrainConfig(Section):
             raise ValueError(
                 "train.early_stopping_patience counts evaluations: set train.eval_every and "
                 "eval.num_prompts"
+            )
+        parts = [self.loss.feature_weight, self.loss.token_weight]
+        if self.model.method != "eagle1" and parts != [None, None]:
+            raise ValueError(
+                "loss.feature_weight and loss.token_weight are for model.method=eagle1; leave them out"
+            )
+        if parts == [0, 0]:
+            raise ValueError(
+                "loss.feature_weight and loss.token_weight are both 0: nothing would be learned"
+            )
+        if self.model.method == "eagle1" and self.data.features:
+            raise ValueError(
+                "data.features holds what EAGLE-3 heads read; train model.method=eagle1 without it"
             )
         weights = self.loss.depth_weights
         if weights is not None and len(weights) != t.ttt_steps:

@@ -1,9 +1,8 @@
-"""Heads on disk: the published EAGLE-3 layout, written so that a kill at any moment leaves a good copy.
+"""Heads on disk: the published EAGLE layout, written so that a kill at any moment leaves a good copy.
 
-A head is a folder: `model.safetensors` (exactly the keys of `Eagle3Head.state_dict()`), a flat
-`config.json`, and `eagle.json`, which says what the head belongs to. Knows nothing of training.
-
-D draft vocabulary, V target vocabulary, H hidden.
+A head is a folder: `model.safetensors` (exactly the keys of the head's `state_dict()`), a flat
+`config.json`, and `eagle.json`, which says what the head belongs to. Other projects' folders are read as
+`eagle.formats` says. Knows nothing of training.
 """
 
 from __future__ import annotations
@@ -13,37 +12,62 @@ import json
 import os
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from .errors import EagleError
-from .head import Eagle3Head, HeadConfig, default_feature_layers
+from .formats.configs import DTYPES, own_config
+from .formats.read import read_folder
+from .formats.read import read_json as read_json
+from .head import FINAL, DraftHead, HeadConfig, make_head
 from .loading import differences, resolve_dtype
 from .target import Target, decoder_layers
 
-CONVENTION = (
-    "entering"  # ids count the states that enter a layer; "output" counts those that leave it
-)
-IDS, IDS_CONVENTION = "eagle_aux_hidden_state_layer_ids", "eagle_aux_hidden_state_convention"
-NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+NAMES = DTYPES
 
 
-def save_head(head: Eagle3Head, path: str | Path, provenance: dict | None = None) -> Path:
-    """Write `head` (in its own dtype) and what it belongs to into the folder `path`, atomically."""
+def save_head(head: DraftHead, path: str | Path, provenance: dict | None = None) -> Path:
+    """Write `head` (in its own dtype, every option it has) and what it belongs to into the folder `path`,
+    atomically, in the `eagle` format."""
+    config = own_config(head.config, head.fc.weight.dtype)
+    return save_folder(path, head.state_dict(), config, head.config.feature_layers, provenance)
+
+
+def save_folder(
+    path: str | Path,
+    state: dict[str, torch.Tensor],
+    config: dict,
+    feature_layers: Sequence[int],
+    provenance: dict | None = None,
+    check: Callable[[Path], None] | None = None,
+) -> Path:
+    """A head's folder with these tensors and this config.json, whole or not at all. check: looks at the folder
+    before it gets its name, and may add to it. feature_layers: entering-layer ids."""
     path = Path(path)
-    state = {k: v.detach().cpu().contiguous() for k, v in head.state_dict().items()}
+    # a copy where two names share memory, which safetensors does not write
+    seen: set[int] = set()
+    state = {k: _alone(v.detach().cpu().contiguous(), seen) for k, v in state.items()}
     with atomic_dir(path) as folder:
         save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
-        write_json(folder / "config.json", published_config(head))
-        layers = {"feature_layers": list(head.config.feature_layers), "convention": CONVENTION}
-        write_json(folder / "eagle.json", {**layers, **(provenance or {})})
+        write_json(folder / "config.json", config)
+        layers = {"feature_layers": list(feature_layers), "convention": "entering"}
+        write_json(folder / "eagle.json", {**layers, **(provenance or {}), **layers})
         require_equal(load_file(folder / "model.safetensors"), state, path)
+        if check is not None:
+            check(folder)
     return path
+
+
+def _alone(tensor: torch.Tensor, seen: set[int]) -> torch.Tensor:
+    where = tensor.untyped_storage().data_ptr()
+    if where in seen:
+        return tensor.clone()
+    seen.add(where)
+    return tensor
 
 
 def require_equal(
@@ -63,51 +87,44 @@ def _bytes(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.contiguous().flatten().view(torch.uint8)
 
 
-def published_config(head: Eagle3Head) -> dict:
-    c, dtype = head.config, NAMES[head.fc.weight.dtype]
-    flat = {k: v for k, v in c.to_dict().items() if k != "feature_layers"}
-    return {
-        "architectures": ["LlamaForCausalLMEagle3"],
-        "model_type": "llama",
-        "num_hidden_layers": 1,
-        **flat,
-        "attention_bias": False,
-        "mlp_bias": False,
-        "tie_word_embeddings": False,
-        "torch_dtype": dtype,
-        "dtype": dtype,
-        IDS: list(c.feature_layers),
-        IDS_CONVENTION: CONVENTION,
-    }
-
-
 def load_head(
     path: str | Path,
     target: Target | None = None,
     *,
     dtype: str | torch.dtype = "auto",
     device: str | torch.device = "cpu",
-) -> tuple[Eagle3Head, dict]:
+    format: str | None = None,
+    layer_ids: Sequence[int] | None = None,
+    convention: str | None = None,
+) -> tuple[DraftHead, dict]:
     """Read a head of ours or a published one -> (head, provenance; {} when none was recorded).
 
     dtype "auto" keeps the file's. With a `target`, a head of another shape or vocabulary is refused
-    with EagleError, and one trained on other weights warned about.
+    with EagleError, and one trained on other weights warned about; an embedding that equals the target's is left
+    out. format: eagle, sglang, vllm or modelopt; detected by default. layer_ids and convention (entering, output,
+    one-based) win over what the folder says of its feature layers.
     """
-    path = find_folder(path)
-    raw = read_json(path / "config.json")
-    state = _read_weights(path)
-    config = _read_config(path, raw, state, target)
+    published = read_folder(find_folder(path), format)
+    L = None if target is None else len(target.layers)
+    layers = published.layers(L, layer_ids, convention)
+    embedding = None if target is None else target.embed.weight
+    config, state = published.parse(layers, embedding)
     if target is not None:
-        require_fit(path, config, target)
-    with torch.device("meta"):
-        head = Eagle3Head(config)
-    state = _checked(path, head, state, target)
-    head.load_state_dict(state, strict=True, assign=True)
-    provenance = read_json(path / "eagle.json") if (path / "eagle.json").exists() else {}
+        require_fit(published.path, config, target)
+    head = build(config, state)
+    provenance = published.provenance
     if target is not None:
-        _warn_if_foreign(path, provenance, target)
+        _warn_if_foreign(published.path, provenance, target)
     dtype = resolve_dtype(dtype)
     return head.to(device=device, dtype=None if dtype == "auto" else dtype), provenance
+
+
+def build(config: HeadConfig, state: dict[str, torch.Tensor]) -> DraftHead:
+    """state: exactly the head's keys; its dtypes are kept."""
+    with torch.device("meta"):
+        head = make_head(config)
+    head.load_state_dict(state, strict=True, assign=True)
+    return head
 
 
 def find_folder(path: str | Path) -> Path:
@@ -135,95 +152,10 @@ def find_folder(path: str | Path) -> Path:
     )
 
 
-def read_json(path: Path) -> dict:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise EagleError(
-            f"cannot read {path}: {error.strerror}; a head folder needs {path.name}"
-        ) from error
-    except ValueError as error:
-        raise EagleError(f"{path} is not valid JSON ({error}); restore the file") from error
-    if not isinstance(value, dict):
-        raise EagleError(f"{path} must hold a JSON object; restore the file")
-    return value
-
-
-def _read_weights(path: Path) -> dict[str, torch.Tensor]:
-    if (path / "model.safetensors").exists():
-        try:
-            return load_file(path / "model.safetensors")
-        except (SafetensorError, OSError) as error:
-            raise EagleError(
-                f"{path / 'model.safetensors'} is damaged ({error}); restore the file"
-            ) from error
-    if (path / "pytorch_model.bin").exists():
-        try:
-            return torch.load(path / "pytorch_model.bin", map_location="cpu", weights_only=True)
-        except (
-            Exception
-        ) as error:  # pickle, zip and runtime errors alike mean: not a file of weights
-            reason = str(error).split(".")[0]
-            raise EagleError(
-                f"{path / 'pytorch_model.bin'} holds no plain weights ({reason})"
-            ) from error
-    raise EagleError(
-        f"{path} has neither model.safetensors nor pytorch_model.bin; it is not a head folder"
-    )
-
-
-def _read_config(
-    path: Path, raw: dict, state: dict[str, torch.Tensor], target: Target | None
-) -> HeadConfig:
-    if "midlayer.self_attn.q_proj.weight" not in state and any(
-        k.startswith("layers.0.") for k in state
-    ):
-        raise EagleError(
-            f"{path} is not in the EAGLE-3 layout (its keys begin with 'layers.0.'); convert it first"
-        )
-    wanted = ("hidden_size", "intermediate_size", "num_attention_heads", "vocab_size")
-    missing = [k for k in wanted if not isinstance(raw.get(k), int)]
-    if missing:
-        raise EagleError(
-            f"{path / 'config.json'} lacks {', '.join(missing)}; it is not an EAGLE-3 head's config"
-        )
-    values = {k: raw[k] for k in HeadConfig.names() & raw.keys() if raw[k] is not None}
-    rope = raw.get("rope_parameters") or {}
-    if rope:
-        values.setdefault("rope_theta", rope.get("rope_theta", 10000.0))
-        if rope.get("rope_type", "default") != "default":
-            values.setdefault("rope_scaling", {k: v for k, v in rope.items() if k != "rope_theta"})
-    values.setdefault("num_key_value_heads", raw["num_attention_heads"])
-    values.setdefault("head_dim", raw["hidden_size"] // raw["num_attention_heads"])
-    values.setdefault("draft_vocab_size", raw["vocab_size"])
-    values.setdefault("target_hidden_size", raw["hidden_size"])
-    values["feature_layers"] = _feature_layers(path, raw, target)
-    return HeadConfig(**values)
-
-
-def _feature_layers(path: Path, raw: dict, target: Target | None) -> tuple[int, ...]:
-    nested = (raw.get("eagle_config") or {}).get(IDS)
-    ids, convention = raw.get(IDS), raw.get(IDS_CONVENTION, CONVENTION)
-    if ids is None and nested is not None:
-        ids, convention = nested, "output"
-    if ids is None:
-        if target is None:
-            raise EagleError(
-                f"{path / 'config.json'} names no feature layers; load it together with its target"
-            )
-        return default_feature_layers(len(target.layers))
-    if convention not in (CONVENTION, "output") or len(ids) != 3:
-        raise EagleError(
-            f"{path / 'config.json'}: {IDS} must be three ids, its convention 'entering' or 'output'"
-        )
-    return tuple(int(i) + (convention == "output") for i in ids)
-
-
 def require_fit(path: Path, config: HeadConfig, target: Target) -> None:
     """Refuse a head whose shapes or vocabulary are another target's."""
     hidden = target.config.hidden_size
     pairs = [
-        ("hidden size", config.hidden_size, hidden),
         ("target hidden size", config.target_hidden_size, hidden),
         ("vocabulary", config.vocab_size, target.vocab_size),
     ]
@@ -234,54 +166,11 @@ def require_fit(path: Path, config: HeadConfig, target: Target) -> None:
                 f"the target's is {theirs}; use a head trained for this target"
             )
     L = len(target.layers)
-    if any(not 0 <= i <= L for i in config.feature_layers):
+    if any(not 0 <= i <= L and i != FINAL for i in config.feature_layers):
         raise EagleError(
             f"the head {path} reads layers {list(config.feature_layers)}, {target.name} has {L}; "
             "use a head trained for this target"
         )
-
-
-def _checked(
-    path: Path, head: Eagle3Head, state: dict[str, torch.Tensor], target: Target | None
-) -> dict[str, torch.Tensor]:
-    """Exactly the head's keys and shapes, or EagleError naming what differs."""
-    expected, state = head.state_dict(), dict(state)
-    if "embed_tokens.weight" not in expected and "embed_tokens.weight" in state:
-        shape = tuple(state.pop("embed_tokens.weight").shape)
-        ours = (head.config.vocab_size, head.config.hidden_size)
-        if shape != ours:
-            raise EagleError(
-                f"{path}: embed_tokens.weight has shape {list(shape)}, expected {list(ours)}"
-            )
-        warnings.warn(
-            f"{path}: embed_tokens.weight is ignored; the head uses the target's embedding",
-            stacklevel=4,
-        )
-    if not head.config.reduced_vocab and not state.get("d2t", torch.zeros(1)).any():
-        state = {k: v for k, v in state.items() if k not in ("d2t", "t2d")}  # the identity map
-    missing, extra = sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys())
-    if missing or extra:
-        parts = [
-            f"{word}: {', '.join(keys)}"
-            for word, keys in (("missing", missing), ("left over", extra))
-            if keys
-        ]
-        raise EagleError(
-            f"{path} is not an EAGLE-3 head in the published layout; {'; '.join(parts)}"
-        )
-    wrong = [
-        f"{k} {list(state[k].shape)} instead of {list(v.shape)}"
-        for k, v in expected.items()
-        if state[k].shape != v.shape
-    ]
-    if wrong:
-        raise EagleError(f"{path}: shapes do not fit config.json: {'; '.join(wrong)}")
-    if head.config.reduced_vocab:
-        state["d2t"], state["t2d"] = state["d2t"].to(torch.int64), state["t2d"].bool()
-        ids = state["d2t"] + torch.arange(head.config.draft_vocab_size)
-        if not torch.equal(ids.sort().values, state["t2d"].nonzero()[:, 0]):
-            raise EagleError(f"{path}: d2t and t2d contradict each other; the file is damaged")
-    return state
 
 
 def _warn_if_foreign(path: Path, provenance: dict, target: Target) -> None:

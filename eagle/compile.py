@@ -78,6 +78,8 @@ class HeadPass(torch.nn.Module):
     def __init__(self, drafter: HeadDrafter) -> None:
         super().__init__()
         self.head, self.embed, self.drafter = drafter.head, drafter.embed, [drafter]
+        if not drafter.head.has_output:
+            self.head_logits = drafter.logits  # the target's: a part of the package
 
     def forward(self, hidden, tokens, positions):
         drafter = self.drafter[0]
@@ -90,7 +92,7 @@ class IngestPass(HeadPass):
 
     def forward(self, features, tokens, positions, keep):
         drafter = self.drafter[0]
-        out = drafter.run(self.head.fc(features), tokens, positions, Opaque(None))
+        out = drafter.run(self.head.fuse(features), tokens, positions, Opaque(None))
         last = out[:, keep]
         return last, drafter.log_probs(last)
 
@@ -112,8 +114,9 @@ class CompiledHead:
 
     def __init__(self, drafter: HeadDrafter, seconds: dict[str, float]) -> None:
         ids, keep = torch.zeros(1, 8, dtype=torch.int64), torch.zeros(4, dtype=torch.int64)
-        weight = drafter.head.fc.weight
-        hidden, features = (torch.zeros(1, 8, width, dtype=weight.dtype) for width in weight.shape)
+        config, dtype = drafter.head.config, drafter.head.fc.weight.dtype
+        widths = config.hidden_size, config.feature_size
+        hidden, features = (torch.zeros(1, 8, width, dtype=dtype) for width in widths)
         self.run = load(HeadPass(drafter), (hidden, ids, ids), "head", seconds)
         self.run_ingest = load(IngestPass(drafter), (features, ids, ids, keep), "ingest", seconds)
 

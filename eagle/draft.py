@@ -21,7 +21,8 @@ from kernels.grow_tree import best_beams, candidates
 
 from .attention import TreeContext
 from .cache import StaticKVCache
-from .head import Eagle3Head
+from .errors import EagleError
+from .head import DraftHead
 from .tree import DraftTree, TreeShape, rerank
 
 CHUNK = 512  # tokens of a row that the head ingests in one pass
@@ -58,12 +59,25 @@ class Drafter(Protocol):
 
 
 class HeadDrafter:
-    """An EAGLE-3 head with a one-layer static cache."""
+    """A draft head over a static cache of its layers.
+
+    embed: the target's embedding, for a head without one. head_logits: the target's LM head, final hidden
+    [..., H] -> [..., V], for a head without an output layer (EAGLE-1).
+    """
 
     def __init__(
-        self, head: Eagle3Head, embed: Callable[[torch.Tensor], torch.Tensor], shape: TreeShape
+        self,
+        head: DraftHead,
+        embed: Callable[[torch.Tensor], torch.Tensor],
+        shape: TreeShape,
+        head_logits: Callable[[torch.Tensor], torch.Tensor] | None = None,
     ) -> None:
-        self.head, self.embed = head, embed
+        if not head.has_output and head_logits is None:
+            raise EagleError(
+                "an EAGLE-1 head drafts through the target's LM head; give head_logits"
+            )
+        self.head, self.embed = head, head.embed_tokens if head.config.own_embedding else embed
+        self.logits = head.logits if head.has_output else head_logits
         self._to_target = head.draft_token_ids()  # [D]
         self.compiled = None  # compiled passes, while a mode that has them is in use
         self.reshape(shape)
@@ -82,7 +96,7 @@ class HeadDrafter:
     def begin(self, rows: int, capacity: int) -> None:
         c, weight = self.head.config, self.head.fc.weight
         self.cache = StaticKVCache(
-            1,
+            c.num_layers,
             rows,
             c.num_key_value_heads,
             capacity + self.scratch,
@@ -112,7 +126,7 @@ class HeadDrafter:
     def _pass(
         self, hidden: torch.Tensor, tokens: torch.Tensor, context: TreeContext
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """One draft pass: hidden [b, N, H], tokens [b, N] -> pre-norm hidden [b, N, H] and log-probabilities
+        """One draft pass: hidden [b, N, H], tokens [b, N] -> the next pass's hidden [b, N, H] and log-probabilities
         [b, N, D] float32 over the draft vocabulary."""
         inputs = (*map(context.pack, (hidden, tokens, context.positions)), context)
         if self.compiled is not None:
@@ -125,13 +139,13 @@ class HeadDrafter:
     def run(self, hidden, tokens, positions, context) -> torch.Tensor:
         """The head's forward with our attention over packed tokens, [1, T, ...]."""
 
-        def over_cache(q, k, v):
-            return context.attend(0, q, k, v, q.shape[-1] ** -0.5)
+        def over_cache(layer, q, k, v):
+            return context.attend(layer, q, k, v, q.shape[-1] ** -0.5)
 
         return self.head(hidden, self.embed(tokens).to(hidden.dtype), positions, over_cache)
 
     def log_probs(self, hidden: torch.Tensor) -> torch.Tensor:
-        return self.head.logits(hidden).float().log_softmax(-1)
+        return self.logits(hidden).float().log_softmax(-1)
 
     def ingest(self, features, tokens, counts, host_counts) -> None:
         b, K = tokens.shape
@@ -157,7 +171,7 @@ class HeadDrafter:
         if self.compiled is not None:
             last, first = self.compiled.ingest(features, tokens, positions, context, keep)
         else:
-            last = self.run(self.head.fc(features), tokens, positions, context)[:, keep]
+            last = self.run(self.head.fuse(features), tokens, positions, context)[:, keep]
             first = self.log_probs(last)
         last, first = last[0], first[0]
         if not all(host_counts):
@@ -188,8 +202,9 @@ class HeadDrafter:
             score, token = candidates(log_probs, beam_score, self._to_target, k)
             tokens.append(token)
             scores.append(score)
-        sizes = torch.tensor([level.shape[1] for level in tokens], device=root.device)
-        depth = torch.arange(1, len(tokens) + 1, device=root.device).repeat_interleave(sizes)
+        # k candidates at depth 1, k * k at each further one; found without the host, which would have to wait
+        place = torch.arange(base - 1 + score.shape[1], device=root.device)
+        depth = (place - k).div(k * k, rounding_mode="floor") + 2
         return rerank(
             root, torch.cat(tokens, 1), torch.cat(parents, 1), torch.cat(scores, 1), depth,
             self.shape.num_nodes, self.shape.levels,

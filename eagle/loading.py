@@ -10,6 +10,7 @@ the features a head learns from.
 from __future__ import annotations
 
 import hashlib
+import logging
 import platform
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,8 @@ from .errors import EagleError
 
 EMBEDDED = Path(__file__).parent / "embedded"
 QUANTIZATIONS = ("none", "nf4", "int8")
-WEIGHTS, RECORD = "adapter_model.safetensors", "eagle.json"  # of an adapter folder
+# of an adapter folder: peft's two files, and what it belongs to
+CONFIG, WEIGHTS, RECORD = "adapter_config.json", "adapter_model.safetensors", "eagle.json"
 
 
 def load_model(
@@ -52,7 +54,7 @@ def load_model(
         hf_kwargs.pop("device_map", None)
     placed = "device_map" in hf_kwargs
     if quantization == "none":
-        model = _read(source, dtype, hf_kwargs)
+        model = read_model(source, dtype, hf_kwargs)
         slow = dtype == "auto" and model.dtype == torch.bfloat16 and not fast_bf16(device)
         if not placed and not getattr(model, "is_quantized", False):
             model = model.to(device=device, dtype=torch.float32 if slow else None)
@@ -60,7 +62,9 @@ def load_model(
     else:
         if "quantization_config" in hf_kwargs:
             raise EagleError("give quantization or quantization_config, not both")
-        plain = _read(source, "auto", {k: v for k, v in hf_kwargs.items() if k != "device_map"})
+        plain = read_model(
+            source, "auto", {k: v for k, v in hf_kwargs.items() if k != "device_map"}
+        )
         if getattr(plain, "is_quantized", False):
             raise EagleError(
                 f"{name} is stored quantized already; leave quantization={quantization!r} out"
@@ -74,7 +78,7 @@ def load_model(
         hf_kwargs["quantization_config"] = quantization_config(quantization, dtype)
         if not placed:
             hf_kwargs["device_map"] = {"": device}
-        model = _read(source, dtype, hf_kwargs)
+        model = read_model(source, dtype, hf_kwargs)
         _restrain_repacking(model, dtype)
         identity |= {"quantization": quantization}
     identity["dtype"] = str(model.dtype).split(".")[-1]
@@ -83,7 +87,10 @@ def load_model(
     return model, identity
 
 
-def _read(source: str | Path, dtype: torch.dtype | str, hf_kwargs: dict) -> nn.Module:
+def read_model(
+    source: str | Path, dtype: torch.dtype | str, hf_kwargs: dict, role: str = "target"
+) -> nn.Module:
+    """transformers' `from_pretrained`; what it cannot load is named by its `role`."""
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
@@ -96,7 +103,7 @@ def _read(source: str | Path, dtype: torch.dtype | str, hf_kwargs: dict) -> nn.M
     except (OSError, ValueError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0]
         raise EagleError(
-            f"cannot load the target model {str(source)!r}: {reason} "
+            f"cannot load the {role} model {str(source)!r}: {reason} "
             "(give a folder with config.json and weights, or a hub id that can be reached)"
         ) from error
 
@@ -104,6 +111,7 @@ def _read(source: str | Path, dtype: torch.dtype | str, hf_kwargs: dict) -> nn.M
 def quantization_config(quantization: str, compute: torch.dtype, double_quant: bool = True) -> Any:
     from transformers import BitsAndBytesConfig
 
+    quiet_bitsandbytes()
     if quantization == "int8":
         # without the outliers' own product: which columns hold one would depend on a pass's other tokens
         return BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=0.0)
@@ -113,6 +121,11 @@ def quantization_config(quantization: str, compute: torch.dtype, double_quant: b
         bnb_4bit_use_double_quant=double_quant,
         bnb_4bit_compute_dtype=compute,
     )
+
+
+def quiet_bitsandbytes() -> None:
+    """While it is imported, it warns of an optional kernel that it does without."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 def _restrain_repacking(model: nn.Module, compute: torch.dtype) -> None:
@@ -126,38 +139,52 @@ def _restrain_repacking(model: nn.Module, compute: torch.dtype) -> None:
 
 def find_adapter(path: str | Path) -> Path:
     """The folder of an adapter: itself, or `adapter/` of a run."""
+    from .checkpoint import recover
+
     folder = Path(path).expanduser()
     for candidate in (folder, folder / "adapter"):
-        if (candidate / "adapter_config.json").exists() and (candidate / WEIGHTS).exists():
+        recover(candidate)
+        if (candidate / CONFIG).exists() and (candidate / WEIGHTS).exists():
             return candidate
     raise EagleError(
-        f"no adapter in {str(path)!r}: give a folder with adapter_config.json and {WEIGHTS}, or the run "
-        "that made it"
+        f"no adapter in {str(path)!r}: give a folder with {CONFIG} and {WEIGHTS}, or the run that made it"
     )
+
+
+def read_record(folder: Path) -> dict:
+    """An adapter's `eagle.json`, or {} for one of another program, which does not say what it belongs to."""
+    from .checkpoint import read_json
+
+    return read_json(folder / RECORD) if (folder / RECORD).exists() else {}
+
+
+def require_base(folder: Path, record: dict, name: str, found: str) -> None:
+    """Refuse an adapter that was trained on other weights than those with fingerprint `found`."""
+    base = record.get("base") or {}
+    expected = base.get("fingerprint")
+    if expected not in (None, found):
+        raise EagleError(
+            f"the adapter {folder} was trained on {base.get('id', 'another model')} (weights {expected[:12]}), not on "
+            f"{name} (weights {found[:12]}); give that base"
+        )
+
+
+def read_tensors(path: Path) -> dict[str, torch.Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise EagleError(f"{path} is missing or damaged ({error}); restore the file") from error
 
 
 def attach(model: nn.Module, folder: Path, identity: dict) -> str:
     """Load the adapter into the model; returns a hash of its weights. One that was trained on another base, or
     does not have this one's shapes, is refused."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    from .checkpoint import read_json
-
-    record = read_json(folder / RECORD) if (folder / RECORD).exists() else {}
-    base = record.get("base") or {}
-    if base.get("fingerprint") not in (None, identity["fingerprint"]):
-        raise EagleError(
-            f"the adapter {folder} was trained on {base.get('id', 'another model')} (weights "
-            f"{base['fingerprint'][:12]}), not on {identity['id']} (weights {identity['fingerprint'][:12]}); "
-            "give that base"
-        )
-    try:
-        tensors = load_file(folder / WEIGHTS)
-    except (OSError, SafetensorError) as error:
-        raise EagleError(
-            f"{folder / WEIGHTS} is missing or damaged ({error}); restore the file"
-        ) from error
+    require_base(folder, read_record(folder), identity["id"], identity["fingerprint"])
+    tensors = read_tensors(folder / WEIGHTS)
+    quiet_bitsandbytes()  # peft imports it
     try:
         model.load_adapter(str(folder))
     except ImportError as error:

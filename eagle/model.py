@@ -20,7 +20,7 @@ from .costs import CostTable
 from .decode import Timings, decode
 from .draft import Drafter, HeadDrafter
 from .errors import EagleError
-from .head import Eagle3Head
+from .head import DraftHead
 from .loading import EMBEDDED
 from .options import Options, check_prompt, read_prompts, refuse
 from .plan import WIDEST, Experience, Plan
@@ -79,7 +79,7 @@ class EaModel:
     def __init__(
         self,
         target: Target,
-        head: Eagle3Head | None = None,
+        head: DraftHead | None = None,
         tree: TreeShape | str = DEFAULT_TREE,
         tokenizer=None,
         drafter: Drafter | None = None,
@@ -96,7 +96,7 @@ class EaModel:
             target.set_feature_layers(head.config.feature_layers)
             head.eval().requires_grad_(False)
             shape = WIDEST if tree == "auto" else TreeShape.parse(tree)
-            self.drafter = drafter or HeadDrafter(head, target.embed, shape)
+            self.drafter = drafter or HeadDrafter(head, target.embed, shape, target.head_logits)
 
     @classmethod
     def from_pretrained(
@@ -119,6 +119,7 @@ class EaModel:
 
         total_token, depth, top_k: the draft tree, upstream's meaning (total_token counts the root). They
         default to 60, 7, 10, and to 16, 4, 4 for the embedded model, where the smaller tree is faster.
+        use_eagle3: False is for EAGLE-1 heads (and so EAGLE-2's); None is whichever the files hold.
         dtype "auto" is the checkpoint's (float32 where a CPU would emulate bf16). adapter_path: a LoRA folder;
         quantization: "none", "nf4" or "int8" (bitsandbytes). Further arguments go to transformers'
         `from_pretrained`.
@@ -126,10 +127,6 @@ class EaModel:
         A base model without ea_model_path generates plainly. Raises EagleError when the files cannot be
         read, or the head does not fit the target.
         """
-        if use_eagle3 is False:
-            raise EagleError(
-                "only EAGLE-3 heads are supported; leave use_eagle3 unset, or set it to True"
-            )
         default = TreeShape.parse(EMBEDDED_TREE) if base_model_path is None else TreeShape()
         shape = TreeShape(
             default.total_token if total_token in (None, -1) else total_token,
@@ -147,6 +144,12 @@ class EaModel:
             from .checkpoint import load_head
 
             head, _ = load_head(ea_model_path, target, dtype=target.dtype, device=target.device)
+            is_eagle3 = head.config.method == "eagle3"
+            if use_eagle3 not in (None, is_eagle3):
+                raise EagleError(
+                    f"{ea_model_path} is an {'EAGLE-3' if is_eagle3 else 'EAGLE-1'} head; leave use_eagle3 unset, "
+                    f"or set it to {is_eagle3}"
+                )
         return cls(target, head, tree or shape, compile=compile)
 
     @property

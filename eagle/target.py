@@ -19,7 +19,7 @@ from transformers import AttentionInterface
 from .attention import NAME, TreeContext, tree_attention_forward
 from .cache import StaticKVCache
 from .errors import EagleError
-from .head import default_feature_layers
+from .head import FINAL, default_feature_layers
 from .loading import identity_of, load_model
 
 CHUNK = 256
@@ -35,6 +35,28 @@ class Tap:
         self.on = False
         self.keep: torch.Tensor | None = None
         self.states: dict[int, torch.Tensor] = {}
+
+
+class OutputLayer(nn.Module):
+    """Final hidden [..., H] -> logits [..., V], with the scale or soft cap that some families apply."""
+
+    def __init__(self, model: nn.Module, config) -> None:
+        super().__init__()
+        self.projection = model.get_output_embeddings()
+        scaling = getattr(config, "logits_scaling", None) or 1.0
+        # Granite divides by it, HyperCLOVA X multiplies
+        multiply = getattr(config, "model_type", "") == "hyperclovax"
+        self.scale = (getattr(config, "logit_scale", None) or 1.0) * (  # Cohere
+            scaling if multiply else 1 / scaling
+        )
+        self.cap = getattr(config, "final_logit_softcapping", None)
+
+    def extra_repr(self) -> str:
+        return f"scale={self.scale}, cap={self.cap}"
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        logits = self.projection(hidden) * self.scale
+        return self.cap * torch.tanh(logits / self.cap) if self.cap else logits
 
 
 class Target:
@@ -64,6 +86,7 @@ class Target:
         model.set_attn_implementation(NAME)
         self.kv_heads, self.head_dim = self._probe()
         self._identity = identity
+        self.head_logits = OutputLayer(model, self.config)
 
     @property
     def identity(self) -> dict:
@@ -119,15 +142,17 @@ class Target:
         return self.model.get_input_embeddings()
 
     def set_feature_layers(self, layers: tuple[int, ...]) -> None:
-        """Entering-layer ids, 0 … L; L is the last layer's output before the final norm."""
+        """Three entering-layer ids, 0 … L; L is the last layer's output before the final norm. Or (FINAL,): what
+        enters the output embedding, as EAGLE-1 reads it."""
         L = len(self.layers)
-        if len(layers) != 3 or any(not 0 <= i <= L for i in layers):
+        final = tuple(layers) == (FINAL,)
+        if not final and (len(layers) != 3 or any(not 0 <= i <= L for i in layers)):
             raise EagleError(f"feature layers {layers} must be three ids in 0 … {L}")
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
         self.feature_layers = tuple(layers)
-        for i in set(layers):
+        for i in set() if final else set(layers):
             if i < L:
                 hook = self.layers[i].register_forward_pre_hook(self._saver(i), with_kwargs=True)
             else:
@@ -151,6 +176,8 @@ class Target:
     def _gather_kept(self, module, args):
         """Project only the kept tokens to the vocabulary: [1, T, H] -> [1, b, H]."""
         keep = self._tap.keep
+        if self._tap.on:
+            self._tap.states[FINAL] = args[0]
         return None if keep is None else (args[0][:, keep],)
 
     def _features(self) -> torch.Tensor:
@@ -269,21 +296,11 @@ class Target:
         try:
             with self.stock():
                 out = self.backbone(input_ids=ids, attention_mask=attention_mask, use_cache=False)
+            self._tap.states[FINAL] = out.last_hidden_state
             return out.last_hidden_state, self._features()
         finally:
             self._tap.on = False
             self._tap.states.clear()
-
-    def head_logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Final hidden [..., H] -> logits [..., V], with the scale or soft cap that some families apply."""
-        logits = self.model.get_output_embeddings()(hidden)
-        logits = logits * (getattr(self.config, "logit_scale", None) or 1.0)  # Cohere
-        scaling = getattr(self.config, "logits_scaling", None) or 1.0
-        # Granite divides by it, HyperCLOVA X multiplies
-        multiply = getattr(self.config, "model_type", "") == "hyperclovax"
-        logits = logits * scaling if multiply else logits / scaling
-        cap = getattr(self.config, "final_logit_softcapping", None)
-        return cap * torch.tanh(logits / cap) if cap else logits
 
     @contextmanager
     def stock(self) -> Iterator[nn.Module]:

@@ -38,7 +38,7 @@ def verify(tree: DraftTree, choices: torch.Tensor, levels: int) -> Verdict:
             )
         )
     correct = tree.tokens == choices.gather(1, tree.parents)
-    correct[:, 0] = True
+    correct[:, 0].fill_(True)
     accepted = (correct[:, None] | ~tree.mask).all(-1)  # [B, N]
     deepest = torch.where(accepted, tree.depth, -1).argmax(-1, keepdim=True)  # [B, 1]
     return along(tree, choices, deepest, levels)

@@ -11,6 +11,7 @@ COMMANDS = {
     "evaluate": ("inference.evaluate", "pass@k of programs, metrics of tasks and texts"),
     "profile": ("inference.profile", "show where a cycle spends its time"),
     "demo": ("inference.demo", "train a head for minutes and benchmark the shipped one"),
+    "pipeline": ("inference.pipeline", "fine-tune a base, adapt a head to it, and measure both"),
     "train": ("train.main", "train a draft head"),
     "finetune": ("train.finetune", "fine-tune a base model: sft, multitask, dpo, merge"),
     "inspect": ("train.inspect", "show training samples with the supervised tokens coloured"),
@@ -19,6 +20,11 @@ COMMANDS = {
     "report": ("train.report", "write the page of a training run again"),
     "ablation": ("train.ablation", "train heads that differ in one thing, and compare them"),
     "embedded": ("train.embedded", "rebuild the embedded model and its data"),
+    "convert": (
+        "inference.convert",
+        "rewrite a head for another engine, or find out its layer ids",
+    ),
+    "inspect head": ("inference.inspect_head", "show what a head is and what it belongs to"),
 }
 
 
@@ -27,9 +33,10 @@ def main() -> None:
     if not arguments or arguments[0] in ("-h", "--help"):
         print("usage: eagle COMMAND [--flag value …]\n")
         for name, (_, text) in COMMANDS.items():
-            print(f"  {name:<10} {text}")
+            print(f"  {name:<12} {text}")
         sys.exit(0 if arguments else 2)
-    command = arguments.pop(0)
+    words = 2 if " ".join(arguments[:2]) in COMMANDS else 1
+    command, arguments = " ".join(arguments[:words]), arguments[words:]
     if command not in COMMANDS:
         sys.exit(f"error: unknown command {command!r}; one of {', '.join(COMMANDS)}")
     module, _ = COMMANDS[command]

@@ -15,6 +15,18 @@ torch.set_num_threads(1)
 sys.path.append(str(Path(__file__).parent / "eagle"))
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """With several processes (pytest-xdist) a file stays in one, and so do all that run programs in the sandbox,
+    which look for what is left of them. The longest files come first."""
+    for item in items:
+        name = item.path.name
+        alone = name.startswith(("test_sandbox", "test_evaluate"))
+        item.add_marker(pytest.mark.xdist_group("sandbox" if alone else name))
+    first = ("test_readme.py", "test_interpreter.py", "test_compile.py")
+    items.sort(key=lambda item: first.index(item.path.name) if item.path.name in first else len(first))
+
+
 @pytest.fixture(scope="session")
 def targets():
     """targets(name) -> a tiny random Target of that family, made once."""

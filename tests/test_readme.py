@@ -1,5 +1,6 @@
 """What the README shows runs as it stands there."""
 
+import inspect
 import os
 import re
 import shlex
@@ -85,3 +86,35 @@ def test_train_commands(command, tmp_path):
     done = run(command, tmp_path, small)
     assert done.returncode == 0, done.stderr
     assert list(tmp_path.glob("runs/*/head/model.safetensors"))
+
+
+def test_pipeline_command(tmp_path):
+    """That it is understood; tests/inference/test_pipeline.py runs it."""
+    (command,) = [c for c in commands() if c[2] == "inference.pipeline"]
+    done = run(command, tmp_path, ("--num_prompts", "0"))
+    assert done.returncode == 1 and done.stderr == "error: num_prompts must be at least 1, not 0\n"
+
+
+def test_placeholder_commands_have_real_flags():
+    """Commands that need the reader's own files: every flag is one of the command's."""
+    lines = [
+        c
+        for language, block in re.findall(r"```(\w*)\n(.*?)```", README, re.S)
+        if not language
+        for c in block.replace("\\\n", " ").split("\n")
+    ]
+    checked = 0
+    for line in lines:
+        words = line.split()
+        if words[:3] == ["python", "-m", "train.finetune"]:
+            from train.finetune.__main__ import COMMANDS
+
+            function = COMMANDS[words[3]]
+        elif words[:3] == ["python", "-m", "inference.pipeline"]:
+            from inference.pipeline import pipeline as function
+        else:
+            continue
+        flags = {w.removeprefix("--") for w in words if w.startswith("--")}
+        assert flags <= set(inspect.signature(function).parameters), line
+        checked += 1
+    assert checked >= 4

@@ -133,11 +133,11 @@ def examine_target(
 def needs(subject: Subject, cfg: HeadTrainConfig, tokens: int, device, space) -> Iterator[Finding]:
     import torch
 
-    from eagle.head import Eagle3Head, mlp_width
+    from eagle.head import make_head, mlp_width
 
     config = subject.head_config(cfg)
     with torch.device("meta"):
-        weights = sum(p.numel() for p in Eagle3Head(config).parameters())
+        weights = sum(p.numel() for p in make_head(config).parameters())
     world = int(os.environ.get("WORLD_SIZE", "1"))
     width = mlp_width(subject.text)
     logits = space.LOGITS if device.type == "cpu" else 16 * space.LOGITS

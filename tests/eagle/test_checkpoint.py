@@ -99,10 +99,12 @@ def test_full_vocabulary_has_no_map(tmp_path, target):
     load_head(folder, target)
 
 
-def test_published_bin_without_feature_ids_and_with_embedding(tmp_path, target):
+@pytest.mark.parametrize("same", [True, False], ids=["the-targets", "its-own"])
+def test_published_bin_without_feature_ids_and_with_embedding(tmp_path, target, same):
     head = make_head(target)
     folder = save_head(head, tmp_path / "head")
-    state = {**load_file(folder / "model.safetensors"), "embed_tokens.weight": torch.zeros(V, H)}
+    embedding = target.embed.weight.detach().clone() if same else torch.randn(V, H)
+    state = {**load_file(folder / "model.safetensors"), "embed_tokens.weight": embedding}
     torch.save(state, folder / "pytorch_model.bin")
     (folder / "model.safetensors").unlink()
     (folder / "eagle.json").unlink()
@@ -114,10 +116,11 @@ def test_published_bin_without_feature_ids_and_with_embedding(tmp_path, target):
     ):
         del config[key]
     (folder / "config.json").write_text(json.dumps(config))
-    with pytest.warns(UserWarning, match="embed_tokens"):
-        again, provenance = load_head(folder, target)
+    again, provenance = load_head(folder, target)
     assert provenance == {} and again.config.feature_layers == target.feature_layers
     assert torch.equal(again.fc.weight, head.fc.weight)
+    assert again.config.own_embedding is not same
+    assert same or torch.equal(again.embed_tokens.weight, embedding)
 
 
 def test_output_convention_is_shifted_by_one(tmp_path, target):

@@ -313,7 +313,7 @@ def test_from_pretrained_and_embedded_defaults(tmp_path):
     assert plain(loaded, prompts, max_new_tokens=8) == plain(target, prompts, max_new_tokens=8)
     model = EaModel.from_pretrained(str(tmp_path), dtype="fp32", device="cpu")
     assert model.drafter is None
-    with pytest.raises(EagleError, match="EAGLE-3"):
-        EaModel.from_pretrained(str(tmp_path), use_eagle3=False)
+    with pytest.raises(EagleError, match="is an EAGLE-3 head; leave use_eagle3 unset"):
+        EaModel.from_pretrained(use_eagle3=False)
     with pytest.raises(EagleError, match="total_token"):
         EaModel.from_pretrained(str(tmp_path), total_token=1)

@@ -211,7 +211,7 @@ class Reference:
         return head.logits(out[0, -1]).log_softmax(-1)
 
     @staticmethod
-    def attend(q, k, v):
+    def attend(layer, q, k, v):
         out = torch.nn.functional.scaled_dot_product_attention(
             q, k, v, is_causal=True, enable_gqa=True
         )

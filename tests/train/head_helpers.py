@@ -7,7 +7,7 @@ import shutil
 import torch
 
 from configs.schema import HeadTrainConfig
-from eagle.head import Eagle3Head, HeadConfig
+from eagle.head import HeadConfig, make_head
 
 WORDS = "def class return self value index for in range len list item key print open path".split()
 
@@ -78,12 +78,13 @@ def losses_of(output):
     return [row["loss"] for row in rows_of(output)]
 
 
-def tiny_head(hidden=32, vocab=60, draft=24, heads=4, kv=2, seed=0):
+def tiny_head(hidden=32, vocab=60, draft=24, heads=4, kv=2, seed=0, **options):
     torch.manual_seed(seed)
     c = HeadConfig(
         hidden_size=hidden, intermediate_size=48, num_attention_heads=heads, num_key_value_heads=kv, head_dim=8,
-        vocab_size=vocab, draft_vocab_size=draft, target_hidden_size=hidden, feature_layers=(1, 2, 3),
+        vocab_size=vocab, draft_vocab_size=draft, target_hidden_size=hidden,
+        feature_layers=(-1,) if options.get("method") == "eagle1" else (1, 2, 3), **options,
     )  # fmt: skip
-    head = Eagle3Head(c)
+    head = make_head(c)
     head.set_draft_vocab(torch.randperm(vocab)[:draft])
     return head

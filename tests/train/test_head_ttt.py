@@ -11,17 +11,20 @@ from train.head.vocab import choose_draft_vocab
 
 
 class GrowingKeys:
-    """The way of inference: every pass appends its keys and sees all that are there."""
+    """The way of inference: every pass appends its keys and sees all that are there, in each layer."""
 
     def __init__(self):
-        self.k = self.v = None
+        self.kept = {}
 
-    def __call__(self, q, k, v):
-        past = 0 if self.k is None else self.k.shape[2]
-        self.k = k if past == 0 else torch.cat([self.k, k], 2)
-        self.v = v if past == 0 else torch.cat([self.v, v], 2)
+    def __call__(self, layer, q, k, v):
+        past = 0
+        if layer in self.kept:
+            before = self.kept[layer]
+            past = before[0].shape[2]
+            k, v = (torch.cat(pair, 2) for pair in zip(before, (k, v), strict=True))
+        self.kept[layer] = k, v
         groups = q.shape[1] // k.shape[1]
-        keys, values = self.k.repeat_interleave(groups, 1), self.v.repeat_interleave(groups, 1)
+        keys, values = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
         scores = q @ keys.transpose(2, 3) * q.shape[-1] ** -0.5
         future = torch.arange(keys.shape[2]) > torch.arange(past, past + q.shape[2])[:, None]
         return (scores.masked_fill(future, float("-inf")).softmax(-1) @ values).transpose(1, 2)
@@ -32,15 +35,26 @@ def chain(plan, row, t):
     return ((plan.chain_rows == row) & (plan.positions == t)).nonzero().item()
 
 
-@pytest.mark.parametrize("heads, kv", [(4, 2), (4, 4), (4, 1)])
-def test_unrolled_equals_incremental(heads, kv):
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"heads": 4, "kv": 2},
+        {"heads": 4, "kv": 4},
+        {"heads": 4, "kv": 1},
+        {"num_layers": 3, "fc_norm": True, "qk_norm": True, "norm_output": True},
+        {"method": "eagle1", "draft": 60},
+        {"method": "eagle1", "draft": 60, "num_layers": 2},
+    ],
+    ids=["4-2", "4-4", "4-1", "three-layers", "eagle1", "eagle1-two-layers"],
+)
+def test_unrolled_equals_incremental(options):
     steps, T, H = 4, 13, 32
-    head = tiny_head(heads=heads, kv=kv)
-    features, embeds = torch.randn(2, T, 3 * H), torch.randn(2, T, H)
+    head = tiny_head(**options)
+    features, embeds = torch.randn(2, T, head.config.feature_size), torch.randn(2, T, H)
     mask = torch.zeros(2, T, dtype=torch.bool)
     mask[0, 5:9], mask[1, 3], mask[1, 10:] = True, True, True
     plan = plan_unroll(mask, steps)
-    module = UnrolledHead(head, steps, 0.8, LossConfig(), amp=False)
+    module = UnrolledHead(head, steps, 0.8, LossConfig(), amp=False, output=torch.randn(60, H))
     with torch.no_grad():
         unrolled = list(module.unroll(features, embeds, plan))
         checked = 0
@@ -50,7 +64,7 @@ def test_unrolled_equals_incremental(heads, kv):
             ):
                 keys = GrowingKeys()
                 place = torch.arange(t + 1)[None]
-                hidden = head.fc(features[row : row + 1, : t + 1])
+                hidden = head.fuse(features[row : row + 1, : t + 1])
                 hidden = head(hidden, embeds[row : row + 1, 1 : t + 2], place, keys)[:, -1:]
                 for i in range(steps):
                     if i > 0:

@@ -186,13 +186,14 @@ def tiny_target(**changes):
     return Target(LlamaForCausalLM(config), name="tiny")
 
 
-def test_flops_are_what_pytorch_counts():
+@pytest.mark.parametrize("layers", [1, 3])
+def test_flops_are_what_pytorch_counts(layers):
     """All positions supervised, no padding. Of causal attention the formula counts the half that is needed."""
-    target, head, steps, B, T = tiny_target(), tiny_head(), 3, 4, 40
+    target, head, steps, B, T = tiny_target(), tiny_head(num_layers=layers), 3, 4, 40
     target.set_feature_layers(head.config.feature_layers)
     ids, place = torch.randint(0, 60, (B, T)), torch.arange(T).expand(B, T)
 
-    def attend(q, k, v):
+    def attend(layer, q, k, v):
         out = torch.nn.functional.scaled_dot_product_attention(
             q, k, v, is_causal=True, enable_gqa=True
         )
@@ -208,7 +209,7 @@ def test_flops_are_what_pytorch_counts():
         loss.backward()
     whole, stored = (FlopCount.of(target, head, steps, target_runs=runs) for runs in (True, False))
     n = B * T
-    other_half = 6 * (4 * 8) * T * n * steps
+    other_half = 6 * (4 * 8) * T * n * steps * layers
     trained = stored(n, n, B) - n * 2 * 60 * 32  # without the teacher's logits
     assert trained + other_half == of_head.get_total_flops()
     other_half = 2 * (4 * 4 * 8) * T * n

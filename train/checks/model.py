@@ -30,6 +30,7 @@ from eagle.target import (
 )
 from train.checks.findings import Finding, failed, note, ok, problem, size, warning
 from train.data.tokens import load_tokenizer
+from train.head.setup import fresh_config
 
 SMALL = 2 * 2**30  # bytes of weights up to which the model is loaded and probed
 
@@ -56,12 +57,7 @@ class Subject:
         """The head that training would make, or the one that was given."""
         if self.head is not None:
             return self.head.config
-        m = cfg.model
-        return HeadConfig.for_target(
-            self.text, vocab_size=self.vocab_size, intermediate_size=m.intermediate_size,
-            draft_vocab_size=m.draft_vocab_size or min(32000, max(self.vocab_size // 2, 1)),
-            num_attention_heads=m.num_heads, num_key_value_heads=m.num_kv_heads,
-        )  # fmt: skip
+        return fresh_config(cfg.model, self.text, self.vocab_size)
 
 
 def target(subject: Subject, cfg: HeadTrainConfig) -> Iterator[Finding]:

@@ -1,4 +1,4 @@
-"""An adapter on disk: what `train.finetune` writes, and whether it fits a base.
+"""An adapter on disk: what `train.finetune` writes.
 
     adapter_config.json, adapter_model.safetensors   peft's layout, fp32, the adapter alone
     task_heads.safetensors, tasks.json               heads of a multi-task run
@@ -6,26 +6,24 @@
     eagle.json                                       what it belongs to and was made of
     README.md                                        the same for people: the data card
 
-Knows nothing of training.
+Knows nothing of training. Finding an adapter and whether it fits a base: `eagle.loading`.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from eagle.checkpoint import read_json, recover, require_equal, write_json
+from eagle.checkpoint import require_equal, write_json
 from eagle.errors import EagleError
+from eagle.loading import RECORD, WEIGHTS, read_tensors, weights_hash
 from train.finetune.policy import ADAPTER
 
-WEIGHTS, CONFIG, RECORD = "adapter_model.safetensors", "adapter_config.json", "eagle.json"
 HEADS, TASKS = "task_heads.safetensors", "tasks.json"
 
 
@@ -58,7 +56,7 @@ def write_adapter(
     if tasks is not None:
         (folder / TASKS).write_text(json.dumps(tasks, indent=2) + "\n", encoding="utf-8")
     tokenizer.save_pretrained(str(folder))
-    record = {"kind": "adapter", **record, "fingerprint": fingerprint(lora)}
+    record = {"kind": "adapter", **record, "fingerprint": weights_hash(lora)}
     write_json(folder / RECORD, record)
     (folder / "README.md").write_text(card(record), encoding="utf-8")
 
@@ -77,50 +75,6 @@ def load_trainable(model: nn.Module, folder: Path) -> None:
     heads = getattr(model.get_base_model(), "task_heads", None)
     if heads is not None:
         heads.load_state_dict(read_tensors(folder / HEADS))
-
-
-def read_tensors(path: Path) -> dict[str, torch.Tensor]:
-    try:
-        return load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise EagleError(f"{path} is missing or damaged ({error}); restore the file") from error
-
-
-def find_adapter(path: str | Path) -> Path:
-    """The folder of an adapter: itself, or `adapter/` of a run."""
-    folder = Path(path).expanduser()
-    recover(folder)
-    for candidate in (folder, folder / "adapter"):
-        if (candidate / CONFIG).exists() and (candidate / WEIGHTS).exists():
-            return candidate
-    raise EagleError(
-        f"no adapter in {str(path)!r}: give a folder with {CONFIG} and {WEIGHTS}, or the run that made it"
-    )
-
-
-def read_record(folder: Path) -> dict:
-    """`eagle.json`, or {} for an adapter of another program, which does not say what it belongs to."""
-    return read_json(folder / RECORD) if (folder / RECORD).exists() else {}
-
-
-def require_base(folder: Path, record: dict, name: str, found: str) -> None:
-    """Refuse an adapter that was trained on other weights than those with fingerprint `found`."""
-    base = record.get("base") or {}
-    expected = base.get("fingerprint")
-    if expected and expected != found:
-        raise EagleError(
-            f"the adapter {folder} was trained on {base.get('id', 'another model')} (weights "
-            f"{expected[:12]}), not on {name} (weights {found[:12]}); give that base"
-        )
-
-
-def fingerprint(tensors: dict[str, torch.Tensor]) -> str:
-    """A hash of an adapter's weights: of names, shapes and every value."""
-    digest = hashlib.sha256()
-    for name, value in sorted(tensors.items()):
-        digest.update(f"{name}{tuple(value.shape)}{value.dtype}".encode())
-        digest.update(value.contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
 
 
 def adapter_bytes(folder: Path) -> int:

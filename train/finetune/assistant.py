@@ -1,4 +1,4 @@
-"""The example data: five tasks of a scientific-writing assistant, summaries and preferences, made of the
+"""The example data: five tasks of a scientific-writing assistant, summaries, cards and preferences, made of the
 docstrings of the standard library that ship with the package.
 
     summary_generation   a piece of code -> the first paragraph of its docstring
@@ -6,6 +6,7 @@ docstrings of the standard library that ship with the package.
     error_detection      a sentence, as written or with one error put into it
     logic_consistency    two statements: the second says the same, or one word of it is turned around
     readability          a sentence -> its Flesch reading ease, over 100
+    cards                a function -> JSON: its name, arguments, what it calls, and its docstring's first paragraph
 
 The text is real and the labels are facts about it. Files stay apart as in the shipped sets: what is held out
 there is held out here. Knows records and files; knows nothing of tokens or models.
@@ -13,10 +14,12 @@ there is held out here. Knows records and files; knows nothing of tokens or mode
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import json
 import random
 import re
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -193,6 +196,42 @@ def summary_records(functions: list[dict], sentences: list[dict], rng: random.Ra
     ]  # fmt: skip
 
 
+def card_records(functions: list[dict], sentences: list[dict], rng: random.Random) -> list[dict]:
+    """Chats that ask for a function's card as JSON."""
+    records = []
+    for function in functions:
+        found = card(function) if len(function["code"]) <= CODE_LIMIT else None
+        if found is not None:
+            question = f"Describe this function as JSON.\n\n{function['code']}"
+            records.append({"messages": [
+                {"role": "user", "content": question},
+                {"role": "assistant", "content": json.dumps(found, ensure_ascii=False)},
+            ], "source": function["source"]})  # fmt: skip
+    return records
+
+
+def card(function: dict) -> dict | None:
+    """Its name, its parameters (not *args), the names it calls in order, its summary; None for what is no
+    function."""
+    try:
+        body = ast.parse(textwrap.dedent(function["code"])).body
+    except SyntaxError:
+        return None
+    if not body or not isinstance(body[0], (ast.FunctionDef, ast.AsyncFunctionDef)):
+        return None
+    node, calls = body[0], {}
+    for call in sorted(
+        (n for n in ast.walk(node) if isinstance(n, ast.Call)),
+        key=lambda n: (n.func.end_lineno, n.func.end_col_offset),
+    ):
+        name = getattr(call.func, "id", getattr(call.func, "attr", None))
+        if name is not None:
+            calls[name] = True
+    given = (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)
+    return {"name": node.name, "arguments": [a.arg for a in given], "calls": list(calls),
+            "summary": function["summary"]}  # fmt: skip
+
+
 def preference_records(
     functions: list[dict], sentences: list[dict], rng: random.Random
 ) -> list[dict]:
@@ -230,5 +269,6 @@ def reading_ease(text: str) -> float:
 MAKERS = {
     "tasks": task_records,
     "summaries": summary_records,
+    "cards": card_records,
     "preferences": preference_records,
 }

@@ -15,7 +15,7 @@ import shutil
 from pathlib import Path
 
 from eagle.errors import EagleError
-from train.finetune.adapter import RECORD, read_record
+from eagle.loading import RECORD, read_record
 
 NAME = re.compile(r"checkpoint-(\d+)")
 SAVING = ".saving"

@@ -23,8 +23,8 @@ from configs.errors import ConfigError
 from configs.finetune_schema import MergeConfig
 from eagle.checkpoint import atomic_dir, write_json
 from eagle.errors import EagleError
+from eagle.loading import find_adapter, read_record, require_base
 from train.data import load_dataset_for, load_tokenizer
-from train.finetune.adapter import find_adapter, read_record, require_base
 from train.finetune.policy import base_fingerprint, base_path, load_base
 from train.finetune.sft import LabelCollator, pad_id
 

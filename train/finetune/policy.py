@@ -15,7 +15,7 @@ from torch import nn
 from configs.finetune_schema import LoraSection, PolicyConfig
 from eagle.checkpoint import target_fingerprint
 from eagle.errors import EagleError
-from eagle.loading import resolve_dtype
+from eagle.loading import quantization_config, read_model, resolve_dtype
 from train.data import embedded_dir
 
 ADAPTER = "default"  # peft's name of the adapter that learns
@@ -66,25 +66,15 @@ def load_base(
     place: bool = True,
 ) -> nn.Module:
     """The base model, its linear layers quantized while it is loaded. `place`: on this rank's GPU, if any."""
-    from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM
-
     path = base_path(base)
-    options: dict[str, Any] = {"dtype": resolve_dtype(dtype)}
+    options: dict[str, Any] = {}
     if attn_implementation is not None:
         options["attn_implementation"] = attn_implementation
     if quantization != "none":
-        options["quantization_config"] = quantization_config(quantization, double_quant, compute)
+        options["quantization_config"] = quantization_config(quantization, compute, double_quant)
     if place and torch.cuda.is_available():
         options["device_map"] = {"": int(os.environ.get("LOCAL_RANK", "0"))}
-    try:
-        model = AutoModelForCausalLM.from_pretrained(path, **options)
-    except (OSError, ValueError, ImportError, SafetensorError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise EagleError(
-            f"cannot load the base model {path!r}: {reason} (give a folder with config.json and weights, or "
-            "a hub id that can be reached)"
-        ) from error
+    model = read_model(path, resolve_dtype(dtype), options, "base")
     if getattr(model.config, "quantization_config", None) is not None and quantization == "none":
         raise EagleError(
             f"the base {path!r} is stored quantized; give the checkpoint in full precision, so that an "
@@ -103,19 +93,6 @@ def keep_differentiable(model: nn.Module) -> None:
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
-
-
-def quantization_config(quantization: str, double_quant: bool, compute: torch.dtype):
-    from transformers import BitsAndBytesConfig
-
-    if quantization == "int8":
-        return BitsAndBytesConfig(load_in_8bit=True)
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=double_quant,
-        bnb_4bit_compute_dtype=compute,
-    )
 
 
 def build_policy(

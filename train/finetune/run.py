@@ -25,10 +25,11 @@ import torch
 from configs.errors import ConfigError
 from eagle.checkpoint import atomic_dir, atomic_write_text
 from eagle.errors import EagleError
+from eagle.loading import find_adapter, read_record, require_base
 from train.data import load_tokenizer
 from train.data.tokens import tokenizer_hash
 from train.finetune import checkpoints as disk
-from train.finetune.adapter import adapter_bytes, find_adapter, read_record, require_base
+from train.finetune.adapter import adapter_bytes
 from train.finetune.policy import base_fingerprint, base_name, base_path, build_policy
 from train.head.distributed import World, join_world
 from train.head.state import require_writable, write_config

@@ -20,10 +20,11 @@ from train.head.compile import compile_errors_told
 from train.head.distributed import World
 from train.head.engine import Engine
 from train.head.loader import MicroBatch, Steps
+from train.head.losses import feature_noise
 from train.head.seeing.recorder import Recorder
 from train.head.setup import Parts
 from train.head.sources import by_source
-from train.head.teacher import hidden_and_features, teach
+from train.head.teacher import hidden_and_features, teach, with_noise
 from train.head.ttt import Plan, plan_unroll
 
 
@@ -41,6 +42,7 @@ class Accumulator:
         self.steps, self.seen, self.warn = steps, seen, warn
         self.draft_ids = parts.head.draft_token_ids().to(world.device)
         self.gradients = guards.GradientWatch(parts.head, world.device)
+        self.noise = feature_noise(cfg, parts.head.config.method)
         self.pieces = 1
         self.step = 0  # number of the step that is worked on
 
@@ -112,7 +114,8 @@ class Accumulator:
             mask = batch.attention_mask.to(device, non_blocking=True)
             plan = plan.to(device)
             hidden, features = hidden_and_features(self.parts.states, ids, mask)
-            embeds = target.embed(ids)
+            features = with_noise(features, mask.sum(1), self.noise)
+            embeds = self.parts.embed(ids)
             teacher = teach(target, hidden, plan, self.draft_ids)
         with self.seen.phase("head"):
             return self.engine(features, embeds, plan, teacher, totals)

@@ -44,26 +44,38 @@ class UnrolledAttention:
     A step may run again in the backward pass (activation checkpointing): it then replaces its own keys.
     """
 
-    def __init__(self, blocks: list[Block], positions: torch.Tensor) -> None:
-        """positions [C]: of the chains, in their rows."""
-        self.blocks = blocks
-        self.later = [
-            torch.arange(block.seen, block.n, device=positions.device)
-            > positions[block.chains, None]
-            for block in blocks
-        ]
+    def __init__(
+        self,
+        blocks: list[Block],
+        positions: torch.Tensor,
+        every: tuple[list[Block], torch.Tensor] | None = None,
+    ) -> None:
+        """positions [C]: of the chains, in their rows. every: blocks and positions [N] of all tokens, which are
+        the queries of step 0 then."""
+        self.queries = blocks, behind(blocks, positions)
+        self.first = self.queries if every is None else (every[0], behind(*every))
         self.keys: list[torch.Tensor] = []
         self.values: list[torch.Tensor] = []
 
     def __call__(
         self, step: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
     ) -> torch.Tensor:
-        """q [1, Hkv * G, C, hd]; k and v [1, Hkv, N, hd] at step 0, [1, Hkv, C, hd] later -> [1, C, Hkv * G, hd]."""
+        """q [1, Hkv * G, C, hd] (N of them at step 0 where all tokens ask); k and v [1, Hkv, N, hd] at step 0,
+        [1, Hkv, C, hd] later -> [1, C or N, Hkv * G, hd]."""
         q, k, v = (x[0].to(v.dtype) for x in (q, k, v))
         self.keys, self.values = [*self.keys[:step], k], [*self.values[:step], v]
         q = q.unflatten(0, (k.shape[0], -1))
-        out = _Attend.apply(self.blocks, self.later, q, *self.keys, *self.values)
+        queries = self.queries if step else self.first
+        out = _Attend.apply(*queries, q, *self.keys, *self.values)
         return out.flatten(0, 1).transpose(0, 1)[None]
+
+
+def behind(blocks: list[Block], positions: torch.Tensor) -> list[torch.Tensor]:
+    """For each block [c, n - seen] bool: of the keys that not all of its chains see, those a chain does not."""
+    return [
+        torch.arange(block.seen, block.n, device=positions.device) > positions[block.chains, None]
+        for block in blocks
+    ]
 
 
 class _Attend(torch.autograd.Function):

@@ -1,4 +1,4 @@
-"""torch.compile of the head's layer, and what is said when it fails."""
+"""torch.compile of the head's layers, and what is said when it fails."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ def compile_layer(module: UnrolledHead) -> None:
 
     module.attention = Opaque
     torch._dynamo.config.recompile_limit = max(VARIANTS, torch._dynamo.config.recompile_limit)
-    module.head.midlayer.compile(dynamic=True)
+    for layer in module.head.decoder_layers:
+        layer.compile(dynamic=True)
     module._first = torch.compile(module._first, dynamic=True)
 
 

@@ -35,19 +35,23 @@ class Engine:
                     f"train.optimizer=muon needs whole matrices, train.zero={self.zero} splits them; "
                     "use train.zero=0 or train.optimizer=adamw"
                 )
-            client = MuonAdamW(self.head.named_parameters(), cfg.train)
+            client = MuonAdamW(self._trained(), cfg.train)
             config.pop("optimizer")
         if self.zero == 3:
             config["zero_optimization"].setdefault("stage3_param_persistence_threshold", 10_000)
         self.engine, *_ = import_deepspeed().initialize(
             model=module,
-            model_parameters=list(module.parameters()),
+            model_parameters=[p for p in module.parameters() if p.requires_grad],
             optimizer=client,
             config=config,
         )
 
     def __call__(self, *args):
         return self.engine(*args)
+
+    def _trained(self) -> list[tuple[str, nn.Parameter]]:
+        """Names and parameters of the head, without an embedding of its own."""
+        return [(n, p) for n, p in self.head.named_parameters() if p.requires_grad]
 
     @property
     def can_forget(self) -> bool:
@@ -77,7 +81,7 @@ class Engine:
             self.engine.set_gradient_accumulation_boundary(True)
             self.engine.allreduce_gradients()
         if self.zero == 0:  # DeepSpeed keeps no norm there
-            grads = [safe_get_full_grad(p) for p in self.head.parameters()]
+            grads = [safe_get_full_grad(p) for _, p in self._trained()]
             norm = torch.nn.utils.get_total_norm([g for g in grads if g is not None])
         self.engine.step()
         if norm is None:
@@ -93,19 +97,17 @@ class Engine:
         return self.engine.optimizer.optimizer if self.zero else self.engine.optimizer
 
     def weights(self) -> dict[str, torch.Tensor]:
-        """Full fp32 weights by name, on the CPU, on every rank. All ranks must call it."""
+        """Full fp32 weights that are trained by name, on the CPU, on every rank. All ranks must call it."""
         if self.zero == 0:
-            return {n: p.detach().cpu().clone() for n, p in self.head.named_parameters()}
+            return {n: p.detach().cpu().clone() for n, p in self._trained()}
         from deepspeed.utils import safe_get_full_fp32_param
 
-        return {
-            n: safe_get_full_fp32_param(p).cpu().clone() for n, p in self.head.named_parameters()
-        }
+        return {n: safe_get_full_fp32_param(p).cpu().clone() for n, p in self._trained()}
 
     def optimizer_state(self) -> dict[str, torch.Tensor]:
         """`name/key` -> full tensor, on the CPU. All ranks must call it, after at least one step."""
         out, inner = {}, self._inner()
-        for name, p in self.head.named_parameters():
+        for name, p in self._trained():
             if self.zero == 0:
                 for key, value in inner.state[p].items():
                     out[f"{name}/{key}"] = torch.as_tensor(value).detach().cpu().clone()
@@ -130,7 +132,7 @@ class Engine:
         """
         inner = self._inner()
         if self.zero == 0:
-            for name, p in self.head.named_parameters():
+            for name, p in self._trained():
                 keys = {
                     k.rsplit("/", 1)[1]: v for k, v in state.items() if k.rsplit("/", 1)[0] == name
                 }
@@ -148,7 +150,7 @@ class Engine:
         self.set_lr(0.0)
         prime()
         steps = 0.0
-        for name, p in self.head.named_parameters():
+        for name, p in self._trained():
             for key in ("exp_avg", "exp_avg_sq"):
                 if f"{name}/{key}" not in state:
                     raise EagleError(

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from configs.schema import EvalConfig
-from eagle.head import Eagle3Head
+from eagle.head import DraftHead
 from eagle.target import Target
 from train.data import TokenizedData
 
@@ -38,7 +38,7 @@ def heldout_prompts(data: TokenizedData, count: int, limit: int) -> list[Prompt]
 
 
 def acceptance(
-    target: Target, head: Eagle3Head, prompts: list[Prompt], cfg: EvalConfig, batch: int = 8
+    target: Target, head: DraftHead, prompts: list[Prompt], cfg: EvalConfig, batch: int = 8
 ) -> dict:
     """Greedy decoding of every prompt -> tau (tokens a verification), acceptance by depth, counts, seconds;
     and the same under `sources` by name where there are several."""

@@ -27,7 +27,7 @@ class GradientWatch:
     """
 
     def __init__(self, module: nn.Module, device: torch.device) -> None:
-        named = list(module.named_parameters())
+        named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
         self.names = [name for name, _ in named]
         self._bad = torch.zeros(len(named), dtype=torch.bool, device=device)
         for n, (_, parameter) in enumerate(named):

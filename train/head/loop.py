@@ -17,7 +17,7 @@ import torch
 
 from configs.schema import HeadTrainConfig
 from eagle.checkpoint import atomic_write_text, load_head, save_head
-from eagle.head import Eagle3Head
+from eagle.head import DraftHead
 from train.head import guards
 from train.head import state as disk
 from train.head.accumulate import Accumulator
@@ -32,7 +32,7 @@ from train.head.schedule import Schedule
 from train.head.seeing.card import run_card
 from train.head.seeing.perf import FlopCount
 from train.head.seeing.recorder import Recorder
-from train.head.setup import Parts, build
+from train.head.setup import Parts, build, output_rows
 from train.head.signals import StopSignals
 from train.head.sources import SourceMetrics
 from train.head.ttt import UnrolledHead
@@ -58,12 +58,13 @@ class Trainer:
         if resumed is not None:
             disk.require_same_run(resumed, json.loads(json.dumps(parts.identity)))
             with torch.no_grad():
-                for name, p in parts.head.named_parameters():
-                    p.copy_(resumed.weights[name])
+                for name, weight in resumed.weights.items():
+                    parts.head.get_parameter(name).copy_(weight)
         self.blank = copy.deepcopy(parts.head)  # ZeRO splits the weights, not these
         self.module = UnrolledHead(
             parts.head.to(world.device), t.ttt_steps, t.ttt_decay, cfg.loss, t.dtype == "bf16",
             recompute=t.checkpoint_activations,
+            output=None if parts.head.has_output else output_rows(parts.target),
         )  # fmt: skip
         if t.compile:
             compile_layer(self.module)
@@ -134,7 +135,7 @@ class Trainer:
 
     # one step
 
-    def _train_step(self, lr: float) -> dict:
+    def train_step(self, lr: float) -> dict:
         self.seen.begin(self.step + 1)
         started = time.perf_counter()
         self.engine.set_lr(lr)
@@ -190,7 +191,7 @@ class Trainer:
         while not number and not self._stalled() and self.schedule.fraction(self.step, elapsed) < 1:
             ahead = 1 if self.schedule.total else 0
             fraction = self.schedule.fraction(self.step + ahead, elapsed + span)
-            row = self._train_step(self.schedule.lr(fraction))
+            row = self.train_step(self.schedule.lr(fraction))
             before = elapsed
             elapsed, number = self._agree()
             span = elapsed - before if self.schedule.budget else 0.0
@@ -299,7 +300,7 @@ class Trainer:
 
     # saving and evaluating
 
-    def _export(self) -> Eagle3Head:
+    def _export(self) -> DraftHead:
         """A full copy of the head in the dtype it trains in. All ranks must call it."""
         head = copy.deepcopy(self.blank)
         head.load_state_dict(self.engine.weights(), strict=False)  # the map is in the copy already
@@ -337,7 +338,7 @@ class Trainer:
             best = max(kept, key=lambda e: (e["tau"], e["step"]))
             atomic_write_text(folder / "best", f"step-{best['step']}\n")
 
-    def _save(self, head: Eagle3Head | None = None) -> Path:
+    def _save(self, head: DraftHead | None = None) -> Path:
         """All ranks must call it; rank 0 writes."""
         head = head or self._export()
         weights = self.engine.weights()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.metadata
 import importlib.util
 import random
@@ -11,10 +12,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from configs.schema import HeadTrainConfig
+from configs.schema import HeadTrainConfig, ModelConfig
 from eagle.checkpoint import load_head
 from eagle.errors import EagleError
-from eagle.head import Eagle3Head, HeadConfig
+from eagle.head import OPTIONS, DraftHead, HeadConfig, make_head
 from eagle.target import Target
 from train.data import TokenizedData, load_dataset_for, load_tokenizer
 from train.data.card import who_answered
@@ -28,11 +29,13 @@ from train.head.vocab import choose_draft_vocab, coverage, describe, special_ids
 @dataclass
 class Parts:
     """states: what gives features and final hidden states of rows, the target or what it wrote before.
-    identity: what a resumed run must have in common. notes: what is to be known before the first step."""
+    embed: ids [...] -> embeddings [..., H], the target's or the head's own, which is not trained. identity:
+    what a resumed run must have in common. notes: what is to be known before the first step."""
 
     target: Target
     states: Target | FeatureStore
-    head: Eagle3Head
+    head: DraftHead
+    embed: torch.nn.Module
     data: TokenizedData
     prompts: list[Prompt]
     vocabulary: dict
@@ -117,9 +120,26 @@ def build(
     pad = tokenizer.pad_token_id
     pad_id = pad if pad is not None and 0 <= pad < target.vocab_size else 0
     notes = [describe(vocabulary), attention_note(target)]
+    embed = target.embed
+    if head.config.own_embedding:
+        head.embed_tokens.requires_grad_(False)
+        embed = copy.deepcopy(head.embed_tokens).to(device)  # ZeRO may split the head's weights
     return Parts(
-        target, states, head, data, prompts, vocabulary, provenance, identity, pad_id, notes
+        target, states, head, embed, data, prompts, vocabulary, provenance, identity, pad_id, notes
     )
+
+
+def output_rows(target: Target) -> torch.Tensor:
+    """The target's LM head as one matrix [V, H], which EAGLE-1 heads learn to draft through."""
+    layer = target.model.get_output_embeddings()
+    plain = layer.weight.is_floating_point() and getattr(layer, "bias", None) is None
+    if not plain or target.head_logits.cap:
+        raise EagleError(
+            f"the LM head of {target.name} is not one plain matrix (it is quantized, has a bias or caps its "
+            "logits), which model.method=eagle1 needs; train an eagle3 head"
+        )
+    rows = layer.weight.detach()
+    return rows if target.head_logits.scale == 1.0 else rows * target.head_logits.scale
 
 
 def attention_note(target: Target) -> str:
@@ -140,34 +160,51 @@ def attention_note(target: Target) -> str:
     )
 
 
+def fresh_config(
+    m: ModelConfig, config, vocab_size: int, feature_layers: tuple[int, ...] | None = None
+) -> HeadConfig:
+    """Of the head that `m` asks for, over a target of text config `config`."""
+    size = m.draft_vocab_size or min(32000, max(vocab_size // 2, 1))
+    if size > vocab_size:
+        raise EagleError(
+            f"model.draft_vocab_size={size} exceeds the target's vocabulary of {vocab_size}; lower it"
+        )
+    if m.method == "eagle1":
+        size, feature_layers = vocab_size, None
+    return HeadConfig.for_target(
+        config, vocab_size=vocab_size, draft_vocab_size=size, intermediate_size=m.intermediate_size,
+        feature_layers=m.feature_layers or feature_layers,
+        num_attention_heads=m.num_heads, num_key_value_heads=m.num_kv_heads, **_options(m),
+    )  # fmt: skip
+
+
+def _options(m: ModelConfig) -> dict:
+    """What `m` says of a head's options."""
+    return {name: value for name in OPTIONS if (value := getattr(m, name, None)) is not None}
+
+
 def _fresh(
     cfg: HeadTrainConfig, target: Target, counts: np.ndarray, always: list[int]
-) -> Eagle3Head:
-    V, m = target.vocab_size, cfg.model
-    size = m.draft_vocab_size or min(32000, max(V // 2, 1))
-    if size > V:
-        raise EagleError(
-            f"model.draft_vocab_size={size} exceeds the target's vocabulary of {V}; lower it"
-        )
+) -> DraftHead:
+    config = fresh_config(cfg.model, target.config, target.vocab_size, target.feature_layers)
+    size = config.draft_vocab_size
     if size < len(always):
         raise EagleError(
             f"model.draft_vocab_size={size} cannot hold the {len(always)} special tokens; raise it"
         )
-    config = HeadConfig.for_target(
-        target.config, vocab_size=V, draft_vocab_size=size, intermediate_size=m.intermediate_size,
-        feature_layers=m.feature_layers or target.feature_layers,
-        num_attention_heads=m.num_heads, num_key_value_heads=m.num_kv_heads,
-    )  # fmt: skip
-    head = Eagle3Head(config)
+    head = make_head(config)
     for name, p in head.named_parameters():
         if p.ndim == 2:
             torch.nn.init.normal_(p, std=p.shape[1] ** -0.5)
             if name.endswith(("o_proj.weight", "down_proj.weight")):
                 p.data.mul_(0.1)  # the residual path carries the features through at first
+        elif name.endswith("bias"):
+            p.data.zero_()
     ids, _ = choose_draft_vocab(counts, always, size)
     head.set_draft_vocab(ids)
     rows = target.model.get_output_embeddings().weight
-    if rows.is_floating_point():  # the target's own rows know what each token looks like
+    if head.has_output and rows.is_floating_point():
+        # the target's own rows know what each token looks like
         scale = rows.detach()[ids.to(rows.device)].float().cpu()
         head.lm_head.weight.data.copy_(
             scale / scale.std().clamp_min(1e-6) * config.hidden_size**-0.5
@@ -175,7 +212,7 @@ def _fresh(
     return head
 
 
-def _warm(cfg: HeadTrainConfig, target: Target) -> Eagle3Head:
+def _warm(cfg: HeadTrainConfig, target: Target) -> DraftHead:
     """The head to start from; its draft vocabulary stays, whatever the data holds."""
     head, _ = load_head(cfg.model.init_head, target, dtype="float32")
     m, c = cfg.model, head.config
@@ -183,10 +220,11 @@ def _warm(cfg: HeadTrainConfig, target: Target) -> Eagle3Head:
              ("feature_layers", m.feature_layers, c.feature_layers),
              ("intermediate_size", m.intermediate_size, c.intermediate_size),
              ("num_heads", m.num_heads, c.num_attention_heads),
-             ("num_kv_heads", m.num_kv_heads, c.num_key_value_heads)]  # fmt: skip
+             ("num_kv_heads", m.num_kv_heads, c.num_key_value_heads),
+             *((name, asked, getattr(c, name)) for name, asked in _options(m).items())]  # fmt: skip
     for name, asked, has in pairs:
         if asked is not None and tuple(np.atleast_1d(asked)) != tuple(np.atleast_1d(has)):
             raise EagleError(
-                f"model.{name}={asked} contradicts the head to start from, which has {has}; leave it out"
+                f"model.{name}={asked} contradicts the head to start from, which has {has}; set that, or leave it out"
             )
     return head.requires_grad_(True)

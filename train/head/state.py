@@ -41,7 +41,7 @@ from eagle.checkpoint import (
     write_json,
 )
 from eagle.errors import EagleError
-from eagle.head import Eagle3Head
+from eagle.head import DraftHead
 
 logger = logging.getLogger("train.head")
 
@@ -117,7 +117,7 @@ def pointed(output: Path, name: str) -> Path | None:
     return path if (path / "state.json").exists() else None
 
 
-def save_checkpoint(output: Path, state: TrainState, head: Eagle3Head, provenance: dict) -> Path:
+def save_checkpoint(output: Path, state: TrainState, head: DraftHead, provenance: dict) -> Path:
     """Write `checkpoints/step-N` whole, then point `latest` at it."""
     path = output / "checkpoints" / f"step-{state.info['step']}"
     tensors = {

@@ -77,6 +77,16 @@ def hidden_and_features(
     return context.unpack(entered[0]), context.unpack(features)
 
 
+def with_noise(features: torch.Tensor, lengths: torch.Tensor, width: float) -> torch.Tensor:
+    """features [B, T, F] plus uniform noise of ± width · 512 / length, so that the head learns to draft from
+    features that are not exact, as its own are (Li et al. 2024, section 4.2; the scale by lengths [B] is that of
+    the authors' code)."""
+    if width == 0:
+        return features
+    scale = (width * 512 / lengths.clamp_min(1)).to(features.device, features.dtype)
+    return features + (2 * torch.rand_like(features) - 1) * scale[:, None, None]
+
+
 @dataclass(frozen=True)
 class Teacher:
     """The target's distributions at U positions, a `kernels.draft_loss.Teacher`: made tile by tile, when asked.

@@ -21,13 +21,12 @@ from functools import partial
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from transformers.models.llama.modeling_llama import rotate_half
 
 from configs.schema import LossConfig
-from eagle.head import Eagle3Head
+from eagle.head import DraftHead
 from kernels.draft_loss import Objective, draft_loss
 from train.head.attention import BLOCK, Block, UnrolledAttention
-from train.head.losses import depth_weights, objective_of
+from train.head.losses import depth_weights, feature_loss, objective_of, part_weights
 from train.head.metrics import COLUMNS
 from train.head.teacher import Teacher
 
@@ -41,7 +40,7 @@ class Plan:
     key_positions [N]: the tokens up to each row's last chain; chain_keys [C]: the chains among them. places
     [S, U]: the chain that is taught target u at step i; taught [S, U] bool: there is one. weights [B] fp32:
     how much a row's targets count. counts [S]: targets that step i has, each counted by its row's weight.
-    blocks: the chains as attention takes them.
+    blocks, key_blocks: the chains, and all N tokens, as attention takes them.
     """
 
     rows: torch.Tensor
@@ -56,10 +55,11 @@ class Plan:
     weights: torch.Tensor
     counts: torch.Tensor
     blocks: list[Block]
+    key_blocks: list[Block]
 
     def to(self, device: torch.device) -> Plan:
         moved = {k: v.to(device) for k, v in vars(self).items() if isinstance(v, torch.Tensor)}
-        return Plan(**moved, blocks=self.blocks)
+        return Plan(**moved, blocks=self.blocks, key_blocks=self.key_blocks)
 
 
 def plan_unroll(loss_mask: torch.Tensor, steps: int, weights: torch.Tensor | None = None) -> Plan:
@@ -88,6 +88,7 @@ def plan_unroll(loss_mask: torch.Tensor, steps: int, weights: torch.Tensor | Non
         rows, sources, chain_rows, positions, key_rows, key_positions,
         first_keys[chain_rows] + positions, places, taught, weights, (taught * weights[rows]).sum(1),
         _blocks(chain.sum(1).tolist(), first_keys.tolist(), positions.tolist()),
+        _blocks(reach.tolist(), first_keys.tolist(), key_positions.tolist()),
     )  # fmt: skip
 
 
@@ -106,14 +107,34 @@ class Projection(nn.Module):
     """The loss at the head's output layer. A module with a weight of its own name, as ZeRO-3 gathers the
     weights of a module when it is called."""
 
-    def __init__(self, weight: nn.Parameter, objective: Objective) -> None:
+    def __init__(self, weight: torch.Tensor, objective: Objective, amp: bool) -> None:
         super().__init__()
-        self.weight, self.objective = weight, objective
+        self.weight, self.objective, self.amp = weight, objective, amp
+        self.loss = draft_loss
 
     def forward(self, hidden: torch.Tensor, teacher: Teacher, importance: torch.Tensor) -> tuple:
         """hidden [S, U, H], importance [S, U] -> the fields of `DraftLoss`."""
-        found = draft_loss(hidden, self.weight, teacher, importance, self.objective)
+        hidden = hidden.bfloat16() if self.amp else hidden
+        found = self.loss(hidden, self.weight, teacher, importance, self.objective)
         return found.total, found.loss, found.overlap, found.right, found.known
+
+
+class FeatureProjection(Projection):
+    """EAGLE-1's: the output is to be the target's hidden state, and what the target's LM head makes of it the
+    target's distribution. weight [V, H]: that LM head's, which is not trained."""
+
+    def __init__(
+        self, weight: torch.Tensor, objective: Objective, amp: bool, parts: tuple[float, float]
+    ) -> None:
+        super().__init__(weight.detach(), objective, amp)
+        self.parts = parts
+
+    def forward(self, hidden: torch.Tensor, teacher: Teacher, importance: torch.Tensor) -> tuple:
+        on_feature, on_token = self.parts
+        total, loss, *rest = super().forward(hidden, teacher, importance)
+        apart = feature_loss(hidden, teacher.hidden.expand_as(hidden))  # [S, U]
+        total = on_token * total + on_feature * (apart * importance).sum()
+        return total, on_token * loss + on_feature * apart.detach(), *rest
 
 
 class UnrolledHead(nn.Module):
@@ -122,12 +143,17 @@ class UnrolledHead(nn.Module):
     attention = UnrolledAttention
 
     def __init__(
-        self, head: Eagle3Head, steps: int, decay: float, loss: LossConfig, amp: bool,
-        recompute: bool = False,
+        self, head: DraftHead, steps: int, decay: float, loss: LossConfig, amp: bool,
+        recompute: bool = False, output: torch.Tensor | None = None,
     ) -> None:  # fmt: skip
+        """output [V, H]: the target's LM head, for a head without one."""
         super().__init__()
         self.head = head
-        self.projection = Projection(head.lm_head.weight, objective_of(loss))
+        if head.has_output:
+            self.projection = Projection(head.lm_head.weight, objective_of(loss), amp)
+        else:
+            parts = part_weights(loss)
+            self.projection = FeatureProjection(output, objective_of(loss), amp, parts)
         self.steps, self.amp, self.recompute = steps, amp, recompute
         self.depth_weights = depth_weights(loss, steps, decay)
 
@@ -138,32 +164,27 @@ class UnrolledHead(nn.Module):
         return checkpoint(run, *args, use_reentrant=False, preserve_rng_state=False)
 
     def _first(self, features, embeds, plan: Plan, attend) -> torch.Tensor:
-        """Step 0: `Eagle3Head.forward` with keys and values of all N tokens, and the rest of chains alone.
-        features [1, N, 3H], embeds [1, N, H] of the tokens that follow -> [1, C, H]."""
-        head, layer = self.head, self.head.midlayer
-        attention, chains = layer.self_attn, plan.chain_keys
-        hidden = head.fc(features).to(embeds.dtype)
-        x = torch.cat([layer.input_layernorm(embeds), layer.hidden_norm(hidden)], dim=-1)
-        cos, sin = (turn[:, None] for turn in head.rotary(plan.key_positions[None], hidden.dtype))
-
-        def split(states: torch.Tensor) -> torch.Tensor:
-            """[1, n, heads * hd] -> [1, heads, n, hd]."""
-            return states.unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
-
-        q, k = split(attention.q_proj(x[:, chains])), split(attention.k_proj(x))
-        q = q * cos[:, :, chains] + rotate_half(q) * sin[:, :, chains]
-        k = k * cos + rotate_half(k) * sin
-        seen = attend(q, k, split(attention.v_proj(x)))
-        hidden = hidden[:, chains] + attention.o_proj(seen.flatten(2))
-        return hidden + layer.mlp(layer.post_attention_layernorm(hidden))
+        """Step 0: keys and values of all N tokens in every layer, and the output of chains alone.
+        features [1, N, F], embeds [1, N, H] of the tokens that follow -> [1, C, H]."""
+        hidden = self.head.fuse(features).to(embeds.dtype)
+        positions = plan.key_positions[None]
+        return self.head(hidden, embeds, positions, attend, keep=plan.chain_keys)
 
     def unroll(
         self, features: torch.Tensor, embeds: torch.Tensor, plan: Plan
     ) -> Iterator[torch.Tensor]:
-        """features [B, T, 3H], embeds [B, T, H] of the row's tokens -> yields, for each step, the pre-norm
-        hidden [C, H] of the chains."""
+        """features [B, T, F], embeds [B, T, H] of the row's tokens -> yields, for each step, the
+        head's output [C, H] for the chains."""
         T, dtype = embeds.shape[1], self.head.fc.weight.dtype
-        attention = self.attention(plan.blocks, plan.positions)
+        layers = self.head.config.num_layers
+        every = plan.key_blocks, plan.key_positions  # below the last layer all tokens go on
+        attention = [
+            self.attention(plan.blocks, plan.positions, every if n + 1 < layers else None)
+            for n in range(layers)
+        ]
+
+        def attend(step: int, layer: int, q, k, v) -> torch.Tensor:
+            return attention[layer](step, q, k, v)
 
         def following(rows: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
             """Past the row's end there is no token, and nothing that is supervised."""
@@ -172,13 +193,13 @@ class UnrolledHead(nn.Module):
         packed = features[plan.key_rows, plan.key_positions][None]
         hidden = self._pass(
             self._first, packed if self.amp else packed.to(dtype),
-            following(plan.key_rows, plan.key_positions + 1), plan, partial(attention, 0),
+            following(plan.key_rows, plan.key_positions + 1), plan, partial(attend, 0),
         )  # fmt: skip
         yield hidden[0]
         for i in range(1, self.steps):
             token = following(plan.chain_rows, plan.positions + 1 + i)
             place = plan.positions[None] + i
-            hidden = self._pass(self.head, hidden, token, place, partial(attention, i))
+            hidden = self._pass(self.head, hidden, token, place, partial(attend, i))
             yield hidden[0]
 
     def forward(
@@ -190,14 +211,12 @@ class UnrolledHead(nn.Module):
         with torch.autocast(embeds.device.type, torch.bfloat16, enabled=self.amp):
             hidden = torch.stack(
                 [
-                    self.head.norm(hidden).index_select(0, places)
+                    self.head.last_norm(hidden).index_select(0, places)
                     for hidden, places in zip(
                         self.unroll(features, embeds, plan), plan.places, strict=True
                     )
                 ]
             )  # [S, U, H]
-            if self.amp:
-                hidden = hidden.bfloat16()
             depths = totals.new_tensor(self.depth_weights) / totals.clamp_min(1e-9)
             importance = plan.taught * depths[:, None] * plan.weights[plan.rows]
             total, *found = self.projection(hidden, teacher, importance)

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from configs.schema import HeadTrainConfig
 from eagle.checkpoint import atomic_write_text, load_head, require_equal
 from eagle.errors import EagleError
+from eagle.head import FINAL
 from eagle.loading import resolve_device
 from eagle.target import Target
 from train.data import Collator, load_dataset_for, load_tokenizer
@@ -54,6 +55,11 @@ def write_features(
     layers = cfg.model.feature_layers
     if cfg.model.init_head:
         layers = load_head(cfg.model.init_head, target)[0].config.feature_layers
+    if m.method == "eagle1" or layers == (FINAL,):
+        raise EagleError(
+            "EAGLE-1 heads are trained with the target at hand: its last hidden state is all that they read; "
+            "leave this step out"
+        )
     if layers is not None:
         target.set_feature_layers(layers)
     belongs = Belongs.to(target)

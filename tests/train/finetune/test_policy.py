@@ -6,6 +6,7 @@ import torch
 from finetune_helpers import TASKS
 
 from configs.finetune_schema import LoraSection, PolicyConfig, TaskConfig
+from eagle import loading
 from eagle.errors import EagleError
 from train.finetune import adapter
 from train.finetune.policy import (
@@ -98,7 +99,7 @@ def test_an_adapter_is_written_whole_and_read_back(base, tmp_path, tokenizer):
                 p.normal_(std=0.1)
     record = {"base": {"id": "x", "fingerprint": "f" * 64}, "quantization": "nf4"}
     adapter.write_adapter(tmp_path / "a", model, trainable_state(model), tokenizer, record, TASKS)
-    written = adapter.read_record(tmp_path / "a")
+    written = loading.read_record(tmp_path / "a")
     assert written["kind"] == "adapter" and len(written["fingerprint"]) == 64
     assert adapter.adapter_bytes(tmp_path / "a") < 400_000
     assert "nf4" in (tmp_path / "a" / "README.md").read_text()
@@ -120,12 +121,12 @@ def test_what_does_not_belong_is_refused(base, other_base, tmp_path, tokenizer):
     model = policy(base)
     record = {"base": {"id": str(base), "fingerprint": base_fingerprint(str(base))}}
     adapter.write_adapter(tmp_path / "a", model, trainable_state(model), tokenizer, record)
-    found = adapter.read_record(adapter.find_adapter(tmp_path / "a"))
-    adapter.require_base(tmp_path / "a", found, "base", base_fingerprint(str(base)))
+    found = loading.read_record(loading.find_adapter(tmp_path / "a"))
+    loading.require_base(tmp_path / "a", found, "base", base_fingerprint(str(base)))
     with pytest.raises(EagleError, match=r"was trained on .*base.* not on other"):
-        adapter.require_base(tmp_path / "a", found, "other", base_fingerprint(str(other_base)))
+        loading.require_base(tmp_path / "a", found, "other", base_fingerprint(str(other_base)))
     with pytest.raises(EagleError, match="no adapter in"):
-        adapter.find_adapter(tmp_path)
+        loading.find_adapter(tmp_path)
     with pytest.raises(EagleError, match="does not fit"):
         adapter.load_trainable(policy(base, target_modules=["q_proj"]), tmp_path / "a")
     (tmp_path / "a" / adapter.WEIGHTS).write_bytes(b"torn")

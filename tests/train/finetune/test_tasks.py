@@ -3,6 +3,7 @@
 import json
 import math
 import random
+import re
 
 import pytest
 from data_helpers import runs
@@ -159,7 +160,7 @@ def test_presets_load():
                                        "logic_consistency", "readability"]  # fmt: skip
     assert load_config(SftConfig, find_preset("qlora")).lora.r == 64
     assert load_config(DpoConfig, find_preset("dpo")).train.lr == 5e-5
-    with pytest.raises(ConfigError, match="presets: dpo, qlora, writing_assistant"):
+    with pytest.raises(ConfigError, match="presets: dpo, pipeline, qlora, writing_assistant"):
         find_preset("nothing")
 
 
@@ -198,6 +199,24 @@ def test_the_example_tasks_are_facts(tokenizer):
                 assert sum(record["relevance"]) == 1 and len(set(record["experiments"])) >= 2
     trained, held = ({r["source"] for r in assistant.read_shipped(s)[1]} for s in ("train", "eval"))
     assert not trained & held
+
+
+def test_cards_are_facts():
+    code = "    async def get(self, /, path, *rest, mode='r'):\n        return opened(self.find(path)).read(rest)"
+    found = assistant.card({"code": code, "summary": "Read it."})
+    assert found == {"name": "get", "arguments": ["self", "path", "mode"],
+                     "calls": ["opened", "find", "read"], "summary": "Read it."}  # fmt: skip
+    assert assistant.card({"code": "x = 1", "summary": ""}) is None
+    assert assistant.card({"code": "def f(:", "summary": ""}) is None
+    for split, least in (("train", 2000), ("eval", 150)):
+        records = assistant.card_records(*assistant.read_shipped(split), random.Random(0))
+        assert len(records) >= least
+        for record in records:
+            question, answer = (message["content"] for message in record["messages"])
+            card = json.loads(answer)
+            assert re.search(rf"def {card['name']}\s*\(", question)
+            assert all(name in question for name in card["arguments"])
+            assert all(re.search(rf"\b{name}\s*\(", question) for name in card["calls"])
 
 
 def test_reading_ease_is_flesch():

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from eagle.head import Eagle3Head
+from eagle.head import DraftHead
 from eagle.target import Target
 
 # dense bf16 matrix products, FLOP/s, as the makers state them without sparsity; the longest name wins
@@ -75,7 +75,9 @@ class FlopCount:
         head     T · (4·W_fc + 6·W_kv)                  step 0: every position is a key
                  M · (6·(W_layer - W_kv) + 6·A·n)       step 0: the rest of supervised positions
                  (S-1) · M · (6·W_layer + 6·A·n)        later steps
+                 (T + (S-1) · M) · (6·W_below + 6·(L_head-1)·A·n)   layers below the last
                  S · M · 6·H·D                          the draft logits
+                 (S-1) · M · 6·W_fc, - S · M · 2·H·D    EAGLE-1: `fc` in every step, the target's LM head
 
     n stands for rows of one length; with rows of several, attention is counted a little low. Norms,
     activations and the loss are left out.
@@ -90,30 +92,37 @@ class FlopCount:
     head_attention: int
     draft_logits: int
     steps: int
+    below: int = 0  # W_below, of all layers but the last
+    layers: int = 1  # L_head
+    own_output: bool = True
 
     @classmethod
     def of(
-        cls, target: Target, head: Eagle3Head, steps: int, target_runs: bool = True
+        cls, target: Target, head: DraftHead, steps: int, target_runs: bool = True
     ) -> FlopCount:
         """target_runs: False where features come from disk."""
         c, h = target.config, head.config
         heads = c.num_attention_heads
         width = heads * (getattr(c, "head_dim", None) or c.hidden_size // heads)
-        layer = sum(p.numel() for p in head.midlayer.parameters() if p.ndim == 2)
-        keys = sum(
-            p.weight.numel()
-            for p in (head.midlayer.self_attn.k_proj, head.midlayer.self_attn.v_proj)
+        *below, last = (
+            sum(p.numel() for p in layer.parameters() if p.ndim == 2)
+            for layer in head.decoder_layers
         )
+        attention = head.decoder_layers[-1].self_attn
+        keys = attention.k_proj.weight.numel() + attention.v_proj.weight.numel()
         return cls(
             active_weights(target.layers, c) if target_runs else 0,
             len(target.layers) * width if target_runs else 0,
             target.vocab_size * c.hidden_size,
-            3 * h.target_hidden_size * h.hidden_size,
-            layer,
+            head.fc.weight.numel(),
+            last,
             keys,
             h.num_attention_heads * h.head_dim,
             h.hidden_size * h.draft_vocab_size,
             steps,
+            sum(below),
+            h.num_layers,
+            head.has_output,
         )
 
     def __call__(self, tokens: int, supervised: int, rows: int) -> float:
@@ -121,8 +130,11 @@ class FlopCount:
         n = tokens / max(rows, 1)
         layer = 6 * self.layer + 6 * self.head_attention * n
         total = tokens * (4 * self.fc + 6 * self.keys) + supervised * (layer - 6 * self.keys)
-        total += (self.steps - 1) * supervised * layer
-        total += self.steps * supervised * 6 * self.draft_logits
+        later = (self.steps - 1) * supervised
+        lower = 6 * self.below + 6 * (self.layers - 1) * self.head_attention * n
+        total += later * layer + (tokens + later) * lower
+        total += self.steps * supervised * (6 if self.own_output else 4) * self.draft_logits
+        total += 0 if self.own_output else later * 6 * self.fc
         total += supervised * 2 * self.target_logits
         total += tokens * 2 * (self.target_weights + self.target_attention * n)
         return float(total)

@@ -1,0 +1,213 @@
+"""Published heads as the projects that publish them write them: names, shapes and config fields, spelt out by hand.
+
+The geometry is that of the tiny Llama of engine_helpers: hidden 32, 4 heads of 8 (2 for keys and values), vocabulary
+128, MLP 48, 4 layers; a draft vocabulary of 48 or of 128. Nothing here comes from the package's own writer.
+"""
+
+import copy
+import json
+
+import torch
+from safetensors.torch import save_file
+
+H, I, Q, K, HD, V, D = 32, 48, 32, 16, 8, 128, 48
+ENTERING, OUTPUT = [1, 2, 3], [0, 1, 2]  # the same states, in the two conventions
+
+EAGLE3 = {
+    "fc.weight": (H, 3 * H),
+    "midlayer.self_attn.q_proj.weight": (Q, 2 * H),
+    "midlayer.self_attn.k_proj.weight": (K, 2 * H),
+    "midlayer.self_attn.v_proj.weight": (K, 2 * H),
+    "midlayer.self_attn.o_proj.weight": (H, Q),
+    "midlayer.mlp.gate_proj.weight": (I, H),
+    "midlayer.mlp.up_proj.weight": (I, H),
+    "midlayer.mlp.down_proj.weight": (H, I),
+    "midlayer.hidden_norm.weight": (H,),
+    "midlayer.input_layernorm.weight": (H,),
+    "midlayer.post_attention_layernorm.weight": (H,),
+    "norm.weight": (H,),
+    "lm_head.weight": (D, H),
+}
+LAYERS_0 = {
+    "fc.weight": (H, 3 * H),
+    "layers.0.self_attn.q_proj.weight": (Q, 2 * H),
+    "layers.0.self_attn.k_proj.weight": (K, 2 * H),
+    "layers.0.self_attn.v_proj.weight": (K, 2 * H),
+    "layers.0.self_attn.o_proj.weight": (H, Q),
+    "layers.0.mlp.gate_proj.weight": (I, H),
+    "layers.0.mlp.up_proj.weight": (I, H),
+    "layers.0.mlp.down_proj.weight": (H, I),
+    "layers.0.hidden_norm.weight": (H,),
+    "layers.0.input_layernorm.weight": (H,),
+    "layers.0.post_attention_layernorm.weight": (H,),
+    "norm.weight": (H,),
+    "lm_head.weight": (D, H),
+}
+EAGLE1 = {
+    "embed_tokens.weight": (V, H),
+    "fc.weight": (H, 2 * H),
+    "fc.bias": (H,),
+    "layers.0.self_attn.q_proj.weight": (Q, H),
+    "layers.0.self_attn.k_proj.weight": (K, H),
+    "layers.0.self_attn.v_proj.weight": (K, H),
+    "layers.0.self_attn.o_proj.weight": (H, Q),
+    "layers.0.mlp.gate_proj.weight": (I, H),
+    "layers.0.mlp.up_proj.weight": (I, H),
+    "layers.0.mlp.down_proj.weight": (H, I),
+    "layers.0.post_attention_layernorm.weight": (H,),
+}
+MAPS = {"d2t": (D,), "t2d": (V,)}
+# format -> tensors of a reduced vocabulary, of a full one
+TENSORS = {
+    "eagle": (EAGLE3 | MAPS, EAGLE3 | {"lm_head.weight": (V, H)}),
+    "sglang": (EAGLE3 | MAPS, EAGLE3 | {"lm_head.weight": (V, H), "d2t": (V,), "t2d": (V,)}),
+    "vllm": (LAYERS_0 | MAPS, LAYERS_0 | {"lm_head.weight": (V, H)}),
+    "modelopt": (LAYERS_0 | {"d2t": (D,)}, LAYERS_0 | {"lm_head.weight": (V, H)}),
+}
+
+LLAMA = {
+    "num_hidden_layers": 1, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 8, "vocab_size": 128, "max_position_embeddings": 256, "hidden_act": "silu",
+    "rms_norm_eps": 1e-6, "rope_theta": 10000.0, "rope_scaling": None, "attention_bias": False, "mlp_bias": False,
+    "tie_word_embeddings": False, "torch_dtype": "float32",
+}  # fmt: skip
+FLAT = {
+    "architectures": ["LlamaForCausalLMEagle3"],
+    "model_type": "llama",
+    "draft_vocab_size": 48,
+    **LLAMA,
+}
+CONFIGS = {
+    "eagle": {
+        **FLAT,
+        "target_hidden_size": 32,
+        "dtype": "float32",
+        "eagle_aux_hidden_state_layer_ids": ENTERING,
+        "eagle_aux_hidden_state_convention": "entering",
+    },
+    "sglang": {
+        **FLAT,
+        "target_hidden_size": 32,
+        "eagle_config": {"use_aux_hidden_state": True, "eagle_aux_hidden_state_layer_ids": OUTPUT},
+    },
+    "modelopt": {
+        **FLAT,
+        "eagle_config": {
+            "eagle_aux_hidden_state_layer_ids": OUTPUT,
+            "use_aux_hidden_state": True,
+            "use_input_layernorm_in_first_layer": True,
+            "use_last_layernorm": True,
+            "use_mtp_layernorm": False,
+            "next_layer_regular": True,
+            "parallel_draft_step": 1,
+        },
+    },
+    "vllm": {
+        "architectures": ["Eagle3Speculator"],
+        "speculators_model_type": "eagle3",
+        "speculators_version": "0.9.0",
+        "draft_vocab_size": 48,
+        "target_hidden_size": 32,
+        "norm_before_residual": False,
+        "norm_before_fc": False,
+        "fc_norm": False,
+        "norm_output": False,
+        "eagle_aux_hidden_state_layer_ids": ENTERING,
+        "transformer_layer_config": {
+            "model_type": "llama",
+            **LLAMA,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+        },
+        "speculators_config": {
+            "algorithm": "eagle3",
+            "default_proposal_method": "greedy",
+            "proposal_methods": [
+                {
+                    "proposal_type": "greedy",
+                    "speculative_tokens": 5,
+                    "verifier_accept_k": 1,
+                    "accept_tolerance": 0.0,
+                }
+            ],
+            "verifier": {"name_or_path": "some/target", "architectures": ["LlamaForCausalLM"]},
+        },
+        "tie_word_embeddings": False,
+        "torch_dtype": "float32",
+    },
+}
+
+
+def without(config, *keys):
+    return {k: v for k, v in config.items() if k not in keys}
+
+
+def _older_vllm():
+    """Speculators before the norms and the ids of other layers: rope_theta flat, no target_hidden_size."""
+    config = copy.deepcopy(CONFIGS["vllm"])
+    del config["transformer_layer_config"]["rope_parameters"]
+    return without(config, "norm_before_fc", "fc_norm", "norm_output", "target_hidden_size", "dtype") | {
+        "speculators_version": "0.1.0"
+    }  # fmt: skip
+
+
+PUBLISHED = {  # case -> (tensors, config, how it is stored)
+    "eagle": (TENSORS["eagle"][0], CONFIGS["eagle"], "safetensors"),
+    # SafeAILab's own files name neither layers nor head_dim
+    "eagle-bin": (
+        TENSORS["eagle"][0],
+        without(FLAT, "head_dim", "architectures") | {"architectures": ["LlamaForCausalLM"]},
+        "bin",
+    ),
+    "eagle-embedding": (
+        TENSORS["eagle"][0] | {"embed_tokens.weight": (V, H)}, CONFIGS["eagle"], "safetensors",
+    ),
+    "eagle1-bin": (EAGLE1, without(LLAMA, "head_dim"), "bin"),
+    "eagle1-without-bias": (
+        {k: s for k, s in EAGLE1.items() if k != "fc.bias"},
+        {**without(LLAMA, "head_dim"), "bias": False},
+        "safetensors",
+    ),
+    "sglang": (TENSORS["sglang"][0], CONFIGS["sglang"], "safetensors"),
+    "sglang-full": (TENSORS["sglang"][1], CONFIGS["sglang"] | {"draft_vocab_size": 128}, "safetensors"),
+    "vllm": (TENSORS["vllm"][0], CONFIGS["vllm"], "safetensors"),
+    "vllm-older": (TENSORS["vllm"][0], _older_vllm(), "safetensors"),
+    "vllm-flat": (
+        TENSORS["vllm"][0],
+        FLAT | {"architectures": ["Eagle3LlamaForCausalLM"], "eagle_aux_hidden_state_layer_ids": ENTERING},
+        "safetensors",
+    ),
+    "modelopt": (TENSORS["modelopt"][0], CONFIGS["modelopt"], "safetensors"),
+}  # fmt: skip
+
+
+def fill(shapes, seed=0, dtype=torch.float32):
+    """Random tensors of these shapes; maps that choose D of V tokens, or leave all in place."""
+    random = torch.Generator().manual_seed(seed)
+    tensors = {}
+    for key, shape in shapes.items():
+        if key in ("d2t", "t2d"):
+            continue
+        noise = torch.randn(shape, generator=random) * (0.3 if len(shape) > 1 else 0.1)
+        tensors[key] = (noise if len(shape) > 1 or key.endswith("bias") else 1 + noise).to(dtype)
+    if "d2t" in shapes:
+        size = shapes["d2t"][0]
+        ids = torch.randperm(V, generator=random)[:size].sort().values
+        tensors["d2t"] = ids - torch.arange(size)
+        if "t2d" in shapes:
+            tensors["t2d"] = torch.isin(torch.arange(V), ids)
+    return tensors
+
+
+def publish(folder, tensors, config, kind="safetensors"):
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    if kind == "bin":
+        torch.save(tensors, folder / "pytorch_model.bin")
+    else:
+        save_file(tensors, folder / "model.safetensors")
+    return folder
+
+
+def published(folder, case, seed=0):
+    shapes, config, kind = PUBLISHED[case]
+    return publish(folder, fill(shapes, seed), config, kind)

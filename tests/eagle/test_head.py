@@ -1,0 +1,386 @@
+"""Heads of every published kind: their tensors, what they compute, and that they change no token."""
+
+import shutil
+
+import pytest
+import torch
+import torch.nn.functional as F
+from engine_helpers import make_prompts, stock_greedy
+from transformers import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+from eagle.cache import StaticKVCache
+from eagle.draft import HeadDrafter
+from eagle.errors import EagleError
+from eagle.head import FINAL, Eagle1Head, Eagle3Head, HeadConfig, make_head
+from eagle.model import EaModel
+from eagle.tree import TreeShape
+
+H, HD, I, V, D = 32, 8, 40, 128, 48
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+          "original_max_position_embeddings": 32}  # fmt: skip
+KINDS = {
+    "eagle3": {},
+    "two-layers": {"num_layers": 2},
+    "three-layers-qwen3": {"num_layers": 3, "qk_norm": True, "norm_output": True},
+    "norm-before-residual": {"norm_before_residual": True},
+    "norm-before-fc": {"norm_before_fc": True},
+    "fc-norm": {"fc_norm": True},
+    "norm-output": {"norm_output": True},
+    "speculators": {"norm_before_residual": True, "norm_before_fc": True, "norm_output": True},
+    "biases": {"attention_bias": True, "mlp_bias": True, "fc_bias": True},
+    "qkv-bias": {"qkv_bias": True, "num_layers": 2},
+    "qk-norm": {"qk_norm": True},
+    "own-embedding": {"own_embedding": True},
+    "narrow": {"own_embedding": True, "hidden_size": 24},
+    "wide-heads": {"head_dim": 24},
+    "whole-vocabulary": {"draft_vocab_size": V},
+    "llama3": {"rope_scaling": LLAMA3},
+    "linear": {"rope_scaling": {"type": "linear", "factor": 2.0}},
+    "dynamic": {"rope_scaling": {"type": "dynamic", "factor": 2.0}, "max_position_embeddings": 16},
+    "yarn": {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}},
+    "eagle1": {"method": "eagle1"},
+    "eagle1-unbiased": {"method": "eagle1", "fc_bias": False},
+    "eagle1-two-layers": {"method": "eagle1", "num_layers": 2, "qkv_bias": True},
+    "eagle1-own-embedding": {"method": "eagle1", "own_embedding": True},
+}  # fmt: skip
+kinds = pytest.mark.parametrize("kind", KINDS)
+
+
+def head_of(target, kind, seed=0, scale=0.3):
+    """A random head of that kind, norms included; it proposes varied tokens."""
+    torch.manual_seed(seed)
+    options = {
+        "draft_vocab_size": V if "eagle1" in kind else D,
+        "intermediate_size": I,
+        **KINDS[kind],
+    }
+    config = HeadConfig.for_target(target.config, **options)
+    head = make_head(config)
+    for p in head.parameters():
+        torch.nn.init.normal_(p, std=scale)
+        if p.ndim == 1:
+            p.data.add_(1.0)
+    head.set_draft_vocab(torch.randperm(V)[: config.draft_vocab_size])
+    return head.eval()
+
+
+def written_out(head, features, embeds):
+    """What the papers and the projects that published these heads compute, from tensors by their names.
+    features [T, F], embeds [T, H] of the tokens that follow -> (what is fed back, what the output layer reads),
+    [T, H] each."""
+    w, c = head.state_dict(), head.config
+    T, heads, kv = len(features), c.num_attention_heads, c.num_key_value_heads
+
+    def norm(x, name):
+        return x * (x.pow(2).mean(-1, keepdim=True) + c.rms_norm_eps).rsqrt() * w[f"{name}.weight"]
+
+    def linear(x, name):
+        return x @ w[f"{name}.weight"].T + w.get(f"{name}.bias", torch.zeros(1))
+
+    def turned(x, cos, sin):
+        half = c.head_dim // 2
+        return x * cos + torch.cat([-x[..., half:], x[..., :half]], -1) * sin
+
+    cos, sin = (x[0, :, None] for x in head.rotary(torch.arange(T)[None], torch.float32))
+    if c.method == "eagle1":
+        hidden = linear(torch.cat([embeds, features], -1), "fc")
+    else:
+        if c.norm_before_fc:
+            features = norm(features, "input_norm")
+        if c.fc_norm:
+            parts = features.chunk(3, -1)
+            features = torch.cat([norm(x, f"fc_norm.{i}") for i, x in enumerate(parts)], -1)
+        hidden = linear(features, "fc")
+    for n in range(c.num_layers):
+        layer = "midlayer" if c.method == "eagle3" and c.num_layers == 1 else f"layers.{n}"
+        x = hidden
+        if n == 0 and c.method == "eagle3":
+            normed = norm(hidden, f"{layer}.hidden_norm")
+            x = torch.cat([norm(embeds, f"{layer}.input_layernorm"), normed], -1)
+            hidden = normed if c.norm_before_residual else hidden
+        elif n > 0:
+            x = norm(hidden, f"{layer}.input_layernorm")
+        q = linear(x, f"{layer}.self_attn.q_proj").view(T, heads, c.head_dim)
+        k = linear(x, f"{layer}.self_attn.k_proj").view(T, kv, c.head_dim)
+        v = linear(x, f"{layer}.self_attn.v_proj").view(T, kv, c.head_dim)
+        if c.qk_norm:
+            q, k = norm(q, f"{layer}.self_attn.q_norm"), norm(k, f"{layer}.self_attn.k_norm")
+        q, k = turned(q, cos, sin), turned(k, cos, sin)
+        k, v = (x.repeat_interleave(heads // kv, 1) for x in (k, v))
+        scores = torch.einsum("qhd,khd->hqk", q, k) * c.head_dim**-0.5
+        scores = scores.masked_fill(torch.ones(T, T).triu(1).bool(), float("-inf"))
+        seen = torch.einsum("hqk,khd->qhd", scores.softmax(-1), v).flatten(1)
+        hidden = hidden + linear(seen, f"{layer}.self_attn.o_proj")
+        x = norm(hidden, f"{layer}.post_attention_layernorm")
+        gate, up = linear(x, f"{layer}.mlp.gate_proj"), linear(x, f"{layer}.mlp.up_proj")
+        hidden = hidden + linear(F.silu(gate) * up, f"{layer}.mlp.down_proj")
+    if c.method == "eagle1":
+        return hidden, hidden
+    read = norm(hidden, "norm")
+    return read if c.norm_output else hidden, read
+
+
+def causal(layer, q, k, v):
+    out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    return out.transpose(1, 2)
+
+
+def embedding(head, target):
+    return head.embed_tokens if head.config.own_embedding else target.embed
+
+
+@kinds
+@torch.inference_mode()
+def test_a_head_computes_what_is_written(llama, kind):
+    head, T = head_of(llama, kind), 11
+    features, ids = torch.randn(T, head.config.feature_size), torch.randint(0, V, (T,))
+    embeds = embedding(head, llama)(ids)
+    fed, read = written_out(head, features, embeds)
+    inputs = head.fuse(features[None]), embeds[None], torch.arange(T)[None]
+    out = head(*inputs, causal)
+    torch.testing.assert_close(out[0], fed, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(head.last_norm(out)[0], read, rtol=1e-4, atol=1e-4)
+
+    def behind(layer, q, k, v):  # the kept queries alone
+        if q.shape[2] == T:
+            return causal(layer, q, k, v)
+        whole = q.new_zeros(1, q.shape[1], T, q.shape[3])
+        whole[:, :, keep] = q
+        return causal(layer, whole, k, v)[:, keep]
+
+    keep = torch.tensor([2, 5, 10])
+    kept = head(*inputs, behind, keep=keep)
+    torch.testing.assert_close(kept, out[:, keep], rtol=1e-5, atol=1e-5)
+
+
+@kinds
+@torch.inference_mode()
+def test_drafts_are_those_of_whole_passes(llama, kind):
+    """A drafter with its cache and tree gives the log-probabilities of the head run over whole paths."""
+    head, T = head_of(llama, kind, seed=2), 9
+    embed = embedding(head, llama)
+    drafter = HeadDrafter(head, llama.embed, TreeShape(14, 3, 3), llama.head_logits)
+    features, tokens = torch.randn(1, T, head.config.feature_size), torch.randint(0, V, (1, T))
+    drafter.begin(1, T)
+    drafter.ingest(features[:, :6], tokens[:, :6], torch.tensor([6]), [6])
+    drafter.ingest(features[:, 6:], tokens[:, 6:], torch.tensor([3]), [3])
+    tree = drafter.expand(torch.tensor([5]))
+    ids_of = head.draft_token_ids().tolist()
+
+    def log_probs(path):
+        fused, ids = head.fuse(features), torch.cat([tokens[0], torch.tensor(path)]).long()
+        for step in range(len(path) + 1):
+            n = T + step
+            out = head(fused, embed(ids[:n])[None], torch.arange(n)[None], causal)
+            fused = torch.cat([fused, out[:, -1:]], 1)
+        logits = head.logits(out[0, -1]) if head.has_output else llama.head_logits(out[0, -1])
+        return logits.log_softmax(-1)
+
+    paths, checked = {0: []}, 0
+    for n in range(1, tree.tokens.shape[1]):
+        parent = tree.parents[0, n].item()
+        token = tree.tokens[0, n].item()
+        step = log_probs(paths[parent])[ids_of.index(token)].item()
+        before = 0.0 if parent == 0 else tree.scores[0, parent].item()
+        assert tree.scores[0, n].item() == pytest.approx(before + step, abs=2e-3)
+        paths[n] = [*paths[parent], token]
+        checked += tree.depth[0, n].item() > 1
+    assert checked > 3
+
+
+@kinds
+def test_every_kind_is_lossless(llama, kind):
+    prompts = make_prompts((9, 3, 14))
+    model = EaModel(llama, head_of(llama, kind, seed=1), "8,3,2")
+    assert llama.feature_layers == ((FINAL,) if "eagle1" in kind else (1, 2, 4))
+    out = model.generate(prompts, max_new_tokens=16, temperature=0.0)
+    assert [row.tokens for row in out.rows] == [stock_greedy(llama, p, 16) for p in prompts]
+    assert sum(row.cycles for row in out.rows) > 0
+
+
+@torch.inference_mode()
+def test_an_eagle1_head_that_knows_the_target_is_accepted(llama):
+    """Features, LM head and the shift fit: what it predicts with the target's own next state is kept."""
+
+    class Knowing(HeadDrafter):
+        """Gives the target's final state at the next position in place of the head's."""
+
+        def run(self, hidden, tokens, positions, context):
+            super().run(hidden, tokens, positions, context)
+            return true[positions[0] + 1][None]
+
+    prompt = make_prompts((9,))[0]
+    row = prompt + stock_greedy(llama, prompt, 24)
+    head = head_of(llama, "eagle1")
+    llama.set_feature_layers((FINAL,))
+    _, features = llama.hidden_and_features(torch.tensor([row]))
+    true = torch.cat([features[0], features[0, -1:].expand(8, -1)])
+    drafter = Knowing(head, llama.embed, TreeShape(5, 4, 1), llama.head_logits)
+    out = EaModel(llama, head, "5,4,1", drafter=drafter).generate(
+        [prompt], max_new_tokens=24, temperature=0.0
+    )
+    assert out.rows[0].tokens == row[9:]
+    # all four, but at the row's end
+    assert out.rows[0].accepted[4] >= 4 and out.rows[0].cycles <= 6
+
+
+def test_final_features_are_what_the_lm_head_reads(llama):
+    ids = torch.tensor([make_prompts((12,))[0]])
+    llama.set_feature_layers((FINAL,))
+    hidden, features = llama.hidden_and_features(ids)
+    assert torch.equal(hidden, features) and features.shape == (1, 12, H)
+    cache = llama.new_cache(1, 12)
+    _, again = llama.prefill(ids, torch.tensor([12]), [12], cache, features=True)
+    torch.testing.assert_close(again, features, rtol=1e-4, atol=1e-4)
+    with pytest.raises(EagleError, match="three ids in 0 … 4"):
+        llama.set_feature_layers((FINAL, 1, 2))
+
+
+@pytest.mark.parametrize("kind", ["eagle3", "norm-before-residual", "eagle1"])
+def test_under_autocast_the_residual_stream_is_not_rounded(llama, kind):
+    head = head_of(llama, kind)
+    features, embeds = torch.randn(1, 5, head.config.feature_size), torch.randn(1, 5, H)
+    with torch.autocast("cpu", torch.bfloat16):
+        hidden = head.fuse(features).to(embeds.dtype)
+        out = head(hidden, embeds, torch.arange(5)[None], causal)
+    assert out.dtype == torch.float32
+
+
+@kinds
+def test_keys_and_shapes(llama, kind):
+    """Names and shapes as published, for each kind: written down here, not derived."""
+    head, o = head_of(llama, kind), KINDS[kind]
+    h, hd = o.get("hidden_size", H), o.get("head_dim", HD)
+    one = o.get("method") == "eagle1"
+    qkv_bias = o.get("qkv_bias") or o.get("attention_bias")
+    expected = {"fc.weight": (h, 2 * h if one else 3 * H)}
+    if o.get("fc_bias", one):
+        expected["fc.bias"] = (h,)
+    if o.get("norm_before_fc"):
+        expected["input_norm.weight"] = (3 * H,)
+    if o.get("fc_norm"):
+        expected |= {f"fc_norm.{i}.weight": (H,) for i in range(3)}
+    if not one:
+        vocab = o.get("draft_vocab_size", D)
+        expected |= {"norm.weight": (h,), "lm_head.weight": (vocab, h)}
+        expected |= {} if vocab == V else {"d2t": (D,), "t2d": (V,)}
+    if o.get("own_embedding"):
+        expected["embed_tokens.weight"] = (V, h)
+    count = o.get("num_layers", 1)
+    for n in range(count):
+        layer = "midlayer." if count == 1 and not one else f"layers.{n}."
+        width = 2 * h if n == 0 and not one else h
+        for name, rows in (("q", 4 * hd), ("k", 2 * hd), ("v", 2 * hd)):
+            expected[f"{layer}self_attn.{name}_proj.weight"] = (rows, width)
+            if qkv_bias:
+                expected[f"{layer}self_attn.{name}_proj.bias"] = (rows,)
+        expected[f"{layer}self_attn.o_proj.weight"] = (h, 4 * hd)
+        if o.get("attention_bias"):
+            expected[f"{layer}self_attn.o_proj.bias"] = (h,)
+        if o.get("qk_norm"):
+            expected |= {f"{layer}self_attn.{x}_norm.weight": (hd,) for x in "qk"}
+        for name, shape in (("gate", (I, h)), ("up", (I, h)), ("down", (h, I))):
+            expected[f"{layer}mlp.{name}_proj.weight"] = shape
+            if o.get("mlp_bias"):
+                expected[f"{layer}mlp.{name}_proj.bias"] = shape[:1]
+        if n == 0 and not one:
+            expected[f"{layer}hidden_norm.weight"] = (h,)
+        if n > 0 or not one:
+            expected[f"{layer}input_layernorm.weight"] = (h,)
+        expected[f"{layer}post_attention_layernorm.weight"] = (h,)
+    assert {k: tuple(v.shape) for k, v in head.state_dict().items()} == expected
+
+
+@pytest.mark.parametrize("name", ["llama3", "linear", "dynamic", "yarn"])
+def test_rope_scaling_is_transformers(llama, name):
+    head = head_of(llama, name)
+    scaling = dict(head.config.rope_scaling)
+    kind = scaling.pop("type", None) or scaling.pop("rope_type")
+    config = LlamaConfig(
+        hidden_size=32, num_attention_heads=4, head_dim=HD,
+        max_position_embeddings=head.config.max_position_embeddings,
+        rope_parameters={"rope_type": kind, "rope_theta": head.config.rope_theta, **scaling},
+    )  # fmt: skip
+    positions = torch.arange(60)[None]
+    cos, sin = head.rotary(positions, torch.float32)
+    expected = LlamaRotaryEmbedding(config)(torch.zeros(1), positions)
+    assert torch.equal(cos, expected[0]) and torch.equal(sin, expected[1])
+    plain, _ = head_of(llama, "eagle3").rotary(positions, torch.float32)
+    assert not torch.allclose(cos, plain, atol=1e-2)
+    if name == "linear":
+        torch.testing.assert_close(cos[:, ::2], plain[:, :30], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "options, match",
+    [
+        ({"method": "medusa"}, "unknown head method 'medusa'; use eagle3 or eagle1"),
+        ({"num_layers": 0}, "num_layers 0 must be 1 or more"),
+        ({"hidden_act": "sigmoidal"}, "no activation 'sigmoidal'"),
+        ({"feature_layers": (1, 2)}, r"reads three layers, not \[1, 2\]"),
+        ({"feature_layers": (-1, 1, 2)}, r"reads three layers"),
+        ({"hidden_size": 24}, "set own_embedding"),
+        ({"method": "eagle1", "fc_norm": True, "norm_output": True}, "no fc_norm, norm_output"),
+        ({"method": "eagle1", "feature_layers": (1, 2, 3)}, "final hidden state"),
+        ({"method": "eagle1", "draft_vocab_size": 40}, "target's hidden size and vocabulary"),
+    ],
+)
+def test_what_no_head_is_is_refused(llama, options, match):
+    with pytest.raises(EagleError, match=match):
+        HeadConfig.for_target(llama.config, **options)
+
+
+@pytest.mark.parametrize(
+    "scaling",
+    [{"rope_type": "spiral"}, {"rope_type": "linear"}, {"rope_type": "llama3", "factor": 8.0}],
+)
+def test_bad_rope_scaling_is_refused(llama, scaling):
+    with pytest.raises(EagleError, match="correct rope_scaling in the head's config"):
+        make_head(HeadConfig.for_target(llama.config, rope_scaling=scaling))
+
+
+def test_heads_are_made_of_their_own_kind(llama):
+    three, one = (
+        HeadConfig.for_target(llama.config, method=method) for method in ("eagle3", "eagle1")
+    )
+    with pytest.raises(EagleError, match="use make_head"):
+        Eagle1Head(three)
+    with pytest.raises(EagleError, match="use make_head"):
+        Eagle3Head(one)
+    with pytest.raises(EagleError, match="give head_logits"):
+        HeadDrafter(make_head(one), llama.embed, TreeShape())
+
+
+def test_options_at_their_default_leave_a_config_as_it_was(llama):
+    """Configs and resumed runs of before there were options."""
+    plain = HeadConfig.for_target(llama.config).to_dict()
+    assert "method" not in plain and "fc_bias" not in plain and plain["rope_scaling"] is None
+    for kind in KINDS:
+        config = head_of(llama, kind).config
+        values = config.to_dict()
+        assert HeadConfig(**{**values, "feature_layers": tuple(values["feature_layers"])}) == config
+    assert HeadConfig.for_target(llama.config, method="eagle1").to_dict()["method"] == "eagle1"
+
+
+def test_a_head_of_several_layers_has_as_many_in_its_cache(llama):
+    drafter = HeadDrafter(head_of(llama, "three-layers-qwen3"), llama.embed, TreeShape())
+    drafter.begin(2, 10)
+    assert isinstance(drafter.cache, StaticKVCache) and drafter.cache.buffer.shape[0] == 3
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    not (shutil.which("g++") and shutil.which("ninja")), reason="needs a C++ compiler and ninja"
+)
+def test_compiled_heads_are_lossless(llama, compile_cache):
+    """Through the target's LM head, and over more than one layer."""
+    kind = "eagle1-two-layers"
+    prompts = make_prompts((9, 3, 14))
+    model = EaModel(llama, head_of(llama, kind, seed=1), "8,3,2")
+    compiled, eager = (
+        model.generate(prompts, max_new_tokens=16, temperature=0.0, compile=mode)
+        for mode in ("max", "off")
+    )
+    assert [row.tokens for row in compiled.rows] == [stock_greedy(llama, p, 16) for p in prompts]
+    assert [row.accepted for row in compiled.rows] == [row.accepted for row in eager.rows]

@@ -1,0 +1,314 @@
+"""The GPU suite at toy size on a CPU: it runs on a bare machine, writes what docs/gpu.md says, and its fixed-shape
+cycle makes the engine's tokens."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from engine_helpers import make_head, make_prompts
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from eagle.draft import HeadDrafter
+from eagle.model import EaModel
+from eagle.tree import TreeShape
+from inference.gpu_suite import correctness, engine
+from inference.gpu_suite.__main__ import STAGES, main
+from inference.gpu_suite.clock import union
+from inference.gpu_suite.record import FAIL, OPEN, PASS, Goal, Record, summarise
+from inference.gpu_suite.sizes import FULL, SMALL, TOY
+from inference.gpu_suite.static_cycle import StaticCycle, StaticPlain
+from inference.gpu_suite.training import rates
+
+ROOT = Path(__file__).parents[2]
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+# what a GPU machine with torch, transformers and triton need not have
+BARE = """
+import sys
+absent = {"fire", "deepspeed", "datasets", "bitsandbytes", "trl", "pydantic", "omegaconf", "tensorboardX"}
+class Without:
+    def __init__(self, finder): self.finder = finder
+    def __getattr__(self, name): return getattr(self.finder, name)
+    def find_spec(self, name, path=None, target=None):
+        gone = name.split(".")[0] in absent
+        return None if gone else self.finder.find_spec(name, path, target)
+sys.meta_path[:] = [Without(finder) for finder in sys.meta_path]
+import socket
+def refuse(*args): raise OSError("no network")
+socket.socket.connect = refuse
+from inference.gpu_suite.__main__ import main
+code = main(sys.argv[1:])
+assert not absent & {name.split(".")[0] for name in sys.modules}
+sys.exit(code)
+"""
+
+
+@pytest.fixture(scope="module")
+def bare(tmp_path_factory):
+    """The folder that the whole suite leaves on a machine without the rest."""
+    out = tmp_path_factory.mktemp("suite")
+    done = subprocess.run(
+        [sys.executable, "-c", BARE, "--size", "toy", "--device", "cpu", "--out", str(out),
+         "--revision", "abc"],
+        cwd=ROOT, capture_output=True, text=True, timeout=280,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    return out
+
+
+def test_every_stage_runs_on_a_bare_machine(bare):
+    for stage in STAGES:
+        data = json.loads((bare / f"{stage}.json").read_text())
+        failed = [case for case in data["cases"] if "error" in case or "skipped" in case]
+        assert data["cases"] and not failed, failed[:2]
+        assert data["complete"] and data["stage"] == stage and data["size"] == "toy"
+        assert data["environment"]["git_commit"] == "abc" and "driver" in data["environment"]
+        assert data["goals"] and all(goal["verdict"] == OPEN for goal in data["goals"])
+    summary = json.loads((bare / "summary.json").read_text())
+    assert set(summary["stages"]) == set(STAGES)
+    assert len(summary["goals"]) == 15
+
+
+def test_kernels_are_right_and_timed(bare):
+    cases = json.loads((bare / "correctness.json").read_text())["cases"]
+    assert {case["kind"] for case in cases} == {
+        "tree_attention", "commit_kv", "choose", "draft_loss", "lossless",
+    }  # fmt: skip
+    assert all(case["right"] for case in cases)
+    cases = json.loads((bare / "kernels.json").read_text())["cases"]
+    for case in cases:
+        if case["kind"] == "tree_attention":
+            assert case["errors"] == {} and all(ms > 0 for ms in case["ms"].values())
+
+
+def test_the_step_of_a_head_is_left_out_with_a_reason(bare):
+    cases = json.loads((bare / "training.json").read_text())["cases"]
+    (step,) = [case for case in cases if case["kind"] == "step"]
+    assert "deepspeed" in step["not_measured"]
+
+
+def test_what_is_written_is_documented(bare):
+    """Every field of every case, by kind, and every goal, stands in docs/gpu.md."""
+    documented = set(re.findall(r"`([a-z0-9_]+)`", (ROOT / "docs" / "gpu.md").read_text("utf-8")))
+    for stage in STAGES:
+        data = json.loads((bare / f"{stage}.json").read_text())
+        written = set(data) | {key for case in data["cases"] for key in case}
+        written |= {case["kind"] for case in data["cases"]} | {k for g in data["goals"] for k in g}
+        assert written <= documented, (stage, sorted(written - documented))
+
+
+PROMPTS = make_prompts((5, 2, 9))
+
+
+def test_the_static_cycle_makes_the_engines_tokens():
+    """The shipped model and head in fp32: the same tokens, and as many accepted in every cycle."""
+    model = EaModel.from_pretrained(dtype=torch.float32, device="cpu", tree="8,4,2")
+    texts = ["def add(a, b):\n    return", "import os\n\n\nclass Path:\n    def", "x = ["]
+    prompts = [model.tokenizer(text).input_ids for text in texts]
+    engine = model.generate(prompts, max_new_tokens=24, eos_token_id=-1)
+    static = StaticCycle(model.target, model.drafter, len(prompts), 200, accept=None)
+    static.begin(prompts)
+    rows = [[token] for token in static.root.tolist()]
+    accepted = [[0] * len(engine.rows[0].accepted) for _ in prompts]
+    while min(map(len, rows)) < 24:
+        static.step()
+        gained = zip(static.num_accepted.tolist(), static.tokens.tolist(), strict=True)
+        for row, histogram, (count, tokens) in zip(rows, accepted, gained, strict=True):
+            if len(row) < 24:
+                row += tokens[: count + 1]
+                histogram[count] += 1
+    assert [row[:24] for row in rows] == [row.tokens for row in engine.rows]
+    assert accepted == [row.accepted for row in engine.rows]
+    assert engine.tau > 2  # else the head's cache could hold anything
+
+
+def test_the_static_step_makes_the_plain_tokens(llama):
+    model = EaModel(llama)
+    expected = [row.tokens for row in model.generate(PROMPTS, max_new_tokens=12).rows]
+    static = StaticPlain(llama, len(PROMPTS), 60)
+    static.begin(PROMPTS)
+    steps = [static.tokens[:, 0].tolist()]
+    for _ in range(11):
+        static.step()
+        steps.append(static.tokens[:, 0].tolist())
+    assert [list(row) for row in zip(*steps, strict=True)] == expected
+
+
+class HostBound(TorchDispatchMode):
+    """Operators for which the host waits for the device, or sends it something: a graph cannot hold them."""
+
+    NAMES = ("_local_scalar_dense", "nonzero", "repeat_interleave.Tensor", "unique", "lift_fresh")
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = str(func).removeprefix("aten.")
+        if name.startswith(self.NAMES):
+            self.seen.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_graph_can_hold_the_static_passes(llama):
+    drafter = HeadDrafter(make_head(llama), llama.embed, TreeShape.parse("8,4,2"))
+    static = StaticCycle(llama, drafter, len(PROMPTS), 60, accept=None)
+    static.begin(PROMPTS)
+    plain = StaticPlain(llama, len(PROMPTS), 60)
+    plain.begin(PROMPTS)
+    static.step()  # what is made once, rotary tables for instance, is made
+    with HostBound() as watch:
+        static.step()
+        plain.step()
+    assert watch.seen == []
+    with watch:
+        torch.ones(2).nonzero()
+        torch.tensor([1, 2])
+    assert [name.split(".")[0] for name in watch.seen] == ["nonzero", "lift_fresh"]
+
+
+def test_a_cycle_is_forced_to_accept(llama):
+    drafter = HeadDrafter(make_head(llama), llama.embed, TreeShape.parse("6,4,1"))
+    static = StaticCycle(llama, drafter, len(PROMPTS), 60, accept=3)
+    static.begin(PROMPTS)
+    before = static.cache.lengths.clone()
+    static.step()
+    assert static.num_accepted.tolist() == [3, 3, 3]
+    assert torch.equal(static.cache.lengths, before + 4)
+
+
+def test_a_wrong_kernel_is_found(monkeypatch):
+    right = correctness.attention(TOY, torch.float32, 3, 300, 13, CPU)
+    assert right["right"]
+    exact = correctness.tree_attention
+    monkeypatch.setattr(correctness, "tree_attention", lambda *a, **k: exact(*a, **k) * 1.01)
+    wrong = correctness.attention(TOY, torch.float32, 3, 300, 13, CPU)
+    assert not wrong["right"] and wrong["relative_error"] == pytest.approx(0.01, rel=0.1)
+    (goal,) = correctness.goals([{"kind": "x", **wrong}, {"kind": "x", **right}], CUDA)
+    assert goal.value == 1 and goal.verdict == FAIL
+    (goal,) = correctness.goals([{"kind": "x", **right}], CUDA)
+    assert goal.verdict == PASS
+    (goal,) = correctness.goals([{"kind": "x", **right}, {"kind": "x", "skipped": "late"}], CUDA)
+    assert goal.verdict == OPEN
+
+
+def test_a_case_that_fails_is_recorded_and_the_others_run(tmp_path):
+    record = Record("engine", "toy", tmp_path, CPU, budget_s=60)
+
+    def broken():
+        raise RuntimeError("no such\nkernel")
+
+    record.run("a", {"rows": 1}, broken)
+    record.run("b", {}, lambda: {"ms": 2.0})
+    saved = json.loads(record.path.read_text())  # before the stage is over
+    assert saved["cases"][0]["error"] == "RuntimeError: no such kernel"
+    assert saved["cases"][0]["where"].startswith("tests/inference/test_gpu_suite.py:")
+    assert saved["cases"][1]["ms"] == 2.0 and not saved["complete"]
+    record.budget_s = 0
+    record.run("c", {}, broken)
+    assert "budget" in record.data["cases"][2]["skipped"]
+    assert not record.finish([])["complete"]
+    assert summarise(tmp_path)["stages"]["engine"]["failed"] == 1
+
+
+def test_goals_hold_or_not():
+    assert Goal.judge("x", 1.05, CUDA, most=1.1).verdict == PASS
+    assert Goal.judge("x", 1.2, CUDA, most=1.1).verdict == FAIL
+    assert Goal.judge("x", 0.6, CUDA, least=0.7).verdict == FAIL
+    assert Goal.judge("x", None, CUDA, least=0.7).verdict == OPEN
+    assert Goal.judge("x", 1.05, CPU, most=1.1).verdict == OPEN
+
+
+def test_the_engines_goals():
+    here = {"rows": 1, "context": 2048, "capacity": 4096}
+    cycle = {
+        "kind": "full_cycle", **here, "tree": "60,7,10", "graphed_ms": 6.0, "eager_ms": 30.0,
+        "graphed_vs_floor": 1.7,
+    }  # fmt: skip
+    host = {
+        "kind": "host", **here, "tree": "60,7,10", "graphed_outside_kernels": 0.01,
+        "eager_outside_kernels": 0.8, "eager_synchronisations": 1,
+    }  # fmt: skip
+    cases = [
+        {"kind": "plain", **here, "graphed_ms": 4.0}, {"kind": "plain", "rows": 2, "graphed_ms": 9.0},
+        {"kind": "verification", **here, "nodes": 64, "graphed_ms": 4.2},
+        host, cycle, {**cycle, "capacity": 65536, "graphed_ms": 6.06, "eager_ms": 33.0},
+        {**cycle, "tree": "8,4,2", "graphed_ms": 5.0},
+        {"kind": "automatic", "rows": 32, "vs_graphed_plain": 1.01},
+    ]  # fmt: skip
+    found = {goal.name: goal for goal in engine.goals(cases, FULL, CUDA)}
+    verdicts = {name: (round(goal.value, 3), goal.verdict) for name, goal in found.items()}
+    assert verdicts == {
+        "verification of 64 nodes / graphed plain step": (1.05, PASS),
+        "host waits a cycle, the engine": (1, PASS),
+        "full cycle 60,7,10 / its bandwidth floor, graphed": (1.7, FAIL),
+        "share of a cycle outside kernels, the engine": (0.8, FAIL),
+        "share of a cycle outside kernels, graphed": (0.01, PASS),
+        "efficiency at batch 1, best tree, the engine": (0.133, FAIL),
+        "efficiency at batch 1, best tree, graphed": (0.8, PASS),
+        "cycle at the largest capacity / at the smallest, off 1 by, the engine": (0.1, FAIL),
+        "cycle at the largest capacity / at the smallest, off 1 by, graphed": (0.01, PASS),
+        'speedup at batch 32, tree="auto", over graphed plain': (1.01, PASS),
+    }
+    assert all(goal.value is None for goal in engine.goals([], FULL, CUDA))
+
+
+def test_overlapping_kernels_count_once():
+    assert union([(0, 2), (1, 3), (1.5, 2), (5, 6)]) == 4
+    assert union([]) == 0
+
+
+def test_a_runs_rates_leave_the_first_line_out():
+    lines = [
+        {"step": 1, "tokens_per_s": 1},
+        {"step": 2, "tokens_per_s": 10},
+        {"step": 3, "tokens_per_s": 30},
+    ]
+    found = rates("\n".join(map(json.dumps, lines)))
+    assert found["tokens_per_s"] == 20
+    with pytest.raises(ValueError, match="too few lines"):
+        rates(json.dumps(lines[0]))
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["--size", "full", "--device", "cpu"], "full size needs a GPU"),
+        (["--size", "toy", "--device", "meta"], "use cuda or cpu"),
+        (["--size", "toy", "--device", "cpu", "--budget_s", "0"], "above 0"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused(arguments, words, capsys, tmp_path):
+    assert main([*arguments, "--out", str(tmp_path)]) == 1
+    assert words in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_budget_ends_a_stage(capsys, tmp_path):
+    code = main(
+        [
+            "--stage",
+            "training",
+            "--size",
+            "toy",
+            "--device",
+            "cpu",
+            "--budget_s",
+            "1e-9",
+            "--out",
+            str(tmp_path),
+        ]
+    )
+    data = json.loads((tmp_path / "training.json").read_text())
+    assert code == 0 and not data["complete"] and all("skipped" in c for c in data["cases"])
+
+
+def test_sizes_name_what_the_goals_ask():
+    """Full size has the settings that the goals are about, and toy size the same stages."""
+    assert 64 in FULL.verify_nodes and FULL.trees[0] == "60,7,10" and 32 in FULL.engine_batches
+    assert FULL.capacities == (4096, 65536) and FULL.context <= 2048
+    assert FULL.loss[-1] == FULL.model.vocab == 128256
+    assert SMALL.name == "toy"

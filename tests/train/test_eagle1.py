@@ -1,0 +1,236 @@
+"""EAGLE-1 heads are trained: teacher-forced features with noise, smooth L1 on features, and the tokens' loss."""
+
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+from head_helpers import config, losses_of, rows_of, tiny_head
+from pydantic import ValidationError
+from safetensors.torch import load_file
+
+from configs.schema import HeadTrainConfig, LossConfig
+from eagle.checkpoint import load_head, save_head
+from eagle.errors import EagleError
+from eagle.head import FINAL, HeadConfig, make_head
+from eagle.model import EaModel
+from eagle.target import Target
+from kernels.draft_loss import position_loss
+from train.head.losses import feature_noise, objective_of
+from train.head.setup import output_rows
+from train.head.teacher import with_noise
+from train.head.ttt import UnrolledHead, plan_unroll
+from train.main import run
+from train.prepare.features import write_features
+
+H, V = 32, 60
+ONE = {"method": "eagle1", "draft_vocab_size": None}
+
+
+class Known:
+    """A teacher of given final states and LM head."""
+
+    def __init__(self, hidden, output):
+        self.hidden, self.logits = hidden, hidden @ output.T
+
+    def __call__(self, start, stop):
+        return self.logits[start:stop], self.logits[start:stop].argmax(-1)
+
+
+@pytest.mark.parametrize("parts", [(1.0, 0.1), (0.5, 2.0), (0.0, 1.0), (None, None)])
+def test_loss_is_smooth_l1_on_features_and_the_loss_on_tokens(parts):
+    torch.manual_seed(0)
+    steps, T = 2, 9
+    head = tiny_head(method="eagle1", draft=V)
+    output = torch.randn(V, H)
+    cfg = LossConfig(feature_weight=parts[0], token_weight=parts[1])
+    module = UnrolledHead(head, steps, 0.8, cfg, amp=False, output=output)
+    mask = torch.zeros(1, T, dtype=torch.bool)
+    mask[0, 3:8] = True
+    plan = plan_unroll(mask, steps)
+    states, embeds = 2 * torch.randn(1, T, H), torch.randn(1, T, H)
+    teacher = Known(states[plan.rows, plan.sources], output)
+    total, sums = module(states, embeds, plan, teacher, plan.counts)
+
+    expected = 0.0
+    on_feature, on_token = (1.0, 0.1) if parts[0] is None else parts
+    for i, hidden in enumerate(module.unroll(states, embeds, plan)):
+        for u, token in enumerate(range(3, 8)):
+            t = token - 2 - i
+            if t < 0:
+                continue
+            predicted = hidden[((plan.positions == t) & (plan.chain_rows == 0)).nonzero().item()]
+            apart = F.smooth_l1_loss(predicted, states[0, t + 1 + i])
+            loss, _ = position_loss(teacher.logits[u], predicted @ output.T, objective_of(cfg))
+            one = on_feature * apart + on_token * loss
+            expected = expected + 0.8**i * one / plan.counts[i]
+    torch.testing.assert_close(total, expected, rtol=1e-5, atol=1e-6)
+    weights = torch.tensor([1.0, 0.8]) / plan.counts
+    torch.testing.assert_close(
+        (sums[0, :, 0] * weights).sum(), total.detach(), rtol=1e-5, atol=1e-6
+    )
+    wanted = torch.autograd.grad(expected, list(head.parameters()))
+    found = torch.autograd.grad(total, list(head.parameters()))
+    for a, b in zip(found, wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    assert not any(p is output for p in module.parameters())
+
+
+def test_noise_is_uniform_and_scaled_by_length():
+    torch.manual_seed(0)
+    features = torch.zeros(2, 64, 100)
+    noise = with_noise(features, torch.tensor([64, 32]), 0.1)
+    for row, length in zip(noise, (64, 32), strict=True):
+        limit = 0.1 * 512 / length
+        assert limit * 0.99 < row.abs().max() <= limit
+        assert row.std() == pytest.approx(limit / 3**0.5, rel=0.03) and abs(row.mean()) < 0.02
+    assert with_noise(features, torch.tensor([64, 32]), 0.0) is features
+    assert features.abs().max() == 0
+
+
+def test_noise_is_the_papers_with_eagle1_and_none_with_eagle3():
+    plain = HeadTrainConfig.model_validate({})
+    assert feature_noise(plain, "eagle1") == 0.1 and feature_noise(plain, "eagle3") == 0.0
+    given = HeadTrainConfig.model_validate({"train": {"feature_noise": 0.3}})
+    assert feature_noise(given, "eagle1") == feature_noise(given, "eagle3") == 0.3
+
+
+@pytest.mark.parametrize(
+    "values, match",
+    [
+        ({"model": {"method": "eagle1", "fc_norm": True}}, "fc_norm is for eagle3"),
+        ({"model": {"method": "eagle1", "draft_vocab_size": 40}}, "draft_vocab_size is for eagle3"),
+        ({"loss": {"feature_weight": 1.0}}, "are for model.method=eagle1"),
+        (
+            {"model": ONE, "loss": {"feature_weight": 0, "token_weight": 0}},
+            "nothing would be learned",
+        ),
+        ({"model": ONE, "data": {"features": "somewhere"}}, "what EAGLE-3 heads read"),
+    ],
+)
+def test_settings_of_the_other_method_are_refused(values, match):
+    with pytest.raises(ValidationError, match=match):
+        HeadTrainConfig.model_validate(values)
+
+
+@pytest.fixture(scope="module")
+def trained(base, data, tmp_path_factory):
+    """40 steps with noise, a checkpoint in the middle."""
+    output = tmp_path_factory.mktemp("runs") / "eagle1"
+    cfg = config(base, data, output, max_steps=40, save_every=20, lr=3e-3, ttt_steps=2, model=ONE,
+                 loss={"token_weight": 1.0}, eval={"num_prompts": 3})  # fmt: skip
+    assert run(cfg, quiet=True) == 0
+    return output
+
+
+def test_an_eagle1_run_learns_and_its_head_is_lossless(trained, base):
+    losses = losses_of(trained)
+    assert sum(losses[-5:]) < 0.95 * sum(losses[:5])
+    overlaps = [row["overlap_by_depth"][0] for row in rows_of(trained)]
+    assert sum(overlaps[-5:]) > sum(overlaps[:5])
+    target = Target.from_pretrained(base, dtype="float32")
+    head, provenance = load_head(trained / "head", target)
+    assert head.config.method == "eagle1" and head.config.feature_layers == (FINAL,)
+    assert provenance["training"]["step"] == 40
+    keys = load_file(trained / "head/model.safetensors").keys()
+    assert "lm_head.weight" not in keys and "layers.0.self_attn.q_proj.weight" in keys
+    model = EaModel(target, head, "16,4,4")
+    for prompt in ([5, 9, 30, 7], [40, 41, 42]):
+        with target.stock() as stock:
+            expected = stock.generate(torch.tensor([prompt]), max_new_tokens=24, do_sample=False)
+        out = model.generate([prompt], max_new_tokens=24, temperature=0.0)
+        assert out.rows[0].tokens == expected[0, len(prompt) :].tolist()
+    summary = json.loads((trained / "summary.json").read_text())
+    assert summary["tau_after"] >= 1.0
+
+
+def test_upstreams_flag_says_which_kind_is_meant(trained, base):
+    paths = str(base), str(trained / "head")
+    for flag in (None, False):
+        model = EaModel.from_pretrained(*paths, use_eagle3=flag, dtype="float32")
+        assert model.head.config.method == "eagle1"
+    with pytest.raises(
+        EagleError, match="is an EAGLE-1 head; leave use_eagle3 unset, or set it to False"
+    ):
+        EaModel.from_pretrained(*paths, use_eagle3=True, dtype="float32")
+
+
+def test_a_resumed_eagle1_run_is_the_same_run(trained, base, data, tmp_path):
+    """The noise goes on where it was."""
+    cfg = config(base, data, tmp_path / "again", max_steps=40, save_every=20, lr=3e-3, ttt_steps=2, model=ONE,
+                 loss={"token_weight": 1.0}, eval={"num_prompts": 3},
+                 resume=str(trained / "checkpoints/step-20"))  # fmt: skip
+    assert run(cfg, quiet=True) == 0
+    assert losses_of(tmp_path / "again") == losses_of(trained)[20:]
+    a, b = (load_file(x / "head/model.safetensors") for x in (trained, tmp_path / "again"))
+    assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.mark.parametrize(
+    "model",
+    [ONE, {"num_layers": 2, "norm_before_fc": True, "qk_norm": True, "norm_output": True}],
+    ids=["eagle1", "two-layers"],
+)
+def test_zero_stages_train_alike(base, data, tmp_path, model):
+    losses = []
+    for zero in (0, 3):
+        output = tmp_path / f"zero{zero}"
+        cfg = config(base, data, output, max_steps=3, zero=zero, feature_noise=0.0, model=model)
+        assert run(cfg, quiet=True) == 0
+        losses.append(losses_of(output))
+        head, _ = load_head(output / "head")
+        assert head.config.num_layers == model.get("num_layers", 1)
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4) and losses[0][-1] > 0
+
+
+def test_an_embedding_of_its_own_is_used_and_not_trained(base, data, tmp_path):
+    target = Target.from_pretrained(base, dtype="float32")
+    torch.manual_seed(0)
+    start = make_head(
+        HeadConfig.for_target(
+            target.config, hidden_size=24, own_embedding=True, draft_vocab_size=128
+        )
+    )
+    start.set_draft_vocab(torch.arange(128))
+    save_head(start, tmp_path / "start")
+    cfg = config(base, data, tmp_path / "run", max_steps=2, optimizer="muon", save_every=1,
+                 model={"init_head": str(tmp_path / "start")})  # fmt: skip
+    assert run(cfg, quiet=True) == 0
+    head, _ = load_head(tmp_path / "run/head", target)
+    assert torch.equal(head.embed_tokens.weight, start.embed_tokens.weight)
+    assert not torch.equal(head.fc.weight, start.fc.weight)
+    cfg = cfg.model_copy(update={"train": cfg.train.model_copy(update={"resume": "auto"})})
+    assert run(cfg, quiet=True) == 0
+
+
+def test_a_start_of_another_kind_is_refused(base, data, tmp_path, trained):
+    cfg = config(base, data, tmp_path / "run", model={
+        "init_head": str(trained / "head"), "draft_vocab_size": None})  # fmt: skip
+    with pytest.raises(EagleError, match="model.method=eagle3 contradicts .* has eagle1; set that"):
+        run(cfg, quiet=True)
+
+
+@pytest.mark.parametrize("by", ["method", "start"])
+def test_features_on_disk_are_not_for_eagle1(base, data, tmp_path, trained, by):
+    model = ONE if by == "method" else {"init_head": str(trained / "head")}
+    cfg = config(base, data, tmp_path, model=model)
+    with pytest.raises(EagleError, match="leave this step out"):
+        write_features(cfg, tmp_path / "features", "again")
+
+
+@pytest.mark.parametrize("change", ["cap", "bias"])
+def test_an_lm_head_that_is_no_matrix_is_refused(llama, change, monkeypatch):
+    assert output_rows(llama) is not None
+    if change == "cap":
+        monkeypatch.setattr(llama.head_logits, "cap", 30.0)
+    else:
+        bias = torch.nn.Parameter(torch.zeros(1))
+        monkeypatch.setitem(llama.model.get_output_embeddings()._parameters, "bias", bias)
+    with pytest.raises(EagleError, match="not one plain matrix"):
+        output_rows(llama)
+
+
+def test_a_scaled_lm_head_is_scaled(llama, monkeypatch):
+    monkeypatch.setattr(llama.head_logits, "scale", 0.25)
+    hidden = torch.randn(3, 32)
+    torch.testing.assert_close(hidden @ output_rows(llama).T, llama.head_logits(hidden))
