@@ -48,7 +48,7 @@ def convert(
     from eagle.checkpoint import build, find_folder, require_fit
     from eagle.formats.read import read_folder
     from eagle.formats.tables import EMBEDDING, table
-    from eagle.formats.write import export_head, require_apart, unnamed
+    from eagle.formats.write import export_head, recorded, require_apart
 
     source, destination = _folders(folders, to, probe)
     if to is not None:
@@ -74,7 +74,7 @@ def convert(
             config = dataclasses.replace(config, own_embedding=True)
             state[EMBEDDING] = loaded.embed.weight.detach().to(state["fc.weight"].dtype)
     head, record = build(config, state), published.provenance
-    verifier = unnamed(record)
+    verifier = recorded(record)
     if loaded is not None:
         architectures = list(loaded.model.config.architectures or [type(loaded.model).__name__])
         verifier = {"name_or_path": base_model or _name(target), "architectures": architectures}

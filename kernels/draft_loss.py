@@ -157,7 +157,9 @@ class _DraftLoss(torch.autograd.Function):
         known = torch.empty(U, dtype=torch.bool, device=device)
         if grad:
             d_hidden = torch.empty_like(hidden, memory_format=torch.contiguous_format)
-            d_weight = torch.zeros(weight.shape, dtype=torch.float32, device=device)
+            d_weight = None  # a frozen output layer has no gradient
+            if ctx.needs_input_grad[1]:
+                d_weight = torch.zeros(weight.shape, dtype=torch.float32, device=device)
         with torch.autocast(device.type, enabled=False):
             projection = weight.to(dtype)
             for start in range(0, U, rows):
@@ -176,9 +178,12 @@ class _DraftLoss(torch.autograd.Function):
                 if grad:
                     slope = slope.view(S * R, -1)
                     d_hidden[:, part] = (slope @ projection).view(S, R, H)
-                    d_weight += slope.T @ flat
+                    if d_weight is not None:
+                        d_weight += slope.T @ flat
         ctx.mark_non_differentiable(loss, overlap, right, known)
-        ctx.gradients = (d_hidden, d_weight.to(weight.dtype)) if grad else None
+        if grad and d_weight is not None:
+            d_weight = d_weight.to(weight.dtype)
+        ctx.gradients = (d_hidden, d_weight) if grad else None
         return total, loss, overlap, right, known
 
     @staticmethod
@@ -186,7 +191,8 @@ class _DraftLoss(torch.autograd.Function):
     def backward(ctx, d_total, *_):
         assert ctx.gradients is not None, "draft_loss can be differentiated once"
         (d_hidden, d_weight), ctx.gradients = ctx.gradients, None
-        return d_hidden.mul_(d_total), d_weight.mul_(d_total), None, None, None, None, None
+        d_weight = None if d_weight is None else d_weight.mul_(d_total)
+        return d_hidden.mul_(d_total), d_weight, None, None, None, None, None
 
 
 def tile_loss(

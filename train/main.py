@@ -26,7 +26,7 @@ def train(
     profile: bool | int | None = None,
     local_rank: int | None = None,
 ) -> int:
-    """Train an EAGLE-3 draft head; without arguments, on the embedded model and the shipped FIM data.
+    """Train a draft head (EAGLE-3; model.method=eagle1: EAGLE-1); without arguments, on the embedded model and the shipped FIM data.
 
     --data_format fim|chat|instruction|mixed|plain|tokenized; --base and --data name the target model and
     the data file(s); --config takes a YAML file or a preset; --resume continues the run in --output (or a

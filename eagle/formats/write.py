@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from ..checkpoint import build, save_folder
 from ..errors import EagleError
 from ..head import DraftHead
+from ..loading import EMBEDDED
 from .configs import write_config
 from .read import read_folder
 from .tables import require_expressible, table, to_theirs
@@ -38,8 +39,13 @@ def export_head(
     """
     fmt, config = table(to), head.config
     require_expressible(config, fmt)
+    verifier = verifier or recorded(provenance)
+    if fmt.name == "vllm" and not verifier["name_or_path"]:
+        raise EagleError(
+            "speculators' config names the head's target, and speculators reads it: give --target or --base_model"
+        )
     expected = draft_outputs(head)
-    written = write_config(fmt, config, head.fc.weight.dtype, verifier or unnamed(provenance))
+    written = write_config(fmt, config, head.fc.weight.dtype, verifier)
 
     def check(folder: Path) -> None:
         published = read_folder(folder)
@@ -61,10 +67,10 @@ def export_head(
     return save_folder(path, state, written, config.feature_layers, provenance, check)
 
 
-def unnamed(provenance: dict | None) -> dict:
+def recorded(provenance: dict | None) -> dict:
     """A verifier, as far as the head's record names it."""
     name = ((provenance or {}).get("target") or {}).get("id")
-    return {"name_or_path": None if name == "embedded" else name, "architectures": []}
+    return {"name_or_path": str(EMBEDDED) if name == "embedded" else name, "architectures": []}
 
 
 def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:

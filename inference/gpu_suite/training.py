@@ -1,7 +1,7 @@
 """Stage `training`: the fused draft loss against the naive one, and a training step of a head where that can run.
 
-The loss is this package's to time. A step is `python -m train.main` in a process of its own, as this package knows
-nothing of training; it needs DeepSpeed and what else training needs, and is left out where that is missing.
+The loss is this package's to time. A step is `python -m train.main` and `train.bench` in processes of their own, as
+this package knows nothing of training; they need DeepSpeed and more, and are left out where that is missing.
 
 S unrolled steps, U positions, H hidden, V vocabulary.
 """
@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -89,7 +88,7 @@ def loss(which: str, size: Size, device: torch.device) -> dict:
 
 
 def step(device: torch.device, record: Record) -> dict:
-    """Training steps of a head for the embedded model, through the trainer's own command and its perf.jsonl."""
+    """Training steps of a head for the embedded model, through the trainer's own commands."""
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if missing:
         return {
@@ -97,25 +96,40 @@ def step(device: torch.device, record: Record) -> dict:
         }
     if device.type != "cuda":
         return {
-            "not_measured": "a step on a CPU tells nothing of a GPU; python -m train.main has its own"
+            "not_measured": "a step on a CPU tells nothing of a GPU; python -m train.bench has its own"
         }
+    return measured_step(60, max(30.0, record.budget_s - record.spent))
+
+
+def measured_step(steps: int, seconds: float) -> dict:
+    """perf: medians of a run's perf.jsonl (tokens/s, MFU, memory). arms: of `train.bench`, which trains with the
+    fused and the naive loss in turns. Each in a process of at most `seconds`."""
     with tempfile.TemporaryDirectory() as folder:
-        command = [
-            sys.executable, "-m", "train.main", "--data_format", "fim", "--output", folder,
-            "train.max_steps=60", "train.perf_every=5",
-        ]  # fmt: skip
-        left = max(30.0, record.budget_s - record.spent)
-        done = subprocess.run(
-            command, cwd=ROOT, env=dict(os.environ), capture_output=True, text=True, timeout=left
-        )
-        if done.returncode:
-            raise RuntimeError(f"train.main ended with {done.returncode}: {done.stderr[-500:]}")
-        return rates((Path(folder) / "perf.jsonl").read_text("utf-8"))
+        out, found = Path(folder), Path(folder) / "bench.json"
+        command(
+            seconds, "train.main", "--data_format", "fim", "--output", str(out / "run"),
+            f"train.max_steps={steps}", "train.perf_every=5", "eval.num_prompts=0",
+        )  # fmt: skip
+        command(
+            seconds, "train.bench", "--arms", "fused,naive", "--loss_tokens", "0", "--steps",
+            str(max(1, steps // 15)), "--json_path", str(found),
+        )  # fmt: skip
+        perf = rates((out / "run" / "perf.jsonl").read_text("utf-8"))
+        return {"perf": perf, "arms": json.loads(found.read_text("utf-8"))["step"]}
+
+
+def command(seconds: float, module: str, *arguments: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", module, *arguments], cwd=ROOT, capture_output=True, text=True,
+        timeout=seconds,
+    )  # fmt: skip
+    if done.returncode:
+        raise RuntimeError(f"{module} ended with {done.returncode}: {done.stderr[-500:]}")
 
 
 def rates(text: str) -> dict:
     """perf.jsonl of a run -> medians of its numbers, the first line, which warms up, left out."""
-    lines = [json.loads(line) for line in text.splitlines() if line.strip()][1:]
+    lines = [flat(json.loads(line)) for line in text.splitlines() if line.strip()][1:]
     if not lines:
         raise ValueError("perf.jsonl has too few lines; raise train.max_steps")
     return {
@@ -123,3 +137,10 @@ def rates(text: str) -> dict:
         for key, value in lines[-1].items()
         if isinstance(value, (int, float)) and not isinstance(value, bool)
     }
+
+
+def flat(row: dict) -> dict:
+    """{"memory": {"resident": 1}} -> {"memory.resident": 1}, one level."""
+    nested = {k: v for k, v in row.items() if isinstance(v, dict)}
+    deeper = {f"{k}.{name}": value for k, v in nested.items() for name, value in v.items()}
+    return {k: v for k, v in row.items() if k not in nested} | deeper

@@ -29,6 +29,7 @@ def command(monkeypatch, capsys):
 
     def run(module, *arguments):
         monkeypatch.setattr(sys, "argv", [module, *map(str, arguments)])
+        monkeypatch.delitem(sys.modules, module, raising=False)
         with pytest.raises(SystemExit) as end:
             runpy.run_module(module, run_name="__main__")
         shown = capsys.readouterr()
@@ -173,6 +174,11 @@ def test_convert_says_what_is_missing(tmp_path, command):
     assert code == 1 and "--probe" in said and said.count("\n") == 1
     ids = ("--layer_ids", "0,1,2", "--convention", "output")
     code, _, said = command("inference.convert", folder, tmp_path / "out", "--to", "vllm", *ids)
+    assert code == 1 and "names the head's target" in said
+    named = ("--base_model", "some/target")
+    code, _, said = command(
+        "inference.convert", folder, tmp_path / "out", "--to", "vllm", *ids, *named
+    )
     assert code == 0, said
     config = json.loads((tmp_path / "out/config.json").read_text())
     assert config["eagle_aux_hidden_state_layer_ids"] == [1, 2, 3]
@@ -215,6 +221,7 @@ def embedded():
     return Target.from_pretrained(None, dtype="float32")
 
 
+@pytest.mark.slow
 def test_probe_finds_the_wrong_convention(tmp_path, embedded):
     """The shipped head in SGLang's format with the ids of EAGLE, which should be 1, 7, 12 there."""
     from inference.prompts import load_prompts
@@ -273,6 +280,17 @@ def test_inspect_head(tmp_path, command):
 def test_inspect_head_without_ids(tmp_path, command):
     code, shown, _ = command("inference.inspect_head", published(tmp_path / "head", "eagle-bin"))
     assert code == 0 and "absent; measure them with" in shown
+
+
+@pytest.mark.parametrize("known", [True, False], ids=["its-target", "another"])
+def test_inspect_head_beside_a_target(tmp_path, llama, command, known):
+    llama.model.save_pretrained(tmp_path / "target")
+    fingerprint = llama.identity["fingerprint"] if known else "0" * 64
+    record = {"target": {"id": "trained on", "fingerprint": fingerprint}}
+    head = save_head(make_head(llama), tmp_path / "head", record)
+    code, shown, _ = command("inference.inspect_head", head, "--target", tmp_path / "target")
+    assert (code, "fits this target" in shown) == ((0, True) if known else (1, False))
+    assert known or "differs: it was trained on trained on (weights 000000000000)" in shown
 
 
 def test_inspect_head_is_a_command_of_two_words(monkeypatch, capsys):

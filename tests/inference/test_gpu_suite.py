@@ -263,12 +263,11 @@ def test_overlapping_kernels_count_once():
 
 def test_a_runs_rates_leave_the_first_line_out():
     lines = [
-        {"step": 1, "tokens_per_s": 1},
-        {"step": 2, "tokens_per_s": 10},
-        {"step": 3, "tokens_per_s": 30},
+        {"step": i, "tokens_per_second": n, "memory": {"resident": 2 * n}}
+        for i, n in enumerate((1, 10, 30))
     ]
     found = rates("\n".join(map(json.dumps, lines)))
-    assert found["tokens_per_s"] == 20
+    assert found["tokens_per_second"] == 20 and found["memory.resident"] == 40
     with pytest.raises(ValueError, match="too few lines"):
         rates(json.dumps(lines[0]))
 

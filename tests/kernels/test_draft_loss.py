@@ -192,6 +192,21 @@ def test_a_total_is_differentiated_once():
         found.total.backward()
 
 
+@pytest.mark.parametrize("objective", OBJECTIVES[:5], ids=name)
+def test_a_frozen_output_layer_costs_no_gradient(objective):
+    """EAGLE-1's is the target's: the states' gradient is the same, and the weight has none."""
+    problem = Problem(2, 9, 6, 31)
+    found, (d_hidden, _) = problem.run(draft_loss, objective, tile=64)
+    problem.weight.requires_grad_(False)
+    problem.hidden.grad = None
+    total = draft_loss(
+        problem.hidden, problem.weight, problem.teacher, problem.importance, objective, tile=64
+    ).total
+    (total * 3).backward()
+    assert torch.equal(total, found.total) and torch.equal(problem.hidden.grad, d_hidden)
+    assert problem.weight.grad is None
+
+
 def test_half_precision_products():
     """bf16 hidden states as under autocast: fp32 losses and weight gradient, bf16 elsewhere."""
     problem = Problem(2, 50, 32, 70, dtype=torch.bfloat16)

@@ -139,7 +139,7 @@ def heldout_loss(model, tokenizer, files: list[SourceFile], seq_len: int) -> dic
             )
             size += len(file.text.encode())
             for start in range(0, len(ids) - 1, seq_len):
-                chunk = ids[start : start + seq_len + 1].unsqueeze(0)
+                chunk = ids[start : start + seq_len + 1].unsqueeze(0).to(model.device)
                 logits = model(chunk[:, :-1]).logits.float()
                 nats += torch.nn.functional.cross_entropy(
                     logits[0], chunk[0, 1:], reduction="sum"
@@ -154,12 +154,14 @@ def heldout_loss(model, tokenizer, files: list[SourceFile], seq_len: int) -> dic
 
 
 def pretrain(out: str | Path, cfg: PretrainConfig, root: str | None = None) -> dict:
-    """Train tokenizer and model into `out`; returns the report that is also written to report.json."""
+    """Train tokenizer and model into `out`, on a GPU where there is one; returns the report that is also written to
+    report.json."""
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(cfg.seed)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     train_files, heldout_files = split(stdlib_files(root))
     if not (out / "tokenizer.json").exists():
         train_tokenizer((f.text for f in train_files), cfg.vocab_size, out)
@@ -172,12 +174,12 @@ def pretrain(out: str | Path, cfg: PretrainConfig, root: str | None = None) -> d
             max_position_embeddings=2048, rope_theta=10000.0, tie_word_embeddings=True, initializer_range=0.02,
             bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
         )
-    )  # fmt: skip
+    ).to(device)  # fmt: skip
     opts = optimizers(model, cfg)
     state_file = out / "pretrain_state.pt"
     step, spent, tokens = 0, 0.0, 0
     if state_file.exists():
-        state = torch.load(state_file, weights_only=True)
+        state = torch.load(state_file, map_location=device, weights_only=True)
         model.load_state_dict(state["model"])
         for opt, saved in zip(opts, state["optimizers"], strict=True):
             opt.load_state_dict(saved)
@@ -203,8 +205,8 @@ def pretrain(out: str | Path, cfg: PretrainConfig, root: str | None = None) -> d
         scale = min(1.0, (step + 1) / cfg.warmup_steps, left / cfg.decay_share)
         for opt, lr in zip(opts, base_lrs, strict=True):
             opt.param_groups[0]["lr"] = lr * max(scale, 0.005)
-        batch = torch.tensor([next(data) for _ in range(cfg.batch_size)])
-        with torch.autocast("cpu", torch.bfloat16):
+        batch = torch.tensor([next(data) for _ in range(cfg.batch_size)]).to(device)
+        with torch.autocast(device.type, torch.bfloat16):
             logits = forward(input_ids=batch[:, :-1]).logits
         loss = torch.nn.functional.cross_entropy(
             logits.float().flatten(0, 1), batch[:, 1:].flatten()

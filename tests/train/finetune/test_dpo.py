@@ -239,7 +239,7 @@ def test_real_preferences_are_learned(tmp_path):
     from train.finetune.assistant import shipped_preferences
 
     cfg, files = config("dpo", None, None, tmp_path / "run"), []
-    for split, limit in (("train", 96), ("eval", 24)):
+    for split, limit in (("train", 64), ("eval", 16)):
         lines = shipped_preferences(cfg.data, split).read_text().splitlines()
         kept = sorted(
             (r for r in map(json.loads, lines) if "prompt" in r), key=lambda r: len(str(r))
@@ -248,7 +248,7 @@ def test_real_preferences_are_learned(tmp_path):
         files.append(write_lines(tmp_path / f"{split}.jsonl", kept[start : start + limit]))
     output = go("dpo", None, files[0], tmp_path / "run", lora={"r": 8},
                 data={"eval_path": str(files[1]), "max_length": 256},
-                train={"max_steps": 8, "batch_size": 4, "lr": 5e-3, "grad_clip": 1.0,
+                train={"max_steps": 6, "batch_size": 4, "lr": 5e-3, "grad_clip": 1.0,
                        "gradient_checkpointing": False})  # fmt: skip
     before, after = (summary_of(output)[k] for k in ("heldout_before", "heldout_after"))
     assert before["reward_margin"] == 0 and before["loss"] == pytest.approx(0.693147, abs=1e-5)

@@ -292,7 +292,7 @@ def test_a_task_without_data_is_refused(base, tmp_path):
 def test_real_tasks_are_learned(tmp_path):
     """The embedded model in NF4 learns how easy docstrings read, and to summarise code, in one adapter."""
     cfg, files = config("multitask", None, None, tmp_path / "run"), []
-    for split, limit in (("train", 64), ("eval", 24)):
+    for split, limit in (("train", 48), ("eval", 20)):
         records = [json.loads(x) for x in shipped_tasks(cfg.data, split).read_text().splitlines()]
         read = [r for r in records if r.get("readability") and len(r["text"]) < 90]
         written = [r for r in records if "summary" in r and len(r["code"]) < 160]
@@ -302,9 +302,9 @@ def test_real_tasks_are_learned(tmp_path):
     output = go("multitask", None, files[0], tmp_path / "run", lora={"r": 8},
                 tasks=[t.model_dump() for t in preset.tasks if t.name in names],
                 data={"eval_path": str(files[1])}, balance={"max_generations": 0},
-                train={"max_steps": 8, "batch_size": 12, "lr": 3e-3, "grad_clip": 1.0,
+                train={"max_steps": 6, "batch_size": 12, "lr": 3e-3, "grad_clip": 1.0,
                        "gradient_checkpointing": False})  # fmt: skip
     before, after = (summary_of(output)[k] for k in ("heldout_before", "heldout_after"))
     assert after["readability/loss"] < before["readability/loss"]
-    assert abs(before["readability/pearson"]) < 0.1 and after["readability/pearson"] > 0.2
+    assert after["readability/pearson"] > 0.2  # before, every prediction is the mean
     assert after["summary_generation/loss"] < before["summary_generation/loss"] - 0.1

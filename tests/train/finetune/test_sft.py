@@ -307,15 +307,15 @@ def test_too_little_to_learn_from_is_refused(base, data, tmp_path):
 def test_real_text_is_learned(tmp_path):
     """The embedded model in NF4 learns to write cards of functions."""
     files = []
-    for split, limit in (("train", 96), ("eval", 16)):
+    for split, limit in (("train", 64), ("eval", 12)):
         records = card_records(*read_shipped(split), random.Random(0))
         short = [r for r in records if len(json.dumps(r)) < 420]
         files.append(write_lines(tmp_path / f"{split}.jsonl", short[:limit]))
     output = go("sft", None, files[0], tmp_path / "run", lora={"r": 8},
                 data={"format": "chat", "eval_path": str(files[1]), "max_length": 200},
-                train={"max_steps": 8, "batch_size": 8, "lr": 4e-3, "grad_clip": 1.0, "log_every": 7,
+                train={"max_steps": 6, "batch_size": 8, "lr": 4e-3, "grad_clip": 1.0, "log_every": 7,
                        "gradient_checkpointing": False})  # fmt: skip
     summary = summary_of(output)
-    assert summary["heldout_after"]["loss"] < summary["heldout_before"]["loss"] - 0.5
+    assert summary["heldout_after"]["loss"] < summary["heldout_before"]["loss"] - 1
     assert summary["trainable_parameters"] / summary["total_parameters"] < 0.05
     assert summary["adapter_bytes"] < 3 * 2**20
