@@ -24,7 +24,7 @@ pipeline: install
 
 # a process a core, one thread each: two that compute with two threads slow each other down tenfold
 test: install
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n logical --maxprocesses 4 --dist loadgroup
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n logical --maxprocesses 4 --dist loadscope --no-loadscope-reorder
 
 lint: install
 	$(PY) -m ruff check .

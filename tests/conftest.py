@@ -15,16 +15,28 @@ torch.set_num_threads(1)
 sys.path.append(str(Path(__file__).parent / "eagle"))
 
 
-@pytest.hookimpl(tryfirst=True)
+SLOWEST = ("test_readme.py", "test_interpreter.py", "test_compile.py", "test_ranks.py", "test_sft.py")
+
+
 def pytest_collection_modifyitems(items):
-    """With several processes (pytest-xdist) a file stays in one, and so do all that run programs in the sandbox,
-    which look for what is left of them. The longest files come first."""
-    for item in items:
-        name = item.path.name
-        alone = name.startswith(("test_sandbox", "test_evaluate"))
-        item.add_marker(pytest.mark.xdist_group("sandbox" if alone else name))
-    first = ("test_readme.py", "test_interpreter.py", "test_compile.py")
-    items.sort(key=lambda item: first.index(item.path.name) if item.path.name in first else len(first))
+    """The slowest files first, so that no process works on one alone at the end."""
+    places = {name: place for place, name in enumerate(SLOWEST)}
+    items.sort(key=lambda item: places.get(item.path.name, len(places)))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """A file stays in one process, and so do all files that run programs in the sandbox, which look for what is
+    left of them."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.split("::")[0]
+            alone = Path(file).name.startswith(("test_sandbox", "test_evaluate"))
+            return "sandbox" if alone else file
+
+    return ByFile(config, log)
 
 
 @pytest.fixture(scope="session")

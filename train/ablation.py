@@ -8,7 +8,6 @@ features from the disk (equal to computing them, see train/head/features.py); th
 
 from __future__ import annotations
 
-import atexit
 import itertools
 import json
 import os
@@ -93,12 +92,10 @@ def ablation(
             raise ConfigError(f"--{name}={value}: must be above 0")
     from transformers.utils.logging import disable_progress_bar
 
-    from train.head.distributed import leave_world
 
     disable_progress_bar()
     study = Study(Path(output).expanduser(), base, choose_arms(arms))
     asked = {"steps": steps, "minutes": minutes, "prompts": prompts, "new_tokens": new_tokens}
-    atexit.register(leave_world)  # DeepSpeed cannot join a second time in one process
     return study.run(asked, seeds)
 
 

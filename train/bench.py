@@ -147,31 +147,28 @@ def peak_bytes(run: Callable[[], None], device: torch.device) -> int:
 
 
 def bench_steps(cfg: HeadTrainConfig, arms: list[str], steps: int, repeats: int) -> dict:
-    """Tokens per second of each arm; `supervised` tokens are the ones that the loss counts."""
-    from train.head.distributed import join_world, leave_world
+    """Tokens per second (all real tokens of the rows) of each arm."""
+    from train.head.distributed import join_world
 
     world = join_world()
-    try:
-        with tempfile.TemporaryDirectory() as folder:
-            trainers = {}
-            for name in arms:
-                trainers[name] = _trainer(cfg, name, Path(folder) / name, world)
-                say(f"{name}: first step")
-                trainers[name].train_step(cfg.train.lr)
-            rows: dict[str, list[dict]] = {name: [] for name in arms}
-            rates: dict[str, list[float]] = {name: [] for name in arms}
-            for turn in range(repeats):
-                for name, trainer in trainers.items():
-                    found = [trainer.train_step(cfg.train.lr) for _ in range(steps)]
-                    rows[name] += found
-                    seconds = sum(row["tokens"] / row["tokens_per_second"] for row in found)
-                    rates[name].append(sum(row["tokens"] for row in found) / seconds)
-                    say(f"turn {turn + 1}/{repeats}, {name}: {rates[name][-1]:.0f} tokens/s, "
-                        f"loss {found[-1]['loss']:.4f}")  # fmt: skip
-            for trainer in trainers.values():
-                trainer.batches = None  # ends the loader's processes
-    finally:
-        leave_world()
+    with tempfile.TemporaryDirectory() as folder:
+        trainers = {}
+        for name in arms:
+            trainers[name] = _trainer(cfg, name, Path(folder) / name, world)
+            say(f"{name}: first step")
+            trainers[name].train_step(cfg.train.lr)
+        rows: dict[str, list[dict]] = {name: [] for name in arms}
+        rates: dict[str, list[float]] = {name: [] for name in arms}
+        for turn in range(repeats):
+            for name, trainer in trainers.items():
+                found = [trainer.train_step(cfg.train.lr) for _ in range(steps)]
+                rows[name] += found
+                seconds = sum(row["tokens"] / row["tokens_per_second"] for row in found)
+                rates[name].append(sum(row["tokens"] for row in found) / seconds)
+                say(f"turn {turn + 1}/{repeats}, {name}: {rates[name][-1]:.0f} tokens/s, "
+                    f"loss {found[-1]['loss']:.4f}")  # fmt: skip
+        for trainer in trainers.values():
+            trainer.batches = None  # ends the loader's processes
     result = {
         name: {
             "tokens_per_second": statistics.median(rates[name]),

@@ -43,12 +43,7 @@ def train(
     cfg = load_config(HeadTrainConfig, config, overrides, flags)
     if local_rank is not None:  # the deepspeed launcher's way
         os.environ.setdefault("LOCAL_RANK", str(local_rank))
-    from train.head.distributed import leave_world
-
-    try:
-        return run(cfg)
-    finally:
-        leave_world()
+    return run(cfg)
 
 
 def run(cfg: HeadTrainConfig, quiet: bool = False) -> int:

@@ -10,7 +10,7 @@ import torch
 
 from configs.deepspeed_presets import deepspeed_config
 from configs.schema import HeadTrainConfig
-from train.head.distributed import import_deepspeed, join_world, leave_world
+from train.head.distributed import import_deepspeed, join_world
 
 
 def probe(zero: int) -> dict:
@@ -32,7 +32,4 @@ def probe(zero: int) -> dict:
 
 
 if __name__ == "__main__":
-    try:
-        print(json.dumps(probe(int(sys.argv[1]) if len(sys.argv) > 1 else 0)))
-    finally:
-        leave_world()
+    print(json.dumps(probe(int(sys.argv[1]) if len(sys.argv) > 1 else 0)))

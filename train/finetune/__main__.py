@@ -127,15 +127,9 @@ def data(*, output: str) -> int:
 
 
 def command(method: str, cfg: Any, local_rank: int | None) -> int:
-    """`run`, and the end of the process group."""
     if local_rank is not None:  # the deepspeed launcher's way
         os.environ.setdefault("LOCAL_RANK", str(local_rank))
-    try:
-        return run(method, cfg)
-    finally:
-        from train.head.distributed import leave_world
-
-        leave_world()
+    return run(method, cfg)
 
 
 def run(method: str, cfg: Any, quiet: bool = False) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
 import os
 import socket
@@ -82,11 +83,12 @@ def join_world() -> World:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if not torch.distributed.is_initialized():
         deepspeed.init_distributed(dist_backend="nccl" if cuda else "gloo", verbose=False)
+        atexit.register(_leave_world)
     return World(torch.distributed.get_rank(), torch.distributed.get_world_size(), device)
 
 
-def leave_world() -> None:
-    """At the end of a process: DeepSpeed cannot join again."""
+def _leave_world() -> None:
+    """At the end of the process, not of a run: DeepSpeed cannot join a second time."""
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 
