@@ -173,6 +173,9 @@ def own_config(config: HeadConfig, dtype: torch.dtype) -> dict:
     """The `eagle` format: flat fields, those of SafeAILab's configs among them, and every option that is set."""
     eagle1 = config.method == "eagle1"
     flat = {k: v for k, v in config.to_dict().items() if k != "feature_layers"}
+    if not config.own_embedding:
+        # where it stands, cnets.py does not load the target's embedding and drafts with a random one
+        del flat["target_hidden_size"]
     ids = {} if eagle1 else {IDS: list(config.feature_layers), IDS_CONVENTION: "entering"}
     return {
         "architectures": ["LlamaForCausalLM" if eagle1 else "LlamaForCausalLMEagle3"],
@@ -195,9 +198,11 @@ def write_config(
     """verifier: {"name_or_path", "architectures"} of the target."""
     if fmt.name == "eagle":
         written = own_config(config, dtype)
-        if config.method == "eagle3" and config.rope_scaling:  # cnets.py reads the older name
-            kind = config.rope_scaling.get("rope_type", "default")
-            written["rope_scaling"] = {"type": kind, **config.rope_scaling}
+        if config.method == "eagle3" and config.rope_scaling:
+            # cnets.py reads the older name, and its config takes these two fields and no other
+            scaling = config.rope_scaling
+            kind = scaling.get("rope_type") or scaling["type"]
+            written["rope_scaling"] = {"type": kind, "factor": float(scaling["factor"])}
         return written
     ids = written_ids(config.feature_layers, fmt.convention, fmt.engine)
     draft = {"draft_vocab_size": config.draft_vocab_size}

@@ -80,7 +80,6 @@ FLAT = {
 CONFIGS = {
     "eagle": {
         **FLAT,
-        "target_hidden_size": 32,
         "dtype": "float32",
         "eagle_aux_hidden_state_layer_ids": ENTERING,
         "eagle_aux_hidden_state_convention": "entering",

@@ -30,7 +30,7 @@ from eagle.formats.read import read_folder
 from eagle.formats.write import export_head, same_bits
 from eagle.head import HeadConfig
 from eagle.head import make_head as new_head
-from eagle.model import EaModel
+from eagle.model import EMBEDDED_HEAD, EaModel
 
 VERIFIER = {"name_or_path": "some/target", "architectures": ["LlamaForCausalLM"]}
 SIZES = pytest.mark.parametrize("draft_vocab", [D, V], ids=["reduced", "full"])
@@ -259,6 +259,27 @@ def test_an_option_is_kept_or_refused(tmp_path, llama, option):
             ):
                 export_head(head, tmp_path / name, name, verifier=VERIFIER)
             assert not (tmp_path / name).exists()
+
+
+def test_what_upstream_eagle_reads_of_a_config(tmp_path, llama):
+    """Where target_hidden_size stands, its cnets.py leaves the embedding random unless the file holds one; its
+    config takes a rope_scaling of two fields alone."""
+    for option, stands in (({}, False), ({"own_embedding": True}, True)):
+        head = a_head(llama, **option)
+        for folder in (
+            save_head(head, tmp_path / f"own-{stands}"),
+            export_head(head, tmp_path / f"export-{stands}", "eagle"),
+        ):
+            config = json.loads((folder / "config.json").read_text())
+            tensors = load_file(folder / "model.safetensors")
+            assert ("target_hidden_size" in config) == stands == ("embed_tokens.weight" in tensors)
+    shipped = json.loads((EMBEDDED_HEAD / "config.json").read_text())
+    assert "target_hidden_size" not in shipped
+    head = a_head(llama, rope_scaling={"rope_type": "linear", "factor": 2})
+    config = json.loads(
+        (export_head(head, tmp_path / "linear", "eagle") / "config.json").read_text()
+    )
+    assert config["rope_scaling"] == {"type": "linear", "factor": 2.0}
 
 
 def test_eagle1_heads_keep_their_format(tmp_path, llama):
