@@ -53,7 +53,7 @@ LAUNCHES = "launch costs assumed: passes in CUDA graphs"
 DEVICES = {
     device.name: device
     for device in (
-        Device("h200", 4.3e12, 7.9e14, source="copy and 8192^3 bf16 product measured; " + LAUNCHES),
+        Device("h200", 4.3e12, 7.9e14, source="copy and 8192^3 bf16 product as others measured them; " + LAUNCHES),
         Device("h100", 3.0e12, 7.9e14, source="0.9 of the data sheet's 3.35 TB/s, assumed; " + LAUNCHES),
         Device("a100", 1.8e12, 2.5e14, source="0.9 of 2.0 TB/s and 0.8 of 312 TFLOP/s, assumed; " + LAUNCHES),
         Device("b200", 7.2e12, 1.7e15, source="0.9 of 8 TB/s and 0.75 of 2.25 PFLOP/s, assumed; " + LAUNCHES),
