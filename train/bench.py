@@ -62,6 +62,10 @@ def bench(
                         ("loss_hidden", loss_hidden)):  # fmt: skip
         if value < 1:
             raise ConfigError(f"--{name}={value}: must be at least 1")
+    if loss_tokens < 0:
+        raise ConfigError(f"--loss_tokens={loss_tokens}: must be at least 1, or 0 to leave the loss out")
+    if json_path and not Path(json_path).resolve().parent.is_dir():
+        raise ConfigError(f"--json_path={json_path}: no such folder; make it first")
     flags = {"data.format": data_format, "model.base": base, "data.path": data}
     cfg = load_config(HeadTrainConfig, config, overrides, flags)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

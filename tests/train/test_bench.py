@@ -47,6 +47,8 @@ def test_the_command(tmp_path, base, data):
     [
         ({"arms": "fused,fast"}, "unknown fast; use some of fused, naive, compile, recompute"),
         ({"steps": 0}, "--steps=0: must be at least 1"),
+        ({"loss_tokens": -5}, "--loss_tokens=-5: must be at least 1, or 0"),
+        ({"json_path": "not/there/bench.json"}, "no such folder; make it first"),
     ],
 )
 def test_bad_input(capsys, flags, says):

@@ -12,17 +12,15 @@ Knows tokenizers; knows nothing of models or batches.
 
 from __future__ import annotations
 
-from collections import Counter
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from configs.finetune_schema import PreferenceData
 from train.data.chat import read_messages, render_chat, render_instruction, require_template
-from train.data.quarantine import BadRow, enforce, write_quarantine
 from train.data.render import record_key
 from train.data.rows import Row, RowError
-from train.data.sources import read_records
 from train.data.tokens import encode_with_spans, require_fast
+from train.finetune.records import each_record
 
 FORMS = (
     'write {"prompt": ..., "chosen": ..., "rejected": ...}, or query and retrieval_result with them'
@@ -47,28 +45,10 @@ def load_pairs(
     if cfg.template == "chat":
         require_template(tokenizer)
     pairs: list[Pair] = []
-    bad: list[BadRow] = []
-    records = 0
-    for path in files:
-        for number, record in enumerate(read_records(path)):
-            if cfg.max_rows is not None and number >= cfg.max_rows:
-                break
-            records += 1
-            try:
-                if record.value is None:
-                    raise RowError(str(record.error).split(":")[0], "repair or remove this line")
-                pairs.append(render_pair(record.value, tokenizer, cfg))
-            except RowError as error:
-                bad.append(BadRow(record.file, record.line, error.reason, str(error), error.remedy,
-                                  record.raw))  # fmt: skip
-    if out is not None and bad:
-        write_quarantine(bad, out)
-    enforce(bad, records, cfg.max_bad_fraction, out if bad else None)
-    card = {
-        "files": [path.name for path in files],
-        "records": records,
-        "bad": len(bad),
-        "bad_by_reason": dict(Counter(row.reason for row in bad)),
+    card = each_record(
+        files, cfg, out, lambda record: pairs.append(render_pair(record, tokenizer, cfg))
+    )
+    card |= {
         "rows": len(pairs),
         "passages_cut": sum(pair.passages_cut for pair in pairs),
     }

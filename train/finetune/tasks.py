@@ -18,11 +18,10 @@ from typing import Any
 from configs.finetune_schema import TaskConfig, TaskData
 from eagle.errors import EagleError
 from train.data.chat import render_chat
-from train.data.quarantine import BadRow, enforce, write_quarantine
 from train.data.render import record_key
 from train.data.rows import RowError
-from train.data.sources import read_records
 from train.data.tokens import encode, encode_with_spans, leading_ids, require_fast
+from train.finetune.records import each_record
 
 MISSING = math.nan
 
@@ -61,33 +60,16 @@ def load_tasks(
     `data.max_bad_fraction` end the run."""
     require_fast(tokenizer)
     kinds: dict[str, list[TaskRow]] = {}
-    bad: list[BadRow] = []
     labels: Counter = Counter()
-    records = 0
-    for path in files:
-        for number, record in enumerate(read_records(path)):
-            if cfg.max_rows is not None and number >= cfg.max_rows:
-                break
-            records += 1
-            try:
-                if record.value is None:
-                    raise RowError(str(record.error).split(":")[0], "repair or remove this line")
-                found = render_record(record.value, tasks, tokenizer, cfg.max_length)
-            except RowError as error:
-                bad.append(BadRow(record.file, record.line, error.reason, str(error), error.remedy,
-                                  record.raw))  # fmt: skip
-                continue
-            for kind, row in found:
-                row.key = record_key(record.value)
-                kinds.setdefault(kind, []).append(row)
-                labels.update(labelled(row, tasks))
-    if out is not None and bad:
-        write_quarantine(bad, out)
-    enforce(bad, records, cfg.max_bad_fraction, out if bad else None)
-    card = {
-        "files": [path.name for path in files],
-        "records": records,
-        "bad": len(bad),
+
+    def take(record: dict) -> None:
+        for kind, row in render_record(record, tasks, tokenizer, cfg.max_length):
+            row.key = record_key(record)
+            kinds.setdefault(kind, []).append(row)
+            labels.update(labelled(row, tasks))
+
+    card = each_record(files, cfg, out, take)
+    card |= {
         "rows": sum(map(len, kinds.values())),
         "labels": {task.name: labels[task.name] for task in tasks},
     }
