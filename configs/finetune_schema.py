@@ -11,7 +11,7 @@ from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from configs.schema import DataConfig, Section, _paths
+from configs.schema import Betas, DataConfig, Resume, Section, _paths
 
 TaskType = Literal["generation", "classification", "regression", "ranking"]
 # what each type can be measured and trained by; the first loss is the default
@@ -70,7 +70,7 @@ class FinetuneTrain(Section):
     )
     warmup_ratio: float = Field(0.03, ge=0, lt=1, description="share of steps that warm up")
     weight_decay: float = Field(0.0, ge=0, description="AdamW weight decay")
-    betas: tuple[float, float] = Field((0.9, 0.999), description="AdamW betas, each in [0, 1)")
+    betas: Betas = Field((0.9, 0.999), description="AdamW betas, each in [0, 1)")
     grad_clip: float = Field(0.3, ge=0, description="gradient norm limit; 0 = off")
     seed: int = Field(0, ge=0, description="seed of the adapter, dropout and row order")
     zero: int | None = Field(
@@ -86,20 +86,7 @@ class FinetuneTrain(Section):
     early_stopping_patience: int | None = Field(
         None, ge=1, description="evaluations without a lower held-out loss that end the run"
     )
-    resume: str | None = Field(None, description="auto = newest checkpoint in output; or a folder")
-
-    @field_validator("betas")
-    @classmethod
-    def _betas(cls, betas: tuple[float, float]) -> tuple[float, float]:
-        if not all(0 <= beta < 1 for beta in betas):
-            raise ValueError("give two numbers in [0, 1), for instance [0.9,0.999]")
-        return betas
-
-    @field_validator("resume", mode="before")
-    @classmethod
-    def _flag(cls, value: object) -> object:
-        """`--resume` alone arrives as true and means auto."""
-        return {True: "auto", False: None}[value] if isinstance(value, bool) else value
+    resume: Resume = Field(None, description="auto = newest checkpoint in output; or a folder")
 
     @model_validator(mode="after")
     def _patience(self) -> FinetuneTrain:

@@ -7,10 +7,33 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    field_validator,
+    model_validator,
+)
 
 DataFormat = Literal["chat", "fim", "instruction", "plain", "tokenized", "mixed"]
 SourceFormat = Literal["chat", "fim", "instruction", "plain", "tokenized"]
+
+
+def _in_range(betas: tuple[float, float]) -> tuple[float, float]:
+    if not all(0 <= beta < 1 for beta in betas):
+        raise ValueError("give two numbers in [0, 1), for instance [0.9,0.95]")
+    return betas
+
+
+def _flag(value: object) -> object:
+    """`--resume` alone arrives as true and means auto."""
+    return {True: "auto", False: None}[value] if isinstance(value, bool) else value
+
+
+Betas = Annotated[tuple[float, float], AfterValidator(_in_range)]
+Resume = Annotated[str | None, BeforeValidator(_flag)]
 
 
 class Section(BaseModel):
@@ -209,7 +232,7 @@ class TrainConfig(Section):
     min_lr_ratio: float = Field(0.1, ge=0, le=1, description="final over peak learning rate")
     warmup_ratio: float = Field(0.03, ge=0, lt=1, description="share of steps that warm up")
     weight_decay: float = Field(0.0, ge=0, description="AdamW weight decay")
-    betas: tuple[float, float] = Field((0.9, 0.95), description="AdamW betas, each in [0, 1)")
+    betas: Betas = Field((0.9, 0.95), description="AdamW betas, each in [0, 1)")
     grad_clip: float = Field(1.0, ge=0, description="gradient norm limit; 0 = off")
     seed: int = Field(0, ge=0, description="seed of the head's weights and of the row order")
     optimizer: Literal["adamw", "muon"] = Field(
@@ -238,14 +261,7 @@ class TrainConfig(Section):
         None, ge=1, description="evaluations without a better acceptance length that end the run"
     )
     save_total_limit: int = Field(2, ge=1, description="newest checkpoints kept, besides the best")
-    resume: str | None = Field(None, description="auto = newest checkpoint in output; or a folder")
-
-    @field_validator("betas")
-    @classmethod
-    def _betas(cls, betas: tuple[float, float]) -> tuple[float, float]:
-        if not all(0 <= beta < 1 for beta in betas):
-            raise ValueError("give two numbers in [0, 1), for instance [0.9,0.95]")
-        return betas
+    resume: Resume = Field(None, description="auto = newest checkpoint in output; or a folder")
 
     @field_validator("report_to", mode="before")
     @classmethod
@@ -260,12 +276,6 @@ class TrainConfig(Section):
     def _some_steps(cls, value: object) -> object:
         """`--profile` alone arrives as true and means three steps."""
         return {True: 3, False: 0}[value] if isinstance(value, bool) else value
-
-    @field_validator("resume", mode="before")
-    @classmethod
-    def _flag(cls, value: object) -> object:
-        """`--resume` alone arrives as true and means auto."""
-        return {True: "auto", False: None}[value] if isinstance(value, bool) else value
 
 
 class LossConfig(Section):
