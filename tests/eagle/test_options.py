@@ -8,6 +8,7 @@ from engine_helpers import (
     make_head,
     make_prompts,
     make_target,
+    make_tokenizer,
     new_tokens,
     plain,
     stock_greedy,
@@ -25,13 +26,6 @@ PROMPTS = make_prompts((9, 3, 14, 1))
 @pytest.fixture(scope="module")
 def answers(llama):
     return plain(llama, PROMPTS, max_new_tokens=NEW)
-
-
-class Letters:
-    """Token 3 -> "d" and so on; a token is one letter."""
-
-    def decode(self, ids, **_):
-        return "".join(chr(97 + i % 26) for i in ids)
 
 
 def engines(target, expected, tree="16,4,4"):
@@ -262,7 +256,7 @@ def test_logprobs(targets, family, way):
 
 @pytest.mark.parametrize("cut", ["eos", "stop", "limit"])
 def test_logprobs_end_with_the_tokens(llama, answers, cut):
-    text = Letters()
+    text = make_tokenizer()
     ends = {
         "eos": {"eos_token_id": [answers[0][6], answers[1][3], answers[2][0]]},
         "stop": {"stop_strings": [text.decode(a)[5:7] for a in answers]},
@@ -318,7 +312,7 @@ def test_what_custom_generate_cannot_do_is_refused(llama, asked):
 
 REFUSED = {
     "num_beams": 4, "num_return_sequences": 2, "penalty_alpha": 0.6, "typical_p": 0.9, "epsilon_cutoff": 0.1,
-    "encoder_repetition_penalty": 1.2, "guidance_scale": 1.5, "sequence_bias": [[[5], -1.0]], "min_length": 5,
+    "encoder_repetition_penalty": 1.2, "guidance_scale": 1.5, "sequence_bias": [[[5], -1.0]],
     "max_time": 1.0, "forced_eos_token_id": 5, "begin_suppress_tokens": [4],
     "exponential_decay_length_penalty": (3, 1.1), "renormalize_logits": True,
     "encoder_no_repeat_ngram_size": 2, "remove_invalid_values": True,

@@ -164,7 +164,7 @@ def test_zero_and_one_are_off(llama):
         (dict(top_p=1.1), "top_p"),
         (dict(top_p=-0.1), "top_p"),
         (dict(top_p=float("nan")), "top_p"),
-        (dict(min_p=1.0), "min_p"),
+        (dict(min_p=1.1), "min_p"),
         (dict(min_p=-0.5), "min_p"),
     ],
     ids=str,

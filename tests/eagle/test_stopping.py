@@ -1,5 +1,6 @@
 """Where generation ends, what the callers see on the way, and what is refused."""
 
+import numpy as np
 import pytest
 import torch
 from engine_helpers import (
@@ -7,11 +8,13 @@ from engine_helpers import (
     head_model,
     make_prompts,
     make_target,
+    make_tokenizer,
     new_tokens,
     padded,
     plain,
 )
 from transformers import (
+    BatchEncoding,
     LogitsProcessorList,
     NoRepeatNGramLogitsProcessor,
     RepetitionPenaltyLogitsProcessor,
@@ -103,15 +106,8 @@ def test_batch_rows_end_apart_and_are_padded(llama):
         assert line == whole + [77] * (len(line) - len(whole))
 
 
-class Letters:
-    """Token 3 -> "d" and so on; every fifth token is two letters."""
-
-    def decode(self, ids, **_):
-        return "".join(chr(97 + i % 26) + ("+" if i % 5 == 0 else "") for i in ids)
-
-
 def test_stop_strings(llama, answer):
-    text = Letters()
+    text = make_tokenizer("pairs")
     whole = text.decode(answer)
     for stop in (whole[4:6], whole[9:13], [whole[20:22], whole[11:14]], whole[0]):
         stops = [stop] if isinstance(stop, str) else stop
@@ -130,7 +126,7 @@ def test_stop_strings(llama, answer):
 
 def test_stop_strings_in_a_batch(llama):
     prompts = make_prompts((6, 2, 9, 4))
-    text = Letters()
+    text = make_tokenizer("pairs")
     answers = plain(llama, prompts, max_new_tokens=30)
     stop = text.decode(answers[2])[8:10]
     model = head_model(llama, "8,4,2", draft_vocab=128)
@@ -234,12 +230,26 @@ def test_one_prompt_in_every_form(llama):
         (torch.tensor([flat]),),
         ((tuple(flat),),),
         ([torch.tensor(flat)],),
-        (ids, mask),
-        (ids[0], mask[0]),
-        (ids, mask.bool()),
-        (ids.int(), mask.float()),
+        (np.array([flat]),),
+        (np.array(flat),),
+        ([np.int64(t) for t in flat],),
+        ({"input_ids": [flat], "attention_mask": [[1, 1, 1]]},),
+        (BatchEncoding({"input_ids": torch.tensor([flat])}),),
+        ([flat], [[1, 1, 1]]),
+        (flat, [1, 1, 1]),
     ):
-        assert torch.equal(model.naivegenerate(*given, max_new_tokens=5), expected)
+        assert torch.equal(model.naivegenerate(*given, max_new_tokens=np.int64(5)), expected)
+    answer = expected[0, 3:].tolist()
+    for given in (
+        (ids, mask), (ids[0], mask[0]), (ids, mask.bool()), (ids.int(), mask.float()), (ids,), (ids.numpy(),),
+        (BatchEncoding({"input_ids": ids, "attention_mask": mask}),),
+        ({"input_ids": ids.tolist(), "attention_mask": mask.tolist()},),
+    ):  # fmt: skip
+        assert model.naivegenerate(*given, max_new_tokens=5).tolist() == [[0, *flat, 0, *answer]]
+    whole = dict(input_ids=ids, attention_mask=mask, token_type_ids=torch.zeros_like(ids))
+    assert model.naivegenerate(**whole, max_new_tokens=5)[0, 5:].tolist() == answer
+    with pytest.raises(EagleError, match="token_type_ids"):
+        model.naivegenerate(**{**whole, "token_type_ids": mask}, max_new_tokens=5)
 
 
 BAD = {
@@ -263,7 +273,10 @@ BAD = {
         "prompt 1 is empty",
     ),
     "other shape": (torch.ones(2, 4, dtype=torch.int64), torch.ones(2, 5), "does not fit"),
-    "mask with lists": ([[1, 2]], torch.ones(1, 2), "padding"),
+    "mask with lists": ([[1, 2], [3]], [[0, 1], [1]], "different lengths"),
+    "a mask too long": ([[1, 2]], torch.ones(1, 3), "does not fit"),
+    "padding inside": (torch.tensor([[4, 0, 7]]), None, "padding token stands between"),
+    "a bool": ([[True, 2]], None, "tokenize"),
     "too high": ([[1, 128]], None, "outside 0 … 127"),
     "negative": ([[1, -1]], None, "outside"),
 }
