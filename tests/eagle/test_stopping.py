@@ -12,6 +12,7 @@ from engine_helpers import (
     new_tokens,
     padded,
     plain,
+    stock_greedy,
 )
 from transformers import (
     BatchEncoding,
@@ -122,6 +123,40 @@ def test_stop_strings(llama, answer):
         PROMPT, max_new_tokens=40, stop_strings="###", draft=False
     )
     assert never.rows[0].tokens == answer and never.rows[0].finish_reason == "length"
+
+
+@pytest.mark.parametrize("kind", ["letters", "pairs", "llama2"])
+def test_stop_strings_mean_what_they_mean_in_stock_generate(llama, answer, kind):
+    """Those that begin in the prompt, that begin with a space that a decoder strips, and parts of a character."""
+    tokenizer = make_tokenizer(kind)
+    whole = tokenizer.decode(PROMPT[0] + answer)
+    prompt = len(tokenizer.decode(PROMPT[0]))
+    rows = [PROMPT[0], *make_prompts((4, 4), seed=8)]
+    stops = [
+        whole[a : a + n]
+        for a in (prompt - 2, prompt - 1, prompt, prompt + 3, prompt + 9)
+        for n in (2, 3, 5)
+    ]
+    stops += [whole[prompt - 3 : prompt], [whole[prompt + 15 :][:3], whole[prompt + 7 :][:2]]]
+    stops += ["é", "é€", " a", "x y", " "] if kind == "llama2" else []
+    ended = 0
+    for stop in stops:
+        for ids in rows:
+            try:
+                expected = stock_greedy(llama, ids, 40, stop_strings=stop, tokenizer=tokenizer)
+            except ValueError:  # no token holds an end of it
+                continue
+            ended += len(expected) < 40
+            for model in (
+                EaModel(llama, tokenizer=tokenizer),
+                head_model(llama, "8,4,2", draft_vocab=128),
+            ):
+                model._tokenizer = tokenizer
+                got = model.generate(
+                    [ids], max_new_tokens=40, stop_strings=stop, draft=model.head is not None
+                )
+                assert got.rows[0].tokens == expected, stop
+    assert ended > len(stops) / 2
 
 
 def test_stop_strings_in_a_batch(llama):
