@@ -199,7 +199,7 @@ class TaskData(Section):
         None, ge=1, description="records read of each held-out file; null = all"
     )
     cache_dir: str | None = Field(
-        None, description="folder for shipped data; null = $EAGLE_CACHE or ~/.cache/eagle-heads"
+        None, description="folder for shipped data; null = $EAGLE_CACHE, else $XDG_CACHE_HOME/eagle-heads, else ~/.cache/eagle-heads"
     )
     seed: int = Field(0, ge=0, description="seed of the mixture of tasks")
 

@@ -164,7 +164,7 @@ class DataConfig(Section):
         0.02, ge=0, lt=1, description="share of rows held out when no eval data is given"
     )
     cache_dir: str | None = Field(
-        None, description="folder for tokenised data; null = $EAGLE_CACHE or ~/.cache/eagle-heads"
+        None, description="folder for tokenised data; null = $EAGLE_CACHE, else $XDG_CACHE_HOME/eagle-heads, else ~/.cache/eagle-heads"
     )
     supervise: Literal["assistant", "last_assistant", "all"] = Field(
         "assistant", description="which chat and instruction tokens are targets"

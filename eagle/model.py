@@ -15,13 +15,13 @@ from pathlib import Path
 
 import torch
 
-from .compile import CompiledHead, CompiledTarget, cache_folder
+from .compile import CompiledHead, CompiledTarget, compiled_folder
 from .costs import CostTable
 from .decode import Timings, decode
 from .draft import Drafter, HeadDrafter
 from .errors import EagleError
 from .head import DraftHead
-from .loading import EMBEDDED
+from .loading import EMBEDDED, load_tokenizer
 from .options import Options, check_prompt, read_prompts, refuse
 from .plan import WIDEST, Experience, Plan
 from .request import Request, Row
@@ -156,7 +156,8 @@ class EaModel:
     def tokenizer(self):
         """The target's tokenizer, loaded when first asked for."""
         if self._tokenizer is None:
-            self._tokenizer = load_tokenizer(self.target.name)
+            # name_or_path: the folder that the weights came from, of one revision
+            self._tokenizer = load_tokenizer(self.target.model.name_or_path or self.target.name)
         return self._tokenizer
 
     def eagenerate(
@@ -407,7 +408,7 @@ class EaModel:
         mode = self.compile if mode is None else mode
         table = self._costs.get(mode)
         if table is None:
-            table = self._costs[mode] = CostTable(target, drafter, mode, cache_folder())
+            table = self._costs[mode] = CostTable(target, drafter, mode, compiled_folder())
         # greedy choices and samples accept differently, and a long context costs more
         kind = mode, greedy, context.bit_length()
         experience = self._experience.setdefault(kind, Experience())
@@ -493,17 +494,6 @@ def split_options(input_ids) -> tuple[object, list[dict]]:
         own = [{k: v for k, v in p.items() if k != "input_ids"} for p in wrapped]
         return [p["input_ids"] for p in wrapped], own
     return input_ids, collections.defaultdict(dict)
-
-
-def load_tokenizer(name: str):
-    from transformers import AutoTokenizer
-
-    source = EMBEDDED if name == "embedded" else name
-    try:
-        return AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise EagleError(f"no tokenizer in {source}: {reason}") from error
 
 
 def raise_errors(rows: list[Row]) -> None:

@@ -4,8 +4,10 @@ import json
 import signal
 import subprocess
 import sys
+import threading
 import time
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from eagle import checkpoint
 from eagle.checkpoint import load_head, save_head, target_fingerprint
 from eagle.errors import EagleError
 from eagle.head import Eagle3Head, HeadConfig
@@ -194,13 +197,62 @@ def test_a_kill_at_any_moment_leaves_a_whole_head(tmp_path, target):
     time.sleep(0.3)
     process.send_signal(signal.SIGKILL)
     process.wait()
+    left = listing(tmp_path)
     head, _ = load_head(folder, target)
     assert (head.fc.weight == head.fc.weight[0, 0]).all()
-    assert [p.name for p in tmp_path.iterdir()] == ["head"]
+    assert listing(tmp_path) == left  # who reads changes nothing; the next writer tidies up
+    save_head(head, folder)
+    assert listing(tmp_path) == ["head"]
 
 
-def test_a_kill_between_the_two_renames_is_repaired(saved, target):
-    folder = saved[1]
-    folder.rename(folder.with_name(".head.old-999999999"))
+def listing(folder):
+    return sorted(p.name for p in folder.iterdir())
+
+
+def test_a_kill_between_two_renames_is_read_in_place_and_repaired_by_the_writer(saved, target):
+    """Of file systems that cannot exchange two names."""
+    head, folder = saved
+    old = f".head.old-{checkpoint._machine()}-999999999"
+    folder.rename(folder.with_name(old))
+    again, _ = load_head(folder, target)
+    assert torch.equal(again.fc.weight, head.fc.weight) and listing(folder.parent) == [old]
+    with pytest.raises(RuntimeError), checkpoint.atomic_dir(folder):
+        raise RuntimeError("a writer that fails")
+    assert listing(folder.parent) == ["head"]
     load_head(folder, target)
-    assert folder.is_dir()
+
+
+@pytest.mark.parametrize("swap", [True, False], ids=["exchange", "renames"])
+def test_another_machines_live_write_is_left_alone(saved, target, monkeypatch, swap):
+    """A process id says nothing on a disk that is shared: 999999999 lives there, and 1 is not this machine's."""
+    if not swap:
+        monkeypatch.setattr(checkpoint, "exchange", lambda a, b: False)
+    head, folder = saved
+    theirs = [f".head.{kind}-0123456789ab-{pid}" for kind in ("old", "tmp") for pid in (1, 999999999)]
+    theirs += [".head.tmp-999999999"]  # as earlier versions named it: nobody knows whose it is
+    for name in theirs:
+        (folder.parent / name).mkdir()
+    for _ in range(2):
+        load_head(folder, target)
+        save_head(head, folder)
+    assert listing(folder.parent) == sorted([*theirs, "head"])
+
+
+def test_a_folder_that_is_replaced_is_there_at_every_moment(tmp_path):
+    pair = [tmp_path / "a", tmp_path / "b"]
+    for path in pair:
+        path.mkdir()
+    if not checkpoint.exchange(*pair):
+        pytest.skip("this file system cannot exchange two names")
+    stop = threading.Event()
+
+    def write():
+        while not stop.is_set():
+            with checkpoint.atomic_dir(pair[0]) as folder:
+                (folder / "file").touch()
+
+    with ThreadPoolExecutor() as pool:
+        writer = pool.submit(write)
+        found = [pair[0].is_dir() for _ in range(20_000)]
+        stop.set()
+    assert all(found) and writer.result() is None and listing(tmp_path) == ["a", "b"]

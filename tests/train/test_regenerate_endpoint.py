@@ -153,7 +153,7 @@ def test_middles_are_asked_for_in_tokens(serve, tmp_path, tokenizer_dir, tokeniz
         and body["prompt"][-1] == fim.middle
     )
     assert rows(tmp_path / "new.jsonl")[0]["middle"] == f"middle of {len(body['prompt'])}"
-    with pytest.raises(EagleError, match="fim prompts need the target's tokenizer: give --model"):
+    with pytest.raises(EagleError, match="fim prompts need the target's tokenizer: give --base"):
         write(server.url, settings("fim", path), tmp_path / "other.jsonl")
 
 

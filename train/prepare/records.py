@@ -113,7 +113,7 @@ class Rewriter:
         if tokenizer is None:
             if not self.as_chat:
                 raise EagleError(
-                    f"{cfg.format} prompts need the target's tokenizer: give --model FOLDER_OR_ID"
+                    f"{cfg.format} prompts need the target's tokenizer: give --base FOLDER_OR_ID"
                 )
             return
         wide = cfg.model_copy(update={"max_length": UNLIMITED, "supervise": "assistant"})
