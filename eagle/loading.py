@@ -232,9 +232,9 @@ def find_adapter(path: str | Path) -> Path:
 
 def read_record(folder: Path) -> dict:
     """An adapter's `eagle.json`, or {} for one of another program, which does not say what it belongs to."""
-    from .checkpoint import read_json
+    from .formats.read import RecordFile, read_json
 
-    return read_json(folder / RECORD) if (folder / RECORD).exists() else {}
+    return read_json(folder / RECORD, RecordFile) if (folder / RECORD).exists() else {}
 
 
 def require_base(folder: Path, record: dict, name: str, found: str) -> None:
