@@ -73,9 +73,12 @@ class Task:
     answers: list[Answer] = field(default_factory=list)
     failure: tuple[str, str] | None = None  # reason and remedy
 
+    @property
+    def unfinished(self) -> bool:
+        return self.failure is None and len(self.answers) < self.asks
+
     def next(self) -> Ask | None:
-        done = self.failure is not None or len(self.answers) == self.asks
-        return None if done else self.make_ask(self.answers)
+        return self.make_ask(self.answers) if self.unfinished else None
 
     def take(self, answer: Answer) -> None:
         if answer.error is not None:
