@@ -32,7 +32,7 @@ LOSSES = {
 class PolicyConfig(Section):
     """The model that learns: a frozen base and a low-rank adapter."""
 
-    base: str | None = Field(None, description="base model: folder or hub id; null = embedded")
+    base: str | None = Field(None, description="base model: folder or hub id, ORG/NAME[@REVISION]; null = embedded")
     adapter: str | None = Field(None, description="adapter folder to start from; null = a new one")
     quantization: Literal["nf4", "int8", "none"] = Field(
         "nf4", description="how the frozen linear layers are kept"

@@ -115,7 +115,8 @@ class EaModel:
         quantization: str = "none",
         **hf_kwargs,
     ) -> EaModel:
-        """Load a target and its head; without paths, the embedded model and its head.
+        """Load a target and its head, each a folder or a hub id (ORG/NAME, ORG/NAME@REVISION; revision=: the
+        target's); without paths, the embedded model and its head.
 
         total_token, depth, top_k: the draft tree, upstream's meaning (total_token counts the root). They
         default to 60, 7, 10, and to 16, 4, 4 for the embedded model, where the smaller tree is faster.

@@ -98,6 +98,10 @@ def convert(
     print(
         f"{published.format.name} -> {to}: {destination} ({len(state)} tensors, reads back with equal logits{told})"
     )
+    if config.method == "eagle1":
+        print("not for vLLM: it loads an EAGLE-1 folder and accepts none of its drafts")
+    elif to in ("sglang", "modelopt"):
+        print("not for vLLM: it takes these layer ids as its own, one off, and drafts worse; use --to vllm")
     return 0
 
 
