@@ -17,7 +17,7 @@ import torch
 from .draft import Drafter
 from .plan import Plan
 from .request import Row
-from .sampling import Sampler, process_row
+from .sampling import Sampler
 from .target import Target
 from .tree import DraftTree
 from .verify import Verdict, verify
@@ -288,19 +288,46 @@ def choose(
     positions: torch.Tensor,
 ) -> torch.Tensor:
     """logits [b, N, V], positions [b, N] of the tokens to be chosen -> choices [b, N]."""
-    if any(row.request.processor is not None for row in rows):
-        logits = logits.float().clone()
+    choices = sampler.choose(logits, positions)
+    for i, row in enumerate(rows):
+        if row.request.processor is None or row.done:
+            continue
         tree = tree or DraftTree.root_only(positions[:, 0])
-        for i, row in enumerate(rows):
-            if row.request.processor is None or row.done:
-                continue
-            try:
-                logits[i] = process_row(
-                    row.request.processor, row.context, tree.depth[i], tree.mask[i], tree.tokens[i], logits[i]
-                )  # fmt: skip
-            except Exception as error:
-                row.fail("the logits processor", error)
-    return sampler.choose(logits, positions)
+        try:
+            follow(row, tree.tokens[i], tree.parents[i], logits[i], positions[i], choices[i])
+        except Exception as error:
+            row.fail("the logits processor", error)
+    return choices
+
+
+def follow(
+    row: Row,
+    tokens: torch.Tensor,
+    parents: torch.Tensor,
+    logits: torch.Tensor,
+    positions: torch.Tensor,
+    choices: torch.Tensor,
+) -> None:
+    """Choices of a row with processors: from the root on, only where they lead. So processors are called as plain
+    decoding calls them, once a token and in its order, and may keep state. tokens, parents, positions [N], logits
+    [N, V]; writes into choices [N]."""
+    request, seen = row.request, row.seen
+    sampler = sampler_of([row], logits.device)
+    child = {
+        (p, t): n
+        for n, (p, t) in enumerate(zip(parents.tolist(), tokens.tolist(), strict=True))
+        if n
+    }
+    node: int | None = 0
+    left = row.budget - len(row.tokens)
+    while node is not None:
+        scores = request.processor(seen, logits[node])
+        choice = sampler.choose(scores[None, None], positions[node : node + 1][None])[0, 0]
+        choices[node] = choice
+        token, left = int(choice), left - 1
+        if token in request.stopping.eos_token_ids or not left:
+            return
+        seen, node = [*seen, token], child.get((node, token))
 
 
 def keep_logprobs(

@@ -8,9 +8,11 @@ from __future__ import annotations
 import collections
 import copy
 import functools
+import inspect
 import itertools
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from numbers import Integral
 from pathlib import Path
 
 import torch
@@ -22,7 +24,18 @@ from .draft import Drafter, HeadDrafter
 from .errors import EagleError
 from .head import DraftHead
 from .loading import EMBEDDED, load_tokenizer
-from .options import Options, check_prompt, read_prompts, refuse
+from .options import (
+    Options,
+    Prompt,
+    Prompts,
+    check_prompt,
+    end_tokens,
+    plain,
+    read_list,
+    read_prompts,
+    refuse,
+    top_p_of,
+)
 from .plan import WIDEST, Experience, Plan
 from .request import Request, Row
 from .sampling import row_seeds
@@ -31,14 +44,18 @@ from .tree import TreeShape
 from .verify import force, verify
 
 EMBEDDED_HEAD = EMBEDDED / "heads" / "eagle3"
-EMBEDDED_TREE = "16,4,4"
+EMBEDDED_TREE = TreeShape(16, 4, 4)
 MODES = ("auto", "off", "max")
-DEFAULT_TREE = TreeShape()
+
+
+def default_tree(target: Target) -> TreeShape:
+    """Upstream's; for the embedded model a smaller one, which is faster there."""
+    return EMBEDDED_TREE if target.name == "embedded" else TreeShape()
 
 
 @dataclass
 class Generation:
-    """What a call produced. `sequences` [B, L] is prompt + new tokens, right-padded with `pad_id`."""
+    """What a call produced. `sequences` [B, L]: prompts as given and new tokens, right-padded; see `eagenerate`."""
 
     rows: list[Row]
     sequences: torch.Tensor
@@ -80,23 +97,40 @@ class EaModel:
         self,
         target: Target,
         head: DraftHead | None = None,
-        tree: TreeShape | str = DEFAULT_TREE,
+        tree: TreeShape | str | None = None,
         tokenizer=None,
         drafter: Drafter | None = None,
         compile: str = "auto",
     ) -> None:
-        self.target, self.head, self._tokenizer = target, head, tokenizer
+        # a view of its own: another head over the same target may read other layers
+        self.target, self.head, self._tokenizer = copy.copy(target), head, tokenizer
+        tree = default_tree(target) if tree is None else tree
         self.compile, self.tree = compile, tree if tree == "auto" else TreeShape.parse(tree)
+        self.drafter = drafter
+        self._forget()
+        if head is not None:
+            self.target.set_feature_layers(head.config.feature_layers)
+            shape = WIDEST if tree == "auto" else TreeShape.parse(tree)
+            self.drafter = drafter or HeadDrafter(head, target.embed, shape, target.head_logits)
+
+    def _forget(self) -> None:
+        """What was compiled, measured and learnt, here and on this device."""
         self.plan: Plan | None = None  # of the last call with tree="auto"
         self._costs: dict[str, CostTable] = {}
         self._experience: dict[tuple, Experience] = {}
         self._compiled: dict[str, tuple] = {}
-        self.drafter = drafter
-        if head is not None:
-            target.set_feature_layers(head.config.feature_layers)
-            head.eval().requires_grad_(False)
-            shape = WIDEST if tree == "auto" else TreeShape.parse(tree)
-            self.drafter = drafter or HeadDrafter(head, target.embed, shape, target.head_logits)
+        self._criteria: dict[tuple[str, ...], Callable] = {}
+
+    def __getstate__(self) -> dict:
+        """For copies and pickles: without what `_forget` makes anew."""
+        state = dict(self.__dict__)
+        for name in ("plan", "_costs", "_experience", "_compiled", "_criteria"):
+            del state[name]
+        return state
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__.update(state)
+        self._forget()
 
     @classmethod
     def from_pretrained(
@@ -118,40 +152,132 @@ class EaModel:
         """Load a target and its head, each a folder or a hub id (ORG/NAME, ORG/NAME@REVISION; revision=: the
         target's); without paths, the embedded model and its head.
 
-        total_token, depth, top_k: the draft tree, upstream's meaning (total_token counts the root). They
-        default to 60, 7, 10, and to 16, 4, 4 for the embedded model, where the smaller tree is faster.
-        use_eagle3: False is for EAGLE-1 heads (and so EAGLE-2's); None is whichever the files hold.
-        dtype "auto" is the checkpoint's (float32 where a CPU would emulate bf16). adapter_path: a LoRA folder;
-        quantization: "none", "nf4" or "int8" (bitsandbytes). Further arguments go to transformers'
-        `from_pretrained`.
+        total_token, depth, top_k: the draft tree, upstream's meaning (total_token counts the root; -1 alone is
+        tree="auto"). They default to 60, 7, 10, and to 16, 4, 4 for the embedded model, where the smaller tree is
+        faster. tree: the three in one, "60,7,10", or "auto"; not both. use_eagle3: False is for EAGLE-1 heads (and so
+        EAGLE-2's); None is whichever the files hold. dtype "auto" is the checkpoint's (float32 where a CPU would
+        emulate bf16). adapter_path: a LoRA folder; quantization: "none", "nf4" or "int8" (bitsandbytes).
+        Further arguments go to transformers' `from_pretrained`; of upstream's, `Type` says nothing that the files do
+        not, and a `threshold` other than 1 is refused.
 
         A base model without ea_model_path generates plainly. Raises EagleError when the files cannot be
         read, or the head does not fit the target.
         """
-        default = TreeShape.parse(EMBEDDED_TREE) if base_model_path is None else TreeShape()
-        shape = TreeShape(
-            default.total_token if total_token in (None, -1) else total_token,
-            default.depth if depth is None else depth,
-            default.top_k if top_k is None else top_k,
-        )
+        if hf_kwargs.pop("threshold", 1.0) != 1.0:
+            raise EagleError(
+                "threshold is not used here; leave it out (tree='auto' finds how far to draft)"
+            )
+        hf_kwargs.pop("Type", None)
+        if "torch_dtype" in hf_kwargs:
+            dtype = hf_kwargs.pop("torch_dtype")
+        given = {"total_token": total_token, "depth": depth, "top_k": top_k}
+        given = {k: v for k, v in given.items() if v is not None}
+        if tree is not None and given:
+            raise EagleError(
+                f"tree={str(tree)!r} and {', '.join(f'{k}={v}' for k, v in given.items())} say two things; give one"
+            )
+        if given == {"total_token": -1}:
+            tree, given = "auto", {}
         target = Target.from_pretrained(
             base_model_path, dtype=dtype, device=device, adapter_path=adapter_path,
             quantization=quantization, **hf_kwargs
         )  # fmt: skip
-        if ea_model_path is None and base_model_path is None and EMBEDDED_HEAD.exists():
+        if given:
+            tree = replace(default_tree(target), **{k: v for k, v in given.items() if v != -1})
+        if (
+            ea_model_path is None
+            and base_model_path in (None, "embedded")
+            and EMBEDDED_HEAD.exists()
+        ):
             ea_model_path = EMBEDDED_HEAD
         head = None
         if ea_model_path is not None:
             from .checkpoint import load_head
 
             head, _ = load_head(ea_model_path, target, dtype=target.dtype, device=target.device)
+            head.eval().requires_grad_(False)
             is_eagle3 = head.config.method == "eagle3"
             if use_eagle3 not in (None, is_eagle3):
                 raise EagleError(
                     f"{ea_model_path} is an {'EAGLE-3' if is_eagle3 else 'EAGLE-1'} head; leave use_eagle3 unset, "
                     f"or set it to {is_eagle3}"
                 )
-        return cls(target, head, tree or shape, compile=compile)
+        return cls(target, head, tree, compile=compile)
+
+    # as people handle models
+    @property
+    def device(self) -> torch.device:
+        return self.target.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.target.dtype
+
+    @property
+    def config(self):
+        """The target's."""
+        return self.target.model.config
+
+    @property
+    def base_model(self) -> torch.nn.Module:
+        """The target as transformers has it (upstream's name)."""
+        return self.target.model
+
+    def get_tokenizer(self):
+        return self.tokenizer
+
+    def parameters(self) -> Iterator[torch.nn.Parameter]:
+        yield from self.target.model.parameters()
+        yield from self.head.parameters() if self.head is not None else ()
+
+    def eval(self) -> EaModel:
+        return self
+
+    def train(self, mode: bool = True) -> EaModel:
+        if mode:
+            raise EagleError("an EaModel only generates; train a head with python -m train.main")
+        return self
+
+    def requires_grad_(self, requires_grad: bool = True) -> EaModel:
+        return self.train(requires_grad)
+
+    def to(self, *args, **kwargs) -> EaModel:
+        """Moves target and head, in place as `torch.nn.Module.to` does; takes its arguments."""
+        try:
+            self.target.model.to(*args, **kwargs)
+        except ValueError as error:  # a quantized model
+            raise EagleError(f"this target stays as it was loaded: {error}") from error
+        self.target._identity = None
+        if self.head is not None:
+            self.head.to(*args, **kwargs)
+        if isinstance(self.drafter, HeadDrafter):
+            target = self.target
+            self.drafter = HeadDrafter(
+                self.head, target.embed, self.drafter.shape, target.head_logits
+            )
+        self._forget()
+        return self
+
+    def cuda(self, device: int | torch.device | None = None) -> EaModel:
+        return self.to(
+            "cuda"
+            if device is None
+            else torch.device("cuda", device)
+            if isinstance(device, int)
+            else device
+        )
+
+    def cpu(self) -> EaModel:
+        return self.to("cpu")
+
+    def float(self) -> EaModel:
+        return self.to(torch.float32)
+
+    def half(self) -> EaModel:
+        return self.to(torch.float16)
+
+    def bfloat16(self) -> EaModel:
+        return self.to(torch.bfloat16)
 
     @property
     def tokenizer(self):
@@ -177,17 +303,25 @@ class EaModel:
         logits_processor=None,
         streamer=None,
         log: bool = False,
+        is_llama3: bool = False,
         **kwargs,
     ):
-        """Prompt and new tokens, [B, L] int64, right-padded; an end token is kept once.
+        """Prompts and new tokens, [B, L] int64; an end token is kept once.
 
-        input_ids: [B, T] with padding on either side marked by attention_mask, or a list of lists. seed:
-        an int (row i uses seed + i) or one a row. max_new_tokens is 512, temperature 0 (greedy) by default.
-        Further options: min_p, min_new_tokens, repetition_penalty, no_repeat_ngram_size, bad_words_ids,
+        input_ids: a tensor or array [B, T] (or [T]) with padding on either side marked by attention_mask, or by the
+        pad token where there is no mask; or a list of lists; or what a tokenizer returns. Of a tensor the result is
+        [B, T + new] as of stock `generate`: the input as given, and from column T on the answers, right-padded. Of
+        lists it is prompt and answer of each row, right-padded. max_length counts the row as given.
+
+        seed: an int (row i uses seed + i) or one a row. max_new_tokens is 512, temperature 0 (greedy) by default.
+        A logits_processor is called as stock `generate` calls it, once a token and in order. is_llama3: end at
+        <|eot_id|> too. Further options: min_p, min_length, min_new_tokens, repetition_penalty, no_repeat_ngram_size, bad_words_ids,
         suppress_tokens, generation_config (a transformers GenerationConfig; arguments win over it); tree,
         compile, draft, capacity for this call. With `log=True`: (ids, new tokens, cycles), summed over
         rows. `generate` takes the same arguments and returns statistics and log-probabilities too.
         """
+        if is_llama3:
+            eos_token_id = self._with_turn_end(eos_token_id)
         result = self.generate(
             input_ids, attention_mask, max_new_tokens=max_new_tokens, max_length=max_length,
             temperature=temperature, top_p=top_p, top_k=top_k, do_sample=do_sample, seed=seed,
@@ -198,16 +332,26 @@ class EaModel:
             return result.sequences, result.new_tokens, result.cycles
         return result.sequences
 
+    def _with_turn_end(self, eos_token_id) -> frozenset[int]:
+        """Upstream's `is_llama3`."""
+        found = self.tokenizer.get_vocab().get("<|eot_id|>")
+        if found is None:
+            raise EagleError("is_llama3: this tokenizer has no <|eot_id|>; leave it out")
+        given = self.eos_token_ids if eos_token_id is None else end_tokens(eos_token_id)
+        return given | {found}
+
     def naivegenerate(self, input_ids, attention_mask=None, **kwargs):
         """`eagenerate` without drafting: the same engine, one token a pass."""
         return self.eagenerate(input_ids, attention_mask, draft=False, **kwargs)
 
     def ea_generate(self, input_ids, attention_mask=None, **kwargs) -> Iterator[torch.Tensor]:
-        """Yields prompt and new tokens so far, [B, L], each time tokens are accepted."""
+        """Yields what `eagenerate` would return of the tokens so far, [B, L], each time tokens are accepted."""
+        if kwargs.pop("is_llama3", False):
+            kwargs["eos_token_id"] = self._with_turn_end(kwargs.get("eos_token_id"))
         start = self._start(input_ids, attention_mask, **kwargs)
         for _ in start.steps:
             raise_errors(start.rows)
-            yield pad_rows(start.rows, start.pad, self.target.device)
+            yield start.sequences()
 
     def naive_generate(self, input_ids, attention_mask=None, **kwargs) -> Iterator[torch.Tensor]:
         """`ea_generate` without drafting."""
@@ -222,8 +366,7 @@ class EaModel:
         start = self._start(input_ids, attention_mask, timings=timings, **kwargs)
         collections.deque(start.steps, maxlen=0)  # run to the end
         raise_errors(start.rows)
-        sequences = pad_rows(start.rows, start.pad, self.target.device)
-        return Generation(start.rows, sequences, timings)
+        return Generation(start.rows, start.sequences(), timings)
 
     def custom_generate(
         self,
@@ -235,43 +378,65 @@ class EaModel:
         **kwargs,
     ) -> torch.Tensor:
         """For stock `model.generate(ids, custom_generate=ea_model.custom_generate, ...)`, where `model` is this
-        object's target (`ea_model.target.model`): the length, sampling and end tokens of that call are kept."""
+        object's target (`ea_model.target.model`): the length, sampling, end tokens, processors and streamer of that
+        call are kept; what cannot be is refused."""
         if model is not self.target.model:
             raise EagleError(
                 "custom_generate belongs to another model; call generate on ea_model.target.model"
             )
-        g = generation_config
-        known = ("MaxLengthCriteria", "EosTokenCriteria")
-        foreign = [
-            type(c).__name__ for c in stopping_criteria or [] if type(c).__name__ not in known
-        ]
-        if foreign:
-            raise EagleError(
-                f"custom_generate does not take {', '.join(foreign)}; use eagenerate(stop_strings=...)"
-            )
+        g, asked = generation_config, caller_of_generate(model)
         # no processor of that call, or one that would have to come after the warpers
         refuse(
-            g, ("num_beams", "guidance_scale", "typical_p", "epsilon_cutoff", "eta_cutoff", "top_h")
-        )
-        # the warpers are ours to apply; every other processor that transformers prepared is kept
-        warpers = (
-            "TemperatureLogitsWarper",
-            "TopKLogitsWarper",
-            "TopPLogitsWarper",
-            "MinPLogitsWarper",
-        )
+            g,
+            ("num_beams", "guidance_scale", "typical_p", "epsilon_cutoff", "eta_cutoff", "top_h", "penalty_alpha",
+             "dola_layers", "prompt_lookup_num_tokens"),
+        )  # fmt: skip
+        outputs = ("output_scores", "output_logits", "output_attentions", "output_hidden_states")
+        given = {n: getattr(g, n, None) for n in outputs} | {
+            "assistant_model": asked.get("assistant_model")
+        }
+        # what stock `generate` prepares, and what follows from the mask
+        inert = {
+            "use_cache",
+            "logits_to_keep",
+            "attention_mask",
+            "position_ids",
+            "cache",
+            "past_key_values",
+        }
+        inert |= {"cache_position"}
+        given |= {k: v for k, v in kwargs.items() if k not in inert}
+        past = kwargs.get("cache", kwargs.get("past_key_values"))
+        if past is not None and past.get_seq_length():
+            given["cache (that holds tokens already)"] = True
+        mask = kwargs.get("attention_mask")
+        mask = torch.ones_like(input_ids) if mask is None else mask
+        if not follows(kwargs.get("position_ids"), mask):
+            given["position_ids (other than the mask's)"] = True
+        if strange := [k for k, v in given.items() if v is not None and v is not False]:
+            raise EagleError(f"custom_generate does not take {', '.join(strange)}; leave them out")
+        # the warpers are ours to apply; every other processor and criterion that transformers prepared is kept
+        warpers = ("TemperatureLogitsWarper", "TopKLogitsWarper", "TopPLogitsWarper", "MinPLogitsWarper")  # fmt: skip
         processors = [p for p in logits_processor or [] if type(p).__name__ not in warpers]
+        known = ("MaxLengthCriteria", "EosTokenCriteria")
+        criteria = [c for c in stopping_criteria or [] if type(c).__name__ not in known]
         sampling = {}
         if g.do_sample:
             sampling = {
                 "temperature": 1.0 if g.temperature is None else g.temperature, "top_k": g.top_k,
-                "top_p": g.top_p, "min_p": g.min_p,
+                "top_p": top_p_of(g), "min_p": g.min_p,
             }  # fmt: skip
-        return self.eagenerate(
-            input_ids, kwargs.get("attention_mask"), max_new_tokens=g.max_length - input_ids.shape[1],
+        ids = self.eagenerate(
+            input_ids, mask, max_new_tokens=g.max_length - input_ids.shape[1],
             eos_token_id=-1 if g.eos_token_id is None else g.eos_token_id, pad_token_id=g.pad_token_id,
-            logits_processor=processors or None, **sampling,
+            logits_processor=processors or None, stopping_criteria=criteria or None,
+            streamer=asked.get("streamer"), prompt_shown=True, **sampling,
         )  # fmt: skip
+        if not g.return_dict_in_generate:
+            return ids
+        from transformers.generation import GenerateDecoderOnlyOutput
+
+        return GenerateDecoderOnlyOutput(sequences=ids)
 
     def stream(self, input_ids, attention_mask=None, **kwargs) -> Iterator[Span]:
         """Yields spans of new tokens as they are accepted, of all rows. `span.row.cancel()` gives a row up;
@@ -324,6 +489,7 @@ class EaModel:
         generation_config=None,
         pad_token_id: int | None = None,
         streamer=None,
+        prompt_shown: bool = False,
         slots: int | None = None,
         capacity: int | None = None,
         draft: bool = True,
@@ -334,47 +500,60 @@ class EaModel:
         synchronise: bool = False,
         on_cache=None,
         lenient: bool = False,
+        token_type_ids=None,
         **options,
     ) -> Start:
-        """lenient: a request that cannot be served gets its error and the others go on; else it is raised."""
+        """lenient: a request that cannot be served gets its error and the others go on; else it is raised.
+        prompt_shown: the streamer has had it."""
         common = Options().over(generation_config, **options)
-        given, own = split_options(input_ids)
-        prompts = read_prompts(given, attention_mask)
-        seeds = row_seeds(seed, len(prompts))
+        eos = self.eos_token_ids
+        pad, infer = self._padding(pad_token_id, generation_config, common.eos_token_id or eos)
+        beside = {} if token_type_ids is None else {"token_type_ids": token_type_ids}
+        given, own = split_options(input_ids, attention_mask, pad if infer else None, beside)
+        count = len(given.rows)
+        seeds = row_seeds(seed, count)
         for name, value in (("slots", slots), ("capacity", capacity)):
             if value is not None and not (isinstance(value, int) and value >= 1):
                 raise EagleError(f"{name} must be a whole number of at least 1, not {value!r}")
-        if streamer is not None and len(prompts) != 1:
+        if streamer is not None and count != 1:
             raise EagleError("a streamer shows one row; give it a batch of one")
         vocab_size, device = self.target.vocab_size, self.target.device
-        eos = self.eos_token_ids
         if lenient:  # a mistake that all requests would share is the caller's
-            common.request([0], 0, eos, lambda: self.tokenizer, device)
+            common.request(Prompt([0], [0]), 0, eos, self._stop_criteria, device)
         rows = []
-        for i, prompt in enumerate(prompts):
-            row = Row(Request(prompt), 0)
+        for i, prompt in enumerate(given.rows):
+            ids = [] if isinstance(prompt, EagleError) else prompt.ids
+            row = Row(Request(ids), 0)
             try:
-                check_prompt(i, prompt, vocab_size)
+                if isinstance(prompt, EagleError):
+                    raise prompt
+                check_prompt(i, ids, vocab_size)
                 mine = dict(own[i])
                 row_seed = mine.pop("seed", None)
                 row_seed = seeds[i] if row_seed is None else row_seeds([row_seed], 1)[0]
+                # its own processors see it alone; those of the call see a batch, as in stock `generate`
+                alone = "logits_processor" in mine
+                batch = (0, 1) if alone else (i, 1) if slots or lenient else (i, count)
                 row.request = common.over(**mine).request(
-                    prompt, row_seed, eos, lambda: self.tokenizer, device
+                    prompt, row_seed, eos, self._stop_criteria, device, *batch
                 )
-                row.budget = row.request.stopping.budget(len(prompt), self.target.max_positions)
-                if capacity is not None and lenient and len(prompt) + row.budget > capacity:
+                row.budget = row.request.stopping.budget(len(ids), self.target.max_positions)
+                if capacity is not None and lenient and len(ids) + row.budget > capacity:
                     raise EagleError(
-                        f"request {i} needs {len(prompt) + row.budget} tokens and a slot holds {capacity}; "
+                        f"request {i} needs {len(ids) + row.budget} tokens and a slot holds {capacity}; "
                         "raise capacity, or lower max_new_tokens"
                     )
-            except EagleError as error:
+            except Exception as error:
                 if not lenient:
                     raise
+                if not isinstance(error, EagleError):
+                    error = EagleError(f"request {i}: {type(error).__name__}: {error}")
                 row.error, row.finish_reason = error, "error"
             rows.append(row)
         live = [row for row in rows if not row.done]
         drafter = self._drafter(tree) if draft else None
-        target = self._compile(compile, drafter)
+        with self.target.lock:  # another thread may be about to compile the same
+            target = self._compile(compile, drafter)
         automatic = (self.tree if tree is None else tree) == "auto" and forced_acceptance is None
         plan = None
         if automatic and isinstance(drafter, HeadDrafter) and live:
@@ -387,18 +566,42 @@ class EaModel:
         )  # fmt: skip
         if len(live) < len(rows):
             steps = itertools.chain([rows], steps if live else [])
-        pads = (
-            pad_token_id, getattr(generation_config, "pad_token_id", None), self.target.config.pad_token_id
-        )  # fmt: skip
-        pad = next((p for p in pads if isinstance(p, int)), None)
-        if pad is None:
-            pad = min(eos) if eos else 0
-        return Start(rows, show(steps, rows[0], streamer) if streamer else steps, pad)
+        if streamer is not None:
+            steps = show(steps, rows[0], given.rows[0].given, streamer, prompt_shown)
+        pad = pad if pad is not None else min(eos) if eos else 0
+        return Start(rows, steps, pad, given.tensor, device)
+
+    def _padding(self, asked: int | None, config, eos: frozenset[int]) -> tuple[int | None, bool]:
+        """The pad token, and whether it marks padding where no mask does: as stock `generate` has it, not where it
+        ends a text too."""
+        model = getattr(self.target.model, "generation_config", None)
+        pads = [
+            asked,
+            *(getattr(c, "pad_token_id", None) for c in (config, model, self.target.config)),
+        ]
+        pad = next((int(p) for p in pads if isinstance(p, Integral)), None)
+        return pad, pad is not None and pad not in eos
+
+    def _stop_criteria(self, strings: tuple[str, ...]):
+        """transformers' own, kept: it looks at the whole vocabulary when it is made."""
+        from transformers import StopStringCriteria
+
+        if strings not in self._criteria:
+            if len(self._criteria) >= 64:
+                self._criteria.clear()
+            try:
+                self._criteria[strings] = StopStringCriteria(self.tokenizer, list(strings))
+            except EagleError:
+                raise
+            except Exception as error:  # of whatever tokenizer it is
+                said = f"{type(error).__name__}: {error}"
+                raise EagleError(
+                    f"stop_strings {list(strings)} with this tokenizer: {said}"
+                ) from error
+        return self._criteria[strings]
 
     def _drafter(self, tree: TreeShape | str | None) -> Drafter | None:
         """A drafter of its own for each call, so that interleaved calls do not share a cache."""
-        if self.head is not None and self.target.feature_layers != self.head.config.feature_layers:
-            self.target.set_feature_layers(self.head.config.feature_layers)
         drafter, tree = copy.copy(self.drafter), self.tree if tree is None else tree
         if isinstance(drafter, HeadDrafter):
             drafter.reshape(WIDEST if tree == "auto" else TreeShape.parse(tree))
@@ -446,7 +649,7 @@ class EaModel:
     def _compile(self, mode: str | None, drafter: Drafter | None) -> Target:
         """The target of one call; it and the drafter run compiled passes where the mode has them."""
         self.prepare(mode, drafter is not None)
-        target = copy.copy(self.target)
+        target = copy.copy(self.target).refresh()
         if (self.compile if mode is None else mode) == "max" and target.device.type == "cpu":
             target.compiled = self._compiled["target"][1]
             if isinstance(drafter, HeadDrafter):
@@ -477,24 +680,89 @@ class Span:
 
 @dataclass
 class Start:
-    """A generation about to run: `steps` yields after each cycle, `rows` grow meanwhile."""
+    """A generation about to run: `steps` yields after each cycle, `rows` grow meanwhile. tensor [B, T]: what was given,
+    where it was one."""
 
     rows: list[Row]
     steps: Iterator
     pad: int
+    tensor: torch.Tensor | None
+    device: torch.device
+
+    def sequences(self) -> torch.Tensor:
+        """[B, L] int64: see `EaModel.eagenerate`."""
+        prompts = [r.prompt for r in self.rows] if self.tensor is None else self.tensor.tolist()
+        lines = [p + r.tokens for p, r in zip(prompts, self.rows, strict=True)]
+        width = max(map(len, lines))
+        return torch.tensor([x + [self.pad] * (width - len(x)) for x in lines], device=self.device)
 
 
-def split_options(input_ids) -> tuple[object, list[dict]]:
-    """Prompts, and the options that each brings along."""
+def split_options(input_ids, attention_mask, pad: int | None, beside: dict) -> tuple[Prompts, list]:
+    """Prompts, and the options that each brings along. A request that cannot be read is an error of its own."""
     if isinstance(input_ids, Iterator):
         input_ids = list(input_ids)
-    if isinstance(input_ids, (list, tuple)) and any(isinstance(p, dict) for p in input_ids):
-        wrapped = [p if isinstance(p, dict) else {"input_ids": p} for p in input_ids]
-        if any("input_ids" not in p or isinstance(p["input_ids"], int) for p in wrapped):
-            raise EagleError('a request given as a dict needs "input_ids", a list of token ids')
-        own = [{k: v for k, v in p.items() if k != "input_ids"} for p in wrapped]
-        return [p["input_ids"] for p in wrapped], own
-    return input_ids, collections.defaultdict(dict)
+    requests = isinstance(input_ids, (list, tuple)) and any(
+        isinstance(p, Mapping) for p in input_ids
+    )
+    if not requests:
+        return read_prompts(input_ids, attention_mask, pad, **beside), collections.defaultdict(dict)
+    if attention_mask is not None:
+        raise EagleError(
+            "attention_mask goes with a tensor of input_ids; requests carry no padding"
+        )
+    rows, own = [], []
+    for request in input_ids:
+        options = dict(request) if isinstance(request, Mapping) else {"input_ids": request}
+        own.append(options)
+        if "input_ids" not in options:
+            rows.append(
+                EagleError('a request given as a dict needs "input_ids", a list of token ids')
+            )
+            continue
+        rows.append(read_list(plain(options.pop("input_ids"))))
+    return Prompts(rows), own
+
+
+def caller_of_generate(model: torch.nn.Module) -> dict:
+    """The arguments of the stock `generate` call that is running: transformers hands a function given as
+    custom_generate neither the streamer nor the assistant."""
+    frame = inspect.currentframe()
+    while frame is not None:
+        if frame.f_code.co_name == "generate" and frame.f_locals.get("self") is model:
+            return frame.f_locals
+        frame = frame.f_back
+    return {}
+
+
+class Engines(dict):
+    """What `engine_for` made of a model, kept with it; copies and pickles of the model go without."""
+
+    def __deepcopy__(self, memo):
+        return Engines()
+
+    def __reduce__(self):
+        return dict, ()
+
+
+def engine_for(model: torch.nn.Module, head: str, tree: str | None = None) -> EaModel:
+    """The engine that runs a loaded transformers model with the head in this folder, made once a model."""
+    from .checkpoint import load_head
+
+    engines = model.__dict__.setdefault("_eagle_engines", Engines())
+    if (head, tree) not in engines:
+        target = Target(model)
+        loaded, _ = load_head(head, target, dtype=target.dtype, device=target.device)
+        engines[head, tree] = EaModel(target, loaded, tree)
+    return engines[head, tree]
+
+
+def follows(positions: torch.Tensor | None, mask: torch.Tensor) -> bool:
+    """Are position_ids [B, T] those of the mask, where it counts?"""
+    if positions is None:
+        return True
+    real = mask.bool()
+    expected = (mask.long().cumsum(-1) - 1).expand(len(mask), -1)
+    return positions.shape == mask.shape and torch.equal(positions[real], expected[real])
 
 
 def raise_errors(rows: list[Row]) -> None:
@@ -503,18 +771,10 @@ def raise_errors(rows: list[Row]) -> None:
             raise row.error
 
 
-def pad_rows(rows: list[Row], pad: int, device: torch.device) -> torch.Tensor:
-    width = max(len(r.prompt) + len(r.tokens) for r in rows)
-    out = torch.full((len(rows), width), pad, dtype=torch.int64)
-    for line, row in zip(out, rows, strict=True):
-        ids = row.prompt + row.tokens
-        line[: len(ids)] = torch.tensor(ids)
-    return out.to(device)
-
-
-def show(steps: Iterator, row: Row, streamer) -> Iterator:
+def show(steps: Iterator, row: Row, prompt: list[int], streamer, prompt_shown: bool) -> Iterator:
     """Hand new tokens to a transformers streamer as they are accepted."""
-    streamer.put(torch.tensor([row.prompt]))
+    if not prompt_shown:
+        streamer.put(torch.tensor([prompt]))
     shown = 0
     for step in steps:
         for token in row.tokens[shown:]:

@@ -19,18 +19,14 @@ class Stopping:
     max_length: int | None = None
 
     def __post_init__(self) -> None:
-        for name, value in (
-            ("max_new_tokens", self.max_new_tokens),
-            ("max_length", self.max_length),
-        ):
-            if not (isinstance(value, int) and value >= 1) and not (
-                name == "max_length" and value is None
-            ):
-                raise EagleError(f"{name} must be a whole number of at least 1, not {value}")
+        if not (isinstance(self.max_new_tokens, int) and self.max_new_tokens >= 1):
+            raise EagleError(
+                f"max_new_tokens must be a whole number of at least 1, not {self.max_new_tokens}"
+            )
 
     def budget(self, prompt_length: int, max_positions: int) -> int:
         """How many new tokens a row may have; raises when not even one fits."""
-        limit = min(max_positions, self.max_length or max_positions)
+        limit = max_positions if self.max_length is None else min(max_positions, self.max_length)
         if prompt_length < 1:
             raise EagleError("a prompt is empty; give at least one token")
         if prompt_length >= limit:
@@ -43,8 +39,8 @@ class Stopping:
 
 @dataclass(frozen=True)
 class Request:
-    """What is asked for. processor: a transformers LogitsProcessorList; logprobs: keep the target's
-    log-probability of each new token."""
+    """What is asked for. processor(context, logits [V]) -> scores [V]; logprobs: keep the target's log-probability of
+    each new token; given: the prompt as processors see it, with the padding it came with."""
 
     prompt: list[int]
     sampling: SamplingParams = field(default_factory=SamplingParams)
@@ -52,6 +48,7 @@ class Request:
     stopping: Stopping = field(default_factory=Stopping)
     processor: Callable | None = None
     logprobs: bool = False
+    given: list[int] | None = None
 
 
 @dataclass
@@ -76,6 +73,11 @@ class Row:
     @property
     def context(self) -> list[int]:
         return self.prompt + self.tokens
+
+    @property
+    def seen(self) -> list[int]:
+        """What processors are shown."""
+        return (self.prompt if self.request.given is None else self.request.given) + self.tokens
 
     @property
     def done(self) -> bool:

@@ -5,16 +5,21 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from kernels.choose import choose
 
 from .errors import EagleError
 
+GREEDY = 1e-5
+LARGEST, TINY = float(np.finfo(np.float32).max), float(np.finfo(np.float32).tiny)
+
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """temperature 0 is greedy. top_k 0, top_p 0 or 1 and min_p 0 are off."""
+    """temperature 0 is greedy, and so is one below 1e-5, whose scores float32 cannot hold. top_k 0, top_p 0 or 1 and
+    min_p 0 are off. Numbers are kept as the float32 that kernels see, so that a row is the same alone and in company."""
 
     temperature: float = 0.0
     top_k: int = 0
@@ -22,16 +27,22 @@ class SamplingParams:
     min_p: float = 0.0
 
     def __post_init__(self) -> None:
-        if not self.temperature >= 0.0 or self.temperature == float("inf"):
+        if not 0.0 <= self.temperature <= LARGEST:
             raise EagleError(
-                f"temperature must be a number >= 0 (0 is greedy), not {self.temperature}"
+                f"temperature must be a number in [0, {LARGEST:.1e}] (0 is greedy), not {self.temperature}"
             )
-        if self.top_k < 0 or int(self.top_k) != self.top_k:
+        if not 0 <= self.top_k < 2**63 or int(self.top_k) != self.top_k:
             raise EagleError(f"top_k must be a whole number >= 0 (0 is off), not {self.top_k}")
         if not 0.0 <= self.top_p <= 1.0:
             raise EagleError(f"top_p must lie in [0, 1] (0 and 1 are off), not {self.top_p}")
-        if not 0.0 <= self.min_p < 1.0:
-            raise EagleError(f"min_p must lie in [0, 1) (0 is off), not {self.min_p}")
+        if not 0.0 <= self.min_p <= 1.0:
+            raise EagleError(f"min_p must lie in [0, 1] (0 is off), not {self.min_p}")
+        if self.temperature < GREEDY:
+            object.__setattr__(self, "temperature", 0.0)
+        for name in ("temperature", "top_p", "min_p"):
+            value = getattr(self, name)
+            kept = max(float(np.float32(value)), TINY) if value > 0.0 else 0.0
+            object.__setattr__(self, name, kept)
 
     @property
     def greedy(self) -> bool:
@@ -61,6 +72,7 @@ class Sampler:
 
 def row_seeds(seed: int | Sequence[int] | None, rows: int) -> list[int]:
     """One seed a row: seed + row for an int, so that row i alone is the request with seed + i."""
+    seed = seed.tolist() if hasattr(seed, "tolist") else seed  # of numpy or torch
     if seed is None:
         seed = int(torch.randint(0, 2**62, ()).item())
     if isinstance(seed, int) and not isinstance(seed, bool):
@@ -75,25 +87,3 @@ def row_seeds(seed: int | Sequence[int] | None, rows: int) -> list[int]:
     if any(not -(2**63) <= s < 2**63 for s in seeds):
         raise EagleError(f"seed must fit in 64 bits, signed; {seeds} does not")
     return seeds
-
-
-def process_row(
-    processor, context: list[int], depth: torch.Tensor, mask: torch.Tensor, tokens: torch.Tensor,
-    logits: torch.Tensor,
-) -> torch.Tensor:  # fmt: skip
-    """Run a transformers `LogitsProcessorList` at every node of one row, on the tokens that lead to it.
-
-    context: the row's tokens, the root included (it is already decided); depth, tokens [N], mask [N, N];
-    logits [N, V] -> [N, V] float32. A processor sees [n, length] ids of one length at a time, so it is called
-    once per depth.
-    """
-    logits = logits.float()
-    out = logits.clone()
-    base = torch.tensor(context, dtype=torch.int64, device=logits.device)
-    for level in depth.unique().tolist():
-        nodes = (depth == level).nonzero()[:, 0]
-        on_path = mask[nodes] & (depth > 0)  # the root ends the context already
-        order = torch.where(on_path, depth, len(depth) + 1).argsort(dim=-1)[:, :level]
-        ids = torch.cat([base.expand(len(nodes), -1), tokens[order]], dim=1)
-        out[nodes] = processor(ids, logits[nodes]).float()
-    return out

@@ -8,13 +8,15 @@ B rows, N queries, T tokens, F features (3 x hidden), V vocabulary.
 from __future__ import annotations
 
 import inspect
+import threading
+import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import AttentionInterface
+from transformers import AttentionInterface, PreTrainedModel
 
 from .attention import NAME, TreeContext, tree_attention_forward
 from .cache import StaticKVCache
@@ -25,16 +27,9 @@ from .loading import identity_of, load_model
 CHUNK = 256
 
 
-class Tap:
-    """What the hooks on the model do in the pass that runs; shared by copies of a Target.
-
-    on: keep the states that enter the feature layers. keep [b]: tokens that are projected to the vocabulary.
-    """
-
-    def __init__(self) -> None:
-        self.on = False
-        self.keep: torch.Tensor | None = None
-        self.states: dict[int, torch.Tensor] = {}
+# one a model, whatever holds the model: passes take turns
+_LOCKS: weakref.WeakKeyDictionary[nn.Module, threading.RLock] = weakref.WeakKeyDictionary()
+_PROBING = threading.RLock()  # it registers an attention function of its own meanwhile
 
 
 class OutputLayer(nn.Module):
@@ -60,7 +55,11 @@ class OutputLayer(nn.Module):
 
 
 class Target:
-    """Wraps a loaded model; `forward` runs a tree or a prompt over a `StaticKVCache`."""
+    """Wraps a loaded model; `forward` runs a tree or a prompt over a `StaticKVCache`.
+
+    The model stays the caller's: hooks, our attention and eval mode are its own for the length of a pass, and it is
+    then left as it was found. Passes over one model take turns, whatever thread or Target they come from.
+    """
 
     def __init__(
         self,
@@ -69,24 +68,34 @@ class Target:
         feature_layers: tuple[int, ...] | None = None,
         identity: dict | None = None,
     ) -> None:
-        self.model = model.eval().requires_grad_(False)
+        self.model = model
         self.name = name or getattr(model, "name_or_path", "") or "model"
         refuse_encoder_decoder(model)
         self.config = model.config.get_text_config()
         self.backbone = model.get_decoder()
         self.layers = decoder_layers(self.backbone)
         refuse_unsupported(model, self.config, self.backbone, self.layers)
-        relay_context(self.config, self.layers)
-        self.feature_layers = tuple(feature_layers or default_feature_layers(len(self.layers)))
-        self._tap = Tap()
-        self._hooks: list = []
         self.compiled = None  # compiled passes, while a mode that has them is in use
-        self.set_feature_layers(self.feature_layers)
-        model.get_output_embeddings().register_forward_pre_hook(self._gather_kept)
-        model.set_attn_implementation(NAME)
-        self.kv_heads, self.head_dim = self._probe()
+        self.set_feature_layers(feature_layers or default_feature_layers(len(self.layers)))
+        self._attention: dict[str, list] = {}
+        self.refresh()
+        with self.lock, _PROBING:
+            self.kv_heads, self.head_dim = self._probe()
         self._identity = identity
         self.head_logits = OutputLayer(model, self.config)
+
+    def refresh(self) -> Target:
+        """Look again at what the model is made of: an adapter may have come since."""
+        self._modules = list(self.model.modules())
+        configs = [m.config for m in self._modules if isinstance(m, PreTrainedModel)]
+        configs += [getattr(c, name, None) for c in configs for name in c.sub_configs]
+        self._configs = list({id(c): c for c in configs if c is not None}.values())
+        return self
+
+    @property
+    def lock(self) -> threading.RLock:
+        """Held while a pass runs."""
+        return _LOCKS.setdefault(self.model, threading.RLock())
 
     @property
     def identity(self) -> dict:
@@ -111,6 +120,7 @@ class Target:
         model, identity = load_model(
             path, dtype=dtype, device=device, quantization=quantization, adapter_path=adapter_path, **hf_kwargs
         )  # fmt: skip
+        model.eval().requires_grad_(False)
         return cls(model, identity["id"], feature_layers, identity)
 
     @property
@@ -148,40 +158,65 @@ class Target:
         final = tuple(layers) == (FINAL,)
         if not final and (len(layers) != 3 or any(not 0 <= i <= L for i in layers)):
             raise EagleError(f"feature layers {layers} must be three ids in 0 … {L}")
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks.clear()
         self.feature_layers = tuple(layers)
-        for i in set() if final else set(layers):
-            if i < L:
-                hook = self.layers[i].register_forward_pre_hook(self._saver(i), with_kwargs=True)
-            else:
-                hook = self.layers[L - 1].register_forward_hook(self._last_saver(i))
-            self._hooks.append(hook)
 
-    def _saver(self, layer: int):
-        def save(module, args, kwargs):
-            if self._tap.on:
-                self._tap.states[layer] = args[0] if args else kwargs["hidden_states"]
+    @contextmanager
+    def _lent(self, attention: str) -> Iterator[None]:
+        """The model in eval mode and with this attention, for this thread alone; then as it was found."""
+        with self.lock:
+            training = [m for m in self._modules if m.training]
+            found = [c._attn_implementation_internal for c in self._configs]
+            try:
+                for module in training:
+                    module.training = False
+                if attention not in self._attention:
+                    self.model.set_attn_implementation(attention)
+                    kinds = [c._attn_implementation_internal for c in self._configs]
+                    self._attention[attention] = kinds
+                for config, kind in zip(self._configs, self._attention[attention], strict=True):
+                    config._attn_implementation_internal = kind
+                yield
+            finally:
+                for module in training:
+                    module.training = True
+                for config, kind in zip(self._configs, found, strict=True):
+                    config._attn_implementation_internal = kind
 
-        return save
+    @contextmanager
+    def _tapped(self, states: dict[int, torch.Tensor] | None, keep=None) -> Iterator[None]:
+        """Hooks for one pass: put the states that enter the feature layers into `states`, and project only the tokens
+        `keep` [b] to the vocabulary, [1, T, H] -> [1, b, H]."""
 
-    def _last_saver(self, layer: int):
-        def save(module, args, output):
-            if self._tap.on:
-                self._tap.states[layer] = output[0] if isinstance(output, tuple) else output
+        def entering(layer):
+            def save(module, args, kwargs):
+                states[layer] = args[0] if args else kwargs["hidden_states"]
 
-        return save
+            return save
 
-    def _gather_kept(self, module, args):
-        """Project only the kept tokens to the vocabulary: [1, T, H] -> [1, b, H]."""
-        keep = self._tap.keep
-        if self._tap.on:
-            self._tap.states[FINAL] = args[0]
-        return None if keep is None else (args[0][:, keep],)
+        def leaving(module, args, output):
+            states[L] = output[0] if isinstance(output, tuple) else output
 
-    def _features(self) -> torch.Tensor:
-        return torch.cat([self._tap.states[i] for i in self.feature_layers], dim=-1)
+        def project(module, args):
+            if states is not None:
+                states[FINAL] = args[0]
+            return None if keep is None else (args[0][:, keep],)
+
+        L = len(self.layers)
+        wanted = set() if states is None else set(self.feature_layers) - {FINAL}
+        with ExitStack() as hooks:
+            for i in wanted - {L}:
+                hook = self.layers[i].register_forward_pre_hook(entering(i), with_kwargs=True)
+                hooks.callback(hook.remove)
+            if L in wanted:
+                hooks.callback(self.layers[L - 1].register_forward_hook(leaving).remove)
+            output = self.model.get_output_embeddings()
+            hooks.callback(output.register_forward_pre_hook(project).remove)
+            for hook in relay_context(self.config, self.layers):
+                hooks.callback(hook.remove)
+            yield
+
+    def _features(self, states: dict[int, torch.Tensor]) -> torch.Tensor:
+        return torch.cat([states[i] for i in self.feature_layers], dim=-1)
 
     def new_cache(self, rows: int, capacity: int) -> StaticKVCache:
         return StaticKVCache(
@@ -208,8 +243,8 @@ class Target:
 
     def run(self, ids, positions, context, keep=None, features=True):
         """The stock model's forward with our context; also what is exported to be compiled."""
-        self._tap.keep, self._tap.on = keep, features
-        try:
+        states = {} if features else None
+        with self._lent(NAME), self._tapped(states, keep):
             out = self.model(
                 input_ids=ids,
                 # four dimensions tell transformers that the mask is ready: no mask is built a pass
@@ -219,10 +254,7 @@ class Target:
                 use_cache=True,
                 tree=context,
             )
-            return out.logits, self._features() if features else None
-        finally:
-            self._tap.keep, self._tap.on = None, False
-            self._tap.states.clear()
+        return out.logits, self._features(states) if features else None
 
     def prefill(
         self,
@@ -292,28 +324,20 @@ class Target:
 
         attention_mask [B, T]: 1 on real tokens. The stock attention is used.
         """
-        self._tap.on = True
-        try:
-            with self.stock():
-                out = self.backbone(input_ids=ids, attention_mask=attention_mask, use_cache=False)
-            self._tap.states[FINAL] = out.last_hidden_state
-            return out.last_hidden_state, self._features()
-        finally:
-            self._tap.on = False
-            self._tap.states.clear()
+        states: dict[int, torch.Tensor] = {}
+        with self.stock(), self._tapped(states):
+            out = self.backbone(input_ids=ids, attention_mask=attention_mask, use_cache=False)
+        states[FINAL] = out.last_hidden_state
+        return out.last_hidden_state, self._features(states)
 
     @contextmanager
     def stock(self) -> Iterator[nn.Module]:
-        """The model as transformers runs it, for `generate` baselines and for training."""
+        """The model as transformers runs it, in eval mode, for `generate` baselines and for training."""
         eager = (
             getattr(self.config, "attn_logit_softcapping", None) or not self.model._supports_sdpa
         )
-        kind = "eager" if eager else "sdpa"
-        self.model.set_attn_implementation(kind)
-        try:
+        with self._lent("eager" if eager else "sdpa"):
             yield self.model
-        finally:
-            self.model.set_attn_implementation(NAME)
 
     @torch.inference_mode()
     def _probe(self) -> tuple[int, int]:
@@ -414,10 +438,10 @@ def decoder_layers(backbone: nn.Module) -> nn.ModuleList | None:
 DROP_ARGUMENTS = ("nemotron", "stablelm")
 
 
-def relay_context(config, layers: nn.ModuleList) -> None:
-    """Carry the `tree` argument from a layer to its attention where the family's layers drop it."""
+def relay_context(config, layers: nn.ModuleList) -> list:
+    """Hooks that carry the `tree` argument from a layer to its attention where the family's layers drop it."""
     if getattr(config, "model_type", None) not in DROP_ARGUMENTS:
-        return
+        return []
     current: list = [None]
 
     def take(module, args, kwargs):
@@ -427,9 +451,8 @@ def relay_context(config, layers: nn.ModuleList) -> None:
         tree, current[0] = current[0], None
         return args, {**kwargs, "tree": tree}
 
-    for layer in layers:
-        layer.register_forward_pre_hook(take, with_kwargs=True)
-        layer.self_attn.register_forward_pre_hook(give, with_kwargs=True)
+    pairs = [(m, h) for layer in layers for m, h in ((layer, take), (layer.self_attn, give))]
+    return [module.register_forward_pre_hook(hook, with_kwargs=True) for module, hook in pairs]
 
 
 @contextmanager

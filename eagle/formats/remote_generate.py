@@ -5,24 +5,30 @@
 head: another folder or hub id of a head; tree: "total_token,depth,top_k" or "auto".
 """
 
+import copy
 import inspect
 
 
-def generate(model, head=None, tree=None, **kwargs):
+def generate(model, head=None, tree=None, tokenizer=None, stop_strings=None, **kwargs):
     try:
-        from eagle.checkpoint import load_head
-        from eagle.model import EaModel
-        from eagle.target import Target
+        from eagle.model import engine_for
     except ImportError as error:
         raise ImportError("this draft head needs its engine: pip install eagle-heads") from error
 
-    head = head or _folder()
-    engines = model.__dict__.setdefault("_eagle_engines", {})
-    if (head, tree) not in engines:
-        target = Target(model)
-        loaded, _ = load_head(head, target, dtype=target.dtype, device=target.device)
-        engines[head, tree] = EaModel(target, loaded, tree or "16,4,4")
-    return model.generate(custom_generate=engines[head, tree].custom_generate, **kwargs)
+    config = kwargs.get("generation_config")
+    stop_strings = stop_strings or getattr(config, "stop_strings", None)
+    if stop_strings:  # a function given as custom_generate is not handed the tokenizer that they need
+        from transformers import StopStringCriteria
+
+        if tokenizer is None:
+            raise ValueError("stop_strings need the tokenizer: generate(..., tokenizer=tokenizer)")
+        if config is not None:
+            kwargs["generation_config"] = config = copy.deepcopy(config)
+            config.stop_strings = None
+        criteria = StopStringCriteria(tokenizer, stop_strings)
+        kwargs["stopping_criteria"] = [*(kwargs.get("stopping_criteria") or []), criteria]
+    engine = engine_for(model, head or _folder(), tree)
+    return model.generate(custom_generate=engine.custom_generate, **kwargs)
 
 
 def _folder():

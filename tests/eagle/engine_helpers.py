@@ -73,6 +73,30 @@ def make_head(target, draft_vocab=48, seed=0, scale=0.3):
     return head.eval()
 
 
+def make_tokenizer(kind="letters", vocab=VOCAB):
+    """A real tokenizer of `vocab` tokens. letters: a letter each, the first ASCII; pairs: every fifth is two. llama2:
+    pieces that begin with a space, which is stripped at the start of a text, and single bytes."""
+    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    if kind == "llama2":
+        pieces = ["<unk>", *(f"<0x{b:02X}>" for b in "é€".encode()), *"abcdefghijklmnopqrstuvwxyz", "\u2581"]
+        pieces += [f"\u2581{a}{b}" for a in "abcdefghijkl" for b in "xyzuvwst"][: vocab - len(pieces)]
+        made = Tokenizer(models.BPE({p: i for i, p in enumerate(pieces)}, [], unk_token="<unk>", byte_fallback=True))
+        made.normalizer = normalizers.Replace(" ", "\u2581")
+        steps = [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+        made.decoder = decoders.Sequence(steps)
+        assert len(pieces) == vocab
+    else:
+        letters = [chr(33 + i) if i < 94 else chr(0x100 + i) for i in range(vocab)]
+        if kind == "pairs":
+            letters = [c + "+" * (i % 5 == 0 and c not in "abcdef") for i, c in enumerate(letters)]
+        made = Tokenizer(models.WordLevel({c: i for i, c in enumerate(letters)}, unk_token=letters[0]))
+        made.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+        made.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(tokenizer_object=made)
+
+
 def head_model(target, tree="16,4,4", **head):
     return EaModel(target, make_head(target, **head), tree)
 

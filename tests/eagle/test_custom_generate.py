@@ -1,10 +1,14 @@
 """The engine behind stock `model.generate(..., custom_generate=...)`."""
 
+import inspect
+
 import pytest
 import torch
-from engine_helpers import head_model
+from engine_helpers import head_model, make_tokenizer
+from transformers import DynamicCache, StopStringCriteria
 
 from eagle import EagleError
+from eagle.formats.pack import pack_head
 
 OPTIONS = dict(max_new_tokens=30, eos_token_id=None, pad_token_id=0)
 
@@ -46,6 +50,89 @@ def test_another_model_is_refused(model, targets):
     other = targets("qwen2").model
     with pytest.raises(EagleError, match="another model"):
         other.generate(torch.tensor([[1, 2]]), custom_generate=model.custom_generate, **OPTIONS)
+
+
+class Collect:
+    def __init__(self):
+        self.got, self.ended = [], 0
+
+    def put(self, value):
+        self.got += value.flatten().tolist()
+
+    def end(self):
+        self.ended += 1
+
+
+@pytest.mark.parametrize("way", ["callable", "folder"])
+def test_the_streamer_and_the_result_are_the_calls_own(model, way, tmp_path):
+    """What stock `generate` would put into the streamer, once; a dict where one is asked for; stop strings."""
+    ids, stock = torch.tensor([[3, 1, 4, 1, 5]]), model.target.model
+    how = dict(custom_generate=model.custom_generate)
+    if way == "folder":
+        folder = tmp_path / "packed"
+        pack_head(model.head, folder, to="eagle", license="mit", base_model="a/b", provenance={})
+        how = dict(custom_generate=str(folder), trust_remote_code=True)
+    streamer, theirs = Collect(), Collect()
+    with model.target.stock():
+        expected = stock.generate(ids, do_sample=False, streamer=theirs, **OPTIONS)
+    out = stock.generate(
+        ids, do_sample=False, streamer=streamer, return_dict_in_generate=True, **how, **OPTIONS
+    )
+    assert torch.equal(out.sequences, expected)
+    assert (
+        streamer.got == theirs.got == expected[0].tolist() and streamer.ended == theirs.ended == 1
+    )
+    tokenizer = make_tokenizer()
+    stop = tokenizer.decode(expected[0, 12:14])
+    with model.target.stock():
+        expected = stock.generate(
+            ids, do_sample=False, tokenizer=tokenizer, stop_strings=stop, **OPTIONS
+        )
+    stops = dict(stopping_criteria=[StopStringCriteria(tokenizer, stop)])
+    if way == "folder":
+        stops = dict(tokenizer=tokenizer, stop_strings=stop)
+    assert torch.equal(stock.generate(ids, do_sample=False, **stops, **how, **OPTIONS), expected)
+    assert expected.shape[1] < 35
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"output_scores": True}, {"output_logits": True}, {"output_attentions": True}, {"output_hidden_states": True},
+        {"penalty_alpha": 0.6, "top_k": 4}, {"prompt_lookup_num_tokens": 3}, {"inputs_embeds": torch.zeros(1, 5, 32)},
+        {"position_ids": torch.tensor([[5, 6, 7, 8, 9]])}, {"cache": "filled"},
+    ],
+    ids=lambda a: next(iter(a)),
+)  # fmt: skip
+def test_what_it_cannot_do_is_refused_by_name(model, asked):
+    ids, stock = torch.tensor([[3, 1, 4, 1, 5]]), model.target.model
+    if "cache" in asked:
+        cache, name = DynamicCache(), cache_argument()
+        stock(ids, **{name: cache})
+        asked = {name: cache}
+        ids = torch.cat([ids, ids], dim=1)
+    with pytest.raises(
+        (EagleError, ValueError),
+        match="|".join({*asked, "cache"} if "cache" in str(asked) else asked),
+    ):
+        stock.generate(
+            ids,
+            custom_generate=model.custom_generate,
+            do_sample=False,
+            return_dict_in_generate=True,
+            **asked,
+            **OPTIONS,
+        )
+
+
+def cache_argument():
+    from transformers import LlamaModel
+
+    return (
+        "cache"
+        if "cache" in inspect.signature(LlamaModel.forward).parameters
+        else "past_key_values"
+    )
 
 
 def test_foreign_stopping_criteria_are_refused(model):

@@ -8,7 +8,9 @@ from engine_helpers import (
     make_head,
     make_prompts,
     make_target,
+    make_tokenizer,
     new_tokens,
+    padded,
     plain,
     stock_greedy,
 )
@@ -25,13 +27,6 @@ PROMPTS = make_prompts((9, 3, 14, 1))
 @pytest.fixture(scope="module")
 def answers(llama):
     return plain(llama, PROMPTS, max_new_tokens=NEW)
-
-
-class Letters:
-    """Token 3 -> "d" and so on; a token is one letter."""
-
-    def decode(self, ids, **_):
-        return "".join(chr(97 + i % 26) for i in ids)
 
 
 def engines(target, expected, tree="16,4,4"):
@@ -207,6 +202,126 @@ def test_a_processor_that_reads_the_whole_context(targets, family, sampling):
                 assert result.tau > 4  # the processor ran on deep nodes, not on the roots alone
 
 
+def stock_processors(model, ids):
+    """One of each kind that goes with text; ids [B, T]: the prompts."""
+    from transformers import SynthIDTextWatermarkingConfig
+    from transformers.generation import logits_process as hf
+
+    T, V, eos = ids.shape[1], 128, 3
+    watermark = SynthIDTextWatermarkingConfig(keys=[5, 9, 31], ngram_len=3, context_history_size=8)
+    negative = ids.flip(1)
+    return {
+        "MinLength": lambda: hf.MinLengthLogitsProcessor(T + 9, eos),
+        "MinNewTokens": lambda: hf.MinNewTokensLengthLogitsProcessor(T, 9, eos),
+        "RepetitionPenalty": lambda: hf.RepetitionPenaltyLogitsProcessor(1.6),
+        "EncoderRepetitionPenalty": lambda: hf.EncoderRepetitionPenaltyLogitsProcessor(3.0, ids),
+        "TopK": lambda: hf.TopKLogitsWarper(1),
+        "NoRepeatNGram": lambda: hf.NoRepeatNGramLogitsProcessor(2),
+        "EncoderNoRepeatNGram": lambda: hf.EncoderNoRepeatNGramLogitsProcessor(1, ids),
+        "SequenceBias": lambda: hf.SequenceBiasLogitsProcessor([[[t], 9.0] for t in (7, 8)] + [[[7, 8], -30.0]]),
+        "NoBadWords": lambda: hf.NoBadWordsLogitsProcessor([[5], [7, 8]]),
+        "PrefixConstrained": lambda: hf.PrefixConstrainedLogitsProcessor(
+            lambda row, sent: [(int(sent[-1]) * 3 + 5 * row + k) % V for k in range(4)], 1
+        ),
+        "ForcedEOS": lambda: hf.ForcedEOSTokenLogitsProcessor(T + 11, eos),
+        "ExponentialDecay": lambda: hf.ExponentialDecayLengthPenalty((2, 1.4), eos, T),
+        "LogitNormalization": lambda: hf.LogitNormalization(),
+        "SuppressAtBegin": lambda: hf.SuppressTokensAtBeginLogitsProcessor(range(100), T),
+        "Suppress": lambda: hf.SuppressTokensLogitsProcessor(range(0, V, 2)),
+        "UnbatchedClassifierFreeGuidance": lambda: hf.UnbatchedClassifierFreeGuidanceLogitsProcessor(
+            2.5, model, unconditional_ids=negative
+        ),
+        "Watermark": lambda: hf.WatermarkLogitsProcessor(V, "cpu", bias=8.0),
+        "SynthID": lambda: watermark.construct_processor(V, "cpu"),
+        "counts its calls": Counting,
+        "reads the first row": lambda: lambda seen, scores: scores.index_fill(-1, seen[0, -3:] % V, -1e9),
+        "knows its row": ByRow,
+    }  # fmt: skip
+
+
+class Counting(LogitsProcessor):
+    """Keeps state: at the n-th call it bans what is left over of n."""
+
+    def __init__(self):
+        self.calls = 0
+
+    def __call__(self, ids, scores):
+        self.calls += 1
+        return scores.index_fill(-1, torch.arange(self.calls % 3, 128, 3), -1e9)
+
+
+class ByRow(LogitsProcessor):
+    """A bias a row of the batch, which it must be shown whole."""
+
+    def __call__(self, ids, scores):
+        assert len(ids) == len(scores) == 3
+        return scores + 12 * torch.eye(3, scores.shape[1]).roll(40, 1)
+
+
+SAME_LENGTH = make_prompts((7, 7, 7), seed=3)
+
+
+@pytest.mark.parametrize("name", stock_processors(None, torch.ones(1, 1)))
+def test_processors_of_a_batch_do_what_they_do_in_stock_generate(llama, name):
+    """Also where they look at the row's number, at one row, or keep state between calls."""
+    ids = torch.tensor(SAME_LENGTH)
+    make = stock_processors(llama.model, ids)[name]
+    options = dict(max_new_tokens=18, eos_token_id=3, pad_token_id=0)
+    with llama.stock() as stock_model, torch.no_grad():
+        expected = stock_model.generate(ids, logits_processor=[make()], do_sample=False, **options)
+    if name == "reads the first row":  # which in a batch is another's: alone it is its own
+        ids = ids[:1]
+        expected = torch.tensor(
+            [
+                SAME_LENGTH[0]
+                + stock_greedy(llama, SAME_LENGTH[0], 18, eos_token_id=3, logits_processor=[make()])
+            ]
+        )
+    answers = [line[7:] for line in expected.tolist()]
+    answers = [a[: a.index(3) + 1] if 3 in a else a for a in answers]
+    for model, draft in engines(llama, answers):
+        got = model.eagenerate(ids, logits_processor=[make()], draft=draft, **options)
+        assert torch.equal(got, expected)
+    ours = llama.model.generate(
+        ids,
+        logits_processor=[make()],
+        custom_generate=head_model(llama).custom_generate,
+        do_sample=False,
+        **options,
+    )
+    assert torch.equal(ours, expected)
+    sampled = dict(temperature=1.2, seed=4, **options)
+    slow = EaModel(llama).naivegenerate(ids, logits_processor=[make()], **sampled)
+    assert torch.equal(
+        head_model(llama).eagenerate(ids, logits_processor=[make()], **sampled), slow
+    )
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["RepetitionPenalty", "MinNewTokens", "NoRepeatNGram", "UnbatchedClassifierFreeGuidance"],
+)
+def test_processors_see_a_rows_padding_as_in_stock_generate(llama, name):
+    prompts = [[t or 1 for t in p] for p in make_prompts((9, 3, 6))]
+    ids, mask = padded(prompts, "left")
+    make = stock_processors(llama.model, ids)[name]
+    options = dict(attention_mask=mask, max_new_tokens=12, eos_token_id=3, pad_token_id=0)
+    with llama.stock() as stock_model, torch.no_grad():
+        expected = stock_model.generate(ids, logits_processor=[make()], do_sample=False, **options)
+    assert torch.equal(
+        head_model(llama).eagenerate(ids, logits_processor=[make()], **options), expected
+    )
+
+
+def test_a_shared_constraint_knows_each_requests_number(llama):
+    make = stock_processors(llama.model, torch.tensor(SAME_LENGTH))["PrefixConstrained"]
+    model, options = head_model(llama), dict(max_new_tokens=12, logits_processor=[make()])
+    rows = model.generate_many(SAME_LENGTH, slots=2, **options)
+    assert [row.tokens for row in rows] == new_tokens(
+        model.generate(SAME_LENGTH, draft=False, **options)
+    )
+
+
 def test_processors_run_in_transformers_order(llama):
     """A penalty on what a later processor forces would come out otherwise."""
     seen = []
@@ -262,7 +377,7 @@ def test_logprobs(targets, family, way):
 
 @pytest.mark.parametrize("cut", ["eos", "stop", "limit"])
 def test_logprobs_end_with_the_tokens(llama, answers, cut):
-    text = Letters()
+    text = make_tokenizer()
     ends = {
         "eos": {"eos_token_id": [answers[0][6], answers[1][3], answers[2][0]]},
         "stop": {"stop_strings": [text.decode(a)[5:7] for a in answers]},
@@ -318,7 +433,7 @@ def test_what_custom_generate_cannot_do_is_refused(llama, asked):
 
 REFUSED = {
     "num_beams": 4, "num_return_sequences": 2, "penalty_alpha": 0.6, "typical_p": 0.9, "epsilon_cutoff": 0.1,
-    "encoder_repetition_penalty": 1.2, "guidance_scale": 1.5, "sequence_bias": [[[5], -1.0]], "min_length": 5,
+    "encoder_repetition_penalty": 1.2, "guidance_scale": 1.5, "sequence_bias": [[[5], -1.0]],
     "max_time": 1.0, "forced_eos_token_id": 5, "begin_suppress_tokens": [4],
     "exponential_decay_length_penalty": (3, 1.1), "renormalize_logits": True,
     "encoder_no_repeat_ngram_size": 2, "remove_invalid_values": True,
@@ -340,6 +455,47 @@ def test_a_generation_config_of_defaults_is_taken(llama, answers):
         PROMPTS, generation_config=asked, max_new_tokens=NEW, draft=False
     )
     assert new_tokens(result) == answers
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [{"top_p": 0.0}, {"min_p": 1.0, "top_k": 0}, {"top_k": 0, "top_p": 1.0}, {"top_k": None}, {"min_length": 15}],
+    ids=str,
+)  # fmt: skip
+def test_a_generation_config_means_what_it_means_in_transformers(llama, answers, asked):
+    """Cut-offs at their ends keep the likeliest token, where as plain arguments 0 is off."""
+    asked = config(do_sample=True, **asked)
+    model, ids = head_model(llama), torch.tensor(PROMPTS[:1])
+    greedy = asked.top_p == 0.0 or asked.min_p == 1.0
+    torch.manual_seed(1)
+    ours = model.eagenerate(ids, generation_config=asked)
+    torch.manual_seed(1)
+    prepared = llama.model.generate(
+        ids, custom_generate=model.custom_generate, generation_config=asked
+    )
+    assert torch.equal(ours, prepared) and (ours[0, 9:].tolist() == answers[0]) == greedy
+    if greedy:
+        assert stock(llama, PROMPTS[:1], asked) == answers[:1]
+        assert (
+            model.eagenerate(ids, temperature=1.0, top_p=0.0, seed=1, max_new_tokens=NEW)[
+                0, 9:
+            ].tolist()
+            != answers[0]
+        )
+
+
+def test_the_lengths_of_a_generation_config(llama, answers):
+    ended = dict(pad_token_id=0, eos_token_id=answers[0][2])
+    for asked in (
+        GenerationConfig(**ended), GenerationConfig(min_length=18, **ended), GenerationConfig(max_length=15, **ended),
+        GenerationConfig(min_length=18, max_length=16, max_new_tokens=14, **ended),
+        GenerationConfig(min_length=30, min_new_tokens=6, max_new_tokens=14, **ended),
+    ):  # fmt: skip
+        expected = stock(llama, PROMPTS[:1], asked)
+        assert (
+            new_tokens(head_model(llama).generate(PROMPTS[:1], generation_config=asked)) == expected
+        )
+    assert len(expected[0]) == 14 or expected[0][-1] == answers[0][2]
 
 
 def test_the_padding_of_a_generation_config(llama, answers):

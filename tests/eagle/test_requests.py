@@ -2,7 +2,14 @@
 
 import pytest
 import torch
-from engine_helpers import ScriptedDrafter, head_model, make_prompts, new_tokens, plain
+from engine_helpers import (
+    ScriptedDrafter,
+    head_model,
+    make_prompts,
+    make_tokenizer,
+    new_tokens,
+    plain,
+)
 from transformers import GenerationConfig, TextStreamer
 
 from eagle.errors import EagleError
@@ -40,15 +47,8 @@ def answers(llama):
     return plain(llama, PROMPTS, max_new_tokens=NEW)
 
 
-class Letters:
-    """Token 3 -> "d" and so on; a token is one letter."""
-
-    def decode(self, ids, **_):
-        return "".join(chr(97 + i % 26) for i in ids)
-
-
 class Broken:
-    def decode(self, ids, **_):
+    def get_vocab(self):
         raise RuntimeError("no such piece")
 
 
@@ -156,7 +156,7 @@ def test_drafts_that_are_always_right_in_refilled_slots(llama, answers):
 
 def test_options_of_a_requests_own(llama, model):
     model = head_model(llama, "8,4,2", draft_vocab=128)
-    model._tokenizer = text = Letters()
+    model._tokenizer = text = make_tokenizer()
     plain_answers = plain(llama, PROMPTS, max_new_tokens=30)
     stop = text.decode(plain_answers[4])[6:9]
     eos = plain_answers[6][5]
@@ -355,6 +355,19 @@ def bad_requests(vocab=128, limit=256):
             "num_beams=4",
         ),
         "config": ({"input_ids": p, "generation_config": {"num_beams": 4}}, "GenerationConfig"),
+        "bare text": ("def f():", "tokenize"),
+        "text": ({"input_ids": "def f():"}, "tokenize"),
+        "a number": ({"input_ids": 3}, "tokenize"),
+        "no input_ids": ({"prompt": [1]}, 'needs "input_ids"'),
+        "hot": ({"input_ids": p, "temperature": 1e39}, "temperature must be"),
+        "too many": ({"input_ids": p, "top_k": 2**63}, "top_k must be"),
+        "no string": ({"input_ids": p, "stop_strings": 5}, "stop_strings must be"),
+        "bool": ({"input_ids": p, "temperature": True}, "temperature must be a number"),
+        "string": ({"input_ids": p, "max_new_tokens": "5"}, "max_new_tokens must be"),
+        "true as a count": ({"input_ids": p, "top_k": True}, "top_k must be"),
+        "not a flag": ({"input_ids": p, "do_sample": 1}, "do_sample must be"),
+        "an odd seed": ({"input_ids": p, "seed": "x"}, "seed must be"),
+        "odd words": ({"input_ids": p, "bad_words_ids": 7}, "bad_words_ids|int"),
     }
 
 
@@ -389,7 +402,7 @@ def test_eagenerate_raises_for_them(model, name):
         (dict(temprature=1.0), "unknown option temprature"),
         (dict(do_sample=True, temperature=0.0), "conflicts with temperature 0"),
         (dict(min_new_tokens=9, max_new_tokens=8), "min_new_tokens 9 is above max_new_tokens 8"),
-        (dict(min_p=1.0), "min_p must lie in"),
+        (dict(min_p=1.5), "min_p must lie in"),
         (dict(max_new_tokens=0), "max_new_tokens must be"),
         (dict(generation_config=GenerationConfig(num_beams=4)), "num_beams=4"),
         (dict(seed=[1, 2, 3]), "3 seeds were given for 2 rows"),
@@ -400,7 +413,7 @@ def test_eagenerate_raises_for_them(model, name):
     ids=lambda x: None if isinstance(x, str) else "-".join(x),
 )
 def test_what_all_requests_share_is_the_callers_mistake(model, options, message):
-    model = EaModel(model.target, model.head, "8,4,2", tokenizer=Letters())
+    model = EaModel(model.target, model.head, "8,4,2", tokenizer=make_tokenizer())
     with pytest.raises(EagleError, match=message):
         model.generate_many(PROMPTS[:2], **options)
     with pytest.raises(EagleError, match=message):
@@ -413,11 +426,8 @@ def test_what_all_requests_share_is_the_callers_mistake(model, options, message)
     "prompts, message",
     [
         ([], "empty; give"),
-        (["def f():"], "tokenize"),
-        ([[1, 2], "def"], "tokenize"),
-        ([{"prompt": [1]}], 'needs "input_ids"'),
-        ([{"input_ids": 1}, {"input_ids": 2}], 'needs "input_ids"'),
-        ({"input_ids": [1]}, "tokenize"),
+        ("def f():", "tokenize"),
+        ({"prompt": [1]}, "no input_ids"),
         (None, "token ids"),
     ],
     ids=str,
@@ -472,7 +482,7 @@ def test_a_stopping_rule_that_fails(llama, answers):
     failed = rows.pop(1)
     assert tokens(rows) == [answers[0], *answers[2:5]]
     assert failed.finish_reason == "error" and isinstance(failed.error.__cause__, RuntimeError)
-    assert "stopping rule of a request raised RuntimeError: no such piece" in str(failed.error)
+    assert "stop_strings ['x'] with this tokenizer: RuntimeError: no such piece" in str(failed.error)
     with pytest.raises(EagleError, match="no such piece"):
         model.eagenerate(requests, max_new_tokens=NEW)
 

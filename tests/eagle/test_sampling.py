@@ -153,6 +153,27 @@ def test_zero_and_one_are_off(llama):
     assert one == plain(llama, prompts, max_new_tokens=8)
 
 
+def test_extremes_are_the_same_alone_and_in_company(llama):
+    """What float32 cannot hold is rounded before anyone sees it; none of it is off, and none is an infinite score."""
+    extremes = [
+        {"temperature": 1e-46}, {"temperature": 1e-38}, {"temperature": 3e38}, {"temperature": 1.0, "top_p": 1e-50},
+        {"temperature": 1.0, "min_p": 1e-50}, {"temperature": 1.0, "top_p": 1 - 1e-12}, {"temperature": 1e-6},
+        {"temperature": 1.0, "min_p": 1.0}, {"temperature": 1.0, "top_k": 2**62}, {"temperature": 0.9, "top_k": 3},
+    ]  # fmt: skip
+    prompts = make_prompts([5 + i for i in range(len(extremes))])
+    requests = [{"input_ids": p, "seed": 7, **e} for p, e in zip(prompts, extremes, strict=True)]
+    model = head_model(llama, "8,4,2", draft_vocab=128)
+    company = [
+        row.tokens for row in model.generate_many(requests, slots=len(requests), max_new_tokens=12)
+    ]
+    alone = [model.generate([r], max_new_tokens=12, draft=False).rows[0].tokens for r in requests]
+    assert company == alone
+    greedy = [model.naivegenerate([p], max_new_tokens=12)[0, len(p) :].tolist() for p in prompts]
+    assert [a == g for a, g in zip(alone, greedy, strict=True)] == [
+        i in (0, 1, 3, 6, 7) for i in range(10)
+    ]
+
+
 @pytest.mark.parametrize(
     "params, named",
     [
@@ -164,7 +185,7 @@ def test_zero_and_one_are_off(llama):
         (dict(top_p=1.1), "top_p"),
         (dict(top_p=-0.1), "top_p"),
         (dict(top_p=float("nan")), "top_p"),
-        (dict(min_p=1.0), "min_p"),
+        (dict(min_p=1.1), "min_p"),
         (dict(min_p=-0.5), "min_p"),
     ],
     ids=str,

@@ -1,5 +1,6 @@
 """Where generation ends, what the callers see on the way, and what is refused."""
 
+import numpy as np
 import pytest
 import torch
 from engine_helpers import (
@@ -7,11 +8,14 @@ from engine_helpers import (
     head_model,
     make_prompts,
     make_target,
+    make_tokenizer,
     new_tokens,
     padded,
     plain,
+    stock_greedy,
 )
 from transformers import (
+    BatchEncoding,
     LogitsProcessorList,
     NoRepeatNGramLogitsProcessor,
     RepetitionPenaltyLogitsProcessor,
@@ -103,15 +107,8 @@ def test_batch_rows_end_apart_and_are_padded(llama):
         assert line == whole + [77] * (len(line) - len(whole))
 
 
-class Letters:
-    """Token 3 -> "d" and so on; every fifth token is two letters."""
-
-    def decode(self, ids, **_):
-        return "".join(chr(97 + i % 26) + ("+" if i % 5 == 0 else "") for i in ids)
-
-
 def test_stop_strings(llama, answer):
-    text = Letters()
+    text = make_tokenizer("pairs")
     whole = text.decode(answer)
     for stop in (whole[4:6], whole[9:13], [whole[20:22], whole[11:14]], whole[0]):
         stops = [stop] if isinstance(stop, str) else stop
@@ -128,9 +125,43 @@ def test_stop_strings(llama, answer):
     assert never.rows[0].tokens == answer and never.rows[0].finish_reason == "length"
 
 
+@pytest.mark.parametrize("kind", ["letters", "pairs", "llama2"])
+def test_stop_strings_mean_what_they_mean_in_stock_generate(llama, answer, kind):
+    """Those that begin in the prompt, that begin with a space that a decoder strips, and parts of a character."""
+    tokenizer = make_tokenizer(kind)
+    whole = tokenizer.decode(PROMPT[0] + answer)
+    prompt = len(tokenizer.decode(PROMPT[0]))
+    rows = [PROMPT[0], *make_prompts((4, 4), seed=8)]
+    stops = [
+        whole[a : a + n]
+        for a in (prompt - 2, prompt - 1, prompt, prompt + 3, prompt + 9)
+        for n in (2, 3, 5)
+    ]
+    stops += [whole[prompt - 3 : prompt], [whole[prompt + 15 :][:3], whole[prompt + 7 :][:2]]]
+    stops += ["é", "é€", " a", "x y", " "] if kind == "llama2" else []
+    ended = 0
+    for stop in stops:
+        for ids in rows:
+            try:
+                expected = stock_greedy(llama, ids, 40, stop_strings=stop, tokenizer=tokenizer)
+            except ValueError:  # no token holds an end of it
+                continue
+            ended += len(expected) < 40
+            for model in (
+                EaModel(llama, tokenizer=tokenizer),
+                head_model(llama, "8,4,2", draft_vocab=128),
+            ):
+                model._tokenizer = tokenizer
+                got = model.generate(
+                    [ids], max_new_tokens=40, stop_strings=stop, draft=model.head is not None
+                )
+                assert got.rows[0].tokens == expected, stop
+    assert ended > len(stops) / 2
+
+
 def test_stop_strings_in_a_batch(llama):
     prompts = make_prompts((6, 2, 9, 4))
-    text = Letters()
+    text = make_tokenizer("pairs")
     answers = plain(llama, prompts, max_new_tokens=30)
     stop = text.decode(answers[2])[8:10]
     model = head_model(llama, "8,4,2", draft_vocab=128)
@@ -234,12 +265,26 @@ def test_one_prompt_in_every_form(llama):
         (torch.tensor([flat]),),
         ((tuple(flat),),),
         ([torch.tensor(flat)],),
-        (ids, mask),
-        (ids[0], mask[0]),
-        (ids, mask.bool()),
-        (ids.int(), mask.float()),
+        (np.array([flat]),),
+        (np.array(flat),),
+        ([np.int64(t) for t in flat],),
+        ({"input_ids": [flat], "attention_mask": [[1, 1, 1]]},),
+        (BatchEncoding({"input_ids": torch.tensor([flat])}),),
+        ([flat], [[1, 1, 1]]),
+        (flat, [1, 1, 1]),
     ):
-        assert torch.equal(model.naivegenerate(*given, max_new_tokens=5), expected)
+        assert torch.equal(model.naivegenerate(*given, max_new_tokens=np.int64(5)), expected)
+    answer = expected[0, 3:].tolist()
+    for given in (
+        (ids, mask), (ids[0], mask[0]), (ids, mask.bool()), (ids.int(), mask.float()), (ids,), (ids.numpy(),),
+        (BatchEncoding({"input_ids": ids, "attention_mask": mask}),),
+        ({"input_ids": ids.tolist(), "attention_mask": mask.tolist()},),
+    ):  # fmt: skip
+        assert model.naivegenerate(*given, max_new_tokens=5).tolist() == [[0, *flat, 0, *answer]]
+    whole = dict(input_ids=ids, attention_mask=mask, token_type_ids=torch.zeros_like(ids))
+    assert model.naivegenerate(**whole, max_new_tokens=5)[0, 5:].tolist() == answer
+    with pytest.raises(EagleError, match="token_type_ids"):
+        model.naivegenerate(**{**whole, "token_type_ids": mask}, max_new_tokens=5)
 
 
 BAD = {
@@ -263,7 +308,10 @@ BAD = {
         "prompt 1 is empty",
     ),
     "other shape": (torch.ones(2, 4, dtype=torch.int64), torch.ones(2, 5), "does not fit"),
-    "mask with lists": ([[1, 2]], torch.ones(1, 2), "padding"),
+    "mask with lists": ([[1, 2], [3]], [[0, 1], [1]], "different lengths"),
+    "a mask too long": ([[1, 2]], torch.ones(1, 3), "does not fit"),
+    "padding inside": (torch.tensor([[4, 0, 7]]), None, "padding token stands between"),
+    "a bool": ([[True, 2]], None, "tokenize"),
     "too high": ([[1, 128]], None, "outside 0 … 127"),
     "negative": ([[1, -1]], None, "outside"),
 }
