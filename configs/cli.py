@@ -21,6 +21,8 @@ from typing import Any
 from configs.errors import ConfigError
 
 _OVERRIDE = re.compile(r"^[A-Za-z_]\w*(\.\w+)+=")
+# older or other names of a flag: the target is the base of its head
+_ALIASES = {"model": "base", "base": "target"}
 _BOOLS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
 
 
@@ -117,8 +119,7 @@ def _normalise(
                 raise ConfigError(f"unexpected argument {argument!r}{hint}")
             positional.append(argument)
             continue
-        name, equals, value = argument.lstrip("-").partition("=")
-        name = name.replace("-", "_")
+        name, equals, value = _split(argument, flags)
         if name not in flags and name.startswith("no") and not equals:
             bare = name[2:].lstrip("_")
             if bare in flags and bool in flags[bare][0]:
@@ -132,6 +133,14 @@ def _normalise(
     return positional, [f"--{name}={value}" for name, value in named.items()]
 
 
+def _split(argument: str, flags: dict) -> tuple[str, str, str]:
+    """--flag=value -> the flag's own name, "=", value."""
+    name, equals, value = argument.lstrip("-").partition("=")
+    name = name.replace("-", "_")
+    alias = _ALIASES.get(name)
+    return alias if name not in flags and alias in flags else name, equals, value
+
+
 def _take_value(argument: str, kinds: set[type], rest: list[str], flags: dict) -> str:
     """The flag's value: the next argument, or true where the flag may stand alone."""
     following = rest[0] if rest else None
@@ -142,7 +151,7 @@ def _take_value(argument: str, kinds: set[type], rest: list[str], flags: dict) -
         if alone or (only_bool and following.lower() not in _BOOLS):
             return "true"
         return rest.pop(0)
-    known = is_flag and following.lstrip("-").partition("=")[0].replace("-", "_") in flags
+    known = is_flag and _split(following, flags)[0] in flags
     if following is None or known:
         raise ConfigError(f"{argument} needs a value: {argument} VALUE or {argument}=VALUE")
     return rest.pop(0)

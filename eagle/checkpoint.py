@@ -7,13 +7,17 @@ A head is a folder: `model.safetensors` (exactly the keys of the head's `state_d
 
 from __future__ import annotations
 
+import ctypes
+import functools
+import glob
 import hashlib
 import json
 import os
+import platform
 import shutil
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -24,7 +28,7 @@ from .formats.configs import DTYPES, own_config
 from .formats.read import read_folder
 from .formats.read import read_json as read_json
 from .head import FINAL, DraftHead, HeadConfig, make_head
-from .loading import differences, resolve_dtype
+from .loading import differences, find_folder, resolve_dtype
 from .target import Target, decoder_layers
 
 NAMES = DTYPES
@@ -104,7 +108,7 @@ def load_head(
     out. format: eagle, sglang, vllm or modelopt; detected by default. layer_ids and convention (entering, output,
     one-based) win over what the folder says of its feature layers.
     """
-    published = read_folder(find_folder(path), format)
+    published = read_folder(find_folder(path, "head"), format)
     L = None if target is None else len(target.layers)
     layers = published.layers(L, layer_ids, convention)
     embedding = None if target is None else target.embed.weight
@@ -125,31 +129,6 @@ def build(config: HeadConfig, state: dict[str, torch.Tensor]) -> DraftHead:
         head = make_head(config)
     head.load_state_dict(state, strict=True, assign=True)
     return head
-
-
-def find_folder(path: str | Path) -> Path:
-    folder = Path(path).expanduser()
-    recover(folder)
-    if folder.is_dir():
-        return folder
-    if (
-        not folder.exists()
-        and str(path).count("/") == 1
-        and not str(path).startswith((".", "/", "~"))
-    ):
-        from huggingface_hub import snapshot_download
-
-        wanted = ["*.json", "model.safetensors", "pytorch_model.bin"]
-        try:
-            return Path(snapshot_download(str(path), allow_patterns=wanted))
-        except (OSError, ValueError) as error:
-            reason = " ".join(str(error).split())[:160]
-            raise EagleError(
-                f"no head folder {str(path)!r}, and the hub does not give it: {reason}"
-            ) from error
-    raise EagleError(
-        f"no head folder {str(path)!r}; give a folder with config.json and model.safetensors"
-    )
 
 
 def require_fit(path: Path, config: HeadConfig, target: Target) -> None:
@@ -209,15 +188,16 @@ def target_fingerprint(model: torch.nn.Module) -> str:
 
 @contextmanager
 def atomic_dir(path: str | Path) -> Iterator[Path]:
-    """Fill a sibling temporary folder; on success it is synced and takes the place of `path`.
+    """Fill a sibling temporary folder; on success it is synced and takes the place of `path` in one step.
 
-    A kill leaves the old folder, or the new one, or (between the two renames) the old one under the
-    name that `recover` puts right.
+    A kill leaves the old folder or the new one. Where the file system cannot exchange two names, there is a moment
+    between two renames: a kill then leaves the old folder under the name at which `loading.standing` looks, and the
+    next writer puts it right. Readers change nothing.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    recover(path)
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    tidy(path)
+    temporary = _beside(path, "tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     try:
@@ -228,31 +208,47 @@ def atomic_dir(path: str | Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    old = path.with_name(f".{path.name}.old-{os.getpid()}")
-    if path.exists():
+    if not path.exists():
+        os.rename(temporary, path)
+    elif not exchange(temporary, path):
+        old = _beside(path, "old")
         os.rename(path, old)
-    os.rename(temporary, path)
+        os.rename(temporary, path)
+        temporary = old
     _fsync(path.parent)
-    shutil.rmtree(old, ignore_errors=True)
+    shutil.rmtree(temporary, ignore_errors=True)
 
 
-def recover(path: Path) -> None:
-    """Finish what a kill interrupted: bring a folder back that was moved away for its successor, and
-    remove half-written ones of processes that are gone."""
-    if not path.parent.is_dir():
-        return
-    siblings = [
-        p
-        for p in path.parent.iterdir()
-        if p.name.startswith((f".{path.name}.tmp-", f".{path.name}.old-"))
-    ]
-    for item in sorted(siblings):
-        if _alive(item.name.rsplit("-", 1)[1]):
-            continue
-        if ".old-" in item.name and not path.exists():
-            os.rename(item, path)
-        else:
-            shutil.rmtree(item, ignore_errors=True)
+def tidy(path: Path) -> None:
+    """Finish what a kill interrupted, for the writer of `path`: bring a folder back that was moved away for its
+    successor, and remove what processes of this machine, now gone, were writing. Others' are never touched."""
+    for kind in ("old", "tmp"):
+        for item in path.parent.glob(f".{glob.escape(path.name)}.{kind}-*"):
+            machine, _, pid = item.name.rpartition("-")
+            if not machine.endswith(f".{kind}-{_machine()}") or _alive(pid):
+                continue
+            if kind == "old" and not path.exists():
+                os.rename(item, path)
+            else:
+                shutil.rmtree(item, ignore_errors=True)
+
+
+def _beside(path: Path, kind: str) -> Path:
+    """A sibling's name that is this process's own, among all machines that may share the disk."""
+    return path.with_name(f".{path.name}.{kind}-{_machine()}-{os.getpid()}")
+
+
+@functools.cache
+def _machine() -> str:
+    """Where a process id means what it means here: this boot of this host, and its namespace of ids."""
+    facts = [platform.node()]
+    for read in (
+        lambda: Path("/proc/sys/kernel/random/boot_id").read_text(),
+        lambda: os.readlink("/proc/self/ns/pid"),
+    ):
+        with suppress(OSError):
+            facts.append(read())
+    return hashlib.sha256(repr(facts).encode()).hexdigest()[:12]
 
 
 def _alive(pid: str) -> bool:
@@ -265,6 +261,16 @@ def _alive(pid: str) -> bool:
     return int(pid) != os.getpid()
 
 
+def exchange(a: Path, b: Path) -> bool:
+    """Let two names change places in one step; False where the system or the file system has no such thing."""
+    try:
+        rename = ctypes.CDLL(None, use_errno=True).renameat2
+    except (OSError, AttributeError, TypeError):
+        return False
+    here, swap = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    return rename(here, os.fsencode(a), here, os.fsencode(b), swap) == 0
+
+
 def write_json(path: Path, value: dict) -> None:
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
@@ -273,7 +279,7 @@ def atomic_write_text(path: str | Path, text: str) -> None:
     """Replace the file `path` by `text`: readers see the old text or the new, never a part."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    temporary = _beside(path, "tmp")
     with open(temporary, "w", encoding="utf-8") as file:
         file.write(text)
         file.flush()

@@ -11,20 +11,20 @@ T packed tokens, H hidden, D draft vocabulary, V vocabulary, F features.
 from __future__ import annotations
 
 import hashlib
-import os
 import platform
-import shutil
 import time
 from pathlib import Path
 
 import torch
 
+from kernels.cpu_extension import keep
 from kernels.cpu_extension import load as load_extension
 
 from .attention import TreeContext
 from .cache import StaticKVCache
 from .draft import HeadDrafter
 from .errors import EagleError
+from .loading import cache_folder
 from .target import Target
 
 # weights are folded into the package and live beside the model's own
@@ -140,10 +140,10 @@ def load(module: torch.nn.Module, example: tuple, name: str, seconds: dict[str, 
         )
     started = time.perf_counter()
     try:
-        load_extension(cache_folder(), cpu_flags())
+        load_extension(compiled_folder(), cpu_flags())
     except Exception as error:
         raise cannot_compile(error) from error
-    folder = cache_folder() / f"{name}-{key(module, example)}"
+    folder = compiled_folder() / f"{name}-{key(module, example)}"
     tokens, rows = (torch.export.Dim(name, min=2, max=2**20) for name in ("T", "b"))
     shapes = [{1: tokens} if x.ndim > 1 else {0: rows} for x in example]
     fixed = [None if x.ndim > 1 else {0: rows} for x in example]
@@ -168,24 +168,22 @@ def load(module: torch.nn.Module, example: tuple, name: str, seconds: dict[str, 
 
 
 def package(module, example, path: Path, dynamic):
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(f".{os.getpid()}-{path.name}")
-        try:
-            with torch.inference_mode(False), torch.no_grad():
-                exported = torch.export.export(
-                    module, example, dynamic_shapes=tuple(dynamic), strict=False
-                )
-                torch._inductor.aoti_compile_and_package(
-                    exported,
-                    package_path=str(part),
-                    inductor_configs={"freezing": True, "cpp.enable_concat_linear": True},
-                )
-            os.replace(part, path)
-        except Exception as error:
-            part.unlink(missing_ok=True)
-            raise cannot_compile(error) from error
-    return torch._inductor.aoti_load_package(str(path))
+    def make(scratch: Path) -> Path:
+        with torch.inference_mode(False), torch.no_grad():
+            exported = torch.export.export(
+                module, example, dynamic_shapes=tuple(dynamic), strict=False
+            )
+            torch._inductor.aoti_compile_and_package(
+                exported,
+                package_path=str(scratch / path.name),
+                inductor_configs={"freezing": True, "cpp.enable_concat_linear": True},
+            )
+        return scratch / path.name
+
+    try:
+        return torch._inductor.aoti_load_package(str(keep(path, make)))
+    except Exception as error:
+        raise cannot_compile(error) from error
 
 
 def cannot_compile(error: Exception) -> EagleError:
@@ -196,16 +194,8 @@ def cannot_compile(error: Exception) -> EagleError:
     )
 
 
-def cache_folder() -> Path:
-    root = (
-        os.environ.get("EAGLE_CACHE")
-        or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "eagle-heads"
-    )
-    return Path(root) / "compiled"
-
-
-def clear_cache() -> None:
-    shutil.rmtree(cache_folder(), ignore_errors=True)
+def compiled_folder() -> Path:
+    return cache_folder() / "compiled"
 
 
 def key(module: torch.nn.Module, example: tuple) -> str:

@@ -16,12 +16,14 @@ B rows, T tokens, C of them kept, H hidden, D draft vocabulary, V target vocabul
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import MISSING, asdict, dataclass, fields
-from typing import Literal
+from typing import Annotated, Literal, get_type_hints
 
 import torch
 import torch.nn.functional as F
+from pydantic import ConfigDict, Field, ValidationError, create_model
 from torch import nn
 from transformers import LlamaConfig
 from transformers.activations import ACT2FN
@@ -32,6 +34,14 @@ from .errors import EagleError
 # layer, q [B, heads, T or C, hd], k and v [B, kv_heads, T, hd] -> [B, T or C, heads, hd]
 Attend = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 FINAL = -1  # as a feature layer: the target's last hidden state, after its final norm
+# what a field may be: no head comes near the bounds, and a damaged file allocates nothing
+Size = Annotated[int, Field(gt=0, le=2**20)]
+Few = Annotated[int, Field(gt=0, le=2**12)]
+Layers = Annotated[int, Field(gt=0, le=2**6)]
+Vocabulary = Annotated[int, Field(gt=0, le=2**24)]
+Positions = Annotated[int, Field(gt=0, le=2**31)]
+Layer = Annotated[int, Field(ge=FINAL, le=2**12)]
+Positive = Annotated[float, Field(gt=0)]
 EAGLE3_ONLY = ("norm_before_residual", "norm_before_fc", "fc_norm", "norm_output")
 
 
@@ -48,22 +58,22 @@ class HeadConfig:
     [V, H], in place of the target's. qk_norm: RMSNorm of queries and keys over head_dim.
     """
 
-    hidden_size: int
-    intermediate_size: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
-    vocab_size: int
-    draft_vocab_size: int
-    target_hidden_size: int
-    feature_layers: tuple[int, ...]
-    rms_norm_eps: float = 1e-6
-    rope_theta: float = 10000.0
+    hidden_size: Size
+    intermediate_size: Size
+    num_attention_heads: Few
+    num_key_value_heads: Few
+    head_dim: Few
+    vocab_size: Vocabulary
+    draft_vocab_size: Vocabulary
+    target_hidden_size: Size
+    feature_layers: tuple[Layer, ...]
+    rms_norm_eps: Positive = 1e-6
+    rope_theta: Positive = 10000.0
     rope_scaling: dict | None = None
-    max_position_embeddings: int = 2048
+    max_position_embeddings: Positions = 2048
     hidden_act: str = "silu"
     method: Literal["eagle3", "eagle1"] = "eagle3"
-    num_layers: int = 1
+    num_layers: Layers = 1
     norm_before_residual: bool = False
     norm_before_fc: bool = False
     fc_norm: bool = False
@@ -78,23 +88,22 @@ class HeadConfig:
     def __post_init__(self) -> None:
         if self.fc_bias is None:
             object.__setattr__(self, "fc_bias", self.method == "eagle1")
+        require_typed(HeadConfig, vars(self))
+        if self.head_dim % 2:
+            raise EagleError(f"head_dim {self.head_dim} must be even: rotary positions turn pairs")
         if self.num_attention_heads % self.num_key_value_heads:
             raise EagleError(
                 f"{self.num_attention_heads} attention heads cannot share {self.num_key_value_heads} key/value "
                 "heads evenly; choose a divisor"
             )
-        if not 0 < self.draft_vocab_size <= self.vocab_size:
+        if self.draft_vocab_size > self.vocab_size:
             raise EagleError(
                 f"draft_vocab_size {self.draft_vocab_size} must lie in 1 … {self.vocab_size} (the target's)"
             )
-        if self.num_layers < 1:
-            raise EagleError(f"num_layers {self.num_layers} must be 1 or more")
         if self.hidden_act not in ACT2FN:
             raise EagleError(f"transformers knows no activation {self.hidden_act!r}; use silu")
         if self.method == "eagle1":
             self._require_eagle1()
-        elif self.method != "eagle3":
-            raise EagleError(f"unknown head method {self.method!r}; use eagle3 or eagle1")
         elif len(self.feature_layers) != 3 or min(self.feature_layers) < 0:
             raise EagleError(
                 f"an EAGLE-3 head reads three layers, not {list(self.feature_layers)}; give three ids"
@@ -155,7 +164,7 @@ class HeadConfig:
             "target_hidden_size": config.hidden_size,
             "rms_norm_eps": getattr(config, "rms_norm_eps", 1e-6),
             "rope_theta": rope.get("rope_theta", getattr(config, "rope_theta", None) or 10000.0),
-            "max_position_embeddings": getattr(config, "max_position_embeddings", 2048),
+            "max_position_embeddings": getattr(config, "max_position_embeddings", None) or 2048,
         }
         values.update(overrides)
         if "num_attention_heads" in overrides and "num_key_value_heads" not in overrides:
@@ -172,6 +181,24 @@ class HeadConfig:
     @classmethod
     def names(cls) -> set[str]:
         return {f.name for f in fields(cls)}
+
+
+@functools.cache
+def _typed(cls: type) -> type:
+    strict = ConfigDict(strict=True, allow_inf_nan=False)
+    hints = get_type_hints(cls, include_extras=True)
+    return create_model(cls.__name__, __config__=strict, **{k: (v, ...) for k, v in hints.items()})
+
+
+def require_typed(cls: type, values: dict) -> None:
+    """Refuse values that the annotations of a dataclass do not allow: they may come from files of others."""
+    try:
+        _typed(cls).model_validate(values)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        raise EagleError(
+            f"a head's {first['loc'][0]} cannot be {str(values[first['loc'][0]])[:60]}: {first['msg'].lower()}"
+        ) from error
 
 
 NAMES = [f.name for f in fields(HeadConfig)]
@@ -215,7 +242,7 @@ def rotary_embedding(c: HeadConfig, device: torch.device) -> LlamaRotaryEmbeddin
                     max_position_embeddings=c.max_position_embeddings, rope_parameters=rope,
                 )
             ).to(device)  # fmt: skip
-    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+    except Exception as error:  # transformers checks little, and fails wherever a value takes it
         raise EagleError(
             f"transformers cannot scale rotary positions by {c.rope_scaling} "
             f"({type(error).__name__}: {error}); correct rope_scaling in the head's config"

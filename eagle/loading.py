@@ -1,16 +1,19 @@
-"""A target's weights from the disk: base, quantization, adapter, and what they are called in a head's record.
+"""Where models, heads, adapters and tokenizers are found; a target's weights from there: base, quantization, adapter,
+and what they are called in a head's record.
 
-Knows files and transformers' loading; knows nothing of passes, caches or drafting.
+Knows files, the hub and transformers' loading; knows nothing of passes, caches or drafting.
 
-An identity is {"id": folder or hub id, "fingerprint": of the base's weights as the checkpoint has them,
+An identity is {"id": folder or hub id (with "@REVISION", if one was given), "fingerprint": of the base's weights as the checkpoint has them,
 "dtype", "quantization": "none", "nf4" or "int8", "adapter": None or a hash of the adapter's weights}: what decides
 the features a head learns from.
 """
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import logging
+import os
 import platform
 from pathlib import Path
 from typing import Any
@@ -24,6 +27,81 @@ EMBEDDED = Path(__file__).parent / "embedded"
 QUANTIZATIONS = ("none", "nf4", "int8")
 # of an adapter folder: peft's two files, and what it belongs to
 CONFIG, WEIGHTS, RECORD = "adapter_config.json", "adapter_model.safetensors", "eagle.json"
+# what is taken from a hub: never the weights twice, nor those of other programs
+TEXTS = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.py")
+TENSORS, PICKLED = ("model*.safetensors", WEIGHTS), ("pytorch_model*.bin",)
+NEEDS = {"model": "config.json and weights", "head": "config.json and model.safetensors",
+         "adapter": f"{CONFIG} and {WEIGHTS}"}  # fmt: skip
+HUB_OPTIONS = ("cache_dir", "token", "local_files_only", "force_download")
+
+
+def cache_folder() -> Path:
+    """Where compiled passes, measured costs and tokenised data are kept."""
+    if os.environ.get("EAGLE_CACHE"):
+        return Path(os.environ["EAGLE_CACHE"]).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "eagle-heads"
+
+
+def find_folder(
+    name: str | Path | None, what: str = "model", *, weights: bool = True, revision: str | None = None,
+    files: tuple[str, ...] = (), **hub,
+) -> Path:  # fmt: skip
+    """The folder of a model, a head or an adapter (`what`): None and "embedded" are the embedded model, an existing
+    folder is itself, and everything else is a hub id, ORG/NAME or ORG/NAME@REVISION: its snapshot in the hub's
+    cache, downloaded where it is not there. weights: whether they are wanted; files: further ones."""
+    if what == "model" and name in (None, "embedded"):
+        return EMBEDDED
+    folder = standing(Path(name).expanduser())
+    if folder.is_dir():
+        return folder
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    said, give = f"no {what} folder {str(name)!r}", f"give a folder with {NEEDS[what]}"
+    hub_id, at = split_revision(str(name))
+    options = {"revision": at or revision, **hub}
+    try:
+        wanted = [*TEXTS, *(TENSORS if weights else ()), *files]
+        found = Path(snapshot_download(hub_id, allow_patterns=wanted, **options))
+        if weights and not any(found.glob("*.safetensors")):
+            found = Path(snapshot_download(hub_id, allow_patterns=list(PICKLED), **options))
+    except HFValidationError as error:
+        raise EagleError(f"{said}; {give}, or a hub id ORG/NAME") from error
+    except (OSError, ValueError, HfHubHTTPError) as error:
+        reason = (str(error.__cause__ or error).strip() or type(error).__name__).splitlines()[0].split(". ")[0]
+        raise EagleError(
+            f"{said}, and the hub does not give it ({reason[:200]}); {give}, or make one where the hub can be "
+            f"reached: hf download {hub_id} --local-dir FOLDER"
+        ) from error
+    return found
+
+
+def split_revision(name: str) -> tuple[str, str | None]:
+    """ORG/NAME@REVISION -> ORG/NAME, REVISION; a folder is a name."""
+    if "@" not in name or Path(name).expanduser().exists():
+        return name, None
+    return tuple(name.split("@", 1))
+
+
+def standing(folder: Path) -> Path:
+    """`folder`, or, where a kill came between the two renames that replace it, what it was before: `atomic_dir`."""
+    if folder.exists():
+        return folder
+    return next(iter(sorted(folder.parent.glob(f".{glob.escape(folder.name)}.old-*"))), folder)
+
+
+def load_tokenizer(name: str | Path | None = None) -> Any:
+    """The tokenizer of a model, named as for `find_folder`."""
+    from transformers import AutoTokenizer
+
+    folder = find_folder(name, weights=False)
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise EagleError(
+            f"cannot load a tokenizer from {str(folder)!r}: {reason} (give a folder with tokenizer.json)"
+        ) from error
 
 
 def load_model(
@@ -35,21 +113,26 @@ def load_model(
     adapter_path: str | Path | None = None,
     **hf_kwargs,
 ) -> tuple[nn.Module, dict]:
-    """A causal LM and its identity; no path means the embedded model.
+    """A causal LM and its identity; the path is a folder or a hub id, none means the embedded model.
 
     dtype "auto" is the checkpoint's, but float32 for a bf16 one on a CPU that would emulate bf16. quantization:
     "nf4" (double quantization, Dettmers et al. 2023, arXiv:2305.14314) or "int8", of the linear layers except
     the LM head, computing in the dtype. adapter_path: a LoRA folder, or a run of train.finetune.
     """
     device = resolve_device(device)
-    if path is None and not (EMBEDDED / "model.safetensors").exists():
+    embedded = path in (None, "embedded")
+    if embedded and not (EMBEDDED / "model.safetensors").exists():
         raise EagleError(
             "this installation has no embedded model; reinstall it, or give a model path"
         )
     if quantization not in QUANTIZATIONS:
         raise EagleError(f"unknown quantization {quantization!r}; use {', '.join(QUANTIZATIONS)}")
-    source, name = (EMBEDDED, "embedded") if path is None else (path, str(path))
+    revision = hf_kwargs.pop("revision", None)
+    name = "embedded" if embedded else str(path) if revision is None else f"{path}@{revision}"
     dtype = resolve_dtype(dtype)
+    hub = {k: hf_kwargs.pop(k) for k in HUB_OPTIONS if k in hf_kwargs}
+    files = (hf_kwargs["gguf_file"],) if "gguf_file" in hf_kwargs else ()
+    source = find_folder(path, revision=revision, weights=not files, files=files, **hub)
     if not hf_kwargs.get("device_map"):
         hf_kwargs.pop("device_map", None)
     placed = "device_map" in hf_kwargs
@@ -103,8 +186,7 @@ def read_model(
     except (OSError, ValueError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0]
         raise EagleError(
-            f"cannot load the {role} model {str(source)!r}: {reason} "
-            "(give a folder with config.json and weights, or a hub id that can be reached)"
+            f"cannot load the {role} model {str(source)!r}: {reason} (give a folder with config.json and weights)"
         ) from error
 
 
@@ -139,11 +221,8 @@ def _restrain_repacking(model: nn.Module, compute: torch.dtype) -> None:
 
 def find_adapter(path: str | Path) -> Path:
     """The folder of an adapter: itself, or `adapter/` of a run."""
-    from .checkpoint import recover
-
-    folder = Path(path).expanduser()
-    for candidate in (folder, folder / "adapter"):
-        recover(candidate)
+    folder = find_folder(path, "adapter")
+    for candidate in (folder, standing(folder / "adapter")):
         if (candidate / CONFIG).exists() and (candidate / WEIGHTS).exists():
             return candidate
     raise EagleError(
@@ -153,9 +232,9 @@ def find_adapter(path: str | Path) -> Path:
 
 def read_record(folder: Path) -> dict:
     """An adapter's `eagle.json`, or {} for one of another program, which does not say what it belongs to."""
-    from .checkpoint import read_json
+    from .formats.read import RecordFile, read_json
 
-    return read_json(folder / RECORD) if (folder / RECORD).exists() else {}
+    return read_json(folder / RECORD, RecordFile) if (folder / RECORD).exists() else {}
 
 
 def require_base(folder: Path, record: dict, name: str, found: str) -> None:

@@ -17,13 +17,13 @@ from pathlib import Path
 
 import torch
 
-from .compile import CompiledHead, CompiledTarget, cache_folder
+from .compile import CompiledHead, CompiledTarget, compiled_folder
 from .costs import CostTable
 from .decode import Timings, decode
 from .draft import Drafter, HeadDrafter
 from .errors import EagleError
 from .head import DraftHead
-from .loading import EMBEDDED
+from .loading import EMBEDDED, load_tokenizer
 from .options import (
     Options,
     Prompt,
@@ -149,7 +149,8 @@ class EaModel:
         quantization: str = "none",
         **hf_kwargs,
     ) -> EaModel:
-        """Load a target and its head; without paths, the embedded model and its head.
+        """Load a target and its head, each a folder or a hub id (ORG/NAME, ORG/NAME@REVISION; revision=: the
+        target's); without paths, the embedded model and its head.
 
         total_token, depth, top_k: the draft tree, upstream's meaning (total_token counts the root; -1 alone is
         tree="auto"). They default to 60, 7, 10, and to 16, 4, 4 for the embedded model, where the smaller tree is
@@ -186,7 +187,11 @@ class EaModel:
         )  # fmt: skip
         if given:
             tree = replace(default_tree(target), **{k: v for k, v in given.items() if v != -1})
-        if ea_model_path is None and base_model_path is None and EMBEDDED_HEAD.exists():
+        if (
+            ea_model_path is None
+            and base_model_path in (None, "embedded")
+            and EMBEDDED_HEAD.exists()
+        ):
             ea_model_path = EMBEDDED_HEAD
         head = None
         if ea_model_path is not None:
@@ -281,7 +286,8 @@ class EaModel:
     def tokenizer(self):
         """The target's tokenizer, loaded when first asked for."""
         if self._tokenizer is None:
-            self._tokenizer = load_tokenizer(self.target.name)
+            # name_or_path: the folder that the weights came from, of one revision
+            self._tokenizer = load_tokenizer(self.target.model.name_or_path or self.target.name)
         return self._tokenizer
 
     def eagenerate(
@@ -609,7 +615,7 @@ class EaModel:
         mode = self.compile if mode is None else mode
         table = self._costs.get(mode)
         if table is None:
-            table = self._costs[mode] = CostTable(target, drafter, mode, cache_folder())
+            table = self._costs[mode] = CostTable(target, drafter, mode, compiled_folder())
         # greedy choices and samples accept differently, and a long context costs more
         kind = mode, greedy, context.bit_length()
         experience = self._experience.setdefault(kind, Experience())
@@ -760,17 +766,6 @@ def follows(positions: torch.Tensor | None, mask: torch.Tensor) -> bool:
     real = mask.bool()
     expected = (mask.long().cumsum(-1) - 1).expand(len(mask), -1)
     return positions.shape == mask.shape and torch.equal(positions[real], expected[real])
-
-
-def load_tokenizer(name: str):
-    from transformers import AutoTokenizer
-
-    source = EMBEDDED if name == "embedded" else name
-    try:
-        return AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise EagleError(f"no tokenizer in {source}: {reason}") from error
 
 
 def raise_errors(rows: list[Row]) -> None:

@@ -211,6 +211,7 @@ def measure(
 
     import torch
 
+    from eagle.loading import fast_bf16
     from inference.environment import describe, load
     from inference.measure import measure_group
     from inference.near_tie import judge_group, overall
@@ -222,6 +223,11 @@ def measure(
         sweep = dataclasses.replace(sweep, trees=(shape,))
     surroundings = describe(target.device)
     say = (lambda text: None) if quiet else lambda text: print(text, file=sys.stderr, flush=True)
+    notes = sweep.notes()
+    if target.dtype == torch.bfloat16 and not fast_bf16(target.device):
+        notes.append("this CPU emulates bf16, slowly: pass --dtype float32")
+    for note in notes:
+        say(note)
     runs: list[Run] = []
     verdicts: list[dict] = []
     groups = sweep.groups()
@@ -259,7 +265,7 @@ def measure(
         "top_p": options["top_p"], "top_k": options["top_k"], "seed": options["seed"],
         "forced_acceptance": sweep.forced_acceptance,
         "warm_up_s": warm_up_s,
-        "notes": sweep.notes(),
+        "notes": notes,
         "runs": rows,
         **headline(main),
         "identical": identical,

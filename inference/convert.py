@@ -48,12 +48,12 @@ def convert(
     from eagle.checkpoint import build, find_folder, require_fit
     from eagle.formats.read import read_folder
     from eagle.formats.tables import EMBEDDING, table
-    from eagle.formats.write import export_head, recorded, require_apart
+    from eagle.formats.write import export_head, public_name, recorded, require_apart
 
     source, destination = _folders(folders, to, probe)
     if to is not None:
         table(to)
-    published = read_folder(find_folder(source), from_format)
+    published = read_folder(find_folder(source, "head"), from_format)
     if destination is not None:
         require_apart(published.path, destination)
     ids = _ids(layer_ids)
@@ -77,7 +77,7 @@ def convert(
     verifier = recorded(record)
     if loaded is not None:
         architectures = list(loaded.model.config.architectures or [type(loaded.model).__name__])
-        verifier = {"name_or_path": base_model or _name(target), "architectures": architectures}
+        verifier = {"name_or_path": base_model or public_name(target), "architectures": architectures}
     elif base_model is not None:
         verifier["name_or_path"] = base_model
     if pack:
@@ -98,6 +98,10 @@ def convert(
     print(
         f"{published.format.name} -> {to}: {destination} ({len(state)} tensors, reads back with equal logits{told})"
     )
+    if config.method == "eagle1":
+        print("not for vLLM: it loads an EAGLE-1 folder and accepts none of its drafts")
+    elif to in ("sglang", "modelopt"):
+        print("not for vLLM: it takes these layer ids as its own, one off, and drafts worse; use --to vllm")
     return 0
 
 
@@ -121,11 +125,12 @@ def _ids(text: str | None) -> list[int] | None:
 
 def _probe(published, target, ids, prompts, num_prompts, max_new_tokens, destination):
     from eagle.formats.probe import describe, probe
+    from eagle.loading import load_tokenizer
     from inference.prompts import load_prompts
 
     if target is None:
         raise EagleError("--probe generates: give --target PATH (or --target embedded)")
-    tokenizer = _tokenizer(target.name)
+    tokenizer = load_tokenizer(target.name)
     loaded = load_prompts(prompts, tokenizer, num_prompts)
     found = probe(published, target, [p.ids for p in loaded], max_new_tokens, ids)
     print("\n".join(describe(found)))
@@ -133,12 +138,6 @@ def _probe(published, target, ids, prompts, num_prompts, max_new_tokens, destina
         return ids, None
     best = found.require_clear()
     return list(found.numbers), best.convention
-
-
-def _tokenizer(name: str):
-    from eagle.model import load_tokenizer
-
-    return load_tokenizer(name)
 
 
 def load_target(path: str):
@@ -149,13 +148,7 @@ def load_target(path: str):
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
 
-    return Target.from_pretrained(None if path == "embedded" else path)
-
-
-def _name(target: str) -> str:
-    from eagle.loading import EMBEDDED
-
-    return str(EMBEDDED) if target == "embedded" else target
+    return Target.from_pretrained(path)
 
 
 def _bench(path: str | None) -> dict | None:

@@ -1,8 +1,8 @@
 """Evaluate a model: programs that are run against tests, tasks with labels, texts with references.
 
     python -m inference.evaluate taco --allow_code_execution             # the shipped problems, from end to end
-    python -m inference.evaluate humaneval --data FILE --model PATH --allow_code_execution      # also mbpp
-    python -m inference.evaluate generate --data FILE --model PATH --output DIR      # the stages on their own
+    python -m inference.evaluate humaneval --data FILE --base PATH --allow_code_execution      # also mbpp
+    python -m inference.evaluate generate --data FILE --base PATH --output DIR      # the stages on their own
     python -m inference.evaluate execute --data FILE --generations FILE --output DIR --allow_code_execution
     python -m inference.evaluate score --data FILE --generations FILE --output DIR
     python -m inference.evaluate verify-dataset --data FILE --allow_code_execution
@@ -48,7 +48,7 @@ def code(
     """Generate programs, run them against the problems' tests while others are generated, and score them.
 
     --data: a local .jsonl, .json or .parquet file, or a folder of them, in TACO's, HumanEval's or MBPP's schema;
-    without it, the shipped problems. Without --model the embedded model. --difficulties EASY,MEDIUM, --skills
+    without it, the shipped problems. Without --base the embedded model. --difficulties EASY,MEDIUM, --skills
     "Sorting,Range queries" and --limit N choose problems.
 
     Each problem gets --n_samples programs; --k 1,5,10 are those of pass@k (by default as many of these as
@@ -239,7 +239,7 @@ def text(
     max_bad_fraction: float = 0.0,
 ) -> None:
     """Metrics of texts: ROUGE-L, chrF and exact match where all have references, repetition of n-grams, and with
-    --perplexity what --model thinks of them. --output FILE.json keeps them.
+    --perplexity what --base thinks of them. --output FILE.json keeps them.
 
     A line of --data: {"prediction" or "completion", "reference"?, "context"?}.
     """

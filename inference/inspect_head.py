@@ -25,7 +25,7 @@ def inspect_head(
 
     if len(folders) != 1:
         raise EagleError("give one head folder: eagle inspect head PATH")
-    published = read_folder(find_folder(folders[0]), from_format)
+    published = read_folder(find_folder(folders[0], "head"), from_format)
     said = describe(published)
     found = []
     if target is not None:

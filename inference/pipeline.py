@@ -159,7 +159,7 @@ def find_head(base: str | None, head: str | None) -> Path | None:
 
     if head is None:
         return EMBEDDED_HEAD if base is None else None
-    return find_folder(head)
+    return find_folder(head, "head")
 
 
 def config_of(config: str | None, base: str | None, embedded: str) -> tuple[str, ...]:
@@ -170,8 +170,7 @@ def config_of(config: str | None, base: str | None, embedded: str) -> tuple[str,
 def require_usable(plan: Plan, shipped: bool) -> None:
     """Refuse before the work what would fail after it."""
     from eagle.errors import EagleError
-    from eagle.loading import QUANTIZATIONS
-    from eagle.model import load_tokenizer
+    from eagle.loading import QUANTIZATIONS, load_tokenizer
     from eagle.tree import TreeShape
     from inference.prompts import load_prompts
 
@@ -260,7 +259,7 @@ def tune(plan: Plan) -> Stage:
 def answer(plan: Plan) -> Stage:
     command = (
         "-m", "train.prepare", "regenerate", "--data_format", plan.data_format, "--data", str(plan.data),
-        *(("--model", plan.base) if plan.base is not None else ()), *plan.tuned, "--output", str(plan.answers),
+        *plan.on_base, *plan.tuned, "--output", str(plan.answers),
         "--temperature", "0,0.8", "--limit", str(plan.num_answers), "--slots", "16",
         "--max_new_tokens", str(plan.max_new_tokens),
     )  # fmt: skip

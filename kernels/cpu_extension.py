@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import os
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -29,16 +30,40 @@ def load(folder: Path, machine: str) -> None:
 
     facts = repr(([s.read_text() for s in SOURCES], FLAGS, torch.__version__, machine))
     name = "eagle_cpu_" + hashlib.sha256(facts.encode()).hexdigest()[:16]
-    library = folder / f"{name}.so"
-    if library.exists():
-        torch.ops.load_library(str(library))
-    else:
-        folder.mkdir(parents=True, exist_ok=True)
-        # a folder of this process's own: torch's loader waits for ever on the lock of a build that was killed
-        with tempfile.TemporaryDirectory(prefix=".building-", dir=folder) as scratch:
-            build(
-                name, list(map(str, SOURCES)), extra_cflags=FLAGS, build_directory=scratch,
-                is_python_module=False,
-            )  # fmt: skip
-            os.replace(Path(scratch) / library.name, library)
+
+    def compile(scratch: Path) -> Path:
+        build(
+            name, list(map(str, SOURCES)), extra_cflags=FLAGS, build_directory=str(scratch),
+            is_python_module=False,
+        )  # fmt: skip
+        return scratch / f"{name}.so"
+
+    torch.ops.load_library(str(keep(folder / f"{name}.so", compile)))
     loaded = True
+
+
+def keep(path: Path, make: Callable[[Path], Path]) -> Path:
+    """`path` with a hash of its bytes in its name: from the disk where it is whole, else as `make(scratch)` made it.
+
+    A truncated or foreign file does not have the hash, and is made anew. Several processes may make one at once, each
+    in a folder of its own (a build that was killed leaves a lock there, on which torch's loader waits for ever); what
+    has its name is whole.
+    """
+
+    def named(file: Path) -> Path:
+        digest = hashlib.sha256()
+        with file.open("rb") as stream:
+            while block := stream.read(1 << 20):
+                digest.update(block)
+        return path.with_name(f"{path.stem}-{digest.hexdigest()}{path.suffix}")
+
+    for file in sorted(path.parent.glob(f"{path.stem}-*{path.suffix}")):
+        if file == named(file):
+            return file
+        file.unlink(missing_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".building-", dir=path.parent) as scratch:
+        made = make(Path(scratch))
+        final = named(made)
+        os.replace(made, final)
+    return final

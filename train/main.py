@@ -48,17 +48,11 @@ def train(
 
 def run(cfg: HeadTrainConfig, quiet: bool = False) -> int:
     """Train as `cfg` says; returns the exit code."""
+    from eagle.loading import find_folder
     from train.head.seeing.trackers import require_installed
     from train.head.state import choose_output, require_writable, write_config
 
-    if (
-        cfg.model.base is not None
-        and os.path.sep in cfg.model.base
-        and not os.path.isdir(cfg.model.base)
-    ):
-        raise EagleError(
-            f"no model folder {cfg.model.base!r}; give a folder with config.json and weights, or a hub id"
-        )
+    find_folder(cfg.model.base, weights=False)  # before anything is written
     require_installed(cfg.train.report_to)
     if int(os.environ.get("RANK", "0")) == 0:
         output = choose_output(cfg.train.output, cfg.data.format, cfg.train.resume)

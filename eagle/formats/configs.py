@@ -82,7 +82,10 @@ def read_config(
             raise EagleError(f"{path}: ModelOpt's {', '.join(other)} is another kind of head")
     if values.get("method") == "eagle1":
         layers = (FINAL,)
-    return HeadConfig(**values, feature_layers=tuple(layers))
+    try:
+        return HeadConfig(**values, feature_layers=tuple(layers))
+    except EagleError as error:
+        raise EagleError(f"{path}: {error}") from error
 
 
 def is_eagle1(raw: dict, keys: set[str]) -> bool:
@@ -96,7 +99,7 @@ def is_eagle1(raw: dict, keys: set[str]) -> bool:
 def _llama(path: object, raw: dict) -> dict:
     """The flat fields of a Llama config, and the rotary ones under their old or new names."""
     wanted = ("hidden_size", "intermediate_size", "num_attention_heads", "vocab_size")
-    missing = [k for k in wanted if not isinstance(raw.get(k), int)]
+    missing = [k for k in wanted if raw.get(k) is None]
     if missing:
         raise EagleError(
             f"{path}: config.json lacks {', '.join(missing)}; it is not a head's config"
@@ -109,29 +112,36 @@ def _llama(path: object, raw: dict) -> dict:
     theta = raw.get("rope_theta") if theta is None else theta
     kind = rope.pop("type", None)  # the older name
     kind = rope.pop("rope_type", None) or kind or "default"
-    values["rope_theta"] = 10000.0 if theta is None else float(theta)
+    values["rope_theta"] = 10000.0 if theta is None else theta
     values["rope_scaling"] = {"rope_type": kind, **rope} if kind != "default" else None
     values.setdefault("num_key_value_heads", raw["num_attention_heads"])
-    values.setdefault("head_dim", raw["hidden_size"] // raw["num_attention_heads"])
-    return values
+    sizes = raw["hidden_size"], raw["num_attention_heads"]
+    if "head_dim" not in values and all(type(n) is int and n > 0 for n in sizes):
+        values["head_dim"] = sizes[0] // sizes[1]
+    return {"head_dim": None, **values}
+
+
+def _first(*found):
+    """Of fields that may be absent or null, the first that says something."""
+    return next((value for value in found if value is not None), None)
 
 
 def _published(fmt: Format, raw: dict, llama: dict, state: dict[str, torch.Tensor]) -> dict:
     values = {}
     for key, default in (("draft_vocab_size", "vocab_size"), ("target_hidden_size", "hidden_size")):
         values[key] = llama[default] if raw.get(key) is None else raw[key]
-    values["num_layers"] = raw.get("num_layers") or llama.get("num_hidden_layers") or 1
-    values["own_embedding"] = bool(raw.get("own_embedding")) or EMBEDDING in state
+    values["num_layers"] = _first(raw.get("num_layers"), llama.get("num_hidden_layers"), 1)
+    values["own_embedding"] = EMBEDDING in state or _first(raw.get("own_embedding"), False)
     if is_eagle1(raw, state.keys()):
         values |= {"method": "eagle1", "draft_vocab_size": llama["vocab_size"]}
-        values["fc_bias"] = raw.get("fc_bias", raw.get("bias", True))
+        values["fc_bias"] = _first(raw.get("fc_bias"), raw.get("bias"), True)
     elif fmt.name in ("eagle", "sglang"):
-        values["fc_bias"] = bool(raw.get("fc_bias", raw.get("bias", False)))
+        values["fc_bias"] = _first(raw.get("fc_bias"), raw.get("bias"), False)
     return values
 
 
 def _vllm(path: object, raw: dict, llama: dict, nested: bool) -> dict:
-    values = {name: bool(raw.get(name, False)) for name in NORMS}
+    values = {name: _first(raw.get(name), False) for name in NORMS}
     if nested and raw.get("norm_before_residual") is None:
         values["norm_before_residual"] = True
         warnings.warn(

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
@@ -19,6 +20,63 @@ from ..head import FINAL, HeadConfig, default_feature_layers, make_head
 from .configs import detect, is_eagle1, read_config, written_layers
 from .layers import SHIFT, absent, entering_ids
 from .tables import EMBEDDING, Format, table, to_ours
+
+
+class Part(BaseModel):
+    model_config = ConfigDict(extra="allow", strict=True, allow_inf_nan=False)
+
+
+class Decoder(Part):
+    """Fields of a Llama config; those of `HeadConfig` are checked there."""
+
+    model_type: str | None = None
+    architectures: list[str] | None = None
+    layer_types: list[str] | None = None
+    rope_theta: float | None = None
+    rope_scaling: dict | None = None
+    rope_parameters: dict | None = None
+    tie_word_embeddings: bool | None = None
+
+
+class Verifier(Part):
+    name_or_path: str | None = None
+
+
+class Speculators(Part):
+    verifier: Verifier | None = None
+
+
+class ConfigFile(Decoder):
+    """config.json of any format."""
+
+    speculators_model_type: str | None = None
+    speculators_config: Speculators | None = None
+    transformer_layer_config: Decoder | None = None
+    eagle_config: dict | None = None
+    eagle_aux_hidden_state_convention: str | None = None
+
+
+class Owner(Part):
+    """A target, as a record names it."""
+
+    id: str | None = None
+    fingerprint: str | None = None
+    adapter: str | None = None
+    quantization: str | None = None
+
+
+class Data(Part):
+    files: list[str] | None = None
+
+
+class RecordFile(Owner):
+    """eagle.json of a head or an adapter: what it belongs to."""
+
+    target: Owner | None = None
+    base: Owner | None = None
+    tokenizer: str | None = None
+    training: dict | None = None
+    data: Data | None = None
 
 
 @dataclass(frozen=True)
@@ -78,30 +136,42 @@ class Published:
                 del tensors[EMBEDDING]
                 raw = raw | {"own_embedding": False}
         config = read_config(self.path, self.format, raw, tensors, layers)
-        with torch.device("meta"):
-            expected = make_head(config).state_dict()
+        try:
+            with torch.device("meta"):
+                expected = make_head(config).state_dict()
+        except EagleError as error:
+            raise EagleError(f"{self.path}: {error}") from error
         return config, to_ours(self.path, config, expected, tensors, self.format)
 
 
 def read_folder(path: Path, format: str | None = None) -> Published:
     """format: eagle, sglang, vllm or modelopt; None detects it."""
-    raw, tensors = read_json(path / "config.json"), read_weights(path)
-    provenance = read_json(path / "eagle.json") if (path / "eagle.json").exists() else {}
+    raw, tensors = read_json(path / "config.json", ConfigFile), read_weights(path)
+    record = path / "eagle.json"
+    provenance = read_json(record, RecordFile) if record.exists() else {}
     fmt = detect(path, raw, tensors.keys()) if format is None else table(format)
     return Published(path, raw, tensors, fmt, provenance)
 
 
-def read_json(path: Path) -> dict:
+def read_json(path: Path, kind: type[BaseModel] | None = None) -> dict:
+    """The object in a file. kind: what it must be like; it may hold more."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise EagleError(
             f"cannot read {path}: {error.strerror}; a head folder needs {path.name}"
         ) from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise EagleError(f"{path} is not valid JSON ({error}); restore the file") from error
     if not isinstance(value, dict):
         raise EagleError(f"{path} must hold a JSON object; restore the file")
+    try:
+        if kind is not None:
+            kind.model_validate(value)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(map(str, first["loc"]))
+        raise EagleError(f"{path}: {where}: {first['msg'].lower()}; restore the file") from error
     return value
 
 

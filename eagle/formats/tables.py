@@ -18,6 +18,8 @@ from ..errors import EagleError
 from ..head import OPTIONS, HeadConfig
 
 EMBEDDING = "embed_tokens.weight"
+WEIGHTS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+MAPS = (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8, torch.bool)
 
 
 @dataclass(frozen=True)
@@ -146,6 +148,12 @@ def to_ours(
             f"{'; '.join(said)}"
         )
     out = {k: state[n] for k, n in names.items()}
+    foreign = [
+        f"{names[k]} {str(v.dtype).removeprefix('torch.')}" for k, v in sorted(out.items())
+        if v.dtype not in (MAPS if k in ("d2t", "t2d") else WEIGHTS)
+    ]  # fmt: skip
+    if foreign:
+        raise EagleError(f"{path}: {', '.join(foreign)}: not of a dtype that a head has; the file is damaged or quantized")
     if reduced:
         out["d2t"], out["t2d"] = out["d2t"].to(torch.int64), out["t2d"].bool()
         if not torch.equal(membership(path, config, out["d2t"]), out["t2d"]):

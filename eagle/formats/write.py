@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from ..checkpoint import build, save_folder
 from ..errors import EagleError
 from ..head import DraftHead
-from ..loading import EMBEDDED
+from ..loading import EMBEDDED, split_revision
 from .configs import write_config
 from .read import read_folder
 from .tables import require_expressible, table, to_theirs
@@ -70,7 +70,12 @@ def export_head(
 def recorded(provenance: dict | None) -> dict:
     """A verifier, as far as the head's record names it."""
     name = ((provenance or {}).get("target") or {}).get("id")
-    return {"name_or_path": str(EMBEDDED) if name == "embedded" else name, "architectures": []}
+    return {"name_or_path": name and public_name(name), "architectures": []}
+
+
+def public_name(target: str) -> str:
+    """What other programs call a target: a folder, or a hub id without our "@REVISION"."""
+    return str(EMBEDDED) if target == "embedded" else split_revision(target)[0]
 
 
 def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:

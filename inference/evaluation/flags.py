@@ -92,7 +92,7 @@ class Data:
 
 @dataclass(frozen=True)
 class Model:
-    model: str | None = None
+    base: str | None = None
     head: str | None = None
     adapter: str | None = None
     quantization: str = "none"
@@ -111,7 +111,7 @@ class Model:
         from inference.generate import load_model
 
         return load_model(
-            self.model, self.head, self.adapter, self.tree, self.dtype, self.device, self.compile,
+            self.base, self.head, self.adapter, self.tree, self.dtype, self.device, self.compile,
             self.quantization,
         )  # fmt: skip
 

@@ -73,6 +73,32 @@ def test_user_errors_are_one_line(capsys, argv, message):
     assert "\n" not in err
 
 
+def test_other_names_of_a_flag(capsys):
+    def based(*, base: str | None = None, num: int = 0):
+        print(base, num)
+
+    def targeted(*, target: str | None = None):
+        print(target)
+
+    def both(*, base: str | None = None, model: str | None = None):
+        print(base, model)
+
+    for fn, argv, said in (
+        (based, ["--model", "x", "--num", "2"], "x 2"), (based, ["--model=x"], "x 0"), (based, ["--base", "x"], "x 0"),
+        (targeted, ["--base", "x"], "x"), (both, ["--model", "x"], "None x"),
+    ):  # fmt: skip
+        with pytest.raises(SystemExit):
+            main(fn, argv)
+        assert capsys.readouterr().out.strip() == said
+    with pytest.raises(SystemExit):
+        main(based, ["--num", "--model", "x"])
+    assert "--num needs a value" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(based, ["--help"])
+    said = capsys.readouterr().out
+    assert "--base" in said and "--model" not in said
+
+
 def test_exit_codes(capsys):
     assert call(capsys, "--num", "98")[0] == 130
     assert call(capsys, "--num", "96")[0] == 3

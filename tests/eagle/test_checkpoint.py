@@ -4,8 +4,10 @@ import json
 import signal
 import subprocess
 import sys
+import threading
 import time
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from eagle import checkpoint
 from eagle.checkpoint import load_head, save_head, target_fingerprint
 from eagle.errors import EagleError
 from eagle.head import Eagle3Head, HeadConfig
@@ -148,6 +151,71 @@ def test_wrong_keys_are_named(saved, target, change, named):
         load_head(saved[1], target)
 
 
+IDS = "eagle_aux_hidden_state_layer_ids"
+HUGE = 10**12
+
+
+@pytest.mark.parametrize("with_target", [False, True], ids=["alone", "with-target"])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"hidden_size": "32"}, {"hidden_size": True}, {"hidden_size": 0}, {"hidden_size": -32}, {"hidden_size": 32.5},
+        {"hidden_size": None}, {"hidden_size": [32]}, {"hidden_size": HUGE}, {"intermediate_size": HUGE},
+        {"vocab_size": HUGE}, {"vocab_size": D - 1}, {"draft_vocab_size": 0}, {"draft_vocab_size": "all"},
+        {"draft_vocab_size": HUGE}, {"target_hidden_size": {}}, {"num_attention_heads": 0},
+        {"num_attention_heads": 0, "head_dim": None}, {"num_attention_heads": 3, "num_key_value_heads": 2},
+        {"num_attention_heads": HUGE, "num_key_value_heads": HUGE}, {"num_key_value_heads": 0}, {"head_dim": 7},
+        {"head_dim": HUGE}, {"num_hidden_layers": 0, "num_layers": None}, {"num_layers": HUGE}, {"num_layers": "one"},
+        {"max_position_embeddings": -1}, {"max_position_embeddings": HUGE}, {"rms_norm_eps": "1e-6"},
+        {"rms_norm_eps": float("nan")}, {"rms_norm_eps": 0}, {"rope_theta": float("inf")}, {"rope_theta": "10000"},
+        {"rope_theta": -1.0}, {"rope_scaling": "linear"}, {"rope_scaling": [1, 2]}, {"rope_scaling": {"type": 3}},
+        {"rope_scaling": {"rope_type": "linear", "factor": "two"}}, {"rope_parameters": 4},
+        {"rope_scaling": {"rope_type": "longrope", "short_factor": [1.0] * 2, "long_factor": [1.0] * 2}},
+        {"rope_scaling": {"rope_type": "yarn", "factor": [2.0]}}, {"rope_scaling": {"factor": 2.0, "rope_type": ["linear"]}},
+        {"hidden_act": ["silu"]},
+        {"hidden_act": "abracadabra"}, {"method": 3}, {"method": "medusa"}, {"norm_output": "false"}, {"fc_bias": 1},
+        {"own_embedding": "no"}, {"architectures": 5}, {"architectures": [5]}, {"eagle_config": [1]},
+        {"layer_types": 1}, {"speculators_config": [], "speculators_model_type": "eagle3"},
+        {"transformer_layer_config": 3, "speculators_model_type": "eagle3"}, {"tie_word_embeddings": "yes"},
+        {IDS: "1,2,3"}, {IDS: [1, 2]}, {IDS: [1, 2, "3"]}, {IDS: [1, 2, True]}, {IDS: [1, 2, HUGE]}, {IDS: [-1, 1, 2]},
+        {IDS: {"a": 1}}, {"eagle_aux_hidden_state_convention": ["entering"]}, {"eagle.json": []},
+        {"eagle.json": {"target": "me"}}, {"eagle.json": {"target": {"fingerprint": 5}}},
+        {"eagle.json": {"training": [1]}}, {"eagle.json": "{"}, {"config.json": "[" * 100_000},
+    ],
+    ids=lambda change: ",".join(f"{k}={str(v)[:20]}" for k, v in change.items()),
+)  # fmt: skip
+def test_a_malformed_config_is_one_error_at_once(saved, target, change, with_target):
+    """Whatever stands in the files, nothing is allocated for it and no other error comes of it."""
+    folder, file = saved[1], "config.json"
+    if next(iter(change)).endswith(".json"):
+        ((file, value),) = change.items()
+    else:
+        value = json.loads((folder / file).read_text()) | change
+    (folder / file).write_text(value if isinstance(value, str) else json.dumps(value))
+    started = time.perf_counter()
+    with pytest.raises(EagleError) as error:
+        load_head(folder, target if with_target else None)
+    assert time.perf_counter() - started < 1 and str(folder) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda s: s["d2t"].__setitem__(-1, V), lambda s: s["d2t"].__setitem__(0, -1),
+        lambda s: s["d2t"].__setitem__(0, 2**62), lambda s: s.update(d2t=s["d2t"].float()),
+        lambda s: s.update(t2d=s["t2d"].float()), lambda s: s.update(d2t=s["d2t"] * 0),
+        lambda s: s.update({"fc.weight": s["fc.weight"].to(torch.int8)}),
+        lambda s: s.update({"norm.weight": s["norm.weight"].to(torch.float8_e4m3fn)}),
+    ],
+    ids=["beyond", "before", "far-beyond", "float-d2t", "float-t2d", "t2d-of-another", "int8", "float8"],
+)  # fmt: skip
+def test_tensors_that_no_head_has(saved, target, change):
+    edit(saved[1], change)
+    for known in (None, target):
+        with pytest.raises(EagleError, match="d2t does not give|not of a dtype|contradict"):
+            load_head(saved[1], known)
+
+
 def test_damaged_or_absent_files_are_named(saved, tmp_path, target):
     with pytest.raises(EagleError, match="no head folder"):
         load_head(tmp_path / "nowhere", target)
@@ -194,13 +262,62 @@ def test_a_kill_at_any_moment_leaves_a_whole_head(tmp_path, target):
     time.sleep(0.3)
     process.send_signal(signal.SIGKILL)
     process.wait()
+    left = listing(tmp_path)
     head, _ = load_head(folder, target)
     assert (head.fc.weight == head.fc.weight[0, 0]).all()
-    assert [p.name for p in tmp_path.iterdir()] == ["head"]
+    assert listing(tmp_path) == left  # who reads changes nothing; the next writer tidies up
+    save_head(head, folder)
+    assert listing(tmp_path) == ["head"]
 
 
-def test_a_kill_between_the_two_renames_is_repaired(saved, target):
-    folder = saved[1]
-    folder.rename(folder.with_name(".head.old-999999999"))
+def listing(folder):
+    return sorted(p.name for p in folder.iterdir())
+
+
+def test_a_kill_between_two_renames_is_read_in_place_and_repaired_by_the_writer(saved, target):
+    """Of file systems that cannot exchange two names."""
+    head, folder = saved
+    old = f".head.old-{checkpoint._machine()}-999999999"
+    folder.rename(folder.with_name(old))
+    again, _ = load_head(folder, target)
+    assert torch.equal(again.fc.weight, head.fc.weight) and listing(folder.parent) == [old]
+    with pytest.raises(RuntimeError), checkpoint.atomic_dir(folder):
+        raise RuntimeError("a writer that fails")
+    assert listing(folder.parent) == ["head"]
     load_head(folder, target)
-    assert folder.is_dir()
+
+
+@pytest.mark.parametrize("swap", [True, False], ids=["exchange", "renames"])
+def test_another_machines_live_write_is_left_alone(saved, target, monkeypatch, swap):
+    """A process id says nothing on a disk that is shared: 999999999 lives there, and 1 is not this machine's."""
+    if not swap:
+        monkeypatch.setattr(checkpoint, "exchange", lambda a, b: False)
+    head, folder = saved
+    theirs = [f".head.{kind}-0123456789ab-{pid}" for kind in ("old", "tmp") for pid in (1, 999999999)]
+    theirs += [".head.tmp-999999999"]  # as earlier versions named it: nobody knows whose it is
+    for name in theirs:
+        (folder.parent / name).mkdir()
+    for _ in range(2):
+        load_head(folder, target)
+        save_head(head, folder)
+    assert listing(folder.parent) == sorted([*theirs, "head"])
+
+
+def test_a_folder_that_is_replaced_is_there_at_every_moment(tmp_path):
+    pair = [tmp_path / "a", tmp_path / "b"]
+    for path in pair:
+        path.mkdir()
+    if not checkpoint.exchange(*pair):
+        pytest.skip("this file system cannot exchange two names")
+    stop = threading.Event()
+
+    def write():
+        while not stop.is_set():
+            with checkpoint.atomic_dir(pair[0]) as folder:
+                (folder / "file").touch()
+
+    with ThreadPoolExecutor() as pool:
+        writer = pool.submit(write)
+        found = [pair[0].is_dir() for _ in range(20_000)]
+        stop.set()
+    assert all(found) and writer.result() is None and listing(tmp_path) == ["a", "b"]

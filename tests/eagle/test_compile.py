@@ -30,6 +30,7 @@ from eagle.model import EaModel
 from eagle.target import CHUNK
 from eagle.tree import TreeShape
 from kernels import cpu_extension
+from kernels.cpu_extension import keep
 
 pytestmark = [
     pytest.mark.slow,
@@ -375,6 +376,45 @@ def test_a_process_that_is_killed_leaves_no_package(tmp_path):
     finally:
         process.send_signal(signal.SIGKILL)
         process.wait()
-    left = [p.name for p in path.parent.iterdir()]
-    # named after the process: no other one writes to it, or takes it for a package
-    assert left == [f".{process.pid}-one.pt2"]
+    assert not list(path.parent.glob("*.pt2"))
+
+
+def test_a_damaged_or_foreign_package_is_made_anew(tmp_path):
+    """Never loaded blind: not when it is cut short, another file, or of the name without a hash that it once had."""
+    from eagle.compile import package
+
+    path, module, x = tmp_path / "linear" / "one.pt2", torch.nn.Linear(3, 5), torch.ones(1, 3)
+    path.parent.mkdir()
+    path.write_bytes(b"not a package")
+    for damage in (lambda b: b[:-1000], lambda b: b"PK"):
+        assert torch.equal(package(module, (x,), path, [None])(x), module(x))
+        (made,) = path.parent.glob("one-*.pt2")
+        made.write_bytes(damage(made.read_bytes()))
+    assert torch.equal(package(module, (x,), path, [None])(x), module(x))
+    before = packages(tmp_path)
+    package(module, (x,), path, [None])
+    assert packages(tmp_path) == before
+
+
+@pytest.mark.parametrize("damage", [lambda b: b[:-1], lambda b: b"", lambda b: b + b"x"])
+def test_what_is_kept_on_disk_is_whole(tmp_path, damage):
+    """The C++ extension's library too; two processes that make one at once both have a whole one."""
+    made = []
+
+    def make(scratch, text=b"code"):
+        if not made:  # another process is faster
+            made.append(None)
+            assert keep(path, lambda s: make(s, b"other code")).read_bytes() == b"other code"
+        made.append(scratch)
+        (scratch / "made").write_bytes(text)
+        return scratch / "made"
+
+    path = tmp_path / "lib.so"
+    kept = keep(path, make)
+    assert kept.read_bytes() == b"code" and len(made) == 3
+    assert keep(path, make).exists() and len(made) == 3
+    assert not list(tmp_path.glob(".building*"))
+    for file in tmp_path.iterdir():
+        file.write_bytes(damage(file.read_bytes()))
+    assert keep(path, make).read_bytes() == b"code" and len(made) == 4
+    assert len(list(tmp_path.iterdir())) == 1

@@ -161,6 +161,7 @@ def test_convert_between_all_formats(tmp_path, command):
         to = tmp_path / name
         code, shown, _ = command("inference.convert", folder, to, "--to", name)
         assert code == 0 and "feature layers entered [2, 8, 13]" in shown
+        assert ("not for vLLM" in shown) == (name in ("sglang", "modelopt"))
         folder = to
     assert (folder / "model.safetensors").read_bytes() == (
         source / "model.safetensors"
@@ -205,8 +206,8 @@ def test_eagle1_files_hold_the_targets_embedding(tmp_path, llama, command):
     config = HeadConfig.for_target(llama.config, method="eagle1")
     source = save_head(new_head(config), tmp_path / "head")
     arguments = (source, tmp_path / "out", "--to", "eagle", "--target", tmp_path / "target")
-    code, _, said = command("inference.convert", *arguments)
-    assert code == 0, said
+    code, shown, said = command("inference.convert", *arguments)
+    assert code == 0 and "not for vLLM: it loads an EAGLE-1 folder" in shown, said
     tensors = load_file(tmp_path / "out/model.safetensors")
     assert {k: tuple(v.shape) for k, v in tensors.items()} == PUBLISHED["eagle1-bin"][0]
     assert torch.equal(tensors["embed_tokens.weight"], llama.embed.weight)

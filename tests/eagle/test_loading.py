@@ -117,7 +117,7 @@ def test_what_cannot_be_loaded(base, adapter, tmp_path):
 
     with pytest.raises(EagleError, match="unknown quantization 'int4'; use none, nf4, int8"):
         load(quantization="int4")
-    with pytest.raises(EagleError, match="no adapter in"):
+    with pytest.raises(EagleError, match="no adapter folder"):
         load(adapter_path=tmp_path / "nowhere")
     record = {"base": {"id": "other", "fingerprint": "0" * 64}}
     marked = tmp_path / "marked"

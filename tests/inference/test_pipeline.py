@@ -109,7 +109,7 @@ def test_the_recipe_from_base_to_report(
         ({"tree": "8"}, "total_token"),
         ({"num_prompts": 0}, "num_prompts must be at least 1"),
         ({"head": "no/such/head"}, "no head folder"),
-        ({"base": "no/such/base"}, "no tokenizer in"),
+        ({"base": "no/such/base"}, "no model folder"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )

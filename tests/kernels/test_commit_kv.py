@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from eagle.compile import cache_folder, cpu_flags
+from eagle.compile import compiled_folder, cpu_flags
 from kernels import cpu_extension
 from kernels.commit_kv import commit_kv
 
@@ -11,7 +11,7 @@ from kernels.commit_kv import commit_kv
 @pytest.fixture(params=["reference", "c++"], autouse=True)
 def implementation(request, monkeypatch):
     if request.param == "c++":
-        cpu_extension.load(cache_folder(), cpu_flags())
+        cpu_extension.load(compiled_folder(), cpu_flags())
     monkeypatch.setattr(cpu_extension, "loaded", request.param == "c++")
 
 

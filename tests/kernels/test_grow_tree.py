@@ -11,10 +11,10 @@ from kernels.grow_tree import best_beams, candidates
 
 @pytest.fixture(scope="module", autouse=True)
 def built():
-    from eagle.compile import cache_folder, cpu_flags
+    from eagle.compile import compiled_folder, cpu_flags
 
     if not cpu_extension.loaded:
-        cpu_extension.load(cache_folder(), cpu_flags())
+        cpu_extension.load(compiled_folder(), cpu_flags())
 
 
 def both(monkeypatch, work):

@@ -25,7 +25,7 @@ def operator(compile_cache):
     import eagle.compile  # defines eagle::attend
     from kernels.cpu_extension import load
 
-    load(eagle.compile.cache_folder(), eagle.compile.cpu_flags())
+    load(eagle.compile.compiled_folder(), eagle.compile.cpu_flags())
 
 
 @dataclass

@@ -17,7 +17,6 @@ import torch
 torch.set_num_threads(1)
 
 from configs.schema import HeadTrainConfig
-from eagle.checkpoint import recover
 from train.head import state as disk
 from train.head.distributed import import_deepspeed
 from train.main import run
@@ -50,8 +49,6 @@ def ended(pid: int) -> int:
 
 def require_newest_loads(output: Path) -> int:
     """Every checkpoint is whole, the newest one above all; returns its step, 0 without any."""
-    for stale in (output / "checkpoints").glob(".step-*"):
-        recover(stale.with_name(stale.name[1:].split(".", 1)[0]))
     steps = [disk.load_checkpoint(path).info["step"] for path in disk.checkpoints(output)]
     pointer = output / "checkpoints" / "latest"
     if pointer.exists():

@@ -413,3 +413,26 @@ def test_errors_of_the_command_are_one_line(tmp_path):
                             (["train.zreo=1"], "did you mean train.zero?")):  # fmt: skip
         done = doctor(*arguments)
         assert done.returncode == 1 and text in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "environment, expected",
+    [
+        ({"EAGLE_CACHE": "ours", "XDG_CACHE_HOME": "xdg"}, "ours"),
+        ({"EAGLE_CACHE": "~/ours"}, "home/ours"),
+        ({"EAGLE_CACHE": "", "XDG_CACHE_HOME": "xdg"}, "xdg/eagle-heads"),
+        ({}, "home/.cache/eagle-heads"),
+    ],
+)
+def test_one_rule_for_all_caches(monkeypatch, tmp_path, environment, expected):
+    from configs.schema import DataConfig
+    from eagle.compile import compiled_folder
+    from train.data.cache import cache_root
+
+    for name in ("EAGLE_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in {"HOME": "home", **environment}.items():
+        monkeypatch.setenv(name, value if value.startswith("~") or not value else str(tmp_path / value))
+    root = tmp_path / expected
+    assert compiled_folder() == root / "compiled" and cache_root(DataConfig()) == root / "tokenised"
+    assert root in space.folders(HeadTrainConfig()).values()

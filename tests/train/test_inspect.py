@@ -44,7 +44,7 @@ def test_user_errors_are_one_line(tmp_path):
         (["--data_format", "poem"], "data.format=poem"),
         (["--color", "pink"], "must be auto, always or never"),
         (["data.max_lenght=3"], "did you mean data.max_length?"),
-        (["--base", str(tmp_path / "none")], "cannot load a tokenizer"),
+        (["--base", str(tmp_path / "none")], "no model folder"),
     ]:
         result = inspect(tmp_path, *arguments)
         assert result.returncode == 1, arguments

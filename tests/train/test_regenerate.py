@@ -198,7 +198,7 @@ def test_output_depends_on_seed_and_record_alone(base, tmp_path):
 
 
 def command(base, path, output):
-    words = ["--model", base, "--data", path, "--data_format", "fim", "--output", output, "--slots", 1,
+    words = ["--base", base, "--data", path, "--data_format", "fim", "--output", output, "--slots", 1,
              "--temperature", "0,1", "--max_new_tokens", NEW, "--dtype", "float32"]  # fmt: skip
     return [sys.executable, "-m", "train.prepare", "regenerate", *map(str, words)]
 
@@ -234,6 +234,34 @@ def test_killed_and_started_again_it_writes_the_same_file(base, tmp_path):
     before = output.stat().st_mtime_ns
     assert write(base, settings("fim", path), output, (0.0, 1.0)) == card  # nothing is left to do
     assert output.stat().st_mtime_ns == before
+
+
+def test_no_answer_is_asked_for_twice(base, tmp_path, monkeypatch):
+    """Each is kept when it is there, those of a chat's first turns too; the rate is told while the first one grows."""
+    path = write_jsonl(tmp_path / "chat.jsonl", [chat(f"Hello {i}", "x", "add", "y") for i in range(6)])
+    cfg, output, journal = settings("chat", path), tmp_path / "new.jsonl", tmp_path / "new.journal"
+    write(base, cfg, tmp_path / "whole.jsonl", (0.0, 1.0))
+    answer, progress, asked = work.Local._answer, [], []
+
+    def count(self, ask, row):
+        if len(asked) == stop:
+            raise KeyboardInterrupt
+        asked.append(tuple(ask.ids))
+        return answer(self, ask, row)
+
+    monkeypatch.setattr(work.Local, "_answer", count)
+    monkeypatch.setattr(work.Meter, "add", lambda self, things, amount=0: progress.append((things, amount)))
+    for stop in (2, 8):
+        with pytest.raises(KeyboardInterrupt):
+            write(base, cfg, output, (0.0, 1.0))
+        assert len(rows(journal)) == stop and not output.exists()
+        with journal.open("a") as file:
+            file.write('[[3, 0, 0], {"text": "cut by the k')
+    assert progress[0][0] == 0 < progress[0][1] < NEW
+    stop = None
+    write(base, cfg, output, (0.0, 1.0))
+    assert len(asked) == len(set(asked)) == 12 and not journal.exists()
+    assert output.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
 
 
 def test_lines_without_their_card_entry_are_written_again(base, tmp_path, monkeypatch):

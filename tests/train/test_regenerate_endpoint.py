@@ -153,7 +153,7 @@ def test_middles_are_asked_for_in_tokens(serve, tmp_path, tokenizer_dir, tokeniz
         and body["prompt"][-1] == fim.middle
     )
     assert rows(tmp_path / "new.jsonl")[0]["middle"] == f"middle of {len(body['prompt'])}"
-    with pytest.raises(EagleError, match="fim prompts need the target's tokenizer: give --model"):
+    with pytest.raises(EagleError, match="fim prompts need the target's tokenizer: give --base"):
         write(server.url, settings("fim", path), tmp_path / "other.jsonl")
 
 
@@ -250,12 +250,14 @@ def test_a_server_that_goes_away_loses_nothing(serve, tmp_path):
         write(first.url, cfg, output, retries=1, concurrency=2)
     done = json.loads(card_path(output).read_text())["counts"]["records"]
     assert 8 <= done < 30 and len(rows(output)) == done
+    kept = len(rows(tmp_path / "new.journal"))
+    assert 13 <= done + kept <= 15
     second = serve(answer)
     write(second.url, cfg, output, concurrency=2)
     assert [r["messages"][1]["content"] for r in rows(output)] == [
         f"re: question {n}" for n in range(30)
     ]
-    assert len(second.seen) == 30 - done
+    assert len(second.seen) == 30 - done - kept
 
 
 def test_reasoning_kept_apart_goes_back_into_the_text(serve, tmp_path):

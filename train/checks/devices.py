@@ -48,7 +48,8 @@ def accelerators() -> Iterator[Finding]:
             yield note(
                 "bf16",
                 "this CPU emulates bf16, slowly",
-                "set train.dtype=fp32; targets load in float32 by themselves",
+                "leave dtypes as they are by default, or set train.dtype=fp32, in fine-tuning model.compute=fp32, in "
+                "generation --dtype float32",
             )
         return
     built = torch.cuda.get_arch_list()

@@ -20,7 +20,7 @@ from configs.schema import HeadTrainConfig
 from eagle.checkpoint import load_head, require_fit
 from eagle.errors import EagleError
 from eagle.head import HeadConfig
-from eagle.loading import EMBEDDED
+from eagle.loading import find_folder
 from eagle.target import (
     INSTEAD,
     Target,
@@ -65,13 +65,17 @@ def target(subject: Subject, cfg: HeadTrainConfig) -> Iterator[Finding]:
     from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    source = EMBEDDED if cfg.model.base is None else cfg.model.base
+    try:
+        source = find_folder(cfg.model.base, weights=False)
+    except EagleError as error:
+        yield failed("target", error)
+        return
     try:
         subject.config = AutoConfig.from_pretrained(source)
     except (OSError, ValueError, StrictDataclassError) as error:
         reason = " ".join(str(error).split())[:200]
         yield problem("target", f"no model config in {str(source)!r}: {reason}",
-                      "give a folder with config.json and weights, or a hub id that can be reached")  # fmt: skip
+                      "give a folder with config.json and weights")  # fmt: skip
         return
     kind = subject.config.model_type
     try:
@@ -185,9 +189,9 @@ def model_eos(subject: Subject, cfg: HeadTrainConfig) -> set[int]:
     """The ids at which generation stops: generation_config.json, else config.json."""
     from transformers import GenerationConfig
 
-    source = EMBEDDED if cfg.model.base is None else cfg.model.base
     found = None
     try:
+        source = find_folder(cfg.model.base, weights=False)
         found = GenerationConfig.from_pretrained(source).eos_token_id
     except (OSError, ValueError):  # the file is optional
         pass

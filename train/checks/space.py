@@ -16,6 +16,7 @@ import torch
 
 from configs.schema import HeadTrainConfig
 from eagle.head import HeadConfig
+from eagle.loading import cache_folder
 from train.checks.findings import Finding, note, ok, problem, size, warning
 from train.head.teacher import LOGITS
 
@@ -33,9 +34,8 @@ def existing(folder: Path) -> Path:
 
 
 def folders(cfg: HeadTrainConfig) -> dict[str, Path]:
-    cache = cfg.data.cache_dir or os.environ.get("EAGLE_CACHE") or "~/.cache/eagle-heads"
     return {
-        "cache (data.cache_dir, $EAGLE_CACHE)": Path(cache),
+        "cache (data.cache_dir, $EAGLE_CACHE)": Path(cfg.data.cache_dir or cache_folder()),
         "output (train.output)": Path(cfg.train.output or "runs"),
     }
 

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 from configs.schema import DataConfig
 from eagle.errors import EagleError
+from eagle.loading import cache_folder
 from train.data.quarantine import BadRow, read_quarantine, write_quarantine
 from train.data.render import Renderer, record_key
 from train.data.rows import Row, RowError
@@ -47,8 +48,8 @@ class CacheEntry(NamedTuple):
 
 
 def cache_root(cfg: DataConfig) -> Path:
-    given = cfg.cache_dir or os.environ.get("EAGLE_CACHE") or "~/.cache/eagle-heads"
-    return Path(given).expanduser() / "tokenised"
+    root = Path(cfg.cache_dir).expanduser() if cfg.cache_dir else cache_folder()
+    return root / "tokenised"
 
 
 def fingerprint(files: list[Path], data_format: str, cfg: DataConfig, tokenizer: Any) -> str:

@@ -9,23 +9,13 @@ import functools
 import hashlib
 from typing import Any
 
+from eagle import loading
 from eagle.errors import EagleError
-from train.data.shipped import embedded_dir
 
 
 def load_tokenizer(base: str | None = None) -> Any:
     """The tokenizer of a target model; `None` is the embedded model's."""
-    from transformers import AutoTokenizer
-
-    folder = str(embedded_dir()) if base is None else base
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise EagleError(
-            f"cannot load a tokenizer from {folder!r}: give a model folder or a reachable hub id "
-            f"({reason})"
-        ) from error
+    tokenizer = loading.load_tokenizer(base)
     require_fast(tokenizer)
     return tokenizer
 

@@ -89,7 +89,7 @@ def write_own_answers(
     """Prompts of all four kinds, continued by the target in `out`: tokenised rows whose answers are
     supervised, with their data card. A killed run goes on. Returns the number of rows."""
     from configs.schema import DataConfig
-    from eagle.model import load_tokenizer
+    from eagle.loading import load_tokenizer
     from train.prepare.answering import Sampling
     from train.prepare.regenerate import open_local, regenerate
 
@@ -107,7 +107,7 @@ def write_corpus_rows(
     target_dir: str | Path, out: Path, *, count: int, root: str | None = None, seed: int = 0
 ) -> int:
     """Tokenised rows of the training files as people wrote them: code, FIM, instructions and chats."""
-    from eagle.model import load_tokenizer
+    from eagle.loading import load_tokenizer
 
     tokenizer = load_tokenizer(str(target_dir))
     rng = random.Random(f"corpus-{seed}")

@@ -40,7 +40,7 @@ def merge(cfg: MergeConfig) -> int:
     base = cfg.base or (record.get("base") or {}).get("id") or declared_base(folder)
     found = base_fingerprint(base)
     require_base(folder, record, base_path(base), found)
-    tokenizer = load_tokenizer(None if base == "embedded" else base)
+    tokenizer = load_tokenizer(base)
     batches = comparison_batches(cfg, tokenizer)
     quantization = record.get("quantization") or "none"
 

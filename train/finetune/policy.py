@@ -15,15 +15,14 @@ from torch import nn
 from configs.finetune_schema import LoraSection, PolicyConfig
 from eagle.checkpoint import target_fingerprint
 from eagle.errors import EagleError
-from eagle.loading import quantization_config, read_model, resolve_dtype
-from train.data import embedded_dir
+from eagle.loading import find_folder, quantization_config, read_model, resolve_dtype
 
 ADAPTER = "default"  # peft's name of the adapter that learns
 
 
 def base_path(base: str | None) -> str:
-    """Folder or hub id; None and "embedded" are the embedded model."""
-    return str(embedded_dir()) if base in (None, "embedded") else base
+    """Its folder; None and "embedded" are the embedded model."""
+    return str(find_folder(base))
 
 
 def base_name(base: str | None) -> str:

@@ -71,11 +71,7 @@ class Run:
     def prepare(self) -> None:
         """The tokenizer, and what an adapter of this run will say of its base; before the data is read."""
         m = self.cfg.model
-        if m.base is not None and os.path.sep in m.base and not os.path.isdir(m.base):
-            raise EagleError(
-                f"no model folder {m.base!r}; give a folder with config.json and weights, or a hub id"
-            )
-        self.tokenizer = load_tokenizer(m.base if m.base != "embedded" else None)
+        self.tokenizer = load_tokenizer(m.base)
         found = base_fingerprint(m.base)
         self.record = {
             "method": self.method,

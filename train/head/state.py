@@ -35,9 +35,9 @@ from safetensors.torch import load_file, save_file
 from eagle.checkpoint import (
     atomic_dir,
     atomic_write_text,
-    recover,
     require_equal,
     save_head,
+    tidy,
     write_json,
 )
 from eagle.errors import EagleError
@@ -158,14 +158,16 @@ def load_checkpoint(path: Path) -> TrainState:
 def find_checkpoint(output: Path, resume: str) -> TrainState | None:
     """`auto`: the newest readable checkpoint of the run, None when there is none; else the folder named.
 
-    What is damaged, or was made after the one that is resumed, is set aside under another name and told.
+    In the run that goes on, what a kill left is removed, and what is damaged, or was made after the checkpoint that
+    is resumed, is set aside under another name and told. Another run is only read.
     """
     path = Path(resume).expanduser()
     named = resume != "auto" and STEP_NAME.fullmatch(path.name) is not None
     run = output if resume == "auto" else _run_of(path)
     folder = run / "checkpoints"
-    for stale in list(folder.glob(".step-*")) if folder.is_dir() else []:
-        recover(folder / stale.name[1:].split(".", 1)[0])
+    own = _same(run, output)
+    for stale in list(folder.glob(".step-*")) if own else []:
+        tidy(folder / stale.name[1:].split(".", 1)[0])
     if named:
         state = load_checkpoint(path)
     elif resume != "auto" and not checkpoints(run):
@@ -173,15 +175,15 @@ def find_checkpoint(output: Path, resume: str) -> TrainState | None:
             f"--resume {path}: no checkpoint there; give a run folder or one of its step-N folders"
         )
     else:
-        state = _newest_readable(run)
-    if state is not None and _same(run, output):
+        state = _newest_readable(run, own)
+    if state is not None and own:
         for later in checkpoints(run):
             if step_of(later) > step_of(state.path):
                 _set_aside(later, "left", f"the run goes on from {state.path.name}")
     return state
 
 
-def _newest_readable(run: Path) -> TrainState | None:
+def _newest_readable(run: Path, own: bool) -> TrainState | None:
     damaged: dict[Path, str] = {}
     for path in checkpoints(run)[::-1]:
         try:
@@ -190,7 +192,7 @@ def _newest_readable(run: Path) -> TrainState | None:
             damaged[path] = str(error)
             continue
         for other, why in damaged.items():
-            _set_aside(other, "damaged", why)
+            _set_aside(other, "damaged", why) if own else logger.warning("%s", why)
         return state
     if damaged:
         raise EagleError(

@@ -63,7 +63,7 @@ def regenerate(
     data: str | None = None,
     data_format: str | None = None,
     config: str | None = None,
-    model: str | None = None,
+    base: str | None = None,
     head: str | None = None,
     adapter: str | None = None,
     quantization: str = "none",
@@ -91,14 +91,14 @@ def regenerate(
     output: ANSWERS.card.json, which training reads to record that the answers are the target's own, and
     ANSWERS.quarantine.jsonl with the records that got no answer. --limit N takes the first N records.
 
-    --model (default: the embedded one) writes with --slots rows at a time; --adapter and --quantization are the
+    --base (default: the embedded one) writes with --slots rows at a time; --adapter and --quantization are the
     target's. --head
     drafts, which changes no answer and is faster with few slots only.
     --temperature 0,0.8 takes turns by record. --compile max, --dtype and --device are as in generation.
 
     --endpoint URL --endpoint_model NAME asks an OpenAI-compatible server instead (vLLM, SGLang, ...), with
     --concurrency requests at a time; --api_key_env names the environment variable that holds the key, and
-    --endpoint_body JSON adds fields to each request. --model then names the tokenizer of the target, which
+    --endpoint_body JSON adds fields to each request. --base then names the tokenizer of the target, which
     FIM, tokenized and Alpaca prompts need.
     """
     if (endpoint is None) != (endpoint_model is None):
@@ -120,11 +120,11 @@ def regenerate(
             if value is not None:
                 raise ConfigError(f"--{name} goes with --endpoint URL")
         loading = {"adapter": adapter, "quantization": quantization, "dtype": dtype, "device": device, "compile": compile}
-        rewriter, engine, who = work.open_local(cfg, sampling, model, head, slots, **loading)
+        rewriter, engine, who = work.open_local(cfg, sampling, base, head, slots, **loading)
         notes = {}
     else:
         rewriter, engine, who = work.open_endpoint(
-            cfg, sampling, endpoint, endpoint_model, model, _json_object(endpoint_body), api_key_env,
+            cfg, sampling, endpoint, endpoint_model, base, _json_object(endpoint_body), api_key_env,
             concurrency, timeout,
         )  # fmt: skip
         notes = {"url": endpoint.rpartition("@")[2]}  # without a password

@@ -1,6 +1,6 @@
 """Who writes the answers: the target in this process, or one that is served elsewhere.
 
-Both take a list of `Ask` and return as many `Answer`, in order. Know models and HTTP; know nothing of records.
+Both take a list of `Ask` and yield (number of the ask, its `Answer`) as soon as one is done. Know models and HTTP; know nothing of records.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ import random
 import threading
 import urllib.error
 import urllib.request
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +24,7 @@ OURS = (401, 403, 404, 405)  # every request would fail
 LONGEST_PAUSE = 60.0  # seconds
 TAIL = 4  # prompt tokens that are decoded along, so that a first blank is not lost
 
-Done = Callable[[int], None]  # told the tokens of each finished answer
+Progress = Callable[[int], None]  # told the tokens that have come
 
 
 @dataclass(frozen=True)
@@ -51,8 +51,8 @@ class Local:
         self.block = 8 * slots
 
     def answers(
-        self, asks: list[Ask], seeds: list[int], temperatures: list[float], done: Done
-    ) -> list[Answer]:
+        self, asks: list[Ask], seeds: list[int], temperatures: list[float], progress: Progress
+    ) -> Iterator[tuple[int, Answer]]:
         order = sorted(
             range(len(asks)), key=lambda n: -len(asks[n].ids)
         )  # what runs alone at the end is short
@@ -60,16 +60,16 @@ class Local:
             {"input_ids": asks[n].ids, "seed": seeds[n], "temperature": temperatures[n]}
             for n in order
         ]
-        found: dict[int, Answer] = {}
-        rows = self.model.generate_many(
-            requests, slots=self.slots, as_completed=True, max_new_tokens=self.sampling.max_new_tokens,
+        spans = self.model.stream(
+            requests, slots=self.slots, max_new_tokens=self.sampling.max_new_tokens,
             top_p=self.sampling.top_p, top_k=self.sampling.top_k, eos_token_id=sorted(self.ends),
             draft=self.draft,
         )  # fmt: skip
-        for place, row in rows:
-            found[order[place]] = self._answer(asks[order[place]], row)
-            done(len(row.tokens))
-        return [found[n] for n in range(len(asks))]
+        for span in spans:
+            progress(len(span.tokens))
+            if span.row.done:
+                n = order[span.index]
+                yield n, self._answer(asks[n], span.row)
 
     def _answer(self, ask: Ask, row) -> Answer:
         if row.error is not None:
@@ -114,15 +114,16 @@ class Endpoint:
         self._stop = threading.Event()
 
     def answers(
-        self, asks: list[Ask], seeds: list[int], temperatures: list[float], done: Done
-    ) -> list[Answer]:
+        self, asks: list[Ask], seeds: list[int], temperatures: list[float], progress: Progress
+    ) -> Iterator[tuple[int, Answer]]:
         pool = ThreadPoolExecutor(self.concurrency)
         try:
-            found = []
-            for answer in pool.map(self._one, asks, seeds, temperatures):
-                found.append(answer)
-                done(answer.tokens)
-            return found
+            every = enumerate(zip(asks, seeds, temperatures, strict=True))
+            numbers = {pool.submit(self._one, *one): n for n, one in every}
+            for future in as_completed(numbers):
+                answer = future.result()
+                progress(answer.tokens)
+                yield numbers[future], answer
         except BaseException:
             self._stop.set()
             raise

@@ -73,9 +73,12 @@ class Task:
     answers: list[Answer] = field(default_factory=list)
     failure: tuple[str, str] | None = None  # reason and remedy
 
+    @property
+    def unfinished(self) -> bool:
+        return self.failure is None and len(self.answers) < self.asks
+
     def next(self) -> Ask | None:
-        done = self.failure is not None or len(self.answers) == self.asks
-        return None if done else self.make_ask(self.answers)
+        return self.make_ask(self.answers) if self.unfinished else None
 
     def take(self, answer: Answer) -> None:
         if answer.error is not None:
@@ -113,7 +116,7 @@ class Rewriter:
         if tokenizer is None:
             if not self.as_chat:
                 raise EagleError(
-                    f"{cfg.format} prompts need the target's tokenizer: give --model FOLDER_OR_ID"
+                    f"{cfg.format} prompts need the target's tokenizer: give --base FOLDER_OR_ID"
                 )
             return
         wide = cfg.model_copy(update={"max_length": UNLIMITED, "supervise": "assistant"})

@@ -3,9 +3,11 @@
     ANSWERS.jsonl              records in the order of the input, answers replaced
     ANSWERS.card.json          who wrote them and how; how far the work is
     ANSWERS.quarantine.jsonl   records that got no answer, with the reason
+    ANSWERS.journal            answers of the block in work, as they came; gone in the end
 
-Work goes by blocks. A block's lines are appended and synced, then the card says how long the files are; what
-lies beyond after a kill is cut off and written again. Knows files and blocks; records.py and answering.py
+Work goes by blocks. An answer goes into the journal as soon as it is there, so that a kill costs those in work alone.
+A block's lines are appended in order and synced, then the card says how long the files are; what lies beyond after a
+kill is cut off and written again. Knows files and blocks; records.py and answering.py
 know the rest.
 """
 
@@ -16,7 +18,9 @@ import itertools
 import json
 import os
 import time
+from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
@@ -30,7 +34,7 @@ from train.data.rows import RowError
 from train.data.sources import Record, read_records, resolve
 from train.meter import Meter
 from train.prepare.answering import Endpoint, Local, Sampling
-from train.prepare.records import Rewriter, Task, require_answers
+from train.prepare.records import Answer, Rewriter, Task, require_answers
 
 HOPELESS = 16  # records that fail before any succeeds: the run stops
 COUNTS = ("records", "written", "failed", "answers", "tokens", "cut_at_max_new_tokens", "kept_turns",
@@ -63,7 +67,7 @@ def regenerate(
         records = itertools.islice(read_all(files), counts["records"], total)
         while block := list(itertools.islice(records, engine.block)):
             lines, bad, found = write_block(
-                block, counts["records"], rewriter, engine, sampling, seed, meter
+                block, counts["records"], rewriter, engine, sampling, seed, meter, journal
             )
             counts.update({name: counts[name] + found[name] for name in COUNTS})
             if counts["failed"] >= HOPELESS and not counts["written"]:
@@ -71,7 +75,7 @@ def regenerate(
                     f"the first {counts['failed']} records got no answer: {diagnose(bad)}"
                 )
             journal.commit(lines, bad)
-            meter.add(len(block))
+            meter.add(counts["records"] - meter.done)
     if not counts["written"]:
         raise EagleError(
             f"none of {counts['records']} records got an answer; see {journal.quarantine}"
@@ -153,6 +157,7 @@ def write_block(
     sampling: Sampling,
     seed: int,
     meter: Meter,
+    journal: Journal,
 ) -> tuple[list[str], list[BadRow], dict]:
     """The lines of a block's records, the failures, and the counts of both. first: number of its first record."""
     bad: list[BadRow] = []
@@ -166,7 +171,7 @@ def write_block(
             tasks += [(n, part, task) for part, task in enumerate(rewriter.tasks(record.value))]
         except RowError as error:
             bad.append(_bad(record, error.reason, error.remedy, str(error)))
-    answer_all(tasks, first, engine, sampling, seed, meter)
+    answer_all(tasks, first, engine, sampling, seed, meter, journal)
     lines = []
     for n, _, task in tasks:
         try:
@@ -188,8 +193,17 @@ def write_block(
     return lines, bad, counts
 
 
-def answer_all(tasks, first: int, engine, sampling: Sampling, seed: int, meter: Meter) -> None:
+def answer_all(tasks, first: int, engine, sampling: Sampling, seed: int, meter: Meter, journal: Journal) -> None:  # fmt: skip
     """Turn by turn: the first answers of all tasks together, then the second ones of those that have more."""
+    left = Counter(n for n, _, _ in tasks)
+    known = journal.kept()
+
+    def take(n: int, task: Task, answer: Answer) -> None:
+        task.take(answer)
+        if not task.unfinished:
+            left[n] -= 1
+            meter.add(int(left[n] == 0))
+
     for turn in itertools.count():
         asks = []
         for n, part, task in tasks:
@@ -197,18 +211,23 @@ def answer_all(tasks, first: int, engine, sampling: Sampling, seed: int, meter: 
                 ask = task.next()
             except RowError as error:
                 task.failure, ask = (str(error), error.remedy), None
-            if ask is not None:
-                asks.append((first + n, part, task, ask))
-        if not asks:
+            key = first + n, part, turn
+            if ask is not None and key in known:
+                take(n, task, known[key])
+            elif ask is not None:
+                asks.append((key, n, task, ask))
+        if not asks and not any(task.unfinished for *_, task in tasks):
             return
-        seeds = [request_seed(seed, n, part, turn) for n, part, _, _ in asks]
+        seeds = [request_seed(seed, *key) for key, *_ in asks]
         turns = sampling.temperatures
-        temperatures = [turns[n % len(turns)] for n, _, _, _ in asks]
-        found = engine.answers(
+        temperatures = [turns[record % len(turns)] for (record, _, _), *_ in asks]
+        answers = engine.answers(
             [ask for *_, ask in asks], seeds, temperatures, lambda tokens: meter.add(0, tokens)
         )
-        for (_, _, task, _), answer in zip(asks, found, strict=True):
-            task.take(answer)
+        for number, answer in answers if asks else ():
+            key, n, task, _ = asks[number]
+            journal.keep(key, answer)
+            take(n, task, answer)
 
 
 def request_seed(seed: int, record: int, part: int, turn: int) -> int:
@@ -230,7 +249,7 @@ class Journal:
         if output.suffix.lower() != ".jsonl":
             raise EagleError(f"--output {output}: answers are JSON lines, name a .jsonl file")
         self.output, self.path = output, card_path(output)
-        self.quarantine = self.beside(output)
+        self.quarantine, self.answers = self.beside(output), output.with_suffix(".journal")
         if self.path.exists():
             self.card = self._go_on(identity) | notes
             return
@@ -282,6 +301,23 @@ class Journal:
                 os.truncate(path, size)
         return card
 
+    def keep(self, key: tuple[int, int, int], answer: Answer) -> None:
+        """One answer of the block in work. key: record, part of it, turn. What failed is asked again."""
+        if answer.error is None:
+            append(self.answers, [json.dumps([key, asdict(answer)], ensure_ascii=False) + "\n"], synced=False)
+
+    def kept(self) -> dict[tuple[int, int, int], Answer]:
+        """What a kill left of the block, without a line that it cut."""
+        if not self.answers.exists():
+            return {}
+        found, whole = {}, self.answers.read_bytes().rpartition(b"\n")
+        os.truncate(self.answers, len(whole[0] + whole[1]))
+        for line in whole[0].split(b"\n"):
+            with suppress(ValueError, TypeError):
+                key, answer = json.loads(line)
+                found[tuple(key)] = Answer(**answer)
+        return found
+
     def commit(self, lines: list[str], bad: list[BadRow]) -> None:
         failures = [
             json.dumps(
@@ -296,6 +332,7 @@ class Journal:
             "quarantine": append(self.quarantine, failures),
         }
         self._save()
+        self.answers.unlink(missing_ok=True)
 
     def finish(self) -> dict:
         self.card |= {"complete": True, "finished": _now(), "sha256": file_hash(self.output)}
@@ -311,7 +348,7 @@ def sync(file) -> None:
     os.fsync(file.fileno())
 
 
-def append(path: Path, lines: list[str]) -> int:
+def append(path: Path, lines: list[str], synced: bool = True) -> int:
     """Add lines and sync; returns the file's size, 0 when there is none. A lone surrogate of a record is
     written as the JSON escape that it came as."""
     if not lines:
@@ -319,7 +356,8 @@ def append(path: Path, lines: list[str]) -> int:
     try:
         with open(path, "ab") as file:
             file.write("".join(lines).encode("utf-8", "backslashreplace"))
-            sync(file)
+            if synced:
+                sync(file)
             return file.tell()
     except OSError as error:
         raise EagleError(
