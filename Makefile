@@ -4,7 +4,7 @@ VENV ?= .venv
 # exact versions of all that is installed; with an empty LOCK the newest that setup.py allows
 LOCK ?= constraints.txt
 PY := $(VENV)/bin/python
-PIP := $(PY) -m pip install -q $(if $(LOCK),-c $(LOCK),--upgrade --upgrade-strategy eager)
+PIP := $(PY) -m pip install -qq $(if $(LOCK),-c $(LOCK),--upgrade --upgrade-strategy eager)
 STAMP := $(VENV)/.installed
 
 .PHONY: install demo pipeline test test-latest lock lint bench clean

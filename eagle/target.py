@@ -78,6 +78,8 @@ class Target:
         refuse_unsupported(model, self.config, self.backbone, self.layers)
         relay_context(self.config, self.layers)
         self.feature_layers = tuple(feature_layers or default_feature_layers(len(self.layers)))
+        accepted = inspect.signature(model.forward).parameters
+        self.cache_argument = "cache" if "cache" in accepted else "past_key_values"  # before 5.21
         self._tap = Tap()
         self._hooks: list = []
         self.compiled = None  # compiled passes, while a mode that has them is in use
@@ -215,9 +217,9 @@ class Target:
                 # four dimensions tell transformers that the mask is ready: no mask is built a pass
                 attention_mask=positions[:, None, None, :],
                 position_ids=positions,
-                past_key_values=context.cache,
                 use_cache=True,
                 tree=context,
+                **{self.cache_argument: context.cache},
             )
             return out.logits, self._features() if features else None
         finally:
