@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+import trl
+from packaging.version import Version
 from trl import DPOConfig as TrlConfig
 from trl import DPOTrainer
 from trl.trainer.utils import use_adapter
@@ -107,6 +109,10 @@ class PreferenceTrainer(RunTrainer, DPOTrainer):
     def __init__(self, run: Run, heldout: list[Pair], **options: Any) -> None:
         self.heldout = heldout
         super().__init__(run, eval_dataset=options["train_dataset"].select([0]), **options)
+        if Version(trl.__version__) < Version("1.16"):
+            # it sums log-probabilities in the dtype of the logits, where bf16 is right to a quarter of a nat
+            output = self.model.get_output_embeddings()
+            output.register_forward_hook(lambda module, args, logits: logits.float())
 
     def _prepare_dataset(self, dataset, *args, **kwargs):
         return dataset  # rendered already
