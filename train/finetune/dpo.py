@@ -14,8 +14,11 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+import trl
+from packaging.version import Version
 from trl import DPOConfig as TrlConfig
 from trl import DPOTrainer
+from trl.trainer.utils import use_adapter
 
 from configs.finetune_schema import DpoConfig
 from eagle.errors import EagleError
@@ -106,26 +109,37 @@ class PreferenceTrainer(RunTrainer, DPOTrainer):
     def __init__(self, run: Run, heldout: list[Pair], **options: Any) -> None:
         self.heldout = heldout
         super().__init__(run, eval_dataset=options["train_dataset"].select([0]), **options)
+        if Version(trl.__version__) < Version("1.16"):
+            # it sums log-probabilities in the dtype of the logits, where bf16 is right to a quarter of a nat
+            output = self.model.get_output_embeddings()
+            output.register_forward_hook(lambda module, args, logits: logits.float())
 
     def _prepare_dataset(self, dataset, *args, **kwargs):
         return dataset  # rendered already
+
+    def log_probs(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        """[2B]: of each completion, in nats."""
+        inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
+        logits = self.model(**inputs, use_cache=False).logits[:, :-1]
+        kept, labels = batch["completion_mask"][:, 1:].bool(), batch["input_ids"][:, 1:]
+        nll = F.cross_entropy(logits[kept].float(), labels[kept], reduction="none")
+        return nll.new_zeros(kept.shape).masked_scatter(kept, -nll).sum(1)
 
     def measure(self) -> dict[str, float]:
         """Over all held-out pairs: the loss of the sigmoid objective, how often the chosen answer has the
         higher reward, by how much, and the rewards."""
         sums = torch.zeros(6, dtype=torch.float64)
         batch_size = self.args.per_device_eval_batch_size
+        policy = self.accelerator.unwrap_model(self.model)
         for numbers, counted in shares(len(self.heldout), self.run.world, batch_size):
             batch = self.data_collator([as_row(self.heldout[n]) for n in numbers])
             batch = {k: v.to(self.run.world.device) for k, v in batch.items()}
-            labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -100)
-            inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
-            found = self.model(**inputs, labels=labels, use_cache=False, fused_lm_head=True)
-            logps = found.log_probs.sum(1).chunk(2)
-            reference = self.compute_ref_log_probs(self.model, batch)
+            ours = self.log_probs(batch)
+            with use_adapter(policy, "ref" if "ref" in policy.peft_config else None):
+                reference = self.log_probs(batch)
             chosen, rejected = (
-                self.beta * (ours - theirs).double().cpu()
-                for ours, theirs in zip(logps, reference, strict=True)
+                self.beta * (a - b).double().cpu()
+                for a, b in zip(ours.chunk(2), reference.chunk(2), strict=True)
             )
             margin, keep = chosen - rejected, torch.tensor(counted)
             values = torch.stack(

@@ -7,8 +7,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-from engine_helpers import assert_quiet
-
 from configs.finetune_schema import DpoConfig, MultitaskConfig, SftConfig
 from train.finetune.__main__ import run
 
@@ -120,6 +118,9 @@ for line in open(sys.argv[1]):
 
 def run_ranks(configs, folder, ranks):
     """(method, config)s in `ranks` processes under torchrun; ranks=1 is one plain process."""
+    # not on the path of the processes that import this file
+    from engine_helpers import assert_quiet
+
     listed = folder / "configs.jsonl"
     listed.write_text(
         "".join(json.dumps([m, c.model_dump(mode="json")]) + "\n" for m, c in configs)
