@@ -39,9 +39,13 @@ class PolicyConfig(Section):
     )
     double_quant: bool = Field(True, description="quantize the scales of nf4 too")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "auto", description="dtype of weights that are not quantized; auto = the checkpoint's"
+        "auto",
+        description="dtype of weights that are not quantized; auto = the checkpoint's, float32 for bf16 on a "
+        "CPU without it",
     )
-    compute: Literal["bf16", "fp32"] = Field("bf16", description="dtype of the computation")
+    compute: Literal["auto", "bf16", "fp32"] = Field(
+        "auto", description="dtype of the computation; auto = bf16 where the device has it, else fp32"
+    )
     attn_implementation: str | None = Field(
         None, description="sdpa, eager, flash_attention_2, ...; null = transformers' choice"
     )

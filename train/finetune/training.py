@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 import shutil
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -25,10 +24,12 @@ from transformers.trainer_callback import EarlyStoppingCallback, PrinterCallback
 
 from configs.deepspeed_presets import zero_preset
 from eagle.errors import EagleError
+from eagle.meter import Bar, remaining
 from train.finetune import checkpoints as disk
 from train.finetune.adapter import load_trainable, write_adapter
 from train.finetune.policy import parameter_counts, trainable_state
 from train.finetune.run import Run
+from train.head.guards import trim_heap
 from train.head.metrics import MetricsLog
 
 NEVER = 10**9  # steps; evaluations at the start and the end are asked for elsewhere
@@ -179,21 +180,25 @@ class RunTrainer:
         name = f"checkpoint-{state.global_step}"
         folder = disk.folder_of(self.run.output)
         final, self._staging = folder / name, folder / disk.SAVING
-        if world.first:
+
+        def begin() -> None:
             disk.clear(self.run.output)
             self._staging.mkdir(parents=True, exist_ok=True)
-        world.wait()
+
+        def publish() -> None:
+            state.save_to_json(str(self._staging / name / disk.STATE))
+            disk.publish(self._staging / name, final)
+            best = Path(state.best_model_checkpoint) if state.best_model_checkpoint else None
+            disk.prune(self.run.output, self.run.cfg.train.save_total_limit, best)
+
+        world.first_does(begin)
         try:
             super()._save_checkpoint(model, trial)
             world.wait()  # every rank has written its part
             if state.best_global_step:
                 best = folder / f"checkpoint-{state.best_global_step}"
                 state.best_model_checkpoint = str(best)
-            if world.first:
-                state.save_to_json(str(self._staging / name / disk.STATE))
-                disk.publish(self._staging / name, final)
-                best = Path(state.best_model_checkpoint) if state.best_model_checkpoint else None
-                disk.prune(self.run.output, self.run.cfg.train.save_total_limit, best)
+            world.first_does(publish)
         except (OSError, RuntimeError, SafetensorError) as error:
             if isinstance(error, RuntimeError) and "PytorchStreamWriter" not in str(error):
                 raise
@@ -205,7 +210,6 @@ class RunTrainer:
             if world.first:
                 shutil.rmtree(self._staging, ignore_errors=True)
             self._staging = None
-        world.wait()
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None) -> None:
         load_trainable(self.model, Path(resume_from_checkpoint))
@@ -224,30 +228,44 @@ class Journal(TrainerCallback):
     def __init__(self, run: Run) -> None:
         self.run, self.signal = run, 0
         self.log: MetricsLog | None = None
-        self.shown = 0.0
+        self.bar = Bar(run.quiet or not run.world.first)
+        self.began: tuple[float, int] | None = None
+        self.found = ""
 
     def on_train_begin(self, args, state, control, **kwargs):
         if self.run.world.first:
             self.log = MetricsLog(self.run.output / "metrics.jsonl", state.global_step)
+        self.began = time.monotonic(), state.global_step
+        self.tell(state)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if self.log is None or "train_runtime" in logs:
             return
         self.log.write({"step": state.global_step, **logs})
-        evaluated = "eval_loss" in logs
-        due = evaluated or state.global_step <= 1 or time.monotonic() - self.shown > 10
-        if due and not self.run.quiet:
-            self.shown = time.monotonic()
-            shown = " ".join(
-                f"{k} {v:.4g}"
-                for k, v in logs.items()
-                if isinstance(v, (int, float)) and k != "epoch"
-            )
-            print(
-                f"step {state.global_step}/{state.max_steps}  {shown}", file=sys.stderr, flush=True
-            )
+        numbers = {k: v for k, v in logs.items() if isinstance(v, (int, float)) and k != "epoch"}
+        shown = " ".join(f"{k} {v:.4g}" for k, v in numbers.items())
+        if "eval_loss" in logs:
+            self.bar.note(f"step {state.global_step}/{state.max_steps}  {shown}")
+        else:
+            self.found = shown
+            self.tell(state, now=state.global_step == 1)
+
+    def tell(self, state, now: bool = False) -> None:
+        began, first = self.began
+        share = (state.global_step - first) / max(state.max_steps - first, 1)
+        seconds = time.monotonic() - began
+        rate = f"{(state.global_step - first) / max(seconds, 1e-9):.3g} steps/s"
+        self.bar.show(
+            f"step {state.global_step}/{state.max_steps}", state.global_step / max(state.max_steps, 1),
+            f"{self.found}  {rate}  ETA {remaining(seconds, share)}".strip(), now=now,
+        )  # fmt: skip
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.bar.close()
 
     def on_step_end(self, args, state, control, **kwargs):
+        trim_heap(state.global_step, self.run.world.device)
+        self.tell(state)
         number = self.signal
         if self.run.world.size > 1:
             number = int(self.run.world.max([float(number)])[0])
