@@ -81,10 +81,9 @@ def arguments(run: Run) -> dict[str, Any]:
 
 
 def trainer_preset(stage: int) -> dict:
-    """The preset of head training with "auto" for the trainer to fill in, and without bf16: the adapter
-    stays in fp32, which is its own master copy."""
+    """The preset of head training with "auto" for the trainer to fill in; the adapter stays in fp32,
+    which is its own master copy."""
     preset = zero_preset(stage)
-    preset.pop("bf16", None)
     if stage == 3:
         preset["zero_optimization"].setdefault("stage3_param_persistence_threshold", 10_000)
     return preset
