@@ -65,6 +65,9 @@ class FinetuneTrain(Section):
     output: str | None = Field(None, description="run folder; null = runs/COMMAND")
     max_steps: int | None = Field(None, ge=1, description="optimizer steps; null = from epochs")
     epochs: float = Field(1.0, gt=0, description="passes over the data when max_steps is null")
+    time_budget_minutes: float | None = Field(
+        None, gt=0, description="end after so long, with a finished schedule, if the steps are not done before"
+    )
     batch_size: int = Field(8, ge=1, description="rows a process takes per micro batch")
     eval_batch_size: int | None = Field(None, ge=1, description="null = batch_size")
     grad_accum: int = Field(2, ge=1, description="micro batches per optimizer step")

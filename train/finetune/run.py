@@ -27,6 +27,7 @@ from configs.finetune_schema import PolicyConfig
 from eagle.checkpoint import atomic_dir, atomic_write_text
 from eagle.errors import EagleError
 from eagle.loading import find_adapter, read_record, require_base, resolve_compute
+from eagle.meter import Bar
 from train.data import load_tokenizer
 from train.data.tokens import tokenizer_hash
 from train.finetune import checkpoints as disk
@@ -104,7 +105,9 @@ class Run:
     def build_model(self) -> None:
         m = self.cfg.model
         start = find_adapter(m.adapter) if m.adapter is not None else None
-        self.model = build_policy(m, self.cfg.lora, self.cfg.train.seed, start)
+        with Bar(self.quiet or not self.world.first) as bar:
+            bar.doing("loading the base model")
+            self.model = build_policy(m, self.cfg.lora, self.cfg.train.seed, start)
         weights = str(self.model.get_input_embeddings().weight.dtype).removeprefix("torch.")
         self.settle(dtype=weights)
         self.record["dtype"] = weights

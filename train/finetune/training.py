@@ -98,10 +98,14 @@ class RunTrainer:
     def __init__(self, run: Run, **options: Any) -> None:
         self.run = run
         self._staging: Path | None = None
+        self.journal = Journal(run)
+        watching: list[TrainerCallback] = [self.journal]
+        if patience := run.cfg.train.early_stopping_patience:
+            watching.append(EarlyStoppingCallback(patience))
         self.totals = parameter_counts(run.model)  # before TRL adds the reference's adapter
         run.record["trainable_parameters"] = self.totals["trainable_parameters"]
         kept = {n: p.detach().clone() for n, p in run.model.named_parameters() if p.requires_grad}
-        super().__init__(model=run.model, callbacks=callbacks(run), **options)
+        super().__init__(model=run.model, callbacks=watching, **options)
         with torch.no_grad():  # TRL rounds the adapter of a quantized model to bf16
             for name, p in run.model.named_parameters():
                 if name in kept:
@@ -111,8 +115,8 @@ class RunTrainer:
 
     def fit(self) -> int:
         """Train, publish, and return the exit code."""
-        stop = next(c for c in self.callback_handler.callbacks if isinstance(c, Journal))
-        with stop.signals():
+        stop = self.journal
+        with stop.signals(), stop.bar:
             self.train(resume_from_checkpoint=str(self.run.resume) if self.run.resume else None)
         if stop.signal:
             self.run.note(
@@ -121,6 +125,20 @@ class RunTrainer:
             return 128 + stop.signal
         self.run.finish(self, self.totals)
         return 0
+
+    def create_scheduler(self, num_training_steps: int, optimizer=None):
+        t = self.run.cfg.train
+        if t.time_budget_minutes is None:
+            return super().create_scheduler(num_training_steps, optimizer)
+
+        def scale(step: int) -> float:
+            """Of the learning rate: the schedule goes by the steps or by the clock, whichever is further."""
+            done = min(max((step + 1) / num_training_steps, self.journal.spent), 1.0)
+            falls = {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}
+            return min(done / t.warmup_ratio, 1.0) * falls[t.schedule] if t.warmup_ratio else falls[t.schedule]
+
+        self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer or self.optimizer, scale)
+        return self.lr_scheduler
 
     # arithmetic
 
@@ -140,6 +158,7 @@ class RunTrainer:
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
         began = time.perf_counter()
+        self.journal.bar.doing(f"step {self.state.global_step}: measuring on held-out rows")
         self.model.eval()
         with torch.no_grad(), self.run.autocast():
             found = self.measure()
@@ -214,13 +233,6 @@ class RunTrainer:
         load_trainable(self.model, Path(resume_from_checkpoint))
 
 
-def callbacks(run: Run) -> list[TrainerCallback]:
-    t, found = run.cfg.train, [Journal(run)]
-    if t.early_stopping_patience:
-        found.append(EarlyStoppingCallback(t.early_stopping_patience))
-    return found
-
-
 class Journal(TrainerCallback):
     """Writes what is logged, saves what is evaluated, ends a run in order when a signal comes."""
 
@@ -230,6 +242,7 @@ class Journal(TrainerCallback):
         self.bar = Bar(run.quiet or not run.world.first)
         self.began: tuple[float, int] | None = None
         self.found = ""
+        self.spent = 0.0  # share of the time budget
 
     def on_train_begin(self, args, state, control, **kwargs):
         if self.run.world.first:
@@ -259,20 +272,18 @@ class Journal(TrainerCallback):
             f"{self.found}  {rate}  ETA {remaining(seconds, share)}".strip(), now=now,
         )  # fmt: skip
 
-    def on_train_end(self, args, state, control, **kwargs):
-        self.bar.close()
-
     def on_step_end(self, args, state, control, **kwargs):
         trim_heap(state.global_step, self.run.world.device)
         self.tell(state)
-        number = self.signal
-        if self.run.world.size > 1:
-            number = int(self.run.world.max([float(number)])[0])
-        if number:
+        budget = 60 * (self.run.cfg.train.time_budget_minutes or math.inf)
+        spent = (time.monotonic() - self.began[0]) / budget
+        self.spent, number = self.run.world.max([spent, float(self.signal)])  # alike on all ranks
+        if number := int(number):
             self.signal = number
             control.should_save = control.should_training_stop = True
             control.should_evaluate = False
-        elif state.global_step >= state.max_steps:
+        elif state.global_step >= state.max_steps or self.spent >= 1:
+            control.should_training_stop = True
             control.should_evaluate = control.should_save = control.should_log = True
         return control
 

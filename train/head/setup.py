@@ -17,6 +17,7 @@ from eagle.checkpoint import load_head
 from eagle.errors import EagleError
 from eagle.head import OPTIONS, DraftHead, HeadConfig, make_head
 from eagle.loading import resolve_compute
+from eagle.meter import Bar
 from eagle.target import Target
 from train.data import TokenizedData, load_dataset_for, load_tokenizer
 from train.data.card import who_answered
@@ -84,9 +85,11 @@ def build(
     data = load_dataset_for(cfg.data, tokenizer, split="train", out_dir=output)
     guards.require_supervised(data.stats["supervised_tokens"], cfg.data.min_supervised_tokens)
     m = cfg.model
-    target = Target.from_pretrained(
-        m.base, dtype=m.dtype, device=device, adapter_path=m.adapter, quantization=m.quantization
-    )
+    with Bar(quiet=output is None) as bar:
+        bar.doing("loading the target")
+        target = Target.from_pretrained(
+            m.base, dtype=m.dtype, device=device, adapter_path=m.adapter, quantization=m.quantization
+        )
     held_out = (
         load_dataset_for(cfg.data, tokenizer, split="eval", out_dir=output)
         if cfg.eval.num_prompts
