@@ -359,7 +359,7 @@ def test_a_time_budget_ends_the_run_with_a_finished_schedule(base, data, tmp_pat
 
 
 def test_progress_on_a_pipe_is_a_line_at_intervals_with_rate_and_eta(base, data, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("eagle.meter.Bar.__init__.__defaults__", (False, 0.2))
+    monkeypatch.setattr("eagle.meter.Bar.__init__.__defaults__", (False, 0.1))
     cfg = config("sft", base, data, tmp_path / "run", train={"max_steps": 30})
     assert run("sft", cfg) == 0
     lines = [x for x in capsys.readouterr().err.splitlines() if x.startswith("step ")]
