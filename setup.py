@@ -48,6 +48,7 @@ setup(
         "pydantic>=2.7",
         "omegaconf>=2.3",
         "rich>=13",
+        "regex>=2025.10.22",
         "ninja>=1.11",
         "packaging>=23",
         "psutil>=5.9",

@@ -24,7 +24,6 @@ def deepspeed_config(cfg: HeadTrainConfig, world_size: int = 1) -> dict[str, Any
     filled["gradient_accumulation_steps"] = train.grad_accum
     filled["train_batch_size"] = train.batch_size * train.grad_accum * world_size
     filled["gradient_clipping"] = train.grad_clip
-    filled["bf16"]["enabled"] = train.dtype == "bf16"
     filled["optimizer"]["params"].update(
         lr=train.lr, betas=list(train.betas), weight_decay=train.weight_decay
     )

@@ -39,9 +39,13 @@ class PolicyConfig(Section):
     )
     double_quant: bool = Field(True, description="quantize the scales of nf4 too")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "auto", description="dtype of weights that are not quantized; auto = the checkpoint's"
+        "auto",
+        description="dtype of weights that are not quantized; auto = the checkpoint's, float32 for bf16 on a "
+        "CPU without it",
     )
-    compute: Literal["bf16", "fp32"] = Field("bf16", description="dtype of the computation")
+    compute: Literal["auto", "bf16", "fp32"] = Field(
+        "auto", description="dtype of the computation; auto = bf16 where the device has it, else fp32"
+    )
     attn_implementation: str | None = Field(
         None, description="sdpa, eager, flash_attention_2, ...; null = transformers' choice"
     )
@@ -61,6 +65,9 @@ class FinetuneTrain(Section):
     output: str | None = Field(None, description="run folder; null = runs/COMMAND")
     max_steps: int | None = Field(None, ge=1, description="optimizer steps; null = from epochs")
     epochs: float = Field(1.0, gt=0, description="passes over the data when max_steps is null")
+    time_budget_minutes: float | None = Field(
+        None, gt=0, description="end after so long, with a finished schedule, if the steps are not done before"
+    )
     batch_size: int = Field(8, ge=1, description="rows a process takes per micro batch")
     eval_batch_size: int | None = Field(None, ge=1, description="null = batch_size")
     grad_accum: int = Field(2, ge=1, description="micro batches per optimizer step")

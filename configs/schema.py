@@ -52,7 +52,8 @@ class ModelConfig(Section):
     base: str | None = Field(None, description="target model: folder or hub id, ORG/NAME[@REVISION]; null = embedded")
     init_head: str | None = Field(None, description="head to start from (warm start): folder or hub id")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "auto", description="dtype of the frozen target"
+        "auto",
+        description="dtype of the frozen target; auto = the checkpoint's, float32 for bf16 on a CPU without it",
     )
     adapter: str | None = Field(None, description="LoRA of the tuned target: folder or hub id; null = none")
     method: Literal["eagle3", "eagle1"] = Field(
@@ -182,6 +183,9 @@ class DataConfig(Section):
     min_supervised_tokens: int = Field(
         100, ge=1, description="supervised tokens below which a run is refused"
     )
+    num_proc: int | None = Field(
+        None, ge=1, description="processes that tokenise; null = one a core, and 1 for less than 8 MB of files"
+    )
     num_workers: int | None = Field(
         None, ge=0, description="processes that prepare batches; null = by GPUs and cores, 0 = none"
     )
@@ -239,7 +243,9 @@ class TrainConfig(Section):
         "adamw", description="muon: for the matrices, AdamW for the rest; ZeRO 0 only"
     )
     zero: int = Field(0, ge=0, le=3, description="DeepSpeed ZeRO stage 0, 1, 2 or 3")
-    dtype: Literal["bf16", "fp32"] = Field("bf16", description="dtype the head trains in")
+    dtype: Literal["auto", "bf16", "fp32"] = Field(
+        "auto", description="dtype the head trains in; auto = bf16 where the device has it, else fp32"
+    )
     ttt_steps: int = Field(5, ge=1, le=16, description="unrolled steps of training-time test")
     ttt_decay: float = Field(0.8, gt=0, le=1, description="loss weight of step i is decay**i")
     feature_noise: float | None = Field(

@@ -364,10 +364,21 @@ def resolve_dtype(dtype: str | torch.dtype) -> torch.dtype | str:
     return names[dtype]
 
 
+def resolve_compute(dtype: str, device: torch.device) -> str:
+    """What training computes in: `dtype`, where it is "auto" "bf16" on a device that has it and else "fp32"."""
+    if dtype != "auto":
+        return dtype
+    old = device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False)
+    return "bf16" if fast_bf16(device) and not old else "fp32"
+
+
 def fast_bf16(device: torch.device) -> bool:
-    """Does the device multiply bf16 natively? x86 CPUs without AVX512-BF16 or AMX emulate it, slowly."""
+    """Does the device multiply bf16 natively? x86 CPUs without AVX512-BF16 or AMX emulate it, slowly, and so does a
+    torch that is held to AVX2."""
     if device.type != "cpu":
         return True
+    if torch.backends.cpu.get_cpu_capability() in ("DEFAULT", "NO AVX", "AVX2"):
+        return platform.machine() not in ("x86_64", "AMD64")
     probes = [
         getattr(torch.cpu, n, None) for n in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
     ]

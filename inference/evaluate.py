@@ -213,8 +213,8 @@ def tasks(
 ) -> None:
     """Metrics of tasks from predictions and labels; --output FILE.json keeps them.
 
-    A line of --data: {"task", "type", "prediction", "label"}, type classification, regression or generation. A
-    prediction of null is one that could not be read. "scores": {label: number} of a classification gives AUROC.
+    A line of --data: {"task", "type", "prediction", "label"}, type classification, regression, ranking (lists of
+    numbers) or generation. A prediction of null is one that could not be read. "scores": {label: number} of a classification gives AUROC.
     """
     from inference.evaluation.task_metrics import read_answer, task_report
 

@@ -145,31 +145,18 @@ def complete_file(
     model, prompts, options: dict, batch_size: int, source: Path, output: str | None
 ) -> int:
     """Completions are written in the order of the file, all or nothing. Returns the exit status."""
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeRemainingColumn,
-    )
+    from eagle.meter import Meter
 
     # the longest first: rows in flight are of similar length, and what runs alone at the end is short
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i].ids))
     records: dict[int, dict] = {}
     seed = options.pop("seed")
     seeds = None if seed is None else [seed + i for i in order]
-    progress = Progress(
-        TextColumn("generating"), BarColumn(), MofNCompleteColumn(),
-        TextColumn("{task.fields[rate]:.0f} tokens/s"), TimeRemainingColumn(),
-        console=Console(stderr=True),
-    )  # fmt: skip
     started, tokens = time.perf_counter(), 0
     done = model.generate_many(
         [prompts[i].ids for i in order], slots=batch_size, as_completed=True, seed=seeds, **options
     )
-    with progress:
-        task = progress.add_task("", total=len(prompts), rate=0.0)
+    with Meter("generated", len(prompts)) as meter:
         for place, row in done:
             i = order[place]
             records[i] = {
@@ -181,8 +168,7 @@ def complete_file(
             if row.error is not None:
                 records[i]["error"] = str(row.error)
             tokens += len(row.tokens)
-            rate = tokens / (time.perf_counter() - started)
-            progress.update(task, advance=1, rate=rate)
+            meter.add(1, len(row.tokens))
     seconds = time.perf_counter() - started
     failed = [i for i in range(len(prompts)) if "error" in records[i]]
     numbers = line_numbers(source) if failed else []

@@ -1,7 +1,7 @@
 """A recipe of commands that can be interrupted: what is done is not done again, unless what it read changed.
 
     OUTPUT/stages/NAME.json   fingerprint of the command and its inputs, seconds it took, whether it is done
-    OUTPUT/logs/NAME.log      what the command wrote to stdout
+    OUTPUT/logs/NAME.log      what the command wrote
 
 Knows commands and files; knows nothing of what the commands do.
 """
@@ -16,9 +16,11 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 from inference.generate import write_text
 
@@ -97,15 +99,22 @@ class Runner:
         return code
 
     def call(self, words: list[str], log: Path) -> int:
-        """Run it to its end. Ctrl-C reaches it too and SIGTERM is passed on, so that it can save."""
+        """Run it to its end; what it writes goes to the log, and what it says on stderr to ours too. Ctrl-C reaches
+        it too and SIGTERM is passed on, so that it can save."""
         log.parent.mkdir(parents=True, exist_ok=True)
         kept = signal.signal(signal.SIGTERM, lambda number, frame: self.child.terminate())
         try:
-            with open(log, "w", encoding="utf-8") as file:
-                self.child = subprocess.Popen([sys.executable, *words], stdout=file)
+            with open(log, "ab", buffering=0) as file:
+                file.truncate(0)
+                self.child = subprocess.Popen(
+                    [sys.executable, *words], stdout=file, stderr=subprocess.PIPE
+                )
+                telling = threading.Thread(target=tell, args=(self.child.stderr, file))
+                telling.start()
                 while True:
                     try:
                         code = self.child.wait()
+                        telling.join()
                         break
                     except KeyboardInterrupt:
                         continue
@@ -117,6 +126,14 @@ class Runner:
         self.console.print(
             text, style="bold" if bold else None, markup=False, highlight=False, soft_wrap=True
         )
+
+
+def tell(lines: IO[bytes], log: IO[bytes]) -> None:
+    """Each line as it comes, into the log and on stderr."""
+    for line in lines:
+        log.write(line)
+        sys.stderr.write(line.decode("utf-8", "replace"))
+        sys.stderr.flush()
 
 
 def clocks() -> dict[str, float]:

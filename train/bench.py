@@ -185,7 +185,8 @@ def bench_steps(cfg: HeadTrainConfig, arms: list[str], steps: int, repeats: int)
     first = result[arms[0]]["tokens_per_second"]
     return {
         "batch_size": cfg.train.batch_size * cfg.train.grad_accum, "ttt_steps": cfg.train.ttt_steps,
-        "max_length": cfg.data.max_length, "loss": cfg.loss.name, "steps": steps, "repeats": repeats,
+        "max_length": cfg.data.max_length, "loss": cfg.loss.name, "dtype": trainers[arms[0]].cfg.train.dtype,
+        "steps": steps, "repeats": repeats,
         "tokens": sum(row["tokens"] for row in rows[arms[0]]), "arms": result,
         "ratios": {name: first / result[name]["tokens_per_second"] for name in arms[1:]},
     }  # fmt: skip

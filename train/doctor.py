@@ -105,7 +105,9 @@ def examine_target(
 ) -> Iterator[tuple[str, list[Finding], object]]:
     from train.checks import data, model, space
     from train.checks.findings import guarded
+    from train.head.setup import settle
 
+    cfg = settle(cfg, device)
     subject = model.Subject(cfg.model.base or "embedded")
     formats = data.formats(cfg.data) if with_data else set()
     found = guarded("target", partial(model.target, subject, cfg))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from pathlib import Path
 
 from configs.cli import main as run_command
 from configs.load import load_config
@@ -54,19 +55,19 @@ def run(cfg: HeadTrainConfig, quiet: bool = False) -> int:
 
     find_folder(cfg.model.base, weights=False)  # before anything is written
     require_installed(cfg.train.report_to)
-    if int(os.environ.get("RANK", "0")) == 0:
-        output = choose_output(cfg.train.output, cfg.data.format, cfg.train.resume)
-        fresh = not output.exists()
-        require_writable(output)
-    else:
-        output, fresh = None, False
     from transformers.utils.logging import disable_progress_bar
 
     from train.head.distributed import join_world
 
     disable_progress_bar()
+    def claim() -> tuple[Path, bool]:
+        output = choose_output(cfg.train.output, cfg.data.format, cfg.train.resume)
+        fresh = not output.exists()
+        require_writable(output)
+        return output, fresh
+
     world = join_world()
-    output = world.share(output)
+    output, fresh = world.first_does(claim)
     from train.head.loop import Trainer
 
     try:
@@ -76,7 +77,7 @@ def run(cfg: HeadTrainConfig, quiet: bool = False) -> int:
             shutil.rmtree(output, ignore_errors=True)  # nothing half-written stays
         raise
     if world.first:
-        write_config(output, cfg)
+        write_config(output, trainer.cfg)
     return trainer.fit()
 
 

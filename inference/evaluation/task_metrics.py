@@ -1,4 +1,4 @@
-"""Metrics of classification, regression and generation tasks, from predictions and labels.
+"""Metrics of classification, regression, ranking and generation tasks, from predictions and labels.
 
 They are torchmetrics' and sacrebleu's. Knows values; knows nothing of the model that predicted them.
 """
@@ -10,11 +10,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Real
 
+from eagle import scoring
 from eagle.errors import EagleError
 
 from .text_metrics import HINT, with_references
 
-KINDS = ("classification", "regression", "generation")
+KINDS = ("classification", "regression", "ranking", "generation")
 
 
 @dataclass(frozen=True)
@@ -39,11 +40,15 @@ def read_answer(row: object) -> Answer:
         raise ValueError(f"type must be one of {', '.join(KINDS)}, not {kind!r}")
     if kind == "regression":
         for name, value in (("label", label), ("prediction", prediction)):
-            number = (
-                isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
-            )
-            if not number and not (value is None and name == "prediction"):
+            if not is_number(value) and not (value is None and name == "prediction"):
                 raise ValueError(f"{name} must be a finite number, not {value!r}")
+    elif kind == "ranking":
+        for name, value in (("label", label), ("prediction", prediction)):
+            numbers = isinstance(value, list) and all(map(is_number, value))
+            if not numbers and not (value is None and name == "prediction"):
+                raise ValueError(f"{name} must be a list of finite numbers, not {value!r}")
+        if len(set(label)) < 2 or prediction is not None and len(prediction) != len(label):
+            raise ValueError("label and prediction must be as long, and the labels not all alike")
     else:
         wanted = (str,) if kind == "generation" else (str, int)
         if not isinstance(label, wanted) or not isinstance(prediction, (*wanted, type(None))):
@@ -61,9 +66,13 @@ def read_answer(row: object) -> Answer:
     return Answer(str(task), kind, prediction, label, scores)
 
 
+def is_number(value: object) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+
+
 def task_report(answers: Sequence[Answer]) -> dict:
     """{task: {"type", "rows", "unanswered", metrics…}}, and "mean_primary", the mean of accuracy, Spearman's
-    correlation or ROUGE-L over tasks (None where one is undefined)."""
+    correlation, pairwise accuracy or ROUGE-L over tasks (None where one is undefined)."""
     try:
         import torchmetrics.functional  # noqa: F401
     except ImportError as error:
@@ -153,10 +162,18 @@ def regression(rows: Sequence[Answer]) -> dict:
     return entry
 
 
+def ranking(rows: Sequence[Answer]) -> dict:
+    """pairwise_accuracy and ndcg over the answered rows; None without any."""
+    pairs = [(row.prediction, row.label) for row in rows if row.prediction is not None]
+    return scoring.ranking(pairs) if pairs else {"pairwise_accuracy": None, "ndcg": None}
+
+
 def generation(rows: Sequence[Answer]) -> dict:
     """rouge_l, chrf and exact_match; a missing text is an empty one."""
     return with_references([row.prediction or "" for row in rows], [row.label for row in rows])
 
 
-METRICS = {"classification": classification, "regression": regression, "generation": generation}
-PRIMARY = {"classification": "accuracy", "regression": "spearman", "generation": "rouge_l"}
+METRICS = {"classification": classification, "regression": regression, "ranking": ranking,
+           "generation": generation}  # fmt: skip
+PRIMARY = {"classification": "accuracy", "regression": "spearman", "ranking": "pairwise_accuracy",
+           "generation": "rouge_l"}  # fmt: skip

@@ -8,40 +8,31 @@ T tokens, V vocabulary.
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Sequence
 
 from eagle.errors import EagleError
+from eagle.scoring import rouge_l, words
 
 HINT = "these metrics need torchmetrics and sacrebleu: pip install 'eagle-heads[eval]'"
-WORD = re.compile(r"\w+|[^\w\s]")
 NGRAMS = (1, 2, 3, 4)
-
-
-def words(text: str) -> list[str]:
-    """Words and marks, in any script; code comes out as its tokens."""
-    return WORD.findall(text)
 
 
 def with_references(predictions: Sequence[str], references: Sequence[str]) -> dict[str, float]:
     """rouge_l (F1, mean over texts, cased), chrf (chrF++ of the corpus: letters up to 6, words up to 2), and
     exact_match (spaces at the ends aside); all in [0, 1]."""
     try:
+        import torchmetrics  # noqa: F401
         from sacrebleu.metrics import CHRF
-        from torchmetrics.functional.text.rouge import rouge_score
     except ImportError as error:
         raise EagleError(HINT) from error
     if len(predictions) != len(references) or not predictions:
         raise EagleError(
             f"{len(predictions)} texts and {len(references)} references; give one reference a text"
         )
-    rouge = rouge_score(
-        list(predictions), list(references), rouge_keys="rougeL", normalizer=str, tokenizer=words
-    )
     same = [a.strip() == b.strip() for a, b in zip(predictions, references, strict=True)]
     return {
-        "rouge_l": float(rouge["rougeL_fmeasure"]),
+        "rouge_l": rouge_l(predictions, references),
         "chrf": CHRF(word_order=2).corpus_score(list(predictions), [list(references)]).score / 100,
         "exact_match": sum(same) / len(same),
     }

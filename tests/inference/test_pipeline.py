@@ -174,6 +174,13 @@ def test_a_stage_is_done_once_and_again_when_what_it_reads_changes(tmp_path):
     assert times(DONE + "\n") == 5
 
 
+def test_the_log_holds_what_a_stage_says_too(tmp_path, capfd):
+    code = DONE + "; print('step 3/80  ETA 9:00', file=sys.stderr)"
+    assert Runner(tmp_path, 1).run(stage(tmp_path, code)) == 0
+    assert sorted((tmp_path / "logs/work.log").read_text().splitlines()) == ["step 3/80  ETA 9:00", "to the log"]
+    assert "step 3/80  ETA 9:00\n" in capfd.readouterr().err
+
+
 def test_a_failed_stage_goes_on_where_it_can(tmp_path, capsys):
     fails = (
         COUNT

@@ -24,6 +24,9 @@ def test_rouge_l_sees_other_scripts_marks_and_case():
     assert with_references(["数 数"], ["数 学"])["rouge_l"] == 0.5
     assert with_references(["x = 1"], ["x == 1"])["rouge_l"] == pytest.approx(2 * 3 / 7)
     assert with_references(["True"], ["true"])["rouge_l"] == 0.0
+    assert with_references(["今天天气很好。"], ["今天天气不好。"])["rouge_l"] == pytest.approx(6 / 7)
+    assert words("हिन्दी में") == ["हिन्दी", "में"]  # vowel signs stay with their letters
+    assert words("ไทย ok") == ["ไ", "ท", "ย", "ok"]
     assert words("a[i]+=1") == ["a", "[", "i", "]", "+", "=", "1"]
 
 
@@ -133,6 +136,18 @@ def test_regression():
     assert nothing["mae"] is None
 
 
+def test_ranking():
+    """By hand: 2 of 3 pairs and a tie; the best candidate first, or second."""
+    found = rows("t", "ranking", [([0.5, 0.1, 0.4], [2, 1, 0]), ([0.0, 0.0], [1, 3]), (None, [0, 1])])
+    report = task_report(found)
+    entry = report["tasks"]["t"]
+    assert entry["pairwise_accuracy"] == pytest.approx((2 / 3 + 0.5) / 2) == report["mean_primary"]
+    first = (2 + 1 / 2) / (2 + 1 / math.log2(3))  # gains 2, 0, 1 against 2, 1, 0
+    assert 0.9 < first < entry["ndcg"] + 0.5 and entry["unanswered"] == 1
+    nothing = task_report(rows("t", "ranking", [(None, [0, 1])]))["tasks"]["t"]
+    assert nothing["pairwise_accuracy"] is None
+
+
 def test_generation_and_the_mean_over_tasks():
     answers = rows("write", "generation", [("a b", "a b"), (None, "c")])
     answers += rows("sort", "classification", [("x", "x"), ("y", "y")])
@@ -155,7 +170,10 @@ def test_a_task_has_one_type_and_a_file_has_rows():
     [
         ([], "object"),
         ({"task": "t", "type": "regression", "label": 1}, "prediction"),
-        ({"task": "t", "type": "ranking", "prediction": 1, "label": 1}, "type"),
+        ({"task": "t", "type": "choice", "prediction": 1, "label": 1}, "type"),
+        ({"task": "t", "type": "ranking", "prediction": 1, "label": [0, 1]}, "prediction must be a list"),
+        ({"task": "t", "type": "ranking", "prediction": [1], "label": [0, 1]}, "as long"),
+        ({"task": "t", "type": "ranking", "prediction": [1, 2], "label": [1, 1]}, "not all alike"),
         ({"task": "t", "type": "regression", "prediction": "1", "label": 1}, "prediction"),
         ({"task": "t", "type": "regression", "prediction": 1, "label": float("nan")}, "label"),
         ({"task": "t", "type": "regression", "prediction": 1, "label": None}, "label"),

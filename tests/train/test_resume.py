@@ -2,6 +2,7 @@
 
 import json
 import os
+import platform
 import resource
 import shutil
 import signal
@@ -11,9 +12,12 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from head_helpers import config, losses_of, rows_of, tiny_head
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
+from eagle.checkpoint import load_head
 from eagle.errors import EagleError
 from train.head import loop, setup
 from train.head import state as disk
@@ -68,6 +72,51 @@ def test_ten_kills_at_random_moments_change_nothing(base, data, tmp_path):
     assert len(found["moments"]) == 10 and 0 < max(found["steps"]) < 100
     require_same_run(tmp_path / "run", tmp_path / "run-killed")
     assert not list((tmp_path / "run-killed/checkpoints").glob("damaged-*"))
+
+
+@pytest.fixture(scope="session")
+def bf16_base(base, tmp_path_factory):
+    """The tiny target as most are published."""
+    folder = tmp_path_factory.mktemp("bf16") / "base"
+    shutil.copytree(base, folder)
+    AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("fast, dtype, other", [(True, "bf16", "fp32"), (False, "fp32", "bf16")])
+def test_a_run_has_the_dtype_of_its_first_machine_and_says_so(
+    bf16_base, data, tmp_path, monkeypatch, fast, dtype, other
+):
+    target = {"bf16": "bfloat16", "fp32": "float32"}[dtype]
+    more = {"max_steps": 2, "dtype": "auto", "model": {"dtype": "auto"}, "save_every": 1}
+
+    def recorded(folder):
+        card, settings = (yaml.safe_load((folder / n).read_text()) for n in ("run.json", "config.yaml"))
+        _, provenance = load_head(folder / "head")
+        return (card["dtype"], card["target"]["dtype"], settings["train"]["dtype"], settings["model"]["dtype"],
+                provenance["training"]["dtype"], provenance["target"]["dtype"])  # fmt: skip
+
+    monkeypatch.setattr("eagle.loading.fast_bf16", lambda device: fast)
+    assert run(config(bf16_base, data, tmp_path / "run", **more), quiet=True) == 0
+    assert recorded(tmp_path / "run") == (dtype, target) * 3
+    monkeypatch.setattr("eagle.loading.fast_bf16", lambda device: not fast)
+    first = str(tmp_path / "run" / "checkpoints" / "step-1")
+    assert run(config(bf16_base, data, tmp_path / "on", resume=first, **more), quiet=True) == 0
+    assert recorded(tmp_path / "on") == (dtype, target) * 3
+    with pytest.raises(EagleError, match=f"train.dtype={dtype}, not {other}; leave train.dtype out"):
+        run(config(bf16_base, data, tmp_path / "no", resume=first, **{**more, "dtype": other}), quiet=True)
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="ATen's AVX2 is of x86")
+def test_a_cpu_with_avx2_alone_trains_in_fp32(data, tmp_path):
+    """The real command, on the embedded model, whose weights are bf16."""
+    command = [sys.executable, "-m", "train.main", "--data", str(data), "--output", str(tmp_path / "run"),
+               "train.max_steps=1", "train.batch_size=1", "eval.num_prompts=0", f"data.cache_dir={tmp_path}"]  # fmt: skip
+    env = {**ENV, "ATEN_CPU_CAPABILITY": "avx2"}
+    done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    card = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert (card["dtype"], card["target"]["dtype"]) == ("fp32", "float32")
 
 
 def state_at(step: int, seed: int = 0) -> disk.TrainState:

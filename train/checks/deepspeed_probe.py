@@ -20,7 +20,6 @@ def probe(zero: int) -> dict:
     deepspeed = import_deepspeed()
     cfg = HeadTrainConfig.model_validate({"train": {"zero": zero, "batch_size": 1}})
     config = deepspeed_config(cfg)
-    config["bf16"]["enabled"] = False
     layer = torch.nn.Linear(8, 8)
     engine, *_ = deepspeed.initialize(
         model=layer, model_parameters=list(layer.parameters()), config=config

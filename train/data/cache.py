@@ -1,32 +1,46 @@
 """Tokenised rows on disk: Arrow, memory-mapped, under a fingerprint of all that shaped them.
 
 An entry is a folder `rows.arrow` + `stats.json` + `quarantine.jsonl`, built beside its place and
-renamed into it, so it is there whole or not at all. Several processes may build the same entry:
-each in its own temporary folder, the first rename wins, and the others' work is thrown away.
+renamed into it, so it is there whole or not at all. Of several processes that need the same entry, ranks of a run
+among them, one builds it and the others wait for its lock; where there are no locks each builds in its own temporary
+folder, the first rename wins, and the others' work is thrown away.
 """
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
+import itertools
 import json
 import os
 import shutil
+import signal
+import threading
+import time
 import uuid
+from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from configs.schema import DataConfig
 from eagle.errors import EagleError
 from eagle.loading import cache_folder
+from eagle.meter import Bar, remaining
 from train.data.quarantine import BadRow, read_quarantine, write_quarantine
 from train.data.render import Renderer, record_key
-from train.data.rows import Row, RowError
-from train.data.sources import read_records
+from train.data.rows import RowError
+from train.data.sources import Record, read_records
 from train.data.tokens import tokenizer_hash
 
 CODE_VERSION = 2  # raise when rendering changes: old entries are then not found
-BATCH_ROWS = 1000
+CHUNK_RECORDS = 500
+MANY_BYTES = 8 << 20  # of data files, from which on every core tokenises
+_renderer: Renderer | None = None  # of a process that tokenises
 SHAPING_FIELDS = {
     "chat": ("max_length", "supervise"),
     "instruction": ("max_length", "supervise", "instruction_template"),
@@ -78,9 +92,14 @@ def load_or_build(
         return entry
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.{uuid.uuid4().hex[:8]}")
     try:
-        temporary.mkdir(parents=True)
-        _build(temporary, files, renderer)
-        _publish(temporary, folder)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with _alone(folder.with_name(f".{folder.name}.lock")):
+            entry = _open(folder, cache_hit=True)
+            if entry is not None:
+                return entry
+            temporary.mkdir()
+            _build(temporary, files, renderer, cfg.num_proc)
+            _publish(temporary, folder)
     except OSError as error:
         raise EagleError(
             f"cannot write tokenised data to {folder.parent}: {error.strerror or error}; "
@@ -123,12 +142,42 @@ def _open(folder: Path, cache_hit: bool) -> CacheEntry | None:
     return CacheEntry(table, stats["records"], bad, cache_hit, folder)
 
 
-def _build(folder: Path, files: list[Path], renderer: Renderer) -> None:
+def _build(folder: Path, files: list[Path], renderer: Renderer, processes: int | None) -> None:
     import pyarrow as pa
 
     bad: list[BadRow] = []
     counts = {"records": 0, "rows": 0}
-    schema = pa.schema(
+    size, seen = sum(path.stat().st_size for path in files), 0
+    if processes is None:
+        processes = _cores() if size >= MANY_BYTES else 1
+    text = all(path.suffix.lower() != ".parquet" for path in files)  # whose size says how far it is
+    began = time.monotonic()
+    with (
+        pa.OSFile(str(folder / "rows.arrow"), "wb") as sink,
+        pa.ipc.new_stream(sink, _schema()) as writer,
+        Bar() as bar,
+    ):
+        for rows, refused, records, length in _rendered(_chunks(files), renderer, processes):
+            writer.write_batch(rows)
+            bad += refused
+            counts["records"] += records
+            counts["rows"] += rows.num_rows
+            seen += length
+            share, seconds = min(seen / max(size, 1), 1.0) if text else 0.0, time.monotonic() - began
+            rate = f"{counts['records'] / max(seconds, 1e-9):.0f} records/s"
+            eta = f"ETA {remaining(seconds, share)}"
+            bar.show(f"tokenised {counts['records']} records", share if text else None, f"{rate}  {eta}")
+    write_quarantine(bad, folder / "quarantine.jsonl")
+    (folder / "stats.json").write_text(json.dumps(counts), encoding="utf-8")
+    for name in ("rows.arrow", "stats.json"):
+        with (folder / name).open("rb") as file:
+            os.fsync(file.fileno())
+
+
+def _schema() -> Any:
+    import pyarrow as pa
+
+    return pa.schema(
         [
             ("input_ids", pa.list_(pa.int32())),
             ("loss_mask", pa.list_(pa.uint8())),
@@ -138,44 +187,104 @@ def _build(folder: Path, files: list[Path], renderer: Renderer) -> None:
             ("line", pa.int64()),
         ]
     )
-    path = folder / "rows.arrow"
-    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
-        batch: list[dict[str, Any]] = []
-        for (file, line), key, row in _rows(files, renderer, bad, counts):
-            ids, mask, truncated = row
-            batch.append({"input_ids": ids, "loss_mask": mask, "key": key, "truncated": truncated,
-                          "file": file, "line": line})  # fmt: skip
-            if len(batch) == BATCH_ROWS:
-                writer.write_batch(pa.RecordBatch.from_pylist(batch, schema=schema))
-                batch = []
-        writer.write_batch(pa.RecordBatch.from_pylist(batch, schema=schema))
-    write_quarantine(bad, folder / "quarantine.jsonl")
-    (folder / "stats.json").write_text(json.dumps(counts), encoding="utf-8")
-    for name in ("rows.arrow", "stats.json"):
-        with (folder / name).open("rb") as file:
-            os.fsync(file.fileno())
 
 
-def _rows(
-    files: list[Path], renderer: Renderer, bad: list[BadRow], counts: dict[str, int]
-) -> Iterator[tuple[tuple[int, int], int, Row]]:
-    """(file number, line), record key and row of every good record; bad ones go to `bad`."""
-    for number, path in enumerate(files):
-        for record in read_records(path):
-            counts["records"] += 1
-            if record.value is None:
-                assert record.error is not None
-                reason = record.error.split(":")[0]
-                bad.append(BadRow(record.file, record.line, reason, record.error,
-                                  "repair or remove this line", record.raw))  # fmt: skip
-                continue
+def _chunks(files: list[Path]) -> Iterator[list[tuple[int, Record]]]:
+    """Records with the number of their file, some at a time; none at all are one empty chunk."""
+    records = ((number, record) for number, path in enumerate(files) for record in read_records(path))
+    yield list(itertools.islice(records, CHUNK_RECORDS))
+    while chunk := list(itertools.islice(records, CHUNK_RECORDS)):
+        yield chunk
+
+
+def _rendered(
+    chunks: Iterator[list[tuple[int, Record]]], renderer: Renderer, processes: int
+) -> Iterator[tuple[Any, list[BadRow], int, int]]:
+    """`_render` of each chunk in their order, whatever the number of processes."""
+    if processes == 1:
+        yield from (_render(chunk, renderer) for chunk in chunks)
+        return
+    # forked: a renderer cannot be sent to another process, and what it needs is loaded here
+    with ProcessPoolExecutor(processes, get_context("fork"), _begin, (renderer,)) as pool:
+        ahead: deque = deque()
+        try:
+            for chunk in chunks:
+                ahead.append(pool.submit(_render, chunk))
+                if len(ahead) > 2 * processes:
+                    yield ahead.popleft().result()
+            while ahead:
+                yield ahead.popleft().result()
+        except BrokenProcessPool as error:
+            raise EagleError(
+                "a process that tokenises was killed, perhaps for want of memory; lower data.num_proc"
+            ) from error
+
+
+def _begin(renderer: Renderer) -> None:
+    """Of a process that tokenises: it leaves signals to its parent, and ends with it."""
+    global _renderer
+    _renderer = renderer
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    threading.Thread(target=lambda: (parent_process().join(), os._exit(1)), daemon=True).start()
+
+
+def _render(
+    chunk: list[tuple[int, Record]], renderer: Renderer | None = None
+) -> tuple[Any, list[BadRow], int, int]:
+    """(record batch of the good rows, bad records, number of records, bytes of their text)."""
+    import pyarrow as pa
+
+    render = renderer or _renderer
+    rows, bad, length = [], [], 0
+    for number, record in chunk:
+        length += len(record.raw.encode("utf-8", "replace"))
+        if record.value is None:
+            assert record.error is not None
+            reason = record.error.split(":")[0]
+            bad.append(BadRow(record.file, record.line, reason, record.error,
+                              "repair or remove this line", record.raw))  # fmt: skip
+            continue
+        try:
+            rendered = render(record.value)
+        except RowError as error:
+            bad.append(BadRow(record.file, record.line, error.reason, str(error),
+                              error.remedy, record.raw))  # fmt: skip
+            continue
+        key = record_key(record.value)
+        rows += [{"input_ids": ids, "loss_mask": mask, "key": key, "truncated": truncated, "file": number,
+                  "line": record.line} for ids, mask, truncated in rendered]  # fmt: skip
+    return pa.RecordBatch.from_pylist(rows, schema=_schema()), bad, len(chunk), length
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    """Hold the lock file `path`, which the system frees when its holder ends, however it ends. Where the disk knows no
+    locks, do without: the work is then done twice."""
+    waiting = None
+    with Bar() as bar:
+        while True:
+            file = path.open("a")
             try:
-                rendered = renderer(record.value)
-            except RowError as error:
-                bad.append(BadRow(record.file, record.line, error.reason, str(error),
-                                  error.remedy, record.raw))  # fmt: skip
-                continue
-            key = record_key(record.value)
-            for row in rendered:
-                counts["rows"] += 1
-                yield (number, record.line), key, row
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if path.exists() and path.stat().st_ino == os.fstat(file.fileno()).st_ino:
+                    break
+                file.close()  # whoever held it has removed it
+            except BlockingIOError:
+                file.close()
+                if waiting is None:
+                    waiting = "waiting for another process to tokenise the same data"
+                    bar.doing(waiting)
+                time.sleep(0.1)
+            except OSError:
+                break
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        file.close()

@@ -23,6 +23,8 @@ from pathlib import Path
 
 import torch
 
+from eagle.loading import resolve_compute
+
 from .corpus import (
     SourceFile,
     chat_record,
@@ -200,13 +202,14 @@ def pretrain(out: str | Path, cfg: PretrainConfig, root: str | None = None) -> d
 
     budget, last, last_save, smooth = cfg.minutes * 60, time.monotonic(), time.monotonic(), None
     base_lrs = [cfg.lr_muon, cfg.lr_adam]
+    fast = resolve_compute("auto", device) == "bf16"
     while spent < budget:
         left = 1 - spent / budget
         scale = min(1.0, (step + 1) / cfg.warmup_steps, left / cfg.decay_share)
         for opt, lr in zip(opts, base_lrs, strict=True):
             opt.param_groups[0]["lr"] = lr * max(scale, 0.005)
         batch = torch.tensor([next(data) for _ in range(cfg.batch_size)]).to(device)
-        with torch.autocast(device.type, torch.bfloat16):
+        with torch.autocast(device.type, torch.bfloat16, enabled=fast):
             logits = forward(input_ids=batch[:, :-1]).logits
         loss = torch.nn.functional.cross_entropy(
             logits.float().flatten(0, 1), batch[:, 1:].flatten()

@@ -15,7 +15,15 @@ from torch import nn
 from configs.finetune_schema import LoraSection, PolicyConfig
 from eagle.checkpoint import target_fingerprint
 from eagle.errors import EagleError
-from eagle.loading import find_folder, quantization_config, read_model, resolve_dtype
+from eagle.loading import (
+    fast_bf16,
+    find_folder,
+    quantization_config,
+    read_model,
+    resolve_compute,
+    resolve_device,
+    resolve_dtype,
+)
 
 ADAPTER = "default"  # peft's name of the adapter that learns
 
@@ -60,7 +68,7 @@ def load_base(
     quantization: str = "nf4",
     double_quant: bool = True,
     dtype: str = "auto",
-    compute: torch.dtype = torch.bfloat16,
+    compute: str = "auto",
     attn_implementation: str | None = None,
     place: bool = True,
 ) -> nn.Module:
@@ -70,7 +78,8 @@ def load_base(
     if attn_implementation is not None:
         options["attn_implementation"] = attn_implementation
     if quantization != "none":
-        options["quantization_config"] = quantization_config(quantization, compute, double_quant)
+        arithmetic = resolve_dtype(resolve_compute(compute, resolve_device(None)))
+        options["quantization_config"] = quantization_config(quantization, arithmetic, double_quant)
     if place and torch.cuda.is_available():
         options["device_map"] = {"": int(os.environ.get("LOCAL_RANK", "0"))}
     model = read_model(path, resolve_dtype(dtype), options, "base")
@@ -99,18 +108,17 @@ def build_policy(
 ) -> nn.Module:
     """A peft model: the quantized base, and the adapter in folder `adapter` or a new one, in fp32.
 
-    The frozen weights keep the dtype in which they are served: an adapter learns on what it will run on.
+    The frozen weights have the dtype in which they are served: an adapter learns on what it will run on.
     """
     from peft import LoraConfig, PeftModel, get_peft_model
     from transformers import set_seed
 
-    compute = torch.bfloat16 if cfg.compute == "bf16" else torch.float32
     model = load_base(
         cfg.base,
         quantization=cfg.quantization,
         double_quant=cfg.double_quant,
-        dtype=cfg.dtype,
-        compute=compute,
+        dtype=served_dtype(cfg.base, cfg.dtype),
+        compute=cfg.compute,
         attn_implementation=cfg.attn_implementation,
     )
     set_seed(seed)
@@ -127,6 +135,14 @@ def build_policy(
             f"lora.target_modules={lora.target_modules!r} fits no layer of {base_path(cfg.base)}: "
             f"{str(error).splitlines()[0]}"
         ) from error
+
+
+def served_dtype(base: str | None, dtype: str) -> str:
+    """What generation makes of "auto" here: `eagle.loading.load_model`."""
+    if dtype != "auto" or fast_bf16(resolve_device(None)):
+        return dtype
+    stored = load_base(base, quantization="none", place=False).dtype  # mapped, not read
+    return "float32" if stored == torch.bfloat16 else dtype
 
 
 def parameter_counts(model: nn.Module) -> dict[str, Any]:

@@ -23,9 +23,11 @@ from typing import Any
 import torch
 
 from configs.errors import ConfigError
+from configs.finetune_schema import PolicyConfig
 from eagle.checkpoint import atomic_dir, atomic_write_text
 from eagle.errors import EagleError
-from eagle.loading import find_adapter, read_record, require_base
+from eagle.loading import find_adapter, read_record, require_base, resolve_compute
+from eagle.meter import Bar
 from train.data import load_tokenizer
 from train.data.tokens import tokenizer_hash
 from train.finetune import checkpoints as disk
@@ -86,6 +88,12 @@ class Run:
             require_base(folder, before, base_path(m.base), found)
             self.record["started_from"] = before.get("fingerprint") or str(folder)
 
+    def settle(self, **values: str) -> None:
+        """Put what "auto" means into the config."""
+        self.cfg = self.cfg.model_copy(
+            update={"model": self.cfg.model.model_copy(update=values)}
+        )
+
     def trainer_tokenizer(self) -> Any:
         """A copy for a trainer, which may change it; what is saved is the base's own."""
         return copy.deepcopy(self.tokenizer)
@@ -93,7 +101,12 @@ class Run:
     def build_model(self) -> None:
         m = self.cfg.model
         start = find_adapter(m.adapter) if m.adapter is not None else None
-        self.model = build_policy(m, self.cfg.lora, self.cfg.train.seed, start)
+        with Bar(self.quiet or not self.world.first) as bar:
+            bar.doing("loading the base model")
+            self.model = build_policy(m, self.cfg.lora, self.cfg.train.seed, start)
+        weights = str(self.model.get_input_embeddings().weight.dtype).removeprefix("torch.")
+        self.settle(dtype=weights)
+        self.record["dtype"] = weights
         if self.cfg.train.gradient_checkpointing:
             # the frozen embedding gives no gradient to recompute along; the trainer turns the rest on
             self.model.enable_input_require_grads()
@@ -124,13 +137,10 @@ class Run:
 
     def finish(self, trainer: Any, totals: dict) -> dict:
         """Publish the best adapter and the summary; rank 0 writes. Returns the summary."""
-        state = trainer.state
-        memory = peak_memory_mb()
-        if self.world.size > 1:
-            memory = self.world.max([memory])[0]
-        if not self.world.first:
-            self.world.wait()
-            return {}
+        memory = self.world.max([peak_memory_mb()])[0]
+        return self.world.first_does(lambda: self._publish(trainer.state, totals, memory))
+
+    def _publish(self, state: Any, totals: dict, memory: float) -> dict:
         best = best_checkpoint(self.output, state)
         with atomic_dir(self.output / "adapter") as folder:
             shutil.copytree(
@@ -162,7 +172,6 @@ class Run:
         }
         atomic_write_text(self.output / "summary.json", json.dumps(summary, indent=2) + "\n")
         self._tell(summary)
-        self.world.wait()
         return summary
 
     def _tell(self, summary: dict) -> None:
@@ -182,17 +191,37 @@ class Run:
 def start(cfg: Any, method: str, quiet: bool = False) -> Run:
     """Join the ranks, choose the folder, and find what to resume."""
     launched = "RANK" in os.environ
-    output = resume = None
-    if int(os.environ.get("RANK", "0")) == 0:
+
+    def claim() -> tuple[Path, Path | None]:
         output = choose_output(cfg.train.output, method, cfg.train.resume)
         resume = disk.find(output, cfg.train.resume) if cfg.train.resume else None
         require_writable(output)
         disk.clear(output)
+        return output, resume
+
     world = join_world() if launched or cfg.train.zero is not None else World(0, 1, _device())
-    output, resume = world.share((output, resume))
+    output, resume = world.first_does(claim)
     if not world.first:
         logging.getLogger("train.data").setLevel(logging.ERROR)
-    return Run(cfg, method, world, output, quiet, resume)
+    run = Run(cfg, method, world, output, quiet, resume)
+    run.settle(**dtypes(cfg.model, world.device, resume))
+    return run
+
+
+def dtypes(model: PolicyConfig, device: torch.device, resume: Path | None) -> dict[str, str]:
+    """What `dtype` and `compute` are to be. A run that is resumed keeps its own: what "auto" meant where it began,
+    another machine may read otherwise."""
+    found = {}
+    for name in ("dtype", "compute"):
+        found[name] = asked = getattr(model, name)
+        had = read_record(resume).get(name) if resume is not None else None
+        if had is not None and asked not in ("auto", had):
+            raise EagleError(
+                f"{resume} belongs to a run with model.{name}={had}, not {asked}; leave model.{name} out, or start a "
+                "new run with another --output"
+            )
+        found[name] = had or asked
+    return {**found, "compute": resolve_compute(found["compute"], device)}
 
 
 def execute(cfg: Any, method: str, body: Any, quiet: bool = False) -> int:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from configs.finetune_schema import TaskConfig
+from eagle import scoring
 
 FLOOR = 0.01
 
@@ -24,13 +25,10 @@ def measure_task(task: TaskConfig, lines: list[dict]) -> dict[str, float]:
 
 
 def generation(task: TaskConfig, lines: list[dict]) -> dict[str, float]:
-    from torchmetrics.functional.text import rouge_score
-
     predictions = [line["prediction"].strip() for line in lines]
     labels = [line["label"].strip() for line in lines]
-    rouge = rouge_score(predictions, labels, rouge_keys="rougeL")
     same = [p == a for p, a in zip(predictions, labels, strict=True)]
-    return {"rouge_l": float(rouge["rougeL_fmeasure"]), "exact_match": sum(same) / len(same)}
+    return {"rouge_l": scoring.rouge_l(predictions, labels), "exact_match": sum(same) / len(same)}
 
 
 def classification(task: TaskConfig, lines: list[dict]) -> dict[str, float]:
@@ -68,16 +66,7 @@ def regression(task: TaskConfig, lines: list[dict]) -> dict[str, float]:
 
 
 def ranking(task: TaskConfig, lines: list[dict]) -> dict[str, float]:
-    from torchmetrics.functional.retrieval import retrieval_normalized_dcg
-
-    right, ndcg = [], []
-    for line in lines:
-        scores, labels = torch.tensor(line["prediction"]), torch.tensor(line["label"]).double()
-        better = labels[:, None] > labels[None]
-        wins = (scores[:, None] > scores[None]).double() + 0.5 * (scores[:, None] == scores[None])
-        right.append(float(wins[better].mean()))
-        ndcg.append(float(retrieval_normalized_dcg(scores, labels - labels.min())))
-    return {"pairwise_accuracy": sum(right) / len(right), "ndcg": sum(ndcg) / len(ndcg)}
+    return scoring.ranking([(line["prediction"], line["label"]) for line in lines])
 
 
 BY_TYPE = {"generation": generation, "classification": classification, "regression": regression,

@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 import shutil
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -25,10 +24,12 @@ from transformers.trainer_callback import EarlyStoppingCallback, PrinterCallback
 
 from configs.deepspeed_presets import zero_preset
 from eagle.errors import EagleError
+from eagle.meter import Bar, remaining
 from train.finetune import checkpoints as disk
 from train.finetune.adapter import load_trainable, write_adapter
 from train.finetune.policy import parameter_counts, trainable_state
 from train.finetune.run import Run
+from train.head.guards import trim_heap
 from train.head.metrics import MetricsLog
 
 NEVER = 10**9  # steps; evaluations at the start and the end are asked for elsewhere
@@ -86,10 +87,9 @@ def checkpointing(on: bool) -> dict[str, Any]:
 
 
 def trainer_preset(stage: int) -> dict:
-    """The preset of head training with "auto" for the trainer to fill in, and without bf16: the adapter
-    stays in fp32, which is its own master copy."""
+    """The preset of head training with "auto" for the trainer to fill in; the adapter stays in fp32,
+    which is its own master copy."""
     preset = zero_preset(stage)
-    preset.pop("bf16", None)
     if stage == 3:
         preset["zero_optimization"].setdefault("stage3_param_persistence_threshold", 10_000)
     return preset
@@ -104,10 +104,14 @@ class RunTrainer:
     def __init__(self, run: Run, **options: Any) -> None:
         self.run = run
         self._staging: Path | None = None
+        self.journal = Journal(run)
+        watching: list[TrainerCallback] = [self.journal]
+        if patience := run.cfg.train.early_stopping_patience:
+            watching.append(EarlyStoppingCallback(patience))
         self.totals = parameter_counts(run.model)  # before TRL adds the reference's adapter
         run.record["trainable_parameters"] = self.totals["trainable_parameters"]
         kept = {n: p.detach().clone() for n, p in run.model.named_parameters() if p.requires_grad}
-        super().__init__(model=run.model, callbacks=callbacks(run), **options)
+        super().__init__(model=run.model, callbacks=watching, **options)
         with torch.no_grad():  # TRL rounds the adapter of a quantized model to bf16
             for name, p in run.model.named_parameters():
                 if name in kept:
@@ -117,8 +121,8 @@ class RunTrainer:
 
     def fit(self) -> int:
         """Train, publish, and return the exit code."""
-        stop = next(c for c in self.callback_handler.callbacks if isinstance(c, Journal))
-        with stop.signals():
+        stop = self.journal
+        with stop.signals(), stop.bar:
             self.train(resume_from_checkpoint=str(self.run.resume) if self.run.resume else None)
         if stop.signal:
             self.run.note(
@@ -127,6 +131,20 @@ class RunTrainer:
             return 128 + stop.signal
         self.run.finish(self, self.totals)
         return 0
+
+    def create_scheduler(self, num_training_steps: int, optimizer=None):
+        t = self.run.cfg.train
+        if t.time_budget_minutes is None:
+            return super().create_scheduler(num_training_steps, optimizer)
+
+        def scale(step: int) -> float:
+            """Of the learning rate: the schedule goes by the steps or by the clock, whichever is further."""
+            done = min(max((step + 1) / num_training_steps, self.journal.spent), 1.0)
+            falls = {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}
+            return min(done / t.warmup_ratio, 1.0) * falls[t.schedule] if t.warmup_ratio else falls[t.schedule]
+
+        self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer or self.optimizer, scale)
+        return self.lr_scheduler
 
     # arithmetic
 
@@ -146,6 +164,7 @@ class RunTrainer:
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
         began = time.perf_counter()
+        self.journal.bar.doing(f"step {self.state.global_step}: measuring on held-out rows")
         self.model.eval()
         with torch.no_grad(), self.run.autocast():
             found = self.measure()
@@ -185,21 +204,25 @@ class RunTrainer:
         name = f"checkpoint-{state.global_step}"
         folder = disk.folder_of(self.run.output)
         final, self._staging = folder / name, folder / disk.SAVING
-        if world.first:
+
+        def begin() -> None:
             disk.clear(self.run.output)
             self._staging.mkdir(parents=True, exist_ok=True)
-        world.wait()
+
+        def publish() -> None:
+            state.save_to_json(str(self._staging / name / disk.STATE))
+            disk.publish(self._staging / name, final)
+            best = Path(state.best_model_checkpoint) if state.best_model_checkpoint else None
+            disk.prune(self.run.output, self.run.cfg.train.save_total_limit, best)
+
+        world.first_does(begin)
         try:
             super()._save_checkpoint(model, trial)
             world.wait()  # every rank has written its part
             if state.best_global_step:
                 best = folder / f"checkpoint-{state.best_global_step}"
                 state.best_model_checkpoint = str(best)
-            if world.first:
-                state.save_to_json(str(self._staging / name / disk.STATE))
-                disk.publish(self._staging / name, final)
-                best = Path(state.best_model_checkpoint) if state.best_model_checkpoint else None
-                disk.prune(self.run.output, self.run.cfg.train.save_total_limit, best)
+            world.first_does(publish)
         except (OSError, RuntimeError, SafetensorError) as error:
             if isinstance(error, RuntimeError) and "PytorchStreamWriter" not in str(error):
                 raise
@@ -211,17 +234,9 @@ class RunTrainer:
             if world.first:
                 shutil.rmtree(self._staging, ignore_errors=True)
             self._staging = None
-        world.wait()
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None) -> None:
         load_trainable(self.model, Path(resume_from_checkpoint))
-
-
-def callbacks(run: Run) -> list[TrainerCallback]:
-    t, found = run.cfg.train, [Journal(run)]
-    if t.early_stopping_patience:
-        found.append(EarlyStoppingCallback(t.early_stopping_patience))
-    return found
 
 
 class Journal(TrainerCallback):
@@ -230,38 +245,51 @@ class Journal(TrainerCallback):
     def __init__(self, run: Run) -> None:
         self.run, self.signal = run, 0
         self.log: MetricsLog | None = None
-        self.shown = 0.0
+        self.bar = Bar(run.quiet or not run.world.first)
+        self.began: tuple[float, int] | None = None
+        self.found = ""
+        self.spent = 0.0  # share of the time budget
 
     def on_train_begin(self, args, state, control, **kwargs):
         if self.run.world.first:
             self.log = MetricsLog(self.run.output / "metrics.jsonl", state.global_step)
+        self.began = time.monotonic(), state.global_step
+        self.tell(state)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if self.log is None or "train_runtime" in logs:
             return
         self.log.write({"step": state.global_step, **logs})
-        evaluated = "eval_loss" in logs
-        due = evaluated or state.global_step <= 1 or time.monotonic() - self.shown > 10
-        if due and not self.run.quiet:
-            self.shown = time.monotonic()
-            shown = " ".join(
-                f"{k} {v:.4g}"
-                for k, v in logs.items()
-                if isinstance(v, (int, float)) and k != "epoch"
-            )
-            print(
-                f"step {state.global_step}/{state.max_steps}  {shown}", file=sys.stderr, flush=True
-            )
+        numbers = {k: v for k, v in logs.items() if isinstance(v, (int, float)) and k != "epoch"}
+        shown = " ".join(f"{k} {v:.4g}" for k, v in numbers.items())
+        if "eval_loss" in logs:
+            self.bar.note(f"step {state.global_step}/{state.max_steps}  {shown}")
+        else:
+            self.found = shown
+            self.tell(state, now=state.global_step == 1)
+
+    def tell(self, state, now: bool = False) -> None:
+        began, first = self.began
+        share = (state.global_step - first) / max(state.max_steps - first, 1)
+        seconds = time.monotonic() - began
+        rate = f"{(state.global_step - first) / max(seconds, 1e-9):.3g} steps/s"
+        self.bar.show(
+            f"step {state.global_step}/{state.max_steps}", state.global_step / max(state.max_steps, 1),
+            f"{self.found}  {rate}  ETA {remaining(seconds, share)}".strip(), now=now,
+        )  # fmt: skip
 
     def on_step_end(self, args, state, control, **kwargs):
-        number = self.signal
-        if self.run.world.size > 1:
-            number = int(self.run.world.max([float(number)])[0])
-        if number:
+        trim_heap(state.global_step, self.run.world.device)
+        self.tell(state)
+        budget = 60 * (self.run.cfg.train.time_budget_minutes or math.inf)
+        spent = (time.monotonic() - self.began[0]) / budget
+        self.spent, number = self.run.world.max([spent, float(self.signal)])  # alike on all ranks
+        if number := int(number):
             self.signal = number
             control.should_save = control.should_training_stop = True
             control.should_evaluate = False
-        elif state.global_step >= state.max_steps:
+        elif state.global_step >= state.max_steps or self.spent >= 1:
+            control.should_training_stop = True
             control.should_evaluate = control.should_save = control.should_log = True
         return control
 

@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 import atexit
+import itertools
 import logging
 import os
+import pickle
 import socket
 import sys
+import threading
+import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 
 from eagle.errors import EagleError
+
+T = TypeVar("T")
+BEAT, PATIENCE = 5.0, 120.0  # seconds between signs of life, and without one until a rank is given up
+_meetings = itertools.count()  # of all ranks alike: they meet in the same order
 
 
 @dataclass(frozen=True)
@@ -42,13 +51,26 @@ class World:
         torch.distributed.all_reduce(tensor, op=op)
         return tensor.cpu()
 
-    def share(self, value):
-        """Rank 0's picklable value, on every rank."""
+    def first_does(self, work: Callable[[], T]) -> T:
+        """What `work()` is on rank 0 (it must be picklable), on every rank. The others wait at the store and not in
+        a collective, so it may take any time while rank 0 gives signs of life; its error ends them too."""
         if self.size == 1:
+            return work()
+        store, key = _store(), f"eagle/{next(_meetings)}"
+        if not self.first:
+            _await(store, key, lambda: store.check([key]))
+            done, value = pickle.loads(store.get(key))
+            if not done:
+                raise EagleError(f"rank 0 failed: {value}")
             return value
-        box = [value]
-        torch.distributed.broadcast_object_list(box, src=0, device=self.device)
-        return box[0]
+        try:
+            with _signs_of_life(store, key):
+                value = work()
+        except BaseException as error:
+            store.set(key, pickle.dumps((False, str(error) or type(error).__name__)))
+            raise
+        store.set(key, pickle.dumps((True, value)))
+        return value
 
     def gather(self, value) -> list:
         """Every rank's picklable value, by rank, on every rank."""
@@ -59,8 +81,54 @@ class World:
         return found
 
     def wait(self) -> None:
+        """Until all ranks are here; at the store, as in `first_does`."""
         if self.size > 1:
-            torch.distributed.barrier()
+            store, key = _store(), f"eagle/{next(_meetings)}"
+            store.add(f"{key}/here", 1)
+            _await(store, key, lambda: store.add(f"{key}/here", 0) == self.size)
+
+
+def _store() -> torch.distributed.Store:
+    from torch.distributed.distributed_c10d import _get_default_store
+
+    return _get_default_store()
+
+
+@contextmanager
+def _signs_of_life(store: torch.distributed.Store, key: str) -> Iterator[None]:
+    """While the block runs, a count rises in the store."""
+    done = threading.Event()
+
+    def beat() -> None:
+        store.add(f"{key}/alive", 1)
+        while not done.wait(BEAT):
+            store.add(f"{key}/alive", 1)
+
+    thread = threading.Thread(target=beat, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+
+
+def _await(store: torch.distributed.Store, key: str, there: Callable[[], bool]) -> None:
+    """Return when `there()`. An error when rank 0 has begun and gives no sign of life any more, or its store is gone."""
+    seen, count, pause = time.monotonic(), 0, 0.005
+    try:
+        while not there():
+            time.sleep(pause)
+            pause = min(2 * pause, 0.2)
+            alive = store.add(f"{key}/alive", 0)
+            if alive != count or not alive:
+                seen, count = time.monotonic(), alive
+            elif time.monotonic() - seen > PATIENCE:
+                raise EagleError(
+                    f"rank 0 has given no sign of life for {PATIENCE:.0f} s; see what it wrote last"
+                )
+    except RuntimeError as error:  # torch's of the store
+        raise EagleError("rank 0 is gone; see what it wrote last") from error
 
 
 def join_world() -> World:

@@ -27,7 +27,6 @@ class Engine:
         self.cfg, self.world, self.zero = cfg, world, cfg.train.zero
         self.head = module.head
         config = deepspeed_config(cfg, world.size)
-        config["bf16"]["enabled"] = False  # fp32 weights under autocast, see above
         client = None
         if cfg.train.optimizer == "muon":
             if self.zero:

@@ -11,6 +11,7 @@ from configs.schema import EvalConfig
 from eagle.head import DraftHead
 from eagle.target import Target
 from train.data import TokenizedData
+from train.head.distributed import World
 
 
 @dataclass(frozen=True)
@@ -38,18 +39,24 @@ def heldout_prompts(data: TokenizedData, count: int, limit: int) -> list[Prompt]
 
 
 def acceptance(
-    target: Target, head: DraftHead, prompts: list[Prompt], cfg: EvalConfig, batch: int = 8
-) -> dict:
+    target: Target, head: DraftHead, prompts: list[Prompt], cfg: EvalConfig, world: World,
+    batch: int = 8,
+) -> dict:  # fmt: skip
     """Greedy decoding of every prompt -> tau (tokens a verification), acceptance by depth, counts, seconds;
-    and the same under `sources` by name where there are several."""
+    and the same under `sources` by name where there are several. Every rank decodes its share of the prompts: all
+    must call it, and get the same."""
     from eagle.model import EaModel
 
     started = time.monotonic()
     model = EaModel(target, head=head, tree=cfg.tree)
-    rows = []
-    for start in range(0, len(prompts), batch):
-        ids = [prompt.ids for prompt in prompts[start : start + batch]]
-        rows += model.generate(ids, max_new_tokens=cfg.max_new_tokens, temperature=0.0).rows
+    mine, found = prompts[world.rank :: world.size], []
+    for start in range(0, len(mine), batch):
+        ids = [prompt.ids for prompt in mine[start : start + batch]]
+        rows = model.generate(ids, max_new_tokens=cfg.max_new_tokens, temperature=0.0).rows
+        found += [(row.cycles, len(row.tokens), row.accepted) for row in rows]
+    rows = [None] * len(prompts)
+    for rank, part in enumerate(world.gather(found)):
+        rows[rank :: world.size] = part
     result = {**_counted(rows), "seconds": time.monotonic() - started}
     names = list(dict.fromkeys(prompt.source for prompt in prompts))
     if len(names) > 1:
@@ -60,14 +67,15 @@ def acceptance(
     return result
 
 
-def _counted(rows: list) -> dict:
+def _counted(rows: list[tuple]) -> dict:
+    """rows: of each prompt its cycles, its new tokens, and how many drafts each cycle accepted."""
     from eagle.model import acceptance_by_depth
 
-    cycles = sum(row.cycles for row in rows)
-    gained = sum(len(row.tokens) - 1 for row in rows)
+    cycles = sum(cycles for cycles, _, _ in rows)
+    gained = sum(tokens - 1 for _, tokens, _ in rows)
     return {
         "tau": gained / cycles if cycles else 0.0,
-        "acceptance_by_depth": acceptance_by_depth([row.accepted for row in rows]),
+        "acceptance_by_depth": acceptance_by_depth([accepted for *_, accepted in rows]),
         "prompts": len(rows),
-        "new_tokens": sum(len(row.tokens) for row in rows),
+        "new_tokens": sum(tokens for _, tokens, _ in rows),
     }

@@ -6,6 +6,7 @@ Knows numbers and names; knows nothing of models, batches or the order of a run.
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import shutil
 from collections.abc import Iterable
@@ -17,6 +18,8 @@ import torch
 from torch import nn
 
 from eagle.errors import EagleError
+
+TRIM_EVERY = 10  # steps; at each, it would take a tenth of a small head's step
 
 
 class GradientWatch:
@@ -136,6 +139,15 @@ def free_memory(device: torch.device) -> None:
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
+
+
+def trim_heap(step: int, device: torch.device) -> None:
+    """Now and then after a step on a CPU: what glibc keeps of freed tensors goes back to the system. Rows differ in
+    length, so later tensors do not fit the holes, and a run would grow for hundreds of steps. Other systems do without.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None and device.type == "cpu" and step % TRIM_EVERY == 0:
+        trim(0)
 
 
 def too_large(failure: str, zero: int) -> str:

@@ -18,6 +18,7 @@ import torch
 from configs.schema import HeadTrainConfig
 from eagle.checkpoint import atomic_write_text, load_head, save_head
 from eagle.head import DraftHead
+from eagle.meter import clock
 from train.head import guards
 from train.head import state as disk
 from train.head.accumulate import Accumulator
@@ -26,13 +27,12 @@ from train.head.distributed import World
 from train.head.engine import Engine
 from train.head.evaluate import acceptance
 from train.head.loader import Loader, MicroBatch, Steps
-from train.head.metrics import clock
 from train.head.order import RowOrder
 from train.head.schedule import Schedule
 from train.head.seeing.card import run_card
 from train.head.seeing.perf import FlopCount
 from train.head.seeing.recorder import Recorder
-from train.head.setup import Parts, build, output_rows
+from train.head.setup import Parts, build, output_rows, settle, with_dtypes
 from train.head.signals import StopSignals
 from train.head.sources import SourceMetrics
 from train.head.ttt import UnrolledHead
@@ -45,16 +45,15 @@ class Trainer:
         self, cfg: HeadTrainConfig, output: Path, world: World, quiet: bool = False
     ) -> None:
         self.cfg, self.output, self.world = cfg, output, world
-        t = cfg.train
         resumed = self._find_checkpoint()
+        cfg = settle(cfg, world.device, resumed.info.get("config") if resumed else None)
+        t = cfg.train
         if not world.first:
             logging.getLogger("train.data").setLevel(logging.ERROR)  # said once is enough
-            world.wait()  # the first rank fills the data cache
         draft_ids = resumed.vocabulary["draft_ids"] if resumed else None
         parts = build(cfg, output if world.first else None, world.device, draft_ids)
-        if world.first:
-            world.wait()
         self.parts: Parts = parts
+        self.cfg = cfg = with_dtypes(cfg, parts.target.identity["dtype"], t.dtype)
         if resumed is not None:
             disk.require_same_run(resumed, json.loads(json.dumps(parts.identity)))
             with torch.no_grad():
@@ -105,11 +104,14 @@ class Trainer:
         """The checkpoint to go on from, which the first rank chooses."""
         if not self.cfg.train.resume:
             return None
-        found = None
-        if self.world.first:
-            found = disk.find_checkpoint(self.output, self.cfg.train.resume)
-        path = self.world.share(found.path if found else None)
-        return found if self.world.first or path is None else disk.load_checkpoint(path)
+        found: list[disk.TrainState | None] = []
+
+        def find() -> Path | None:
+            found.append(disk.find_checkpoint(self.output, self.cfg.train.resume))
+            return found[0].path if found[0] else None
+
+        path = self.world.first_does(find)
+        return found[0] if found else path and disk.load_checkpoint(path)
 
     def _restore(self, resumed: disk.TrainState) -> None:
         info = resumed.info
@@ -151,6 +153,7 @@ class Trainer:
         sums, tokens = self.world.sum(sums), int(self.world.sum(tokens))
         self.step += 1
         self.rows_seen += self.global_batch
+        guards.trim_heap(self.step, self.world.device)
         seconds = time.perf_counter() - started
         return {
             "step": self.step,
@@ -176,7 +179,7 @@ class Trainer:
 
     def fit(self) -> int:
         self.started = time.monotonic()
-        card = run_card(self.parts) if self.world.first else {}
+        card = self.world.first_does(lambda: {**run_card(self.parts), "dtype": self.cfg.train.dtype})
         with self.signals, disk.full_disk_told(self.output), self.seen.running(self.step, card):
             self._introduce()
             return self._fit()
@@ -257,22 +260,23 @@ class Trainer:
             self._evaluate()
         elif disk.pointed(self.output, "latest") is None:
             self._save()
-        if self.world.first:
-            best = disk.pointed(self.output, "best") or disk.pointed(self.output, "latest")
-            head, provenance = load_head(best / "head")
-            save_head(head, self.output / "head", provenance)
-            summary = self._summary(best)
-            atomic_write_text(self.output / "summary.json", json.dumps(summary, indent=2) + "\n")
-            if self.evaluations:
-                first, final = self.evaluations[0]["tau"], self.evaluations[-1]["tau"]
-                self.seen.note(
-                    f"acceptance length on held-out prompts: {first:.2f} before, {final:.2f} after"
-                )
-            self.seen.note(
-                f"{self.step} steps in {clock(self.elapsed())}; head: {self.output / 'head'}"
-            )
-        self.world.wait()
+        self.world.first_does(self._publish)
         return 0
+
+    def _publish(self) -> None:
+        best = disk.pointed(self.output, "best") or disk.pointed(self.output, "latest")
+        head, provenance = load_head(best / "head")
+        save_head(head, self.output / "head", provenance)
+        summary = self._summary(best)
+        atomic_write_text(self.output / "summary.json", json.dumps(summary, indent=2) + "\n")
+        if self.evaluations:
+            first, final = self.evaluations[0]["tau"], self.evaluations[-1]["tau"]
+            self.seen.note(
+                f"acceptance length on held-out prompts: {first:.2f} before, {final:.2f} after"
+            )
+        self.seen.note(
+            f"{self.step} steps in {clock(self.elapsed())}; head: {self.output / 'head'}"
+        )
 
     def _summary(self, best: Path) -> dict:
         taus = [e["tau"] for e in self.evaluations]
@@ -308,19 +312,18 @@ class Trainer:
 
     def _evaluate(self) -> Path | None:
         """Measure, remember, and point `best` at the checkpoint of the highest acceptance length."""
-        head, result = self._export(), None
-        if self.world.first and self.parts.prompts:
+        head = self._export()
+        if self.parts.prompts:
             target = self.parts.target
+            self.seen.progress.doing(f"step {self.step}: decoding held-out prompts")
             fit = copy.deepcopy(head).to(target.device, target.dtype)
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                result = acceptance(target, fit, self.parts.prompts, self.cfg.eval)
+                result = acceptance(target, fit, self.parts.prompts, self.cfg.eval, self.world)
             depths = " ".join(f"{a:.2f}" for a in result["acceptance_by_depth"])
             self.seen.note(
                 f"held-out at step {self.step}: tau {result['tau']:.3f}, acceptance by depth {depths}"
             )
-        result = self.world.share(result)
-        if result is not None:
             self.evaluations.append({"step": self.step, **result})
             self.seen.evaluation(self.evaluations[-1])
         if self.step == 0:
@@ -344,7 +347,8 @@ class Trainer:
         weights = self.engine.weights()
         optimizer = self.engine.optimizer_state() if self.step else {}
         path = self.output / "checkpoints" / f"step-{self.step}"
-        if self.world.first:
+
+        def write() -> None:
             rng, rest = disk.rng_state()
             info = {
                 "step": self.step, "rows_seen": self.rows_seen, "elapsed": self.elapsed(),
@@ -357,11 +361,13 @@ class Trainer:
             loss = self.row.get("loss")
             tau = self._tau_at(self.step)
             training = {"step": self.step, "rows_seen": self.rows_seen, "loss": loss, "tau": tau,
-                        "ttt_steps": self.cfg.train.ttt_steps, "loss_name": self.cfg.loss.name}  # fmt: skip
+                        "ttt_steps": self.cfg.train.ttt_steps, "loss_name": self.cfg.loss.name,
+                        "dtype": self.cfg.train.dtype}  # fmt: skip
             provenance = {**self.parts.provenance, "training": training}
             vocabulary = {"draft_ids": self.blank.draft_token_ids().cpu()}
             state = disk.TrainState(info, weights, optimizer, rng, vocabulary)
             disk.save_checkpoint(self.output, state, head, provenance)
             disk.prune(self.output, self.cfg.train.save_total_limit)
-        self.world.wait()
+
+        self.world.first_does(write)
         return path

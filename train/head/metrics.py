@@ -6,17 +6,12 @@ S unrolled steps; a depth of the metrics is a step.
 from __future__ import annotations
 
 import json
-import sys
-import time
 from pathlib import Path
 
-import rich.progress
 import torch
-from rich.console import Console
-from rich.markup import escape
-from rich.progress import BarColumn, TaskProgressColumn, TextColumn
 
 from eagle.checkpoint import atomic_write_text
+from eagle.meter import Bar, clock
 
 # what a training step sums for each depth, over positions
 COLUMNS = ("loss", "targets", "known", "right", "overlap", "asked", "held")
@@ -83,54 +78,20 @@ def _step_of(line: str) -> float:
         return float("inf")  # torn by a kill
 
 
-class Progress:
-    """A bar that is redrawn on a terminal, and a plain line now and then elsewhere."""
+class Progress(Bar):
+    """How far the training is, with a step's metrics."""
 
-    def __init__(self, total: int | None, quiet: bool = False, every: float = 10.0) -> None:
-        self.total, self.quiet, self.every = total, quiet, every
-        self.console = Console(stderr=True, highlight=False)
-        self.live = self.console.is_terminal and not self.console.is_dumb_terminal
-        self.shown = time.monotonic()
-        self.first = True
-        self.bar: rich.progress.Progress | None = None
+    def __init__(self, total: int | None, quiet: bool = False) -> None:
+        super().__init__(quiet)
+        self.total, self.first = total, True
 
     def update(
         self, step: int, fraction: float, eta: float, row: dict, memory: int | None = None
     ) -> None:
         """eta: seconds. memory: bytes in use."""
-        now = time.monotonic()
-        due = self.first or fraction >= 1 or now - self.shown >= (0.2 if self.live else self.every)
-        if self.quiet or not due:
-            return
-        self.first, self.shown = False, now
         count = f"step {step}/{self.total}" if self.total else f"step {step}"
-        text = describe(row, eta, memory)
-        if not self.live:
-            print(f"{count} {100 * min(fraction, 1):3.0f}%  {text}", file=sys.stderr, flush=True)
-            return
-        if self.bar is None:
-            columns = (
-                TextColumn("{task.fields[count]}"), BarColumn(20), TaskProgressColumn(),
-                TextColumn("{task.description}"),
-            )  # fmt: skip
-            self.bar = rich.progress.Progress(
-                *columns, console=self.console, auto_refresh=False, redirect_stdout=False
-            )
-            self.task = self.bar.add_task("", total=1.0, count=count)
-            self.bar.start()
-        self.bar.update(
-            self.task, completed=min(fraction, 1), description=escape(text), count=count
-        )
-        self.bar.refresh()
-
-    def note(self, text: str) -> None:
-        if not self.quiet:
-            self.console.print(text, markup=False, soft_wrap=True)
-
-    def close(self) -> None:
-        if self.bar is not None:
-            self.bar.stop()
-            self.bar = None
+        self.show(count, fraction, describe(row, eta, memory), now=self.first or fraction >= 1)
+        self.first = False
 
 
 def describe(row: dict, eta: float, memory: int | None) -> str:
@@ -144,9 +105,3 @@ def describe(row: dict, eta: float, memory: int | None) -> str:
     if memory:
         parts.append(f"{memory / 2**30:.1f} GiB")
     return "  ".join(parts)
-
-
-def clock(seconds: float) -> str:
-    seconds = int(max(seconds, 0))
-    hours, rest = divmod(seconds, 3600)
-    return f"{hours}:{rest // 60:02d}:{rest % 60:02d}" if hours else f"{rest // 60}:{rest % 60:02d}"

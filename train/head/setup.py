@@ -16,6 +16,8 @@ from configs.schema import HeadTrainConfig, ModelConfig
 from eagle.checkpoint import load_head
 from eagle.errors import EagleError
 from eagle.head import OPTIONS, DraftHead, HeadConfig, make_head
+from eagle.loading import resolve_compute
+from eagle.meter import Bar
 from eagle.target import Target
 from train.data import TokenizedData, load_dataset_for, load_tokenizer
 from train.data.card import who_answered
@@ -51,6 +53,28 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
+def settle(cfg: HeadTrainConfig, device: torch.device, before: dict | None = None) -> HeadTrainConfig:
+    """`cfg` with the dtypes that the run is to have. before: the config of the run that is resumed, which keeps its
+    own: what "auto" meant where it began, another machine may read otherwise."""
+    kept = {}
+    for name in ("model", "train") if before else ():
+        asked, had = getattr(cfg, name).dtype, before[name]["dtype"]
+        if "auto" not in (asked, had) and asked != had:
+            raise EagleError(
+                f"the run to resume has {name}.dtype={had}, not {asked}; leave {name}.dtype out, or start a new run "
+                "with another --output"
+            )
+        kept[name] = had if asked == "auto" else asked
+    dtypes = {"model": cfg.model.dtype, "train": cfg.train.dtype, **kept}
+    return with_dtypes(cfg, dtypes["model"], resolve_compute(dtypes["train"], device))
+
+
+def with_dtypes(cfg: HeadTrainConfig, target: str, head: str) -> HeadTrainConfig:
+    model = cfg.model.model_copy(update={"dtype": target})
+    train = cfg.train.model_copy(update={"dtype": head})
+    return cfg.model_copy(update={"model": model, "train": train})
+
+
 def build(
     cfg: HeadTrainConfig, output: Path | None, device: torch.device,
     draft_ids: torch.Tensor | None = None,
@@ -61,9 +85,11 @@ def build(
     data = load_dataset_for(cfg.data, tokenizer, split="train", out_dir=output)
     guards.require_supervised(data.stats["supervised_tokens"], cfg.data.min_supervised_tokens)
     m = cfg.model
-    target = Target.from_pretrained(
-        m.base, dtype=m.dtype, device=device, adapter_path=m.adapter, quantization=m.quantization
-    )
+    with Bar(quiet=output is None) as bar:
+        bar.doing("loading the target")
+        target = Target.from_pretrained(
+            m.base, dtype=m.dtype, device=device, adapter_path=m.adapter, quantization=m.quantization
+        )
     held_out = (
         load_dataset_for(cfg.data, tokenizer, split="eval", out_dir=output)
         if cfg.eval.num_prompts

@@ -21,6 +21,7 @@ from eagle.checkpoint import atomic_write_text, load_head, require_equal
 from eagle.errors import EagleError
 from eagle.head import FINAL
 from eagle.loading import resolve_device
+from eagle.meter import Meter
 from eagle.target import Target
 from train.data import Collator, load_dataset_for, load_tokenizer
 from train.head.features import (
@@ -34,7 +35,6 @@ from train.head.features import (
     token_rows,
 )
 from train.head.teacher import hidden_and_features
-from train.meter import Meter
 
 SPARE = 64 << 20  # bytes that stay free
 

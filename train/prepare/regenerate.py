@@ -27,12 +27,12 @@ from pathlib import Path
 from configs.schema import DataConfig
 from eagle.checkpoint import atomic_write_text
 from eagle.errors import EagleError
+from eagle.meter import Meter
 from train.data import load_tokenizer, shipped
 from train.data.card import BY_TARGET, QUARANTINE, at_endpoint, card_path, file_hash
 from train.data.quarantine import RAW_LIMIT, BadRow, diagnose
 from train.data.rows import RowError
 from train.data.sources import Record, read_records, resolve
-from train.meter import Meter
 from train.prepare.answering import Endpoint, Local, Sampling
 from train.prepare.records import Answer, Rewriter, Task, require_answers
 

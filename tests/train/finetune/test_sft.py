@@ -319,3 +319,50 @@ def test_real_text_is_learned(tmp_path):
     assert summary["heldout_after"]["loss"] < summary["heldout_before"]["loss"] - 1
     assert summary["trainable_parameters"] / summary["total_parameters"] < 0.05
     assert summary["adapter_bytes"] < 3 * 2**20
+
+
+@pytest.mark.parametrize(
+    "fast, dtypes", [(True, ("bfloat16", "bf16")), (False, ("float32", "fp32"))], ids=["fast", "slow"]
+)
+def test_a_run_has_the_dtype_of_its_first_machine_and_says_so(data, tmp_path, monkeypatch, fast, dtypes):
+    """Of the embedded model, whose weights are bf16: what is not quantized, NF4's arithmetic and the computation."""
+
+    def native(yes):
+        for place in ("eagle.loading", "train.finetune.policy"):
+            monkeypatch.setattr(f"{place}.fast_bf16", lambda device: yes)
+
+    def recorded(folder):
+        record = read_record(folder / "adapter")
+        return record["dtype"], record["compute"]
+
+    native(fast)
+    train = {"max_steps": 1, "save_every": 1}
+    output = go("sft", None, data, tmp_path / "run", train=train)
+    model = build_policy(PolicyConfig(), LoraSection(), 0, None)
+    layer = next(m for m in model.modules() if hasattr(m, "compute_dtype"))
+    assert layer.compute_dtype == model.get_input_embeddings().weight.dtype == getattr(torch, dtypes[0])
+    native(not fast)
+    more = {**train, "max_steps": 2, "resume": str(output / "checkpoints" / "checkpoint-1")}
+    on = go("sft", None, data, tmp_path / "on", train=more)
+    assert recorded(output) == recorded(on) == dtypes
+    other = "fp32" if fast else "bf16"
+    with pytest.raises(EagleError, match=f"model.compute={dtypes[1]}, not {other}"):
+        go("sft", None, data, tmp_path / "no", train=more, model={"compute": other})
+
+
+def test_a_time_budget_ends_the_run_with_a_finished_schedule(base, data, tmp_path):
+    output = go("sft", base, data, tmp_path / "run",
+                train={"max_steps": 10_000, "time_budget_minutes": 0.05, "schedule": "linear"})  # fmt: skip
+    rows = rows_of(output)
+    assert 2 < len(rows) < 1000 and rows[-1]["learning_rate"] < 0.3 * rows[0]["learning_rate"]
+    assert summary_of(output)["heldout_after"] and (output / "adapter").is_dir()
+
+
+def test_progress_on_a_pipe_is_a_line_at_intervals_with_rate_and_eta(base, data, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("eagle.meter.Bar.__init__.__defaults__", (False, 0.1))
+    cfg = config("sft", base, data, tmp_path / "run", train={"max_steps": 30})
+    assert run("sft", cfg) == 0
+    lines = [x for x in capsys.readouterr().err.splitlines() if x.startswith("step ")]
+    told = [x for x in lines if "steps/s  ETA 0:" in x]
+    assert told[0].startswith("step 1/30") and 3 <= len(told) < 30 and "loss" in told[-1]
+    assert sum("eval_loss" in x for x in lines) == 2

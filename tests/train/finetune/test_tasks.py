@@ -17,6 +17,7 @@ from train.data.rows import RowError
 from train.finetune import assistant
 from train.finetune.__main__ import find_preset
 from train.finetune.multitask import mix
+from train.finetune.task_metrics import measure_task
 from train.finetune.tasks import (
     TaskRows,
     load_tasks,
@@ -52,6 +53,21 @@ def test_tasks_of_one_template_share_a_row_and_missing_labels_stay_missing(token
     assert math.isnan(one.targets[0][KIND]) and one.targets[0][SCORE] == 0.5
     text = tokenizer.decode(one.sequences[0], skip_special_tokens=False)
     assert text.startswith("<|im_start|>user") and text.endswith("Judge: a b")
+
+
+@pytest.mark.parametrize(
+    "text, other",
+    [("猫坐在垫子上", "猫睡在垫子上"), ("قطة على السجادة", "قطة تحت السجادة"), ("बिल्ली चटाई पर", "बिल्ली मेज़ पर"),
+     ("кот на ковре", "кот под ковром"), ("a cat", "a dog")],
+    ids=["chinese", "arabic", "hindi", "cyrillic", "latin"],
+)  # fmt: skip
+def test_answers_in_any_script_are_measured_as_evaluation_does(text, other):
+    from inference.evaluation.text_metrics import with_references
+
+    task = TaskConfig.model_validate(TASKS[0])
+    lines = [{"prediction": text, "label": label} for label in (text, other)]
+    ours = measure_task(task, lines)["rouge_l"]
+    assert 0.5 < ours < 1 and ours == with_references([text, text], [text, other])["rouge_l"]
 
 
 def test_a_ranking_has_a_sequence_for_each_candidate(tokenizer):

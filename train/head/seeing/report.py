@@ -15,7 +15,7 @@ from typing import Any
 from configs.schema import HeadTrainConfig
 from eagle.checkpoint import atomic_write_text
 from eagle.errors import EagleError
-from train.head.metrics import clock
+from eagle.meter import clock
 from train.head.seeing.svg import bar_chart, line_chart, short
 from train.head.seeing.trackers import flat_config
 
