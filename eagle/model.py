@@ -8,7 +8,6 @@ from __future__ import annotations
 import collections
 import copy
 import functools
-import inspect
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -17,6 +16,7 @@ from pathlib import Path
 
 import torch
 
+from . import stock_generate
 from .compile import CompiledHead, CompiledTarget, compiled_folder
 from .costs import CostTable
 from .decode import Timings, decode
@@ -33,8 +33,6 @@ from .options import (
     plain,
     read_list,
     read_prompts,
-    refuse,
-    top_p_of,
 )
 from .plan import WIDEST, Experience, Plan
 from .request import Request, Row
@@ -261,14 +259,8 @@ class EaModel:
         self._forget()
         return self
 
-    def cuda(self, device: int | torch.device | None = None) -> EaModel:
-        return self.to(
-            "cuda"
-            if device is None
-            else torch.device("cuda", device)
-            if isinstance(device, int)
-            else device
-        )
+    def cuda(self, device: int | str | torch.device | None = None) -> EaModel:
+        return self.to("cuda" if device is None else torch.device(device))
 
     def cpu(self) -> EaModel:
         return self.to("cpu")
@@ -306,7 +298,6 @@ class EaModel:
         logits_processor=None,
         streamer=None,
         log: bool = False,
-        is_llama3: bool = False,
         **kwargs,
     ):
         """Prompts and new tokens, [B, L] int64; an end token is kept once.
@@ -317,14 +308,12 @@ class EaModel:
         lists it is prompt and answer of each row, right-padded. max_length counts the row as given.
 
         seed: an int (row i uses seed + i) or one a row. max_new_tokens is 512, temperature 0 (greedy) by default.
-        A logits_processor is called as stock `generate` calls it, once a token and in order. is_llama3: end at
-        <|eot_id|> too. Further options: min_p, min_length, min_new_tokens, repetition_penalty, no_repeat_ngram_size, bad_words_ids,
-        suppress_tokens, generation_config (a transformers GenerationConfig; arguments win over it); tree,
-        compile, draft, capacity for this call. With `log=True`: (ids, new tokens, cycles), summed over
+        A logits_processor is called as stock `generate` calls it, once a token and in order. Further options: min_p,
+        min_length, min_new_tokens, repetition_penalty, no_repeat_ngram_size, bad_words_ids, suppress_tokens,
+        generation_config (a transformers GenerationConfig; arguments win over it); is_llama3 (upstream's: end at
+        <|eot_id|> too); tree, compile, draft, capacity for this call. With `log=True`: (ids, new tokens, cycles), summed over
         rows. `generate` takes the same arguments and returns statistics and log-probabilities too.
         """
-        if is_llama3:
-            eos_token_id = self._with_turn_end(eos_token_id)
         result = self.generate(
             input_ids, attention_mask, max_new_tokens=max_new_tokens, max_length=max_length,
             temperature=temperature, top_p=top_p, top_k=top_k, do_sample=do_sample, seed=seed,
@@ -349,8 +338,6 @@ class EaModel:
 
     def ea_generate(self, input_ids, attention_mask=None, **kwargs) -> Iterator[torch.Tensor]:
         """Yields what `eagenerate` would return of the tokens so far, [B, L], each time tokens are accepted."""
-        if kwargs.pop("is_llama3", False):
-            kwargs["eos_token_id"] = self._with_turn_end(kwargs.get("eos_token_id"))
         start = self._start(input_ids, attention_mask, **kwargs)
         for _ in start.steps:
             raise_errors(start.rows)
@@ -387,55 +374,11 @@ class EaModel:
             raise EagleError(
                 "custom_generate belongs to another model; call generate on ea_model.target.model"
             )
-        g, asked = generation_config, caller_of_generate(model)
-        # no processor of that call, or one that would have to come after the warpers
-        refuse(
-            g,
-            ("num_beams", "guidance_scale", "typical_p", "epsilon_cutoff", "eta_cutoff", "top_h", "penalty_alpha",
-             "dola_layers", "prompt_lookup_num_tokens"),
-        )  # fmt: skip
-        outputs = ("output_scores", "output_logits", "output_attentions", "output_hidden_states")
-        given = {n: getattr(g, n, None) for n in outputs} | {
-            "assistant_model": asked.get("assistant_model")
-        }
-        # what stock `generate` prepares, and what follows from the mask
-        inert = {
-            "use_cache",
-            "logits_to_keep",
-            "attention_mask",
-            "position_ids",
-            "cache",
-            "past_key_values",
-        }
-        inert |= {"cache_position"}
-        given |= {k: v for k, v in kwargs.items() if k not in inert}
-        past = kwargs.get("cache", kwargs.get("past_key_values"))
-        if past is not None and past.get_seq_length():
-            given["cache (that holds tokens already)"] = True
-        mask = kwargs.get("attention_mask")
-        mask = torch.ones_like(input_ids) if mask is None else mask
-        if not follows(kwargs.get("position_ids"), mask):
-            given["position_ids (other than the mask's)"] = True
-        if strange := [k for k, v in given.items() if v is not None and v is not False]:
-            raise EagleError(f"custom_generate does not take {', '.join(strange)}; leave them out")
-        # the warpers are ours to apply; every other processor and criterion that transformers prepared is kept
-        warpers = ("TemperatureLogitsWarper", "TopKLogitsWarper", "TopPLogitsWarper", "MinPLogitsWarper")  # fmt: skip
-        processors = [p for p in logits_processor or [] if type(p).__name__ not in warpers]
-        known = ("MaxLengthCriteria", "EosTokenCriteria")
-        criteria = [c for c in stopping_criteria or [] if type(c).__name__ not in known]
-        sampling = {}
-        if g.do_sample:
-            sampling = {
-                "temperature": 1.0 if g.temperature is None else g.temperature, "top_k": g.top_k,
-                "top_p": top_p_of(g), "min_p": g.min_p,
-            }  # fmt: skip
-        ids = self.eagenerate(
-            input_ids, mask, max_new_tokens=g.max_length - input_ids.shape[1],
-            eos_token_id=-1 if g.eos_token_id is None else g.eos_token_id, pad_token_id=g.pad_token_id,
-            logits_processor=processors or None, stopping_criteria=criteria or None,
-            streamer=asked.get("streamer"), prompt_shown=True, **sampling,
-        )  # fmt: skip
-        if not g.return_dict_in_generate:
+        asked = stock_generate.arguments(
+            model, input_ids, logits_processor, stopping_criteria, generation_config, kwargs
+        )
+        ids = self.eagenerate(input_ids, **asked)
+        if not generation_config.return_dict_in_generate:
             return ids
         from transformers.generation import GenerateDecoderOnlyOutput
 
@@ -504,10 +447,13 @@ class EaModel:
         on_cache=None,
         lenient: bool = False,
         token_type_ids=None,
+        is_llama3: bool = False,
         **options,
     ) -> Start:
         """lenient: a request that cannot be served gets its error and the others go on; else it is raised.
         prompt_shown: the streamer has had it."""
+        if is_llama3:
+            options["eos_token_id"] = self._with_turn_end(options.get("eos_token_id"))
         common = Options().over(generation_config, **options)
         eos = self.eos_token_ids
         pad, infer = self._padding(pad_token_id, generation_config, common.eos_token_id or eos)
@@ -726,17 +672,6 @@ def split_options(input_ids, attention_mask, pad: int | None, beside: dict) -> t
     return Prompts(rows), own
 
 
-def caller_of_generate(model: torch.nn.Module) -> dict:
-    """The arguments of the stock `generate` call that is running: transformers hands a function given as
-    custom_generate neither the streamer nor the assistant."""
-    frame = inspect.currentframe()
-    while frame is not None:
-        if frame.f_code.co_name == "generate" and frame.f_locals.get("self") is model:
-            return frame.f_locals
-        frame = frame.f_back
-    return {}
-
-
 class Engines(dict):
     """What `engine_for` made of a model, kept with it; copies and pickles of the model go without."""
 
@@ -757,15 +692,6 @@ def engine_for(model: torch.nn.Module, head: str, tree: str | None = None) -> Ea
         loaded, _ = load_head(head, target, dtype=target.dtype, device=target.device)
         engines[head, tree] = EaModel(target, loaded, tree)
     return engines[head, tree]
-
-
-def follows(positions: torch.Tensor | None, mask: torch.Tensor) -> bool:
-    """Are position_ids [B, T] those of the mask, where it counts?"""
-    if positions is None:
-        return True
-    real = mask.bool()
-    expected = (mask.long().cumsum(-1) - 1).expand(len(mask), -1)
-    return positions.shape == mask.shape and torch.equal(positions[real], expected[real])
 
 
 def raise_errors(rows: list[Row]) -> None:
