@@ -55,7 +55,7 @@ setup(
     ],
     extras_require={
         "flash": ["flash-attn>=2.8"],
-        "finetune": ["peft>=0.18", "trl>=1.16", "bitsandbytes>=0.48", "torchmetrics>=1.8"],
+        "finetune": ["peft>=0.18", "trl>=1.14", "bitsandbytes>=0.48", "torchmetrics>=1.8"],
         "plots": ["matplotlib>=3.8"],
         "eval": ["torchmetrics>=1.8", "sacrebleu>=2.5"],
         "wandb": ["wandb>=0.19"],
@@ -64,6 +64,7 @@ setup(
             "pytest>=8",
             "pytest-xdist>=3.6",
             "ruff>=0.8",
+            "ty>=0.0.100",
             "build",
             "matplotlib>=3.8",
             "torchmetrics>=1.8",

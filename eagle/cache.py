@@ -19,7 +19,7 @@ from kernels.commit_kv import commit_kv
 
 
 class StaticKVCache(Cache):
-    """Passed to stock models as `past_key_values`; the head uses the same class with one layer."""
+    """Passed to stock models as their cache; the head uses the same class with one layer."""
 
     def __init__(
         self,

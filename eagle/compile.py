@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import platform
+import threading
 import time
 from pathlib import Path
 
@@ -36,6 +37,7 @@ _library.define(
     "Tensor? sinks) -> Tensor"
 )
 current: TreeContext | None = None
+_turn = threading.Lock()  # one pass at a time is `current`, whatever model it is of
 
 
 def _attend(q, k, v, layer, scaling, window, softcap, sinks):
@@ -155,14 +157,15 @@ def load(module: torch.nn.Module, example: tuple, name: str, seconds: dict[str, 
 
     def run(context, *inputs):
         global current
-        current = context
-        torch.ops.eagle_cpu.enter(*context.packed())
-        try:
-            # packages read memory as it lay when they were made: contiguous
-            return (one if inputs[0].shape[1] == 1 else many)(*(x.contiguous() for x in inputs))
-        finally:
-            torch.ops.eagle_cpu.leave()
-            current = None
+        with _turn:
+            current = context
+            torch.ops.eagle_cpu.enter(*context.packed())
+            try:
+                # packages read memory as it lay when they were made: contiguous
+                return (one if inputs[0].shape[1] == 1 else many)(*(x.contiguous() for x in inputs))
+            finally:
+                torch.ops.eagle_cpu.leave()
+                current = None
 
     return run
 

@@ -157,8 +157,8 @@ class EaModel:
         faster. tree: the three in one, "60,7,10", or "auto"; not both. use_eagle3: False is for EAGLE-1 heads (and so
         EAGLE-2's); None is whichever the files hold. dtype "auto" is the checkpoint's (float32 where a CPU would
         emulate bf16). adapter_path: a LoRA folder; quantization: "none", "nf4" or "int8" (bitsandbytes).
-        Further arguments go to transformers' `from_pretrained`; of upstream's, `Type` says nothing that the files do
-        not, and a `threshold` other than 1 is refused.
+        Further arguments go to transformers' `from_pretrained`; of upstream's, `load_in_8bit` and `load_in_4bit` are
+        quantization, `Type` says nothing that the files do not, and a `threshold` other than 1 is refused.
 
         A base model without ea_model_path generates plainly. Raises EagleError when the files cannot be
         read, or the head does not fit the target.
@@ -168,6 +168,9 @@ class EaModel:
                 "threshold is not used here; leave it out (tree='auto' finds how far to draft)"
             )
         hf_kwargs.pop("Type", None)
+        for older, name in (("load_in_8bit", "int8"), ("load_in_4bit", "nf4")):
+            if hf_kwargs.pop(older, False):
+                quantization = name
         if "torch_dtype" in hf_kwargs:
             dtype = hf_kwargs.pop("torch_dtype")
         given = {"total_token": total_token, "depth": depth, "top_k": top_k}

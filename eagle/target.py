@@ -75,6 +75,8 @@ class Target:
         self.backbone = model.get_decoder()
         self.layers = decoder_layers(self.backbone)
         refuse_unsupported(model, self.config, self.backbone, self.layers)
+        accepted = inspect.signature(model.forward).parameters
+        self.cache_argument = "cache" if "cache" in accepted else "past_key_values"  # before 5.21
         self.compiled = None  # compiled passes, while a mode that has them is in use
         self.set_feature_layers(feature_layers or default_feature_layers(len(self.layers)))
         self._attention: dict[str, list] = {}
@@ -250,9 +252,9 @@ class Target:
                 # four dimensions tell transformers that the mask is ready: no mask is built a pass
                 attention_mask=positions[:, None, None, :],
                 position_ids=positions,
-                past_key_values=context.cache,
                 use_cache=True,
                 tree=context,
+                **{self.cache_argument: context.cache},
             )
         return out.logits, self._features(states) if features else None
 

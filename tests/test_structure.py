@@ -1,4 +1,4 @@
-"""Imports go one way, and our `kernels` lives beside the distribution of the same name."""
+"""Imports go one way, our `kernels` lives beside the distribution of the same name, and Python 3.10 is enough."""
 
 import ast
 import os
@@ -74,6 +74,46 @@ def _imported_text(path, text):
             return text
 
     return imported(Fake(path))
+
+
+def version_dependent(*paths):
+    """What a type checker, which knows the standard library of every Python, says of the oldest or the newest only."""
+    said = []
+    for version in ("3.10", "3.13"):
+        options = ["--python-version", version, "--output-format", "concise", "--no-progress"]
+        done = subprocess.run(
+            [sys.executable, "-m", "ty", "check", *options, *map(str, paths)],
+            cwd=ROOT, capture_output=True, text=True,
+        )  # fmt: skip
+        assert done.returncode in (0, 1), done.stderr  # 1: it has something to say, as of any untyped code
+        said.append({line for line in done.stdout.splitlines() if ": error[" in line})
+    return sorted(said[0] ^ said[1])
+
+
+def test_the_oldest_and_the_newest_python_are_enough():
+    assert version_dependent(*MAY_IMPORT, "tests", "setup.py") == []
+
+
+@pytest.mark.parametrize(
+    "younger",
+    [
+        "print(int.from_bytes(b'12'))",
+        "import tomllib",
+        "from datetime import UTC",
+        "from typing import Self",
+        "import itertools\nprint(itertools.batched([1], 2))",
+        "from pathlib import Path\nprint(Path('x').walk())",
+        "try:\n    pass\nexcept* ValueError:\n    pass",
+        "type X = int",
+        "def f[T](x: T) -> T:\n    return x",
+        "x = {'a': 1}\nprint(f'{x['a']}')",
+        "import imp",  # removed in 3.12
+    ],
+    ids=lambda text: text.split("\n")[-1].strip(),
+)
+def test_the_check_sees_what_one_python_lacks(tmp_path, younger):
+    (tmp_path / "x.py").write_text(younger + "\n")
+    assert version_dependent(tmp_path / "x.py")
 
 
 def test_configs_and_kernels_are_leaves():

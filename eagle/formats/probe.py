@@ -101,7 +101,7 @@ def probe(
         result = model.generate(list(prompts), max_new_tokens=max_new_tokens)
         # one text for all: in half precision near ties may fall otherwise
         texts = texts or [(len(row.prompt), row.prompt + row.tokens) for row in result.rows]
-        given = [known(head, target, ids, start) for start, ids in texts]
+        given = [known(head, model.target, ids, start) for start, ids in texts]
         if not sum(map(len, given)):
             raise EagleError(
                 "the target writes nothing after these prompts; give others with --prompts"

@@ -56,7 +56,7 @@ def sample_seed(seed: int, task_id: str, sample: int) -> int:
     """The seed of one completion: of nothing else in the run, so that neither order, batch nor the other problems
     change it. 0 … 2^63 - 1."""
     digest = hashlib.sha256(f"{seed}/{task_id}/{sample}".encode("utf-8", "surrogatepass")).digest()
-    return int.from_bytes(digest[:8]) >> 1
+    return int.from_bytes(digest[:8], "big") >> 1
 
 
 def sample_key(settings: str, ids: Sequence[int], stops: Sequence[str], seed: int) -> str:

@@ -2,6 +2,7 @@
 
 import copy
 import random
+import re
 
 import torch
 from transformers import (
@@ -206,3 +207,10 @@ def stock_greedy(target, prompt, max_new_tokens, **options):
             pad_token_id=0, **options,
         )  # fmt: skip
     return out[0, len(prompt) :].tolist()
+
+
+def assert_quiet(done):
+    """A finished process: neither Python's warnings nor those of a logger, torch's included, on its streams."""
+    lines = (done.stdout + done.stderr).splitlines()
+    noise = r"Warning|warning:|WARN|(?i:deprecat)|^\[?W\d{4} "
+    assert not [line for line in lines if re.search(noise, line)]

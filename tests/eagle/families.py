@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 import transformers
+from packaging.version import Version
 from transformers import AutoModelForCausalLM
 
 ROOT = Path(__file__).parents[2]
@@ -46,7 +47,8 @@ MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 
 
 @dataclass(frozen=True)
 class Family:
-    """config: a class of transformers. text: the values above go to its text_config, and `changes` with them."""
+    """config: a class of transformers. text: the values above go to its text_config, and `changes` with them.
+    since: the transformers from which on it is served."""
 
     name: str
     config: str
@@ -55,10 +57,12 @@ class Family:
     changes: dict = field(default_factory=dict)
     vision: dict | None = None
     seed: int = 0
+    since: str = ""
 
     @property
     def present(self) -> bool:
-        return hasattr(transformers, self.config)
+        young = Version(transformers.__version__) >= Version(self.since or "0")
+        return young and hasattr(transformers, self.config)
 
     @property
     def model_type(self) -> str:
@@ -145,6 +149,10 @@ SERVED = (
     Family("GPT-NeoX", "GPTNeoXConfig", "GPTNeoXForCausalLM", "partial rotary, parallel residual, fused QKV",
            dict(rotary_pct=0.5), seed=4),
     Family("GPT-2", "GPT2Config", "GPT2LMHeadModel", "learned positions", seed=2),
+    Family("GPT-J", "GPTJConfig", "GPTJForCausalLM", "partial rotary, interleaved, parallel residual",
+           dict(rotary_dim=4), seed=2, since="5.24"),
+    Family("CodeGen", "CodeGenConfig", "CodeGenForCausalLM", "as GPT-J, fused QKV", dict(rotary_dim=4), seed=2,
+           since="5.24"),
     Family("GPT-BigCode", "GPTBigCodeConfig", "GPTBigCodeForCausalLM", "learned positions, one key/value head"),
     Family("OPT", "OPTConfig", "OPTForCausalLM", "learned positions",
            dict(ffn_dim=48, word_embed_proj_dim=32, init_std=0.3), seed=5),
@@ -233,9 +241,6 @@ REFUSED = (
             dict(head_dim=None, alibi=True)),
     Refused("Falcon (rotary)", "FalconConfig", "FalconForCausalLM", "attention code of its own", OWN_CODE,
             dict(head_dim=None)),
-    Refused("GPT-J", "GPTJConfig", "GPTJForCausalLM", "attention code of its own", OWN_CODE, dict(rotary_dim=4)),
-    Refused("CodeGen", "CodeGenConfig", "CodeGenForCausalLM", "attention code of its own", OWN_CODE,
-            dict(rotary_dim=4)),
     Refused("GPT-Neo", "GPTNeoConfig", "GPTNeoForCausalLM", "attention code of its own", OWN_CODE,
             dict(attention_types=[[["global", "local"], 2]])),
     Refused("XGLM", "XGLMConfig", "XGLMForCausalLM", "attention code of its own", OWN_CODE,
@@ -273,7 +278,9 @@ REFUSED = (
 def table() -> str:
     """The README's tables, as Markdown."""
     lines = ["| family | model_type | class | honoured |", "|---|---|---|---|"]
-    lines += [f"| {f.name} | `{f.model_type}` | `{f.model}` | {f.honours} |" for f in SERVED]
+    for f in SERVED:
+        since = f" (transformers {f.since} or newer)" if f.since else ""
+        lines.append(f"| {f.name} | `{f.model_type}` | `{f.model}` | {f.honours}{since} |")
     reasons: dict[str, list[str]] = {}
     for refused in REFUSED:
         reasons.setdefault(refused.reason, []).append(refused.name)

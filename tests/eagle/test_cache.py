@@ -50,6 +50,7 @@ def test_committed_slots_equal_a_fresh_prefill_after_50_cycles(targets, family):
     assert commits > 50
 
 
+@torch.inference_mode()
 def test_heads_cache_equals_a_fresh_ingest(llama):
     prompts = make_prompts((6, 2))
     model = head_model(llama, "8,4,2", draft_vocab=128)
@@ -65,7 +66,7 @@ def test_heads_cache_equals_a_fresh_ingest(llama):
         assert length >= len(done.prompt)
         ids = torch.tensor([tokens[:length]])
         target_cache = llama.new_cache(1, length)
-        _, features = llama.prefill(
+        _, features = model.target.prefill(
             ids, torch.tensor([length]), [length], target_cache, features=True
         )
         model.drafter.begin(1, length)

@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -185,6 +186,26 @@ def test_streams_that_take_turns(model, target):
     expected = plain(target, PROMPTS, max_new_tokens=NEW, compile="off")
     assert [got[0][i] for i in range(2)] == expected[:2]
     assert [got[1][i] for i in range(5)] == expected
+
+
+def test_threads_take_turns_in_compiled_passes(model, target):
+    """On one model, and on another whose target is another object."""
+    other = make_target("llama")
+    models = [model, EaModel(other, make_head(other, 128), "8,4,2"), model, model]
+    expected = [plain(target, [p], max_new_tokens=NEW, compile="off") for p in PROMPTS]
+    got: list = [None] * 12
+
+    def work(n):
+        for i in range(n, 12, 4):
+            result = models[n].generate([PROMPTS[i % 5]], max_new_tokens=NEW, compile="max")
+            got[i] = new_tokens(result)
+
+    threads = [threading.Thread(target=work, args=(n,)) for n in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(120)
+    assert got == [expected[i % 5] for i in range(12)]
 
 
 def test_logprobs_of_compiled_passes(model):

@@ -193,7 +193,7 @@ def test_drafts_are_those_of_whole_passes(llama, kind):
 def test_every_kind_is_lossless(llama, kind):
     prompts = make_prompts((9, 3, 14))
     model = EaModel(llama, head_of(llama, kind, seed=1), "8,3,2")
-    assert llama.feature_layers == ((FINAL,) if "eagle1" in kind else (1, 2, 4))
+    assert model.target.feature_layers == ((FINAL,) if "eagle1" in kind else (1, 2, 4))
     out = model.generate(prompts, max_new_tokens=16, temperature=0.0)
     assert [row.tokens for row in out.rows] == [stock_greedy(llama, p, 16) for p in prompts]
     assert sum(row.cycles for row in out.rows) > 0

@@ -66,10 +66,10 @@ def test_eagle_equals_plain(targets, family, tree, sampling, form, batch, vocab)
     fast = model.eagenerate(**inputs, max_new_tokens=NEW, **sampling)
     slow = model.naivegenerate(**inputs, max_new_tokens=NEW, **sampling)
     assert torch.equal(fast, slow)
-    for line, prompt in zip(fast.tolist(), prompts, strict=True):
-        assert line[: len(prompt)] == prompt and line[len(prompt) + NEW :] == [0] * (
-            len(line) - len(prompt) - NEW
-        )
+    given = inputs["input_ids"] if form == "lists" else inputs["input_ids"].tolist()
+    for line, prompt in zip(fast.tolist(), given, strict=True):
+        assert line[: len(prompt)] == prompt
+        assert line[len(prompt) + NEW :] == [0] * (len(line) - len(prompt) - NEW)
     assert len({tuple(line) for line in fast.tolist()}) == batch
 
 

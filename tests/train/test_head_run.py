@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from engine_helpers import assert_quiet
 from head_helpers import config, losses_of, rows_of
 from safetensors.torch import load_file
 
@@ -174,6 +175,7 @@ def test_two_ranks_equal_one(base, data, tmp_path):
                str(script), *map(str, files)]  # fmt: skip
     done = subprocess.run(command, env=ENV, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
+    assert_quiet(done)
     assert run(config(base, data, tmp_path / "one", batch_size=4, **more), quiet=True) == 0
     one = load_file(tmp_path / "one" / "head" / "model.safetensors")
     for zero in range(4):

@@ -155,12 +155,13 @@ def require_libraries() -> None:
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     os.environ.setdefault("DS_LOG_LEVEL", "error")
-    for name in ("bitsandbytes", "DeepSpeed", "trl", "torch.distributed"):
+    # accelerate's: that the trainer, and not it, counts the steps of an accumulation
+    for name in ("bitsandbytes", "DeepSpeed", "trl", "torch.distributed", "accelerate.accelerator"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", category=FutureWarning)
+    # peft and TRL still ask by the old name
+    warnings.filterwarnings("ignore", "`(is_)?gradient_checkpointing", FutureWarning)
     require_finetune()
     transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()
 
 
 def find_preset(config: str | None) -> Path | str | None:

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_callback import EarlyStoppingCallback, PrinterCallback, ProgressCallback
 
 from configs.deepspeed_presets import zero_preset
@@ -52,8 +52,7 @@ def arguments(run: Run) -> dict[str, Any]:
         adam_beta2=t.betas[1],
         max_grad_norm=t.grad_clip,
         seed=t.seed,
-        gradient_checkpointing=t.gradient_checkpointing,
-        gradient_checkpointing_kwargs={"use_reentrant": False} if t.gradient_checkpointing else None,
+        **checkpointing(t.gradient_checkpointing),
         # bf16 is ours to switch on (`Run.autocast`): given here, TRL and DeepSpeed round the adapter itself
         bf16=False,
         fp16=False,
@@ -77,6 +76,13 @@ def arguments(run: Run) -> dict[str, Any]:
     if t.zero is not None:
         options["deepspeed"] = trainer_preset(t.zero)
     return options
+
+
+def checkpointing(on: bool) -> dict[str, Any]:
+    """Under the name that this transformers has for it: 5.23 renamed it."""
+    new = "activation_checkpointing" in TrainingArguments.__dataclass_fields__
+    name = "activation_checkpointing" if new else "gradient_checkpointing"
+    return {name: on, f"{name}_kwargs": {"use_reentrant": False} if on else None}
 
 
 def trainer_preset(stage: int) -> dict:

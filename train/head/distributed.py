@@ -103,6 +103,8 @@ def import_deepspeed():
     except ImportError as error:
         raise EagleError(f"training needs deepspeed: pip install deepspeed ({error})") from error
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    # its collectives have older names than torch's
+    warnings.filterwarnings("ignore", "`torch.distributed.", FutureWarning)
     return deepspeed
 
 

@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from engine_helpers import assert_quiet
+
 from configs.finetune_schema import DpoConfig, MultitaskConfig, SftConfig
 from train.finetune.__main__ import run
 
@@ -130,3 +132,4 @@ def run_ranks(configs, folder, ranks):
     done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=280)
     errors = [line for line in done.stderr.splitlines() if "Error" in line]
     assert done.returncode == 0, "\n".join(errors) + done.stderr[-3000:]
+    assert_quiet(done)
