@@ -32,7 +32,9 @@ LOSSES = {
 class PolicyConfig(Section):
     """The model that learns: a frozen base and a low-rank adapter."""
 
-    base: str | None = Field(None, description="base model: folder or hub id, ORG/NAME[@REVISION]; null = embedded")
+    base: str | None = Field(
+        None, description="base model: folder or hub id, ORG/NAME[@REVISION]; null = embedded"
+    )
     adapter: str | None = Field(None, description="adapter folder to start from; null = a new one")
     quantization: Literal["nf4", "int8", "none"] = Field(
         "nf4", description="how the frozen linear layers are kept"
@@ -206,7 +208,8 @@ class TaskData(Section):
         None, ge=1, description="records read of each held-out file; null = all"
     )
     cache_dir: str | None = Field(
-        None, description="folder for shipped data; null = $EAGLE_CACHE, else $XDG_CACHE_HOME/eagle-heads, else ~/.cache/eagle-heads"
+        None,
+        description="folder for shipped data; null = $EAGLE_CACHE, else $XDG_CACHE_HOME/eagle-heads, else ~/.cache/eagle-heads",
     )
     seed: int = Field(0, ge=0, description="seed of the mixture of tasks")
 

@@ -49,13 +49,19 @@ class Section(BaseModel):
 
 
 class ModelConfig(Section):
-    base: str | None = Field(None, description="target model: folder or hub id, ORG/NAME[@REVISION]; null = embedded")
-    init_head: str | None = Field(None, description="head to start from (warm start): folder or hub id")
+    base: str | None = Field(
+        None, description="target model: folder or hub id, ORG/NAME[@REVISION]; null = embedded"
+    )
+    init_head: str | None = Field(
+        None, description="head to start from (warm start): folder or hub id"
+    )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto",
         description="dtype of the frozen target; auto = the checkpoint's, float32 for bf16 on a CPU without it",
     )
-    adapter: str | None = Field(None, description="LoRA of the tuned target: folder or hub id; null = none")
+    adapter: str | None = Field(
+        None, description="LoRA of the tuned target: folder or hub id; null = none"
+    )
     method: Literal["eagle3", "eagle1"] = Field(
         "eagle3", description="kind of head; an eagle1 head drafts EAGLE-2 trees"
     )
@@ -165,7 +171,8 @@ class DataConfig(Section):
         0.02, ge=0, lt=1, description="share of rows held out when no eval data is given"
     )
     cache_dir: str | None = Field(
-        None, description="folder for tokenised data; null = $EAGLE_CACHE, else $XDG_CACHE_HOME/eagle-heads, else ~/.cache/eagle-heads"
+        None,
+        description="folder for tokenised data; null = $EAGLE_CACHE, else $XDG_CACHE_HOME/eagle-heads, else ~/.cache/eagle-heads",
     )
     supervise: Literal["assistant", "last_assistant", "all"] = Field(
         "assistant", description="which chat and instruction tokens are targets"

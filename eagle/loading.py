@@ -68,7 +68,11 @@ def find_folder(
     except HFValidationError as error:
         raise EagleError(f"{said}; {give}, or a hub id ORG/NAME") from error
     except (OSError, ValueError, HfHubHTTPError) as error:
-        reason = (str(error.__cause__ or error).strip() or type(error).__name__).splitlines()[0].split(". ")[0]
+        reason = (
+            (str(error.__cause__ or error).strip() or type(error).__name__)
+            .splitlines()[0]
+            .split(". ")[0]
+        )
         raise EagleError(
             f"{said}, and the hub does not give it ({reason[:200]}); {give}, or make one where the hub can be "
             f"reached: hf download {hub_id} --local-dir FOLDER"

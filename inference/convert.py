@@ -77,7 +77,10 @@ def convert(
     verifier = recorded(record)
     if loaded is not None:
         architectures = list(loaded.model.config.architectures or [type(loaded.model).__name__])
-        verifier = {"name_or_path": base_model or public_name(target), "architectures": architectures}
+        verifier = {
+            "name_or_path": base_model or public_name(target),
+            "architectures": architectures,
+        }
     elif base_model is not None:
         verifier["name_or_path"] = base_model
     if pack:
@@ -101,7 +104,9 @@ def convert(
     if config.method == "eagle1":
         print("not for vLLM: it loads an EAGLE-1 folder and accepts none of its drafts")
     elif to in ("sglang", "modelopt"):
-        print("not for vLLM: it takes these layer ids as its own, one off, and drafts worse; use --to vllm")
+        print(
+            "not for vLLM: it takes these layer ids as its own, one off, and drafts worse; use --to vllm"
+        )
     return 0
 
 

@@ -153,7 +153,9 @@ def to_ours(
         if v.dtype not in (MAPS if k in ("d2t", "t2d") else WEIGHTS)
     ]  # fmt: skip
     if foreign:
-        raise EagleError(f"{path}: {', '.join(foreign)}: not of a dtype that a head has; the file is damaged or quantized")
+        raise EagleError(
+            f"{path}: {', '.join(foreign)}: not of a dtype that a head has; the file is damaged or quantized"
+        )
     if reduced:
         out["d2t"], out["t2d"] = out["d2t"].to(torch.int64), out["t2d"].bool()
         if not torch.equal(membership(path, config, out["d2t"]), out["t2d"]):

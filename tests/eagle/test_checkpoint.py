@@ -293,7 +293,9 @@ def test_another_machines_live_write_is_left_alone(saved, target, monkeypatch, s
     if not swap:
         monkeypatch.setattr(checkpoint, "exchange", lambda a, b: False)
     head, folder = saved
-    theirs = [f".head.{kind}-0123456789ab-{pid}" for kind in ("old", "tmp") for pid in (1, 999999999)]
+    theirs = [
+        f".head.{kind}-0123456789ab-{pid}" for kind in ("old", "tmp") for pid in (1, 999999999)
+    ]
     theirs += [".head.tmp-999999999"]  # as earlier versions named it: nobody knows whose it is
     for name in theirs:
         (folder.parent / name).mkdir()

@@ -432,7 +432,9 @@ def test_one_rule_for_all_caches(monkeypatch, tmp_path, environment, expected):
     for name in ("EAGLE_CACHE", "XDG_CACHE_HOME"):
         monkeypatch.delenv(name, raising=False)
     for name, value in {"HOME": "home", **environment}.items():
-        monkeypatch.setenv(name, value if value.startswith("~") or not value else str(tmp_path / value))
+        monkeypatch.setenv(
+            name, value if value.startswith("~") or not value else str(tmp_path / value)
+        )
     root = tmp_path / expected
     assert compiled_folder() == root / "compiled" and cache_root(DataConfig()) == root / "tokenised"
     assert root in space.folders(HeadTrainConfig()).values()

@@ -80,8 +80,13 @@ def test_the_api(online):
     assert ids.tolist() == model.naivegenerate([[5, 6, 7]], max_new_tokens=8).tolist()
     assert model.target.identity["id"] == model.target.name == "org/tiny"
     assert model.tokenizer.model_max_length != 77
-    for options in ({"base_model_path": "org/tiny@old"}, {"base_model_path": "org/tiny", "revision": "old"}):
-        old = EaModel.from_pretrained(ea_model_path="org/head@old", dtype="float32", device="cpu", **options)
+    for options in (
+        {"base_model_path": "org/tiny@old"},
+        {"base_model_path": "org/tiny", "revision": "old"},
+    ):
+        old = EaModel.from_pretrained(
+            ea_model_path="org/head@old", dtype="float32", device="cpu", **options
+        )
         assert old.target.identity["id"] == "org/tiny@old"
         assert old.target.identity["fingerprint"] != model.target.identity["fingerprint"]
         assert old.tokenizer.model_max_length == 77
@@ -97,10 +102,15 @@ def test_a_folder_is_a_folder_and_everything_else_is_an_id(online, tmp_path):
         (tmp_path / name).mkdir(parents=True)
         assert find_folder(name).samefile(tmp_path / name)
     for name in ("org/none", "org/tiny@none", "none"):
-        with pytest.raises(EagleError, match=f"no model folder '{name}', and the hub.*; give a folder with .*hf download"):
+        with pytest.raises(
+            EagleError,
+            match=f"no model folder '{name}', and the hub.*; give a folder with .*hf download",
+        ):
             find_folder(name)
     for name in ("./none", "a/b/c", "/nowhere/at/all", "~/none"):
-        with pytest.raises(EagleError, match="no head folder .*; give a folder with .*, or a hub id ORG/NAME"):
+        with pytest.raises(
+            EagleError, match="no head folder .*; give a folder with .*, or a hub id ORG/NAME"
+        ):
             find_folder(name, "head")
 
 
@@ -172,7 +182,14 @@ def run(hub, folder, *words, **environment):
 @pytest.mark.slow
 def test_training_and_fine_tuning(hub, tmp_path):
     write_fim(tmp_path / "fim.jsonl", rows=12)
-    small = ["--base", "org/tiny@old", *FIM, "train.max_steps=1", "train.batch_size=2", "data.max_length=96"]
+    small = [
+        "--base",
+        "org/tiny@old",
+        *FIM,
+        "train.max_steps=1",
+        "train.batch_size=2",
+        "data.max_length=96",
+    ]
     done = run(hub, tmp_path, "train.main", *small, "--init_head", "org/head@old", "--output", "run",
                "eval.num_prompts=0", "train.dtype=fp32")  # fmt: skip
     assert done.returncode == 0, done.stderr

@@ -238,7 +238,9 @@ def test_killed_and_started_again_it_writes_the_same_file(base, tmp_path):
 
 def test_no_answer_is_asked_for_twice(base, tmp_path, monkeypatch):
     """Each is kept when it is there, those of a chat's first turns too; the rate is told while the first one grows."""
-    path = write_jsonl(tmp_path / "chat.jsonl", [chat(f"Hello {i}", "x", "add", "y") for i in range(6)])
+    path = write_jsonl(
+        tmp_path / "chat.jsonl", [chat(f"Hello {i}", "x", "add", "y") for i in range(6)]
+    )
     cfg, output, journal = settings("chat", path), tmp_path / "new.jsonl", tmp_path / "new.journal"
     write(base, cfg, tmp_path / "whole.jsonl", (0.0, 1.0))
     answer, progress, asked = work.Local._answer, [], []
@@ -250,7 +252,9 @@ def test_no_answer_is_asked_for_twice(base, tmp_path, monkeypatch):
         return answer(self, ask, row)
 
     monkeypatch.setattr(work.Local, "_answer", count)
-    monkeypatch.setattr(work.Meter, "add", lambda self, things, amount=0: progress.append((things, amount)))
+    monkeypatch.setattr(
+        work.Meter, "add", lambda self, things, amount=0: progress.append((things, amount))
+    )
     for stop in (2, 8):
         with pytest.raises(KeyboardInterrupt):
             write(base, cfg, output, (0.0, 1.0))

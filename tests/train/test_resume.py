@@ -241,7 +241,13 @@ def test_going_on_from_an_earlier_checkpoint_leaves_the_later_ones(tmp_path, cap
     assert "goes on from step-2" in caplog.text
     save(tmp_path / "other", 3)
     disk.find_checkpoint(tmp_path / "new", str(tmp_path / "other/checkpoints/step-3"))
-    assert (tmp_path / "other/checkpoints/step-3").is_dir()  # another run's are left alone
+    folder = tmp_path / "other/checkpoints"  # another run is only read, whatever is wrong with it
+    save(tmp_path / "other", 5)
+    (folder / "step-5/state.safetensors").write_bytes(b"torn")
+    (folder / ".step-7.tmp-999999999").mkdir()
+    before = sorted(folder.rglob("*"))
+    found = disk.find_checkpoint(tmp_path / "new", str(tmp_path / "other"))
+    assert found.info["step"] == 3 and sorted(folder.rglob("*")) == before
 
 
 @pytest.fixture

@@ -304,7 +304,11 @@ class Journal:
     def keep(self, key: tuple[int, int, int], answer: Answer) -> None:
         """One answer of the block in work. key: record, part of it, turn. What failed is asked again."""
         if answer.error is None:
-            append(self.answers, [json.dumps([key, asdict(answer)], ensure_ascii=False) + "\n"], synced=False)
+            append(
+                self.answers,
+                [json.dumps([key, asdict(answer)], ensure_ascii=False) + "\n"],
+                synced=False,
+            )
 
     def kept(self) -> dict[tuple[int, int, int], Answer]:
         """What a kill left of the block, without a line that it cut."""
