@@ -187,7 +187,7 @@ def read_model(
         raise EagleError(
             f"quantized models need bitsandbytes: pip install 'eagle-heads[finetune]' ({error})"
         ) from error
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, ValueError, TypeError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0]
         raise EagleError(
             f"cannot load the {role} model {str(source)!r}: {reason} (give a folder with config.json and weights)"

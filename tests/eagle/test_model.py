@@ -254,6 +254,7 @@ def test_upstreams_arguments(llama):
         ({"threshold": 0.5}, "threshold"),
         ({"tree": "8,4,2", "total_token": 16}, "total_token=16"),
         ({"tree": "auto", "top_k": 4}, "top_k=4"),
+        ({"load_in_3bit": True}, "load_in_3bit"),
     ):
         with pytest.raises(EagleError, match=said):
             EaModel.from_pretrained(**wrong)
