@@ -115,8 +115,8 @@ def work():
     else:
         os.kill(os.getpid(), signal.SIGKILL)
     return "done"
-print(world.first_does(work))
 world.wait()
+print(world.first_does(work))
 assert world.max([float(world.rank)]) == [1.0]
 """
 
