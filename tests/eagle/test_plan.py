@@ -410,14 +410,12 @@ def test_ingesting_in_chunks_equals_one_pass(llama, monkeypatch, chunk):
 # trees, and calls that do not plan
 
 
-@pytest.mark.parametrize("tree", ["automatic", "Auto", "", "wide", "16,4", 5, None, (16, None, 4)])
+@pytest.mark.parametrize("tree", ["automatic", "Auto", "", "wide", "16,4", 5, (16, None, 4)])
 def test_unknown_trees_name_auto(llama, tree):
     with pytest.raises(EagleError, match="auto.*16,4,4"):
         EaModel(llama, make_head(llama), tree)
-    if tree is not None:
-        model = head_model(llama)
-        with pytest.raises(EagleError, match="auto.*16,4,4"):
-            model.generate([[1, 2]], max_new_tokens=2, tree=tree)
+    with pytest.raises(EagleError, match="auto.*16,4,4"):
+        head_model(llama).generate([[1, 2]], max_new_tokens=2, tree=tree)
 
 
 def test_auto_without_a_head_decodes_plainly(llama):

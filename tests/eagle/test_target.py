@@ -281,7 +281,7 @@ def test_head_config_follows_the_target(targets):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (dict(path="/no/such/model"), "cannot load the target model"),
+        (dict(path="/no/such/model"), "no model folder '/no/such/model'; give a folder"),
         (dict(device="toaster"), "unknown device"),
         (dict(dtype="float7"), "unknown dtype"),
     ],
