@@ -342,7 +342,7 @@ def test_activations_are_what_autograd_keeps(amp, recompute):
 
 
 def test_disk_need(monkeypatch, tmp_path):
-    cfg = config(train={"output": str(tmp_path), "save_total_limit": 3})
+    cfg = config(train={"output": str(tmp_path), "save_total_limit": 3, "dtype": "bf16"})
     need = space.DiskNeed.of(cfg, weights=1000, tokens=10_000, target_hidden=64)
     assert need.checkpoint == 14_000 and need.checkpoints == 5 * 14_000
     assert need.tokens == 50_000 and need.features == 10_000 * (3 * 64 + 64) * 2
