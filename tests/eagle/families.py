@@ -148,7 +148,7 @@ SERVED = (
            dict(EXPERTS, kv_channels=8, num_key_value_heads=2)),
     Family("GPT-NeoX", "GPTNeoXConfig", "GPTNeoXForCausalLM", "partial rotary, parallel residual, fused QKV",
            dict(rotary_pct=0.5), seed=4),
-    Family("GPT-2", "GPT2Config", "GPT2LMHeadModel", "learned positions", seed=2),
+    Family("GPT-2", "GPT2Config", "GPT2LMHeadModel", "learned positions", seed=3),
     Family("GPT-J", "GPTJConfig", "GPTJForCausalLM", "partial rotary, interleaved, parallel residual",
            dict(rotary_dim=4), seed=2, since="5.24"),
     Family("CodeGen", "CodeGenConfig", "CodeGenForCausalLM", "as GPT-J, fused QKV", dict(rotary_dim=4), seed=2,
