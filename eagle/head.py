@@ -234,19 +234,13 @@ def rotary_embedding(c: HeadConfig, device: torch.device) -> LlamaRotaryEmbeddin
     if kind == "mrope":  # text alone: all sections count the same positions
         kind = "default"
     rope = {**scaling, "rope_type": kind, "rope_theta": c.rope_theta}
-    try:
-        with torch.device(device):
-            return LlamaRotaryEmbedding(
-                LlamaConfig(
-                    hidden_size=c.head_dim, num_attention_heads=1, head_dim=c.head_dim,
-                    max_position_embeddings=c.max_position_embeddings, rope_parameters=rope,
-                )
-            ).to(device)  # fmt: skip
-    except Exception as error:  # transformers checks little, and fails wherever a value takes it
-        raise EagleError(
-            f"transformers cannot scale rotary positions by {c.rope_scaling} "
-            f"({type(error).__name__}: {error}); correct rope_scaling in the head's config"
-        ) from error
+    with torch.device(device):
+        return LlamaRotaryEmbedding(
+            LlamaConfig(
+                hidden_size=c.head_dim, num_attention_heads=1, head_dim=c.head_dim,
+                max_position_embeddings=c.max_position_embeddings, rope_parameters=rope,
+            )
+        ).to(device)  # fmt: skip
 
 
 class RMSNorm(nn.Module):
@@ -362,7 +356,13 @@ class DraftHead(nn.Module):
             self.register_buffer("d2t", torch.zeros(c.draft_vocab_size, dtype=torch.int64))
             self.register_buffer("t2d", t2d)
         self._rotary: LlamaRotaryEmbedding | None = None
-        rotary_embedding(c, torch.device("cpu"))  # refuses a bad rope_scaling
+        try:
+            rotary_embedding(c, torch.device("cpu"))
+        except Exception as error:  # transformers checks little, and fails wherever a value takes it
+            raise EagleError(
+                f"transformers cannot scale rotary positions by {c.rope_scaling} "
+                f"({type(error).__name__}: {error}); correct rope_scaling in the head's config"
+            ) from error
 
     @property
     def decoder_layers(self) -> list[DecoderLayer]:

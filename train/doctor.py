@@ -76,15 +76,25 @@ def examine(
     cfg: HeadTrainConfig, head: str | None, with_model: bool, with_data: bool, num: int
 ) -> Iterator[tuple[str, list[Finding], object]]:
     """(title, findings, what to show below them or None) of each part, as soon as it is done."""
+    logger = logging.getLogger("train.data")
+    before = logger.level
+    logger.setLevel(logging.ERROR)  # its warnings are findings here
+    try:
+        yield from examine_machine(cfg)
+        if with_model:
+            yield from examine_target(cfg, head, with_data, num)
+    finally:
+        logger.setLevel(before)
+
+
+def examine_machine(cfg: HeadTrainConfig) -> Iterator[tuple[str, list[Finding], object]]:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    import torch
     from transformers.utils.logging import disable_progress_bar
 
     from train.checks import devices, installation, space
     from train.checks.findings import guarded
 
     disable_progress_bar()
-    logging.getLogger("train.data").setLevel(logging.ERROR)  # its warnings are findings here
     found = guarded("versions", installation.versions)
     found += guarded("name clash", installation.clashes)
     found += guarded("deepspeed", partial(installation.deepspeed, cfg.train.zero))
@@ -95,18 +105,18 @@ def examine(
     found += guarded("c++", devices.compiler)
     yield "Devices", found, None
     yield "Disk", guarded("disk", partial(space.disk, cfg)), None
-    if with_model:
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        yield from examine_target(cfg, head, with_data, num, device)
 
 
 def examine_target(
-    cfg: HeadTrainConfig, head: str | None, with_data: bool, num: int, device
+    cfg: HeadTrainConfig, head: str | None, with_data: bool, num: int
 ) -> Iterator[tuple[str, list[Finding], object]]:
+    import torch
+
     from train.checks import data, model, space
     from train.checks.findings import guarded
     from train.head.setup import settle
 
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     cfg = settle(cfg, device)
     subject = model.Subject(cfg.model.base or "embedded")
     formats = data.formats(cfg.data) if with_data else set()

@@ -1,5 +1,6 @@
 """Heads of every published kind: their tensors, what they compute, and that they change no token."""
 
+import copy
 import shutil
 
 import pytest
@@ -212,7 +213,7 @@ def test_an_eagle1_head_that_knows_the_target_is_accepted(llama):
 
     prompt = make_prompts((9,))[0]
     row = prompt + stock_greedy(llama, prompt, 24)
-    head = head_of(llama, "eagle1")
+    head, llama = head_of(llama, "eagle1"), copy.copy(llama)
     llama.set_feature_layers((FINAL,))
     _, features = llama.hidden_and_features(torch.tensor([row]))
     true = torch.cat([features[0], features[0, -1:].expand(8, -1)])
@@ -226,7 +227,7 @@ def test_an_eagle1_head_that_knows_the_target_is_accepted(llama):
 
 
 def test_final_features_are_what_the_lm_head_reads(llama):
-    ids = torch.tensor([make_prompts((12,))[0]])
+    ids, llama = torch.tensor([make_prompts((12,))[0]]), copy.copy(llama)
     llama.set_feature_layers((FINAL,))
     hidden, features = llama.hidden_and_features(ids)
     assert torch.equal(hidden, features) and features.shape == (1, 12, H)

@@ -25,10 +25,10 @@ from inference.gpu_suite.training import rates
 
 ROOT = Path(__file__).parents[2]
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
-# what a GPU machine with torch, transformers and triton need not have
+# what a GPU machine with torch, transformers, triton and pydantic need not have
 BARE = """
 import sys
-absent = {"fire", "deepspeed", "datasets", "bitsandbytes", "trl", "pydantic", "omegaconf", "tensorboardX"}
+absent = {"fire", "deepspeed", "datasets", "bitsandbytes", "trl", "omegaconf", "tensorboardX"}
 class Without:
     def __init__(self, finder): self.finder = finder
     def __getattr__(self, name): return getattr(self.finder, name)

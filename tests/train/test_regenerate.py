@@ -261,7 +261,8 @@ def test_no_answer_is_asked_for_twice(base, tmp_path, monkeypatch):
         assert len(rows(journal)) == stop and not output.exists()
         with journal.open("a") as file:
             file.write('[[3, 0, 0], {"text": "cut by the k')
-    assert progress[0][0] == 0 < progress[0][1] < NEW
+    things, tokens = next(told for told in progress if told[1])
+    assert things == 0 < tokens < NEW
     stop = None
     write(base, cfg, output, (0.0, 1.0))
     assert len(asked) == len(set(asked)) == 12 and not journal.exists()

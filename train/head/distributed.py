@@ -7,7 +7,6 @@ import itertools
 import logging
 import os
 import pickle
-import socket
 import sys
 import threading
 import time
@@ -133,10 +132,12 @@ def _await(store: torch.distributed.Store, key: str, there: Callable[[], bool]) 
 
 def join_world() -> World:
     """Initialise DeepSpeed's communication from the launcher's environment, or alone."""
+    store = None
     if "RANK" not in os.environ:
-        alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1",
-                 "MASTER_PORT": str(_free_port())}  # fmt: skip
-        os.environ.update(alone)
+        # the store looks for a port itself: one that was free before may be taken when it is asked for
+        store = torch.distributed.TCPStore("127.0.0.1", 0, 1, is_master=True)
+        alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+        os.environ.update(alone, MASTER_PORT=str(store.port))
     cuda = torch.cuda.is_available()
     if not cuda:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -150,7 +151,10 @@ def join_world() -> World:
     ):  # its shared-memory op would be compiled at first use; gloo does the same without a compiler
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if not torch.distributed.is_initialized():
-        deepspeed.init_distributed(dist_backend="nccl" if cuda else "gloo", verbose=False)
+        backend = "nccl" if cuda else "gloo"
+        if store is not None:
+            torch.distributed.init_process_group(backend, store=store, rank=0, world_size=1)
+        deepspeed.init_distributed(dist_backend=backend, verbose=False)
         atexit.register(_leave_world)
     return World(torch.distributed.get_rank(), torch.distributed.get_world_size(), device)
 
@@ -194,9 +198,3 @@ def silence() -> Iterator[None]:
             for fd, copy in kept:
                 os.dup2(copy, fd)
                 os.close(copy)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
