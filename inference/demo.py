@@ -15,7 +15,7 @@ from pathlib import Path
 from configs import cli
 
 
-def demo(*, output: str = "runs/demo", minutes: float = 3.0, num_prompts: int = 8) -> int:
+def demo(*, output: str = "runs/demo", minutes: float = 2.5, num_prompts: int = 8) -> int:
     """Inspect, train for `minutes`, benchmark. Everything goes to --output (a new numbered folder if taken)."""
     from rich.console import Console
 
