@@ -87,7 +87,7 @@ def test_presets_load_and_unknown_names_list_them():
     assert {"demo", "mixed", "embedded_head"} <= set(preset_names())
     for name in preset_names():
         load(source=name)
-    assert load(source="demo").train.time_budget_minutes == 3
+    assert load(source="demo").train.time_budget_minutes == 2.5
     with pytest.raises(ConfigError, match="presets: demo"):
         load(source="nope")
 
