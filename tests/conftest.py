@@ -61,8 +61,11 @@ def llama(targets):
 
 @pytest.fixture(scope="session")
 def compile_cache(tmp_path_factory):
-    """An empty EAGLE_CACHE for the session: what is compiled is compiled here and now, once."""
-    folder = tmp_path_factory.mktemp("eagle_cache")
+    """An EAGLE_CACHE that is empty when the tests begin, the same in all their processes: what is compiled is compiled
+    here and now, once."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "eagle_cache"
+    folder.mkdir(exist_ok=True)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("EAGLE_CACHE", str(folder))
         yield folder

@@ -217,7 +217,7 @@ print("fine")
 """
 
 
-@pytest.mark.parametrize("first", ["import transformers", "import eagle", "import kernels"])
+@pytest.mark.parametrize("first", ["import transformers", "import eagle"])
 def test_beside_the_other_distribution(stand_in, tmp_path, first):
     assert run(CHECK.format(first=first), [stand_in], cwd=tmp_path).stdout.strip() == "fine"
 
@@ -226,11 +226,6 @@ def test_beside_the_other_distribution_from_a_checkout(stand_in):
     """The repository first on the path: a regular package still wins over a namespace portion."""
     code = f"import sys; sys.path.append({str(stand_in)!r})\n" + CHECK.format(first="")
     assert run(code, cwd=ROOT).stdout.strip() == "fine"
-
-
-def test_without_the_other_distribution():
-    code = "import eagle; from kernels.tree_attention import attend; from eagle import EaModel; print('fine')"
-    assert run(code).stdout.strip() == "fine"
 
 
 def test_the_environment_has_no_regular_package_of_ours():

@@ -370,17 +370,19 @@ def test_a_model_that_cannot_be_exported(compile_cache, tmp_path):
 KILLED = """
 import os, sys, time
 sys.path.insert(0, sys.argv[1])
-import torch
 from pathlib import Path
-from eagle.compile import package
+from kernels.cpu_extension import keep
 
 def wait(part, path):
     print("about to put it in its place", flush=True)
     time.sleep(600)
 
+def make(scratch):
+    (scratch / "one.pt2").write_bytes(b"a package")
+    return scratch / "one.pt2"
+
 os.replace = wait
-torch.manual_seed(0)
-package(torch.nn.Linear(3, 5), (torch.ones(1, 3),), Path(sys.argv[2]), [None])
+keep(Path(sys.argv[2]), make)
 """
 
 
@@ -407,10 +409,9 @@ def test_a_damaged_or_foreign_package_is_made_anew(tmp_path):
     path, module, x = tmp_path / "linear" / "one.pt2", torch.nn.Linear(3, 5), torch.ones(1, 3)
     path.parent.mkdir()
     path.write_bytes(b"not a package")
-    for damage in (lambda b: b[:-1000], lambda b: b"PK"):
-        assert torch.equal(package(module, (x,), path, [None])(x), module(x))
-        (made,) = path.parent.glob("one-*.pt2")
-        made.write_bytes(damage(made.read_bytes()))
+    assert torch.equal(package(module, (x,), path, [None])(x), module(x))
+    (made,) = path.parent.glob("one-*.pt2")
+    made.write_bytes(made.read_bytes()[:-1000])
     assert torch.equal(package(module, (x,), path, [None])(x), module(x))
     before = packages(tmp_path)
     package(module, (x,), path, [None])

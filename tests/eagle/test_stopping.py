@@ -134,8 +134,7 @@ def test_stop_strings_mean_what_they_mean_in_stock_generate(llama, answer, kind)
     rows = [PROMPT[0], *make_prompts((4,), seed=8)]
     stops = [
         whole[a : a + n]
-        for a in (prompt - 2, prompt - 1, prompt, prompt + 3, prompt + 9)
-        for n in (2, 4)
+        for a, n in ((prompt - 2, 4), (prompt - 1, 2), (prompt, 2), (prompt + 3, 4), (prompt + 9, 2))
     ]
     stops += [whole[prompt - 3 : prompt], [whole[prompt + 15 :][:3], whole[prompt + 7 :][:2]]]
     stops += ["é", "é€", " a", "x y", " "] if kind == "llama2" else []

@@ -118,9 +118,8 @@ assert run(HeadTrainConfig.model_validate_json(open(sys.argv[1]).read()), quiet=
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("zero", [0, 1])
-def test_one_rank_without_memory_makes_all_cut_smaller(base, data, tmp_path, zero):
-    more = {"max_steps": 2, "zero": zero, "lr": 1e-4}
+def test_one_rank_without_memory_makes_all_cut_smaller(base, data, tmp_path):
+    more = {"max_steps": 2, "zero": 1, "lr": 1e-4}
     cfg = config(base, data, tmp_path / "two", batch_size=2, **more)
     (tmp_path / "two.json").write_text(cfg.model_dump_json())
     (tmp_path / "ranks.py").write_text(RANKS)
@@ -157,7 +156,7 @@ def test_a_layer_that_does_not_compile_ends_the_run(base, data, tmp_path, monkey
 GROWN = """
 import ctypes, sys
 kind, folder = sys.argv[1:]
-small = ["train.max_steps=30", "train.batch_size=4", "data.max_length=256", f"data.cache_dir={folder}"]
+small = ["train.max_steps=10", "train.batch_size=4", "data.max_length=256", f"data.cache_dir={folder}"]
 if kind == "head":
     from train.main import train
     train(*small, "train.report_to=none", "eval.num_prompts=0", data_format="chat", output=f"{folder}/run")
@@ -176,7 +175,7 @@ print(before - resident())
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="needs glibc")
 @pytest.mark.parametrize("kind", ["head", "sft"])
 def test_what_freed_tensors_leave_does_not_pile_up(tmp_path, kind):
-    """30 steps on rows of all lengths: of what the process holds hardly anything is free (170 MB of it were)."""
+    """Steps on rows of all lengths: of what the process holds hardly anything is free (160 MB of it were)."""
     lines = shipped("chat", "eval").read_text().splitlines(keepends=True)
     (tmp_path / "few.jsonl").write_text("".join(lines[:4]))
     command = [sys.executable, "-c", GROWN, kind, str(tmp_path)]
