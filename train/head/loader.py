@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 
 import torch
@@ -102,14 +103,15 @@ class Loader:
         self.pinned = device.type == "cuda"
 
     def from_row(self, start: int) -> Iterator[list[MicroBatch]]:
-        ahead = {"prefetch_factor": 2, "worker_init_fn": leave_signals} if self.num_workers else {}
+        ahead = {"prefetch_factor": 2} if self.num_workers else {}
         loader = DataLoader(
             self.steps, batch_size=None, sampler=range(start, 2**62, self.steps.rows),
             num_workers=self.num_workers, pin_memory=self.pinned,
             generator=torch.Generator(),  # of its own: the run's is not to be drawn from
             **ahead,
         )  # fmt: skip
-        return iter(loader)
+        with without_signals():
+            return iter(loader)
 
 
 def choose_workers(device: torch.device) -> int:
@@ -122,7 +124,12 @@ def choose_workers(device: torch.device) -> int:
     return max(0, min(MAX_WORKERS, cores // processes - 1))
 
 
-def leave_signals(worker: int) -> None:
-    """A Ctrl-C reaches every process of the terminal: the run decides, and needs its data until then."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+@contextmanager
+def without_signals():
+    """Processes started here are deaf to signals from their first instruction on. A Ctrl-C reaches every process of the
+    terminal: the run decides, and needs its data until then."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
