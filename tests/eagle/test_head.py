@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 import torch.nn.functional as F
-from engine_helpers import make_prompts, stock_greedy
+from engine_helpers import make_prompts, make_target, stock_greedy
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
@@ -374,8 +374,9 @@ def test_a_head_of_several_layers_has_as_many_in_its_cache(llama):
 @pytest.mark.skipif(
     not (shutil.which("g++") and shutil.which("ninja")), reason="needs a C++ compiler and ninja"
 )
-def test_compiled_heads_are_lossless(llama, compile_cache):
+def test_compiled_heads_are_lossless(compile_cache):
     """Through the target's LM head, and over more than one layer."""
+    llama = make_target("llama", num_hidden_layers=1)
     kind = "eagle1-two-layers"
     prompts = make_prompts((9, 3, 14))
     model = EaModel(llama, head_of(llama, kind, seed=1), "8,3,2")

@@ -1,9 +1,6 @@
 """A tiny model folder with a real tokenizer, a random head for it, and a way to run commands."""
 
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -65,20 +62,9 @@ def head_folder(tmp_path_factory, model_folder):
 @pytest.fixture(scope="session")
 def command():
     """command("inference.bench", "--flag", …) -> the finished process."""
+    from commands import run
 
-    def run(module, *arguments, stdin=None):
-        env = {
-            **os.environ,
-            "OMP_NUM_THREADS": "1",
-            "HF_HUB_OFFLINE": "1",
-            "CUDA_VISIBLE_DEVICES": "",
-        }
-        return subprocess.run(
-            [sys.executable, "-m", module, *map(str, arguments)], cwd=ROOT, env=env, input=stdin,
-            capture_output=True, text=True, timeout=300,
-        )  # fmt: skip
-
-    return run
+    return lambda *words, **more: run(*words, CUDA_VISIBLE_DEVICES="", **more)
 
 
 @pytest.fixture

@@ -3,13 +3,13 @@
 import json
 import os
 import random
-import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
+from commands import Command
 
 from eagle.errors import EagleError
 from inference import evaluate
@@ -491,28 +491,19 @@ def test_bench_command(cli):
     assert [way["samples"] for way in result["ways"].values()] == [6, 6, 6]
 
 
-def start(*arguments):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    return subprocess.Popen(
-        [sys.executable, "-m", "inference.evaluate", *map(str, arguments)], cwd=ROOT, env=environment,
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
-
-
 def kill_now_and_then(rng, arguments, watched, times):
     """Runs the command again and again, killing it each time after it has written a few lines more."""
     kills = 0
     while True:
-        process = start(*arguments)
+        process = Command("inference.evaluate", *arguments)
         there = lines(watched())
         goal = there + rng.randint(1, 6)
         while process.poll() is None and (kills == times or lines(watched()) < goal):
             time.sleep(0.002)
         if process.poll() is not None:
-            assert process.returncode == 0
+            assert process.wait() == 0
             return kills
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        process.kill()
         kills += 1
 
 

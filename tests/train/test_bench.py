@@ -2,27 +2,24 @@
 
 import json
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from commands import run
 
 from configs.cli import run as run_command
 from train.bench import bench
 
 ROOT = Path(__file__).parents[2]
-ENV = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 SMALL = ["train.batch_size=2", "train.ttt_steps=2", "data.max_length=64", "train.dtype=fp32"]
 
 
 def test_the_command(tmp_path, base, data):
-    command = [sys.executable, "-m", "train.bench", "--base", base, "--data", data, *SMALL]
+    command = ["train.bench", "--base", base, "--data", data, *SMALL]
     command += ["data.min_supervised_tokens=1", "--arms", "fused,naive,recompute"]
     command += ["--steps", "1", "--repeats", "2", "--loss_vocab", "4096", "--loss_tokens", "512"]
     command += ["--loss_hidden", "16", "--json_path", tmp_path / "bench.json"]
-    done = subprocess.run(command, env=ENV, cwd=tmp_path, capture_output=True, text=True)
+    done = run(*command, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
     assert found == json.loads((tmp_path / "bench.json").read_text())

@@ -1,12 +1,11 @@
 """Each finding of the doctor about an installation or a machine is met by what it is there to find."""
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import commands
 import pytest
 import torch
 from head_helpers import save_tiny_model, write_fim
@@ -363,15 +362,8 @@ def test_available_memory_is_what_there_is():
 # the command
 
 
-def doctor(*arguments, **environment):
-    return subprocess.run(
-        [sys.executable, "-m", "train.doctor", *map(str, arguments)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **environment},
-        timeout=300,
-    )
+def doctor(*arguments):
+    return commands.run("train.doctor", *arguments)
 
 
 @pytest.mark.slow

@@ -1,17 +1,15 @@
 """Features on disk: the same losses as online, resumable writing, refusals."""
 
 import json
-import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from commands import Command
 from head_helpers import config, losses_of, save_tiny_model, write_fim
 from safetensors.torch import load_file
 
@@ -22,7 +20,6 @@ from train.main import run
 from train.prepare.features import write_features
 
 ROOT = Path(__file__).parents[2]
-ENV = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 TINY = 0.05  # megabytes a shard
 
 
@@ -144,7 +141,7 @@ def command(base, data, output):
     ]
     overrides = ["data.max_length=96", f"data.cache_dir={data.parent / 'cache'}", "model.dtype=float32",
                  "data.heldout_fraction=0.1"]  # fmt: skip
-    return [sys.executable, "-m", "train.prepare", "features", *map(str, words), *overrides]
+    return ["train.prepare", "features", *words, *overrides]
 
 
 @pytest.mark.slow
@@ -154,22 +151,17 @@ def test_killed_writing_goes_on_and_ends_the_same(stores, base, data, tmp_path):
     names = {p.name for p in whole.iterdir()}
     assert len(names) > 5
     for wanted in (1, 3):
-        process = subprocess.Popen(
-            command(base, data, output), env=ENV, cwd=ROOT, stderr=subprocess.DEVNULL
-        )
+        process = Command(*command(base, data, output))
         deadline = time.monotonic() + 100
         while len(list(output.glob("shard-*"))) < wanted and process.poll() is None:
             assert time.monotonic() < deadline
             time.sleep(0.001)
-        process.send_signal(signal.SIGKILL)
-        assert process.wait() == -signal.SIGKILL, "all was written before the kill"
+        assert process.kill() == -signal.SIGKILL, "all was written before the kill"
     kept = {p: p.stat().st_mtime_ns for p in output.glob("shard-*")}
     assert 3 <= len(kept) < len(names) - 1
     assert {p.name for p in kept} | {"index.json"} <= names
     (output / ".shard-00009.safetensors.tmp").write_bytes(b"half a shard")
-    done = subprocess.run(
-        command(base, data, output), env=ENV, cwd=ROOT, capture_output=True, text=True
-    )
+    done = Command(*command(base, data, output)).output()
     assert done.returncode == 0, done.stderr
     assert (
         f"{len(kept)} are there" in done.stderr

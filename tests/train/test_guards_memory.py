@@ -135,11 +135,11 @@ def test_one_rank_without_memory_makes_all_cut_smaller(base, data, tmp_path):
 def test_a_compiled_layer_trains_the_same(base, data, tmp_path):
     from torch._dynamo.utils import counters
 
-    more = {"max_steps": 4, "lr": 1e-4}
+    more = {"max_steps": 4, "lr": 1e-4, "ttt_steps": 2}
     assert run(config(base, data, tmp_path / "eager", **more), quiet=True) == 0
     counters.clear()
     assert run(config(base, data, tmp_path / "compiled", compile=True, **more), quiet=True) == 0
-    assert counters["stats"]["unique_graphs"] >= 4
+    assert counters["stats"]["unique_graphs"] >= 2
     require_alike(tmp_path / "eager", tmp_path / "compiled")
 
 

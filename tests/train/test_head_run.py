@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from commands import Command
 from engine_helpers import assert_quiet
 from head_helpers import config, losses_of, rows_of
 from safetensors.torch import load_file
@@ -65,15 +66,12 @@ def test_training_is_deterministic_and_resumes_after_a_kill(plain_run, base, dat
     cfg = config(base, data, output, max_steps=40, save_every=5, lr=3e-3, eval={"num_prompts": 3})
     file = tmp_path / "run.yaml"
     file.write_text(yaml.safe_dump(cfg.model_dump(mode="json")))
-    process = subprocess.Popen(
-        [sys.executable, "-m", "train.main", "--config", str(file)], env=ENV, cwd=ROOT
-    )
+    process = Command("train.main", "--config", file)
     deadline = time.monotonic() + 120
     while disk.pointed(output, "latest") is None and process.poll() is None:
         assert time.monotonic() < deadline
         time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL, "the run ended before it could be killed"
+    assert process.kill() == -signal.SIGKILL, "the run ended before it could be killed"
     reached = disk.load_checkpoint(disk.pointed(output, "latest")).info["step"]
     assert 5 <= reached < 40
     resumed = cfg.model_copy(update={"train": cfg.train.model_copy(update={"resume": "auto"})})
@@ -242,8 +240,7 @@ def test_wrong_arguments_are_one_line(tmp_path, base, arguments, named):
     output = tmp_path / "run"
     if "--base" not in arguments:
         arguments = ["--base", str(base), *arguments]
-    command = [sys.executable, "-m", "train.main", "--output", str(output), *arguments]
-    done = subprocess.run(command, env=ENV, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    done = Command("train.main", "--output", output, *arguments).output()
     assert done.returncode not in (0, None) and "Traceback" not in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1 and named in done.stderr
     assert not output.exists()

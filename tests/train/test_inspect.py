@@ -1,19 +1,13 @@
-import os
-import subprocess
-import sys
 from pathlib import Path
 
+import commands
 from data_helpers import chat, write_jsonl
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
 def inspect(cache, *arguments):
-    environment = {**os.environ, "EAGLE_CACHE": str(cache), "HF_HUB_OFFLINE": "1", "COLUMNS": "80"}
-    return subprocess.run(
-        [sys.executable, "-m", "train.inspect", *map(str, arguments)],
-        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
+    return commands.run("train.inspect", *arguments, EAGLE_CACHE=str(cache), COLUMNS="80")
 
 
 def test_shows_supervised_tokens_and_counts(tmp_path, tokenizer_dir):

@@ -3,12 +3,11 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
+from commands import Command
 from data_helpers import chat, write_jsonl
 from head_helpers import config, save_tiny_model, write_fim
 
@@ -23,7 +22,6 @@ from train.prepare.answering import Sampling
 from train.prepare.regenerate import Journal, regenerate
 
 ROOT = Path(__file__).parents[2]
-ENV = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 NEW = 12
 
 
@@ -200,7 +198,7 @@ def test_output_depends_on_seed_and_record_alone(base, tmp_path):
 def command(base, path, output):
     words = ["--base", base, "--data", path, "--data_format", "fim", "--output", output, "--slots", 1,
              "--temperature", "0,1", "--max_new_tokens", NEW, "--dtype", "float32"]  # fmt: skip
-    return [sys.executable, "-m", "train.prepare", "regenerate", *map(str, words)]
+    return ["train.prepare", "regenerate", *words]
 
 
 @pytest.mark.slow
@@ -208,22 +206,17 @@ def test_killed_and_started_again_it_writes_the_same_file(base, tmp_path):
     path, output = tmp_path / "fim.jsonl", tmp_path / "killed.jsonl"
     write_fim(path, rows=120)
     whole = write(base, settings("fim", path), tmp_path / "whole.jsonl", (0.0, 1.0))
-    process = subprocess.Popen(
-        command(base, path, output), env=ENV, cwd=ROOT, stderr=subprocess.DEVNULL
-    )
+    process = Command(*command(base, path, output))
     deadline = time.monotonic() + 100
     while not (output.exists() and output.stat().st_size) and process.poll() is None:
         assert time.monotonic() < deadline
         time.sleep(0.001)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL, "it was done before the kill"
+    assert process.kill() == -signal.SIGKILL, "it was done before the kill"
     reached = json.loads(card_path(output).read_text())["counts"]["records"]
     assert reached < 120
     with open(output, "ab") as file:
         file.write(b'{"prefix": "torn by the')
-    done = subprocess.run(
-        command(base, path, output), env=ENV, cwd=ROOT, capture_output=True, text=True
-    )
+    done = Command(*command(base, path, output)).output()
     assert done.returncode == 0, done.stderr
     assert output.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
     card = json.loads(card_path(output).read_text())

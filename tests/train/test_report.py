@@ -4,11 +4,11 @@ import json
 import logging
 import re
 import shutil
-import subprocess
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
+import commands
 import pytest
 import torch
 import yaml
@@ -164,9 +164,7 @@ def test_a_killed_run_has_a_page_too(finished, tmp_path):
     for name in ("config.yaml", "run.json", "events.jsonl", "perf.jsonl"):
         (copy / name).write_bytes((finished / name).read_bytes())
     (copy / "metrics.jsonl").write_text((finished / "metrics.jsonl").read_text()[:-40])
-    done = subprocess.run(
-        [sys.executable, "-m", "train.report", str(copy)], cwd=ROOT, capture_output=True, text=True
-    )
+    done = commands.run("train.report", copy)
     assert done.returncode == 0 and done.stdout.strip() == str(copy / "report.html"), done.stderr
     html = (copy / "report.html").read_text()
     Page(html)

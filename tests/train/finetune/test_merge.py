@@ -1,12 +1,11 @@
 """Merging: what is written is the base in full precision with the adapter in it, and says how it differs."""
 
 import json
-import subprocess
-import sys
 
+import commands
 import pytest
 import torch
-from finetune_helpers import ENV, ROOT, go, instructions
+from finetune_helpers import go, instructions
 from transformers import AutoModelForCausalLM
 
 from configs import cli
@@ -120,9 +119,7 @@ def test_wrong_commands_are_one_line(command, tmp_path, arguments, named):
 
 @pytest.mark.parametrize("arguments", [(), ("tune",)], ids=["nothing", "unknown"])
 def test_a_command_is_named(arguments):
-    done = subprocess.run(
-        [sys.executable, "-m", "train.finetune", *arguments], env=ENV, cwd=ROOT, capture_output=True, text=True
-    )  # fmt: skip
+    done = commands.run("train.finetune", *arguments)
     assert done.returncode == 2 and done.stderr.startswith("error: name a command: sft, ")
 
 
