@@ -376,7 +376,7 @@ def test_a_head_of_several_layers_has_as_many_in_its_cache(llama):
 )
 def test_compiled_heads_are_lossless(compile_cache):
     """Through the target's LM head, and over more than one layer."""
-    llama = make_target("llama", num_hidden_layers=1)
+    llama = make_target("llama", num_hidden_layers=3)
     kind = "eagle1-two-layers"
     prompts = make_prompts((9, 3, 14))
     model = EaModel(llama, head_of(llama, kind, seed=1), "8,3,2")
