@@ -1,4 +1,6 @@
-"""Package definition. Namespace discovery, so that `kernels/` adds files beside another package of that name."""
+"""Package definition. Namespace discovery, so that `kernels/` adds files beside another package of
+that name.
+"""
 
 import re
 from pathlib import Path
@@ -18,17 +20,10 @@ setup(
     python_requires=">=3.10",
     packages=find_namespace_packages(
         include=[
-            "eagle",
-            "eagle.*",
-            "kernels",
-            "kernels.*",
-            "train",
-            "train.*",
-            "inference",
-            "inference.*",
-            "configs",
-            "configs.*",
-        ],
+            f"{room}{more}"
+            for room in ("configs", "kernels", "eagle", "records", "train", "inference")
+            for more in ("", ".*")
+        ]
     ),
     include_package_data=False,
     package_data={

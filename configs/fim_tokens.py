@@ -1,4 +1,6 @@
-"""The fill-in-the-middle tokens of the model families. Knows names of tokens; loads no tokenizer."""
+"""The fill-in-the-middle tokens of the model families. Knows names of tokens; loads no
+tokenizer.
+"""
 
 from __future__ import annotations
 

@@ -46,7 +46,8 @@ class PolicyConfig(Section):
         "CPU without it",
     )
     compute: Literal["auto", "bf16", "fp32"] = Field(
-        "auto", description="dtype of the computation; auto = bf16 where the device has it, else fp32"
+        "auto",
+        description="dtype of the computation; auto = bf16 where the device has it, else fp32",
     )
     attn_implementation: str | None = Field(
         None, description="sdpa, eager, flash_attention_2, ...; null = transformers' choice"
@@ -68,7 +69,9 @@ class FinetuneTrain(Section):
     max_steps: int | None = Field(None, ge=1, description="optimizer steps; null = from epochs")
     epochs: float = Field(1.0, gt=0, description="passes over the data when max_steps is null")
     time_budget_minutes: float | None = Field(
-        None, gt=0, description="end after so long, with a finished schedule, if the steps are not done before"
+        None,
+        gt=0,
+        description="end after so long, with a finished schedule, if the steps are not done before",
     )
     batch_size: int = Field(8, ge=1, description="rows a process takes per micro batch")
     eval_batch_size: int | None = Field(None, ge=1, description="null = batch_size")

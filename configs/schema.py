@@ -99,8 +99,14 @@ class ModelConfig(Section):
 
     @model_validator(mode="after")
     def _of_method(self) -> ModelConfig:
-        only = ("draft_vocab_size", "feature_layers", "norm_before_residual", "norm_before_fc", "fc_norm",
-                "norm_output")  # fmt: skip
+        only = (
+            "draft_vocab_size",
+            "feature_layers",
+            "norm_before_residual",
+            "norm_before_fc",
+            "fc_norm",
+            "norm_output",
+        )
         given = [name for name in only if getattr(self, name)]
         if self.method == "eagle1" and given:
             raise ValueError(
@@ -191,7 +197,9 @@ class DataConfig(Section):
         100, ge=1, description="supervised tokens below which a run is refused"
     )
     num_proc: int | None = Field(
-        None, ge=1, description="processes that tokenise; null = one a core, and 1 for less than 8 MB of files"
+        None,
+        ge=1,
+        description="processes that tokenise; null = one a core, and 1 for less than 8 MB of files",
     )
     num_workers: int | None = Field(
         None, ge=0, description="processes that prepare batches; null = by GPUs and cores, 0 = none"
@@ -251,7 +259,8 @@ class TrainConfig(Section):
     )
     zero: int = Field(0, ge=0, le=3, description="DeepSpeed ZeRO stage 0, 1, 2 or 3")
     dtype: Literal["auto", "bf16", "fp32"] = Field(
-        "auto", description="dtype the head trains in; auto = bf16 where the device has it, else fp32"
+        "auto",
+        description="dtype the head trains in; auto = bf16 where the device has it, else fp32",
     )
     ttt_steps: int = Field(5, ge=1, le=16, description="unrolled steps of training-time test")
     ttt_decay: float = Field(0.8, gt=0, le=1, description="loss weight of step i is decay**i")

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import kernels as _kernels
 
-# `kernels/` is a namespace portion: where Hugging Face's package of that name is installed, it wins the
-# import, and our folder is appended to its search path instead.
+# `kernels/` is a namespace portion: where Hugging Face's package of that name is installed, it wins
+# the import, and our folder is appended to its search path instead.
 _ours = str(Path(__file__).resolve().parent.parent / "kernels")
 if _ours not in map(str, _kernels.__path__):
     _kernels.__path__.append(_ours)

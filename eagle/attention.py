@@ -1,10 +1,11 @@
 """How a tree reaches stock attention layers: one function registered with transformers.
 
-Rows are packed: a pass is one row of T tokens to the model, [1, T], and a `TreeContext` says which of them
-belong to which row of the cache. Layers that are called without a context (stock `generate`, training)
-fall through to transformers' own attention.
+Rows are packed: a pass is one row of T tokens to the model, [1, T], and a `TreeContext` says which
+of them belong to which row of the cache. Layers that are called without a context (stock
+`generate`, training) fall through to transformers' own attention.
 
-b rows, N queries of the longest row, T = tokens of all rows, M tree slots, S live slots, D head_dim.
+b rows, N queries of the longest row, T = tokens of all rows, M tree slots, S live slots, D
+head_dim.
 """
 
 from __future__ import annotations
@@ -37,10 +38,10 @@ NAME = "eagle_tree"
 class TreeContext:
     """Where the tokens of one pass sit, and what they may see.
 
-    positions [b, N] int64: absolute, of the queries. mask [b, N, M] bool and tree_positions [b, M]: the
-    tree's slots, the queries the last N of them, the first at slot length + 0; None for a causal pass over
-    an empty cache. offset = M - N. counts: tokens of each row, on the host, where rows differ; the pass
-    then holds only the first counts[i] of row i's N.
+    positions [b, N] int64: absolute, of the queries. mask [b, N, M] bool and tree_positions [b, M]:
+    the tree's slots, the queries the last N of them, the first at slot length + 0; None for a
+    causal pass over an empty cache. offset = M - N. counts: tokens of each row, on the host, where
+    rows differ; the pass then holds only the first counts[i] of row i's N.
     """
 
     def __init__(
@@ -92,8 +93,8 @@ class TreeContext:
         return out.unflatten(0, (b, N))
 
     def packed(self) -> tuple:
-        """What the CPU kernel asks of a pass over a tree: buffer, rows, starts [b + 1] of each row's tokens
-        among the packed, lengths, mask, tree_positions, offset."""
+        """What the CPU kernel asks of a pass over a tree: buffer, rows, starts [b + 1] of each
+        row's tokens among the packed, lengths, mask, tree_positions, offset."""
         b, N = self.shape
         if self.counts is None:
             starts = torch.arange(0, b * N + 1, N)
@@ -101,8 +102,14 @@ class TreeContext:
             starts = torch.tensor([0, *itertools.accumulate(self.counts)])
         cache = self.cache
         return (
-            cache.buffer, cache.rows, starts, cache.lengths, self.mask, self.tree_positions, self.offset
-        )  # fmt: skip
+            cache.buffer,
+            cache.rows,
+            starts,
+            cache.lengths,
+            self.mask,
+            self.tree_positions,
+            self.offset,
+        )
 
     def write(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> None:
         """k, v [1, Hkv, T, D] go to the slots of this pass."""
@@ -151,8 +158,8 @@ class TreeContext:
         return k, v
 
     def bias(self, dtype: torch.dtype, window: int | None, groups: int) -> torch.Tensor | None:
-        """The additive bias, folded for `groups` query heads a key/value head; built once for all layers
-        that share a window. None: everything is visible."""
+        """The additive bias, folded for `groups` query heads a key/value head; built once for all
+        layers that share a window. None: everything is visible."""
         key = (dtype, window, groups)
         if key in self._bias:
             return self._bias[key]
@@ -222,10 +229,17 @@ class TreeContext:
             self._bits = pack_bits(self.mask)
         queries = self.unpack(q.transpose(1, 2)).transpose(1, 2)  # [b, Hq, N, D]
         out = tree_attention(
-            queries, *self.cache.layer(layer), self.cache.lengths, self._bits, self.tree_positions,
-            scaling=scaling, sliding_window=window, softcap=softcap, sinks=sinks,
+            queries,
+            *self.cache.layer(layer),
+            self.cache.lengths,
+            self._bits,
+            self.tree_positions,
+            scaling=scaling,
+            sliding_window=window,
+            softcap=softcap,
+            sinks=sinks,
             rows=None if self.cache.whole else self.cache.rows,
-        )  # fmt: skip
+        )
         return self.pack(out)
 
 

@@ -1,8 +1,9 @@
-"""Heads on disk: the published EAGLE layout, written so that a kill at any moment leaves a good copy.
+"""Heads on disk: the published EAGLE layout, written so that a kill at any moment leaves a good
+copy.
 
 A head is a folder: `model.safetensors` (exactly the keys of the head's `state_dict()`), a flat
-`config.json`, and `eagle.json`, which says what the head belongs to. Other projects' folders are read as
-`eagle.formats` says. Knows nothing of training.
+`config.json`, and `eagle.json`, which says what the head belongs to. Other projects' folders are
+read as `eagle.heads` says. Knows nothing of training.
 """
 
 from __future__ import annotations
@@ -24,10 +25,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from .errors import EagleError
-from .formats.configs import DTYPES, own_config
-from .formats.read import read_folder
-from .formats.read import read_json as read_json
-from .head import FINAL, DraftHead, HeadConfig, make_head
+from .heads.configs import DTYPES, own_config
+from .heads.head import FINAL, DraftHead, HeadConfig, make_head
+from .heads.read import read_folder
+from .heads.read import read_json as read_json
 from .loading import differences, find_folder, resolve_dtype
 from .target import Target, decoder_layers
 
@@ -35,8 +36,8 @@ NAMES = DTYPES
 
 
 def save_head(head: DraftHead, path: str | Path, provenance: dict | None = None) -> Path:
-    """Write `head` (in its own dtype, every option it has) and what it belongs to into the folder `path`,
-    atomically, in the `eagle` format."""
+    """Write `head` (in its own dtype, every option it has) and what it belongs to into the folder
+    `path`, atomically, in the `eagle` format."""
     config = own_config(head.config, head.fc.weight.dtype)
     return save_folder(path, head.state_dict(), config, head.config.feature_layers, provenance)
 
@@ -49,8 +50,8 @@ def save_folder(
     provenance: dict | None = None,
     check: Callable[[Path], None] | None = None,
 ) -> Path:
-    """A head's folder with these tensors and this config.json, whole or not at all. check: looks at the folder
-    before it gets its name, and may add to it. feature_layers: entering-layer ids."""
+    """A head's folder with these tensors and this config.json, whole or not at all. check: looks at
+    the folder before it gets its name, and may add to it. feature_layers: entering-layer ids."""
     path = Path(path)
     # a copy where two names share memory, which safetensors does not write
     seen: set[int] = set()
@@ -104,9 +105,10 @@ def load_head(
     """Read a head of ours or a published one -> (head, provenance; {} when none was recorded).
 
     dtype "auto" keeps the file's. With a `target`, a head of another shape or vocabulary is refused
-    with EagleError, and one trained on other weights warned about; an embedding that equals the target's is left
-    out. format: eagle, sglang, vllm or modelopt; detected by default. layer_ids and convention (entering, output,
-    one-based) win over what the folder says of its feature layers.
+    with EagleError, and one trained on other weights warned about; an embedding that equals the
+    target's is left out. format: eagle, sglang, vllm or modelopt; detected by default. layer_ids
+    and convention (entering, output, one-based) win over what the folder says of its feature
+    layers.
     """
     published = read_folder(find_folder(path, "head"), format)
     L = None if target is None else len(target.layers)
@@ -165,10 +167,19 @@ def _warn_if_foreign(path: Path, provenance: dict, target: Target) -> None:
 
 @torch.no_grad()
 def target_fingerprint(model: torch.nn.Module) -> str:
-    """A hash of the architecture and of sampled weights: equal for one checkpoint in fp32 and in bf16."""
+    """A hash of the architecture and of sampled weights: equal for one checkpoint in fp32 and in
+    bf16.
+    """
     config = model.config.get_text_config()
-    names = ("model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-             "num_key_value_heads", "vocab_size")  # fmt: skip
+    names = (
+        "model_type",
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "vocab_size",
+    )
     digest = hashlib.sha256(repr([(n, getattr(config, n, None)) for n in names]).encode())
     layers = decoder_layers(model.get_decoder())
     modules = [("embed", model.get_input_embeddings()), ("first", layers[0]), ("last", layers[-1])]
@@ -188,10 +199,13 @@ def target_fingerprint(model: torch.nn.Module) -> str:
 
 @contextmanager
 def atomic_dir(path: str | Path) -> Iterator[Path]:
-    """Fill a sibling temporary folder; on success it is synced and takes the place of `path` in one step.
+    """Fill a sibling temporary folder; on success it is synced and takes the place of `path` in one
+    step.
 
-    A kill leaves the old folder or the new one. Where the file system cannot exchange two names, there is a moment
-    between two renames: a kill then leaves the old folder under the name at which `loading.standing` looks, and the
+    A kill leaves the old folder or the new one. Where the file system cannot exchange two names,
+      there is a moment
+    between two renames: a kill then leaves the old folder under the name at which
+      `loading.standing` looks, and the
     next writer puts it right. Readers change nothing.
     """
     path = Path(path)
@@ -220,8 +234,9 @@ def atomic_dir(path: str | Path) -> Iterator[Path]:
 
 
 def tidy(path: Path) -> None:
-    """Finish what a kill interrupted, for the writer of `path`: bring a folder back that was moved away for its
-    successor, and remove what processes of this machine, now gone, were writing. Others' are never touched."""
+    """Finish what a kill interrupted, for the writer of `path`: bring a folder back that was moved
+    away for its successor, and remove what processes of this machine, now gone, were writing.
+    Others' are never touched."""
     for kind in ("old", "tmp"):
         for item in path.parent.glob(f".{glob.escape(path.name)}.{kind}-*"):
             machine, _, pid = item.name.rpartition("-")
@@ -240,7 +255,9 @@ def _beside(path: Path, kind: str) -> Path:
 
 @functools.cache
 def _machine() -> str:
-    """Where a process id means what it means here: this boot of this host, and its namespace of ids."""
+    """Where a process id means what it means here: this boot of this host, and its namespace of
+    ids.
+    """
     facts = [platform.node()]
     for read in (
         lambda: Path("/proc/sys/kernel/random/boot_id").read_text(),
@@ -262,7 +279,9 @@ def _alive(pid: str) -> bool:
 
 
 def exchange(a: Path, b: Path) -> bool:
-    """Let two names change places in one step; False where the system or the file system has no such thing."""
+    """Let two names change places in one step; False where the system or the file system has no
+    such thing.
+    """
     try:
         rename = ctypes.CDLL(None, use_errno=True).renameat2
     except (OSError, AttributeError, TypeError):

@@ -1,5 +1,5 @@
-"""What a pass costs on this machine: measured once for a model, a mode, a number of rows and a context length,
-and kept on disk.
+"""What a pass costs on this machine: measured once for a model, a mode, a number of rows and a
+context length, and kept on disk.
 
 b rows, N nodes a row, T = b * N packed tokens.
 """
@@ -37,9 +37,16 @@ class CostTable:
         self.target, self.drafter = target, drafter
         weights = target_fingerprint(target.model)
         self.facts = (
-            weights, str(target.dtype), device_name(target.device), torch.get_num_threads(), mode,
-            torch.__version__, str(drafter.head.config), REPEATS, 3,
-        )  # fmt: skip
+            weights,
+            str(target.dtype),
+            device_name(target.device),
+            torch.get_num_threads(),
+            mode,
+            torch.__version__,
+            str(drafter.head.config),
+            REPEATS,
+            3,
+        )
         name = hashlib.sha256(repr(self.facts).encode()).hexdigest()[:24]
         self.path = folder / f"costs-{name}.json"
         self.known: dict[str, dict] = {}
@@ -63,7 +70,9 @@ class CostTable:
         return costs
 
     def _save(self) -> None:
-        """A folder that cannot be written costs the next process a measurement, and is no reason to fail."""
+        """A folder that cannot be written costs the next process a measurement, and is no reason to
+        fail.
+        """
         with contextlib.suppress(OSError):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             part = self.path.with_name(f".{os.getpid()}-{self.path.name}")
@@ -108,7 +117,9 @@ def measure(target: Target, drafter: HeadDrafter, rows: int, context: int) -> di
         return min(spent)
 
     def batch(head: HeadDrafter | None) -> Batch:
-        """Rows in the middle of a generation: which numbers their slots hold does not change the time."""
+        """Rows in the middle of a generation: which numbers their slots hold does not change the
+        time.
+        """
         some = [Row(Request([1 + i % 7, 2], stopping=Stopping(10**6)), 10**6) for i in range(rows)]
         made = Batch(target, head, rows, context + 64, verify, None)
         made.admit(some)
@@ -134,8 +145,8 @@ def measure(target: Target, drafter: HeadDrafter, rows: int, context: int) -> di
     speculative, plain = batch(drafter), batch(None)
 
     def drafted(*shape: int) -> float:
-        """Whole cycles are timed, never a pass alone: between two runs of a pass, others use the caches of
-        the processor."""
+        """Whole cycles are timed, never a pass alone: between two runs of a pass, others use the
+        caches of the processor."""
         speculative.drafter.reshape(TreeShape(*shape))
         return fastest(lambda: cycle(speculative))
 

@@ -1,4 +1,5 @@
-"""The decode loop: plain and speculative decoding, fixed batches and queues of requests are this one loop.
+"""The decode loop: plain and speculative decoding, fixed batches and queues of requests are this
+one loop.
 
 Knows token ids; knows nothing of text.
 
@@ -60,11 +61,13 @@ def decode(
     verify: Callable[[DraftTree, torch.Tensor, int], Verdict] = verify,
     plan: Plan | None = None,
 ) -> Iterator[Sequence[Row]]:
-    """Runs `rows`, at most `slots` at a time, the next one entering as soon as one is done. Yields those in
-    flight after every prompt pass and every cycle; their tokens grow in place.
+    """Runs `rows`, at most `slots` at a time, the next one entering as soon as one is done. Yields
+    those in flight after every prompt pass and every cycle; their tokens grow in place.
 
-    capacity: tokens that a slot can hold, prompt and new ones; by default what the largest row needs.
-    plan: how much to draft, cycle by cycle; without one every cycle drafts the drafter's whole tree.
+    capacity: tokens that a slot can hold, prompt and new ones; by default what the largest row
+      needs.
+    plan: how much to draft, cycle by cycle; without one every cycle drafts the drafter's whole
+      tree.
     `on_cache(cache, drafter)` is called after each commit, to look at what the caches hold.
 
     Lossless: each token is the target's own choice at its position, whatever the drafter proposed.
@@ -94,8 +97,8 @@ def decode(
 
 
 class Batch:
-    """The rows in flight; lists and tensors are in the order of `rows`. What a verification gained is
-    `pending` until `settle` brings it into the caches: decided, and not yet run by anyone."""
+    """The rows in flight; lists and tensors are in the order of `rows`. What a verification gained
+    is `pending` until `settle` brings it into the caches: decided, and not yet run by anyone."""
 
     def __init__(
         self,
@@ -123,7 +126,9 @@ class Batch:
         self._sampler: Sampler | None = None
 
     def admit(self, rows: list[Row]) -> None:
-        """The prompts' pass: the target writes its cache and chooses the roots, the head follows."""
+        """The prompts' pass: the target writes its cache and chooses the roots, the head
+        follows.
+        """
         order, self.free = self.free[: len(rows)], self.free[len(rows) :]
         cache, device = self.cache.empty_rows(order), self.target.device
         host_lengths = [len(row.prompt) for row in rows]
@@ -157,8 +162,8 @@ class Batch:
         self.root, self._sampler = torch.cat([self.root, root[:, 0]]), None
 
     def settle(self) -> None:
-        """Bring what was gained into the caches: accepted slots move to the front, the head ingests, now or
-        when it is next asked to draft."""
+        """Bring what was gained into the caches: accepted slots move to the front, the head
+        ingests, now or when it is next asked to draft."""
         pending, self.pending = self.pending, None
         if pending is None or not self.rows:
             return
@@ -241,8 +246,8 @@ class Batch:
 
 @dataclass
 class Pending:
-    """Tokens gained: counts [b]; path, tokens [b, K]; features [b, K, F] or None. path: None where they are of
-    no one tree."""
+    """Tokens gained: counts [b]; path, tokens [b, K]; features [b, K, F] or None. path: None where
+    they are of no one tree."""
 
     host_counts: list[int]
     counts: torch.Tensor
@@ -257,7 +262,9 @@ class Pending:
 
 
 def merge(parts: list[tuple[list[Row], Pending]], rows: list[Row]) -> Pending:
-    """What `rows` gained in all parts, each row's without gaps; rows that have left are left out."""
+    """What `rows` gained in all parts, each row's without gaps; rows that have left are left
+    out.
+    """
     if len(parts) == 1 and parts[0][0] is rows:
         return parts[0][1]
     places: dict[int, list[int]] = {id(row): [] for row in rows}  # among the tokens of all parts
@@ -308,9 +315,9 @@ def follow(
     positions: torch.Tensor,
     choices: torch.Tensor,
 ) -> None:
-    """Choices of a row with processors: from the root on, only where they lead. So processors are called as plain
-    decoding calls them, once a token and in its order, and may keep state. tokens, parents, positions [N], logits
-    [N, V]; writes into choices [N]."""
+    """Choices of a row with processors: from the root on, only where they lead. So processors are
+    called as plain decoding calls them, once a token and in its order, and may keep state. tokens,
+    parents, positions [N], logits [N, V]; writes into choices [N]."""
     request, seen = row.request, row.seen
     sampler = sampler_of([row], logits.device)
     child = {

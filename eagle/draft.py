@@ -4,9 +4,9 @@ Knows features, tokens and trees; knows nothing of the target's weights, of samp
 
 b rows, K ingested tokens, k beams, F features, H hidden, D draft vocabulary.
 
-Alignment: the head's position t pairs the target's feature at t with the token at t+1 and predicts the
-token at t+2. After ingesting up to the root's predecessor its last output therefore predicts the root's
-children, and a beam at tree depth d sits at head position length + d - 1.
+Alignment: the head's position t pairs the target's feature at t with the token at t+1 and predicts
+the token at t+2. After ingesting up to the root's predecessor its last output therefore predicts
+the root's children, and a beam at tree depth d sits at head position length + d - 1.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from kernels.grow_tree import best_beams, candidates
 from .attention import TreeContext
 from .cache import StaticKVCache
 from .errors import EagleError
-from .head import DraftHead
+from .heads.head import DraftHead
 from .tree import DraftTree, TreeShape, rerank
 
 CHUNK = 512  # tokens of a row that the head ingests in one pass
@@ -43,8 +43,8 @@ class Drafter(Protocol):
         counts: torch.Tensor,
         host_counts: list[int],
     ) -> None:
-        """features [b, K, F] of newly committed positions, tokens [b, K] that follow each; counts [b] say
-        how many of a row's K are real."""
+        """features [b, K, F] of newly committed positions, tokens [b, K] that follow each; counts
+        [b] say how many of a row's K are real."""
 
     def expand(self, root: torch.Tensor) -> DraftTree:
         """root [b] -> the tree to verify."""
@@ -61,8 +61,8 @@ class Drafter(Protocol):
 class HeadDrafter:
     """A draft head over a static cache of its layers.
 
-    embed: the target's embedding, for a head without one. head_logits: the target's LM head, final hidden
-    [..., H] -> [..., V], for a head without an output layer (EAGLE-1).
+    embed: the target's embedding, for a head without one. head_logits: the target's LM head, final
+    hidden [..., H] -> [..., V], for a head without an output layer (EAGLE-1).
     """
 
     def __init__(
@@ -126,8 +126,8 @@ class HeadDrafter:
     def _pass(
         self, hidden: torch.Tensor, tokens: torch.Tensor, context: TreeContext
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """One draft pass: hidden [b, N, H], tokens [b, N] -> the next pass's hidden [b, N, H] and log-probabilities
-        [b, N, D] float32 over the draft vocabulary."""
+        """One draft pass: hidden [b, N, H], tokens [b, N] -> the next pass's hidden [b, N, H] and
+        log-probabilities [b, N, D] float32 over the draft vocabulary."""
         inputs = (*map(context.pack, (hidden, tokens, context.positions)), context)
         if self.compiled is not None:
             out, log_probs = self.compiled(*inputs)
@@ -202,10 +202,16 @@ class HeadDrafter:
             score, token = candidates(log_probs, beam_score, self._to_target, k)
             tokens.append(token)
             scores.append(score)
-        # k candidates at depth 1, k * k at each further one; found without the host, which would have to wait
+        # k candidates at depth 1, k * k at each further one; found without the host, which would
+        # have to wait
         place = torch.arange(base - 1 + score.shape[1], device=root.device)
         depth = (place - k).div(k * k, rounding_mode="floor") + 2
         return rerank(
-            root, torch.cat(tokens, 1), torch.cat(parents, 1), torch.cat(scores, 1), depth,
-            self.shape.num_nodes, self.shape.levels,
-        )  # fmt: skip
+            root,
+            torch.cat(tokens, 1),
+            torch.cat(parents, 1),
+            torch.cat(scores, 1),
+            depth,
+            self.shape.num_nodes,
+            self.shape.levels,
+        )

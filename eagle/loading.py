@@ -1,11 +1,11 @@
-"""Where models, heads, adapters and tokenizers are found; a target's weights from there: base, quantization, adapter,
-and what they are called in a head's record.
+"""Where models, heads, adapters and tokenizers are found; a target's weights from there: base,
+quantization, adapter, and what they are called in a head's record.
 
 Knows files, the hub and transformers' loading; knows nothing of passes, caches or drafting.
 
-An identity is {"id": folder or hub id (with "@REVISION", if one was given), "fingerprint": of the base's weights as the checkpoint has them,
-"dtype", "quantization": "none", "nf4" or "int8", "adapter": None or a hash of the adapter's weights}: what decides
-the features a head learns from.
+An identity is {"id": folder or hub id (with "@REVISION", if one was given), "fingerprint": of the
+base's weights as the checkpoint has them, "dtype", "quantization": "none", "nf4" or "int8",
+"adapter": None or a hash of the adapter's weights}: what decides the features a head learns from.
 """
 
 from __future__ import annotations
@@ -30,8 +30,11 @@ CONFIG, WEIGHTS, RECORD = "adapter_config.json", "adapter_model.safetensors", "e
 # what is taken from a hub: never the weights twice, nor those of other programs
 TEXTS = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.py")
 TENSORS, PICKLED = ("model*.safetensors", WEIGHTS), ("pytorch_model*.bin",)
-NEEDS = {"model": "config.json and weights", "head": "config.json and model.safetensors",
-         "adapter": f"{CONFIG} and {WEIGHTS}"}  # fmt: skip
+NEEDS = {
+    "model": "config.json and weights",
+    "head": "config.json and model.safetensors",
+    "adapter": f"{CONFIG} and {WEIGHTS}",
+}
 HUB_OPTIONS = ("cache_dir", "token", "local_files_only", "force_download")
 
 
@@ -43,12 +46,18 @@ def cache_folder() -> Path:
 
 
 def find_folder(
-    name: str | Path | None, what: str = "model", *, weights: bool = True, revision: str | None = None,
-    files: tuple[str, ...] = (), **hub,
-) -> Path:  # fmt: skip
-    """The folder of a model, a head or an adapter (`what`): None and "embedded" are the embedded model, an existing
-    folder is itself, and everything else is a hub id, ORG/NAME or ORG/NAME@REVISION: its snapshot in the hub's
-    cache, downloaded where it is not there. weights: whether they are wanted; files: further ones."""
+    name: str | Path | None,
+    what: str = "model",
+    *,
+    weights: bool = True,
+    revision: str | None = None,
+    files: tuple[str, ...] = (),
+    **hub,
+) -> Path:
+    """The folder of a model, a head or an adapter (`what`): None and "embedded" are the embedded
+    model, an existing folder is itself, and everything else is a hub id, ORG/NAME or
+    ORG/NAME@REVISION: its snapshot in the hub's cache, downloaded where it is not there. weights:
+    whether they are wanted; files: further ones."""
     if what == "model" and name in (None, "embedded"):
         return EMBEDDED
     folder = standing(Path(name).expanduser())
@@ -88,7 +97,9 @@ def split_revision(name: str) -> tuple[str, str | None]:
 
 
 def standing(folder: Path) -> Path:
-    """`folder`, or, where a kill came between the two renames that replace it, what it was before: `atomic_dir`."""
+    """`folder`, or, where a kill came between the two renames that replace it, what it was before:
+    `atomic_dir`.
+    """
     if folder.exists():
         return folder
     return next(iter(sorted(folder.parent.glob(f".{glob.escape(folder.name)}.old-*"))), folder)
@@ -117,11 +128,13 @@ def load_model(
     adapter_path: str | Path | None = None,
     **hf_kwargs,
 ) -> tuple[nn.Module, dict]:
-    """A causal LM and its identity; the path is a folder or a hub id, none means the embedded model.
+    """A causal LM and its identity; the path is a folder or a hub id, none means the embedded
+    model.
 
-    dtype "auto" is the checkpoint's, but float32 for a bf16 one on a CPU that would emulate bf16. quantization:
-    "nf4" (double quantization, Dettmers et al. 2023, arXiv:2305.14314) or "int8", of the linear layers except
-    the LM head, computing in the dtype. adapter_path: a LoRA folder, or a run of train.finetune.
+    dtype "auto" is the checkpoint's, but float32 for a bf16 one on a CPU that would emulate bf16.
+    quantization: "nf4" (double quantization, Dettmers et al. 2023, arXiv:2305.14314) or "int8", of
+    the linear layers except the LM head, computing in the dtype. adapter_path: a LoRA folder, or a
+    run of train.finetune.
     """
     device = resolve_device(device)
     embedded = path in (None, "embedded")
@@ -199,7 +212,8 @@ def quantization_config(quantization: str, compute: torch.dtype, double_quant: b
 
     quiet_bitsandbytes()
     if quantization == "int8":
-        # without the outliers' own product: which columns hold one would depend on a pass's other tokens
+        # without the outliers' own product: which columns hold one would depend on a pass's other
+        # tokens
         return BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=0.0)
     return BitsAndBytesConfig(
         load_in_4bit=True,
@@ -215,8 +229,9 @@ def quiet_bitsandbytes() -> None:
 
 
 def _restrain_repacking(model: nn.Module, compute: torch.dtype) -> None:
-    """On a CPU with AVX512-BF16, bitsandbytes repacks 4-bit weights in the first pass for a kernel that computes in
-    bf16, whatever was asked for, and fails where a layer's width is no multiple of 32."""
+    """On a CPU with AVX512-BF16, bitsandbytes repacks 4-bit weights in the first pass for a kernel
+    that computes in bf16, whatever was asked for, and fails where a layer's width is no multiple of
+    32."""
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             fits = compute == torch.bfloat16 and module.out_features % 32 == 0
@@ -235,8 +250,10 @@ def find_adapter(path: str | Path) -> Path:
 
 
 def read_record(folder: Path) -> dict:
-    """An adapter's `eagle.json`, or {} for one of another program, which does not say what it belongs to."""
-    from .formats.read import RecordFile, read_json
+    """An adapter's `eagle.json`, or {} for one of another program, which does not say what it
+    belongs to.
+    """
+    from .heads.read import RecordFile, read_json
 
     return read_json(folder / RECORD, RecordFile) if (folder / RECORD).exists() else {}
 
@@ -263,8 +280,8 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
 
 
 def attach(model: nn.Module, folder: Path, identity: dict) -> str:
-    """Load the adapter into the model; returns a hash of its weights. One that was trained on another base, or
-    does not have this one's shapes, is refused."""
+    """Load the adapter into the model; returns a hash of its weights. One that was trained on
+    another base, or does not have this one's shapes, is refused."""
     require_base(folder, read_record(folder), identity["id"], identity["fingerprint"])
     tensors = read_tensors(folder / WEIGHTS)
     quiet_bitsandbytes()  # peft imports it
@@ -328,7 +345,9 @@ def weights_hash(tensors: dict[str, torch.Tensor]) -> str:
 
 
 def differences(recorded: dict, found: dict) -> list[str]:
-    """Why a head that was trained for one target may draft worse for another, in words; empty for the same."""
+    """Why a head that was trained for one target may draft worse for another, in words; empty for
+    the same.
+    """
     said = []
     if recorded.get("fingerprint") not in (None, found["fingerprint"]):
         said.append(
@@ -361,15 +380,23 @@ def resolve_device(device: str | torch.device | None) -> torch.device:
 def resolve_dtype(dtype: str | torch.dtype) -> torch.dtype | str:
     if isinstance(dtype, torch.dtype) or dtype == "auto":
         return dtype
-    names = {"float32": torch.float32, "fp32": torch.float32, "bfloat16": torch.bfloat16,
-             "bf16": torch.bfloat16, "float16": torch.float16, "fp16": torch.float16}  # fmt: skip
+    names = {
+        "float32": torch.float32,
+        "fp32": torch.float32,
+        "bfloat16": torch.bfloat16,
+        "bf16": torch.bfloat16,
+        "float16": torch.float16,
+        "fp16": torch.float16,
+    }
     if dtype not in names:
         raise EagleError(f"unknown dtype {dtype!r}; use auto, float32, bfloat16 or float16")
     return names[dtype]
 
 
 def resolve_compute(dtype: str, device: torch.device) -> str:
-    """What training computes in: `dtype`, where it is "auto" "bf16" on a device that has it and else "fp32"."""
+    """What training computes in: `dtype`, where it is "auto" "bf16" on a device that has it and
+    else "fp32".
+    """
     if dtype != "auto":
         return dtype
     old = device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False)
@@ -377,8 +404,8 @@ def resolve_compute(dtype: str, device: torch.device) -> str:
 
 
 def fast_bf16(device: torch.device) -> bool:
-    """Does the device multiply bf16 natively? x86 CPUs without AVX512-BF16 or AMX emulate it, slowly, and so does a
-    torch that is held to AVX2."""
+    """Does the device multiply bf16 natively? x86 CPUs without AVX512-BF16 or AMX emulate it,
+    slowly, and so does a torch that is held to AVX2."""
     if device.type != "cpu":
         return True
     if torch.backends.cpu.get_cpu_capability() in ("DEFAULT", "NO AVX", "AVX2"):

@@ -1,4 +1,5 @@
-"""How far a long job is: a bar on a terminal; elsewhere a plain line every half minute, whatever the job is at.
+"""How far a long job is: a bar on a terminal; elsewhere a plain line every half minute, whatever
+the job is at.
 
 Knows counts; knows nothing of what is counted.
 """
@@ -35,7 +36,9 @@ class Bar:
         self.close()
 
     def show(self, count: str, fraction: float | None, text: str, now: bool = False) -> None:
-        """fraction: 0 … 1 of the job, None where that is not known. now: without a terminal, write it at once."""
+        """fraction: 0 … 1 of the job, None where that is not known. now: without a terminal, write
+        it at once.
+        """
         if self.quiet:
             return
         share = "" if fraction is None else f" {100 * min(fraction, 1):3.0f}%"
@@ -48,7 +51,9 @@ class Bar:
             self._write()
 
     def doing(self, what: str) -> None:
-        """What takes the time now, where nothing can be counted; it is shown with its time if it takes long."""
+        """What takes the time now, where nothing can be counted; it is shown with its time if it
+        takes long.
+        """
         if not self.quiet and not self.live:
             self.line, self.began = what, time.monotonic()
             self._tick()
@@ -67,15 +72,22 @@ class Bar:
     def _draw(self, count: str, fraction: float | None, text: str) -> None:
         if self.bar is None:
             columns = (
-                TextColumn("{task.fields[count]}"), BarColumn(20), TaskProgressColumn(),
+                TextColumn("{task.fields[count]}"),
+                BarColumn(20),
+                TaskProgressColumn(),
                 TextColumn("{task.description}"),
-            )  # fmt: skip
+            )
             self.bar = rich.progress.Progress(*columns, console=self.console, redirect_stdout=False)
             self.task = self.bar.add_task("", total=1.0, count=count)
             self.bar.start()
         total = None if fraction is None else 1.0
-        self.bar.update(self.task, completed=min(fraction or 0, 1), total=total, count=count,
-                        description=escape(text))  # fmt: skip
+        self.bar.update(
+            self.task,
+            completed=min(fraction or 0, 1),
+            total=total,
+            count=count,
+            description=escape(text),
+        )
 
     def _tick(self) -> None:
         if self.ticking is None:
@@ -99,9 +111,14 @@ class Meter(Bar):
     """
 
     def __init__(
-        self, name: str, total: int, unit: str = "tokens", done: int = 0, every: float = EVERY,
+        self,
+        name: str,
+        total: int,
+        unit: str = "tokens",
+        done: int = 0,
+        every: float = EVERY,
         quiet: bool = False,
-    ) -> None:  # fmt: skip
+    ) -> None:
         super().__init__(quiet, every)
         self.name, self.total, self.unit = name, total, unit
         self.before, self.done, self.amount = done, done, 0

@@ -22,7 +22,7 @@ from .costs import CostTable
 from .decode import Timings, decode
 from .draft import Drafter, HeadDrafter
 from .errors import EagleError
-from .head import DraftHead
+from .heads.head import DraftHead
 from .loading import EMBEDDED, load_tokenizer
 from .options import (
     Options,
@@ -53,7 +53,9 @@ def default_tree(target: Target) -> TreeShape:
 
 @dataclass
 class Generation:
-    """What a call produced. `sequences` [B, L]: prompts as given and new tokens, right-padded; see `eagenerate`."""
+    """What a call produced. `sequences` [B, L]: prompts as given and new tokens, right-padded; see
+    `eagenerate`.
+    """
 
     rows: list[Row]
     sequences: torch.Tensor
@@ -76,12 +78,16 @@ class Generation:
 
     @property
     def acceptance_by_depth(self) -> list[float]:
-        """Conditional: of the cycles that accepted depth d-1, the share that accepted depth d (d from 1)."""
+        """Conditional: of the cycles that accepted depth d-1, the share that accepted depth d (d
+        from 1).
+        """
         return acceptance_by_depth([row.accepted for row in self.rows])
 
 
 def acceptance_by_depth(histograms: Sequence[list[int]]) -> list[float]:
-    """histograms: [a] cycles with a accepted draft tokens -> conditional acceptance rate of depth 1, 2, …"""
+    """histograms: [a] cycles with a accepted draft tokens -> conditional acceptance rate of depth
+    1, 2, …
+    """
     depth = max((len(h) for h in histograms), default=0)
     total = [sum(h[a] for h in histograms if a < len(h)) for a in range(depth)]
     reached = [sum(total[a:]) for a in range(depth)]
@@ -89,7 +95,9 @@ def acceptance_by_depth(histograms: Sequence[list[int]]) -> list[float]:
 
 
 class EaModel:
-    """A target with its draft head. Generation is lossless: the head changes the speed, never a token."""
+    """A target with its draft head. Generation is lossless: the head changes the speed, never a
+    token.
+    """
 
     def __init__(
         self,
@@ -147,19 +155,21 @@ class EaModel:
         quantization: str = "none",
         **hf_kwargs,
     ) -> EaModel:
-        """Load a target and its head, each a folder or a hub id (ORG/NAME, ORG/NAME@REVISION; revision=: the
-        target's); without paths, the embedded model and its head.
+        """Load a target and its head, each a folder or a hub id (ORG/NAME, ORG/NAME@REVISION;
+        revision=: the target's); without paths, the embedded model and its head.
 
-        total_token, depth, top_k: the draft tree, upstream's meaning (total_token counts the root; -1 alone is
-        tree="auto"). They default to 60, 7, 10, and to 16, 4, 4 for the embedded model, where the smaller tree is
-        faster. tree: the three in one, "60,7,10", or "auto"; not both. use_eagle3: False is for EAGLE-1 heads (and so
-        EAGLE-2's); None is whichever the files hold. dtype "auto" is the checkpoint's (float32 where a CPU would
-        emulate bf16). adapter_path: a LoRA folder; quantization: "none", "nf4" or "int8" (bitsandbytes).
-        Further arguments go to transformers' `from_pretrained`; of upstream's, `load_in_8bit` and `load_in_4bit` are
-        quantization, `Type` says nothing that the files do not, and a `threshold` other than 1 is refused.
+        total_token, depth, top_k: the draft tree, upstream's meaning (total_token counts the root;
+        -1 alone is tree="auto"). They default to 60, 7, 10, and to 16, 4, 4 for the embedded model,
+        where the smaller tree is faster. tree: the three in one, "60,7,10", or "auto"; not both.
+        use_eagle3: False is for EAGLE-1 heads (and so EAGLE-2's); None is whichever the files hold.
+        dtype "auto" is the checkpoint's (float32 where a CPU would emulate bf16). adapter_path: a
+        LoRA folder; quantization: "none", "nf4" or "int8" (bitsandbytes). Further arguments go to
+        transformers' `from_pretrained`; of upstream's, `load_in_8bit` and `load_in_4bit` are
+        quantization, `Type` says nothing that the files do not, and a `threshold` other than 1 is
+        refused.
 
-        A base model without ea_model_path generates plainly. Raises EagleError when the files cannot be
-        read, or the head does not fit the target.
+        A base model without ea_model_path generates plainly. Raises EagleError when the files
+        cannot be read, or the head does not fit the target.
         """
         if hf_kwargs.pop("threshold", 1.0) != 1.0:
             raise EagleError(
@@ -180,9 +190,13 @@ class EaModel:
         if given == {"total_token": -1}:
             tree, given = "auto", {}
         target = Target.from_pretrained(
-            base_model_path, dtype=dtype, device=device, adapter_path=adapter_path,
-            quantization=quantization, **hf_kwargs
-        )  # fmt: skip
+            base_model_path,
+            dtype=dtype,
+            device=device,
+            adapter_path=adapter_path,
+            quantization=quantization,
+            **hf_kwargs,
+        )
         if given:
             tree = replace(default_tree(target), **{k: v for k, v in given.items() if v != -1})
         if (
@@ -302,24 +316,37 @@ class EaModel:
     ):
         """Prompts and new tokens, [B, L] int64; an end token is kept once.
 
-        input_ids: a tensor or array [B, T] (or [T]) with padding on either side marked by attention_mask, or by the
-        pad token where there is no mask; or a list of lists; or what a tokenizer returns. Of a tensor the result is
-        [B, T + new] as of stock `generate`: the input as given, and from column T on the answers, right-padded. Of
-        lists it is prompt and answer of each row, right-padded. max_length counts the row as given.
+        input_ids: a tensor or array [B, T] (or [T]) with padding on either side marked by
+        attention_mask, or by the pad token where there is no mask; or a list of lists; or what a
+        tokenizer returns. Of a tensor the result is [B, T + new] as of stock `generate`: the input
+        as given, and from column T on the answers, right-padded. Of lists it is prompt and answer
+        of each row, right-padded. max_length counts the row as given.
 
-        seed: an int (row i uses seed + i) or one a row. max_new_tokens is 512, temperature 0 (greedy) by default.
-        A logits_processor is called as stock `generate` calls it, once a token and in order. Further options: min_p,
-        min_length, min_new_tokens, repetition_penalty, no_repeat_ngram_size, bad_words_ids, suppress_tokens,
-        generation_config (a transformers GenerationConfig; arguments win over it); is_llama3 (upstream's: end at
-        <|eot_id|> too); tree, compile, draft, capacity for this call. With `log=True`: (ids, new tokens, cycles), summed over
-        rows. `generate` takes the same arguments and returns statistics and log-probabilities too.
+        seed: an int (row i uses seed + i) or one a row. max_new_tokens is 512, temperature 0
+        (greedy) by default. A logits_processor is called as stock `generate` calls it, once a token
+        and in order. Further options: min_p, min_length, min_new_tokens, repetition_penalty,
+        no_repeat_ngram_size, bad_words_ids, suppress_tokens, generation_config (a transformers
+        GenerationConfig; arguments win over it); is_llama3 (upstream's: end at <|eot_id|> too);
+        tree, compile, draft, capacity for this call. With `log=True`: (ids, new tokens, cycles),
+        summed over rows. `generate` takes the same arguments and returns statistics and
+        log-probabilities too.
         """
         result = self.generate(
-            input_ids, attention_mask, max_new_tokens=max_new_tokens, max_length=max_length,
-            temperature=temperature, top_p=top_p, top_k=top_k, do_sample=do_sample, seed=seed,
-            eos_token_id=eos_token_id, stop_strings=stop_strings, logits_processor=logits_processor,
-            streamer=streamer, **kwargs,
-        )  # fmt: skip
+            input_ids,
+            attention_mask,
+            max_new_tokens=max_new_tokens,
+            max_length=max_length,
+            temperature=temperature,
+            top_p=top_p,
+            top_k=top_k,
+            do_sample=do_sample,
+            seed=seed,
+            eos_token_id=eos_token_id,
+            stop_strings=stop_strings,
+            logits_processor=logits_processor,
+            streamer=streamer,
+            **kwargs,
+        )
         if log:
             return result.sequences, result.new_tokens, result.cycles
         return result.sequences
@@ -337,7 +364,9 @@ class EaModel:
         return self.eagenerate(input_ids, attention_mask, draft=False, **kwargs)
 
     def ea_generate(self, input_ids, attention_mask=None, **kwargs) -> Iterator[torch.Tensor]:
-        """Yields what `eagenerate` would return of the tokens so far, [B, L], each time tokens are accepted."""
+        """Yields what `eagenerate` would return of the tokens so far, [B, L], each time tokens are
+        accepted.
+        """
         start = self._start(input_ids, attention_mask, **kwargs)
         for _ in start.steps:
             raise_errors(start.rows)
@@ -350,8 +379,9 @@ class EaModel:
     def generate(
         self, input_ids, attention_mask=None, *, timings: Timings | None = None, **kwargs
     ) -> Generation:
-        """As `eagenerate`, returning a `Generation` with per-row statistics. draft=False decodes plainly;
-        logprobs=True keeps `row.logprobs`, the target's own log-probability of each new token."""
+        """As `eagenerate`, returning a `Generation` with per-row statistics. draft=False decodes
+        plainly; logprobs=True keeps `row.logprobs`, the target's own log-probability of each new
+        token."""
         timings = timings or Timings()
         start = self._start(input_ids, attention_mask, timings=timings, **kwargs)
         collections.deque(start.steps, maxlen=0)  # run to the end
@@ -367,9 +397,9 @@ class EaModel:
         generation_config=None,
         **kwargs,
     ) -> torch.Tensor:
-        """For stock `model.generate(ids, custom_generate=ea_model.custom_generate, ...)`, where `model` is this
-        object's target (`ea_model.target.model`): the length, sampling, end tokens, processors and streamer of that
-        call are kept; what cannot be is refused."""
+        """For stock `model.generate(ids, custom_generate=ea_model.custom_generate, ...)`, where
+        `model` is this object's target (`ea_model.target.model`): the length, sampling, end tokens,
+        processors and streamer of that call are kept; what cannot be is refused."""
         if model is not self.target.model:
             raise EagleError(
                 "custom_generate belongs to another model; call generate on ea_model.target.model"
@@ -385,8 +415,8 @@ class EaModel:
         return GenerateDecoderOnlyOutput(sequences=ids)
 
     def stream(self, input_ids, attention_mask=None, **kwargs) -> Iterator[Span]:
-        """Yields spans of new tokens as they are accepted, of all rows. `span.row.cancel()` gives a row up;
-        closing the iterator gives all up. Takes what `generate_many` takes."""
+        """Yields spans of new tokens as they are accepted, of all rows. `span.row.cancel()` gives a
+        row up; closing the iterator gives all up. Takes what `generate_many` takes."""
         start = self._start(input_ids, attention_mask, lenient=True, **kwargs)
         index = {id(row): i for i, row in enumerate(start.rows)}
         shown = [0] * len(start.rows)
@@ -408,13 +438,14 @@ class EaModel:
     ) -> list[Row] | Iterator[tuple[int, Row]]:
         """Any number of requests over `slots` rows: a finished row's slot is refilled at once.
 
-        prompts: lists of token ids, or dicts {"input_ids": [...], "temperature": 0.7, ...} with options of
-        their own (those of `eagenerate`); other options hold for all. seed: an int (request i uses seed + i),
-        or one a request. capacity: tokens that a slot holds, prompt and new ones; by default what the
-        largest request needs.
+        prompts: lists of token ids, or dicts {"input_ids": [...], "temperature": 0.7, ...} with
+        options of their own (those of `eagenerate`); other options hold for all. seed: an int
+        (request i uses seed + i), or one a request. capacity: tokens that a slot holds, prompt and
+        new ones; by default what the largest request needs.
 
-        Returns the finished rows in the order of the prompts, or with as_completed=True an iterator of
-        (index, row). A request that cannot be served has `row.error` set, and the others are not touched by it.
+        Returns the finished rows in the order of the prompts, or with as_completed=True an iterator
+        of (index, row). A request that cannot be served has `row.error` set, and the others are not
+        touched by it.
         """
         done = (
             (span.index, span.row)
@@ -450,7 +481,8 @@ class EaModel:
         is_llama3: bool = False,
         **options,
     ) -> Start:
-        """lenient: a request that cannot be served gets its error and the others go on; else it is raised.
+        """lenient: a request that cannot be served gets its error and the others go on; else it is
+        raised.
         prompt_shown: the streamer has had it."""
         if is_llama3:
             options["eos_token_id"] = self._with_turn_end(options.get("eos_token_id"))
@@ -480,7 +512,8 @@ class EaModel:
                 mine = dict(own[i])
                 row_seed = mine.pop("seed", None)
                 row_seed = seeds[i] if row_seed is None else row_seeds([row_seed], 1)[0]
-                # its own processors see it alone; those of the call see a batch, as in stock `generate`
+                # its own processors see it alone; those of the call see a batch, as in stock
+                # `generate`
                 alone = "logits_processor" in mine
                 batch = (0, 1) if alone else (i, 1) if slots or lenient else (i, count)
                 row.request = common.over(**mine).request(
@@ -509,10 +542,19 @@ class EaModel:
             longest = max(len(row.prompt) + row.budget // 2 for row in live)
             plan = self._plan(target, drafter, compile, longest, live[0].request.sampling.greedy)
         steps = decode(
-            target, live, slots=slots, capacity=capacity, drafter=drafter, plan=plan,
-            timings=timings, synchronise=synchronise, on_cache=on_cache,
-            verify=verify if forced_acceptance is None else functools.partial(force, forced_acceptance),
-        )  # fmt: skip
+            target,
+            live,
+            slots=slots,
+            capacity=capacity,
+            drafter=drafter,
+            plan=plan,
+            timings=timings,
+            synchronise=synchronise,
+            on_cache=on_cache,
+            verify=verify
+            if forced_acceptance is None
+            else functools.partial(force, forced_acceptance),
+        )
         if len(live) < len(rows):
             steps = itertools.chain([rows], steps if live else [])
         if streamer is not None:
@@ -521,8 +563,8 @@ class EaModel:
         return Start(rows, steps, pad, given.tensor, device)
 
     def _padding(self, asked: int | None, config, eos: frozenset[int]) -> tuple[int | None, bool]:
-        """The pad token, and whether it marks padding where no mask does: as stock `generate` has it, not where it
-        ends a text too."""
+        """The pad token, and whether it marks padding where no mask does: as stock `generate` has
+        it, not where it ends a text too."""
         model = getattr(self.target.model, "generation_config", None)
         pads = [
             asked,
@@ -575,8 +617,8 @@ class EaModel:
         return self.plan.explain()
 
     def prepare(self, compile: str | None = None, draft: bool = True) -> dict[str, float]:
-        """Compile, or load from the disk, what `compile` needs; returns the seconds spent on each part, and
-        nothing for what was ready. Generation calls it when needed.
+        """Compile, or load from the disk, what `compile` needs; returns the seconds spent on each
+        part, and nothing for what was ready. Generation calls it when needed.
 
         "off": eager. "max": on a CPU, AOTInductor packages kept on disk. "auto": off on a CPU.
         """
@@ -596,7 +638,9 @@ class EaModel:
         return seconds
 
     def _compile(self, mode: str | None, drafter: Drafter | None) -> Target:
-        """The target of one call; it and the drafter run compiled passes where the mode has them."""
+        """The target of one call; it and the drafter run compiled passes where the mode has
+        them.
+        """
         self.prepare(mode, drafter is not None)
         target = copy.copy(self.target).refresh()
         if (self.compile if mode is None else mode) == "max" and target.device.type == "cpu":
@@ -620,7 +664,9 @@ class EaModel:
 
 @dataclass
 class Span:
-    """tokens: what the row at `index` gained since its last span; empty when it ended without any."""
+    """tokens: what the row at `index` gained since its last span; empty when it ended without
+    any.
+    """
 
     index: int
     tokens: list[int]
@@ -629,8 +675,8 @@ class Span:
 
 @dataclass
 class Start:
-    """A generation about to run: `steps` yields after each cycle, `rows` grow meanwhile. tensor [B, T]: what was given,
-    where it was one."""
+    """A generation about to run: `steps` yields after each cycle, `rows` grow meanwhile. tensor [B,
+    T]: what was given, where it was one."""
 
     rows: list[Row]
     steps: Iterator
@@ -647,7 +693,9 @@ class Start:
 
 
 def split_options(input_ids, attention_mask, pad: int | None, beside: dict) -> tuple[Prompts, list]:
-    """Prompts, and the options that each brings along. A request that cannot be read is an error of its own."""
+    """Prompts, and the options that each brings along. A request that cannot be read is an error of
+    its own.
+    """
     if isinstance(input_ids, Iterator):
         input_ids = list(input_ids)
     requests = isinstance(input_ids, (list, tuple)) and any(
@@ -673,7 +721,9 @@ def split_options(input_ids, attention_mask, pad: int | None, beside: dict) -> t
 
 
 class Engines(dict):
-    """What `engine_for` made of a model, kept with it; copies and pickles of the model go without."""
+    """What `engine_for` made of a model, kept with it; copies and pickles of the model go
+    without.
+    """
 
     def __deepcopy__(self, memo):
         return Engines()
@@ -683,7 +733,9 @@ class Engines(dict):
 
 
 def engine_for(model: torch.nn.Module, head: str, tree: str | None = None) -> EaModel:
-    """The engine that runs a loaded transformers model with the head in this folder, made once a model."""
+    """The engine that runs a loaded transformers model with the head in this folder, made once a
+    model.
+    """
     from .checkpoint import load_head
 
     engines = model.__dict__.setdefault("_eagle_engines", Engines())

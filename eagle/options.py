@@ -29,18 +29,36 @@ SAME = (
 ).split()
 # fields that change the text and that we do not honour, with the value that means "off"
 REFUSED = {
-    "num_beams": 1, "num_beam_groups": 1, "num_return_sequences": 1, "penalty_alpha": None, "typical_p": 1.0,
-    "epsilon_cutoff": 0.0, "eta_cutoff": 0.0, "top_h": None, "encoder_repetition_penalty": 1.0,
-    "guidance_scale": 1.0, "sequence_bias": None, "max_time": None, "dola_layers": None,
-    "forced_bos_token_id": None, "forced_eos_token_id": None, "begin_suppress_tokens": None,
-    "exponential_decay_length_penalty": None, "watermarking_config": None, "renormalize_logits": False,
-    "encoder_no_repeat_ngram_size": 0, "remove_invalid_values": False, "token_healing": False, "prompt_lookup_num_tokens": None,
-}  # fmt: skip
+    "num_beams": 1,
+    "num_beam_groups": 1,
+    "num_return_sequences": 1,
+    "penalty_alpha": None,
+    "typical_p": 1.0,
+    "epsilon_cutoff": 0.0,
+    "eta_cutoff": 0.0,
+    "top_h": None,
+    "encoder_repetition_penalty": 1.0,
+    "guidance_scale": 1.0,
+    "sequence_bias": None,
+    "max_time": None,
+    "dola_layers": None,
+    "forced_bos_token_id": None,
+    "forced_eos_token_id": None,
+    "begin_suppress_tokens": None,
+    "exponential_decay_length_penalty": None,
+    "watermarking_config": None,
+    "renormalize_logits": False,
+    "encoder_no_repeat_ngram_size": 0,
+    "remove_invalid_values": False,
+    "token_healing": False,
+    "prompt_lookup_num_tokens": None,
+}
 # processors of transformers that keep state between calls: each row of a batch has one of its own
 STATEFUL = (
-    "UnbatchedClassifierFreeGuidanceLogitsProcessor", "SynthIDTextWatermarkLogitsProcessor",
+    "UnbatchedClassifierFreeGuidanceLogitsProcessor",
+    "SynthIDTextWatermarkLogitsProcessor",
     "WhisperNoSpeechDetection",
-)  # fmt: skip
+)
 DEFAULT_NEW = 20  # what transformers generates where a config says nothing of lengths
 SMALLEST = (
     1e-30  # as a float32, far below every probability: as top_p it keeps the likeliest token alone
@@ -128,7 +146,8 @@ Flag = Annotated[Any, BeforeValidator(flag)]
 
 
 class Options(BaseModel):
-    """What a request may ask for. temperature 0 is greedy; top_k 0, top_p 0 or 1 and min_p 0 are off.
+    """What a request may ask for. temperature 0 is greedy; top_k 0, top_p 0 or 1 and min_p 0 are
+    off.
 
     do_sample=True alone samples at temperature 1. seed: an int; in a batch row i uses seed + i.
     """
@@ -198,9 +217,9 @@ class Options(BaseModel):
         place: int = 0,
         rows: int = 1,
     ) -> Request:
-        """eos: the model's own end tokens, for when none are named. criteria(strings): transformers' StopStringCriteria
-        for them. device: of the logits that processors will see. place, rows: of a batch, where processors are
-        shown one."""
+        """eos: the model's own end tokens, for when none are named. criteria(strings):
+        transformers' StopStringCriteria for them. device: of the logits that processors will see.
+        place, rows: of a batch, where processors are shown one."""
         if self.eos_token_id is not None:
             eos = self.eos_token_id
         tests = list(self.stopping_criteria or [])
@@ -214,10 +233,12 @@ class Options(BaseModel):
         processor = self._processor(len(prompt.given), eos, device, place, rows)
         return Request(
             prompt.ids, self.sampling, seed, stopping, processor, self.logprobs, prompt.given
-        )  # fmt: skip
+        )
 
     def _processor(self, length: int, eos: frozenset[int], device, place: int, rows: int):
-        """transformers' own processors for what is asked, in its order, then those given; None where nothing is."""
+        """transformers' own processors for what is asked, in its order, then those given; None
+        where nothing is.
+        """
         from transformers.generation import logits_process as hf
 
         steps = []
@@ -258,8 +279,9 @@ class Options(BaseModel):
 
 @dataclass(frozen=True)
 class Processor:
-    """transformers' processors as plain decoding calls them: once a token, in the order of the text, with a batch in
-    which this row has its place. The others of that batch are copies of it. steps: (processor, place, rows)."""
+    """transformers' processors as plain decoding calls them: once a token, in the order of the
+    text, with a batch in which this row has its place. The others of that batch are copies of it.
+    steps: (processor, place, rows)."""
 
     steps: list[tuple[Callable, int, int]]
 
@@ -284,7 +306,9 @@ def checked(make, *args, **options):
 
 
 def read_config(config) -> dict:
-    """The options that a transformers GenerationConfig asks for; what we do not honour is refused."""
+    """The options that a transformers GenerationConfig asks for; what we do not honour is
+    refused.
+    """
     if not hasattr(config, "max_new_tokens"):
         raise EagleError(
             f"generation_config must be a transformers GenerationConfig, not {config!r}"
@@ -321,8 +345,8 @@ def refuse(config, names: Iterable[str]) -> None:
 
 
 def stopper(criteria: list, given: list[int]) -> Callable[[list[int]], int | None]:
-    """How many new tokens to keep: up to the one that completes a stop string, which may begin in the prompt. criteria:
-    transformers' StopStringCriteria."""
+    """How many new tokens to keep: up to the one that completes a stop string, which may begin in
+    the prompt. criteria: transformers' StopStringCriteria."""
     reach = max(c.maximum_token_len for c in criteria)
     before, checked = given[-reach:], 0
 
@@ -349,15 +373,18 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Prompts:
-    """A row each: a Prompt, or why it is none. tensor [B, T]: what was given, where it was a tensor."""
+    """A row each: a Prompt, or why it is none. tensor [B, T]: what was given, where it was a
+    tensor.
+    """
 
     rows: list[Prompt | EagleError]
     tensor: torch.Tensor | None = None
 
 
 def read_prompts(input_ids, attention_mask=None, pad: int | None = None, **beside) -> Prompts:
-    """[B, T] or [T] of torch or numpy with padding marked by a mask, or by the token `pad` where there is no mask; a
-    list of lists, or one list; or what a tokenizer returns. beside: its further outputs."""
+    """[B, T] or [T] of torch or numpy with padding marked by a mask, or by the token `pad` where
+    there is no mask; a list of lists, or one list; or what a tokenizer returns. beside: its further
+    outputs."""
     if isinstance(input_ids, Mapping):
         inside = dict(input_ids)
         if "input_ids" not in inside:

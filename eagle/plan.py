@@ -2,10 +2,11 @@
 
 Knows shapes, milliseconds and tokens; knows nothing of models, caches or what the tokens are.
 
-The choice is among the rungs of a ladder: plain decoding, short chains, wider and deeper trees. What a rung
-makes is first estimated, from the measured costs of this machine and a typical head's acceptance, and then
-seen. Each cycle takes the rung that promises most; now and then a neighbour is looked at again. Where plain
-decoding is best, speculation rests, and is tried again so seldom that trying costs next to nothing.
+The choice is among the rungs of a ladder: plain decoding, short chains, wider and deeper trees.
+What a rung makes is first estimated, from the measured costs of this machine and a typical head's
+acceptance, and then seen. Each cycle takes the rung that promises most; now and then a neighbour is
+looked at again. Where plain decoding is best, speculation rests, and is tried again so seldom that
+trying costs next to nothing.
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ from dataclasses import dataclass, field
 
 from .tree import TreeShape
 
-# tree, and tokens a cycle of a good head: where estimates begin. They had better be high, as what promises
-# too much is tried and found out, and what promises too little is not
+# tree, and tokens a cycle of a good head: where estimates begin. They had better be high, as what
+# promises too much is tried and found out, and what promises too little is not
 LADDER: tuple[tuple[TreeShape | None, float], ...] = (
     (None, 1.0),
     (TreeShape(3, 1, 1), 2.4),
@@ -44,8 +45,9 @@ GAIN = 1.03  # over plain decoding, below which speculation rests: prompts cost 
 
 @dataclass(frozen=True)
 class Costs:
-    """Milliseconds, measured for one number of rows. `target`: a speculative cycle without its draft passes, by
-    tokens verified; `head`: a draft pass, by beams of all rows; `plain`: a plain cycle."""
+    """Milliseconds, measured for one number of rows. `target`: a speculative cycle without its
+    draft passes, by tokens verified; `head`: a draft pass, by beams of all rows; `plain`: a plain
+    cycle."""
 
     target: dict[int, float]
     head: dict[int, float]
@@ -77,15 +79,16 @@ def size_of(rows: int) -> int:
 
 @dataclass
 class Rung:
-    """What is known of one shape with one number of rows: tokens a row gains in a cycle, milliseconds of a
-    cycle, and how many cycles of a row stand behind both."""
+    """What is known of one shape with one number of rows: tokens a row gains in a cycle,
+    milliseconds of a cycle, and how many cycles of a row stand behind both."""
 
     tokens: float
     ms: float
     seen: float = 0.0
 
     def see(self, tokens: float, ms: float, rows: int) -> float:
-        """A cycle in which each of `rows` rows gained `tokens` on average and that took `ms`. Returns the
+        """A cycle in which each of `rows` rows gained `tokens` on average and that took `ms`.
+        Returns the
         milliseconds that count: what else the machine did counts no more than the cycle itself."""
         ms = min(ms, 2 * self.ms)
         share = rows / (min(self.seen, WINDOW) + DOUBT + rows)
@@ -113,8 +116,8 @@ class Pace:
         self.cycles = 0
 
     def estimate(self, place: int) -> tuple[float, float]:
-        """Tokens and milliseconds of a rung: what was seen of it, and where nothing was, its guess corrected by
-        what came of the nearest rung's."""
+        """Tokens and milliseconds of a rung: what was seen of it, and where nothing was, its guess
+        corrected by what came of the nearest rung's."""
         rung = self.rungs[place]
         known = [i for i, r in enumerate(self.rungs) if r.seen and i != PLAIN]
         if rung.seen or place == PLAIN or not known:
@@ -205,12 +208,18 @@ class Plan:
         """The cycle is done; its rows gained so many tokens in all."""
         pace, rows = self.pace, self.rows
         rung, plain = pace.rungs[self.place], pace.rungs[PLAIN]
-        ms = 1e3 * (self.clock() - self.started) if self.clock else self.now.cycle(LADDER[self.place][0], self.size)  # fmt: skip
+        ms = (
+            1e3 * (self.clock() - self.started)
+            if self.clock
+            else self.now.cycle(LADDER[self.place][0], self.size)
+        )
         if self.place == PLAIN:
             rung.see(1.0, ms, rows)
             self.idle += 1
             return
-        if self.idle < 2:  # else the head's pass over what a rest left undone tells nothing of other cycles
+        if (
+            self.idle < 2
+        ):  # else the head's pass over what a rest left undone tells nothing of other cycles
             if not rung.seen:
                 rung.tokens, rung.ms = pace.estimate(self.place)
             ms = rung.see(gained / rows, ms, rows)
@@ -235,12 +244,17 @@ class Plan:
             for (shape, _), rung in zip(LADDER[1:], pace.rungs[1:], strict=True)
             if rung.seen
         )
-        return "\n".join([
-            f"{self.rows} rows, {state}",
-            f"plain cycle {plain.ms:.2f} ms; a cycle of the best tree ({shape}) {best.ms:.2f} ms: it pays from "
-            f"tau {best.ms / plain.ms:.2f} on, and makes {best.tokens:.2f}",
-            "a row's cycles seen: " + (cycles(seen) or "none yet"),
-            "measured before: plain cycle " + f"{now.plain:.2f} ms; speculative cycle without its draft passes, "
-            "by tokens verified, " + cycles(f"{n}: {ms:.2f} ms" for n, ms in sorted(now.target.items()))
-            + "; draft pass, by beams, " + cycles(f"{n}: {ms:.2f} ms" for n, ms in sorted(now.head.items())),
-        ])  # fmt: skip
+        return "\n".join(
+            [
+                f"{self.rows} rows, {state}",
+                f"plain cycle {plain.ms:.2f} ms; a cycle of the best tree ({shape}) {best.ms:.2f} ms: it pays from "
+                f"tau {best.ms / plain.ms:.2f} on, and makes {best.tokens:.2f}",
+                "a row's cycles seen: " + (cycles(seen) or "none yet"),
+                "measured before: plain cycle "
+                + f"{now.plain:.2f} ms; speculative cycle without its draft passes, "
+                "by tokens verified, "
+                + cycles(f"{n}: {ms:.2f} ms" for n, ms in sorted(now.target.items()))
+                + "; draft pass, by beams, "
+                + cycles(f"{n}: {ms:.2f} ms" for n, ms in sorted(now.head.items())),
+            ]
+        )

@@ -1,4 +1,6 @@
-"""A request and what has become of it. Knows token ids and stopping; knows nothing of models or text."""
+"""A request and what has become of it. Knows token ids and stopping; knows nothing of models or
+text.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,9 @@ from .sampling import SamplingParams
 
 @dataclass(frozen=True)
 class Stopping:
-    """When a row is done. `stop(tokens)`: how many of a row's new tokens to keep, or None to go on."""
+    """When a row is done. `stop(tokens)`: how many of a row's new tokens to keep, or None to go
+    on.
+    """
 
     max_new_tokens: int = 512
     eos_token_ids: frozenset[int] = frozenset()
@@ -39,8 +43,9 @@ class Stopping:
 
 @dataclass(frozen=True)
 class Request:
-    """What is asked for. processor(context, logits [V]) -> scores [V]; logprobs: keep the target's log-probability of
-    each new token; given: the prompt as processors see it, with the padding it came with."""
+    """What is asked for. processor(context, logits [V]) -> scores [V]; logprobs: keep the target's
+    log-probability of each new token; given: the prompt as processors see it, with the padding it
+    came with."""
 
     prompt: list[int]
     sampling: SamplingParams = field(default_factory=SamplingParams)
@@ -53,9 +58,10 @@ class Request:
 
 @dataclass
 class Row:
-    """A request in work. `tokens` are new tokens, an end token kept once; `accepted[a]` counts the cycles in
-    which a draft tokens were accepted, before any cut at an end token or limit. `error` is set when the
-    request's own processor or stopping failed; its neighbours are not touched by it."""
+    """A request in work. `tokens` are new tokens, an end token kept once; `accepted[a]` counts the
+    cycles in which a draft tokens were accepted, before any cut at an end token or limit. `error`
+    is set when the request's own processor or stopping failed; its neighbours are not touched by
+    it."""
 
     request: Request
     budget: int

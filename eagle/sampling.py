@@ -18,8 +18,9 @@ LARGEST, TINY = float(np.finfo(np.float32).max), float(np.finfo(np.float32).tiny
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """temperature 0 is greedy, and so is one below 1e-5, whose scores float32 cannot hold. top_k 0, top_p 0 or 1 and
-    min_p 0 are off. Numbers are kept as the float32 that kernels see, so that a row is the same alone and in company."""
+    """temperature 0 is greedy, and so is one below 1e-5, whose scores float32 cannot hold. top_k 0,
+    top_p 0 or 1 and min_p 0 are off. Numbers are kept as the float32 that kernels see, so that a
+    row is the same alone and in company."""
 
     temperature: float = 0.0
     top_k: int = 0
@@ -50,7 +51,9 @@ class SamplingParams:
 
 
 class Sampler:
-    """The sampling of rows in flight: each parameter is a number where all rows agree, else a tensor [b]."""
+    """The sampling of rows in flight: each parameter is a number where all rows agree, else a
+    tensor [b].
+    """
 
     def __init__(
         self, params: Sequence[SamplingParams], seeds: Sequence[int], device: torch.device

@@ -9,7 +9,8 @@ from collections.abc import Sequence
 
 import regex
 
-# of scripts that put no spaces between words each letter counts, of others each word; marks go with their letter
+# of scripts that put no spaces between words each letter counts, of others each word; marks go with
+# their letter
 SPACELESS = r"[\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}]"
 WORD = regex.compile(rf"{SPACELESS}\p{{M}}*|(?:(?!{SPACELESS})\w)+|[^\w\s]")
 
@@ -30,8 +31,9 @@ def rouge_l(predictions: Sequence[str], references: Sequence[str]) -> float:
 
 
 def ranking(pairs: Sequence[tuple[Sequence[float], Sequence[float]]]) -> dict[str, float]:
-    """pairs: of each list its candidates' scores and their labels, not all alike. pairwise_accuracy: how often the
-    candidate of the higher label has the higher score, a tie being half; and ndcg; means over the lists."""
+    """pairs: of each list its candidates' scores and their labels, not all alike.
+    pairwise_accuracy: how often the candidate of the higher label has the higher score, a tie being
+    half; and ndcg; means over the lists."""
     import torch
     from torchmetrics.functional.retrieval import retrieval_normalized_dcg
 

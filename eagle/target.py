@@ -21,7 +21,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from .attention import NAME, TreeContext, tree_attention_forward
 from .cache import StaticKVCache
 from .errors import EagleError
-from .head import FINAL, default_feature_layers
+from .heads.head import FINAL, default_feature_layers
 from .loading import identity_of, load_model
 
 CHUNK = 256
@@ -33,7 +33,9 @@ _PROBING = threading.RLock()  # it registers an attention function of its own me
 
 
 class OutputLayer(nn.Module):
-    """Final hidden [..., H] -> logits [..., V], with the scale or soft cap that some families apply."""
+    """Final hidden [..., H] -> logits [..., V], with the scale or soft cap that some families
+    apply.
+    """
 
     def __init__(self, model: nn.Module, config) -> None:
         super().__init__()
@@ -57,8 +59,9 @@ class OutputLayer(nn.Module):
 class Target:
     """Wraps a loaded model; `forward` runs a tree or a prompt over a `StaticKVCache`.
 
-    The model stays the caller's: hooks, our attention and eval mode are its own for the length of a pass, and it is
-    then left as it was found. Passes over one model take turns, whatever thread or Target they come from.
+    The model stays the caller's: hooks, our attention and eval mode are its own for the length of a
+    pass, and it is then left as it was found. Passes over one model take turns, whatever thread or
+    Target they come from.
     """
 
     def __init__(
@@ -120,8 +123,13 @@ class Target:
     ) -> Target:
         """Load a model folder or hub id, as `eagle.loading.load_model` does."""
         model, identity = load_model(
-            path, dtype=dtype, device=device, quantization=quantization, adapter_path=adapter_path, **hf_kwargs
-        )  # fmt: skip
+            path,
+            dtype=dtype,
+            device=device,
+            quantization=quantization,
+            adapter_path=adapter_path,
+            **hf_kwargs,
+        )
         model.eval().requires_grad_(False)
         return cls(model, identity["id"], feature_layers, identity)
 
@@ -143,8 +151,8 @@ class Target:
         rope = getattr(self.config, "rope_parameters", None) or {}
         for values in (rope, *(v for v in rope.values() if isinstance(v, dict))):
             if values.get("rope_type") == "longrope":
-                # past this length longrope turns every key another way: what is cached would be wrong, and
-                # one long row, or a draft that looks ahead, would change the others
+                # past this length longrope turns every key another way: what is cached would be
+                # wrong, and one long row, or a draft that looks ahead, would change the others
                 limit = min(limit, values.get("original_max_position_embeddings") or limit)
         return limit
 
@@ -154,8 +162,8 @@ class Target:
         return self.model.get_input_embeddings()
 
     def set_feature_layers(self, layers: tuple[int, ...]) -> None:
-        """Three entering-layer ids, 0 … L; L is the last layer's output before the final norm. Or (FINAL,): what
-        enters the output embedding, as EAGLE-1 reads it."""
+        """Three entering-layer ids, 0 … L; L is the last layer's output before the final norm. Or
+        (FINAL,): what enters the output embedding, as EAGLE-1 reads it."""
         L = len(self.layers)
         final = tuple(layers) == (FINAL,)
         if not final and (len(layers) != 3 or any(not 0 <= i <= L for i in layers)):
@@ -164,7 +172,9 @@ class Target:
 
     @contextmanager
     def _lent(self, attention: str) -> Iterator[None]:
-        """The model in eval mode and with this attention, for this thread alone; then as it was found."""
+        """The model in eval mode and with this attention, for this thread alone; then as it was
+        found.
+        """
         with self.lock:
             training = [m for m in self._modules if m.training]
             found = [c._attn_implementation_internal for c in self._configs]
@@ -186,8 +196,8 @@ class Target:
 
     @contextmanager
     def _tapped(self, states: dict[int, torch.Tensor] | None, keep=None) -> Iterator[None]:
-        """Hooks for one pass: put the states that enter the feature layers into `states`, and project only the tokens
-        `keep` [b] to the vocabulary, [1, T, H] -> [1, b, H]."""
+        """Hooks for one pass: put the states that enter the feature layers into `states`, and
+        project only the tokens `keep` [b] to the vocabulary, [1, T, H] -> [1, b, H]."""
 
         def entering(layer):
             def save(module, args, kwargs):
@@ -266,8 +276,8 @@ class Target:
         cache: StaticKVCache,
         features: bool,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """ids [b, T] right-padded, lengths [b], the cache's rows empty -> logits [b, 1, V] of each row's last
-        token, features [b, T, F]. Padding is not run."""
+        """ids [b, T] right-padded, lengths [b], the cache's rows empty -> logits [b, 1, V] of each
+        row's last token, features [b, T, F]. Padding is not run."""
         if self.compiled is not None:
             return self._prefill_chunks(ids, lengths, host_lengths, cache, features)
         b, T = ids.shape
@@ -280,8 +290,8 @@ class Target:
         return logits.transpose(0, 1), context.unpack(found) if features else None
 
     def _prefill_chunks(self, ids, lengths, host_lengths, cache, features):
-        """`prefill` through the compiled passes, at most CHUNK tokens at a time, as these project every token
-        to the vocabulary."""
+        """`prefill` through the compiled passes, at most CHUNK tokens at a time, as these project
+        every token to the vocabulary."""
         b, T = ids.shape
         width = max(CHUNK // b, 1)
         found, last = [], None
@@ -311,8 +321,11 @@ class Target:
         cache: StaticKVCache,
         features: bool,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """tokens, depth [b, N], mask [b, N, N] -> logits [b, N, V] and features [b, N, F]; nothing is committed."""
-        # a draft past the model's limit can never be kept, and must not ask for a position that does not exist
+        """tokens, depth [b, N], mask [b, N, N] -> logits [b, N, V] and features [b, N, F]; nothing
+        is committed.
+        """
+        # a draft past the model's limit can never be kept, and must not ask for a position that
+        # does not exist
         positions = (cache.lengths[:, None] + depth).clamp_max(self.max_positions - 1)
         context = TreeContext(cache, positions, mask, positions)
         logits, found = self.forward(context.pack(tokens), context, features=features)
@@ -322,7 +335,8 @@ class Target:
     def hidden_and_features(
         self, ids: torch.Tensor, attention_mask: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """For training: ids [B, T] -> final hidden [B, T, H] (after the norm) and features [B, T, F].
+        """For training: ids [B, T] -> final hidden [B, T, H] (after the norm) and features [B, T,
+        F].
 
         attention_mask [B, T]: 1 on real tokens. The stock attention is used.
         """
@@ -334,7 +348,9 @@ class Target:
 
     @contextmanager
     def stock(self) -> Iterator[nn.Module]:
-        """The model as transformers runs it, in eval mode, for `generate` baselines and for training."""
+        """The model as transformers runs it, in eval mode, for `generate` baselines and for
+        training.
+        """
         eager = (
             getattr(self.config, "attn_logit_softcapping", None) or not self.model._supports_sdpa
         )
@@ -343,12 +359,12 @@ class Target:
 
     @torch.inference_mode()
     def _probe(self) -> tuple[int, int]:
-        """Run six tokens through our attention and cache, as a prompt and as a tree, and through stock ones:
-        same logits, or refuse.
+        """Run six tokens through our attention and cache, as a prompt and as a tree, and through
+        stock ones: same logits, or refuse.
 
-        This finds models whose layers drop the context, see the future, keep state of their own, or give the
-        attention what ours does not read. Sliding windows are shortened meanwhile, so that they count.
-        Returns (kv_heads, head_dim).
+        This finds models whose layers drop the context, see the future, keep state of their own, or
+        give the attention what ours does not read. Sliding windows are shortened meanwhile, so that
+        they count. Returns (kv_heads, head_dim).
         """
         found: list[tuple[int, int, int]] = []
 
@@ -367,7 +383,8 @@ class Target:
                 updated.append(layer_idx)
                 return super().update(key_states, value_states, layer_idx)
 
-        # spread over the vocabulary: the first ids are often special tokens with degenerate embeddings
+        # spread over the vocabulary: the first ids are often special tokens with degenerate
+        # embeddings
         ids = (torch.arange(1, 7, device=self.device) * (self.vocab_size // 7))[None]
         positions = torch.arange(6, device=self.device)[None]
         three = torch.full((1,), 3, device=self.device)
@@ -396,8 +413,8 @@ class Target:
         self.kv_heads, self.head_dim, _ = found[0]
         try:
             with short_windows(self.model, self.config, 3, below=self.max_positions):
-                # all six as a prompt; then the last three once more, as a chain of tree nodes behind a
-                # prefix, with a branch between
+                # all six as a prompt; then the last three once more, as a chain of tree nodes
+                # behind a prefix, with a branch between
                 context = TreeContext(self.new_cache(1, 6), positions)
                 logits, _ = self.forward(ids, context, features=False)
                 cache = self.new_cache(1, 7)
@@ -429,19 +446,24 @@ class Target:
 
 
 def decoder_layers(backbone: nn.Module) -> nn.ModuleList | None:
-    """The decoder's blocks, under whatever name the family keeps them: Llama's layers, GPT-2's h."""
+    """The decoder's blocks, under whatever name the family keeps them: Llama's layers, GPT-2's
+    h.
+    """
     for name in ("layers", "h", "blocks"):
         if isinstance(found := getattr(backbone, name, None), nn.ModuleList):
             return found
     return None
 
 
-# whose decoder layers take keyword arguments and do not hand them to their attention (transformers 5.23)
+# whose decoder layers take keyword arguments and do not hand them to their attention (transformers
+# 5.23)
 DROP_ARGUMENTS = ("nemotron", "stablelm")
 
 
 def relay_context(config, layers: nn.ModuleList) -> list:
-    """Hooks that carry the `tree` argument from a layer to its attention where the family's layers drop it."""
+    """Hooks that carry the `tree` argument from a layer to its attention where the family's layers
+    drop it.
+    """
     if getattr(config, "model_type", None) not in DROP_ARGUMENTS:
         return []
     current: list = [None]
@@ -459,7 +481,9 @@ def relay_context(config, layers: nn.ModuleList) -> list:
 
 @contextmanager
 def short_windows(model: nn.Module, config, window: int, below: int) -> Iterator[None]:
-    """Every sliding window that is shorter than `below` is `window` tokens, for masks (the config) and layers."""
+    """Every sliding window that is shorter than `below` is `window` tokens, for masks (the config)
+    and layers.
+    """
     owners = [
         owner
         for owner in (config, *model.modules())
@@ -477,8 +501,8 @@ def short_windows(model: nn.Module, config, window: int, below: int) -> Iterator
 
 @contextmanager
 def unread_arguments() -> Iterator[set[str]]:
-    """Collects what the layers give to our attention and it does not read: tensors by name, and a mask other
-    than the positions that `run` hands in."""
+    """Collects what the layers give to our attention and it does not read: tensors by name, and a
+    mask other than the positions that `run` hands in."""
     read = {*inspect.signature(tree_attention_forward).parameters, "position_ids"}
     unread: set[str] = set()
 
@@ -496,7 +520,8 @@ def unread_arguments() -> Iterator[set[str]]:
 
 
 INSTEAD = "use a decoder-only causal language model such as Llama, Qwen, Mistral or Gemma"
-# layer types that see all of the context, or a sliding window of it ("attention" is an older name for the first)
+# layer types that see all of the context, or a sliding window of it ("attention" is an older name
+# for the first)
 ATTENDING = {"full_attention", "sliding_attention", "attention"}
 RECURRENT = ("mamba", "linear_attention", "recurrent", "conv", "rwkv", "ssm")
 
@@ -524,7 +549,9 @@ def refuse_shapes(config, found: list[tuple[int, int, int]]) -> None:
 
 
 def refuse_unsupported(model: nn.Module, config, backbone: nn.Module, layers) -> None:
-    """Models that cannot be served are refused with the reason, where the configuration or the code shows it."""
+    """Models that cannot be served are refused with the reason, where the configuration or the code
+    shows it.
+    """
     kind = getattr(config, "model_type", type(model).__name__)
     types = {str(t) for t in getattr(config, "layer_types", None) or []}
     recurrent = sorted(t for t in types if any(r in t for r in RECURRENT))

@@ -20,7 +20,8 @@ from .errors import EagleError
 class TreeShape:
     """How far to expand and how much to keep (EAGLE-2, Li et al. 2024, arXiv:2406.16858).
 
-    total_token: nodes verified in one pass, the root included. top_k: beams a level. depth: draft passes
+    total_token: nodes verified in one pass, the root included. top_k: beams a level. depth: draft
+      passes
     after the one that ingests the accepted tokens, as in upstream: that pass yields level 1, so the
     longest path has depth + 1 draft tokens, and a cycle gains at most depth + 2 tokens.
     """
@@ -73,8 +74,9 @@ class TreeShape:
 
 @dataclass
 class DraftTree:
-    """tokens, parents, depth [B, N] int64; mask [B, N, N] bool (a node sees its ancestors and itself);
-    scores [B, N] float32, cumulative log-probability. Parents come before children; parents[:, 0] = 0."""
+    """tokens, parents, depth [B, N] int64; mask [B, N, N] bool (a node sees its ancestors and
+    itself); scores [B, N] float32, cumulative log-probability. Parents come before children;
+    parents[:, 0] = 0."""
 
     tokens: torch.Tensor
     parents: torch.Tensor
@@ -115,9 +117,9 @@ def rerank(
 ) -> DraftTree:
     """Keep the best num_nodes - 1 of P candidates, every one with its parent.
 
-    root [B]; tokens, parents, scores [B, P]; depth [P]. A parent is named by its candidate's place plus
-    one, 0 being the root. Candidates are ordered by level, so with a stable sort a parent, whose
-    cumulative log-probability is never below its child's, is always picked before it.
+    root [B]; tokens, parents, scores [B, P]; depth [P]. A parent is named by its candidate's place
+    plus one, 0 being the root. Candidates are ordered by level, so with a stable sort a parent,
+    whose cumulative log-probability is never below its child's, is always picked before it.
     """
     if fast(scores):
         return DraftTree(

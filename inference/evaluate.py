@@ -1,16 +1,16 @@
 """Evaluate a model: programs that are run against tests, tasks with labels, texts with references.
 
-    python -m inference.evaluate taco --allow_code_execution             # the shipped problems, from end to end
-    python -m inference.evaluate humaneval --data FILE --base PATH --allow_code_execution      # also mbpp
-    python -m inference.evaluate generate --data FILE --base PATH --output DIR      # the stages on their own
-    python -m inference.evaluate execute --data FILE --generations FILE --output DIR --allow_code_execution
-    python -m inference.evaluate score --data FILE --generations FILE --output DIR
-    python -m inference.evaluate verify-dataset --data FILE --allow_code_execution
-    python -m inference.evaluate tasks --data PREDICTIONS.jsonl
-    python -m inference.evaluate text --data TEXTS.jsonl
-    python -m inference.evaluate bench
+    python -m inference.evaluate taco --allow_code_execution             # the shipped problems,
+    from end to end python -m inference.evaluate humaneval --data FILE --base PATH
+    --allow_code_execution      # also mbpp python -m inference.evaluate generate --data FILE --base
+    PATH --output DIR      # the stages on their own python -m inference.evaluate execute --data
+    FILE --generations FILE --output DIR --allow_code_execution python -m inference.evaluate score
+    --data FILE --generations FILE --output DIR python -m inference.evaluate verify-dataset --data
+    FILE --allow_code_execution python -m inference.evaluate tasks --data PREDICTIONS.jsonl python
+    -m inference.evaluate text --data TEXTS.jsonl python -m inference.evaluate bench
 
-What is made is kept in --output as soon as it is there; the same command goes on where it was stopped.
+What is made is kept in --output as soon as it is there; the same command goes on where it was
+stopped.
 """
 
 from __future__ import annotations
@@ -45,25 +45,28 @@ def code(
     compare: bool = False,
     output: str = "runs/evaluate",
 ) -> int:
-    """Generate programs, run them against the problems' tests while others are generated, and score them.
+    """Generate programs, run them against the problems' tests while others are generated, and score
+    them.
 
-    --data: a local .jsonl, .json or .parquet file, or a folder of them, in TACO's, HumanEval's or MBPP's schema;
-    without it, the shipped problems. Without --base the embedded model. --difficulties EASY,MEDIUM, --skills
-    "Sorting,Range queries" and --limit N choose problems.
+    --data: a local .jsonl, .json or .parquet file, or a folder of them, in TACO's, HumanEval's or
+    MBPP's schema; without it, the shipped problems. Without --base the embedded model.
+    --difficulties EASY,MEDIUM, --skills "Sorting,Range queries" and --limit N choose problems.
 
-    Each problem gets --n_samples programs; --k 1,5,10 are those of pass@k (by default as many of these as
-    n_samples allows). A sample's seed depends on --seed, the problem and its number only, so neither --slots nor
-    the other problems change it. --engine eagle drafts, vanilla does not; auto drafts where there is a head.
-    --compare generates with both, one after the other and without executing meanwhile, and sets them side by side.
+    Each problem gets --n_samples programs; --k 1,5,10 are those of pass@k (by default as many of
+    these as n_samples allows). A sample's seed depends on --seed, the problem and its number only,
+    so neither --slots nor the other problems change it. --engine eagle drafts, vanilla does not;
+    auto drafts where there is a head. --compare generates with both, one after the other and
+    without executing meanwhile, and sets them side by side.
 
-    Programs are run confined (--isolation auto, namespaces or rlimits), and only with --allow_code_execution.
-    Reference solutions are run first (--noverify leaves that out): a problem whose own solution fails is
-    excluded and listed. --seconds (CPU time a test) and --memory_mb replace the problems' own limits, --policy
-    their own comparison. --checkers FILE.py judges problems of several right answers. --against FILE sets the
-    scores beside those of an upstream metrics file.
+    Programs are run confined (--isolation auto, namespaces or rlimits), and only with
+    --allow_code_execution. Reference solutions are run first (--noverify leaves that out): a
+    problem whose own solution fails is excluded and listed. --seconds (CPU time a test) and
+    --memory_mb replace the problems' own limits, --policy their own comparison. --checkers FILE.py
+    judges problems of several right answers. --against FILE sets the scores beside those of an
+    upstream metrics file.
 
-    In --output: report.json and report.md, generations.json and metrics.json (upstream's formats), dataset.json
-    (what verification found), and the journals from which a stopped run goes on.
+    In --output: report.json and report.md, generations.json and metrics.json (upstream's formats),
+    dataset.json (what verification found), and the journals from which a stopped run goes on.
     """
     from eagle.errors import EagleError
     from inference.evaluation import comparing, run
@@ -110,7 +113,9 @@ def code(
 
 @command
 def generate(data: Data, model: Model, drawing: Drawing, *, output: str = "runs/evaluate") -> None:
-    """Only generate: the journal generations-FINGERPRINT.jsonl, and generations.json in upstream's format."""
+    """Only generate: the journal generations-FINGERPRINT.jsonl, and generations.json in upstream's
+    format.
+    """
     from inference.evaluation import run
     from inference.evaluation.generating import Generator
     from inference.evaluation.generations import write_upstream
@@ -136,7 +141,9 @@ def generate(data: Data, model: Model, drawing: Drawing, *, output: str = "runs/
 def execute(
     data: Data, running: Running, *, generations: str | None = None, output: str = "runs/evaluate"
 ) -> None:
-    """Only run the programs of --generations (ours, .jsonl, or upstream's, .json); verdicts go to --output."""
+    """Only run the programs of --generations (ours, .jsonl, or upstream's, .json); verdicts go to
+    --output.
+    """
     from collections import Counter
 
     from inference.evaluation import run
@@ -159,7 +166,8 @@ def execute(
 def score(
     data: Data, scoring: Scoring, *, generations: str | None = None, output: str = "runs/evaluate"
 ) -> int:
-    """Only score what the execute stage found out about --generations in --output; writes the reports there.
+    """Only score what the execute stage found out about --generations in --output; writes the
+    reports there.
 
     Where verify-dataset has run on the same problems with the same --output, its exclusions count.
     """
@@ -181,10 +189,12 @@ def score(
 def verify_dataset(
     data: Data, running: Running, *, mutants: int = 0, output: str = "runs/evaluate"
 ) -> int:
-    """Run the reference solutions: problems whose own solution fails are listed, and excluded by later stages.
+    """Run the reference solutions: problems whose own solution fails are listed, and excluded by
+    later stages.
 
-    --mutants N also runs up to N programs a problem that are its solution with one mistake put in: the share that
-    passes says how much the tests overlook. The exit status is 1 when a problem is excluded or a mutant passes.
+    --mutants N also runs up to N programs a problem that are its solution with one mistake put in:
+    the share that passes says how much the tests overlook. The exit status is 1 when a problem is
+    excluded or a mutant passes.
     """
     from inference.evaluation import run
     from inference.evaluation.executing import Executor
@@ -197,9 +207,13 @@ def verify_dataset(
         run.keep_checked(out, checked, tried)
     say_checked(checked)
     summary = {
-        "problems": len(problems.problems), "verified": len(checked.verified), "excluded": checked.excluded,
-        "unverified": len(checked.unverified), "malformed": problems.bad, "isolation": checked.isolation,
-    }  # fmt: skip
+        "problems": len(problems.problems),
+        "verified": len(checked.verified),
+        "excluded": checked.excluded,
+        "unverified": len(checked.unverified),
+        "malformed": problems.bad,
+        "isolation": checked.isolation,
+    }
     if tried:
         summary |= {"mutants": tried["mutants"], "mutants_accepted": tried["accepted"]}
         for row in tried["survivors"]:
@@ -213,8 +227,9 @@ def tasks(
 ) -> None:
     """Metrics of tasks from predictions and labels; --output FILE.json keeps them.
 
-    A line of --data: {"task", "type", "prediction", "label"}, type classification, regression, ranking (lists of
-    numbers) or generation. A prediction of null is one that could not be read. "scores": {label: number} of a classification gives AUROC.
+    A line of --data: {"task", "type", "prediction", "label"}, type classification, regression,
+    ranking (lists of numbers) or generation. A prediction of null is one that could not be read.
+    "scores": {label: number} of a classification gives AUROC.
     """
     from inference.evaluation.task_metrics import read_answer, task_report
 
@@ -238,8 +253,8 @@ def text(
     output: str | None = None,
     max_bad_fraction: float = 0.0,
 ) -> None:
-    """Metrics of texts: ROUGE-L, chrF and exact match where all have references, repetition of n-grams, and with
-    --perplexity what --base thinks of them. --output FILE.json keeps them.
+    """Metrics of texts: ROUGE-L, chrF and exact match where all have references, repetition of
+    n-grams, and with --perplexity what --base thinks of them. --output FILE.json keeps them.
 
     A line of --data: {"prediction" or "completion", "reference"?, "context"?}.
     """
@@ -278,8 +293,8 @@ def bench(
     repeats: int = 2,
     output: str | None = None,
 ) -> None:
-    """Samples per second of generation over slots, as evaluation does it, against one sample at a time without
-    drafting. The last line is one JSON object; --output FILE.json keeps it."""
+    """Samples per second of generation over slots, as evaluation does it, against one sample at a
+    time without drafting. The last line is one JSON object; --output FILE.json keeps it."""
     from inference.evaluation.generations import Sampling
     from inference.evaluation.problems import load_problems
     from inference.evaluation.throughput import measure
@@ -341,8 +356,10 @@ def read_text(row: object) -> dict:
         raise ValueError("must be an object with a prediction")
     prediction = row.get("prediction", row.get("completion"))
     found = {
-        "prediction": prediction, "reference": row.get("reference"), "context": row.get("context") or "",
-    }  # fmt: skip
+        "prediction": prediction,
+        "reference": row.get("reference"),
+        "context": row.get("context") or "",
+    }
     if not isinstance(prediction, str):
         raise ValueError("has no prediction or completion")
     if not isinstance(found["context"], str) or not isinstance(
@@ -361,9 +378,17 @@ def emit(result: dict, output: str | None) -> None:
 
 
 COMMANDS = {
-    "taco": code, "humaneval": code, "mbpp": code, "generate": generate, "execute": execute, "score": score,
-    "verify-dataset": verify_dataset, "tasks": tasks, "text": text, "bench": bench,
-}  # fmt: skip
+    "taco": code,
+    "humaneval": code,
+    "mbpp": code,
+    "generate": generate,
+    "execute": execute,
+    "score": score,
+    "verify-dataset": verify_dataset,
+    "tasks": tasks,
+    "text": text,
+    "bench": bench,
+}
 
 
 def main(arguments: list[str]) -> None:

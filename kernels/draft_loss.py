@@ -44,7 +44,8 @@ CPU_TILE, GPU_TILE, ROWS = 2**20, 2**26, 256
 
 @dataclass(frozen=True)
 class Objective:
-    """Which loss. gamma: focal exponent, None without focal. inner: "overlap" or "target_prob" (sum p q).
+    """Which loss. gamma: focal exponent, None without focal. inner: "overlap" or "target_prob" (sum
+    p q).
     smoothing: uniform share that is mixed into p, of soft_ce and kl only."""
 
     loss: Loss = "soft_ce"
@@ -61,8 +62,8 @@ class Objective:
 class DraftLoss:
     """total: sum of importance * loss where the target's choice is known; the rest has no gradient.
 
-    loss, overlap [S, U] fp32: of each position, whatever its importance. right [S, U]: the head's best
-    token is the target's choice. known [U]: that choice is in the draft vocabulary.
+    loss, overlap [S, U] fp32: of each position, whatever its importance. right [S, U]: the head's
+    best token is the target's choice. known [U]: that choice is in the draft vocabulary.
     """
 
     total: torch.Tensor
@@ -75,7 +76,9 @@ class DraftLoss:
 def position_loss(
     teacher_logits: torch.Tensor, logits: torch.Tensor, objective: Objective
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The definition: teacher_logits, logits [..., D] -> loss [...] and overlap [...] (no gradient), fp32."""
+    """The definition: teacher_logits, logits [..., D] -> loss [...] and overlap [...] (no
+    gradient), fp32.
+    """
     log_p = F.log_softmax(teacher_logits.float(), dim=-1)
     log_q = F.log_softmax(logits.float(), dim=-1)
     p, q = log_p.exp(), log_q.exp()
@@ -131,10 +134,11 @@ def draft_loss(
     objective: Objective,
     tile: int | None = None,
 ) -> DraftLoss:
-    """hidden [S, U, H] after the head's final norm, weight [D, H], importance [S, U] fp32 -> DraftLoss.
+    """hidden [S, U, H] after the head's final norm, weight [D, H], importance [S, U] fp32 ->
+    DraftLoss.
 
-    Products are in hidden's dtype, everything else in fp32. `total` can be differentiated once, with
-    respect to hidden and weight. tile: logits held at a time.
+    Products are in hidden's dtype, everything else in fp32. `total` can be differentiated once,
+    with respect to hidden and weight. tile: logits held at a time.
     """
     S, U, H = hidden.shape
     assert weight.shape[1] == H and importance.shape == (S, U)
@@ -249,7 +253,8 @@ def tile_loss_reference(
     else:
         loss = 1 - alpha if kind == "total_variation" else -alpha.clamp_min(LEAST).log()
         if grad:
-            # d alpha / d q: 1 where q is the lesser; a half where they are equal, as autograd has it
+            # d alpha / d q: 1 where q is the lesser; a half where they are equal, as autograd has
+            # it
             share = (q < p).to(q.dtype).add_(q == p, alpha=0.5).mul_(q)
             slope = q.mul_(share.sum(-1, keepdim=True)).sub_(share)
             if kind == "overlap":

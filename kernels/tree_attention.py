@@ -131,10 +131,10 @@ def tree_attention(
     """Attention of N tree nodes a row over its prefix and its tree; see the module's text.
 
     q [B, Hq, N, D] and k_cache, v_cache [B, Hkv, C, D] in one dtype (the caches may be strided
-    views of a larger buffer); rows [B] int64: the cache's row of each, where the cache holds others too or
-    another order; lengths [B] int64; tree_bits [B, N, W] int32 (`pack_bits`);
-    tree_positions [B, M] int64, absolute; sinks [Hq], any float dtype. Returns [B, N, Hq, D] in q's
-    dtype. No gradients.
+    views of a larger buffer); rows [B] int64: the cache's row of each, where the cache holds others
+    too or another order; lengths [B] int64; tree_bits [B, N, W] int32 (`pack_bits`); tree_positions
+    [B, M] int64, absolute; sinks [Hq], any float dtype. Returns [B, N, Hq, D] in q's dtype. No
+    gradients.
 
     A row's result depends on its own arguments alone, bit for bit on the Triton path: not on the
     rows beside it, and not on C.
@@ -143,9 +143,18 @@ def tree_attention(
     if use_triton(q):
         from kernels.triton_tree_attention import tree_attention_triton as implementation
     return implementation(
-        q, k_cache, v_cache, lengths, tree_bits, tree_positions,
-        scaling=scaling, sliding_window=sliding_window, softcap=softcap, sinks=sinks, rows=rows,
-    )  # fmt: skip
+        q,
+        k_cache,
+        v_cache,
+        lengths,
+        tree_bits,
+        tree_positions,
+        scaling=scaling,
+        sliding_window=sliding_window,
+        softcap=softcap,
+        sinks=sinks,
+        rows=rows,
+    )
 
 
 def tree_attention_reference(

@@ -84,10 +84,22 @@ def _first_best(value, token):
 
 @triton.jit
 def _scan(
-    logits, seeds, positions, temperatures, part_value, part_token, part_top,
-    logits_b, logits_n, positions_b, N, V, chunk,
-    SAMPLE: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    logits,
+    seeds,
+    positions,
+    temperatures,
+    part_value,
+    part_token,
+    part_top,
+    logits_b,
+    logits_n,
+    positions_b,
+    N,
+    V,
+    chunk,
+    SAMPLE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """Grid (B * N, chunks). The first best of logits or of noisy scores in one chunk, and the top
     score."""
     node = tl.program_id(0)
@@ -160,11 +172,27 @@ def _kth(logits, V, temperature, k, top, BLOCK: tl.constexpr):
 
 @triton.jit
 def _settle(
-    logits, seeds, positions, temperatures, top_ks, top_ps, log_min_ps,
-    part_value, part_token, part_top, choices,
-    logits_b, logits_n, positions_b, N, V, chunks,
-    CUT: tl.constexpr, CHUNKS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    logits,
+    seeds,
+    positions,
+    temperatures,
+    top_ks,
+    top_ps,
+    log_min_ps,
+    part_value,
+    part_token,
+    part_top,
+    choices,
+    logits_b,
+    logits_n,
+    positions_b,
+    N,
+    V,
+    chunks,
+    CUT: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """Grid (B * N). Joins the chunks' candidates and, with CUT, settles on the best one that K
     holds."""
     node = tl.program_id(0)
@@ -264,19 +292,43 @@ def choose_triton(
     choices = torch.empty((B, N), dtype=torch.int64, device=device)
     temperatures = rows(temperature) if sample else part_value
     _scan[(B * N, chunks)](
-        logits, seeds, positions, temperatures, part_value, part_token, part_top,
-        *logits.stride()[:2], positions.stride(0), N, V, chunk,
-        SAMPLE=sample, BLOCK=BLOCK, num_warps=4,
-    )  # fmt: skip
+        logits,
+        seeds,
+        positions,
+        temperatures,
+        part_value,
+        part_token,
+        part_top,
+        *logits.stride()[:2],
+        positions.stride(0),
+        N,
+        V,
+        chunk,
+        SAMPLE=sample,
+        BLOCK=BLOCK,
+        num_warps=4,
+    )
     none = part_value
     _settle[(B * N,)](
-        logits, seeds, positions, temperatures,
+        logits,
+        seeds,
+        positions,
+        temperatures,
         rows(top_k, torch.int64) if cut else none,
         rows(top_p) if cut else none,
         rows(min_p).log() if cut else none,
-        part_value, part_token, part_top, choices,
-        *logits.stride()[:2], positions.stride(0), N, V, chunks,
-        CUT=cut, CHUNKS=triton.next_power_of_2(chunks), BLOCK=SETTLE_BLOCK,
+        part_value,
+        part_token,
+        part_top,
+        choices,
+        *logits.stride()[:2],
+        positions.stride(0),
+        N,
+        V,
+        chunks,
+        CUT=cut,
+        CHUNKS=triton.next_power_of_2(chunks),
+        BLOCK=SETTLE_BLOCK,
         num_warps=16 if cut else 1,
-    )  # fmt: skip
+    )
     return choices

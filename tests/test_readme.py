@@ -31,7 +31,9 @@ def commands():
 
 
 def run(command, cwd, extra=()):
-    """The finished process of a `python -m …`, started from a plain shell; no dependency warns of anything."""
+    """The finished process of a `python -m …`, started from a plain shell; no dependency warns of
+    anything.
+    """
     ours = ("PYTHONWARNINGS", "TOKENIZERS_PARALLELISM", "HF_HUB_OFFLINE")
     environment = {k: v for k, v in os.environ.items() if k not in ours}
     environment |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
@@ -53,7 +55,9 @@ def test_python_snippets(capsys):
     exec(compile(first, "README.md", "exec"), names)
     shown = capsys.readouterr().out
     assert "def get_value(self, key):\n    if key in self." in shown
-    assert "return" in shown.split("self.", 1)[1]  # something that a reader enjoys, not one backtick
+    assert (
+        "return" in shown.split("self.", 1)[1]
+    )  # something that a reader enjoys, not one backtick
     assert re.search(r"\d\.\d+ \['(eos|length)', '(eos|length)'\]", shown)
     (requests,) = others
     exec(compile(requests, "README.md", "exec"), names)
@@ -116,7 +120,7 @@ def test_other_commands(command, tmp_path):
 
 def test_pipeline_command(tmp_path):
     """That it is understood; tests/inference/test_pipeline.py runs it."""
-    (command,) = [c for c in commands() if c[2] == "inference.pipeline"]
+    (command,) = [c for c in commands() if c[2] == "examples.pipeline"]
     done = run(command, tmp_path, ("--num_prompts", "0"))
     assert done.returncode == 1 and done.stderr == "error: num_prompts must be at least 1, not 0\n"
 
@@ -136,8 +140,8 @@ def test_placeholder_commands_have_real_flags():
             from train.finetune.__main__ import COMMANDS
 
             function = COMMANDS[words[3]]
-        elif words[:3] == ["python", "-m", "inference.pipeline"]:
-            from inference.pipeline import pipeline as function
+        elif words[:3] == ["python", "-m", "examples.pipeline"]:
+            from examples.pipeline import pipeline as function
         else:
             continue
         flags = {w.removeprefix("--") for w in words if w.startswith("--")}

@@ -1,4 +1,6 @@
-"""Imports go one way, our `kernels` lives beside the distribution of the same name, and Python 3.10 is enough."""
+"""Imports go one way, our `kernels` lives beside the distribution of the same name, and Python 3.10
+is enough.
+"""
 
 import ast
 import os
@@ -15,8 +17,9 @@ MAY_IMPORT = {
     "configs": {"configs"},
     "kernels": {"kernels"},
     "eagle": {"eagle", "kernels", "configs"},
-    "train": {"train", "eagle", "kernels", "configs"},
-    "inference": {"inference", "eagle", "kernels", "configs"},
+    "records": {"records", "eagle", "kernels", "configs"},
+    "train": {"train", "records", "eagle", "kernels", "configs"},
+    "inference": {"inference", "records", "eagle", "kernels", "configs"},
 }
 # names of the other distribution's modules: a file of ours called so would shadow it or be shadowed
 THEIRS = set(
@@ -30,7 +33,9 @@ def sources(folder):
 
 
 def imported(path):
-    """Top-level names that a file imports, relative imports resolved, and strings given to import functions."""
+    """Top-level names that a file imports, relative imports resolved, and strings given to import
+    functions.
+    """
     package = path.relative_to(ROOT).parts[0]
     for node in ast.walk(ast.parse(path.read_text("utf-8"))):
         if isinstance(node, ast.Import):
@@ -42,9 +47,9 @@ def imported(path):
                 yield package
             else:
                 yield node.module.split(".")[0]
-        elif isinstance(node, ast.Call) and getattr(node.func, "attr", getattr(node.func, "id", "")) in (
-            "import_module", "__import__",
-        ):  # fmt: skip
+        elif isinstance(node, ast.Call) and getattr(
+            node.func, "attr", getattr(node.func, "id", "")
+        ) in ("import_module", "__import__"):
             if node.args and isinstance(node.args[0], ast.Constant):
                 yield str(node.args[0].value).split(".")[0]
 
@@ -61,7 +66,7 @@ def test_imports_point_one_way(package):
 def test_the_walk_sees_wrong_imports(tmp_path):
     path = ROOT / "train" / "x.py"
     for text in (
-        "import inference.bench",
+        "import inference.bench.engines",
         "def f():\n    from inference import prompts",
         "import_module('inference.x')",
     ):
@@ -77,15 +82,21 @@ def _imported_text(path, text):
 
 
 def version_dependent(*paths):
-    """What a type checker, which knows the standard library of every Python, says of the oldest or the newest only."""
+    """What a type checker, which knows the standard library of every Python, says of the oldest or
+    the newest only.
+    """
     said = []
     for version in ("3.10", "3.13"):
         options = ["--python-version", version, "--output-format", "concise", "--no-progress"]
         done = subprocess.run(
             [sys.executable, "-m", "ty", "check", *options, *map(str, paths)],
-            cwd=ROOT, capture_output=True, text=True,
-        )  # fmt: skip
-        assert done.returncode in (0, 1), done.stderr  # 1: it has something to say, as of any untyped code
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode in (0, 1), (
+            done.stderr
+        )  # 1: it has something to say, as of any untyped code
         said.append({line for line in done.stdout.splitlines() if ": error[" in line})
     return sorted(said[0] ^ said[1])
 
@@ -145,9 +156,10 @@ def test_distribution_discovery():
 
     text = (ROOT / "setup.py").read_text("utf-8")
     call = next(
-        node for node in ast.walk(ast.parse(text))
+        node
+        for node in ast.walk(ast.parse(text))
         if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "find_namespace_packages"
-    )  # fmt: skip
+    )
     (include,) = [ast.literal_eval(k.value) for k in call.keywords if k.arg == "include"]
     found = [
         p for p in find_namespace_packages(str(ROOT), include=include) if "__pycache__" not in p

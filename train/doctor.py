@@ -38,12 +38,14 @@ def doctor(
     json: str | None = None,
     color: str = "auto",
 ) -> int:
-    """Look at the installation and devices and, where given, at a target, data and a head, in less than a
-    minute; exit with 1 on a problem.
+    """Look at the installation and devices and, where given, at a target, data and a head, in less
+    than a minute; exit with 1 on a problem.
 
-    --base, --data, --data_format, --config and section.key=value overrides are as in train.main; a part
+    --base, --data, --data_format, --config and section.key=value overrides are as in train.main; a
+      part
     that none of them names is left out. --head: a trained head, to be checked against the target.
-    --num: samples to show, with the supervised tokens coloured.     --json FILE: the findings as JSON.
+    --num: samples to show, with the supervised tokens coloured.     --json FILE: the findings as
+      JSON.
     color: auto, always or never.
     """
     from train.inspect import make_console
@@ -76,7 +78,7 @@ def examine(
     cfg: HeadTrainConfig, head: str | None, with_model: bool, with_data: bool, num: int
 ) -> Iterator[tuple[str, list[Finding], object]]:
     """(title, findings, what to show below them or None) of each part, as soon as it is done."""
-    logger = logging.getLogger("train.data")
+    logger = logging.getLogger("records")
     before = logger.level
     logger.setLevel(logging.ERROR)  # its warnings are findings here
     try:
@@ -145,7 +147,7 @@ def examine_target(
 def needs(subject: Subject, cfg: HeadTrainConfig, tokens: int, device, space) -> Iterator[Finding]:
     import torch
 
-    from eagle.head import make_head, mlp_width
+    from eagle.heads.head import make_head, mlp_width
 
     config = subject.head_config(cfg)
     with torch.device("meta"):
@@ -182,8 +184,10 @@ def print_samples(sampled: list[Sample], subject: Subject, num: int, console: Co
 
 def print_verdict(console: Console, findings: list[Finding], seconds: float, whole: bool) -> None:
     counts = Counter(finding.level for finding in findings)
-    parts = [f"{counts[level]} {level}{'s' if counts[level] != 1 and level != 'ok' else ''}"
-             for level in ("problem", "warning", "note", "ok")]  # fmt: skip
+    parts = [
+        f"{counts[level]} {level}{'s' if counts[level] != 1 and level != 'ok' else ''}"
+        for level in ("problem", "warning", "note", "ok")
+    ]
     console.rule(align="left")
     console.print(f"{', '.join(parts)} in {seconds:.0f} s")
     if not whole:
@@ -193,8 +197,11 @@ def print_verdict(console: Console, findings: list[Finding], seconds: float, who
 def write_json(path: Path, findings: list[Finding], seconds: float) -> None:
     from eagle.checkpoint import atomic_write_text
 
-    text = {"findings": [vars(finding) for finding in findings], "seconds": round(seconds, 1),
-            "counts": Counter(finding.level for finding in findings)}  # fmt: skip
+    text = {
+        "findings": [vars(finding) for finding in findings],
+        "seconds": round(seconds, 1),
+        "counts": Counter(finding.level for finding in findings),
+    }
     try:
         atomic_write_text(path, json.dumps(text, indent=2, ensure_ascii=False) + "\n")
     except OSError as error:

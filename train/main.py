@@ -27,20 +27,35 @@ def train(
     profile: bool | int | None = None,
     local_rank: int | None = None,
 ) -> int:
-    """Train a draft head (EAGLE-3; model.method=eagle1: EAGLE-1); without arguments, on the embedded model and the shipped FIM data.
+    """Train a draft head (EAGLE-3; model.method=eagle1: EAGLE-1); without arguments, on the
+    embedded model and the shipped FIM data.
 
-    --data_format fim|chat|instruction|mixed|plain|tokenized; --base and --data name the target model and
-    the data file(s); --config takes a YAML file or a preset; --resume continues the run in --output (or a
-    checkpoint folder). --adapter and --quantization none|nf4|int8 say how the target is served, --init_head
-    a head to start from: the head of a base is adapted to a tuned target in a short run. --features DIR: what `python -m train.prepare features` wrote, so that no layer of
-    the target runs in a training step (evaluations still run it). --profile [N] records N steps with
+    --data_format fim|chat|instruction|mixed|plain|tokenized; --base and --data name the target
+      model and
+    the data file(s); --config takes a YAML file or a preset; --resume continues the run in --output
+      (or a
+    checkpoint folder). --adapter and --quantization none|nf4|int8 say how the target is served,
+      --init_head
+    a head to start from: the head of a base is adapted to a tuned target in a short run. --features
+      DIR: what `python -m train.prepare features` wrote, so that no layer of
+    the target runs in a training step (evaluations still run it). --profile [N] records N steps
+      with
     torch.profiler. Any setting is an override: train.max_steps=20 loss.name=focal loss.gamma=2.
-    Several processes: torchrun --nproc_per_node 2 -m train.main ..., or deepspeed --module train.main ...
+    Several processes: torchrun --nproc_per_node 2 -m train.main ..., or deepspeed --module
+      train.main ...
     """
-    flags = {"data.format": data_format, "model.base": base, "data.path": data, "train.output": output,
-             "data.features": features,
-             "model.adapter": adapter, "model.quantization": quantization, "model.init_head": init_head,
-             "train.resume": resume, "train.profile": profile}  # fmt: skip
+    flags = {
+        "data.format": data_format,
+        "model.base": base,
+        "data.path": data,
+        "train.output": output,
+        "data.features": features,
+        "model.adapter": adapter,
+        "model.quantization": quantization,
+        "model.init_head": init_head,
+        "train.resume": resume,
+        "train.profile": profile,
+    }
     cfg = load_config(HeadTrainConfig, config, overrides, flags)
     if local_rank is not None:  # the deepspeed launcher's way
         os.environ.setdefault("LOCAL_RANK", str(local_rank))
@@ -60,6 +75,7 @@ def run(cfg: HeadTrainConfig, quiet: bool = False) -> int:
     from train.head.distributed import join_world
 
     disable_progress_bar()
+
     def claim() -> tuple[Path, bool]:
         output = choose_output(cfg.train.output, cfg.data.format, cfg.train.resume)
         fresh = not output.exists()

@@ -1,4 +1,5 @@
-"""Plain and speculative generation of the same seeds side by side: the same programs and scores, and how fast each.
+"""Plain and speculative generation of the same seeds side by side: the same programs and scores,
+and how fast each.
 
 Knows finished runs; knows nothing of how they were made.
 """
@@ -10,8 +11,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from eagle.errors import EagleError
+from inference.bench.report import grid
 from inference.generate import write_text
-from inference.report import grid
 
 from .generations import Generations
 from .problems import ProblemSet, some
@@ -25,8 +26,9 @@ def compare(
 ) -> dict:
     """made, reports: of "vanilla" and "eagle", with equal sampling.
 
-    agree: in float32, that every program is the same; in half precision, where passes of different widths round
-    differently, that pass@k is. differ: the programs that are not the same, as "task/sample".
+    agree: in float32, that every program is the same; in half precision, where passes of different
+    widths round differently, that pass@k is. differ: the programs that are not the same, as
+    "task/sample".
     """
     plain = {(s.task_id, s.sample): s.output for s in made[PLAIN].samples}
     ours = {(s.task_id, s.sample): s.output for s in made[SPECULATIVE].samples}
@@ -44,16 +46,24 @@ def compare(
             speed[SPECULATIVE]["samples_per_second"] / speed[PLAIN]["samples_per_second"], 3
         )
     return {
-        "programs": len(plain), "differ": differ, "differing": len(differ), "same_pass_at_k": same_scores,
+        "programs": len(plain),
+        "differ": differ,
+        "differing": len(differ),
+        "same_pass_at_k": same_scores,
         "dtype": reports[PLAIN]["generation"]["dtype"],
-        "agree": same_scores and (not differ or not exact), "pass_at_k": scores, "speed": speed,
-        "vs_vanilla": ratio, "isolation": reports[PLAIN]["isolation"],
+        "agree": same_scores and (not differ or not exact),
+        "pass_at_k": scores,
+        "speed": speed,
+        "vs_vanilla": ratio,
+        "isolation": reports[PLAIN]["isolation"],
         "text": {name: text_facts(problems, found) for name, found in made.items()},
-    }  # fmt: skip
+    }
 
 
 def text_facts(problems: ProblemSet, found: Generations) -> dict:
-    """Of each problem's first program, against its first reference solution; None without the libraries."""
+    """Of each problem's first program, against its first reference solution; None without the
+    libraries.
+    """
     pairs = []
     for task, samples in found.by_task().items():
         problem = problems.by_id[task]
@@ -83,9 +93,11 @@ def markdown(result: dict) -> str:
     for k in result["pass_at_k"][PLAIN] or {}:
         lines.append([k, *(f"{result['pass_at_k'][n][k]['value']:.2%}" for n in names)])
     for label, key, form in (
-        ("samples/s", "samples_per_second", ".2f"), ("tokens/s", "tokens_per_second", ".1f"),
-        ("tau", "tau", ".2f"), ("new tokens", "new_tokens", "d"),
-    ):  # fmt: skip
+        ("samples/s", "samples_per_second", ".2f"),
+        ("tokens/s", "tokens_per_second", ".1f"),
+        ("tau", "tau", ".2f"),
+        ("new tokens", "new_tokens", "d"),
+    ):
         lines.append([label, *(show(result["speed"][n][key], form) for n in names)])
     for label, key in (("ROUGE-L", "rouge_l"), ("chrF", "chrf"), ("exact match", "exact_match")):
         if key in result["text"][PLAIN]:

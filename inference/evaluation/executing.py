@@ -14,8 +14,8 @@ from concurrent.futures import Future
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from inference.judge import SuiteResult, make_job
-from inference.sandbox import Job, Limits, Sandbox
+from inference.evaluation.judge import SuiteResult, make_job
+from inference.evaluation.sandbox import Job, Limits, Sandbox
 
 from . import journal
 from .humaneval import harness
@@ -28,8 +28,8 @@ UNCOMPILED = ("SyntaxError", "IndentationError", "TabError")
 
 @dataclass(frozen=True)
 class Rules:
-    """Limits of a test that replace the problems' own: CPU seconds and MiB of memory. None: the problem's, else the
-    sandbox's default."""
+    """Limits of a test that replace the problems' own: CPU seconds and MiB of memory. None: the
+    problem's, else the sandbox's default."""
 
     seconds: float | None = None
     memory_mb: int | None = None
@@ -37,14 +37,17 @@ class Rules:
     def limits(self, problem: Problem) -> Limits:
         usual = Limits()
         seconds = self.seconds or problem.seconds or usual.cpu_seconds
-        # a problem's limit is meant for what the program keeps; the default leaves room for Python itself
+        # a problem's limit is meant for what the program keeps; the default leaves room for Python
+        # itself
         memory = (self.memory_mb or 0) * 2**20 or max(problem.memory_bytes or 0, usual.memory_bytes)
         return Limits(cpu_seconds=seconds, wall_seconds=3 * seconds, memory_bytes=memory)
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What became of one program. failed_at: the first test that it failed; detail: why, for people."""
+    """What became of one program. failed_at: the first test that it failed; detail: why, for
+    people.
+    """
 
     status: str
     tests: int = 0
@@ -57,7 +60,8 @@ class Verdict:
 class Executor:
     """Programs in, verdicts out, in a thread of its own that drives the sandbox.
 
-    A verdict that the journal has is not made again, and a program that is submitted twice runs once. Harness
+    A verdict that the journal has is not made again, and a program that is submitted twice runs
+      once. Harness
     errors are not taken from the journal: the next run tries those programs again.
     """
 
@@ -133,7 +137,9 @@ class Executor:
 
 
 def summary(result: SuiteResult, isolation: str, asserted: bool = False) -> Verdict:
-    """Of a suite's verdicts, what a report needs. asserted: the program was compiled by `harness`, at run time."""
+    """Of a suite's verdicts, what a report needs. asserted: the program was compiled by `harness`,
+    at run time.
+    """
     status = result.status
     at = next((i for i, v in enumerate(result.verdicts) if v.status == status != "accepted"), None)
     detail = "" if at is None else result.verdicts[at].detail[:400]
@@ -150,7 +156,9 @@ def execution_key(problem: Problem, program: str, rules: Rules) -> str:
 
 
 def verdicts(records: list[dict]) -> dict[str, Verdict]:
-    """By key; of several the last one, as a harness error is followed by what came of the next try."""
+    """By key; of several the last one, as a harness error is followed by what came of the next
+    try.
+    """
     return {r["key"]: Verdict(**r["verdict"]) for r in records}
 
 

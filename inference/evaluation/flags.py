@@ -1,6 +1,8 @@
-"""The flags of `python -m inference.evaluate`, in groups that its commands share, and what they refuse.
+"""The flags of `python -m inference.evaluate`, in groups that its commands share, and what they
+refuse.
 
-`command` turns a function of groups into one that `configs.cli` can run. Knows nothing of what the commands do.
+`command` turns a function of groups into one that `configs.cli` can run. Knows nothing of what the
+commands do.
 """
 
 from __future__ import annotations
@@ -17,7 +19,9 @@ from eagle.errors import EagleError
 
 
 def command(body: Callable[..., int | None]) -> Callable[..., int | None]:
-    """`body(data: Data, *, k: str | None = None)` as a function of the fields of Data and of k, all keyword-only."""
+    """`body(data: Data, *, k: str | None = None)` as a function of the fields of Data and of k, all
+    keyword-only.
+    """
     hints = typing.get_type_hints(body)
     groups, parameters = {}, []
     for name, parameter in inspect.signature(body).parameters.items():
@@ -29,9 +33,12 @@ def command(body: Callable[..., int | None]) -> Callable[..., int | None]:
         for field in dataclasses.fields(kind):
             parameters.append(
                 inspect.Parameter(
-                    field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=types[field.name]
+                    field.name,
+                    inspect.Parameter.KEYWORD_ONLY,
+                    default=field.default,
+                    annotation=types[field.name],
                 )
-            )  # fmt: skip
+            )
 
     @functools.wraps(body)
     def run(**given):
@@ -84,10 +91,15 @@ class Data:
             raise EagleError(f"unknown format {self.format!r}; use auto, {', '.join(FORMATS)}")
         at_least(1, limit=self.limit)
         return load_problems(
-            self.data, format=None if self.format == "auto" else self.format, policy=self.policy,
-            difficulties=listed(self.difficulties), skills=listed(self.skills), limit=self.limit,
-            max_bad_fraction=self.max_bad_fraction, checkers=self.checkers,
-        )  # fmt: skip
+            self.data,
+            format=None if self.format == "auto" else self.format,
+            policy=self.policy,
+            difficulties=listed(self.difficulties),
+            skills=listed(self.skills),
+            limit=self.limit,
+            max_bad_fraction=self.max_bad_fraction,
+            checkers=self.checkers,
+        )
 
 
 @dataclass(frozen=True)
@@ -111,9 +123,15 @@ class Model:
         from inference.generate import load_model
 
         return load_model(
-            self.base, self.head, self.adapter, self.tree, self.dtype, self.device, self.compile,
+            self.base,
+            self.head,
+            self.adapter,
+            self.tree,
+            self.dtype,
+            self.device,
+            self.compile,
             self.quantization,
-        )  # fmt: skip
+        )
 
     def engine_of(self, model) -> str:
         """What "auto" means: to draft where there is a head."""
@@ -148,10 +166,17 @@ class Drawing:
         from .generations import Sampling
 
         return Sampling(
-            engine=engine, temperature=self.temperature, top_p=self.top_p, top_k=self.top_k, min_p=self.min_p,
-            max_new_tokens=self.max_new_tokens, seed=self.seed, tree=model.tree, compile=model.compile,
+            engine=engine,
+            temperature=self.temperature,
+            top_p=self.top_p,
+            top_k=self.top_k,
+            min_p=self.min_p,
+            max_new_tokens=self.max_new_tokens,
+            seed=self.seed,
+            tree=model.tree,
+            compile=model.compile,
             chat=self.chat,
-        )  # fmt: skip
+        )
 
 
 @dataclass(frozen=True)
@@ -170,7 +195,7 @@ class Running:
 
     def sandbox(self):
         """Started, so that a refusal comes before hours of generation."""
-        from inference.sandbox import Sandbox
+        from inference.evaluation.sandbox import Sandbox
 
         return Sandbox(
             workers=self.workers,
@@ -193,7 +218,7 @@ class Scoring:
 
     def ks(self, n: int | None = None) -> list[int]:
         """n: samples a problem, where it is known. Without --k, as many of 1, 5, 10 as n allows."""
-        from inference.bench import parse_numbers
+        from inference.bench.engines import parse_numbers
 
         if self.k is None:
             return [k for k in (1, 5, 10) if k == 1 or n is None or k <= n]

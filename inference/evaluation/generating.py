@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from eagle.errors import EagleError
-from inference.prompts import chat_prompt, text_prompt
+from records.prompts import chat_prompt, text_prompt
 
 from .generations import (
     TOO_LONG,
@@ -28,8 +28,8 @@ from .generations import (
 from .journal import Journal
 from .problems import Problem, some
 
-# a call of the engine has at most so many completions a slot: its cache is as wide as its longest prompt needs
-# (sorted, they are of similar length), and refilling slots is idle only at its end
+# a call of the engine has at most so many completions a slot: its cache is as wide as its longest
+# prompt needs (sorted, they are of similar length), and refilling slots is idle only at its end
 CHUNK = 32
 
 
@@ -45,7 +45,9 @@ class Wanted:
 
 
 class Generator:
-    """A model with the settings of a run, and the journal of its completions, `generations-FINGERPRINT.jsonl`."""
+    """A model with the settings of a run, and the journal of its completions,
+    `generations-FINGERPRINT.jsonl`.
+    """
 
     def __init__(self, model, sampling: Sampling, output: str | Path) -> None:
         if sampling.engine not in ("eagle", "vanilla"):
@@ -82,8 +84,9 @@ class Generator:
         take: Callable[[Sample], None] = lambda sample: None,
         say: Callable[[int, bool], None] = lambda tokens, fresh: None,
     ) -> Generations:
-        """The completions of `wanted`: those in the journal as they are, the others made and added to it. `take` is
-        handed each one; `say` is told how many tokens were made, and whether they were made now."""
+        """The completions of `wanted`: those in the journal as they are, the others made and added
+        to it. `take` is handed each one; `say` is told how many tokens were made, and whether they
+        were made now."""
         with Journal(self.path) as kept:
             if not kept.records:
                 kept.append({"settings": self.settings})
@@ -128,7 +131,9 @@ class Generator:
     def generate(
         self, wanted: Sequence[Wanted], slots: int
     ) -> Iterator[tuple[Wanted, Sample | EagleError]]:
-        """As they are finished. A prompt that does not fit the model is an empty completion that says so."""
+        """As they are finished. A prompt that does not fit the model is an empty completion that
+        says so.
+        """
         limit = self.model.target.max_positions
         fitting = []
         for one in wanted:
@@ -154,25 +159,43 @@ class Generator:
             for w in wanted
         ]
         done = self.model.generate_many(
-            requests, slots=slots, as_completed=True, draft=s.engine == "eagle", tree=s.tree,
-            compile=s.compile, max_new_tokens=s.max_new_tokens, temperature=s.temperature, top_p=s.top_p,
-            top_k=s.top_k, min_p=s.min_p,
-        )  # fmt: skip
+            requests,
+            slots=slots,
+            as_completed=True,
+            draft=s.engine == "eagle",
+            tree=s.tree,
+            compile=s.compile,
+            max_new_tokens=s.max_new_tokens,
+            temperature=s.temperature,
+            top_p=s.top_p,
+            top_k=s.top_k,
+            min_p=s.min_p,
+        )
         for place, row in done:
             one = wanted[place]
             if row.error is not None:
                 yield one, row.error
                 continue
             text = self.model.tokenizer.decode(row.tokens, skip_special_tokens=True)
-            yield one, Sample(
-                one.problem.task_id, one.sample, text, one.seed, len(row.tokens), row.cycles,
-                row.finish_reason, one.key, s.chat or None,
-            )  # fmt: skip
+            yield (
+                one,
+                Sample(
+                    one.problem.task_id,
+                    one.sample,
+                    text,
+                    one.seed,
+                    len(row.tokens),
+                    row.cycles,
+                    row.finish_reason,
+                    one.key,
+                    s.chat or None,
+                ),
+            )
 
 
 def describe(model, sampling: Sampling) -> dict:
-    """Model, head, adapter and sampling, weights by their fingerprints: what a completion depends on, apart from
-    its prompt and seed."""
+    """Model, head, adapter and sampling, weights by their fingerprints: what a completion depends
+    on, apart from its prompt and seed."""
     from eagle.loading import weights_hash
 
     target, settings = model.target, asdict(sampling)
@@ -180,7 +203,10 @@ def describe(model, sampling: Sampling) -> dict:
     settings["tree"] = (sampling.tree or str(model.tree)) if drafts else None
     weights = {name: target.identity[name] for name in ("fingerprint", "quantization", "adapter")}
     return {
-        "model": target.name, **weights,
+        "model": target.name,
+        **weights,
         "head": weights_hash(model.head.state_dict()) if drafts and model.head else None,
-        "dtype": str(target.dtype).removeprefix("torch."), "device": target.device.type, **settings,
-    }  # fmt: skip
+        "dtype": str(target.dtype).removeprefix("torch."),
+        "device": target.device.type,
+        **settings,
+    }

@@ -1,4 +1,5 @@
-"""Completions of problems: what is asked for, what is kept of it, and files of them, ours and upstream's.
+"""Completions of problems: what is asked for, what is kept of it, and files of them, ours and
+upstream's.
 
 Knows prompts, seeds and files; what runs the model is in generating.py.
 """
@@ -22,7 +23,9 @@ TOO_LONG = "prompt_too_long"
 
 @dataclass(frozen=True)
 class Sampling:
-    """How completions are drawn. engine: "eagle" drafts, "vanilla" does not. chat: through the chat template."""
+    """How completions are drawn. engine: "eagle" drafts, "vanilla" does not. chat: through the chat
+    template.
+    """
 
     engine: str = "eagle"
     temperature: float = 0.2
@@ -38,8 +41,8 @@ class Sampling:
 
 @dataclass
 class Sample:
-    """One completion. finish_reason: the engine's, or TOO_LONG; None where a file does not tell. cycles:
-    verifications. chat: the answer of a chat, with the program in a fenced block."""
+    """One completion. finish_reason: the engine's, or TOO_LONG; None where a file does not tell.
+    cycles: verifications. chat: the answer of a chat, with the program in a fenced block."""
 
     task_id: str
     sample: int
@@ -53,15 +56,15 @@ class Sample:
 
 
 def sample_seed(seed: int, task_id: str, sample: int) -> int:
-    """The seed of one completion: of nothing else in the run, so that neither order, batch nor the other problems
-    change it. 0 … 2^63 - 1."""
+    """The seed of one completion: of nothing else in the run, so that neither order, batch nor the
+    other problems change it. 0 … 2^63 - 1."""
     digest = hashlib.sha256(f"{seed}/{task_id}/{sample}".encode("utf-8", "surrogatepass")).digest()
     return int.from_bytes(digest[:8], "big") >> 1
 
 
 def sample_key(settings: str, ids: Sequence[int], stops: Sequence[str], seed: int) -> str:
-    """The fingerprint under which a completion is kept: model, head, adapter and sampling (`settings`), prompt,
-    seed."""
+    """The fingerprint under which a completion is kept: model, head, adapter and sampling
+    (`settings`), prompt, seed."""
     text = json.dumps([settings, list(ids), list(stops), seed])
     return hashlib.sha256(text.encode()).hexdigest()
 
@@ -81,8 +84,8 @@ class Generations:
         return found
 
     def speed(self) -> dict:
-        """new_tokens, cycles and tau of all completions; seconds and the two rates of the sessions that ran to
-        their end, None where none did."""
+        """new_tokens, cycles and tau of all completions; seconds and the two rates of the sessions
+        that ran to their end, None where none did."""
         tokens = sum(s.new_tokens or 0 for s in self.samples)
         cycles = sum(s.cycles or 0 for s in self.samples)
         gained = sum(s.new_tokens - 1 for s in self.samples if s.cycles)
@@ -91,12 +94,15 @@ class Generations:
             name: sum(s[name] for s in self.sessions or []) for name in ("samples", "new_tokens")
         }
         return {
-            "samples": len(self.samples), "new_tokens": tokens, "cycles": cycles,
-            "tau": round(gained / cycles, 3) if cycles else None, "seconds": round(seconds, 3),
+            "samples": len(self.samples),
+            "new_tokens": tokens,
+            "cycles": cycles,
+            "tau": round(gained / cycles, 3) if cycles else None,
+            "seconds": round(seconds, 3),
             "timed_samples": timed["samples"],
             "tokens_per_second": round(timed["new_tokens"] / seconds, 2) if seconds else None,
             "samples_per_second": round(timed["samples"] / seconds, 3) if seconds else None,
-        }  # fmt: skip
+        }
 
 
 def from_records(records: list[dict], where: str) -> Generations:
@@ -120,7 +126,8 @@ def from_records(records: list[dict], where: str) -> Generations:
 def read_generations(path: str | Path, problems: ProblemSet) -> Generations:
     """A journal of ours (.jsonl), or upstream's [{"task_id", "prompt", "output": [...]}] (.json).
 
-    Raises EagleError for completions of problems that `problems` does not have, for duplicates and bad rows.
+    Raises EagleError for completions of problems that `problems` does not have, for duplicates and
+    bad rows.
     """
     path = Path(path)
     if path.suffix == ".jsonl":
@@ -172,13 +179,21 @@ def read_upstream(path: Path) -> list[Sample]:
 
 
 def write_upstream(path: str | Path, problems: Sequence[Problem], found: Generations) -> None:
-    """[{"task_id", "prompt", "output": [...]}], of the problems that have completions; a number as id stays a number."""
+    """[{"task_id", "prompt", "output": [...]}], of the problems that have completions; a number as
+    id stays a number.
+    """
     by_task = found.by_task()
     rows = [
-        {"task_id": int(p.task_id) if p.task_id.isdigit() else p.task_id, "prompt": p.prompt,
-         "output": [fenced(s.output) if s.chat else cut(s.output, p.stops) for s in by_task[p.task_id]]}
-        for p in problems if p.task_id in by_task
-    ]  # fmt: skip
+        {
+            "task_id": int(p.task_id) if p.task_id.isdigit() else p.task_id,
+            "prompt": p.prompt,
+            "output": [
+                fenced(s.output) if s.chat else cut(s.output, p.stops) for s in by_task[p.task_id]
+            ],
+        }
+        for p in problems
+        if p.task_id in by_task
+    ]
     write_text(Path(path), json.dumps(rows, indent=1) + "\n")
 
 

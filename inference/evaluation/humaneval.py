@@ -1,7 +1,7 @@
 """HumanEval's and MBPP's schemas: tests are assertions. (Chen et al., 2021; Austin et al., 2021.)
 
-Assertions run in the program's own process, after it and out of its reading: a program that fails by mistake cannot
-pass, one written to deceive could. TACO's tests do not have that limit.
+Assertions run in the program's own process, after it and out of its reading: a program that fails
+by mistake cannot pass, one written to deceive could. TACO's tests do not have that limit.
 """
 
 from __future__ import annotations
@@ -30,11 +30,16 @@ def humaneval_problem(row: dict, place: int) -> Problem:
     prompt, entry = text_of(row, "prompt"), text_of(row, "entry_point")
     test, solution = text_of(row, "test"), text_of(row, "canonical_solution", default="")
     return Problem(
-        task_id=identity(row, place), prompt=prompt,
+        task_id=identity(row, place),
+        prompt=prompt,
         question=f"{prompt}\nComplete this function. Give the whole program in one fenced block.",
-        tests=assertions([f"{test}\ncheck({entry})\n"]), stops=HUMANEVAL_STOPS,
-        solutions=(prompt + solution,) if solution else (), given=prompt, entry=entry, asserted=True,
-    )  # fmt: skip
+        tests=assertions([f"{test}\ncheck({entry})\n"]),
+        stops=HUMANEVAL_STOPS,
+        solutions=(prompt + solution,) if solution else (),
+        given=prompt,
+        entry=entry,
+        asserted=True,
+    )
 
 
 def mbpp_problem(row: dict, place: int) -> Problem:
@@ -49,15 +54,20 @@ def mbpp_problem(row: dict, place: int) -> Problem:
     setup = "\n".join([*imports, text_of(row, "test_setup_code", default="")]).strip()
     shown = "\n".join(tests)
     return Problem(
-        task_id=identity(row, place), prompt=f'"""\n{text}\n{shown}\n"""\n',
+        task_id=identity(row, place),
+        prompt=f'"""\n{text}\n{shown}\n"""\n',
         question=f"{text}\nThese tests must pass:\n{shown}\nGive the whole program in one fenced block.",
-        tests=assertions([f"{setup}\n{test}\n" for test in tests]), stops=MBPP_STOPS,
-        solutions=(code,) if code else (), asserted=True,
-    )  # fmt: skip
+        tests=assertions([f"{setup}\n{test}\n" for test in tests]),
+        stops=MBPP_STOPS,
+        solutions=(code,) if code else (),
+        asserted=True,
+    )
 
 
 def assertions(tests: list[str]) -> str:
-    """Each test is standard input: the assertions, and on the last line what to print when they hold."""
+    """Each test is standard input: the assertions, and on the last line what to print when they
+    hold.
+    """
     words = [hashlib.sha256(test.encode("utf-8", "surrogatepass")).hexdigest() for test in tests]
     inputs = [f"{test}\n{word}" for test, word in zip(tests, words, strict=True)]
     return to_json({"inputs": inputs, "outputs": words})

@@ -1,7 +1,8 @@
 """A file of JSON lines that only grows, and that a kill or a full disk cannot spoil.
 
-A line is there whole or not at all: what a kill left of the last one is cut off when the file is opened again, and
-a write that fails is taken back. One process at a time may have it open. Knows nothing of what the lines mean.
+A line is there whole or not at all: what a kill left of the last one is cut off when the file is
+opened again, and a write that fails is taken back. One process at a time may have it open. Knows
+nothing of what the lines mean.
 """
 
 from __future__ import annotations
@@ -19,7 +20,9 @@ SYNC_SECONDS = 2.0
 
 
 class Journal:
-    """`records` holds what was in the file when it was opened; `append` adds to the file, from any thread."""
+    """`records` holds what was in the file when it was opened; `append` adds to the file, from any
+    thread.
+    """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
@@ -88,7 +91,9 @@ class Journal:
 
 
 def read(path: str | Path) -> list[dict]:
-    """The records of a journal, which is left as it is; a last line that a kill cut short is left out."""
+    """The records of a journal, which is left as it is; a last line that a kill cut short is left
+    out.
+    """
     path = Path(path)
     try:
         data = path.read_bytes()

@@ -1,6 +1,7 @@
 """Programs with one mistake put in: tests that are worth something reject every one of them.
 
-Knows Python's syntax tree; knows nothing of problems or tests. (Mutation testing: DeMillo et al., 1978.)
+Knows Python's syntax tree; knows nothing of problems or tests. (Mutation testing: DeMillo et al.,
+1978.)
 """
 
 from __future__ import annotations
@@ -10,17 +11,34 @@ import copy
 import warnings
 
 OPPOSITE = {
-    ast.Lt: ast.GtE, ast.GtE: ast.Lt, ast.Gt: ast.LtE, ast.LtE: ast.Gt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq,
-    ast.In: ast.NotIn, ast.NotIn: ast.In, ast.Is: ast.IsNot, ast.IsNot: ast.Is, ast.And: ast.Or,
-    ast.Or: ast.And, ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Add, ast.FloorDiv: ast.Mult,
-    ast.Div: ast.Mult, ast.Mod: ast.FloorDiv, ast.Pow: ast.Mult, ast.BitAnd: ast.BitOr, ast.BitOr: ast.BitAnd,
+    ast.Lt: ast.GtE,
+    ast.GtE: ast.Lt,
+    ast.Gt: ast.LtE,
+    ast.LtE: ast.Gt,
+    ast.Eq: ast.NotEq,
+    ast.NotEq: ast.Eq,
+    ast.In: ast.NotIn,
+    ast.NotIn: ast.In,
+    ast.Is: ast.IsNot,
+    ast.IsNot: ast.Is,
+    ast.And: ast.Or,
+    ast.Or: ast.And,
+    ast.Add: ast.Sub,
+    ast.Sub: ast.Add,
+    ast.Mult: ast.Add,
+    ast.FloorDiv: ast.Mult,
+    ast.Div: ast.Mult,
+    ast.Mod: ast.FloorDiv,
+    ast.Pow: ast.Mult,
+    ast.BitAnd: ast.BitOr,
+    ast.BitOr: ast.BitAnd,
     ast.BitXor: ast.BitOr,
-}  # fmt: skip
+}
 
 
 def mutants(code: str, limit: int | None = None) -> list[str]:
-    """Each is `code` with one operator turned around or one whole number raised by one; at most `limit`, spread
-    over the program. Code that does not parse, as of Python 2, has none."""
+    """Each is `code` with one operator turned around or one whole number raised by one; at most
+    `limit`, spread over the program. Code that does not parse, as of Python 2, has none."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", SyntaxWarning)

@@ -1,6 +1,7 @@
 """A programming problem, whichever data set it comes from, and the reading of a file of them.
 
-Knows what a problem needs to be asked, answered and judged; knows nothing of models or of running programs.
+Knows what a problem needs to be asked, answered and judged; knows nothing of models or of running
+programs.
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from eagle.errors import EagleError
-from inference.comparators import POLICIES
-from inference.judge import Checker, Suite
+from inference.evaluation.comparators import POLICIES
+from inference.evaluation.judge import Checker, Suite
 
 from .rows import read_rows
 
@@ -32,9 +33,10 @@ class RowError(ValueError):
 
 @dataclass(frozen=True)
 class Problem:
-    """tests: JSON {"inputs", "outputs", "fn_name"?}. question: for a chat; prompt: for a plain model. A completion
-    ends before the first of `stops`. solutions: whole programs. policy: how outputs are compared, unless a
-    checker does it. seconds and memory_bytes: the problem's own limits, None where it names none."""
+    """tests: JSON {"inputs", "outputs", "fn_name"?}. question: for a chat; prompt: for a plain
+    model. A completion ends before the first of `stops`. solutions: whole programs. policy: how
+    outputs are compared, unless a checker does it. seconds and memory_bytes: the problem's own
+    limits, None where it names none."""
 
     task_id: str
     prompt: str
@@ -64,8 +66,8 @@ class Problem:
         return Suite(**json.loads(self.tests))
 
     def program(self, completion: str, chat: bool = False) -> str:
-        """The program that a completion means: of a chat, or where a fence comes before any stop string, the fenced
-        block; else what stands before the first stop string or fence."""
+        """The program that a completion means: of a chat, or where a fence comes before any stop
+        string, the fenced block; else what stands before the first stop string or fence."""
         stop, fence = len(cut(completion, self.stops)), completion.find("```")
         blocks = FENCED.findall(completion)
         opens = bool(blocks) and (bool(blocks[0][0]) or completion.count("```") > 1)
@@ -134,10 +136,11 @@ def load_problems(
 ) -> ProblemSet:
     """Problems of a local file; None is the shipped set.
 
-    format: None tells it from each row's own fields. policy: "auto" is each problem's own. difficulties, skills:
-    keep the problems that have one of them; limit: the first so many of what is left. checkers: a Python file whose
-    CHECKERS is {task id: function(input, expected, got) -> bool}; it is run in this process.
-    Rows that are no problems are listed in `bad`; more than max_bad_fraction of them, and duplicate ids, raise.
+    format: None tells it from each row's own fields. policy: "auto" is each problem's own.
+    difficulties, skills: keep the problems that have one of them; limit: the first so many of what
+    is left. checkers: a Python file whose CHECKERS is {task id: function(input, expected, got) ->
+    bool}; it is run in this process. Rows that are no problems are listed in `bad`; more than
+    max_bad_fraction of them, and duplicate ids, raise.
     """
     from . import shipped
     from .humaneval import humaneval_problem, mbpp_problem

@@ -1,4 +1,6 @@
-"""One line of progress for work that overlaps: how much of each part is done, how fast, and how long it may take."""
+"""One line of progress for work that overlaps: how much of each part is done, how fast, and how
+long it may take.
+"""
 
 from __future__ import annotations
 

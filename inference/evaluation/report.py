@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from eagle.errors import EagleError
+from inference.bench.report import grid
+from inference.evaluation.judge import VERDICTS
 from inference.generate import write_text
-from inference.judge import VERDICTS
-from inference.report import grid
 
 from .generations import TOO_LONG, Generations
 from .problems import Problem, ProblemSet, some
@@ -26,7 +26,9 @@ CAUSES = (*(status for status in VERDICTS if status != HARNESS), TOO_LONG, HARNE
 
 @dataclass(frozen=True)
 class Checked:
-    """What verify-dataset found. excluded: {"task_id", "reason"}; unverified: ids without a reference solution."""
+    """What verify-dataset found. excluded: {"task_id", "reason"}; unverified: ids without a
+    reference solution.
+    """
 
     fingerprint: str
     verified: list[str]
@@ -49,8 +51,9 @@ def score(
 ) -> dict:
     """The scores of a run. statuses: {(task, sample): status} of every program.
 
-    A harness error is nobody's program: it is left out of n. When more than max_harness_errors of the programs
-    ended in one, "refused" says so and there are no scores. Raises EagleError when a problem has too few programs.
+    A harness error is nobody's program: it is left out of n. When more than max_harness_errors of
+    the programs ended in one, "refused" says so and there are no scores. Raises EagleError when a
+    problem has too few programs.
     """
     excluded = checked.excluded_ids if checked else set()
     scored = [p for p in problems.problems if p.task_id not in excluded]
@@ -69,13 +72,24 @@ def score(
     programs = sum(causes.values())
     share = causes[HARNESS] / programs if programs else 0.0
     result = {
-        "scored_problems": len(scored), "programs": programs,
-        "programs_a_problem": [min(n for n, _ in counts.values()), max(n for n, _ in counts.values())],
+        "scored_problems": len(scored),
+        "programs": programs,
+        "programs_a_problem": [
+            min(n for n, _ in counts.values()),
+            max(n for n, _ in counts.values()),
+        ],
         "solved_problems": sum(c > 0 for _, c in counts.values()),
         "causes": {name: causes[name] for name in CAUSES if causes[name]},
-        "harness_errors": {"programs": causes[HARNESS], "share": round(share, 5), "limit": max_harness_errors},
-        "refused": None, "pass_at_k": None, "splits": None, "detail": None,
-    }  # fmt: skip
+        "harness_errors": {
+            "programs": causes[HARNESS],
+            "share": round(share, 5),
+            "limit": max_harness_errors,
+        },
+        "refused": None,
+        "pass_at_k": None,
+        "splits": None,
+        "detail": None,
+    }
     if share > max_harness_errors:
         result["refused"] = (
             f"{causes[HARNESS]} of {programs} programs ended in a harness error, more than {max_harness_errors:.1%}: "
@@ -100,7 +114,9 @@ def pick(counts: Mapping[str, tuple[int, int]], members: Sequence[Problem]) -> d
 
 
 def splits(problems: Sequence[Problem]) -> dict[str, dict[str, list[Problem]]]:
-    """By difficulty, by skill (a problem of several counts in each), and by how the answer is judged."""
+    """By difficulty, by skill (a problem of several counts in each), and by how the answer is
+    judged.
+    """
     order = ("EASY", "MEDIUM", "MEDIUM_HARD", "HARD", "VERY_HARD")
     difficulties = {p.difficulty for p in problems} - {None}
     ranked = [d for d in order if d in difficulties] + sorted(difficulties - set(order))
@@ -119,13 +135,16 @@ def splits(problems: Sequence[Problem]) -> dict[str, dict[str, list[Problem]]]:
 
 def dataset_facts(problems: ProblemSet, checked: Checked | None) -> dict:
     return {
-        "name": problems.name, "fingerprint": problems.fingerprint, "problems": len(problems.problems),
+        "name": problems.name,
+        "fingerprint": problems.fingerprint,
+        "problems": len(problems.problems),
         "policies": dict(Counter(p.policy for p in problems.problems)),
         "special_judge": sum(p.special_judge for p in problems.problems),
-        "malformed": problems.bad, "verified": len(checked.verified) if checked else None,
+        "malformed": problems.bad,
+        "verified": len(checked.verified) if checked else None,
         "excluded": checked.excluded if checked else None,
         "unverified": checked.unverified if checked else None,
-    }  # fmt: skip
+    }
 
 
 def write_report(folder: Path, report: dict, name: str = "report") -> None:
@@ -168,8 +187,12 @@ def against(result: dict, published: dict) -> dict:
         if name in published:
             theirs, mine = published[name]["detail"], result["detail"][name]
             differ = [t for t in mine if t in theirs and abs(mine[t] - theirs[t]) > 1e-9]
-            found[name] = {"ours": ours["value"], "theirs": published[name]["value"],
-                           "common_problems": len(mine.keys() & theirs.keys()), "differ": differ}  # fmt: skip
+            found[name] = {
+                "ours": ours["value"],
+                "theirs": published[name]["value"],
+                "common_problems": len(mine.keys() & theirs.keys()),
+                "differ": differ,
+            }
     return found
 
 
@@ -183,9 +206,12 @@ def markdown(report: dict) -> str:
     if report["refused"]:
         parts += ["## No score", report["refused"]]
     else:
-        parts += ["## pass@k", grid(score_lines(report)),
-                  "In brackets: 95% bootstrap interval over problems, where they differ. A problem may have "
-                  "several skills."]  # fmt: skip
+        parts += [
+            "## pass@k",
+            grid(score_lines(report)),
+            "In brackets: 95% bootstrap interval over problems, where they differ. A problem may have "
+            "several skills.",
+        ]
     total = report["programs"] or 1
     causes = [["outcome", "programs", "share"]]
     causes += [[name, str(n), f"{n / total:.1%}"] for name, n in report["causes"].items()]
@@ -193,8 +219,15 @@ def markdown(report: dict) -> str:
     if report.get("against"):
         lines = [["", "ours", "theirs", "problems in common", "that differ"]]
         for name, row in report["against"].items():
-            lines.append([name, f"{row['ours']:.2%}", f"{row['theirs']:.2%}", str(row["common_problems"]),
-                          some(row["differ"]) or "none"])  # fmt: skip
+            lines.append(
+                [
+                    name,
+                    f"{row['ours']:.2%}",
+                    f"{row['theirs']:.2%}",
+                    str(row["common_problems"]),
+                    some(row["differ"]) or "none",
+                ]
+            )
         parts += ["## Against the given metrics", grid(lines)]
     out = [[row["task_id"], row["reason"]] for row in report["data"]["excluded"] or []]
     out += [[row["row"], row["reason"]] for row in report["data"]["malformed"]]
@@ -210,12 +243,18 @@ def facts(report: dict) -> list[list[str]]:
     verified, several = data["verified"], str(low) if low == high else f"{low} to {high}"
     lines = [
         ["what", "value"],
-        ["data", f"{data['name']}: {report['scored_problems']} of {data['problems']} problems scored"],
-        ["reference solutions", "not run" if verified is None else f"{verified} problems pass with theirs"],
+        [
+            "data",
+            f"{data['name']}: {report['scored_problems']} of {data['problems']} problems scored",
+        ],
+        [
+            "reference solutions",
+            "not run" if verified is None else f"{verified} problems pass with theirs",
+        ],
         ["programs", f"{report['programs']}, {several} a problem"],
         ["isolation", ", ".join(report["isolation"]) or "nothing was run"],
         ["comparison", ", ".join(f"{name}: {n}" for name, n in data["policies"].items())],
-    ]  # fmt: skip
+    ]
     if data["unverified"]:
         count = len(data["unverified"])
         lines.append(["without reference solution", f"{count}, their tests taken as right"])

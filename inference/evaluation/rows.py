@@ -1,4 +1,6 @@
-"""Rows of a local data file: JSON lines, a JSON array, Parquet, or a folder of these. Knows nothing of what they mean."""
+"""Rows of a local data file: JSON lines, a JSON array, Parquet, or a folder of these. Knows nothing
+of what they mean.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,9 @@ KINDS = (".jsonl", ".json", ".parquet")
 
 
 def read_rows(path: str | Path) -> Iterator[tuple[str, object]]:
-    """(where it stands, the row). A line that is no JSON comes as the error, for the caller to count."""
+    """(where it stands, the row). A line that is no JSON comes as the error, for the caller to
+    count.
+    """
     path = Path(path)
     if path.is_dir():
         files = sorted(p for p in path.iterdir() if p.suffix in KINDS)

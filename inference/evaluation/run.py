@@ -1,4 +1,5 @@
-"""The stages of an evaluation put together: generation and execution side by side, then scores and files.
+"""The stages of an evaluation put together: generation and execution side by side, then scores and
+files.
 
 Knows the stages; knows nothing of the command line.
 """
@@ -20,15 +21,7 @@ from .generations import TOO_LONG, Generations, Sample, write_upstream
 from .mutants import mutants
 from .problems import Problem, ProblemSet, some
 from .progress import Progress
-from .report import (
-    HARNESS,
-    Checked,
-    against,
-    dataset_facts,
-    score,
-    write_metrics,
-    write_report,
-)
+from .report import HARNESS, Checked, against, dataset_facts, score, write_metrics, write_report
 
 if TYPE_CHECKING:  # it brings torch along, which the stages without a model do not need
     from .generating import Generator
@@ -38,7 +31,9 @@ MOST_SOLUTIONS = 3  # tried of a problem; one that passes is enough
 
 
 def verify(problems: ProblemSet, executor: Executor) -> Checked:
-    """Run reference solutions: a problem none of whose first ones passes is excluded, with the reason."""
+    """Run reference solutions: a problem none of whose first ones passes is excluded, with the
+    reason.
+    """
     verified, excluded, open_ = [], [], [p for p in problems.problems if p.solutions]
     unverified = [p.task_id for p in problems.problems if not p.solutions]
     with Progress(verify=len(open_)) as progress:
@@ -72,7 +67,9 @@ def reason(verdict: Verdict) -> str:
 
 
 def try_mutants(problems: ProblemSet, checked: Checked, executor: Executor, limit: int) -> dict:
-    """Do the tests notice mistakes? Runs mutants of each verified problem's first solution, `limit` a problem."""
+    """Do the tests notice mistakes? Runs mutants of each verified problem's first solution, `limit`
+    a problem.
+    """
     futures = []
     for task in checked.verified:
         problem = problems.by_id[task]
@@ -95,8 +92,8 @@ def generate_and_execute(
     executor: Executor | None,
     overlap: bool = True,
 ) -> tuple[Generations, dict[tuple[str, int], Verdict]]:
-    """Each completion is executed as soon as it is there, or with overlap=False when all are. Without an executor
-    nothing is."""
+    """Each completion is executed as soon as it is there, or with overlap=False when all are.
+    Without an executor nothing is."""
     wanted = generator.wanted(problems, n_samples)
     by_id = {problem.task_id: problem for problem in problems}
     futures: dict[tuple[str, int], Future] = {}
@@ -144,7 +141,9 @@ def submit(executor: Executor, problem: Problem, sample: Sample, progress: Progr
 def look_up(
     problems: ProblemSet, found: Generations, output: Path
 ) -> dict[tuple[str, int], Verdict]:
-    """The verdicts of an execute stage that has run. Raises EagleError for programs that have none."""
+    """The verdicts of an execute stage that has run. Raises EagleError for programs that have
+    none.
+    """
     rules = Rules(**read(output / EXECUTED, "execute")["rules"])
     known = known_verdicts(output)
     verdicts, missing = {}, []
@@ -178,10 +177,12 @@ def assemble(
     """The whole report of one run."""
     statuses = {name: verdict.status for name, verdict in verdicts.items()}
     return {
-        "data": dataset_facts(problems, checked), "generation": found.settings, "speed": found.speed(),
+        "data": dataset_facts(problems, checked),
+        "generation": found.settings,
+        "speed": found.speed(),
         "isolation": sorted({v.isolation for v in verdicts.values() if v.isolation}),
         **score(problems, statuses, found, ks, checked, max_harness_errors),
-    }  # fmt: skip
+    }
 
 
 def write(
@@ -192,7 +193,9 @@ def write(
     published: dict | None,
     suffix: str,
 ) -> None:
-    """report{suffix}.json and .md, and upstream's generations{suffix}.json and metrics{suffix}.json."""
+    """report{suffix}.json and .md, and upstream's generations{suffix}.json and
+    metrics{suffix}.json.
+    """
     if published:
         report["against"] = against(report, published)
     write_report(output, report, f"report{suffix}")

@@ -18,8 +18,9 @@ RESAMPLES = 2000
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
-    """The chance that k of n programs, drawn without replacement, hold one of the c right ones (Chen et al.,
-    2021): 1 - C(n-c, k) / C(n, k), as a product that does not overflow. Unbiased in n."""
+    """The chance that k of n programs, drawn without replacement, hold one of the c right ones
+    (Chen et al., 2021): 1 - C(n-c, k) / C(n, k), as a product that does not overflow. Unbiased in
+    n."""
     if not 1 <= k <= n:
         raise EagleError(
             f"pass@{k} needs at least {k} programs a problem and there are {n}; lower k or raise n_samples"
@@ -33,7 +34,9 @@ def pass_at_k(n: int, c: int, k: int) -> float:
 
 @dataclass(frozen=True)
 class Estimate:
-    """value: the mean over problems; ci95: its bootstrap interval, None where all are equal; detail: by problem."""
+    """value: the mean over problems; ci95: its bootstrap interval, None where all are equal;
+    detail: by problem.
+    """
 
     value: float
     ci95: tuple[float, float] | None
@@ -45,8 +48,8 @@ class Estimate:
 
 
 def estimate(counts: Mapping[str, tuple[int, int]], k: int) -> Estimate:
-    """counts: {problem: (n, c)}, n may vary. Raises EagleError when a problem has fewer than k programs, and when
-    there is no problem."""
+    """counts: {problem: (n, c)}, n may vary. Raises EagleError when a problem has fewer than k
+    programs, and when there is no problem."""
     if not counts:
         raise EagleError("no problem is left to score; see the excluded ones")
     short = [f"{task} ({n})" for task, (n, _) in counts.items() if n < k]
@@ -60,8 +63,9 @@ def estimate(counts: Mapping[str, tuple[int, int]], k: int) -> Estimate:
 
 
 def interval(values: Sequence[float], seed: int = 0) -> tuple[float, float] | None:
-    """95% percentile-bootstrap interval of the mean: problems are drawn with replacement, so it says how the
-    score would move with other problems of the kind. None where all values are equal: resampling cannot tell then."""
+    """95% percentile-bootstrap interval of the mean: problems are drawn with replacement, so it
+    says how the score would move with other problems of the kind. None where all values are equal:
+    resampling cannot tell then."""
     if len(set(values)) < 2:
         return None
     values = np.asarray(values)

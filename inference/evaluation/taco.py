@@ -1,4 +1,6 @@
-"""TACO's schema: JSON inside strings, Python literals inside others, limits as prose. (Li et al., 2023.)"""
+"""TACO's schema: JSON inside strings, Python literals inside others, limits as prose. (Li et al.,
+2023.)
+"""
 
 from __future__ import annotations
 
@@ -7,8 +9,8 @@ import json
 import re
 
 from eagle.errors import EagleError
-from inference.comparators import POLICIES
-from inference.judge import Suite
+from inference.evaluation.comparators import POLICIES
+from inference.evaluation.judge import Suite
 
 from .problems import Problem, RowError, identity, text_of, to_json
 
@@ -43,13 +45,18 @@ def taco_problem(row: dict, place: int) -> Problem:
         task_id=identity(row, place),
         prompt=f"\nQUESTION:\n{body}\nUse {way} format\nANSWER:\n",
         question=f"{body}\n\nWrite one Python program in {way} format and give it in one fenced block.",
-        tests=to_json(tests), stops=STOPS, solutions=tuple(solutions),
+        tests=to_json(tests),
+        stops=STOPS,
+        solutions=tuple(solutions),
         policy=mark.get("policy") or default_policy(question, tests),
-        special_judge=bool(mark.get("special", mark.get("policy") is None and SEVERAL.search(question))),
+        special_judge=bool(
+            mark.get("special", mark.get("policy") is None and SEVERAL.search(question))
+        ),
         difficulty=text_of(row, "difficulty", default="") or None,
         skills=tuple(read_literal(row.get("skill_types"), "skill_types")),
-        seconds=read_seconds(row.get("time_limit")), memory_bytes=read_bytes(row.get("memory_limit")),
-    )  # fmt: skip
+        seconds=read_seconds(row.get("time_limit")),
+        memory_bytes=read_bytes(row.get("memory_limit")),
+    )
 
 
 def read_json(value, name: str):
@@ -89,7 +96,9 @@ def read_literal(value, name: str) -> list[str]:
 
 
 def read_seconds(value) -> float | None:
-    """ "2.0 seconds", "500 ms", "0.5 - 1 seconds" (the longer counts); None where no limit is named."""
+    """ "2.0 seconds", "500 ms", "0.5 - 1 seconds" (the longer counts); None where no limit is
+    named.
+    """
     text = str(value or "").lower()
     found = [float(n) for n in re.findall(r"\d+(?:\.\d+)?", text)]
     if not found or not max(found):
@@ -106,8 +115,8 @@ def read_bytes(value) -> int | None:
 
 
 def default_policy(question: str, tests: dict) -> str:
-    """What a careful judge of the problem would do: decimals with a tolerance, letters in any case where the
-    statement says so, otherwise token for token."""
+    """What a careful judge of the problem would do: decimals with a tolerance, letters in any case
+    where the statement says so, otherwise token for token."""
     if any(has_decimals(output) for output in tests["outputs"][:20]):
         return "float"
     return "nocase" if ANY_CASE.search(question) else "strict"

@@ -1,6 +1,7 @@
 """Metrics of classification, regression, ranking and generation tasks, from predictions and labels.
 
-They are torchmetrics' and sacrebleu's. Knows values; knows nothing of the model that predicted them.
+They are torchmetrics' and sacrebleu's. Knows values; knows nothing of the model that predicted
+them.
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ KINDS = ("classification", "regression", "ranking", "generation")
 
 @dataclass(frozen=True)
 class Answer:
-    """prediction None: the model gave none that could be read. scores: {label: probability or any score}."""
+    """prediction None: the model gave none that could be read. scores: {label: probability or any
+    score}.
+    """
 
     task: str
     kind: str
@@ -71,8 +74,9 @@ def is_number(value: object) -> bool:
 
 
 def task_report(answers: Sequence[Answer]) -> dict:
-    """{task: {"type", "rows", "unanswered", metrics…}}, and "mean_primary", the mean of accuracy, Spearman's
-    correlation, pairwise accuracy or ROUGE-L over tasks (None where one is undefined)."""
+    """{task: {"type", "rows", "unanswered", metrics…}}, and "mean_primary", the mean of accuracy,
+    Spearman's correlation, pairwise accuracy or ROUGE-L over tasks (None where one is
+    undefined)."""
     try:
         import torchmetrics.functional  # noqa: F401
     except ImportError as error:
@@ -103,9 +107,10 @@ def task_report(answers: Sequence[Answer]) -> dict:
 
 
 def classification(rows: Sequence[Answer]) -> dict:
-    """accuracy, macro_f1 and mcc over the labels, a prediction that is none of them, or missing, being wrong.
-    auroc where every row has scores (probabilities, or logits when one is outside [0, 1]): of two labels the
-    second one's, in sorted order, else one against the rest, macro. None: undefined, as where all labels are equal."""
+    """accuracy, macro_f1 and mcc over the labels, a prediction that is none of them, or missing,
+    being wrong. auroc where every row has scores (probabilities, or logits when one is outside [0,
+    1]): of two labels the second one's, in sorted order, else one against the rest, macro. None:
+    undefined, as where all labels are equal."""
     import torch
     from torchmetrics.functional.classification import (
         binary_auroc,
@@ -146,7 +151,9 @@ def classification(rows: Sequence[Answer]) -> dict:
 
 
 def regression(rows: Sequence[Answer]) -> dict:
-    """mae, pearson and spearman over the answered rows; None: undefined, as a correlation of constants."""
+    """mae, pearson and spearman over the answered rows; None: undefined, as a correlation of
+    constants.
+    """
     import torch
     from torchmetrics.functional import mean_absolute_error, pearson_corrcoef, spearman_corrcoef
 
@@ -173,7 +180,15 @@ def generation(rows: Sequence[Answer]) -> dict:
     return with_references([row.prediction or "" for row in rows], [row.label for row in rows])
 
 
-METRICS = {"classification": classification, "regression": regression, "ranking": ranking,
-           "generation": generation}  # fmt: skip
-PRIMARY = {"classification": "accuracy", "regression": "spearman", "ranking": "pairwise_accuracy",
-           "generation": "rouge_l"}  # fmt: skip
+METRICS = {
+    "classification": classification,
+    "regression": regression,
+    "ranking": ranking,
+    "generation": generation,
+}
+PRIMARY = {
+    "classification": "accuracy",
+    "regression": "spearman",
+    "ranking": "pairwise_accuracy",
+    "generation": "rouge_l",
+}

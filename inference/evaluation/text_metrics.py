@@ -1,7 +1,8 @@
-"""How near texts are to their references, how much they repeat themselves, and how a model likes them.
+"""How near texts are to their references, how much they repeat themselves, and how a model likes
+them.
 
-ROUGE-L and perplexity are torchmetrics', chrF is sacrebleu's. Knows texts and, for perplexity, a target; knows nothing
-of files.
+ROUGE-L and perplexity are torchmetrics', chrF is sacrebleu's. Knows texts and, for perplexity, a
+target; knows nothing of files.
 
 T tokens, V vocabulary.
 """
@@ -19,8 +20,8 @@ NGRAMS = (1, 2, 3, 4)
 
 
 def with_references(predictions: Sequence[str], references: Sequence[str]) -> dict[str, float]:
-    """rouge_l (F1, mean over texts, cased), chrf (chrF++ of the corpus: letters up to 6, words up to 2), and
-    exact_match (spaces at the ends aside); all in [0, 1]."""
+    """rouge_l (F1, mean over texts, cased), chrf (chrF++ of the corpus: letters up to 6, words up
+    to 2), and exact_match (spaces at the ends aside); all in [0, 1]."""
     try:
         import torchmetrics  # noqa: F401
         from sacrebleu.metrics import CHRF
@@ -39,8 +40,8 @@ def with_references(predictions: Sequence[str], references: Sequence[str]) -> di
 
 
 def repetition(texts: Sequence[str]) -> dict[str, float | None]:
-    """By n: the share of a text's word n-grams that it had before, mean over texts that have any (seq-rep-n of
-    Welleck et al., 2020); None where no text has."""
+    """By n: the share of a text's word n-grams that it had before, mean over texts that have any
+    (seq-rep-n of Welleck et al., 2020); None where no text has."""
     found: dict[str, float | None] = {}
     for n in NGRAMS:
         shares = []
@@ -54,9 +55,11 @@ def repetition(texts: Sequence[str]) -> dict[str, float | None]:
 
 
 def perplexity(model, texts: Sequence[str], contexts: Sequence[str] | None = None) -> dict:
-    """exp of the mean negative log-likelihood a token, over all texts, each after its context: the stock model's.
+    """exp of the mean negative log-likelihood a token, over all texts, each after its context: the
+    stock model's.
 
-    A text that does not fit the model, or has no token to predict, is counted in `skipped` and not scored.
+    A text that does not fit the model, or has no token to predict, is counted in `skipped` and not
+    scored.
     """
     try:
         from torchmetrics.text import Perplexity

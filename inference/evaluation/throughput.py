@@ -10,19 +10,20 @@ import sys
 import time
 from dataclasses import replace
 
-from inference.environment import describe as environment
-from inference.environment import load
+from inference.bench.environment import describe as environment
+from inference.bench.environment import load
 
 from .generating import Generator
 from .generations import Sampling
 
 
 def measure(model, problems, sampling: Sampling, n_samples: int, slots: int, repeats: int) -> dict:
-    """The same completions (same prompts and seeds) in three ways, in turn, `repeats` times; medians.
+    """The same completions (same prompts and seeds) in three ways, in turn, `repeats` times;
+    medians.
 
-    one_at_a_time: the engine without drafting, a batch of one. slots: as `evaluate` generates, without drafting
-    (`slots_vanilla`) and with the head (`slots_eagle`), where there is one. `same_programs`: in float32 all ways
-    must give the same completions.
+    one_at_a_time: the engine without drafting, a batch of one. slots: as `evaluate` generates,
+    without drafting (`slots_vanilla`) and with the head (`slots_eagle`), where there is one.
+    `same_programs`: in float32 all ways must give the same completions.
     """
     ways = {"one_at_a_time": ("vanilla", 1), "slots_vanilla": ("vanilla", slots)}
     if model.drafter is not None:
@@ -52,22 +53,31 @@ def measure(model, problems, sampling: Sampling, n_samples: int, slots: int, rep
         tokens = sum(s.new_tokens for s in samples.values())
         cycles = sum(s.cycles for s in samples.values())
         rates[name] = {
-            "slots": ways[name][1], "samples": len(samples), "new_tokens": tokens,
+            "slots": ways[name][1],
+            "samples": len(samples),
+            "new_tokens": tokens,
             "seconds": [round(s, 3) for s in seconds[name]],
             "samples_per_second": round(len(samples) / median, 3),
             "tokens_per_second": round(tokens / median, 1),
             "tau": round((tokens - len(samples)) / cycles, 3) if cycles else None,
-        }  # fmt: skip
+        }
     base = rates["one_at_a_time"]["samples_per_second"]
     outputs = [{key: s.output for key, s in samples.items()} for samples in found.values()]
     return {
-        "model": model.target.name, "dtype": str(model.target.dtype).removeprefix("torch."),
-        "compile": sampling.compile, "temperature": sampling.temperature,
-        "max_new_tokens": sampling.max_new_tokens, "problems": len(problems), "n_samples": n_samples,
-        "repeats": repeats, "ways": rates,
+        "model": model.target.name,
+        "dtype": str(model.target.dtype).removeprefix("torch."),
+        "compile": sampling.compile,
+        "temperature": sampling.temperature,
+        "max_new_tokens": sampling.max_new_tokens,
+        "problems": len(problems),
+        "n_samples": n_samples,
+        "repeats": repeats,
+        "ways": rates,
         "vs_one_at_a_time": {
-            name: round(rates[name]["samples_per_second"] / base, 3) for name in ways if name != "one_at_a_time"
+            name: round(rates[name]["samples_per_second"] / base, 3)
+            for name in ways
+            if name != "one_at_a_time"
         },
         "same_programs": all(o == outputs[0] for o in outputs),
         "environment": {**environment(model.target.device), "load_end": load()},
-    }  # fmt: skip
+    }

@@ -35,20 +35,35 @@ def call(capsys, *argv):
     "argv, expected",
     [
         ([], ((), None, False, 3, 0.0, False, "")),
-        (["train.max_steps=20", "loss.name=focal", "data.path=a,b"],
-         (("train.max_steps=20", "loss.name=focal", "data.path=a,b"),
-          None, False, 3, 0.0, False, "")),
-        (["--resume", "a.b=1", "--dry", "c.d=[1,2]", "--num", "5"],
-         (("a.b=1", "c.d=[1,2]"), None, True, 5, 0.0, True, "")),
-        (["--resume", "runs/x", "--temperature", "-1", "--nodry"],
-         ((), None, "runs/x", 3, -1.0, False, "")),
-        (["--data-format=chat", "--prefix", "--- x = [1, '2'"],
-         ((), "chat", False, 3, 0.0, False, "--- x = [1, '2'")),
+        (
+            ["train.max_steps=20", "loss.name=focal", "data.path=a,b"],
+            (
+                ("train.max_steps=20", "loss.name=focal", "data.path=a,b"),
+                None,
+                False,
+                3,
+                0.0,
+                False,
+                "",
+            ),
+        ),
+        (
+            ["--resume", "a.b=1", "--dry", "c.d=[1,2]", "--num", "5"],
+            (("a.b=1", "c.d=[1,2]"), None, True, 5, 0.0, True, ""),
+        ),
+        (
+            ["--resume", "runs/x", "--temperature", "-1", "--nodry"],
+            ((), None, "runs/x", 3, -1.0, False, ""),
+        ),
+        (
+            ["--data-format=chat", "--prefix", "--- x = [1, '2'"],
+            ((), "chat", False, 3, 0.0, False, "--- x = [1, '2'"),
+        ),
         (["--prefix", "a.b=3"], ((), None, False, 3, 0.0, False, "a.b=3")),
         (["--prefix=-", "--data_format", "123"], ((), "123", False, 3, 0.0, False, "-")),
         (["a.b=--flag"], (("a.b=--flag",), None, False, 3, 0.0, False, "")),
     ],
-)  # fmt: skip
+)
 def test_arguments_arrive_as_meant(capsys, argv, expected):
     assert call(capsys, *argv) == (0, repr(expected), "")
 
@@ -84,9 +99,12 @@ def test_other_names_of_a_flag(capsys):
         print(base, model)
 
     for fn, argv, said in (
-        (based, ["--model", "x", "--num", "2"], "x 2"), (based, ["--model=x"], "x 0"), (based, ["--base", "x"], "x 0"),
-        (targeted, ["--base", "x"], "x"), (both, ["--model", "x"], "None x"),
-    ):  # fmt: skip
+        (based, ["--model", "x", "--num", "2"], "x 2"),
+        (based, ["--model=x"], "x 0"),
+        (based, ["--base", "x"], "x 0"),
+        (targeted, ["--base", "x"], "x"),
+        (both, ["--model", "x"], "None x"),
+    ):
         with pytest.raises(SystemExit):
             main(fn, argv)
         assert capsys.readouterr().out.strip() == said

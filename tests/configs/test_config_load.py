@@ -19,10 +19,18 @@ def test_order_is_defaults_file_flags_overrides(tmp_path):
 
 def test_override_values():
     cfg = load(
-        "train.lr=1e-4", "loss.name=focal", "data.path=a,b", "model.base=123", "eval.tree=8,4,2",
-        "train.max_steps=null", "model.feature_layers=[2,8,13]", "train.resume=true",
-        "data.format=mixed", "data.path=null", "data.mixture=[{format: fim, weight: 2}]",
-    )  # fmt: skip
+        "train.lr=1e-4",
+        "loss.name=focal",
+        "data.path=a,b",
+        "model.base=123",
+        "eval.tree=8,4,2",
+        "train.max_steps=null",
+        "model.feature_layers=[2,8,13]",
+        "train.resume=true",
+        "data.format=mixed",
+        "data.path=null",
+        "data.mixture=[{format: fim, weight: 2}]",
+    )
     assert cfg.train.lr == 1e-4 and cfg.loss.name == "focal" and cfg.model.base == "123"
     assert cfg.eval.tree_shape == (8, 4, 2) and cfg.train.max_steps is None
     assert cfg.model.feature_layers == (2, 8, 13) and cfg.train.resume == "auto"

@@ -1,7 +1,9 @@
-"""Published heads as the projects that publish them write them: names, shapes and config fields, spelt out by hand.
+"""Published heads as the projects that publish them write them: names, shapes and config fields,
+spelt out by hand.
 
-The geometry is that of the tiny Llama of engine_helpers: hidden 32, 4 heads of 8 (2 for keys and values), vocabulary
-128, MLP 48, 4 layers; a draft vocabulary of 48 or of 128. Nothing here comes from the package's own writer.
+The geometry is that of the tiny Llama of engine_helpers: hidden 32, 4 heads of 8 (2 for keys and
+values), vocabulary 128, MLP 48, 4 layers; a draft vocabulary of 48 or of 128. Nothing here comes
+from the package's own writer.
 """
 
 import copy
@@ -66,11 +68,23 @@ TENSORS = {
 }
 
 LLAMA = {
-    "num_hidden_layers": 1, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "head_dim": 8, "vocab_size": 128, "max_position_embeddings": 256, "hidden_act": "silu",
-    "rms_norm_eps": 1e-6, "rope_theta": 10000.0, "rope_scaling": None, "attention_bias": False, "mlp_bias": False,
-    "tie_word_embeddings": False, "torch_dtype": "float32",
-}  # fmt: skip
+    "num_hidden_layers": 1,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "vocab_size": 128,
+    "max_position_embeddings": 256,
+    "hidden_act": "silu",
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10000.0,
+    "rope_scaling": None,
+    "attention_bias": False,
+    "mlp_bias": False,
+    "tie_word_embeddings": False,
+    "torch_dtype": "float32",
+}
 FLAT = {
     "architectures": ["LlamaForCausalLMEagle3"],
     "model_type": "llama",
@@ -141,12 +155,14 @@ def without(config, *keys):
 
 
 def _older_vllm():
-    """Speculators before the norms and the ids of other layers: rope_theta flat, no target_hidden_size."""
+    """Speculators before the norms and the ids of other layers: rope_theta flat, no
+    target_hidden_size.
+    """
     config = copy.deepcopy(CONFIGS["vllm"])
     del config["transformer_layer_config"]["rope_parameters"]
-    return without(config, "norm_before_fc", "fc_norm", "norm_output", "target_hidden_size", "dtype") | {
-        "speculators_version": "0.1.0"
-    }  # fmt: skip
+    return without(
+        config, "norm_before_fc", "fc_norm", "norm_output", "target_hidden_size", "dtype"
+    ) | {"speculators_version": "0.1.0"}
 
 
 PUBLISHED = {  # case -> (tensors, config, how it is stored)
@@ -158,7 +174,9 @@ PUBLISHED = {  # case -> (tensors, config, how it is stored)
         "bin",
     ),
     "eagle-embedding": (
-        TENSORS["eagle"][0] | {"embed_tokens.weight": (V, H)}, CONFIGS["eagle"], "safetensors",
+        TENSORS["eagle"][0] | {"embed_tokens.weight": (V, H)},
+        CONFIGS["eagle"],
+        "safetensors",
     ),
     "eagle1-bin": (EAGLE1, without(LLAMA, "head_dim"), "bin"),
     "eagle1-without-bias": (
@@ -167,16 +185,24 @@ PUBLISHED = {  # case -> (tensors, config, how it is stored)
         "safetensors",
     ),
     "sglang": (TENSORS["sglang"][0], CONFIGS["sglang"], "safetensors"),
-    "sglang-full": (TENSORS["sglang"][1], CONFIGS["sglang"] | {"draft_vocab_size": 128}, "safetensors"),
+    "sglang-full": (
+        TENSORS["sglang"][1],
+        CONFIGS["sglang"] | {"draft_vocab_size": 128},
+        "safetensors",
+    ),
     "vllm": (TENSORS["vllm"][0], CONFIGS["vllm"], "safetensors"),
     "vllm-older": (TENSORS["vllm"][0], _older_vllm(), "safetensors"),
     "vllm-flat": (
         TENSORS["vllm"][0],
-        FLAT | {"architectures": ["Eagle3LlamaForCausalLM"], "eagle_aux_hidden_state_layer_ids": ENTERING},
+        FLAT
+        | {
+            "architectures": ["Eagle3LlamaForCausalLM"],
+            "eagle_aux_hidden_state_layer_ids": ENTERING,
+        },
         "safetensors",
     ),
     "modelopt": (TENSORS["modelopt"][0], CONFIGS["modelopt"], "safetensors"),
-}  # fmt: skip
+}
 
 
 def fill(shapes, seed=0, dtype=torch.float32):

@@ -18,7 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from eagle import checkpoint
 from eagle.checkpoint import load_head, save_head, target_fingerprint
 from eagle.errors import EagleError
-from eagle.head import Eagle3Head, HeadConfig
+from eagle.heads.head import Eagle3Head, HeadConfig
 from eagle.target import Target
 
 H, HD, I, V, D = 32, 8, 48, 90, 30
@@ -44,9 +44,15 @@ SHAPES = {
 def tiny_target(seed=0, hidden=H, vocab=V, layers=5):
     torch.manual_seed(seed)
     config = LlamaConfig(
-        vocab_size=vocab, hidden_size=hidden, intermediate_size=I, num_hidden_layers=layers,
-        num_attention_heads=4, num_key_value_heads=2, head_dim=HD, max_position_embeddings=64,
-    )  # fmt: skip
+        vocab_size=vocab,
+        hidden_size=hidden,
+        intermediate_size=I,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=HD,
+        max_position_embeddings=64,
+    )
     return Target(LlamaForCausalLM(config), name=f"tiny-{seed}")
 
 
@@ -159,31 +165,84 @@ HUGE = 10**12
 @pytest.mark.parametrize(
     "change",
     [
-        {"hidden_size": "32"}, {"hidden_size": True}, {"hidden_size": 0}, {"hidden_size": -32}, {"hidden_size": 32.5},
-        {"hidden_size": None}, {"hidden_size": [32]}, {"hidden_size": HUGE}, {"intermediate_size": HUGE},
-        {"vocab_size": HUGE}, {"vocab_size": D - 1}, {"draft_vocab_size": 0}, {"draft_vocab_size": "all"},
-        {"draft_vocab_size": HUGE}, {"target_hidden_size": {}}, {"num_attention_heads": 0},
-        {"num_attention_heads": 0, "head_dim": None}, {"num_attention_heads": 3, "num_key_value_heads": 2},
-        {"num_attention_heads": HUGE, "num_key_value_heads": HUGE}, {"num_key_value_heads": 0}, {"head_dim": 7},
-        {"head_dim": HUGE}, {"num_hidden_layers": 0, "num_layers": None}, {"num_layers": HUGE}, {"num_layers": "one"},
-        {"max_position_embeddings": -1}, {"max_position_embeddings": HUGE}, {"rms_norm_eps": "1e-6"},
-        {"rms_norm_eps": float("nan")}, {"rms_norm_eps": 0}, {"rope_theta": float("inf")}, {"rope_theta": "10000"},
-        {"rope_theta": -1.0}, {"rope_scaling": "linear"}, {"rope_scaling": [1, 2]}, {"rope_scaling": {"type": 3}},
-        {"rope_scaling": {"rope_type": "linear", "factor": "two"}}, {"rope_parameters": 4},
-        {"rope_scaling": {"rope_type": "longrope", "short_factor": [1.0] * 2, "long_factor": [1.0] * 2}},
-        {"rope_scaling": {"rope_type": "yarn", "factor": [2.0]}}, {"rope_scaling": {"factor": 2.0, "rope_type": ["linear"]}},
+        {"hidden_size": "32"},
+        {"hidden_size": True},
+        {"hidden_size": 0},
+        {"hidden_size": -32},
+        {"hidden_size": 32.5},
+        {"hidden_size": None},
+        {"hidden_size": [32]},
+        {"hidden_size": HUGE},
+        {"intermediate_size": HUGE},
+        {"vocab_size": HUGE},
+        {"vocab_size": D - 1},
+        {"draft_vocab_size": 0},
+        {"draft_vocab_size": "all"},
+        {"draft_vocab_size": HUGE},
+        {"target_hidden_size": {}},
+        {"num_attention_heads": 0},
+        {"num_attention_heads": 0, "head_dim": None},
+        {"num_attention_heads": 3, "num_key_value_heads": 2},
+        {"num_attention_heads": HUGE, "num_key_value_heads": HUGE},
+        {"num_key_value_heads": 0},
+        {"head_dim": 7},
+        {"head_dim": HUGE},
+        {"num_hidden_layers": 0, "num_layers": None},
+        {"num_layers": HUGE},
+        {"num_layers": "one"},
+        {"max_position_embeddings": -1},
+        {"max_position_embeddings": HUGE},
+        {"rms_norm_eps": "1e-6"},
+        {"rms_norm_eps": float("nan")},
+        {"rms_norm_eps": 0},
+        {"rope_theta": float("inf")},
+        {"rope_theta": "10000"},
+        {"rope_theta": -1.0},
+        {"rope_scaling": "linear"},
+        {"rope_scaling": [1, 2]},
+        {"rope_scaling": {"type": 3}},
+        {"rope_scaling": {"rope_type": "linear", "factor": "two"}},
+        {"rope_parameters": 4},
+        {
+            "rope_scaling": {
+                "rope_type": "longrope",
+                "short_factor": [1.0] * 2,
+                "long_factor": [1.0] * 2,
+            }
+        },
+        {"rope_scaling": {"rope_type": "yarn", "factor": [2.0]}},
+        {"rope_scaling": {"factor": 2.0, "rope_type": ["linear"]}},
         {"hidden_act": ["silu"]},
-        {"hidden_act": "abracadabra"}, {"method": 3}, {"method": "medusa"}, {"norm_output": "false"}, {"fc_bias": 1},
-        {"own_embedding": "no"}, {"architectures": 5}, {"architectures": [5]}, {"eagle_config": [1]},
-        {"layer_types": 1}, {"speculators_config": [], "speculators_model_type": "eagle3"},
-        {"transformer_layer_config": 3, "speculators_model_type": "eagle3"}, {"tie_word_embeddings": "yes"},
-        {IDS: "1,2,3"}, {IDS: [1, 2]}, {IDS: [1, 2, "3"]}, {IDS: [1, 2, True]}, {IDS: [1, 2, HUGE]}, {IDS: [-1, 1, 2]},
-        {IDS: {"a": 1}}, {"eagle_aux_hidden_state_convention": ["entering"]}, {"eagle.json": []},
-        {"eagle.json": {"target": "me"}}, {"eagle.json": {"target": {"fingerprint": 5}}},
-        {"eagle.json": {"training": [1]}}, {"eagle.json": "{"}, {"config.json": "[" * 100_000},
+        {"hidden_act": "abracadabra"},
+        {"method": 3},
+        {"method": "medusa"},
+        {"norm_output": "false"},
+        {"fc_bias": 1},
+        {"own_embedding": "no"},
+        {"architectures": 5},
+        {"architectures": [5]},
+        {"eagle_config": [1]},
+        {"layer_types": 1},
+        {"speculators_config": [], "speculators_model_type": "eagle3"},
+        {"transformer_layer_config": 3, "speculators_model_type": "eagle3"},
+        {"tie_word_embeddings": "yes"},
+        {IDS: "1,2,3"},
+        {IDS: [1, 2]},
+        {IDS: [1, 2, "3"]},
+        {IDS: [1, 2, True]},
+        {IDS: [1, 2, HUGE]},
+        {IDS: [-1, 1, 2]},
+        {IDS: {"a": 1}},
+        {"eagle_aux_hidden_state_convention": ["entering"]},
+        {"eagle.json": []},
+        {"eagle.json": {"target": "me"}},
+        {"eagle.json": {"target": {"fingerprint": 5}}},
+        {"eagle.json": {"training": [1]}},
+        {"eagle.json": "{"},
+        {"config.json": "[" * 100_000},
     ],
     ids=lambda change: ",".join(f"{k}={str(v)[:20]}" for k, v in change.items()),
-)  # fmt: skip
+)
 def test_a_malformed_config_is_one_error_at_once(saved, target, change, with_target):
     """Whatever stands in the files, nothing is allocated for it and no other error comes of it."""
     folder, file = saved[1], "config.json"
@@ -201,14 +260,26 @@ def test_a_malformed_config_is_one_error_at_once(saved, target, change, with_tar
 @pytest.mark.parametrize(
     "change",
     [
-        lambda s: s["d2t"].__setitem__(-1, V), lambda s: s["d2t"].__setitem__(0, -1),
-        lambda s: s["d2t"].__setitem__(0, 2**62), lambda s: s.update(d2t=s["d2t"].float()),
-        lambda s: s.update(t2d=s["t2d"].float()), lambda s: s.update(d2t=s["d2t"] * 0),
+        lambda s: s["d2t"].__setitem__(-1, V),
+        lambda s: s["d2t"].__setitem__(0, -1),
+        lambda s: s["d2t"].__setitem__(0, 2**62),
+        lambda s: s.update(d2t=s["d2t"].float()),
+        lambda s: s.update(t2d=s["t2d"].float()),
+        lambda s: s.update(d2t=s["d2t"] * 0),
         lambda s: s.update({"fc.weight": s["fc.weight"].to(torch.int8)}),
         lambda s: s.update({"norm.weight": s["norm.weight"].to(torch.float8_e4m3fn)}),
     ],
-    ids=["beyond", "before", "far-beyond", "float-d2t", "float-t2d", "t2d-of-another", "int8", "float8"],
-)  # fmt: skip
+    ids=[
+        "beyond",
+        "before",
+        "far-beyond",
+        "float-d2t",
+        "float-t2d",
+        "t2d-of-another",
+        "int8",
+        "float8",
+    ],
+)
 def test_tensors_that_no_head_has(saved, target, change):
     edit(saved[1], change)
     for known in (None, target):
@@ -244,7 +315,7 @@ def test_other_weights_warn_and_the_same_in_bf16_do_not(saved, target):
 WRITER = """
 import sys, torch
 import eagle.checkpoint as c
-from eagle.head import Eagle3Head, HeadConfig
+from eagle.heads.head import Eagle3Head, HeadConfig
 head, _ = c.load_head(sys.argv[1])
 while True:
     with torch.no_grad():
@@ -289,7 +360,9 @@ def test_a_kill_between_two_renames_is_read_in_place_and_repaired_by_the_writer(
 
 @pytest.mark.parametrize("swap", [True, False], ids=["exchange", "renames"])
 def test_another_machines_live_write_is_left_alone(saved, target, monkeypatch, swap):
-    """A process id says nothing on a disk that is shared: 999999999 lives there, and 1 is not this machine's."""
+    """A process id says nothing on a disk that is shared: 999999999 lives there, and 1 is not this
+    machine's.
+    """
     if not swap:
         monkeypatch.setattr(checkpoint, "exchange", lambda a, b: False)
     head, folder = saved

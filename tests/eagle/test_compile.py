@@ -26,7 +26,7 @@ from engine_helpers import (
 
 from eagle.draft import HeadDrafter
 from eagle.errors import EagleError
-from eagle.head import Eagle3Head
+from eagle.heads.head import Eagle3Head
 from eagle.model import EaModel
 from eagle.target import CHUNK
 from eagle.tree import TreeShape
@@ -61,7 +61,9 @@ def target():
 
 @pytest.fixture(scope="module")
 def model(compile_cache, target):
-    """Drafts well enough that trees are accepted to some depth: the target's own vocabulary and a fixed seed."""
+    """Drafts well enough that trees are accepted to some depth: the target's own vocabulary and a
+    fixed seed.
+    """
     model = head_model(target, "16,4,4", draft_vocab=128)
     before = packages(compile_cache)
     seconds = model.prepare("max")
@@ -217,7 +219,9 @@ def test_logprobs_of_compiled_passes(model):
 
 
 def test_windows_and_soft_caps(compile_cache):
-    """Gemma 2's alternate layers, and its two kinds of soft cap; contexts longer than the window."""
+    """Gemma 2's alternate layers, and its two kinds of soft cap; contexts longer than the
+    window.
+    """
     target = make_target("gemma2", num_hidden_layers=2)
     assert {"sliding_attention", "full_attention"} == set(target.config.layer_types)
     model = EaModel(target, compile="max")
@@ -391,9 +395,11 @@ def test_a_process_that_is_killed_leaves_no_package(tmp_path):
     path = tmp_path / "linear" / "one.pt2"
     root = str(Path(__file__).parents[2])
     process = subprocess.Popen(
-        [sys.executable, "-c", KILLED, root, str(path)], stdout=subprocess.PIPE, text=True,
+        [sys.executable, "-c", KILLED, root, str(path)],
+        stdout=subprocess.PIPE,
+        text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    )
     try:
         assert "in its place" in process.stdout.readline()
     finally:
@@ -403,7 +409,9 @@ def test_a_process_that_is_killed_leaves_no_package(tmp_path):
 
 
 def test_a_damaged_or_foreign_package_is_made_anew(tmp_path):
-    """Never loaded blind: not when it is cut short, another file, or of the name without a hash that it once had."""
+    """Never loaded blind: not when it is cut short, another file, or of the name without a hash
+    that it once had.
+    """
     from eagle.compile import package
 
     path, module, x = tmp_path / "linear" / "one.pt2", torch.nn.Linear(3, 5), torch.ones(1, 3)
@@ -420,7 +428,9 @@ def test_a_damaged_or_foreign_package_is_made_anew(tmp_path):
 
 @pytest.mark.parametrize("damage", [lambda b: b[:-1], lambda b: b"", lambda b: b + b"x"])
 def test_what_is_kept_on_disk_is_whole(tmp_path, damage):
-    """The C++ extension's library too; two processes that make one at once both have a whole one."""
+    """The C++ extension's library too; two processes that make one at once both have a whole
+    one.
+    """
     made = []
 
     def make(scratch, text=b"code"):

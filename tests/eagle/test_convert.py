@@ -1,4 +1,6 @@
-"""`eagle convert`, `--probe`, `eagle inspect head`, folders for a hub, and heads that are always right."""
+"""`eagle convert`, `--probe`, `eagle inspect head`, folders for a hub, and heads that are always
+right.
+"""
 
 import json
 import runpy
@@ -14,10 +16,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from eagle.checkpoint import load_head, save_head
 from eagle.errors import EagleError
-from eagle.formats.probe import probe
-from eagle.formats.read import read_folder
-from eagle.head import HeadConfig
-from eagle.head import make_head as new_head
+from eagle.heads.head import HeadConfig
+from eagle.heads.head import make_head as new_head
+from eagle.heads.probe import probe
+from eagle.heads.read import read_folder
 from eagle.model import EMBEDDED_HEAD, EaModel, load_tokenizer
 from eagle.target import Target
 from eagle.tree import TreeShape
@@ -46,12 +48,22 @@ N, FIRST = 16, 4  # tokens; of a reduced vocabulary, 4 … 15
 
 @pytest.fixture(scope="module")
 def successor():
-    """A target whose layers add nothing: after token t it writes the next of the cycle 4, 5, … 15."""
+    """A target whose layers add nothing: after token t it writes the next of the cycle 4, 5, …
+    15.
+    """
     config = LlamaConfig(
-        vocab_size=N, hidden_size=N, intermediate_size=8, num_hidden_layers=4, num_attention_heads=1,
-        num_key_value_heads=1, head_dim=8, max_position_embeddings=256, tie_word_embeddings=False, eos_token_id=None,
+        vocab_size=N,
+        hidden_size=N,
+        intermediate_size=8,
+        num_hidden_layers=4,
+        num_attention_heads=1,
+        num_key_value_heads=1,
+        head_dim=8,
+        max_position_embeddings=256,
+        tie_word_embeddings=False,
+        eos_token_id=None,
         bos_token_id=None,
-    )  # fmt: skip
+    )
     model = LlamaForCausalLM(config)
     with torch.no_grad():
         for layer in model.model.layers:
@@ -71,8 +83,8 @@ def next_of_cycle():
 
 
 def always_right(case, reduced):
-    """Tensors, by the names of the case's format: attention finds the newest token, its embedding outweighs what the
-    hidden state held before, and the output layer gives its successor."""
+    """Tensors, by the names of the case's format: attention finds the newest token, its embedding
+    outweighs what the hidden state held before, and the output layer gives its successor."""
     hd, d = 2 * N, N - FIRST if reduced else N
     # one-hot queries and keys over the first half: rotary positions turn none into another
     pick = torch.zeros(hd, 2 * N)
@@ -133,8 +145,9 @@ def test_an_always_right_eagle1_head(tmp_path, successor):
     """The embedding passes through; the target's output layer does the rest."""
     shapes = {**PUBLISHED["eagle1-bin"][0]}
     sized = {
-        k: torch.zeros([{32: N, 48: 8, 128: N, 64: 2 * N, 16: N}[n] for n in s]) for k, s in shapes.items()
-    }  # fmt: skip
+        k: torch.zeros([{32: N, 48: 8, 128: N, 64: 2 * N, 16: N}[n] for n in s])
+        for k, s in shapes.items()
+    }
     sized["fc.weight"] = torch.eye(N, 2 * N)
     sized["embed_tokens.weight"] = torch.eye(N)
     sized["layers.0.post_attention_layernorm.weight"] = torch.ones(N)
@@ -225,7 +238,7 @@ def embedded():
 @pytest.mark.slow
 def test_probe_finds_the_wrong_convention(tmp_path, embedded):
     """The shipped head in SGLang's format with the ids of EAGLE, which should be 1, 7, 12 there."""
-    from inference.prompts import load_prompts
+    from records.prompts import load_prompts
 
     config = json.loads((EMBEDDED_HEAD / "config.json").read_text())
     config = without(
@@ -307,14 +320,29 @@ def test_inspect_head_is_a_command_of_two_words(monkeypatch, capsys):
 
 
 BENCH = {
-    "model": "tiny-llama", "device": "a machine", "dtype": "float32", "versions": {"torch": "2.13"}, "repeats": 3,
-    "num_prompts": 8, "max_new_tokens": 96, "command": "python -m inference.bench --head HEAD",
+    "model": "tiny-llama",
+    "device": "a machine",
+    "dtype": "float32",
+    "versions": {"torch": "2.13"},
+    "repeats": 3,
+    "num_prompts": 8,
+    "max_new_tokens": 96,
+    "command": "python -m inference.bench --head HEAD",
     "runs": [
         {"engine": "hf", "batch_size": 1, "temperature": 0.0, "tokens_per_second": 132.0},
-        {"engine": "eagle", "batch_size": 1, "temperature": 0.0, "tree": "16,4,4", "tau": 4.254,
-         "tokens_per_second": 295.1, "vs_hf": 2.237, "vs_best_vanilla": 0.9, "identical": True},
+        {
+            "engine": "eagle",
+            "batch_size": 1,
+            "temperature": 0.0,
+            "tree": "16,4,4",
+            "tau": 4.254,
+            "tokens_per_second": 295.1,
+            "vs_hf": 2.237,
+            "vs_best_vanilla": 0.9,
+            "identical": True,
+        },
     ],
-}  # fmt: skip
+}
 
 
 @pytest.fixture

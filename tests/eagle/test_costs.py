@@ -3,14 +3,7 @@
 import json
 
 import pytest
-from engine_helpers import (
-    head_model,
-    make_head,
-    make_prompts,
-    make_target,
-    new_tokens,
-    plain,
-)
+from engine_helpers import head_model, make_head, make_prompts, make_target, new_tokens, plain
 
 import eagle.costs
 from eagle.costs import NODES, CostTable
@@ -111,7 +104,15 @@ def test_rows_and_context_are_rounded_up(table, llama):
 @pytest.mark.parametrize(
     "text",
     [
-        "", "{", "null", "[]", '"x"', "{}", '{"1x128": null}', '{"1x128": {}}', '{"1x128": [1]}',
+        "",
+        "{",
+        "null",
+        "[]",
+        '"x"',
+        "{}",
+        '{"1x128": null}',
+        '{"1x128": {}}',
+        '{"1x128": [1]}',
         json.dumps({"1x128": fake()})[:-4],
         json.dumps({"1x128": {**fake(), "head": {}}}),
         json.dumps({"1x128": {**fake(), "head": [7]}}),
@@ -121,7 +122,7 @@ def test_rows_and_context_are_rounded_up(table, llama):
         json.dumps({"1x128": {**fake(), "plain": float("nan")}}),
         b"\xff\xfe\x00garbage",
     ],
-)  # fmt: skip
+)
 def test_a_corrupt_file_is_measured_anew(table, text):
     path = table().path
     path.parent.mkdir(parents=True)

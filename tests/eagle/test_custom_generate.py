@@ -8,7 +8,7 @@ from engine_helpers import head_model, make_tokenizer
 from transformers import DynamicCache, StopStringCriteria
 
 from eagle import EagleError
-from eagle.formats.pack import pack_head
+from eagle.heads.pack import pack_head
 
 OPTIONS = dict(max_new_tokens=30, eos_token_id=None, pad_token_id=0)
 
@@ -65,7 +65,9 @@ class Collect:
 
 @pytest.mark.parametrize("way", ["callable", "folder"])
 def test_the_streamer_and_the_result_are_the_calls_own(model, way, tmp_path):
-    """What stock `generate` would put into the streamer, once; a dict where one is asked for; stop strings."""
+    """What stock `generate` would put into the streamer, once; a dict where one is asked for; stop
+    strings.
+    """
     ids, stock = torch.tensor([[3, 1, 4, 1, 5]]), model.target.model
     how = dict(custom_generate=model.custom_generate)
     if way == "folder":
@@ -98,12 +100,18 @@ def test_the_streamer_and_the_result_are_the_calls_own(model, way, tmp_path):
 @pytest.mark.parametrize(
     "asked",
     [
-        {"output_scores": True}, {"output_logits": True}, {"output_attentions": True}, {"output_hidden_states": True},
-        {"penalty_alpha": 0.6, "top_k": 4}, {"prompt_lookup_num_tokens": 3}, {"inputs_embeds": torch.zeros(1, 5, 32)},
-        {"position_ids": torch.tensor([[5, 6, 7, 8, 9]])}, {"cache": "filled"},
+        {"output_scores": True},
+        {"output_logits": True},
+        {"output_attentions": True},
+        {"output_hidden_states": True},
+        {"penalty_alpha": 0.6, "top_k": 4},
+        {"prompt_lookup_num_tokens": 3},
+        {"inputs_embeds": torch.zeros(1, 5, 32)},
+        {"position_ids": torch.tensor([[5, 6, 7, 8, 9]])},
+        {"cache": "filled"},
     ],
     ids=lambda a: next(iter(a)),
-)  # fmt: skip
+)
 def test_what_it_cannot_do_is_refused_by_name(model, asked):
     ids, stock = torch.tensor([[3, 1, 4, 1, 5]]), model.target.model
     if "cache" in asked:
@@ -140,6 +148,8 @@ def test_foreign_stopping_criteria_are_refused(model):
 
     with pytest.raises(EagleError, match="MaxTimeCriteria"):
         model.target.model.generate(
-            torch.tensor([[1, 2]]), custom_generate=model.custom_generate,
-            stopping_criteria=StoppingCriteriaList([MaxTimeCriteria(1.0)]), **OPTIONS,
-        )  # fmt: skip
+            torch.tensor([[1, 2]]),
+            custom_generate=model.custom_generate,
+            stopping_criteria=StoppingCriteriaList([MaxTimeCriteria(1.0)]),
+            **OPTIONS,
+        )

@@ -1,4 +1,6 @@
-"""Every family of the README: drafted output is plain output is transformers' output; refusals say why."""
+"""Every family of the README: drafted output is plain output is transformers' output; refusals say
+why.
+"""
 
 import re
 import warnings
@@ -29,7 +31,9 @@ TREES = {"chain": "6,4,1", "branching": "16,4,4"}
 
 
 class Case:
-    """One family's model, its ragged prompts, and the plain answers that everything else must equal."""
+    """One family's model, its ragged prompts, and the plain answers that everything else must
+    equal.
+    """
 
     def __init__(self, family: Family | Refused) -> None:
         self.family = family
@@ -100,7 +104,9 @@ def test_rows_do_not_depend_on_their_batch(case):
 
 @pytest.mark.parametrize("tree", TREES)
 def test_long_accepted_paths(case, tree):
-    """An always-right drafter: every path is accepted to its end, and the text is still the model's."""
+    """An always-right drafter: every path is accepted to its end, and the text is still the
+    model's.
+    """
     levels = ScriptedDrafter([], True, TREES[tree]).shape.levels
     new = 1 + 3 * (levels + 1)  # the first token, then three whole cycles
     assert new <= NEW
@@ -114,7 +120,9 @@ def test_long_accepted_paths(case, tree):
 
 
 def differs(a, b):
-    """[…, N, X] -> [N]: where two passes differ by more than rounding (MoE layers group tokens by expert)."""
+    """[…, N, X] -> [N]: where two passes differ by more than rounding (MoE layers group tokens by
+    expert).
+    """
     a, b = a.flatten(0, -3), b.flatten(0, -3)
     return ((a - b).abs().amax((0, -1)) > 1e-6 * b.abs().max()).tolist()
 
@@ -151,7 +159,9 @@ def test_no_leak_between_branches(case):
 
 @torch.inference_mode()
 def test_what_training_sees(case):
-    """The features of a training pass are those of decoding, and `head_logits` gives the model's logits."""
+    """The features of a training pass are those of decoding, and `head_logits` gives the model's
+    logits.
+    """
     (prompt,) = make_prompts((13,))
     ids = torch.tensor([prompt])
     _, features = case.prefill([prompt])
@@ -186,7 +196,9 @@ def test_learned_positions_end_where_the_model_ends(name):
 
 @pytest.mark.parametrize("refused", REFUSED, ids=lambda refused: refused.name)
 def test_refusals_name_the_family_the_reason_and_the_remedy(refused):
-    """Or, where a newer transformers lets it in, drafted output is plain output is transformers' output."""
+    """Or, where a newer transformers lets it in, drafted output is plain output is transformers'
+    output.
+    """
     if not refused.present:
         pytest.skip(f"this transformers has no {refused.model}")
     model = refused.build()
@@ -211,7 +223,9 @@ def test_a_family_that_newly_works_is_reported():
 
 
 def test_the_probe_exercises_sliding_windows():
-    """transformers gives OLMoE's attention a window that its masks do not have: no window, or no such model."""
+    """transformers gives OLMoE's attention a window that its masks do not have: no window, or no
+    such model.
+    """
     with pytest.raises(EagleError, match="standard deviations"):
         Target(family("OLMoE", sliding_window=200).build())
     target = Target(

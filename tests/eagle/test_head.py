@@ -1,4 +1,6 @@
-"""Heads of every published kind: their tensors, what they compute, and that they change no token."""
+"""Heads of every published kind: their tensors, what they compute, and that they change no
+token.
+"""
 
 import copy
 import shutil
@@ -13,13 +15,18 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from eagle.cache import StaticKVCache
 from eagle.draft import HeadDrafter
 from eagle.errors import EagleError
-from eagle.head import FINAL, Eagle1Head, Eagle3Head, HeadConfig, make_head
+from eagle.heads.head import FINAL, Eagle1Head, Eagle3Head, HeadConfig, make_head
 from eagle.model import EaModel
 from eagle.tree import TreeShape
 
 H, HD, I, V, D = 32, 8, 40, 128, 48
-LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-          "original_max_position_embeddings": 32}  # fmt: skip
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
 KINDS = {
     "eagle3": {},
     "two-layers": {"num_layers": 2},
@@ -44,7 +51,7 @@ KINDS = {
     "eagle1-unbiased": {"method": "eagle1", "fc_bias": False},
     "eagle1-two-layers": {"method": "eagle1", "num_layers": 2, "qkv_bias": True},
     "eagle1-own-embedding": {"method": "eagle1", "own_embedding": True},
-}  # fmt: skip
+}
 kinds = pytest.mark.parametrize("kind", KINDS)
 
 
@@ -67,9 +74,9 @@ def head_of(target, kind, seed=0, scale=0.3):
 
 
 def written_out(head, features, embeds):
-    """What the papers and the projects that published these heads compute, from tensors by their names.
-    features [T, F], embeds [T, H] of the tokens that follow -> (what is fed back, what the output layer reads),
-    [T, H] each."""
+    """What the papers and the projects that published these heads compute, from tensors by their
+    names. features [T, F], embeds [T, H] of the tokens that follow -> (what is fed back, what the
+    output layer reads), [T, H] each."""
     w, c = head.state_dict(), head.config
     T, heads, kv = len(features), c.num_attention_heads, c.num_key_value_heads
 
@@ -158,7 +165,9 @@ def test_a_head_computes_what_is_written(llama, kind):
 @kinds
 @torch.inference_mode()
 def test_drafts_are_those_of_whole_passes(llama, kind):
-    """A drafter with its cache and tree gives the log-probabilities of the head run over whole paths."""
+    """A drafter with its cache and tree gives the log-probabilities of the head run over whole
+    paths.
+    """
     head, T = head_of(llama, kind, seed=2), 9
     embed = embedding(head, llama)
     drafter = HeadDrafter(head, llama.embed, TreeShape(14, 3, 3), llama.head_logits)
@@ -202,7 +211,9 @@ def test_every_kind_is_lossless(llama, kind):
 
 @torch.inference_mode()
 def test_an_eagle1_head_that_knows_the_target_is_accepted(llama):
-    """Features, LM head and the shift fit: what it predicts with the target's own next state is kept."""
+    """Features, LM head and the shift fit: what it predicts with the target's own next state is
+    kept.
+    """
 
     class Knowing(HeadDrafter):
         """Gives the target's final state at the next position in place of the head's."""
@@ -299,10 +310,12 @@ def test_rope_scaling_is_transformers(llama, name):
     scaling = dict(head.config.rope_scaling)
     kind = scaling.pop("type", None) or scaling.pop("rope_type")
     config = LlamaConfig(
-        hidden_size=32, num_attention_heads=4, head_dim=HD,
+        hidden_size=32,
+        num_attention_heads=4,
+        head_dim=HD,
         max_position_embeddings=head.config.max_position_embeddings,
         rope_parameters={"rope_type": kind, "rope_theta": head.config.rope_theta, **scaling},
-    )  # fmt: skip
+    )
     positions = torch.arange(60)[None]
     cos, sin = head.rotary(positions, torch.float32)
     expected = LlamaRotaryEmbedding(config)(torch.zeros(1), positions)

@@ -56,9 +56,12 @@ def test_generation_is_the_tuned_targets_own(base, adapter, quantization, tuned)
     if quantization == "int8" and not torch.cuda.is_available():
         pytest.importorskip("bitsandbytes", minversion="0.49")
     target = Target.from_pretrained(
-        base, dtype="float32", device="cpu", quantization=quantization,
+        base,
+        dtype="float32",
+        device="cpu",
+        quantization=quantization,
         adapter_path=adapter if tuned else None,
-    )  # fmt: skip
+    )
     model = EaModel(target, make_head(target, 64), "8,3,2")
     prompts = make_prompts((5, 9))
     ids = model.eagenerate(prompts, max_new_tokens=20)
@@ -79,9 +82,10 @@ def test_an_adapter_changes_what_is_generated(base, adapter):
     prompt = make_prompts((9,))[0]
     outputs = [
         EaModel.from_pretrained(base, dtype="float32", device="cpu", adapter_path=path)
-        .naivegenerate([prompt], max_new_tokens=20).tolist()
+        .naivegenerate([prompt], max_new_tokens=20)
+        .tolist()
         for path in (None, adapter)
-    ]  # fmt: skip
+    ]
     assert outputs[0] != outputs[1]
 
 

@@ -1,4 +1,6 @@
-"""Speculative output equals plain output token for token, and plain greedy output equals transformers'."""
+"""Speculative output equals plain output token for token, and plain greedy output equals
+transformers'.
+"""
 
 import itertools
 
@@ -42,9 +44,14 @@ def cases():
     for f, family in enumerate(FAMILIES):
         for i in range(6):
             yield pytest.param(
-                family, TREES[(f + i) % 4], SAMPLING[i], FORMS[(2 * f + i) % 4], next(batch), next(vocab),
+                family,
+                TREES[(f + i) % 4],
+                SAMPLING[i],
+                FORMS[(2 * f + i) % 4],
+                next(batch),
+                next(vocab),
                 id=f"{family}-{i}",
-            )  # fmt: skip
+            )
 
 
 def give(prompts, form):
@@ -188,7 +195,7 @@ def test_calls_do_not_influence_each_other(llama):
     "sampling", [{}, {"temperature": 0.8, "top_p": 0.95, "seed": 5}], ids=["greedy", "sampled"]
 )
 def test_embedded_model(embedded, sampling):
-    from inference.prompts import load_prompts
+    from records.prompts import load_prompts
 
     prompts = [p.ids for p in load_prompts(None, embedded.tokenizer, 3)]
     fast = embedded.generate(prompts, max_new_tokens=32, **sampling)

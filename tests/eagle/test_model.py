@@ -1,4 +1,6 @@
-"""`EaModel` as people handle models: it leaves the caller's as it found it, and serves several threads."""
+"""`EaModel` as people handle models: it leaves the caller's as it found it, and serves several
+threads.
+"""
 
 import copy
 import io
@@ -22,7 +24,7 @@ from engine_helpers import (
 from families import SERVED
 
 from eagle import EagleError, EaModel
-from eagle.formats.pack import pack_head
+from eagle.heads.pack import pack_head
 from eagle.target import Target
 from eagle.tree import TreeShape
 
@@ -107,7 +109,9 @@ def test_an_exception_in_a_pass_leaves_it_so_too():
     "sampling", [{}, {"temperature": 1.2, "seed": 3}], ids=["greedy", "sampled"]
 )
 def test_threads_take_turns(llama, sampling):
-    """On one model, on another head over the same target that reads other layers, and on a bare one."""
+    """On one model, on another head over the same target that reads other layers, and on a bare
+    one.
+    """
     first, other = head_model(llama), EaModel(llama, make_head(llama, seed=5), "8,4,2")
     other.head.config = copy.copy(other.head.config)
     object.__setattr__(other.head.config, "feature_layers", (0, 1, 4))
@@ -202,7 +206,9 @@ def test_handled_as_models_are(llama):
 @pytest.mark.parametrize("side", ["left", "right", "both"])
 @pytest.mark.parametrize("masked", [True, False])
 def test_a_padded_tensor_gives_what_stock_generate_gives(llama, side, masked):
-    """The input as given, and the answers from column T on. Without a mask the pad token marks the padding."""
+    """The input as given, and the answers from column T on. Without a mask the pad token marks the
+    padding.
+    """
     prompts = [[t or 1 for t in p] for p in PROMPTS]
     ids, mask = padded(prompts, side)
     given = (ids, mask) if masked else (ids,)
@@ -216,19 +222,28 @@ def test_a_padded_tensor_gives_what_stock_generate_gives(llama, side, masked):
         list(model.ea_generate(*given, max_new_tokens=NEW, eos_token_id=eos))[-1],
         model.generate(*given, max_length=T + NEW, eos_token_id=eos).sequences,
         llama.model.generate(
-            ids, attention_mask=mask if masked else None, custom_generate=model.custom_generate,
-            max_new_tokens=NEW, eos_token_id=eos, pad_token_id=0, do_sample=False,
+            ids,
+            attention_mask=mask if masked else None,
+            custom_generate=model.custom_generate,
+            max_new_tokens=NEW,
+            eos_token_id=eos,
+            pad_token_id=0,
+            do_sample=False,
         ),
-    ):  # fmt: skip
+    ):
         assert torch.equal(out[:, :T], ids)
         width = max(map(len, expected))
         assert out[:, T:].tolist() == [a + [0] * (width - len(a)) for a in expected]
     if side == "left":
         with llama.stock() as stock, torch.no_grad():
             theirs = stock.generate(
-                ids, attention_mask=mask if masked else None, max_new_tokens=NEW, eos_token_id=eos,
-                pad_token_id=0, do_sample=False,
-            )  # fmt: skip
+                ids,
+                attention_mask=mask if masked else None,
+                max_new_tokens=NEW,
+                eos_token_id=eos,
+                pad_token_id=0,
+                do_sample=False,
+            )
         assert torch.equal(out, theirs)
 
 
@@ -245,8 +260,13 @@ def test_a_pad_token_that_ends_a_text_marks_no_padding(llama):
 
 def test_upstreams_arguments(llama):
     model = EaModel.from_pretrained(
-        Type="LLaMA", threshold=1.0, total_token=-1, torch_dtype=torch.float32, use_eagle3=True, low_cpu_mem_usage=True
-    )  # fmt: skip
+        Type="LLaMA",
+        threshold=1.0,
+        total_token=-1,
+        torch_dtype=torch.float32,
+        use_eagle3=True,
+        low_cpu_mem_usage=True,
+    )
     assert model.tree == "auto" and model.dtype == torch.float32
     assert EaModel.from_pretrained(total_token=8, depth=3).tree == TreeShape(8, 3, 4)
     assert EaModel.from_pretrained().tree == TreeShape(16, 4, 4)

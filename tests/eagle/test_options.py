@@ -72,16 +72,29 @@ def configs(answers):
     yield (
         "all",
         config(
-            repetition_penalty=1.4, no_repeat_ngram_size=3, bad_words_ids=bad, suppress_tokens=[first[1]],
-            eos_token_id=[first[4], answers[2][3]], min_new_tokens=7,
+            repetition_penalty=1.4,
+            no_repeat_ngram_size=3,
+            bad_words_ids=bad,
+            suppress_tokens=[first[1]],
+            eos_token_id=[first[4], answers[2][3]],
+            min_new_tokens=7,
         ),
-    )  # fmt: skip
+    )
 
 
 NAMES = [
-    "penalty", "bonus", "ngram", "one gram", "eos", "min new tokens", "bad words", "bad words and eos",
-    "suppressed", "length", "all",
-]  # fmt: skip
+    "penalty",
+    "bonus",
+    "ngram",
+    "one gram",
+    "eos",
+    "min new tokens",
+    "bad words",
+    "bad words and eos",
+    "suppressed",
+    "length",
+    "all",
+]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -141,7 +154,9 @@ def test_arguments_win_over_a_generation_config(llama, answers):
 
 
 def test_sampling_that_a_generation_config_leaves_open_is_transformers_own(llama):
-    """Top-k of 50 at temperature 1; found by drawing with the call that stock `generate` prepares."""
+    """Top-k of 50 at temperature 1; found by drawing with the call that stock `generate`
+    prepares.
+    """
     model = head_model(llama, "8,4,2")
     ids = torch.tensor(PROMPTS[:1])
     asked = config(do_sample=True, max_new_tokens=60)
@@ -218,7 +233,9 @@ def stock_processors(model, ids):
         "TopK": lambda: hf.TopKLogitsWarper(1),
         "NoRepeatNGram": lambda: hf.NoRepeatNGramLogitsProcessor(2),
         "EncoderNoRepeatNGram": lambda: hf.EncoderNoRepeatNGramLogitsProcessor(1, ids),
-        "SequenceBias": lambda: hf.SequenceBiasLogitsProcessor([[[t], 9.0] for t in (7, 8)] + [[[7, 8], -30.0]]),
+        "SequenceBias": lambda: hf.SequenceBiasLogitsProcessor(
+            [[[t], 9.0] for t in (7, 8)] + [[[7, 8], -30.0]]
+        ),
         "NoBadWords": lambda: hf.NoBadWordsLogitsProcessor([[5], [7, 8]]),
         "PrefixConstrained": lambda: hf.PrefixConstrainedLogitsProcessor(
             lambda row, sent: [(int(sent[-1]) * 3 + 5 * row + k) % V for k in range(4)], 1
@@ -228,15 +245,19 @@ def stock_processors(model, ids):
         "LogitNormalization": lambda: hf.LogitNormalization(),
         "SuppressAtBegin": lambda: hf.SuppressTokensAtBeginLogitsProcessor(range(100), T),
         "Suppress": lambda: hf.SuppressTokensLogitsProcessor(range(0, V, 2)),
-        "UnbatchedClassifierFreeGuidance": lambda: hf.UnbatchedClassifierFreeGuidanceLogitsProcessor(
-            2.5, model, unconditional_ids=negative
+        "UnbatchedClassifierFreeGuidance": lambda: (
+            hf.UnbatchedClassifierFreeGuidanceLogitsProcessor(
+                2.5, model, unconditional_ids=negative
+            )
         ),
         "Watermark": lambda: hf.WatermarkLogitsProcessor(V, "cpu", bias=8.0),
         "SynthID": lambda: watermark.construct_processor(V, "cpu"),
         "counts its calls": Counting,
-        "reads the first row": lambda: lambda seen, scores: scores.index_fill(-1, seen[0, -3:] % V, -1e9),
+        "reads the first row": lambda: (
+            lambda seen, scores: scores.index_fill(-1, seen[0, -3:] % V, -1e9)
+        ),
         "knows its row": ByRow,
-    }  # fmt: skip
+    }
 
 
 class Counting(LogitsProcessor):
@@ -408,9 +429,11 @@ def test_custom_generate(llama, answers, name):
     for prompt, expected in zip(PROMPTS[:3], stock(llama, PROMPTS[:3], asked), strict=True):
         ids = torch.tensor([prompt])
         ours = llama.model.generate(
-            ids, attention_mask=torch.ones_like(ids), custom_generate=model.custom_generate,
+            ids,
+            attention_mask=torch.ones_like(ids),
+            custom_generate=model.custom_generate,
             generation_config=asked,
-        )  # fmt: skip
+        )
         assert ours[0].tolist() == prompt + expected
 
 
@@ -432,12 +455,22 @@ def test_what_custom_generate_cannot_do_is_refused(llama, asked):
 
 
 REFUSED = {
-    "num_beams": 4, "num_return_sequences": 2, "penalty_alpha": 0.6, "typical_p": 0.9, "epsilon_cutoff": 0.1,
-    "encoder_repetition_penalty": 1.2, "guidance_scale": 1.5, "sequence_bias": [[[5], -1.0]],
-    "max_time": 1.0, "forced_eos_token_id": 5, "begin_suppress_tokens": [4],
-    "exponential_decay_length_penalty": (3, 1.1), "renormalize_logits": True,
-    "encoder_no_repeat_ngram_size": 2, "remove_invalid_values": True,
-}  # fmt: skip
+    "num_beams": 4,
+    "num_return_sequences": 2,
+    "penalty_alpha": 0.6,
+    "typical_p": 0.9,
+    "epsilon_cutoff": 0.1,
+    "encoder_repetition_penalty": 1.2,
+    "guidance_scale": 1.5,
+    "sequence_bias": [[[5], -1.0]],
+    "max_time": 1.0,
+    "forced_eos_token_id": 5,
+    "begin_suppress_tokens": [4],
+    "exponential_decay_length_penalty": (3, 1.1),
+    "renormalize_logits": True,
+    "encoder_no_repeat_ngram_size": 2,
+    "remove_invalid_values": True,
+}
 
 
 @pytest.mark.parametrize("name", REFUSED)
@@ -459,9 +492,15 @@ def test_a_generation_config_of_defaults_is_taken(llama, answers):
 
 @pytest.mark.parametrize(
     "asked",
-    [{"top_p": 0.0}, {"min_p": 1.0, "top_k": 0}, {"top_k": 0, "top_p": 1.0}, {"top_k": None}, {"min_length": 15}],
+    [
+        {"top_p": 0.0},
+        {"min_p": 1.0, "top_k": 0},
+        {"top_k": 0, "top_p": 1.0},
+        {"top_k": None},
+        {"min_length": 15},
+    ],
     ids=str,
-)  # fmt: skip
+)
 def test_a_generation_config_means_what_it_means_in_transformers(llama, answers, asked):
     """Cut-offs at their ends keep the likeliest token, where as plain arguments 0 is off."""
     asked = config(do_sample=True, **asked)
@@ -487,10 +526,12 @@ def test_a_generation_config_means_what_it_means_in_transformers(llama, answers,
 def test_the_lengths_of_a_generation_config(llama, answers):
     ended = dict(pad_token_id=0, eos_token_id=answers[0][2])
     for asked in (
-        GenerationConfig(**ended), GenerationConfig(min_length=18, **ended), GenerationConfig(max_length=15, **ended),
+        GenerationConfig(**ended),
+        GenerationConfig(min_length=18, **ended),
+        GenerationConfig(max_length=15, **ended),
         GenerationConfig(min_length=18, max_length=16, max_new_tokens=14, **ended),
         GenerationConfig(min_length=30, min_new_tokens=6, max_new_tokens=14, **ended),
-    ):  # fmt: skip
+    ):
         expected = stock(llama, PROMPTS[:1], asked)
         assert (
             new_tokens(head_model(llama).generate(PROMPTS[:1], generation_config=asked)) == expected

@@ -1,4 +1,6 @@
-"""tree="auto": lossless whatever it decides, and its decisions against what is best for known costs."""
+"""tree="auto": lossless whatever it decides, and its decisions against what is best for known
+costs.
+"""
 
 import functools
 import itertools
@@ -8,14 +10,7 @@ import random
 import numpy as np
 import pytest
 import torch
-from engine_helpers import (
-    FAMILIES,
-    head_model,
-    make_head,
-    make_prompts,
-    new_tokens,
-    plain,
-)
+from engine_helpers import FAMILIES, head_model, make_head, make_prompts, new_tokens, plain
 
 import eagle.draft
 import eagle.model
@@ -48,7 +43,8 @@ BEHAVIOURS = {
 
 @pytest.fixture
 def inject(monkeypatch):
-    """inject(behaviour): costs as if measured, which cycles then take; pauses are short. Returns what
+    """inject(behaviour): costs as if measured, which cycles then take; pauses are short. Returns
+    what
     happened, cycle by cycle: the shape drafted, or None."""
 
     def use(behaviour):
@@ -79,8 +75,8 @@ def inject(monkeypatch):
 
 @pytest.fixture
 def check_heads(monkeypatch):
-    """In every cycle that drafts, the head has seen all that is committed, as if ingested afresh. Returns
-    the lengths checked."""
+    """In every cycle that drafts, the head has seen all that is committed, as if ingested afresh.
+    Returns the lengths checked."""
     checked = []
 
     def checking(expand, batch):
@@ -126,8 +122,9 @@ def fresh_drafter(target, drafter, context):
 
 
 class Oracle(HeadDrafter):
-    """The head runs as ever, but its prediction is the row's next token with probability 0.9, or a wrong one
-    with 0.3 where `right(row, position)` is false. It looks its rows up by slot: as many slots as rows."""
+    """The head runs as ever, but its prediction is the row's next token with probability 0.9, or a
+    wrong one with 0.3 where `right(row, position)` is false. It looks its rows up by slot: as many
+    slots as rows."""
 
     def teach(self, texts, right):
         self.texts, self.right = texts, right
@@ -219,7 +216,8 @@ def test_after_a_rest_the_head_drafts_as_before(llama, inject, check_heads):
         seen.append([a - b for a, b in zip(now, tokens, strict=True)])
         tokens = now
     assert [row.tokens for row in start.rows] == answers
-    # the first step is the prompts' pass; an always right head gains the longest path in every drafting cycle
+    # the first step is the prompts' pass; an always right head gains the longest path in every
+    # drafting cycle
     for shape, gained in list(zip(shapes, seen[1:], strict=True))[:-1]:
         assert gained == [1 if shape is None else shape.levels + 1] * 2
     rests = [len(list(run)) for drafts, run in itertools.groupby(shapes, bool) if not drafts]
@@ -278,7 +276,9 @@ def test_a_broken_head_costs_speed_only(llama, inject):
 
 
 class Schedule:
-    """A plan that drafts in the cycles for which `drafts` says so; a rest puts prompts off or does not."""
+    """A plan that drafts in the cycles for which `drafts` says so; a rest puts prompts off or does
+    not.
+    """
 
     def __init__(self, drafts, put_off):
         self.drafts, self.put_off, self.cycle = drafts, put_off, 0
@@ -295,7 +295,8 @@ class Schedule:
 
 
 def run_schedule(target, sizes, drafts, put_off, slots=2):
-    """sizes: (prompt, new tokens) of each request -> their tokens, and of each pass of the head that takes
+    """sizes: (prompt, new tokens) of each request -> their tokens, and of each pass of the head
+    that takes
     tokens: before which cycle, whether over an empty cache, and how many a row."""
     prompts = make_prompts([n for n, _ in sizes])
     rows = [
@@ -455,8 +456,8 @@ def test_calls_that_do_not_plan(llama, inject, options):
 
 @functools.cache
 def reached(shape, p):
-    """The chance that at least d draft tokens are accepted, d from 1, where a node's best child is right with
-    probability p and the others share the rest, and the head knows that."""
+    """The chance that at least d draft tokens are accepted, d from 1, where a node's best child is
+    right with probability p and the others share the rest, and the head knows that."""
     odds = [p] + [(1 - p) * 0.5**i for i in range(1, shape.top_k)]
     level, nodes = [1.0], []
     for d in range(1, shape.levels + 1):
@@ -467,8 +468,9 @@ def reached(shape, p):
 
 
 class Simulation:
-    """A plan at work on a made-up clock. `cycles`: the rows, shape and milliseconds of each, and the tokens
-    that its rows gain in the mean, so that what is judged is the choice and not the luck."""
+    """A plan at work on a made-up clock. `cycles`: the rows, shape and milliseconds of each, and
+    the tokens that its rows gain in the mean, so that what is judged is the choice and not the
+    luck."""
 
     def __init__(self, costs, believed=None, seed=0, chances=reached):
         """costs(rows): what cycles take; believed: what the plan is told that they take."""
@@ -624,7 +626,9 @@ def test_sizes_that_share_costs_and_a_pace():
 
 
 def loses(plan, rows, cycles=400):
-    """Until speculation rests: cycles that take no time by the clock, and gain nothing by drafts."""
+    """Until speculation rests: cycles that take no time by the clock, and gain nothing by
+    drafts.
+    """
     plan.clock = None
     for _ in range(cycles):
         plan.begin(rows)

@@ -146,7 +146,9 @@ def test_a_free_slot_is_filled_at_once(llama):
 
 
 def test_drafts_that_are_always_right_in_refilled_slots(llama, answers):
-    """The scripted drafter knows one answer a slot: with a single slot it is used again and again."""
+    """The scripted drafter knows one answer a slot: with a single slot it is used again and
+    again.
+    """
     prompt, answer = PROMPTS[0], answers[0]
     drafter = ScriptedDrafter([answer], True, "6,4,1")
     rows = EaModel(llama, drafter=drafter).generate_many([prompt] * 4, slots=1, max_new_tokens=NEW)
@@ -224,8 +226,8 @@ def test_prompts_in_any_form(model, answers):
 
 
 def test_cancelling_a_row(model, answers):
-    """Rows 1 and 4 are given up when they show their first tokens: one of the first three, and one that
-    waited for a slot."""
+    """Rows 1 and 4 are given up when they show their first tokens: one of the first three, and one
+    that waited for a slot."""
     got, last, done = {}, {}, []
     for span in model.stream(PROMPTS, slots=3, max_new_tokens=NEW):
         got[span.index] = got.get(span.index, []) + span.tokens
@@ -482,7 +484,9 @@ def test_a_stopping_rule_that_fails(llama, answers):
     failed = rows.pop(1)
     assert tokens(rows) == [answers[0], *answers[2:5]]
     assert failed.finish_reason == "error" and isinstance(failed.error.__cause__, RuntimeError)
-    assert "stop_strings ['x'] with this tokenizer: RuntimeError: no such piece" in str(failed.error)
+    assert "stop_strings ['x'] with this tokenizer: RuntimeError: no such piece" in str(
+        failed.error
+    )
     with pytest.raises(EagleError, match="no such piece"):
         model.eagenerate(requests, max_new_tokens=NEW)
 
@@ -520,7 +524,9 @@ def test_a_streamer(model, answers, way):
 
 
 def test_limits_of_the_model_and_of_the_slot(model):
-    """The longest row that the model takes, beside a short one, in a slot that serves both in turn."""
+    """The longest row that the model takes, beside a short one, in a slot that serves both in
+    turn.
+    """
     long = make_prompts((250,), seed=4)[0]
     requests = [PROMPTS[3], long, PROMPTS[3], {"input_ids": long, "max_new_tokens": 1}]
     rows = model.generate_many(requests, slots=1, max_new_tokens=40)

@@ -154,12 +154,21 @@ def test_zero_and_one_are_off(llama):
 
 
 def test_extremes_are_the_same_alone_and_in_company(llama):
-    """What float32 cannot hold is rounded before anyone sees it; none of it is off, and none is an infinite score."""
+    """What float32 cannot hold is rounded before anyone sees it; none of it is off, and none is an
+    infinite score.
+    """
     extremes = [
-        {"temperature": 1e-46}, {"temperature": 1e-38}, {"temperature": 3e38}, {"temperature": 1.0, "top_p": 1e-50},
-        {"temperature": 1.0, "min_p": 1e-50}, {"temperature": 1.0, "top_p": 1 - 1e-12}, {"temperature": 1e-6},
-        {"temperature": 1.0, "min_p": 1.0}, {"temperature": 1.0, "top_k": 2**62}, {"temperature": 0.9, "top_k": 3},
-    ]  # fmt: skip
+        {"temperature": 1e-46},
+        {"temperature": 1e-38},
+        {"temperature": 3e38},
+        {"temperature": 1.0, "top_p": 1e-50},
+        {"temperature": 1.0, "min_p": 1e-50},
+        {"temperature": 1.0, "top_p": 1 - 1e-12},
+        {"temperature": 1e-6},
+        {"temperature": 1.0, "min_p": 1.0},
+        {"temperature": 1.0, "top_k": 2**62},
+        {"temperature": 0.9, "top_k": 3},
+    ]
     prompts = make_prompts([5 + i for i in range(len(extremes))])
     requests = [{"input_ids": p, "seed": 7, **e} for p, e in zip(prompts, extremes, strict=True)]
     model = head_model(llama, "8,4,2", draft_vocab=128)

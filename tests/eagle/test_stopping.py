@@ -34,7 +34,9 @@ def answer(llama):
 
 
 def engines(llama, answers, tree="16,4,4"):
-    """The plain engine, a drafter that is always right, one that is always wrong, and a random head."""
+    """The plain engine, a drafter that is always right, one that is always wrong, and a random
+    head.
+    """
     yield EaModel(llama)
     yield EaModel(llama, drafter=ScriptedDrafter(answers, True, tree))
     yield EaModel(llama, drafter=ScriptedDrafter(answers, False, tree))
@@ -127,14 +129,22 @@ def test_stop_strings(llama, answer):
 
 @pytest.mark.parametrize("kind", ["letters", "pairs", "llama2"])
 def test_stop_strings_mean_what_they_mean_in_stock_generate(llama, answer, kind):
-    """Those that begin in the prompt, that begin with a space that a decoder strips, and parts of a character."""
+    """Those that begin in the prompt, that begin with a space that a decoder strips, and parts of a
+    character.
+    """
     tokenizer = make_tokenizer(kind)
     whole = tokenizer.decode(PROMPT[0] + answer)
     prompt = len(tokenizer.decode(PROMPT[0]))
     rows = [PROMPT[0], *make_prompts((4,), seed=8)]
     stops = [
         whole[a : a + n]
-        for a, n in ((prompt - 2, 4), (prompt - 1, 2), (prompt, 2), (prompt + 3, 4), (prompt + 9, 2))
+        for a, n in (
+            (prompt - 2, 4),
+            (prompt - 1, 2),
+            (prompt, 2),
+            (prompt + 3, 4),
+            (prompt + 9, 2),
+        )
     ]
     stops += [whole[prompt - 3 : prompt], [whole[prompt + 15 :][:3], whole[prompt + 7 :][:2]]]
     stops += ["é", "é€", " a", "x y", " "] if kind == "llama2" else []
@@ -275,10 +285,15 @@ def test_one_prompt_in_every_form(llama):
         assert torch.equal(model.naivegenerate(*given, max_new_tokens=np.int64(5)), expected)
     answer = expected[0, 3:].tolist()
     for given in (
-        (ids, mask), (ids[0], mask[0]), (ids, mask.bool()), (ids.int(), mask.float()), (ids,), (ids.numpy(),),
+        (ids, mask),
+        (ids[0], mask[0]),
+        (ids, mask.bool()),
+        (ids.int(), mask.float()),
+        (ids,),
+        (ids.numpy(),),
         (BatchEncoding({"input_ids": ids, "attention_mask": mask}),),
         ({"input_ids": ids.tolist(), "attention_mask": mask.tolist()},),
-    ):  # fmt: skip
+    ):
         assert model.naivegenerate(*given, max_new_tokens=5).tolist() == [[0, *flat, 0, *answer]]
     whole = dict(input_ids=ids, attention_mask=mask, token_type_ids=torch.zeros_like(ids))
     assert model.naivegenerate(**whole, max_new_tokens=5)[0, 5:].tolist() == answer

@@ -1,4 +1,6 @@
-"""Stock models behind our attention and cache: same logits, honest positions, and clear refusals."""
+"""Stock models behind our attention and cache: same logits, honest positions, and clear
+refusals.
+"""
 
 import pytest
 import torch
@@ -18,7 +20,7 @@ from engine_helpers import (
 )
 
 from eagle.errors import EagleError
-from eagle.head import HeadConfig, default_feature_layers
+from eagle.heads.head import HeadConfig, default_feature_layers
 from eagle.model import EaModel
 from eagle.target import Target
 
@@ -35,15 +37,31 @@ REFUSED = {
     "Qwen3NextConfig": (dict(num_experts=2, moe_intermediate_size=16), "recurrent state"),
     "Lfm2Config": (dict(full_attn_idxs=[1, 3]), "recurrent state.*conv"),
     "Llama4TextConfig": (
-        dict(head_dim=8, attention_chunk_size=8, intermediate_size_mlp=48, num_local_experts=2), "chunked"),
-    "DeepseekV3Config": (dict(n_routed_experts=4, kv_lora_rank=8, qk_rope_head_dim=4, qk_nope_head_dim=8,
-                              v_head_dim=8, q_lora_rank=8, n_group=1, topk_group=1, num_experts_per_tok=2),
-                         "key and value shapes differ"),
+        dict(head_dim=8, attention_chunk_size=8, intermediate_size_mlp=48, num_local_experts=2),
+        "chunked",
+    ),
+    "DeepseekV3Config": (
+        dict(
+            n_routed_experts=4,
+            kv_lora_rank=8,
+            qk_rope_head_dim=4,
+            qk_nope_head_dim=8,
+            v_head_dim=8,
+            q_lora_rank=8,
+            n_group=1,
+            topk_group=1,
+            num_experts_per_tok=2,
+        ),
+        "key and value shapes differ",
+    ),
     "DogeConfig": ({}, "a mask of its own"),
-    "XGLMConfig": (dict(d_model=32, num_layers=4, attention_heads=4, ffn_dim=48), "do not take our attention"),
+    "XGLMConfig": (
+        dict(d_model=32, num_layers=4, attention_heads=4, ffn_dim=48),
+        "do not take our attention",
+    ),
     "DiffLlamaConfig": ({}, "not supported"),  # two attentions a layer
     "CpmAntConfig": (dict(dim_ff=48), "no list of `layers`"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", REFUSED)
@@ -56,7 +74,9 @@ def test_models_that_do_not_fit_are_refused(name):
 
 
 def entering(target, hidden_states):
-    """The features below the last layer's output, of which transformers only gives the normed form."""
+    """The features below the last layer's output, of which transformers only gives the normed
+    form.
+    """
     assert target.feature_layers == (1, 2, 4)
     return torch.cat([hidden_states[i] for i in (1, 2)], dim=-1)
 
@@ -191,7 +211,9 @@ def test_nothing_leaks_from_the_future_or_from_other_branches(targets, name):
 
 
 def check_lossless(target, lengths=(9, 3, 14), new=60):
-    """Up to the model's limit: plain, drafted and scripted output are one, and equal stock generate."""
+    """Up to the model's limit: plain, drafted and scripted output are one, and equal stock
+    generate.
+    """
     prompts = make_prompts(lengths)
     slow = plain(target, prompts, max_new_tokens=new)
     assert new_tokens(head_model(target, "16,4,4").generate(prompts, max_new_tokens=new)) == slow
@@ -220,8 +242,14 @@ def test_dynamic_rope_at_the_end_of_the_context():
 
 def test_longrope_stays_inside_its_original_context():
     """Where transformers would switch the rotary factors of a whole batch, generation ends."""
-    rope = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [3.0] * 4, "rope_theta": 10000.0,
-            "original_max_position_embeddings": 24, "factor": 2.0}  # fmt: skip
+    rope = {
+        "rope_type": "longrope",
+        "short_factor": [1.0] * 4,
+        "long_factor": [3.0] * 4,
+        "rope_theta": 10000.0,
+        "original_max_position_embeddings": 24,
+        "factor": 2.0,
+    }
     model = family(
         "Phi3Config",
         max_position_embeddings=64,
@@ -236,9 +264,15 @@ def test_longrope_stays_inside_its_original_context():
 
 def test_attention_sinks():
     target = Target(
-        family("GptOssConfig", head_dim=8, num_local_experts=4, num_experts_per_tok=2, sliding_window=6,
-               rope_parameters={"rope_type": "default", "rope_theta": 10000.0})
-    )  # fmt: skip
+        family(
+            "GptOssConfig",
+            head_dim=8,
+            num_local_experts=4,
+            num_experts_per_tok=2,
+            sliding_window=6,
+            rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+        )
+    )
     check_lossless(target, new=30)
 
 

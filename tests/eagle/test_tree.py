@@ -1,4 +1,6 @@
-"""The draft tree: shape, growth, reranking, ancestors and verification, each against a slow reference."""
+"""The draft tree: shape, growth, reranking, ancestors and verification, each against a slow
+reference.
+"""
 
 import random
 

@@ -1,9 +1,13 @@
-"""Run every hostile program at one level and look, from the host, for what it left. Run as a script.
+"""Run every hostile program at one level and look, from the host, for what it left. Run as a
+script.
 
-    python hostile_runs.py LEVEL      one JSON line: {"isolation", "runs": {name: …}, "left_at_the_end"}
+    python hostile_runs.py LEVEL      one JSON line: {"isolation", "runs": {name: …},
+    "left_at_the_end"}
 
-A script, so that it can be started as another user; it needs nothing but the package and the standard library.
-The interpreter that runs the programs is started through a link of a unique name, which every process that it
+A script, so that it can be started as another user; it needs nothing but the package and the
+  standard library.
+The interpreter that runs the programs is started through a link of a unique name, which every
+  process that it
 forks shows in its command line: that is how stray ones are found, whoever their parent is by then.
 """
 
@@ -24,14 +28,18 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
-from inference.judge import Suite, make_job
-from inference.sandbox import Job, Limits, Program, Sandbox
+from inference.evaluation.judge import Suite, make_job
+from inference.evaluation.sandbox import Job, Limits, Program, Sandbox
 
 NOBODY = 65534
 LIMITS = Limits(
-    cpu_seconds=0.5, wall_seconds=1.5, memory_bytes=96 << 20, output_bytes=1 << 20, file_bytes=4 << 20,
+    cpu_seconds=0.5,
+    wall_seconds=1.5,
+    memory_bytes=96 << 20,
+    output_bytes=1 << 20,
+    file_bytes=4 << 20,
     processes=16,
-)  # fmt: skip
+)
 PLACES = ("/tmp", "/var/tmp", "/dev/shm", "/", "/usr")
 
 
@@ -46,9 +54,14 @@ def readable_python():
     for path in filter(None, candidates):
         try:
             done = subprocess.run(
-                [path, "-I", "-c", check], user=NOBODY, group=NOBODY, extra_groups=[], cwd="/", env={},
+                [path, "-I", "-c", check],
+                user=NOBODY,
+                group=NOBODY,
+                extra_groups=[],
+                cwd="/",
+                env={},
                 capture_output=True,
-            )  # fmt: skip
+            )
         except PermissionError:
             continue
         if done.returncode == 0:
@@ -70,8 +83,13 @@ def tagged(tag: str) -> list[int]:
 
 def traces(scratch: Path | None) -> list[str]:
     """Files, shared memory and IPC objects of theirs."""
-    found = [f"{place}/{name}" for place in PLACES if os.path.isdir(place)
-             for name in os.listdir(place) if name.startswith("hostile-left")]  # fmt: skip
+    found = [
+        f"{place}/{name}"
+        for place in PLACES
+        if os.path.isdir(place)
+        for name in os.listdir(place)
+        if name.startswith("hostile-left")
+    ]
     if scratch:
         found += [str(path) for path in scratch.glob("*/*")]
     key = str(0x48535431)
@@ -122,11 +140,16 @@ def main(level: str) -> None:
                     list(sandbox.map([job]))
                     verdicts.append(job.observe.result().status)
             report["runs"][name] = {
-                "status": outcome.status, "detail": outcome.detail, "seconds": seconds,
-                "stdout": outcome.stdout.decode("utf-8", "replace")[:200], "verdicts": verdicts,
-                "processes": [pid for pid in after if pid not in calm], "traces": traces(scratch),
-                "zygotes": after == calm, "connected": connected,
-            }  # fmt: skip
+                "status": outcome.status,
+                "detail": outcome.detail,
+                "seconds": seconds,
+                "stdout": outcome.stdout.decode("utf-8", "replace")[:200],
+                "verdicts": verdicts,
+                "processes": [pid for pid in after if pid not in calm],
+                "traces": traces(scratch),
+                "zygotes": after == calm,
+                "connected": connected,
+            }
         # and a good program still runs as if nothing had happened, on every worker
         jobs = [Job(Program("print(input())"), ["fine"] * 3) for _ in range(4)]
         report["fine"] = all(o.stdout == b"fine\n" for _, os_ in sandbox.map(jobs) for o in os_)

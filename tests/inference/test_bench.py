@@ -7,7 +7,8 @@ from engine_helpers import head_model, make_head, make_prompts
 
 from eagle.model import EaModel
 from inference import near_tie
-from inference.bench import (
+from inference.bench.cases import ENGINES, Sweep
+from inference.bench.engines import (
     FLAGS,
     bench,
     command_line,
@@ -16,7 +17,6 @@ from inference.bench import (
     parse_numbers,
     parse_trees,
 )
-from inference.cases import ENGINES, Sweep
 
 # what others read
 FIELDS = set(
@@ -51,10 +51,31 @@ def prompt_file(tmp_path):
 def test_json_of_a_whole_run(command, base, prompt_file, tmp_path):
     out, page, plots = tmp_path / "deep" / "bench.json", tmp_path / "bench.md", tmp_path / "plots"
     result = command(
-        "inference.bench", *base, "--dtype", "float32", "--prompts", prompt_file, "--batch_sizes", "1,2",
-        "--engines", "eagle,hf,vanilla,hf_prompt_lookup", "--tree", "8,4,2", "--max_new_tokens", 10,
-        "--num_prompts", 3, "--repeats", 2, "--json", out, "--report", page, "--plots", plots,
-    )  # fmt: skip
+        "inference.bench",
+        *base,
+        "--dtype",
+        "float32",
+        "--prompts",
+        prompt_file,
+        "--batch_sizes",
+        "1,2",
+        "--engines",
+        "eagle,hf,vanilla,hf_prompt_lookup",
+        "--tree",
+        "8,4,2",
+        "--max_new_tokens",
+        10,
+        "--num_prompts",
+        3,
+        "--repeats",
+        2,
+        "--json",
+        out,
+        "--report",
+        page,
+        "--plots",
+        plots,
+    )
     assert result.returncode == 0, result.stderr
     assert "batches," in result.stderr and "s left" in result.stderr
     last = json.loads(result.stdout.splitlines()[-1])
@@ -110,9 +131,24 @@ def test_json_of_a_whole_run(command, base, prompt_file, tmp_path):
 
 def test_sampled_and_fewer_engines(in_process, base, prompt_file):
     code, out, err = in_process(
-        bench, *base, "--dtype", "float32", "--prompts", prompt_file, "--temperature", "0.8",
-        "--engines", "hf,vanilla,eagle", "--max_new_tokens", 8, "--num_prompts", 2, "--repeats", 1, "--quiet",
-    )  # fmt: skip
+        bench,
+        *base,
+        "--dtype",
+        "float32",
+        "--prompts",
+        prompt_file,
+        "--temperature",
+        "0.8",
+        "--engines",
+        "hf,vanilla,eagle",
+        "--max_new_tokens",
+        8,
+        "--num_prompts",
+        2,
+        "--repeats",
+        1,
+        "--quiet",
+    )
     assert code == 0 and err == ""
     last = json.loads(out)
     assert last["identical"] == {"1": True} and last["temperature"] == 0.8
@@ -122,9 +158,21 @@ def test_sampled_and_fewer_engines(in_process, base, prompt_file):
 
 def test_plain_engines_need_no_head(in_process, model_folder, prompt_file):
     code, out, _ = in_process(
-        bench, "--base", model_folder, "--device", "cpu", "--prompts", prompt_file,
-        "--engines", "hf,vanilla", "--max_new_tokens", 4, "--repeats", 1, "--quiet",
-    )  # fmt: skip
+        bench,
+        "--base",
+        model_folder,
+        "--device",
+        "cpu",
+        "--prompts",
+        prompt_file,
+        "--engines",
+        "hf,vanilla",
+        "--max_new_tokens",
+        4,
+        "--repeats",
+        1,
+        "--quiet",
+    )
     last = json.loads(out)
     assert code == 0 and last["identical"] == {} and last["tree"] is None
 
@@ -153,10 +201,11 @@ def test_a_sweep_keeps_the_headline_about_its_first_combination(llama):
     assert len(settings) == len(result["runs"])
     assert all(r["identical"] for r in result["runs"] if r["engine"] == "eagle")
     (first,) = [
-        r for r in result["runs"]
+        r
+        for r in result["runs"]
         if (r["engine"], r["tree"], r["context_length"], r["capacity"], r["temperature"])
         == ("eagle", "8,4,2", 12, 64, 0.0)
-    ]  # fmt: skip
+    ]
     assert result["tree"] == "8,4,2" and result["temperature"] == 0.0
     assert result["speedup"]["vs_hf"] == {"2": first["vs_hf"]}
     assert result["speedup"]["vs_vanilla"] == {"2": first["vs_best_vanilla"]}
@@ -180,7 +229,9 @@ def test_forced_acceptance_accepts_and_is_not_judged(llama):
 
 
 class Pretends(EaModel):
-    """Knows every option of the engines and decodes eagerly, whatever is asked: compiling takes minutes."""
+    """Knows every option of the engines and decodes eagerly, whatever is asked: compiling takes
+    minutes.
+    """
 
     def prepare(self, compile=None, draft=True):
         return {"target": 1.234, "head": 0.5} if draft else {"target": 1.234}
@@ -201,13 +252,18 @@ def test_all_engines(llama):
     assert [run["engine"] for run in result["runs"]] == list(ENGINES)
     trees = {run["engine"]: run["tree"] for run in result["runs"]}
     assert trees == {
-        **dict.fromkeys(ENGINES), "eagle": "8,4,2", "eagle_compiled": "8,4,2", "eagle_auto": "auto"
-    }  # fmt: skip
+        **dict.fromkeys(ENGINES),
+        "eagle": "8,4,2",
+        "eagle_compiled": "8,4,2",
+        "eagle_auto": "auto",
+    }
     both = {"target": 1.23, "head": 0.5}
     assert result["warm_up_s"] == {
-        **{engine: {} for engine in ENGINES}, "vanilla_compiled": {"target": 1.23},
-        "eagle_compiled": both, "eagle_auto": both,
-    }  # fmt: skip
+        **{engine: {} for engine in ENGINES},
+        "vanilla_compiled": {"target": 1.23},
+        "eagle_compiled": both,
+        "eagle_auto": both,
+    }
     assert result["explain"] == {"1": "a chain is best"}
     assert all(result["speedup"][name].keys() == {"1"} for name in SPEEDUP)
     for run in result["runs"]:
@@ -265,9 +321,16 @@ def test_pairs_of_one_capacity_are_compared_with_the_noise_of_both_modes(llama, 
 def test_the_command_is_what_to_type_and_tells_no_private_path(monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
     asked = dict(
-        FLAGS, trees="8,4,2;16,4,4", base="/home/someone/model", prompts="data/p.jsonl", head="../x/head",
-        temperature=0.8, json="out.json", quiet=True, adapter="org/name",
-    )  # fmt: skip
+        FLAGS,
+        trees="8,4,2;16,4,4",
+        base="/home/someone/model",
+        prompts="data/p.jsonl",
+        head="../x/head",
+        temperature=0.8,
+        json="out.json",
+        quiet=True,
+        adapter="org/name",
+    )
     assert command_line(asked) == (
         "OMP_NUM_THREADS=2 python -m inference.bench --base model --head head --adapter org/name "
         "--prompts data/p.jsonl --trees '8,4,2;16,4,4' --temperature 0.8"
@@ -322,9 +385,18 @@ def test_bad_input(in_process, base, prompt_file, tmp_path, name):
         prompt_file.write_text(json.dumps({"prompt": "word " * 400}) + "\n")
     arguments = [] if name == "missing prompts" else ["--prompts", prompt_file]
     code, out, err = in_process(
-        bench, *base, *arguments, "--max_new_tokens", 4, "--repeats", 1, "--engines", "hf,vanilla,eagle",
-        *BAD[name], "--quiet",
-    )  # fmt: skip
+        bench,
+        *base,
+        *arguments,
+        "--max_new_tokens",
+        4,
+        "--repeats",
+        1,
+        "--engines",
+        "hf,vanilla,eagle",
+        *BAD[name],
+        "--quiet",
+    )
     assert code != 0 and out == "" and err.startswith("error: ") and "Traceback" not in err
     assert len(err.splitlines()) == 1
 

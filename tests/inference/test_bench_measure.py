@@ -7,8 +7,8 @@ from engine_helpers import ScriptedDrafter, head_model, make_prompts, make_targe
 from eagle.model import EaModel
 from eagle.request import Request, Row
 from inference import measure
-from inference.cases import Case, Sweep, with_context
-from inference.measure import Run, looping_share, measure_group
+from inference.bench.cases import Case, Sweep, with_context
+from inference.bench.measure import Run, looping_share, measure_group
 
 OPTIONS = dict(max_new_tokens=8, top_p=0.0, top_k=0, seed=0)
 
@@ -27,9 +27,13 @@ def test_one_combination_is_one_group_a_batch_size():
 
 def test_a_sweep_measures_each_engine_once_for_what_matters_to_it():
     sweep = Sweep(
-        ["hf", "vanilla_compiled", "eagle", "eagle_auto"], trees=["8,4,2", "16,4,4"], capacities=[64, 128],
-        temperatures=[0.0, 0.8], context_lengths=[32], forced_acceptance=2,
-    )  # fmt: skip
+        ["hf", "vanilla_compiled", "eagle", "eagle_auto"],
+        trees=["8,4,2", "16,4,4"],
+        capacities=[64, 128],
+        temperatures=[0.0, 0.8],
+        context_lengths=[32],
+        forced_acceptance=2,
+    )
     greedy, sampled = sweep.groups()
     common = dict(context_length=32)
     assert greedy == [
@@ -66,12 +70,17 @@ def test_prompt_lookup_takes_one_row():
         (Case("vanilla"), {"draft": False}),
         (Case("vanilla_compiled", capacity=64), {"draft": False, "compile": "max", "capacity": 64}),
         (Case("eagle", tree="16,4,4"), {"draft": True, "tree": "16,4,4"}),
-        (Case("eagle", tree="8,4,2", temperature=0.5), {"draft": True, "tree": "8,4,2", "temperature": 0.5}),
-        (Case("eagle_auto", tree="auto", forced_acceptance=0),
-         {"draft": True, "compile": "max", "tree": "auto", "forced_acceptance": 0}),
+        (
+            Case("eagle", tree="8,4,2", temperature=0.5),
+            {"draft": True, "tree": "8,4,2", "temperature": 0.5},
+        ),
+        (
+            Case("eagle_auto", tree="auto", forced_acceptance=0),
+            {"draft": True, "compile": "max", "tree": "auto", "forced_acceptance": 0},
+        ),
     ],
     ids=lambda value: value.engine if isinstance(value, Case) else "",
-)  # fmt: skip
+)
 def test_what_an_engine_is_asked(case, options):
     assert case.options == {"temperature": 0.0, "compile": "off", **options}
 
@@ -81,11 +90,7 @@ def test_contexts_have_their_length_and_keep_their_end():
     assert with_context(prompts, None) == prompts
     assert with_context(prompts, 2) == [[2, 3], [4, 5], [8, 9]]
     # what is missing comes from the prompts before, round and round
-    assert with_context(prompts, 6) == [
-        [7, 8, 9, 1, 2, 3],
-        [9, 1, 2, 3, 4, 5],
-        [4, 5, 6, 7, 8, 9],
-    ]
+    assert with_context(prompts, 6) == [[7, 8, 9, 1, 2, 3], [9, 1, 2, 3, 4, 5], [4, 5, 6, 7, 8, 9]]
     assert [len(p) for p in with_context(prompts, 50)] == [50] * 3
     assert prompts == [[1, 2, 3], [4, 5], [6, 7, 8, 9]]
 
@@ -110,7 +115,9 @@ def test_engines_stop_and_count_alike():
 
 
 def test_batches_repeats_and_order(monkeypatch):
-    """Every case runs on every batch as often as asked, in an order that changes; medians add up."""
+    """Every case runs on every batch as often as asked, in an order that changes; medians add
+    up.
+    """
     order = []
 
     def pretend(case, model, batch, options, synchronised=False):

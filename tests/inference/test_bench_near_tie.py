@@ -7,7 +7,7 @@ from engine_helpers import make_head, make_model, make_prompts, make_target
 from eagle.model import EaModel
 from eagle.target import Target
 from inference import near_tie
-from inference.near_tie import Judge, replay
+from inference.bench.near_tie import Judge, replay
 
 GREEDY = dict(temperature=0.0, top_p=0.0, top_k=0, seed=0)
 SAMPLED = {**GREEDY, "temperature": 1.0}
@@ -120,7 +120,9 @@ def test_a_prefix_is_replayed_once_for_all_pairs(half_model, tied, monkeypatch):
 
 
 def test_compiled_passes_are_replayed_where_one_of_the_two_ran_them(half, half_model, tied):
-    """Stands for a compiled target: another model, whose choice after the prefix is another token."""
+    """Stands for a compiled target: another model, whose choice after the prefix is another
+    token.
+    """
     other = Target(make_model(half.config, seed=2).to(torch.bfloat16), name="other")
     theirs = int(logits_after(other, tied).argmax())
     assert theirs not in (10, 11)

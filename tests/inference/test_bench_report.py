@@ -10,40 +10,72 @@ import torch
 
 from eagle.errors import EagleError
 from inference import environment
-from inference.environment import PeakMemory, describe, git_commit
-from inference.plots import PLOTS, write_plots
-from inference.report import markdown, table
+from inference.bench.environment import PeakMemory, describe, git_commit
+from inference.bench.plots import PLOTS, write_plots
+from inference.bench.report import markdown, table
 
 
 def run(engine, batch_size=1, **changes):
     drafts = engine.startswith("eagle")
     plain = None if engine.startswith("hf") else 1.0
     return {
-        "engine": engine, "batch_size": batch_size, "tree": "16,4,4" if drafts else None,
-        "context_length": None, "capacity": None, "temperature": 0.0, "forced_acceptance": None,
-        "tokens_per_second": 123.4, "tau": 3.21 if drafts else plain,
+        "engine": engine,
+        "batch_size": batch_size,
+        "tree": "16,4,4" if drafts else None,
+        "context_length": None,
+        "capacity": None,
+        "temperature": 0.0,
+        "forced_acceptance": None,
+        "tokens_per_second": 123.4,
+        "tau": 3.21 if drafts else plain,
         "acceptance_by_depth": [0.9, 0.8] if drafts else None if plain is None else [],
-        "cycle_ms": plain and 6.0, "draft_ms": plain and 1.0, "verify_ms": plain and 4.0,
-        "commit_ms": plain and 1.0, "prefill_ms": plain and 9.0, "peak_memory_mb": 12.3, "looping": 0.25,
-        "vs_hf": 2.28, "vs_hf_ci95": [2.1, 2.4] if drafts else None, "vs_best_vanilla": 1.7,
-        "vs_best_vanilla_ci95": None, "identical": True if drafts else None,
-        "divergences": {"hf": {"rows": 3, "near_ties": 3, "real": 0}} if drafts else None, **changes,
-    }  # fmt: skip
+        "cycle_ms": plain and 6.0,
+        "draft_ms": plain and 1.0,
+        "verify_ms": plain and 4.0,
+        "commit_ms": plain and 1.0,
+        "prefill_ms": plain and 9.0,
+        "peak_memory_mb": 12.3,
+        "looping": 0.25,
+        "vs_hf": 2.28,
+        "vs_hf_ci95": [2.1, 2.4] if drafts else None,
+        "vs_best_vanilla": 1.7,
+        "vs_best_vanilla_ci95": None,
+        "identical": True if drafts else None,
+        "divergences": {"hf": {"rows": 3, "near_ties": 3, "real": 0}} if drafts else None,
+        **changes,
+    }
 
 
 @pytest.fixture
 def result():
     where = describe(torch.device("cpu"))
     return {
-        "device": where["cpu"], "threads": 2, "dtype": "bfloat16", "versions": where["versions"],
-        "environment": {**where, "load_end": [0.1, 0.2, 0.3]}, "model": "embedded", "tree": "16,4,4",
-        "num_prompts": 4, "repeats": 3, "max_new_tokens": 64, "temperature": 0.0, "top_p": 0.0, "top_k": 0,
-        "seed": 0, "forced_acceptance": None, "warm_up_s": {"hf": {}, "eagle_compiled": {"target": 41.25}},
-        "notes": ["something is left out"], "runs": [run("hf"), run("vanilla"), run("eagle")],
-        "speedup": {"vs_hf": {"1": 2.28}, "vs_vanilla": {}}, "efficiency": {"1": 0.5},
-        "efficiency_best": {}, "identical": {"1": True}, "divergences": {},
-        "explain": {"1": "tree 8,4,2 is best\n"}, "command": "python -m inference.bench --repeats 3",
-    }  # fmt: skip
+        "device": where["cpu"],
+        "threads": 2,
+        "dtype": "bfloat16",
+        "versions": where["versions"],
+        "environment": {**where, "load_end": [0.1, 0.2, 0.3]},
+        "model": "embedded",
+        "tree": "16,4,4",
+        "num_prompts": 4,
+        "repeats": 3,
+        "max_new_tokens": 64,
+        "temperature": 0.0,
+        "top_p": 0.0,
+        "top_k": 0,
+        "seed": 0,
+        "forced_acceptance": None,
+        "warm_up_s": {"hf": {}, "eagle_compiled": {"target": 41.25}},
+        "notes": ["something is left out"],
+        "runs": [run("hf"), run("vanilla"), run("eagle")],
+        "speedup": {"vs_hf": {"1": 2.28}, "vs_vanilla": {}},
+        "efficiency": {"1": 0.5},
+        "efficiency_best": {},
+        "identical": {"1": True},
+        "divergences": {},
+        "explain": {"1": "tree 8,4,2 is best\n"},
+        "command": "python -m inference.bench --repeats 3",
+    }
 
 
 def rows_of(page):

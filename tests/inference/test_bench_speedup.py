@@ -4,9 +4,9 @@ import random
 
 import pytest
 
-from inference.cases import Case
-from inference.measure import Run
-from inference.speedup import against_baselines, baseline, headline, interval
+from inference.bench.cases import Case
+from inference.bench.measure import Run
+from inference.bench.speedup import against_baselines, baseline, headline, interval
 
 
 class Known:
@@ -28,11 +28,16 @@ def run(engine, seconds, tokens=100, batches=4, tau=None, **settings):
 
 def test_headline_of_every_engine():
     runs = [
-        run("hf", 4.0), run("hf_prompt_lookup", 0.1), run("vanilla", 3.0, tau=1.0),
-        run("vanilla_compiled", 2.0, tau=1.0), run("eagle", 2.0, tau=3.0),
-        run("eagle_compiled", 1.0, tau=4.0), run("eagle_auto", 0.8, tau=2.5),
-        run("hf", 8.0, batch_size=8), run("eagle", 4.0, batch_size=8, tau=2.0),
-    ]  # fmt: skip
+        run("hf", 4.0),
+        run("hf_prompt_lookup", 0.1),
+        run("vanilla", 3.0, tau=1.0),
+        run("vanilla_compiled", 2.0, tau=1.0),
+        run("eagle", 2.0, tau=3.0),
+        run("eagle_compiled", 1.0, tau=4.0),
+        run("eagle_auto", 0.8, tau=2.5),
+        run("hf", 8.0, batch_size=8),
+        run("eagle", 4.0, batch_size=8, tau=2.0),
+    ]
     result = headline(runs)
     assert result["speedup"] == {
         "vs_hf": {"1": 2.0, "8": 2.0},
@@ -60,12 +65,14 @@ def test_the_baseline_has_the_runs_own_settings():
     right = run("vanilla", 3.0, capacity=128, **same)
     stock = run("hf", 3.0, **same)
     others = [
-        run("vanilla", 1.0, capacity=256, **same), run("vanilla", 1.0, capacity=128),
+        run("vanilla", 1.0, capacity=256, **same),
+        run("vanilla", 1.0, capacity=128),
         run("vanilla", 1.0, capacity=128, **{**same, "batch_size": 1}),
         run("vanilla", 1.0, capacity=128, **{**same, "temperature": 0.0}),
         run("vanilla", 1.0, capacity=128, **{**same, "context_length": 32}),
-        run("hf", 1.0), run("hf_prompt_lookup", 1.0, **same),
-    ]  # fmt: skip
+        run("hf", 1.0),
+        run("hf_prompt_lookup", 1.0, **same),
+    ]
     runs = [*others, right, stock, mine]
     assert baseline(mine, runs, ("vanilla", "vanilla_compiled")) is right
     assert baseline(mine, runs, ("hf",)) is stock

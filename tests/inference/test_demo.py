@@ -14,11 +14,22 @@ ROOT = Path(__file__).parent.parent.parent
 @pytest.mark.slow
 def test_demo_trains_benchmarks_and_says_where(tmp_path):
     done = subprocess.run(
-        [sys.executable, "-m", "inference.demo", "--output", str(tmp_path / "demo"), "--minutes", "0.1",
-         "--num_prompts", "1"],
-        cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        capture_output=True, text=True,
-    )  # fmt: skip
+        [
+            sys.executable,
+            "-m",
+            "examples.demo",
+            "--output",
+            str(tmp_path / "demo"),
+            "--minutes",
+            "0.1",
+            "--num_prompts",
+            "1",
+        ],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
     summary = json.loads((tmp_path / "demo/head/summary.json").read_text())
     result = json.loads((tmp_path / "demo/bench.json").read_text())

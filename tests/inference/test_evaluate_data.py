@@ -1,4 +1,6 @@
-"""Reading problems: TACO's schema and its oddities, HumanEval's and MBPP's, the shipped set, what is refused."""
+"""Reading problems: TACO's schema and its oddities, HumanEval's and MBPP's, the shipped set, what
+is refused.
+"""
 
 import json
 
@@ -13,11 +15,17 @@ from inference.evaluation.taco import read_bytes, read_seconds
 
 def taco(**changes):
     row = {
-        "question": "Double the number.", "starter_code": "", "solutions": json.dumps(["print(2 * int(input()))"]),
-        "input_output": json.dumps({"inputs": ["1\n", "2\n"], "outputs": ["2\n", "4\n"]}), "difficulty": "EASY",
-        "raw_tags": "[]", "tags": "['Mathematics']", "skill_types": "['Greedy algorithms', 'Sorting']",
-        "time_limit": "2.0 seconds", "memory_limit": "256.0 megabytes",
-    }  # fmt: skip
+        "question": "Double the number.",
+        "starter_code": "",
+        "solutions": json.dumps(["print(2 * int(input()))"]),
+        "input_output": json.dumps({"inputs": ["1\n", "2\n"], "outputs": ["2\n", "4\n"]}),
+        "difficulty": "EASY",
+        "raw_tags": "[]",
+        "tags": "['Mathematics']",
+        "skill_types": "['Greedy algorithms', 'Sorting']",
+        "time_limit": "2.0 seconds",
+        "memory_limit": "256.0 megabytes",
+    }
     return {**row, **changes}
 
 
@@ -69,18 +77,33 @@ def test_other_files_hold_the_same_problems(tmp_path, kind):
 
 @pytest.mark.parametrize(
     "text, seconds",
-    [("1 second", 1.0), ("2.0 seconds", 2.0), ("0.5 - 1.5 seconds", 1.5), ("500 ms", 0.5), (None, None),
-     ("", None), ("soon", None), (3, 3.0)],
-)  # fmt: skip
+    [
+        ("1 second", 1.0),
+        ("2.0 seconds", 2.0),
+        ("0.5 - 1.5 seconds", 1.5),
+        ("500 ms", 0.5),
+        (None, None),
+        ("", None),
+        ("soon", None),
+        (3, 3.0),
+    ],
+)
 def test_time_limits_are_prose(text, seconds):
     assert read_seconds(text) == seconds
 
 
 @pytest.mark.parametrize(
     "text, size",
-    [("256.0 megabytes", 2**28), ("1 GB", 2**30), ("64 MiB", 2**26), ("512 kilobytes", 2**19), (None, None),
-     ("a lot", None), ("100 bytes", 100)],
-)  # fmt: skip
+    [
+        ("256.0 megabytes", 2**28),
+        ("1 GB", 2**30),
+        ("64 MiB", 2**26),
+        ("512 kilobytes", 2**19),
+        (None, None),
+        ("a lot", None),
+        ("100 bytes", 100),
+    ],
+)
 def test_memory_limits_are_prose(text, size):
     assert read_bytes(text) == size
 
@@ -93,12 +116,20 @@ def test_memory_limits_are_prose(text, size):
         ({"question": "You may print each letter in any case."}, "nocase", False),
         ({"question": "Add any two numbers."}, "strict", False),
         ({"input_output": json.dumps({"inputs": ["1"], "outputs": ["x 0.5\n"]})}, "float", False),
-        ({"input_output": json.dumps({"inputs": [[1]], "outputs": [[0.5]], "fn_name": "f"})}, "float", False),
+        (
+            {"input_output": json.dumps({"inputs": [[1]], "outputs": [[0.5]], "fn_name": "f"})},
+            "float",
+            False,
+        ),
         ({"input_output": json.dumps({"inputs": ["1"], "outputs": ["v1.5\n"]})}, "strict", False),
-        ({"judge": json.dumps({"policy": "unordered"}), "question": "in any order"}, "unordered", False),
+        (
+            {"judge": json.dumps({"policy": "unordered"}), "question": "in any order"},
+            "unordered",
+            False,
+        ),
         ({"judge": json.dumps({"special": True})}, "strict", True),
     ],
-)  # fmt: skip
+)
 def test_how_a_problem_is_compared(tmp_path, changes, policy, special):
     (problem,) = load_problems(write(tmp_path / "x.jsonl", [taco(**changes)])).problems
     assert (problem.policy, problem.special_judge) == (policy, special)
@@ -168,8 +199,12 @@ def test_selection():
         p.task_id for p in every.problems[:2]
     ]
     assert {p.policy for p in load_problems(None, policy="float").problems} == {"float"}
-    for wrong in ({"difficulties": ["EASYISH"]}, {"skills": ["Cooking"]}, {"policy": "kind"},
-                  {"difficulties": ["EASY"], "skills": ["Range queries"]}):  # fmt: skip
+    for wrong in (
+        {"difficulties": ["EASYISH"]},
+        {"skills": ["Cooking"]},
+        {"policy": "kind"},
+        {"difficulties": ["EASY"], "skills": ["Range queries"]},
+    ):
         with pytest.raises(EagleError):
             load_problems(None, **wrong)
 
@@ -187,15 +222,19 @@ def test_the_fingerprint_is_of_what_judges(tmp_path):
 
 
 HUMANEVAL = {
-    "task_id": "HumanEval/0", "prompt": 'from math import pi\n\n\ndef area(r):\n    """Of a circle."""\n',
-    "entry_point": "area", "canonical_solution": "    return pi * r * r\n",
+    "task_id": "HumanEval/0",
+    "prompt": 'from math import pi\n\n\ndef area(r):\n    """Of a circle."""\n',
+    "entry_point": "area",
+    "canonical_solution": "    return pi * r * r\n",
     "test": "def check(candidate):\n    assert candidate(0) == 0\n    assert 3.1 < candidate(1) < 3.2\n",
-}  # fmt: skip
+}
 MBPP = {
-    "task_id": 11, "text": "Double a number.", "code": "def double(x):\n    return 2 * x\n",
+    "task_id": 11,
+    "text": "Double a number.",
+    "code": "def double(x):\n    return 2 * x\n",
     "test_list": ["assert double(1) == 2", "assert math.isclose(double(0.5), 1)"],
     "test_setup_code": "import math",
-}  # fmt: skip
+}
 
 
 def test_humaneval_and_mbpp_rows(tmp_path):

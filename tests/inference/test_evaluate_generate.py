@@ -74,10 +74,12 @@ def test_what_is_there_is_not_made_again(model, tmp_path, monkeypatch):
     taken, said = [], []
     first = run(model, tmp_path, n_samples=2)
     again = run(
-        model, tmp_path, n_samples=3,
+        model,
+        tmp_path,
+        n_samples=3,
         take=lambda sample: taken.append((sample.task_id, sample.sample)),
         say=lambda tokens, fresh: said.append(fresh),
-    )  # fmt: skip
+    )
     assert asked == [8, 4] and said.count(True) == 4 and said.count(False) == 8
     assert sorted(taken) == sorted(outputs(again)) and len(taken) == 12
     assert outputs(first).items() <= outputs(again).items()
@@ -201,8 +203,11 @@ def test_generations_files_that_are_refused(tmp_path, rows, wrong):
 def test_journals_that_are_refused(tmp_path):
     path = tmp_path / "generations-x.jsonl"
     line = {"task_id": "p0", "sample": 0, "output": "a"}
-    for lines, wrong in (([line, line], "completion 0 of task p0 twice"), ([{"a": 1}], "no journal"),
-                         ([{"settings": {}}], "no completions")):  # fmt: skip
+    for lines, wrong in (
+        ([line, line], "completion 0 of task p0 twice"),
+        ([{"a": 1}], "no journal"),
+        ([{"settings": {}}], "no completions"),
+    ):
         path.write_text("".join(json.dumps(x) + "\n" for x in lines))
         with pytest.raises(EagleError, match=wrong):
             read_generations(path, SET)

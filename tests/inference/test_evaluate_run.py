@@ -1,4 +1,6 @@
-"""Evaluation from end to end, with programs that are really run: the shipped set, stages, kills, refusals."""
+"""Evaluation from end to end, with programs that are really run: the shipped set, stages, kills,
+refusals.
+"""
 
 import json
 import os
@@ -19,7 +21,7 @@ from inference.evaluation.generations import Generations, Sample, write_upstream
 from inference.evaluation.mutants import mutants
 from inference.evaluation.problems import load_problems
 from inference.evaluation.run import try_mutants, verify
-from inference.sandbox import Sandbox
+from inference.evaluation.sandbox import Sandbox
 
 ROOT = Path(__file__).parents[2]
 ALLOW = "--allow_code_execution"
@@ -117,11 +119,16 @@ def small_set(path, problems=2, sleep=0.0):
     """Problems "double" with 3 tests each, and completions of known outcome for them."""
     tests = {"inputs": ["1\n", "5\n", "7\n"], "outputs": ["2\n", "10\n", "14\n"]}
     rows = [
-        {"task_id": f"double{i}", "question": "Double.", "solutions": json.dumps([OUTCOMES["accepted"]]),
-         "input_output": json.dumps(tests), "difficulty": "EASY" if i % 2 else "HARD",
-         "skill_types": "['Sorting']"}
+        {
+            "task_id": f"double{i}",
+            "question": "Double.",
+            "solutions": json.dumps([OUTCOMES["accepted"]]),
+            "input_output": json.dumps(tests),
+            "difficulty": "EASY" if i % 2 else "HARD",
+            "skill_types": "['Sorting']",
+        }
         for i in range(problems)
-    ]  # fmt: skip
+    ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
 
@@ -252,14 +259,19 @@ def test_harness_errors_are_tried_again(tmp_path, sandbox):
 
 
 HUMAN = {
-    "task_id": "H/0", "prompt": 'def add(a, b):\n    """Sum."""\n', "entry_point": "add",
+    "task_id": "H/0",
+    "prompt": 'def add(a, b):\n    """Sum."""\n',
+    "entry_point": "add",
     "canonical_solution": "    return a + b\n",
     "test": "def check(candidate):\n    assert candidate(1, 2) == 3\n    assert candidate(0, 0) == 0\n",
-}  # fmt: skip
+}
 BASIC = {
-    "task_id": 2, "text": "Half.", "code": "def half(x):\n    return x / 2\n", "test_setup_code": "import math",
+    "task_id": 2,
+    "text": "Half.",
+    "code": "def half(x):\n    return x / 2\n",
+    "test_setup_code": "import math",
     "test_list": ["assert half(2) == 1", "assert math.isclose(half(1), 0.5)"],
-}  # fmt: skip
+}
 
 
 def test_humaneval_and_mbpp_files(tmp_path, cli):
@@ -267,11 +279,22 @@ def test_humaneval_and_mbpp_files(tmp_path, cli):
     data.write_text(json.dumps(HUMAN) + "\n" + json.dumps(BASIC) + "\n")
     made = {
         "H/0": [
-            "    return a + b\n", "    print(a)\n    return a + b\n\nprint(add(1, 1))\n", "    return a - b\n",
-            "    import sys\n    sys.exit(0)\n", "    return a +\n", "    return int(input())\n",
+            "    return a + b\n",
+            "    print(a)\n    return a + b\n\nprint(add(1, 1))\n",
+            "    return a - b\n",
+            "    import sys\n    sys.exit(0)\n",
+            "    return a +\n",
+            "    return int(input())\n",
         ],
-        "2": [BASIC["code"], "def half(x):\n    return x // 2\n", "half = 3", "def half(x:\n", "exit()", "x"],
-    }  # fmt: skip
+        "2": [
+            BASIC["code"],
+            "def half(x):\n    return x // 2\n",
+            "half = 3",
+            "def half(x:\n",
+            "exit()",
+            "x",
+        ],
+    }
     file = generations(tmp_path / "g.json", load_problems(data), made)
     stage = ("--data", data, "--output", tmp_path / "out")
     assert cli("verify-dataset", *stage, ALLOW)[1]["verified"] == 2
@@ -312,8 +335,15 @@ def test_from_end_to_end(tmp_path, cli, tiny):
     assert (
         sum(summary["causes"].values()) == 12 and "generate 12/12" in err and "execute 12/12" in err
     )
-    names = {"report.json", "report.md", "generations.json", "metrics.json", "dataset.json",
-             "execution.json", "executions.jsonl"}  # fmt: skip
+    names = {
+        "report.json",
+        "report.md",
+        "generations.json",
+        "metrics.json",
+        "dataset.json",
+        "execution.json",
+        "executions.jsonl",
+    }
     assert names < {p.name for p in out.iterdir()}
     # again: everything is there already, and the stages on their own give the same
     report, lines = without_speed(out), (out / "executions.jsonl").read_bytes()
@@ -378,7 +408,7 @@ def test_plain_and_speculative_side_by_side(tmp_path, cli, tiny):
         (("execute", ALLOW), "give --generations"),
         (("score",), "give --generations"),
     ],
-)  # fmt: skip
+)
 def test_refusals_come_before_any_work(tmp_path, cli, monkeypatch, arguments, wrong):
     import inference.generate
 
@@ -492,7 +522,9 @@ def test_bench_command(cli):
 
 
 def kill_now_and_then(rng, arguments, watched, times):
-    """Runs the command again and again, killing it each time after it has written a few lines more."""
+    """Runs the command again and again, killing it each time after it has written a few lines
+    more.
+    """
     kills = 0
     while True:
         process = Command("inference.evaluate", *arguments)
@@ -516,9 +548,12 @@ def test_killed_executions_go_on_and_score_the_same(tmp_path, cli):
     rng, data = random.Random(0), small_set(tmp_path / "x.jsonl", 4)
     slow = "import time; time.sleep(0.03)\n"
     made = {
-        f"double{i}": [f"{slow}{OUTCOMES[rng.choice(['accepted', 'wrong', 'runtime_error'])]} #{i}{j}" for j in range(8)]
+        f"double{i}": [
+            f"{slow}{OUTCOMES[rng.choice(['accepted', 'wrong', 'runtime_error'])]} #{i}{j}"
+            for j in range(8)
+        ]
         for i in range(4)
-    }  # fmt: skip
+    }
     file = generations(tmp_path / "g.json", load_problems(data), made)
     expected = tmp_path / "whole"
     for out in (expected, tmp_path / "killed"):
@@ -571,9 +606,13 @@ def test_a_full_disk_ends_the_run_and_loses_nothing(tmp_path, cli):
     arguments = ["execute", "--data", data, "--generations", file, "--output", out, ALLOW]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [sys.executable, "-c", FULL, "3000", *map(str, arguments)], cwd=ROOT, env=environment,
-        capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
+        [sys.executable, "-c", FULL, "3000", *map(str, arguments)],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
     assert "free some space" in done.stderr and done.stderr.splitlines()[-1].startswith("error: ")
     kept = journal.read(out / "executions.jsonl")

@@ -1,5 +1,5 @@
-"""The GPU suite at toy size on a CPU: it runs on a bare machine, writes what docs/gpu.md says, and its fixed-shape
-cycle makes the engine's tokens."""
+"""The GPU suite at toy size on a CPU: it runs on a bare machine, writes what docs/gpu.md says, and
+its fixed-shape cycle makes the engine's tokens."""
 
 import json
 import re
@@ -15,13 +15,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from eagle.draft import HeadDrafter
 from eagle.model import EaModel
 from eagle.tree import TreeShape
-from inference.gpu_suite import correctness, engine
-from inference.gpu_suite.__main__ import STAGES, main
-from inference.gpu_suite.clock import union
-from inference.gpu_suite.record import FAIL, OPEN, PASS, Goal, Record, summarise
-from inference.gpu_suite.sizes import FULL, SMALL, TOY
-from inference.gpu_suite.static_cycle import StaticCycle, StaticPlain
-from inference.gpu_suite.training import rates
+from inference.bench.gpu import correctness, engine
+from inference.bench.gpu.__main__ import STAGES, main
+from inference.bench.gpu.clock import union
+from inference.bench.gpu.record import FAIL, OPEN, PASS, Goal, Record, summarise
+from inference.bench.gpu.sizes import FULL, SMALL, TOY
+from inference.bench.gpu.static_cycle import StaticCycle, StaticPlain
+from inference.bench.gpu.training import rates
 
 ROOT = Path(__file__).parents[2]
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -39,7 +39,7 @@ sys.meta_path[:] = [Without(finder) for finder in sys.meta_path]
 import socket
 def refuse(*args): raise OSError("no network")
 socket.socket.connect = refuse
-from inference.gpu_suite.__main__ import main
+from inference.bench.gpu.__main__ import main
 code = main(sys.argv[1:])
 assert not absent & {name.split(".")[0] for name in sys.modules}
 sys.exit(code)
@@ -51,10 +51,24 @@ def bare(tmp_path_factory):
     """The folder that the whole suite leaves on a machine without the rest."""
     out = tmp_path_factory.mktemp("suite")
     done = subprocess.run(
-        [sys.executable, "-c", BARE, "--size", "toy", "--device", "cpu", "--out", str(out),
-         "--revision", "abc"],
-        cwd=ROOT, capture_output=True, text=True, timeout=280,
-    )  # fmt: skip
+        [
+            sys.executable,
+            "-c",
+            BARE,
+            "--size",
+            "toy",
+            "--device",
+            "cpu",
+            "--out",
+            str(out),
+            "--revision",
+            "abc",
+        ],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     return out
 
@@ -75,8 +89,12 @@ def test_every_stage_runs_on_a_bare_machine(bare):
 def test_kernels_are_right_and_timed(bare):
     cases = json.loads((bare / "correctness.json").read_text())["cases"]
     assert {case["kind"] for case in cases} == {
-        "tree_attention", "commit_kv", "choose", "draft_loss", "lossless",
-    }  # fmt: skip
+        "tree_attention",
+        "commit_kv",
+        "choose",
+        "draft_loss",
+        "lossless",
+    }
     assert all(case["right"] for case in cases)
     cases = json.loads((bare / "kernels.json").read_text())["cases"]
     for case in cases:
@@ -138,7 +156,9 @@ def test_the_static_step_makes_the_plain_tokens(llama):
 
 
 class HostBound(TorchDispatchMode):
-    """Operators for which the host waits for the device, or sends it something: a graph cannot hold them."""
+    """Operators for which the host waits for the device, or sends it something: a graph cannot hold
+    them.
+    """
 
     NAMES = ("_local_scalar_dense", "nonzero", "repeat_interleave.Tensor", "unique", "lift_fresh")
 
@@ -225,20 +245,31 @@ def test_goals_hold_or_not():
 def test_the_engines_goals():
     here = {"rows": 1, "context": 2048, "capacity": 4096}
     cycle = {
-        "kind": "full_cycle", **here, "tree": "60,7,10", "graphed_ms": 6.0, "eager_ms": 30.0,
+        "kind": "full_cycle",
+        **here,
+        "tree": "60,7,10",
+        "graphed_ms": 6.0,
+        "eager_ms": 30.0,
         "graphed_vs_floor": 1.7,
-    }  # fmt: skip
+    }
     host = {
-        "kind": "host", **here, "tree": "60,7,10", "graphed_outside_kernels": 0.01,
-        "eager_outside_kernels": 0.8, "eager_synchronisations": 1,
-    }  # fmt: skip
+        "kind": "host",
+        **here,
+        "tree": "60,7,10",
+        "graphed_outside_kernels": 0.01,
+        "eager_outside_kernels": 0.8,
+        "eager_synchronisations": 1,
+    }
     cases = [
-        {"kind": "plain", **here, "graphed_ms": 4.0}, {"kind": "plain", "rows": 2, "graphed_ms": 9.0},
+        {"kind": "plain", **here, "graphed_ms": 4.0},
+        {"kind": "plain", "rows": 2, "graphed_ms": 9.0},
         {"kind": "verification", **here, "nodes": 64, "graphed_ms": 4.2},
-        host, cycle, {**cycle, "capacity": 65536, "graphed_ms": 6.06, "eager_ms": 33.0},
+        host,
+        cycle,
+        {**cycle, "capacity": 65536, "graphed_ms": 6.06, "eager_ms": 33.0},
         {**cycle, "tree": "8,4,2", "graphed_ms": 5.0},
         {"kind": "automatic", "rows": 32, "vs_graphed_plain": 1.01},
-    ]  # fmt: skip
+    ]
     found = {goal.name: goal for goal in engine.goals(cases, FULL, CUDA)}
     verdicts = {name: (round(goal.value, 3), goal.verdict) for name, goal in found.items()}
     assert verdicts == {

@@ -3,7 +3,7 @@
 import pytest
 
 from eagle.errors import EagleError
-from inference.judge import (
+from inference.evaluation.judge import (
     POLICIES,
     VERDICTS,
     Grading,
@@ -14,7 +14,7 @@ from inference.judge import (
     make_job,
     run_and_judge,
 )
-from inference.sandbox import STATUSES, Limits, Outcome, Sandbox
+from inference.evaluation.sandbox import STATUSES, Limits, Outcome, Sandbox
 
 
 @pytest.fixture(scope="module")
@@ -251,5 +251,9 @@ def test_jobs_in_parallel_and_in_series_give_the_same(sandbox):
         )
         assert statuses(job.observe.result().verdicts) == statuses(series[job.key].verdicts)
     assert [found.status for found in series[:5]] == [
-        "accepted", "wrong", "runtime_error", "compile_error", "timeout",
-    ]  # fmt: skip
+        "accepted",
+        "wrong",
+        "runtime_error",
+        "compile_error",
+        "timeout",
+    ]

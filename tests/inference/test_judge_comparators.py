@@ -5,9 +5,10 @@ from decimal import Decimal
 
 import pytest
 
-from inference.comparators import POLICIES
+from inference.evaluation.comparators import POLICIES
 
-# expected, got, the policies that accept it. The first seven are known mistakes of TACO's published checker.
+# expected, got, the policies that accept it. The first seven are known mistakes of TACO's published
+# checker.
 TEXT = [
     ("1\n0\n1\n0\n", "0\n1\n", "taco_legacy"),  # false accepts: order and number of lines forgotten
     ("1 2\n", "21\n", "taco_legacy"),
@@ -88,7 +89,7 @@ TEXT = [
     ("\u00e4\u00f6\n", "\u00e4\u00f6\n", "strict tokens float nocase unordered taco_legacy"),
     ("True\n", "1\n", ""),
     ('["a", "b"]\n', "['a', 'b']\n", ""),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("policy", POLICIES)
@@ -153,7 +154,7 @@ VALUES = [
     (float("inf"), float("inf"), ALL),
     (10**4000, 10**4000 + 1, ""),
     (10**4000, 1e300, ""),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("policy", POLICIES)

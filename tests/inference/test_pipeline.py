@@ -1,4 +1,6 @@
-"""The recipe at toy size, its real commands run in this process; and that what is done is not done again."""
+"""The recipe at toy size, its real commands run in this process; and that what is done is not done
+again.
+"""
 
 import json
 import os
@@ -14,8 +16,8 @@ import pytest
 
 from configs.errors import ConfigError
 from eagle.errors import EagleError
-from inference.pipeline import pipeline
-from inference.stages import Runner, Stage, digest
+from examples.pipeline import pipeline
+from examples.stages import Runner, Stage, digest
 
 ROOT = Path(__file__).parents[2]
 WORDS = "def class return self value index for in range len list item key print open path".split()
@@ -30,8 +32,15 @@ def files(tmp_path_factory):
         return " ".join(rng.choice(WORDS) for _ in range(n))
 
     for name, count in (("data", 24), ("heldout", 6)):
-        rows = [{"messages": [{"role": "user", "content": text(3)}, {"role": "assistant", "content": text(6)}]}
-                for _ in range(count)]  # fmt: skip
+        rows = [
+            {
+                "messages": [
+                    {"role": "user", "content": text(3)},
+                    {"role": "assistant", "content": text(6)},
+                ]
+            }
+            for _ in range(count)
+        ]
         paths[name] = folder / f"{name}.jsonl"
         paths[name].write_text("".join(json.dumps(row) + "\n" for row in rows))
     return paths
@@ -55,10 +64,20 @@ def called(monkeypatch):
     return words_of
 
 
-SMALL = ("sft.train.max_steps=2", "sft.train.batch_size=2", "sft.lora.r=2", "sft.data.max_length=96",
-         "sft.data.min_supervised_tokens=1", "head.train.max_steps=2", "head.train.batch_size=2",
-         "head.data.max_length=96", "head.eval.num_prompts=0", "head.train.dtype=fp32",
-         "head.data.min_supervised_tokens=1", "head.train.report_to=none")  # fmt: skip
+SMALL = (
+    "sft.train.max_steps=2",
+    "sft.train.batch_size=2",
+    "sft.lora.r=2",
+    "sft.data.max_length=96",
+    "sft.data.min_supervised_tokens=1",
+    "head.train.max_steps=2",
+    "head.train.batch_size=2",
+    "head.data.max_length=96",
+    "head.eval.num_prompts=0",
+    "head.train.dtype=fp32",
+    "head.data.min_supervised_tokens=1",
+    "head.train.report_to=none",
+)
 
 
 @pytest.mark.slow
@@ -68,9 +87,17 @@ def test_the_recipe_from_base_to_report(
     pytest.importorskip("trl")
     monkeypatch.setenv("EAGLE_CACHE", str(tmp_path / "cache"))
     given = dict(
-        base=str(model_folder), head=str(head_folder), data=str(files["data"]), heldout=str(files["heldout"]),
-        num_answers=8, num_prompts=2, max_new_tokens=8, repeats=1, tree="8,3,2", output=str(tmp_path / "run"),
-    )  # fmt: skip
+        base=str(model_folder),
+        head=str(head_folder),
+        data=str(files["data"]),
+        heldout=str(files["heldout"]),
+        num_answers=8,
+        num_prompts=2,
+        max_new_tokens=8,
+        repeats=1,
+        tree="8,3,2",
+        output=str(tmp_path / "run"),
+    )
     assert pipeline(*SMALL, **given) == 0
     report = json.loads(capfd.readouterr().out.splitlines()[-1])
     assert report == json.loads((tmp_path / "run/report.json").read_text())
@@ -177,7 +204,10 @@ def test_a_stage_is_done_once_and_again_when_what_it_reads_changes(tmp_path):
 def test_the_log_holds_what_a_stage_says_too(tmp_path, capfd):
     code = DONE + "; print('step 3/80  ETA 9:00', file=sys.stderr)"
     assert Runner(tmp_path, 1).run(stage(tmp_path, code)) == 0
-    assert sorted((tmp_path / "logs/work.log").read_text().splitlines()) == ["step 3/80  ETA 9:00", "to the log"]
+    assert sorted((tmp_path / "logs/work.log").read_text().splitlines()) == [
+        "step 3/80  ETA 9:00",
+        "to the log",
+    ]
     assert "step 3/80  ETA 9:00\n" in capfd.readouterr().err
 
 
@@ -201,7 +231,9 @@ def test_a_failed_stage_goes_on_where_it_can(tmp_path, capsys):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_lets_the_stage_save(tmp_path, number):
-    """Ctrl-C goes to the whole group, SIGTERM to the recipe alone; the stage ends in its own time."""
+    """Ctrl-C goes to the whole group, SIGTERM to the recipe alone; the stage ends in its own
+    time.
+    """
     script = tmp_path / "recipe.py"
     inner = (
         "import signal, sys, time\n"
@@ -211,14 +243,15 @@ def test_a_signal_lets_the_stage_save(tmp_path, number):
         "Path(sys.argv[2]).write_text('x'); time.sleep(30)"
     )
     script.write_text(
-        "import sys\nfrom pathlib import Path\nfrom inference.stages import Runner, Stage\n"
+        "import sys\nfrom pathlib import Path\nfrom examples.stages import Runner, Stage\n"
         f"out = Path({str(tmp_path)!r})\n"
         f"stage = Stage('work', 'work', ('-c', {inner!r}, str(out / 'out'), str(out / 'count')), (out / 'out',))\n"
         "sys.exit(Runner(out, 1).run(stage))\n"
     )
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen([sys.executable, script], env=env, start_new_session=True,
-                               stderr=subprocess.DEVNULL)  # fmt: skip
+    process = subprocess.Popen(
+        [sys.executable, script], env=env, start_new_session=True, stderr=subprocess.DEVNULL
+    )
     until = time.monotonic() + 20
     while not (tmp_path / "count").exists() and time.monotonic() < until:
         time.sleep(0.02)

@@ -1,4 +1,6 @@
-"""The profile: what the report says, and that a cycle's work on the host does not grow with the tree."""
+"""The profile: what the report says, and that a cycle's work on the host does not grow with the
+tree.
+"""
 
 import re
 
@@ -7,7 +9,7 @@ import torch
 from engine_helpers import head_model, make_prompts, make_target
 
 from inference import cycle
-from inference.profile import growth, listed, profile
+from inference.bench.profile import growth, listed, profile
 
 # what the host keeps about each row; with the class from Python 3.11 on
 BOOKKEEPING = re.compile(
@@ -99,9 +101,7 @@ def test_host_reads_are_named_by_our_line():
     with reads:
         x = torch.arange(3)
         x.tolist(), x[0].item(), bool(x[0]), x + 1
-    assert reads.counter == {
-        "elsewhere: tolist": 1, "elsewhere: item": 1, "elsewhere: __bool__": 1
-    }  # fmt: skip
+    assert reads.counter == {"elsewhere: tolist": 1, "elsewhere: item": 1, "elsewhere: __bool__": 1}
 
 
 def test_passes_are_timed_and_put_back(model):
@@ -112,9 +112,12 @@ def test_passes_are_timed_and_put_back(model):
     watch = cycle.Phases(2, timings, model.target.device)
     with watch.watching():
         model.generate(
-            make_prompts((9, 5)), max_new_tokens=12, eos_token_id=-1, on_cache=watch.on_cache,
+            make_prompts((9, 5)),
+            max_new_tokens=12,
+            eos_token_id=-1,
+            on_cache=watch.on_cache,
             timings=timings,
-        )  # fmt: skip
+        )
     cycles = watch.cycles()
     assert Target.forward is forward and len(cycles) > 3
     # depth 2: two passes, and one that ingests
@@ -130,17 +133,27 @@ def base(model_folder, head_folder):
 
 @pytest.fixture
 def small(monkeypatch):
-    monkeypatch.setattr("inference.profile.TREES", ("6,2,2", "20,2,5"))
-    monkeypatch.setattr("inference.profile.ROWS", (2, 3))
-    monkeypatch.setattr("inference.profile.CYCLES", 4)
+    monkeypatch.setattr("inference.bench.profile.TREES", ("6,2,2", "20,2,5"))
+    monkeypatch.setattr("inference.bench.profile.ROWS", (2, 3))
+    monkeypatch.setattr("inference.bench.profile.CYCLES", 4)
 
 
 def test_the_report(in_process, base, small, tmp_path):
     out = tmp_path / "new" / "profile.txt"
     code, stdout, err = in_process(
-        profile, *base, "--batch_size", 2, "--tree", "8,2,2", "--compile", "off", "--max_new_tokens", 12,
-        "--output", out,
-    )  # fmt: skip
+        profile,
+        *base,
+        "--batch_size",
+        2,
+        "--tree",
+        "8,2,2",
+        "--compile",
+        "off",
+        "--max_new_tokens",
+        12,
+        "--output",
+        out,
+    )
     assert code == 0 and stdout == "" and str(out) in err, err
     assert [p.name for p in out.parent.iterdir()] == ["profile.txt"]
     text = out.read_text()
@@ -190,5 +203,5 @@ def test_the_name_hides_no_module_of_python(command):
     """`cProfile` imports a `profile` of its own."""
     result = command("cProfile", "--help")
     assert result.returncode == 0, result.stderr
-    result = command("inference.profile", "--help")
+    result = command("inference.bench.profile", "--help")
     assert result.returncode == 0 and "--max_new_tokens" in result.stdout

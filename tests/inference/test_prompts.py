@@ -6,7 +6,7 @@ import pytest
 
 from configs.errors import ConfigError
 from eagle.errors import EagleError
-from inference.prompts import chat_prompt, fim_prompt, load_prompts, render
+from records.prompts import chat_prompt, fim_prompt, load_prompts, render
 
 CHAT = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
 
@@ -112,7 +112,7 @@ def test_records_are_cut_at_newlines_only(tmp_path, tokenizer):
 
 
 def test_shipped_prompts(tokenizer):
-    from inference.prompts import HELDOUT_PROMPTS
+    from records.prompts import HELDOUT_PROMPTS
 
     if not HELDOUT_PROMPTS.exists():
         pytest.skip("no shipped prompts in this checkout")

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from eagle.errors import EagleError
-from inference.sandbox import STATUSES, Job, Limits, Program, Sandbox
+from inference.evaluation.sandbox import STATUSES, Job, Limits, Program, Sandbox
 
 ROOT = Path(__file__).parents[2]
 sys.path.append(str(Path(__file__).parent))
@@ -66,9 +66,16 @@ def test_bad_arguments(arguments, message):
 
 @pytest.mark.parametrize(
     "values",
-    [{"cpu_seconds": 0}, {"wall_seconds": -1}, {"memory_bytes": 10}, {"processes": 0},
-     {"open_files": 3}, {"cpu_seconds": float("nan")}, {"cpu_seconds": 5, "wall_seconds": 4}],
-)  # fmt: skip
+    [
+        {"cpu_seconds": 0},
+        {"wall_seconds": -1},
+        {"memory_bytes": 10},
+        {"processes": 0},
+        {"open_files": 3},
+        {"cpu_seconds": float("nan")},
+        {"cpu_seconds": 5, "wall_seconds": 4},
+    ],
+)
 def test_bad_limits(values):
     with pytest.raises(EagleError):
         Limits(**values)
@@ -111,23 +118,38 @@ def test_standard_input_and_output(sandbox):
         ("import os; os.write(1, os.read(0, 100))", "äöü €\n"),
         ("print(input())", "äöü €\n"),
         ("print(__name__, end='')", "__main__"),
-        ("import sys; print(sys.modules['__main__'].x, end='') if 0 else None\nx = 1\nprint(x, end='')", "1"),
+        (
+            "import sys; print(sys.modules['__main__'].x, end='') if 0 else None\nx = 1\nprint(x, end='')",
+            "1",
+        ),
         ("import sys; sys.stdout.write('a'); sys.exit()", "a"),
         ("import sys; sys.stdout.write('a'); sys.exit(0)", "a"),
         ("import atexit; atexit.register(print, 'b'); print('a')", "a\nb\n"),
         ("import threading\nthreading.Thread(target=lambda: print('late')).start()", "late\n"),
         ("f = open(1, 'w', closefd=False); f.write('left open')", "left open"),
-        ("import sys, io\nsys.stdout = io.TextIOWrapper(io.BufferedWriter(io.FileIO(1, 'w')))\nprint('own')", "own\n"),
-        ("import sys; sys.setrecursionlimit(10**6)\ndef f(n): return n and 1 + f(n - 1)\nprint(f(20000))", "20000\n"),
+        (
+            "import sys, io\nsys.stdout = io.TextIOWrapper(io.BufferedWriter(io.FileIO(1, 'w')))\nprint('own')",
+            "own\n",
+        ),
+        (
+            "import sys; sys.setrecursionlimit(10**6)\ndef f(n): return n and 1 + f(n - 1)\nprint(f(20000))",
+            "20000\n",
+        ),
         ("print(len(str(10**5000)))", "5001\n"),
-        ("import multiprocessing, os\nr, w = os.pipe()\nif os.fork() == 0:\n    os.write(w, b'x'); os._exit(0)\n"
-         "os.wait(); print(os.read(r, 1))", "b'x'\n"),
+        (
+            "import multiprocessing, os\nr, w = os.pipe()\nif os.fork() == 0:\n    os.write(w, b'x'); os._exit(0)\n"
+            "os.wait(); print(os.read(r, 1))",
+            "b'x'\n",
+        ),
         ("import tempfile\nwith tempfile.TemporaryFile() as f: print(f.write(b'abc'))", "3\n"),
-        ("from dataclasses import dataclass\n@dataclass\nclass A:\n    x: int\nimport pickle\n"
-         "print(pickle.loads(pickle.dumps(A(3))))", "A(x=3)\n"),
+        (
+            "from dataclasses import dataclass\n@dataclass\nclass A:\n    x: int\nimport pickle\n"
+            "print(pickle.loads(pickle.dumps(A(3))))",
+            "A(x=3)\n",
+        ),
     ],
     ids=range(18),
-)  # fmt: skip
+)
 def test_as_a_fresh_interpreter(sandbox, code, stdout):
     outcome = run(sandbox, code, "äöü €\n")
     assert (outcome.status, outcome.stdout.decode()) == ("ok", stdout), outcome.detail
@@ -163,7 +185,7 @@ def test_as_a_fresh_interpreter(sandbox, code, stdout):
         (f"open({__file__!r})", "runtime_error", "Error"),
     ],
     ids=range(21),
-)  # fmt: skip
+)
 def test_statuses(sandbox, code, status, detail):
     outcome = run(sandbox, code)
     assert outcome.status == status, outcome
@@ -176,8 +198,16 @@ def test_environment_is_not_inherited(sandbox, monkeypatch):
     with Sandbox(QUICK, workers=1, allow_code_execution=True) as fresh:
         outcome = run(fresh, "import os; print(sorted(os.environ))")
     names = set(eval(outcome.stdout))
-    assert names <= {"HOME", "LANG", "MKL_NUM_THREADS", "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "PATH", "TMPDIR",
-                     "LC_CTYPE"}  # fmt: skip
+    assert names <= {
+        "HOME",
+        "LANG",
+        "MKL_NUM_THREADS",
+        "OMP_NUM_THREADS",
+        "OPENBLAS_NUM_THREADS",
+        "PATH",
+        "TMPDIR",
+        "LC_CTYPE",
+    }
 
 
 @pytest.mark.parametrize("flag", [0x10000000, 0x20000, 0x40000000], ids=["user", "mount", "net"])
@@ -219,7 +249,7 @@ def test_tests_do_not_see_each_other(sandbox):
         ("def f(x): return x", ["\U0001f600 é"], "\U0001f600 é"),
     ],
     ids=range(9),
-)  # fmt: skip
+)
 def test_calls(sandbox, code, arguments, value):
     [outcome] = sandbox.run(Program(code, "f"), [arguments])
     if value is None:
@@ -245,7 +275,7 @@ def test_a_prelude_is_there_first(sandbox):
         ("import os\ndef f():\n    os.closerange(0, 999)\n    return 1", ""),
     ],
     ids=range(7),
-)  # fmt: skip
+)
 def test_calls_that_fail(sandbox, code, detail):
     [outcome] = sandbox.run(Program(code, "f"), [[]])
     assert outcome.status == "runtime_error"
@@ -465,16 +495,19 @@ def test_everything_goes_with_the_parent(number, level):
         os.chmod(folder, 0o755)
         (link := Path(folder, "python-of-this-test")).symlink_to(os.path.realpath(python))
         code = (
-            "from inference.sandbox import *\n"
+            "from inference.evaluation.sandbox import *\n"
             f"with Sandbox(None, 2, {level!r}, allow_code_execution=True, python={str(link)!r}) as s:\n"
             "    code = 'import os; os.fork(); print(1, flush=True)\\nwhile True: pass'\n"
             "    print('ready', flush=True)\n"
             "    list(s.map([Job(Program(code), [''])] * 2))\n"
         )
         parent = subprocess.Popen(
-            [sys.executable, "-c", code], cwd=ROOT, env={**os.environ, "TMPDIR": folder},
-            stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-        )  # fmt: skip
+            [sys.executable, "-c", code],
+            cwd=ROOT,
+            env={**os.environ, "TMPDIR": folder},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+        )
         with parent, io.TextIOWrapper(parent.stdout) as stdout:
             assert stdout.readline() == "ready\n"
             time.sleep(0.5)
@@ -490,12 +523,12 @@ def test_everything_goes_with_the_parent(number, level):
 
 WITHOUT_NAMESPACES = """
 import json, os, sys
-sys.path.insert(0, "inference")
-import sandbox_isolation
+sys.path.insert(0, "inference/evaluation/sandbox")
+import isolation
 del sys.path[0]
-sandbox_isolation.prctl(sandbox_isolation.PR_SET_NO_NEW_PRIVS, 1)
-sandbox_isolation.deny_system_calls(in_the_open=False)  # as many containers do
-from inference.sandbox import *
+isolation.prctl(isolation.PR_SET_NO_NEW_PRIVS, 1)
+isolation.deny_system_calls(in_the_open=False)  # as many containers do
+from inference.evaluation.sandbox import *
 try:
     with Sandbox(workers=1, level=sys.argv[1], allow_code_execution=True) as sandbox:
         [outcome] = sandbox.run(Program("print(input())"), ["fine"])
@@ -519,9 +552,14 @@ def test_where_the_kernel_grants_no_namespaces(user):
 
     def start(level):
         done = subprocess.run(
-            [python, "-B", "-c", WITHOUT_NAMESPACES, level], cwd=ROOT, capture_output=True, text=True,
-            env={"PATH": "/usr/bin:/bin"}, check=True, **identity,
-        )  # fmt: skip
+            [python, "-B", "-c", WITHOUT_NAMESPACES, level],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            env={"PATH": "/usr/bin:/bin"},
+            check=True,
+            **identity,
+        )
         return json.loads(done.stdout)
 
     assert "no sandbox can be started here" in start("namespaces")
@@ -553,13 +591,15 @@ def processes(name):
             command = folder.joinpath("cmdline").read_bytes()
         except OSError:
             continue
-        if name.encode() in command and b"sandbox_runner" in command:
+        if name.encode() in command and b"sandbox/runner" in command:
             found.append(folder.name)
     return found
 
 
 def test_an_interpreter_below_tmp(sandbox):
-    """The private root keeps /tmp for the interpreter then, and the scratch folder lies elsewhere."""
+    """The private root keeps /tmp for the interpreter then, and the scratch folder lies
+    elsewhere.
+    """
     if sandbox.level != "namespaces":
         pytest.skip("no private root here")
     with tempfile.TemporaryDirectory(dir="/tmp") as folder:

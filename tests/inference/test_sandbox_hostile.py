@@ -66,9 +66,14 @@ def hostile(user, level):
             return "the checkout cannot be read by another user"
         identity = {"user": NOBODY, "group": NOBODY, "extra_groups": []}
     done = subprocess.run(
-        [python, "-B", str(FOLDER / "hostile_runs.py"), level], cwd="/", env={"PATH": "/usr/bin:/bin"},
-        capture_output=True, text=True, timeout=600, **identity,
-    )  # fmt: skip
+        [python, "-B", str(FOLDER / "hostile_runs.py"), level],
+        cwd="/",
+        env={"PATH": "/usr/bin:/bin"},
+        capture_output=True,
+        text=True,
+        timeout=600,
+        **identity,
+    )
     if done.returncode:
         if "no sandbox can be started" in done.stderr and level == "namespaces":
             return done.stderr.splitlines()[-1]

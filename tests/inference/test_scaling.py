@@ -8,7 +8,7 @@ import pytest
 
 from eagle.errors import EagleError
 from inference import scaling
-from inference.scaling import DEVICES, EMBEDDED, Device, Model, predict, tau_of
+from inference.bench.model import DEVICES, EMBEDDED, Device, Model, predict, tau_of
 
 RESULTS = Path(__file__).parents[2] / "docs" / "results"
 LLAMA_8B = Model.of(8.03e9, 32, 8, 128, 4096)
@@ -28,8 +28,8 @@ def test_a_known_model_has_its_known_size():
 
 
 def test_a_head_is_as_large_as_a_real_one():
-    from inference.gpu_suite.models import parameters
-    from inference.gpu_suite.sizes import LLAMA_8B as SHAPE
+    from inference.bench.gpu.models import parameters
+    from inference.bench.gpu.sizes import LLAMA_8B as SHAPE
 
     assert parameters(SHAPE) == pytest.approx(8.03e9, rel=0.001)
     assert Model.of(parameters(SHAPE), 32, 8, 128, 4096).read == pytest.approx(
@@ -84,8 +84,10 @@ def test_predictions_against_runs_that_it_was_not_fitted_to():
     """docs/scaling.md says so: one tree at two batch sizes tells of four trees, with this error."""
     device = scaling.calibrate(runs("engines"), EMBEDDED, "cpu")
     checks = [
-        c for name in ("cycle", "capacity", "t08") for c in scaling.check(runs(name), EMBEDDED, device)
-    ]  # fmt: skip
+        c
+        for name in ("cycle", "capacity", "t08")
+        for c in scaling.check(runs(name), EMBEDDED, device)
+    ]
     errors = [abs(c.error) for c in checks]
     assert len(errors) == 8 and statistics.mean(errors) < 0.12 and max(errors) < 0.22
     # who wins is right where it is not close
@@ -102,8 +104,17 @@ def test_a_device_is_found_again_from_its_own_cycles():
         common = {"batch_size": batch, "commit_ms": 0.0}
         for tree in ("8,4,2", "30,5,6"):
             p = predict(model, true, tree, 3.0, batch, 100)
-            made.append({"engine": "eagle_compiled", "tree": tree, "tau": 3.0, "draft_ms": p.draft_ms,
-                         "verify_ms": p.verify_ms + 1e3 * true.cycle_s, "cycle_ms": p.cycle_ms, **common})  # fmt: skip
+            made.append(
+                {
+                    "engine": "eagle_compiled",
+                    "tree": tree,
+                    "tau": 3.0,
+                    "draft_ms": p.draft_ms,
+                    "verify_ms": p.verify_ms + 1e3 * true.cycle_s,
+                    "cycle_ms": p.cycle_ms,
+                    **common,
+                }
+            )
         made.append({"engine": "vanilla_compiled", "tree": None, "cycle_ms": p.plain_ms, **common})
     found = scaling.calibrate(made, model, "y")
     for name in ("bandwidth", "flops", "cycle_s", "draft_s", "draft_token_s"):
@@ -114,15 +125,22 @@ def test_a_device_is_found_again_from_its_own_cycles():
 
 def test_a_device_from_the_gpu_suite(tmp_path, capsys):
     data = {
-        "device": "cuda", "environment": {"accelerator": "GPU"},
+        "device": "cuda",
+        "environment": {"accelerator": "GPU"},
         "cases": [
             {"kind": "plain", "rows": 1, "error": "no"},
-            {"kind": "model", "layers": 32, "target_bytes": 15e9, "head_bytes": 8.5e8,
-             "kv_bytes_per_token": 131072, "copy_bytes_per_second": 4e12},
+            {
+                "kind": "model",
+                "layers": 32,
+                "target_bytes": 15e9,
+                "head_bytes": 8.5e8,
+                "kv_bytes_per_token": 131072,
+                "copy_bytes_per_second": 4e12,
+            },
             {"kind": "plain", "rows": 1, "context": 2000, "graphed_ms": 4.2},
             {"kind": "draft", "rows": 1, "per_pass_ms": 0.3},
         ],
-    }  # fmt: skip
+    }
     model, device = scaling.from_suite(data)
     assert predict(model, device, "16,4,4", 4, 1, 2000).plain_ms == pytest.approx(4.2, rel=1e-3)
     assert device.name == "GPU" and device.draft_s > 0

@@ -82,11 +82,13 @@ def problem(name, **fields):
 
 
 SET = ProblemSet(
-    [problem("a", difficulty="HARD", skills=("Sorting",)),
-     problem("b", difficulty="EASY", skills=("Sorting", "Greedy"), special_judge=True),
-     problem("c", difficulty="EASY")],
+    [
+        problem("a", difficulty="HARD", skills=("Sorting",)),
+        problem("b", difficulty="EASY", skills=("Sorting", "Greedy"), special_judge=True),
+        problem("c", difficulty="EASY"),
+    ],
     "set.jsonl",
-)  # fmt: skip
+)
 
 
 def made(**right):
@@ -154,11 +156,19 @@ def test_a_problem_without_programs_is_not_dropped():
 
 
 REST = {
-    "data": {"name": "set.jsonl", "problems": 3, "policies": {"strict": 3}, "malformed": [], "verified": 2,
-             "excluded": [{"task_id": "z", "reason": "fails"}], "unverified": ["c"]},
-    "generation": None, "isolation": ["namespaces"],
+    "data": {
+        "name": "set.jsonl",
+        "problems": 3,
+        "policies": {"strict": 3},
+        "malformed": [],
+        "verified": 2,
+        "excluded": [{"task_id": "z", "reason": "fails"}],
+        "unverified": ["c"],
+    },
+    "generation": None,
+    "isolation": ["namespaces"],
     "speed": {"tokens_per_second": None, "samples_per_second": None, "tau": None},
-}  # fmt: skip
+}
 
 
 def test_markdown_page():

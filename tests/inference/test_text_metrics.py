@@ -24,7 +24,9 @@ def test_rouge_l_sees_other_scripts_marks_and_case():
     assert with_references(["数 数"], ["数 学"])["rouge_l"] == 0.5
     assert with_references(["x = 1"], ["x == 1"])["rouge_l"] == pytest.approx(2 * 3 / 7)
     assert with_references(["True"], ["true"])["rouge_l"] == 0.0
-    assert with_references(["今天天气很好。"], ["今天天气不好。"])["rouge_l"] == pytest.approx(6 / 7)
+    assert with_references(["今天天气很好。"], ["今天天气不好。"])["rouge_l"] == pytest.approx(
+        6 / 7
+    )
     assert words("हिन्दी में") == ["हिन्दी", "में"]  # vowel signs stay with their letters
     assert words("ไทย ok") == ["ไ", "ท", "ย", "ok"]
     assert words("a[i]+=1") == ["a", "[", "i", "]", "+", "=", "1"]
@@ -92,9 +94,17 @@ def test_classification():
 def test_auroc_of_two_and_of_three_labels():
     scores = [(0.1, "n"), (0.4, "y"), (0.35, "n"), (0.8, "y"), (0.4, "n")]
     answers = [
-        read_answer({"task": "t", "type": "classification", "prediction": "n", "label": label,
-                     "scores": {"n": 1 - s, "y": s}}) for s, label in scores
-    ]  # fmt: skip
+        read_answer(
+            {
+                "task": "t",
+                "type": "classification",
+                "prediction": "n",
+                "label": label,
+                "scores": {"n": 1 - s, "y": s},
+            }
+        )
+        for s, label in scores
+    ]
     # of 6 pairs 5 are in order and one is a tie
     assert task_report(answers)["tasks"]["t"]["auroc"] == pytest.approx(5.5 / 6)
     logits = [
@@ -138,7 +148,9 @@ def test_regression():
 
 def test_ranking():
     """By hand: 2 of 3 pairs and a tie; the best candidate first, or second."""
-    found = rows("t", "ranking", [([0.5, 0.1, 0.4], [2, 1, 0]), ([0.0, 0.0], [1, 3]), (None, [0, 1])])
+    found = rows(
+        "t", "ranking", [([0.5, 0.1, 0.4], [2, 1, 0]), ([0.0, 0.0], [1, 3]), (None, [0, 1])]
+    )
     report = task_report(found)
     entry = report["tasks"]["t"]
     assert entry["pairwise_accuracy"] == pytest.approx((2 / 3 + 0.5) / 2) == report["mean_primary"]
@@ -171,16 +183,28 @@ def test_a_task_has_one_type_and_a_file_has_rows():
         ([], "object"),
         ({"task": "t", "type": "regression", "label": 1}, "prediction"),
         ({"task": "t", "type": "choice", "prediction": 1, "label": 1}, "type"),
-        ({"task": "t", "type": "ranking", "prediction": 1, "label": [0, 1]}, "prediction must be a list"),
+        (
+            {"task": "t", "type": "ranking", "prediction": 1, "label": [0, 1]},
+            "prediction must be a list",
+        ),
         ({"task": "t", "type": "ranking", "prediction": [1], "label": [0, 1]}, "as long"),
         ({"task": "t", "type": "ranking", "prediction": [1, 2], "label": [1, 1]}, "not all alike"),
         ({"task": "t", "type": "regression", "prediction": "1", "label": 1}, "prediction"),
         ({"task": "t", "type": "regression", "prediction": 1, "label": float("nan")}, "label"),
         ({"task": "t", "type": "regression", "prediction": 1, "label": None}, "label"),
         ({"task": "t", "type": "generation", "prediction": 1, "label": "x"}, "text"),
-        ({"task": "t", "type": "classification", "prediction": "a", "label": "a", "scores": {"b": 1}}, "scores"),
+        (
+            {
+                "task": "t",
+                "type": "classification",
+                "prediction": "a",
+                "label": "a",
+                "scores": {"b": 1},
+            },
+            "scores",
+        ),
     ],
-)  # fmt: skip
+)
 def test_rows_that_are_no_answers(row, wrong):
     with pytest.raises(ValueError, match=wrong):
         read_answer(row)

@@ -1,4 +1,6 @@
-"""The chunked draft loss equals its definition, values and gradients, and holds one tile at a time."""
+"""The chunked draft loss equals its definition, values and gradients, and holds one tile at a
+time.
+"""
 
 import math
 
@@ -7,6 +9,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from inference.bench.train import peak_bytes
 from kernels.draft_loss import (
     Objective,
     draft_loss,
@@ -14,7 +17,6 @@ from kernels.draft_loss import (
     position_loss,
     tile_loss_reference,
 )
-from train.bench import peak_bytes
 
 LOSSES = ["soft_ce", "kl", "reverse_kl", "overlap", "total_variation"]
 OBJECTIVES = [Objective(loss) for loss in LOSSES]
@@ -154,7 +156,9 @@ def test_unknown_and_unimportant_positions_have_no_gradient(loss, implementation
 
 @pytest.mark.parametrize("loss", LOSSES)
 def test_far_apart_and_equal_distributions_are_finite(loss):
-    """Logits so far apart that probabilities are 0 in fp32; and q = p, where min(p, q) has a kink."""
+    """Logits so far apart that probabilities are 0 in fp32; and q = p, where min(p, q) has a
+    kink.
+    """
     t = torch.tensor([[0.0, 300.0, 0.0], [1.0, 2.0, 3.0], [-200.0, 0.0, 200.0]])
     x = torch.tensor([[300.0, 0.0, 0.0], [1.0, 2.0, 3.0], [200.0, 0.0, -200.0]])
     found, _, _, slope = tile_loss_reference(

@@ -30,7 +30,9 @@ def operator(compile_cache):
 
 @dataclass
 class Problem:
-    """q [1, Hq, T, D], k and v [1, Hkv, T, D] of a pass over `context`; the same padded for the reference."""
+    """q [1, Hq, T, D], k and v [1, Hkv, T, D] of a pass over `context`; the same padded for the
+    reference.
+    """
 
     context: TreeContext
     q: torch.Tensor
@@ -63,21 +65,40 @@ class Problem:
     def reference(self, scaling=0.3, window=None, softcap=None, sinks=None):
         """In fp32, whatever the inputs are."""
         out = tree_attention_reference(
-            self.padded_q.float(), self.keys.float(), self.values.float(), self.cache.lengths,
-            pack_bits(self.mask), self.places, scaling=scaling, sliding_window=window, softcap=softcap,
+            self.padded_q.float(),
+            self.keys.float(),
+            self.values.float(),
+            self.cache.lengths,
+            pack_bits(self.mask),
+            self.places,
+            scaling=scaling,
+            sliding_window=window,
+            softcap=softcap,
             sinks=sinks,
-        )  # fmt: skip
+        )
         for i, n in enumerate(self.counts):
             out[i, n:] = 0
         return out
 
 
 def problem(
-    lengths, N=5, offset=0, Hq=4, Hkv=2, D=16, counts=None, order=None, rows=None, dtype=torch.float32,
-    strided=False, seed=0, scale=1.0,
-) -> Problem:  # fmt: skip
-    """Rows of these lengths in buffer rows `order` of `rows`, the tree's slots `offset` before the queries
-    filled. What no query may read is NaN: slots past the live ones, and rows and layers not in use."""
+    lengths,
+    N=5,
+    offset=0,
+    Hq=4,
+    Hkv=2,
+    D=16,
+    counts=None,
+    order=None,
+    rows=None,
+    dtype=torch.float32,
+    strided=False,
+    seed=0,
+    scale=1.0,
+) -> Problem:
+    """Rows of these lengths in buffer rows `order` of `rows`, the tree's slots `offset` before the
+    queries filled. What no query may read is NaN: slots past the live ones, and rows and layers not
+    in use."""
     g = torch.Generator().manual_seed(seed)
     b, M = len(lengths), N + offset
     counts = counts or [N] * b
@@ -284,9 +305,17 @@ def test_a_row_does_not_depend_on_its_neighbours(case):
         start = sum(asked.counts[:i])
         q, k, v = (x[:, :, start : start + n] for x in (asked.q, asked.k, asked.v))
         one = Problem(
-            context, q, k, v, asked.padded_q[i : i + 1, :, :n], cache.buffer[LAYER, 0],
-            cache.buffer[LAYER, 1], context.mask, places, [n],
-        )  # fmt: skip
+            context,
+            q,
+            k,
+            v,
+            asked.padded_q[i : i + 1, :, :n],
+            cache.buffer[LAYER, 0],
+            cache.buffer[LAYER, 1],
+            context.mask,
+            places,
+            [n],
+        )
         assert torch.equal(one.run(window=50)[0], together[i, :n])
 
 

@@ -1,7 +1,9 @@
-"""A run killed again and again, in forked processes: the imports are paid once. Not a test by itself.
+"""A run killed again and again, in forked processes: the imports are paid once. Not a test by
+itself.
 
-python killed_runs.py CONFIG.json KILLS SEED -> one JSON line: {"moments": […], "steps": […]}
-Trains CONFIG into its output without disturbance, and into OUTPUT-killed with KILLS kills at random moments.
+python killed_runs.py CONFIG.json KILLS SEED -> one JSON line: {"moments": […], "steps": […]} Trains
+CONFIG into its output without disturbance, and into OUTPUT-killed with KILLS kills at random
+moments.
 """
 
 import json

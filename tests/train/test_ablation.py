@@ -7,9 +7,9 @@ from head_helpers import save_tiny_model
 
 from configs.errors import ConfigError
 from eagle.errors import EagleError
+from examples.ablation import ARMS
+from examples.ablation_table import KINDS, paired, summarise, tau_of
 from train import ablation as study
-from train.ablation import ARMS
-from train.ablation_table import KINDS, paired, summarise, tau_of
 
 
 @pytest.fixture(scope="module")
@@ -101,8 +101,10 @@ def test_minutes_become_steps_once(base, tmp_path):
 
 
 def measured(gained, cycles, temperature=0.0):
-    return [{"kind": KINDS[n % 4], "temperature": temperature, "gained": g, "cycles": c}
-            for n, (g, c) in enumerate(zip(gained, cycles, strict=True))]  # fmt: skip
+    return [
+        {"kind": KINDS[n % 4], "temperature": temperature, "gained": g, "cycles": c}
+        for n, (g, c) in enumerate(zip(gained, cycles, strict=True))
+    ]
 
 
 def result(arm, rows):

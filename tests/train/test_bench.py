@@ -8,14 +8,14 @@ import pytest
 from commands import run
 
 from configs.cli import run as run_command
-from train.bench import bench
+from inference.bench.train import bench
 
 ROOT = Path(__file__).parents[2]
 SMALL = ["train.batch_size=2", "train.ttt_steps=2", "data.max_length=64", "train.dtype=fp32"]
 
 
 def test_the_command(tmp_path, base, data):
-    command = ["train.bench", "--base", base, "--data", data, *SMALL]
+    command = ["inference.bench.train", "--base", base, "--data", data, *SMALL]
     command += ["data.min_supervised_tokens=1", "--arms", "fused,naive,recompute"]
     command += ["--steps", "1", "--repeats", "2", "--loss_vocab", "4096", "--loss_tokens", "512"]
     command += ["--loss_hidden", "16", "--json_path", tmp_path / "bench.json"]

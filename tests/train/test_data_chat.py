@@ -5,10 +5,10 @@ from tokenizers import processors
 
 from configs.schema import DataConfig
 from eagle.errors import EagleError
-from train.data.chat import encode_plain, render_chat, render_instruction
-from train.data.render import make_renderer
-from train.data.rows import RowError
-from train.data.tokens import encode_with_spans
+from records.chat import encode_plain, render_chat, render_instruction
+from records.render import make_renderer
+from records.rows import RowError
+from records.tokens import encode_with_spans
 
 LONG = 4096
 

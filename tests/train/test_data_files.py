@@ -5,8 +5,8 @@ from data_helpers import chat, write_jsonl
 
 from configs.schema import DataConfig
 from eagle.errors import EagleError
-from train.data import load_dataset_for
-from train.data.sources import read_records, resolve
+from records import load_dataset_for
+from records.sources import read_records, resolve
 
 GOOD = [{"prefix": f"a = {n}\n", "middle": "b = 2\n", "suffix": "c\n"} for n in range(40)]
 

@@ -6,9 +6,9 @@ from data_helpers import runs
 from configs.errors import ConfigError
 from configs.fim_tokens import FAMILIES, find_fim_tokens
 from configs.schema import DataConfig, FimTokens
-from train.data.fim import cut_spans, render_fim
-from train.data.render import make_renderer
-from train.data.rows import RowError
+from records.fim import cut_spans, render_fim
+from records.render import make_renderer
+from records.rows import RowError
 
 SPANS = ("def add(a, b):\n", "    return a + b\n", "\nclass Point:\n")
 RECORD = dict(zip(("prefix", "middle", "suffix"), SPANS, strict=True))

@@ -7,8 +7,8 @@ from data_helpers import chat, write_jsonl
 
 from configs.schema import DataConfig
 from eagle.errors import EagleError
-from train.data import Collator, MixtureDataset, load_dataset_for
-from train.data.mixture import RoundRobin
+from records import Collator, MixtureDataset, load_dataset_for
+from records.mixture import RoundRobin
 
 SOURCES = [[f"a{n}" for n in range(5)], [f"b{n}" for n in range(23)], ["c"]]
 

@@ -1,5 +1,5 @@
-"""Several processes and one piece of work: the same data, or ranks of a run. None waits in a collective for what
-another does alone."""
+"""Several processes and one piece of work: the same data, or ranks of a run. None waits in a
+collective for what another does alone."""
 
 import json
 import os
@@ -16,7 +16,7 @@ from data_helpers import write_jsonl
 from head_helpers import config, losses_of, write_fim
 
 from configs.schema import DataConfig
-from train.data import cache, load_dataset_for
+from records import cache, load_dataset_for
 from train.main import run
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -24,7 +24,7 @@ ENV = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPAT
 LOAD = """
 import json, sys
 from configs.schema import DataConfig
-from train.data import load_dataset_for, load_tokenizer
+from records import load_dataset_for, load_tokenizer
 folder, path, cache = sys.argv[1:]
 cfg = DataConfig(format="plain", path=path, cache_dir=cache)
 data = load_dataset_for(cfg, load_tokenizer(folder))
@@ -49,9 +49,13 @@ def test_of_two_processes_one_builds_the_entry(tmp_path, tokenizer_dir):
 
 def test_the_lock_of_a_killed_process_is_free(tmp_path):
     path = tmp_path / ".lock"
-    code = "import sys, time\nfrom pathlib import Path\nfrom train.data.cache import _alone\n" \
-           "with _alone(Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"  # fmt: skip
-    holder = subprocess.Popen([sys.executable, "-c", code, str(path)], env=ENV, stdout=subprocess.PIPE)
+    code = (
+        "import sys, time\nfrom pathlib import Path\nfrom records.cache import _alone\n"
+        "with _alone(Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"
+    )
+    holder = subprocess.Popen(
+        [sys.executable, "-c", code, str(path)], env=ENV, stdout=subprocess.PIPE
+    )
     assert holder.stdout.readline() == b"held\n"
     holder.kill()
     holder.wait()
@@ -65,17 +69,26 @@ def test_the_lock_of_a_killed_process_is_free(tmp_path):
 def test_any_number_of_processes_tokenises_the_same(tmp_path, tokenizer, processes):
     rng, lines = random.Random(0), []
     for n in range(2600):
-        text = " ".join(rng.choice(["def", "class", "é", "x = 1"]) for _ in range(rng.randint(1, 30)))
+        text = " ".join(
+            rng.choice(["def", "class", "é", "x = 1"]) for _ in range(rng.randint(1, 30))
+        )
         lines.append("{oops" if n % 97 == 5 else json.dumps({"text": text if n % 50 else ""}))
     path = tmp_path / "d.jsonl"
     path.write_text("\n".join(lines) + "\n")
     found = []
     for count in (1, processes):
-        cfg = DataConfig(format="plain", path=str(path), cache_dir=str(tmp_path / str(count)), num_proc=count)
+        cfg = DataConfig(
+            format="plain", path=str(path), cache_dir=str(tmp_path / str(count)), num_proc=count
+        )
         data = load_dataset_for(cfg, tokenizer, out_dir=tmp_path / str(count))
         folder = data.sources[0].entry.folder
-        files = [(folder / name).read_bytes() for name in ("rows.arrow", "stats.json", "quarantine.jsonl")]
-        found.append((files, (tmp_path / str(count) / "quarantine.jsonl").read_bytes(), data.digest))
+        files = [
+            (folder / name).read_bytes()
+            for name in ("rows.arrow", "stats.json", "quarantine.jsonl")
+        ]
+        found.append(
+            (files, (tmp_path / str(count) / "quarantine.jsonl").read_bytes(), data.digest)
+        )
     assert found[0] == found[1] and data.stats["bad"] == 79
 
 
@@ -85,7 +98,7 @@ def test_a_process_that_is_killed_ends_the_tokenising(tmp_path, tokenizer, monke
     def die(record):
         os.kill(os.getpid(), signal.SIGKILL)
 
-    monkeypatch.setattr("train.data.dataset.make_renderer", lambda *_: die)
+    monkeypatch.setattr("records.dataset.make_renderer", lambda *_: die)
     cfg = DataConfig(format="plain", path=str(path), cache_dir=str(tmp_path / "cache"), num_proc=2)
     with pytest.raises(ValueError, match="lower data.num_proc"):
         load_dataset_for(cfg, tokenizer)
@@ -122,7 +135,9 @@ assert world.max([float(world.rank)]) == [1.0]
 
 
 def two_ranks(tmp_path, code, argument, timeout):
-    """Without a launcher, which would end a rank whose neighbour has failed: (exit codes, stdout, stderr) of each."""
+    """Without a launcher, which would end a rank whose neighbour has failed: (exit codes, stdout,
+    stderr) of each.
+    """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -130,19 +145,24 @@ def two_ranks(tmp_path, code, argument, timeout):
     env = {**ENV, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     started = [
         subprocess.Popen(
-            [sys.executable, str(tmp_path / "ranks.py"), argument], cwd=ROOT, text=True,
-            env={**env, "RANK": str(rank), "LOCAL_RANK": str(rank)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            [sys.executable, str(tmp_path / "ranks.py"), argument],
+            cwd=ROOT,
+            text=True,
+            env={**env, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
         )
         for rank in range(2)
-    ]  # fmt: skip
+    ]
     outputs = [process.communicate(timeout=timeout) for process in started]
     return [p.returncode for p in started], *zip(*outputs, strict=True)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "what, told", [("slow", None), ("failing", "rank 0 failed: the disk is full"), ("killed", "rank 0 is gone")]
-)  # fmt: skip
+    "what, told",
+    [("slow", None), ("failing", "rank 0 failed: the disk is full"), ("killed", "rank 0 is gone")],
+)
 def test_ranks_wait_for_the_first_however_long_it_takes_and_end_with_it(tmp_path, what, told):
     codes, out, err = two_ranks(tmp_path, FIRST, what, timeout=60)
     if told is None:
@@ -160,7 +180,12 @@ def test_two_ranks_tokenise_evaluate_and_save_for_longer_than_a_collective_may_t
     (tmp_path / "two.json").write_text(two.model_dump_json())
     codes, _, err = two_ranks(tmp_path, RUN, str(tmp_path / "two.json"), timeout=280)
     assert codes == [0, 0], err[0][-2000:] + err[1][-2000:]
-    assert run(config(base, tmp_path / "fim.jsonl", tmp_path / "one", batch_size=4, **more), quiet=True) == 0
+    assert (
+        run(
+            config(base, tmp_path / "fim.jsonl", tmp_path / "one", batch_size=4, **more), quiet=True
+        )
+        == 0
+    )
     summaries = [json.loads((tmp_path / n / "summary.json").read_text()) for n in ("two", "one")]
     first, second = (s["evaluations"][0] for s in summaries)
     for e in (first, second):

@@ -1,4 +1,6 @@
-"""Each finding of the doctor about an installation or a machine is met by what it is there to find."""
+"""Each finding of the doctor about an installation or a machine is met by what it is there to
+find.
+"""
 
 import json
 import sys
@@ -13,7 +15,7 @@ from packaging.requirements import Requirement
 
 from configs.schema import HeadTrainConfig
 from eagle.errors import EagleError
-from eagle.head import HeadConfig
+from eagle.heads.head import HeadConfig
 from train.checks import devices, installation, space
 from train.checks.findings import Finding, guarded
 
@@ -60,9 +62,14 @@ def test_a_broken_check_is_a_finding_and_the_others_go_on():
 
 @pytest.mark.parametrize(
     ("version", "level", "text"),
-    [("2.4.1", "problem", "older"), ("2.13.0+cu130", "ok", "torch 2.13.0+cu130"), ("2.9.0rc1", "problem", "older"),
-     ("3.0", "warning", "newer"), (None, "problem", "not installed")],
-)  # fmt: skip
+    [
+        ("2.4.1", "problem", "older"),
+        ("2.13.0+cu130", "ok", "torch 2.13.0+cu130"),
+        ("2.9.0rc1", "problem", "older"),
+        ("3.0", "warning", "newer"),
+        (None, "problem", "not installed"),
+    ],
+)
 def test_versions_are_held_against_the_supported_range(monkeypatch, version, level, text):
     monkeypatch.setattr(installation, "installed", lambda name: version)
     found = installation.judge(Requirement("torch>=2.9,<2.14"))
@@ -169,10 +176,15 @@ def test_a_cpu_and_a_cpu_build_beside_a_gpu(monkeypatch):
 
 @pytest.mark.parametrize(
     ("capability", "free", "archs", "level", "text"),
-    [((9, 0), 0.9, ["sm_80", "sm_90"], "ok", "sm_90"), ((8, 6), 0.9, ["sm_80"], "ok", "sm_86"),
-     ((9, 0), 0.9, ["sm_90a"], "ok", "sm_90"), ((12, 0), 0.9, ["sm_80", "sm_90"], "problem", "no code for it"),
-     ((9, 0), 0.2, ["sm_90"], "warning", "other processes"), ((7, 5), 0.9, ["sm_75"], "note", "no bf16")],
-)  # fmt: skip
+    [
+        ((9, 0), 0.9, ["sm_80", "sm_90"], "ok", "sm_90"),
+        ((8, 6), 0.9, ["sm_80"], "ok", "sm_86"),
+        ((9, 0), 0.9, ["sm_90a"], "ok", "sm_90"),
+        ((12, 0), 0.9, ["sm_80", "sm_90"], "problem", "no code for it"),
+        ((9, 0), 0.2, ["sm_90"], "warning", "other processes"),
+        ((7, 5), 0.9, ["sm_75"], "note", "no bf16"),
+    ],
+)
 def test_gpus(monkeypatch, capability, free, archs, level, text):
     facts = SimpleNamespace(name="NVIDIA X", major=capability[0], minor=capability[1])
     total = 80 * 2**30
@@ -292,7 +304,11 @@ def test_memory_need(monkeypatch):
     )
     less = space.MemoryNeed.of(muon, HEAD, weights=1000, target_bytes=10**6, target_width=99)
     assert less.optimizer == 4000 and less.activations < 0.25 * need.activations
-    for free, level in ((need.total * 2, "ok"), (need.total * 1.1, "warning"), (need.total - 1, "problem")):  # fmt: skip
+    for free, level in (
+        (need.total * 2, "ok"),
+        (need.total * 1.1, "warning"),
+        (need.total - 1, "problem"),
+    ):
         monkeypatch.setattr(space, "available_memory", lambda device, free=free: int(free))
         [found] = space.memory(need, torch.device("cpu"))
         assert found.level == level
@@ -303,7 +319,7 @@ def test_memory_need(monkeypatch):
 @pytest.mark.parametrize("recompute", [False, True])
 def test_activations_are_what_autograd_keeps(amp, recompute):
     from configs.schema import LossConfig
-    from eagle.head import Eagle3Head
+    from eagle.heads.head import Eagle3Head
     from train.head.ttt import UnrolledHead, plan_unroll
 
     def teacher(start, stop):
@@ -401,8 +417,11 @@ def test_the_command_on_a_fit_target_and_on_an_unfit_one(tmp_path, tokenizer_dir
 
 
 def test_errors_of_the_command_are_one_line(tmp_path):
-    for arguments, text in ((["--bass", "x"], "did you mean --base?"), (["--num", "-1"], "0 or more"),
-                            (["train.zreo=1"], "did you mean train.zero?")):  # fmt: skip
+    for arguments, text in (
+        (["--bass", "x"], "did you mean --base?"),
+        (["--num", "-1"], "0 or more"),
+        (["train.zreo=1"], "did you mean train.zero?"),
+    ):
         done = doctor(*arguments)
         assert done.returncode == 1 and text in done.stderr and len(done.stderr.splitlines()) == 1
 
@@ -419,7 +438,7 @@ def test_errors_of_the_command_are_one_line(tmp_path):
 def test_one_rule_for_all_caches(monkeypatch, tmp_path, environment, expected):
     from configs.schema import DataConfig
     from eagle.compile import compiled_folder
-    from train.data.cache import cache_root
+    from records.cache import cache_root
 
     for name in ("EAGLE_CACHE", "XDG_CACHE_HOME"):
         monkeypatch.delenv(name, raising=False)

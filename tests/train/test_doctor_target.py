@@ -1,4 +1,6 @@
-"""Each finding of the doctor about a target, its tokenizer, a head or data is met by what it is there to find."""
+"""Each finding of the doctor about a target, its tokenizer, a head or data is met by what it is
+there to find.
+"""
 
 import json
 import logging
@@ -20,7 +22,7 @@ CHATML = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_e
 @pytest.fixture(autouse=True)
 def quiet():
     """As the command does: what the loader warns about are findings."""
-    logger = logging.getLogger("train.data")
+    logger = logging.getLogger("records")
     before = logger.level
     logger.setLevel(logging.ERROR)
     yield
@@ -168,7 +170,10 @@ def test_an_end_token_outside_the_model(base):
 def test_pad_tokens(base):
     from transformers import AutoTokenizer
 
-    for pad, level, text in (("<|endoftext|>", "ok", "end token too"), (None, "note", "the tokenizer has none")):  # fmt: skip
+    for pad, level, text in (
+        ("<|endoftext|>", "ok", "end token too"),
+        (None, "note", "the tokenizer has none"),
+    ):
         tokenizer = AutoTokenizer.from_pretrained(base)
         tokenizer.pad_token = pad
         tokenizer.save_pretrained(base)

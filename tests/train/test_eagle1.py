@@ -1,4 +1,6 @@
-"""EAGLE-1 heads are trained: teacher-forced features with noise, smooth L1 on features, and the tokens' loss."""
+"""EAGLE-1 heads are trained: teacher-forced features with noise, smooth L1 on features, and the
+tokens' loss.
+"""
 
 import json
 
@@ -12,7 +14,7 @@ from safetensors.torch import load_file
 from configs.schema import HeadTrainConfig, LossConfig
 from eagle.checkpoint import load_head, save_head
 from eagle.errors import EagleError
-from eagle.head import FINAL, HeadConfig, make_head
+from eagle.heads.head import FINAL, HeadConfig, make_head
 from eagle.model import EaModel
 from eagle.target import Target
 from kernels.draft_loss import position_loss
@@ -117,8 +119,18 @@ def test_settings_of_the_other_method_are_refused(values, match):
 def trained(base, data, tmp_path_factory):
     """40 steps with noise, a checkpoint in the middle."""
     output = tmp_path_factory.mktemp("runs") / "eagle1"
-    cfg = config(base, data, output, max_steps=40, save_every=20, lr=3e-3, ttt_steps=2, model=ONE,
-                 loss={"token_weight": 1.0}, eval={"num_prompts": 3})  # fmt: skip
+    cfg = config(
+        base,
+        data,
+        output,
+        max_steps=40,
+        save_every=20,
+        lr=3e-3,
+        ttt_steps=2,
+        model=ONE,
+        loss={"token_weight": 1.0},
+        eval={"num_prompts": 3},
+    )
     assert run(cfg, quiet=True) == 0
     return output
 
@@ -157,9 +169,19 @@ def test_upstreams_flag_says_which_kind_is_meant(trained, base):
 
 def test_a_resumed_eagle1_run_is_the_same_run(trained, base, data, tmp_path):
     """The noise goes on where it was."""
-    cfg = config(base, data, tmp_path / "again", max_steps=40, save_every=20, lr=3e-3, ttt_steps=2, model=ONE,
-                 loss={"token_weight": 1.0}, eval={"num_prompts": 3},
-                 resume=str(trained / "checkpoints/step-20"))  # fmt: skip
+    cfg = config(
+        base,
+        data,
+        tmp_path / "again",
+        max_steps=40,
+        save_every=20,
+        lr=3e-3,
+        ttt_steps=2,
+        model=ONE,
+        loss={"token_weight": 1.0},
+        eval={"num_prompts": 3},
+        resume=str(trained / "checkpoints/step-20"),
+    )
     assert run(cfg, quiet=True) == 0
     assert losses_of(tmp_path / "again") == losses_of(trained)[20:]
     a, b = (load_file(x / "head/model.safetensors") for x in (trained, tmp_path / "again"))
@@ -193,8 +215,15 @@ def test_an_embedding_of_its_own_is_used_and_not_trained(base, data, tmp_path):
     )
     start.set_draft_vocab(torch.arange(128))
     save_head(start, tmp_path / "start")
-    cfg = config(base, data, tmp_path / "run", max_steps=2, optimizer="muon", save_every=1,
-                 model={"init_head": str(tmp_path / "start")})  # fmt: skip
+    cfg = config(
+        base,
+        data,
+        tmp_path / "run",
+        max_steps=2,
+        optimizer="muon",
+        save_every=1,
+        model={"init_head": str(tmp_path / "start")},
+    )
     assert run(cfg, quiet=True) == 0
     head, _ = load_head(tmp_path / "run/head", target)
     assert torch.equal(head.embed_tokens.weight, start.embed_tokens.weight)
@@ -204,8 +233,12 @@ def test_an_embedding_of_its_own_is_used_and_not_trained(base, data, tmp_path):
 
 
 def test_a_start_of_another_kind_is_refused(base, data, tmp_path, trained):
-    cfg = config(base, data, tmp_path / "run", model={
-        "init_head": str(trained / "head"), "draft_vocab_size": None})  # fmt: skip
+    cfg = config(
+        base,
+        data,
+        tmp_path / "run",
+        model={"init_head": str(trained / "head"), "draft_vocab_size": None},
+    )
     with pytest.raises(EagleError, match="model.method=eagle3 contradicts .* has eagle1; set that"):
         run(cfg, quiet=True)
 

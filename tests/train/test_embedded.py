@@ -8,9 +8,9 @@ import torch
 
 import eagle
 from eagle.loading import EMBEDDED
-from train.embedded import corpus
-from train.embedded.datasets import write_datasets
-from train.embedded.pretrain import PretrainConfig, pretrain
+from tools.embedded import corpus
+from tools.embedded.datasets import write_datasets
+from tools.embedded.pretrain import PretrainConfig, pretrain
 
 DATA = EMBEDDED / "data"
 
@@ -91,9 +91,18 @@ def test_shipped_files_are_small():
 @pytest.mark.slow
 def test_pretraining_learns_saves_and_loads(sources, tmp_path):
     config = PretrainConfig(
-        layers=4, hidden=64, heads=1, kv_heads=1, intermediate=128, vocab_size=400, seq_len=64,
-        batch_size=4, minutes=0.1, warmup_steps=2, compile=False,
-    )  # fmt: skip
+        layers=4,
+        hidden=64,
+        heads=1,
+        kv_heads=1,
+        intermediate=128,
+        vocab_size=400,
+        seq_len=64,
+        batch_size=4,
+        minutes=0.1,
+        warmup_steps=2,
+        compile=False,
+    )
     report = pretrain(tmp_path, config, str(sources))
     assert report["steps"] > 3
     assert report["heldout"]["nats_per_token"] < 5.5  # ln 400 = 5.99 is knowing nothing

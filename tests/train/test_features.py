@@ -60,8 +60,8 @@ def stores(base, data, tmp_path_factory):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("batch_size", [1, 4])
 def test_a_run_from_features_has_the_online_losses(stores, base, data, tmp_path, dtype, batch_size):
-    """Bit for bit, losses and weights, over more than an epoch of shuffled rows: on one thread the numbers of
-    a row do not depend on the rows beside it."""
+    """Bit for bit, losses and weights, over more than an epoch of shuffled rows: on one thread the
+    numbers of a row do not depend on the rows beside it."""
     options = {"batch_size": batch_size, "max_steps": 32 // batch_size, "model": {"dtype": dtype}}
     assert run(config(base, data, tmp_path / "online", **options), quiet=True) == 0
     options["data_more"] = {"features": str(stores(dtype))}
@@ -113,7 +113,7 @@ def test_features_are_stored_once_and_found_by_their_tokens(base, tmp_path):
     with pytest.raises(EagleError, match=r"lack a row of this batch \(4 tokens\)"):
         store.hidden_and_features(ids, ids > 0)
     assert row_key([5, 6, 7]) == row_key(torch.tensor([5, 6, 7])) != row_key([5, 6, 8])
-    from train.data import load_dataset_for, load_tokenizer
+    from records import load_dataset_for, load_tokenizer
 
     row = load_dataset_for(cfg.data, load_tokenizer(str(base)))[1]["input_ids"]
     ids = torch.tensor([row + [0] * 5])
@@ -139,14 +139,20 @@ def command(base, data, output):
         "--shard_mb",
         TINY,
     ]
-    overrides = ["data.max_length=96", f"data.cache_dir={data.parent / 'cache'}", "model.dtype=float32",
-                 "data.heldout_fraction=0.1"]  # fmt: skip
+    overrides = [
+        "data.max_length=96",
+        f"data.cache_dir={data.parent / 'cache'}",
+        "model.dtype=float32",
+        "data.heldout_fraction=0.1",
+    ]
     return ["train.prepare", "features", *words, *overrides]
 
 
 @pytest.mark.slow
 def test_killed_writing_goes_on_and_ends_the_same(stores, base, data, tmp_path):
-    """kill -9 between and within shards: what was whole stays, the rest follows, all bytes as undisturbed."""
+    """kill -9 between and within shards: what was whole stays, the rest follows, all bytes as
+    undisturbed.
+    """
     output, whole = tmp_path / "features", stores("float32")
     names = {p.name for p in whole.iterdir()}
     assert len(names) > 5
@@ -228,7 +234,9 @@ def test_features_of_something_else_are_refused(
 
 
 def test_a_part_of_the_data_is_enough(stores, base, data, tmp_path):
-    """Rows are known by their tokens: another seed, order or share of them needs no other features."""
+    """Rows are known by their tokens: another seed, order or share of them needs no other
+    features.
+    """
     part = tmp_path / "part.jsonl"
     part.write_text("".join(data.read_text().splitlines(keepends=True)[::2]))
     more = {"features": str(stores("float32")), "seed": 3, "heldout_fraction": 0.2}

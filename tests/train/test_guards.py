@@ -75,7 +75,7 @@ def test_a_loss_that_is_not_finite_names_the_row_that_it_came_from(
     assert named.startswith(f"{row} ({data}:") and named.count("jsonl") == 1
     line = int(named.split("jsonl:")[1].rstrip(")"))
     prefix = json.loads(data.read_text().splitlines()[line - 1])["prefix"]
-    from train.data import load_tokenizer
+    from records import load_tokenizer
 
     text = load_tokenizer(str(base)).decode(bad[0].input_ids[1])
     assert prefix.strip() in text

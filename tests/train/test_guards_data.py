@@ -31,7 +31,9 @@ def with_tokenizer(base, folder, change):
 
 @pytest.mark.parametrize("pad", ["eos", "none", "own"])
 def test_the_padding_token_means_nothing(base, data, tmp_path, pad):
-    """Padding is known by length: with pad = eos the end token is learnt, without a pad token all works."""
+    """Padding is known by length: with pad = eos the end token is learnt, without a pad token all
+    works.
+    """
 
     def change(tokenizer):
         tokenizer.pad_token = {"eos": tokenizer.eos_token, "none": None, "own": "def"}[pad]
@@ -49,7 +51,9 @@ def test_the_padding_token_means_nothing(base, data, tmp_path, pad):
 
 
 def test_special_tokens_are_always_in_the_draft_vocabulary(base, data, tmp_path):
-    """Chat tokens occur nowhere in FIM data, and every id of a small vocabulary has a better claim."""
+    """Chat tokens occur nowhere in FIM data, and every id of a small vocabulary has a better
+    claim.
+    """
     tokenizer = AutoTokenizer.from_pretrained(base)
     cfg = config(base, data, tmp_path / "run", max_steps=1, model={"draft_vocab_size": 16})
     assert run(cfg, quiet=True) == 0
@@ -102,8 +106,17 @@ def test_the_best_head_is_chosen_by_acceptance_and_not_by_loss(base, data, tmp_p
     taus = iter([1.0, 1.5, 2.5, 1.2])
     measure = loop.acceptance
     monkeypatch.setattr(loop, "acceptance", lambda *a: {**measure(*a), "tau": next(taus)})
-    cfg = config(base, data, tmp_path / "run", max_steps=30, eval_every=10, save_total_limit=1, lr=3e-3,
-                 batch_size=16, eval={"num_prompts": 1, "max_new_tokens": 4})  # fmt: skip
+    cfg = config(
+        base,
+        data,
+        tmp_path / "run",
+        max_steps=30,
+        eval_every=10,
+        save_total_limit=1,
+        lr=3e-3,
+        batch_size=16,
+        eval={"num_prompts": 1, "max_new_tokens": 4},
+    )
     assert run(cfg, quiet=True) == 0
     losses = losses_of(tmp_path / "run")
     assert losses[29] < losses[19] < losses[9]
@@ -146,13 +159,21 @@ def test_a_template_that_drops_turns_is_refused(base, tmp_path):
 
 @pytest.mark.parametrize("zero", [0, 1, 2, 3])
 def test_a_batch_that_teaches_nothing_takes_part_all_the_same(base, tmp_path, zero):
-    """Its only target is the second token, which no head can draft. Every parameter must still have a
-    gradient, or ranks wait for each other."""
+    """Its only target is the second token, which no head can draft. Every parameter must still have
+    a gradient, or ranks wait for each other."""
     nothing = {"input_ids": [5, 6, 7, 8], "loss_mask": [0, 1, 0, 0]}
     rows = [{"input_ids": [n, 6, 7, 8, 9, 10], "loss_mask": [0, 0, 0, 1, 1, 1]} for n in range(40)]
     path = write_jsonl(tmp_path / "rows.jsonl", [*rows, *[nothing] * 120])
-    cfg = config(base, path, tmp_path / "run", zero=zero, max_steps=24, batch_size=1, grad_accum=2,
-                 data_more={"format": "tokenized", "heldout_fraction": 0.0})  # fmt: skip
+    cfg = config(
+        base,
+        path,
+        tmp_path / "run",
+        zero=zero,
+        max_steps=24,
+        batch_size=1,
+        grad_accum=2,
+        data_more={"format": "tokenized", "heldout_fraction": 0.0},
+    )
     assert run(cfg, quiet=True) == 0
     losses = losses_of(tmp_path / "run")
     assert 0.0 in losses and max(losses) > 0  # some steps teach nothing at all

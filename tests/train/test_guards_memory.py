@@ -13,7 +13,7 @@ from head_helpers import config, losses_of, rows_of
 from safetensors.torch import load_file
 
 from eagle.errors import EagleError
-from train.data.shipped import shipped
+from records.shipped import shipped
 from train.head.accumulate import Accumulator
 from train.head.engine import Engine
 from train.main import run
@@ -33,7 +33,9 @@ def require_alike(a, b, rel=1e-4):
 
 
 def no_room_for(rows: int, monkeypatch, method: str) -> list[int]:
-    """Forward or backward fails above `rows` rows, a backward pass after it has left its gradients."""
+    """Forward or backward fails above `rows` rows, a backward pass after it has left its
+    gradients.
+    """
     tried, forward, backward = [], Accumulator._forward, Engine.backward
 
     def small_forward(self, batch, *rest):
@@ -123,8 +125,16 @@ def test_one_rank_without_memory_makes_all_cut_smaller(base, data, tmp_path):
     cfg = config(base, data, tmp_path / "two", batch_size=2, **more)
     (tmp_path / "two.json").write_text(cfg.model_dump_json())
     (tmp_path / "ranks.py").write_text(RANKS)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
-               str(tmp_path / "ranks.py"), str(tmp_path / "two.json")]  # fmt: skip
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+        str(tmp_path / "ranks.py"),
+        str(tmp_path / "two.json"),
+    ]
     done = subprocess.run(command, env=ENV, cwd=ROOT, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr[-3000:]
     assert run(config(base, data, tmp_path / "one", batch_size=4, **more), quiet=True) == 0
@@ -175,7 +185,9 @@ print(before - resident())
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="needs glibc")
 @pytest.mark.parametrize("kind", ["head", "sft"])
 def test_what_freed_tensors_leave_does_not_pile_up(tmp_path, kind):
-    """Steps on rows of all lengths: of what the process holds hardly anything is free (160 MB of it were)."""
+    """Steps on rows of all lengths: of what the process holds hardly anything is free (160 MB of it
+    were).
+    """
     lines = shipped("chat", "eval").read_text().splitlines(keepends=True)
     (tmp_path / "few.jsonl").write_text("".join(lines[:4]))
     command = [sys.executable, "-c", GROWN, kind, str(tmp_path)]

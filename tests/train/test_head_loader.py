@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from configs.schema import DataConfig
 from eagle.errors import EagleError
-from train.data import load_dataset_for
+from records import load_dataset_for
 from train.head import loader as loading
 from train.head.loader import Loader, Steps, choose_workers
 from train.head.order import RowOrder, cut_step
@@ -53,7 +53,7 @@ def test_a_budget_makes_as_few_batches_as_fit():
 
 @pytest.fixture
 def rows(tmp_path, base, data):
-    from train.data import load_tokenizer
+    from records import load_tokenizer
 
     cfg = DataConfig(path=str(data), max_length=96, cache_dir=str(data.parent / "cache"))
     return load_dataset_for(cfg, load_tokenizer(str(base)))
@@ -174,8 +174,15 @@ def test_token_ids_outside_the_target_s_vocabulary_name_their_rows(base, tmp_pat
     good = [{"input_ids": ids, "loss_mask": [0] + [1] * 19} for _ in range(20)]
     bad = {"input_ids": [*ids, beyond], "loss_mask": [0] + [1] * 20}
     path = write_jsonl(tmp_path / "rows.jsonl", [*good, bad])
-    cfg = config(other, path, tmp_path / "run", batch_size=7, grad_accum=3, eval={"num_prompts": 0},
-                 data_more={"format": "tokenized", "heldout_fraction": 0.0})  # fmt: skip
+    cfg = config(
+        other,
+        path,
+        tmp_path / "run",
+        batch_size=7,
+        grad_accum=3,
+        eval={"num_prompts": 0},
+        data_more={"format": "tokenized", "heldout_fraction": 0.0},
+    )
     with pytest.raises(
         EagleError, match=r"rows .*rows.jsonl:21\).*outside the target's vocabulary"
     ):

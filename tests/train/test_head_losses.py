@@ -75,7 +75,10 @@ def test_focal_fades_as_the_overlap_grows(gamma):
 
 def test_the_target_prob_weight_does_not_fade_on_soft_targets():
     teacher, _ = distributions()
-    kept = losses(teacher, teacher, name="focal", weight="target_prob")[0] / losses(teacher, teacher)[0]  # fmt: skip
+    kept = (
+        losses(teacher, teacher, name="focal", weight="target_prob")[0]
+        / losses(teacher, teacher)[0]
+    )
     assert kept.mean() > 0.5
 
 
@@ -237,7 +240,8 @@ def test_a_batch_without_targets_has_zero_loss_and_zero_gradient():
 
 
 def test_metrics_of_a_known_chain():
-    # two starts: both right at depth 0, one of them at depth 1; a third target is outside the vocabulary
+    # two starts: both right at depth 0, one of them at depth 1; a third target is outside the
+    # vocabulary
     sums = torch.zeros(2, len(COLUMNS))
     column = {name: i for i, name in enumerate(COLUMNS)}
     first = {"targets": 4, "known": 3, "right": 2, "asked": 4, "held": 2}

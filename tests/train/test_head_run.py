@@ -49,8 +49,16 @@ def test_a_run_leaves_head_metrics_and_summary(plain_run, base):
     assert [r["step"] for r in rows] == list(range(1, 41))
     overlaps = [r["overlap_by_depth"][0] for r in rows]
     assert sum(overlaps[-5:]) > sum(overlaps[:5])
-    for name in ("loss", "accuracy_by_depth", "acceptance_by_depth", "tau_simulated", "lr", "grad_norm",
-                 "tokens_per_second", "seconds"):  # fmt: skip
+    for name in (
+        "loss",
+        "accuracy_by_depth",
+        "acceptance_by_depth",
+        "tau_simulated",
+        "lr",
+        "grad_norm",
+        "tokens_per_second",
+        "seconds",
+    ):
         assert name in rows[-1]
     assert rows[0]["lr"] < rows[1]["lr"] and rows[-1]["lr"] == pytest.approx(3e-4)
     summary = json.loads((plain_run / "summary.json").read_text())
@@ -61,7 +69,9 @@ def test_a_run_leaves_head_metrics_and_summary(plain_run, base):
 
 
 def test_training_is_deterministic_and_resumes_after_a_kill(plain_run, base, data, tmp_path):
-    """The same run in another process, killed in the middle and resumed: bit-equal to the undisturbed one."""
+    """The same run in another process, killed in the middle and resumed: bit-equal to the
+    undisturbed one.
+    """
     output = tmp_path / "killed"
     cfg = config(base, data, output, max_steps=40, save_every=5, lr=3e-3, eval={"num_prompts": 3})
     file = tmp_path / "run.yaml"
@@ -102,7 +112,9 @@ def test_resume_in_one_process_is_bit_equal(base, data, tmp_path):
 
 
 def drafts_of(head_folder, base):
-    """What a saved head drafts in the engine: tokens of three prompts, and how many it had accepted."""
+    """What a saved head drafts in the engine: tokens of three prompts, and how many it had
+    accepted.
+    """
     target = Target.from_pretrained(base, dtype="float32")
     head, _ = load_head(head_folder, target, dtype="float32")
     model = EaModel(target, head=head, tree="8,3,2")
@@ -136,9 +148,17 @@ def test_zero_stages_agree_and_resume(base, data, tmp_path):
 
 def test_bf16_focal_muon_warm_start(plain_run, base, data, tmp_path):
     output = tmp_path / "warm"
-    cfg = config(base, data, output, dtype="bf16", optimizer="muon", max_steps=6, grad_accum=2,
-                 loss={"name": "focal", "gamma": 2.0}, model={"init_head": str(plain_run / "head"),
-                                                              "draft_vocab_size": None})  # fmt: skip
+    cfg = config(
+        base,
+        data,
+        output,
+        dtype="bf16",
+        optimizer="muon",
+        max_steps=6,
+        grad_accum=2,
+        loss={"name": "focal", "gamma": 2.0},
+        model={"init_head": str(plain_run / "head"), "draft_vocab_size": None},
+    )
     assert run(cfg, quiet=True) == 0
     before, after = (
         load_file(folder / "head" / "model.safetensors") for folder in (plain_run, output)
@@ -169,8 +189,16 @@ def test_two_ranks_equal_one(base, data, tmp_path):
         files[-1].write_text(cfg.model_dump_json())
     script = tmp_path / "ranks.py"
     script.write_text(RANKS)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
-               str(script), *map(str, files)]  # fmt: skip
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+        str(script),
+        *map(str, files),
+    ]
     done = subprocess.run(command, env=ENV, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     assert_quiet(done)

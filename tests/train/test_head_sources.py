@@ -31,8 +31,13 @@ def mixed(
     ]
     for source, weight in zip(mixture, weights, strict=True):
         source["weight"] = weight
-    more = {"format": "mixed", "path": None, "mixture": mixture, "cache_dir": str(files / "cache"),
-            **(data_more or {})}  # fmt: skip
+    more = {
+        "format": "mixed",
+        "path": None,
+        "mixture": mixture,
+        "cache_dir": str(files / "cache"),
+        **(data_more or {}),
+    }
     return config(base, files / "fim.jsonl", output, data_more=more, **train)
 
 
@@ -77,7 +82,9 @@ def test_loss_weights_of_all_sources_alike_change_nothing(base, files, tmp_path)
 
 
 def test_a_source_of_no_weight_leaves_the_gradient_of_the_other(base, files, tmp_path):
-    """With 1e-6 beside 1 the gradient is that of the other source's rows alone, and so is the loss."""
+    """With 1e-6 beside 1 the gradient is that of the other source's rows alone, and so is the
+    loss.
+    """
     more = {"max_steps": 1, "batch_size": 8}
     found = {}
     for name, weights in (("both", (1, 1)), ("fim", (1, 1e-6)), ("chat", (1e-6, 1))):
@@ -104,8 +111,17 @@ def test_the_cut_into_micro_batches_leaves_loss_weights_alone(base, files, tmp_p
 
 
 def test_shares_follow_weights_until_all_are_exhausted(base, files, tmp_path):
-    cfg = mixed(base, files, tmp_path / "run", weights=(3, 1), max_steps=None, epochs=1, log_every=1,
-                batch_size=8, lr=1e-6)  # fmt: skip
+    cfg = mixed(
+        base,
+        files,
+        tmp_path / "run",
+        weights=(3, 1),
+        max_steps=None,
+        epochs=1,
+        log_every=1,
+        batch_size=8,
+        lr=1e-6,
+    )
     assert run(cfg, quiet=True) == 0
     summary = json.loads((tmp_path / "run/summary.json").read_text())
     fim, chats = 54, 36  # rows that are not held out, about

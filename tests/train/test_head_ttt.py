@@ -11,7 +11,9 @@ from train.head.vocab import choose_draft_vocab
 
 
 class GrowingKeys:
-    """The way of inference: every pass appends its keys and sees all that are there, in each layer."""
+    """The way of inference: every pass appends its keys and sees all that are there, in each
+    layer.
+    """
 
     def __init__(self):
         self.kept = {}

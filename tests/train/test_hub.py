@@ -1,4 +1,6 @@
-"""Hub ids wherever a base, a head or an adapter is asked for: from a real hub cache, without a network."""
+"""Hub ids wherever a base, a head or an adapter is asked for: from a real hub cache, without a
+network.
+"""
 
 import json
 import os
@@ -16,7 +18,7 @@ from huggingface_hub import constants
 from configs import cli
 from eagle.checkpoint import save_head
 from eagle.errors import EagleError
-from eagle.head import HeadConfig, make_head
+from eagle.heads.head import HeadConfig, make_head
 from eagle.loading import find_adapter, find_folder
 from eagle.model import EaModel
 from eagle.target import Target
@@ -25,7 +27,9 @@ ROOT = Path(__file__).parents[2]
 
 
 def publish(cache, name, folder, revision="main"):
-    """As the hub's own client lays a download out: blobs, snapshots of links to them, and a name for a snapshot."""
+    """As the hub's own client lays a download out: blobs, snapshots of links to them, and a name
+    for a snapshot.
+    """
     repository = cache / f"models--{name.replace('/', '--')}"
     commit = f"{len(list(repository.glob('snapshots/*'))) + 1:040x}"
     snapshot = repository / "snapshots" / commit
@@ -41,7 +45,9 @@ def publish(cache, name, folder, revision="main"):
 
 @pytest.fixture(scope="module")
 def hub(tmp_path_factory, tokenizer_dir):
-    """org/tiny (main, and another model with another tokenizer at `old`), tiny, org/head for both, org/lora."""
+    """org/tiny (main, and another model with another tokenizer at `old`), tiny, org/head for both,
+    org/lora.
+    """
     cache, work = tmp_path_factory.mktemp("hub"), tmp_path_factory.mktemp("work")
     for seed, revision in enumerate(("main", "old")):
         base, head = work / revision, work / f"head-{revision}"
@@ -116,7 +122,7 @@ def test_a_folder_is_a_folder_and_everything_else_is_an_id(online, tmp_path):
 
 
 def command(name):
-    import inference.bench
+    import inference.bench.engines
     import inference.convert
     import inference.evaluate
     import inference.generate
@@ -127,11 +133,17 @@ def command(name):
     import train.prepare.__main__ as prepare
 
     return {
-        "inspect": train.inspect.inspect, "doctor": train.doctor.doctor, "main": train.main.train,
-        "features": prepare.features, "regenerate": prepare.regenerate, "generate": inference.generate.generate,
-        "bench": inference.bench.bench, "evaluate": inference.evaluate.generate,
-        "convert": inference.convert.convert, "inspect_head": inference.inspect_head.inspect_head,
-    }[name]  # fmt: skip
+        "inspect": train.inspect.inspect,
+        "doctor": train.doctor.doctor,
+        "main": train.main.train,
+        "features": prepare.features,
+        "regenerate": prepare.regenerate,
+        "generate": inference.generate.generate,
+        "bench": inference.bench.engines.bench,
+        "evaluate": inference.evaluate.generate,
+        "convert": inference.convert.convert,
+        "inspect_head": inference.inspect_head.inspect_head,
+    }[name]
 
 
 FIM = ["--data_format", "fim", "--data", "fim.jsonl"]
@@ -143,17 +155,68 @@ FIM = ["--data_format", "fim", "--data", "fim.jsonl"]
         ["inspect", "--base", "org/tiny@old", *FIM],
         ["doctor", "--base", "org/tiny@old", "--head", "org/head@old", *FIM, "data.max_length=96"],
         ["features", "--base", "org/tiny@old", *FIM, "--output", "features", "data.max_length=96"],
-        ["regenerate", "--base", "org/tiny@old", *FIM, "--output", "a.jsonl", "--limit", "2", "--max_new_tokens", "4"],
-        ["generate", "--model", "org/tiny@old", "--head", "org/head@old", "--prompt", "def", "--max_new_tokens", "4"],
-        ["bench", "--base", "org/tiny@old", "--head", "org/head@old", "--prompts", "p.jsonl", "--num_prompts", "1",
-         "--repeats", "1", "--max_new_tokens", "4", "--engines", "hf", "--json", "bench.json"],
-        ["evaluate", "--base", "org/tiny@old", "--head", "org/head@old", "--limit", "1", "--n_samples", "1",
-         "--max_new_tokens", "4", "--temperature", "0"],
+        [
+            "regenerate",
+            "--base",
+            "org/tiny@old",
+            *FIM,
+            "--output",
+            "a.jsonl",
+            "--limit",
+            "2",
+            "--max_new_tokens",
+            "4",
+        ],
+        [
+            "generate",
+            "--model",
+            "org/tiny@old",
+            "--head",
+            "org/head@old",
+            "--prompt",
+            "def",
+            "--max_new_tokens",
+            "4",
+        ],
+        [
+            "bench",
+            "--base",
+            "org/tiny@old",
+            "--head",
+            "org/head@old",
+            "--prompts",
+            "p.jsonl",
+            "--num_prompts",
+            "1",
+            "--repeats",
+            "1",
+            "--max_new_tokens",
+            "4",
+            "--engines",
+            "hf",
+            "--json",
+            "bench.json",
+        ],
+        [
+            "evaluate",
+            "--base",
+            "org/tiny@old",
+            "--head",
+            "org/head@old",
+            "--limit",
+            "1",
+            "--n_samples",
+            "1",
+            "--max_new_tokens",
+            "4",
+            "--temperature",
+            "0",
+        ],
         ["convert", "org/head@old", "vllm", "--to", "vllm", "--target", "org/tiny@old"],
         ["inspect_head", "org/head@old", "--base", "org/tiny@old"],
     ],
     ids=lambda words: words[0],
-)  # fmt: skip
+)
 def test_the_commands(online, tmp_path, capsys, words):
     write_fim(tmp_path / "fim.jsonl", rows=12)
     (tmp_path / "p.jsonl").write_text('{"prompt": "def"}\n')
@@ -174,10 +237,20 @@ def test_the_commands(online, tmp_path, capsys, words):
 
 
 def run(hub, folder, *words, **environment):
-    # a run in this process says that it is a rank, and a process started here would take itself for it
-    outside = {k: v for k, v in os.environ.items() if not re.fullmatch(r".*RANK|WORLD_SIZE|MASTER_.*", k)}
-    env = {**outside, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_CACHE": str(hub),
-           "HF_HUB_OFFLINE": "1", "EAGLE_CACHE": str(folder / "cache"), **environment}  # fmt: skip
+    # a run in this process says that it is a rank, and a process started here would take itself for
+    # it
+    outside = {
+        k: v for k, v in os.environ.items() if not re.fullmatch(r".*RANK|WORLD_SIZE|MASTER_.*", k)
+    }
+    env = {
+        **outside,
+        "PYTHONPATH": str(ROOT),
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_CACHE": str(hub),
+        "HF_HUB_OFFLINE": "1",
+        "EAGLE_CACHE": str(folder / "cache"),
+        **environment,
+    }
     command = [sys.executable, "-m", *words]
     return subprocess.run(command, env=env, cwd=folder, capture_output=True, text=True, timeout=300)
 
@@ -193,13 +266,33 @@ def test_training_and_fine_tuning(hub, tmp_path):
         "train.batch_size=2",
         "data.max_length=96",
     ]
-    done = run(hub, tmp_path, "train.main", *small, "--init_head", "org/head@old", "--output", "run",
-               "eval.num_prompts=0", "train.dtype=fp32")  # fmt: skip
+    done = run(
+        hub,
+        tmp_path,
+        "train.main",
+        *small,
+        "--init_head",
+        "org/head@old",
+        "--output",
+        "run",
+        "eval.num_prompts=0",
+        "train.dtype=fp32",
+    )
     assert done.returncode == 0, done.stderr
     record = json.loads((tmp_path / "run" / "head" / "eagle.json").read_text())
     assert record["target"]["id"] == "org/tiny@old"
-    done = run(hub, tmp_path, "train.finetune", "sft", *small, "--output", "sft", "model.quantization=none",
-               "model.compute=fp32", "data.heldout_fraction=0.2")  # fmt: skip
+    done = run(
+        hub,
+        tmp_path,
+        "train.finetune",
+        "sft",
+        *small,
+        "--output",
+        "sft",
+        "model.quantization=none",
+        "model.compute=fp32",
+        "data.heldout_fraction=0.2",
+    )
     assert done.returncode == 0, done.stderr
     record = json.loads((tmp_path / "sft" / "adapter" / "eagle.json").read_text())
     assert record["base"]["id"] == "org/tiny@old"
@@ -208,11 +301,14 @@ def test_training_and_fine_tuning(hub, tmp_path):
 @pytest.mark.parametrize(
     "words, environment",
     [
-        (["inference.generate", "--prompt", "x"], {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": "http://127.0.0.1:9"}),
+        (
+            ["inference.generate", "--prompt", "x"],
+            {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": "http://127.0.0.1:9"},
+        ),
         (["train.main", "--output", "run"], {}),
     ],
     ids=["unreachable", "offline"],
-)  # fmt: skip
+)
 def test_what_the_hub_does_not_give_is_one_line(hub, tmp_path, words, environment):
     started = time.monotonic()
     done = run(hub, tmp_path, *words, "--base", "org/none", **environment)

@@ -1,4 +1,6 @@
-"""Answers written by the target itself: what is asked, what is kept, and what a kill or a bad row does."""
+"""Answers written by the target itself: what is asked, what is kept, and what a kill or a bad row
+does.
+"""
 
 import json
 import os
@@ -15,8 +17,8 @@ from configs.fim_tokens import find_fim_tokens
 from configs.schema import DataConfig
 from eagle.errors import EagleError
 from eagle.model import EaModel
-from train.data import load_dataset_for, load_tokenizer
-from train.data.card import card_path, who_answered
+from records import load_dataset_for, load_tokenizer
+from records.card import card_path, who_answered
 from train.prepare import regenerate as work
 from train.prepare.answering import Sampling
 from train.prepare.regenerate import Journal, regenerate
@@ -81,9 +83,14 @@ def continued(model, ids, ends=()):
 def test_each_turn_is_answered_after_the_new_ones(base, model, tmp_path):
     records = [
         chat("Hello", "OLD one", "thanks", "OLD two") | {"source": "a.py"},
-        {"conversations": [{"from": "human", "value": "Write a class"}, {"from": "gpt", "value": "OLD"},
-                           {"from": "human", "value": "and then?"}]},
-    ]  # fmt: skip
+        {
+            "conversations": [
+                {"from": "human", "value": "Write a class"},
+                {"from": "gpt", "value": "OLD"},
+                {"from": "human", "value": "and then?"},
+            ]
+        },
+    ]
     path = write_jsonl(tmp_path / "chat.jsonl", records)
     card = write(base, settings("chat", path), tmp_path / "new.jsonl")
     first, second = rows(tmp_path / "new.jsonl")
@@ -96,13 +103,17 @@ def test_each_turn_is_answered_after_the_new_ones(base, model, tmp_path):
         return continued(model, model.tokenizer(text, add_special_tokens=False).input_ids, [end])
 
     said = expected([{"role": "user", "content": "Hello"}])
-    history = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": said},
-               {"role": "user", "content": "thanks"}]  # fmt: skip
+    history = [
+        {"role": "user", "content": "Hello"},
+        {"role": "assistant", "content": said},
+        {"role": "user", "content": "thanks"},
+    ]
     assert [m["content"] for m in first["messages"]] == ["Hello", said, "thanks", expected(history)]
     assert first["source"] == "a.py" and "OLD" not in json.dumps([first, second])
     assert second["conversations"][1] == {
-        "from": "gpt", "value": expected([{"role": "user", "content": "Write a class"}])
-    }  # fmt: skip
+        "from": "gpt",
+        "value": expected([{"role": "user", "content": "Write a class"}]),
+    }
     assert second["conversations"][2]["value"] == "and then?"
     counts = card["counts"]
     assert (counts["records"], counts["written"], counts["answers"]) == (2, 2, 3)
@@ -196,8 +207,24 @@ def test_output_depends_on_seed_and_record_alone(base, tmp_path):
 
 
 def command(base, path, output):
-    words = ["--base", base, "--data", path, "--data_format", "fim", "--output", output, "--slots", 1,
-             "--temperature", "0,1", "--max_new_tokens", NEW, "--dtype", "float32"]  # fmt: skip
+    words = [
+        "--base",
+        base,
+        "--data",
+        path,
+        "--data_format",
+        "fim",
+        "--output",
+        output,
+        "--slots",
+        1,
+        "--temperature",
+        "0,1",
+        "--max_new_tokens",
+        NEW,
+        "--dtype",
+        "float32",
+    ]
     return ["train.prepare", "regenerate", *words]
 
 
@@ -230,7 +257,9 @@ def test_killed_and_started_again_it_writes_the_same_file(base, tmp_path):
 
 
 def test_no_answer_is_asked_for_twice(base, tmp_path, monkeypatch):
-    """Each is kept when it is there, those of a chat's first turns too; the rate is told while the first one grows."""
+    """Each is kept when it is there, those of a chat's first turns too; the rate is told while the
+    first one grows.
+    """
     path = write_jsonl(
         tmp_path / "chat.jsonl", [chat(f"Hello {i}", "x", "add", "y") for i in range(6)]
     )
@@ -468,7 +497,7 @@ def test_reasoning_that_the_template_opens_belongs_to_the_answer(base, tmp_path,
 
 
 def test_the_embedded_head_learns_from_answers_written_this_way(base, tmp_path):
-    from train.embedded.heads import write_own_answers
+    from tools.embedded.heads import write_own_answers
 
     root = tmp_path / "stdlib"
     root.mkdir()

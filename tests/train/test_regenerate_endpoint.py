@@ -1,4 +1,6 @@
-"""Answers from a server: a small one that speaks the protocol, and everything that it may do wrong."""
+"""Answers from a server: a small one that speaks the protocol, and everything that it may do
+wrong.
+"""
 
 import json
 import threading
@@ -11,7 +13,7 @@ from data_helpers import chat, write_jsonl
 from configs.fim_tokens import find_fim_tokens
 from configs.schema import DataConfig
 from eagle.errors import EagleError
-from train.data.card import card_path, who_answered
+from records.card import card_path, who_answered
 from train.prepare import regenerate as work
 from train.prepare.answering import Endpoint, Sampling
 from train.prepare.regenerate import regenerate
@@ -112,8 +114,14 @@ def test_chats_are_answered_turn_by_turn(serve, tmp_path, monkeypatch):
     path = write_jsonl(
         tmp_path / "chat.jsonl", [chat("one", "OLD", "two", "OLD"), chat("three", "OLD")]
     )
-    card = write(server.url, settings("chat", path), tmp_path / "new.jsonl", temperatures=(0.0, 0.8),
-                 api_key_env="SERVED_KEY", extra={"top_k": 20})  # fmt: skip
+    card = write(
+        server.url,
+        settings("chat", path),
+        tmp_path / "new.jsonl",
+        temperatures=(0.0, 0.8),
+        api_key_env="SERVED_KEY",
+        extra={"top_k": 20},
+    )
     first, second = rows(tmp_path / "new.jsonl")
     assert [m["content"] for m in first["messages"]] == ["one", "re: one", "two", "re: two"]
     assert [m["content"] for m in second["messages"]] == ["three", "re: three"]
@@ -173,9 +181,13 @@ def test_requests_run_together_and_come_out_in_order(serve, tmp_path):
 
 def test_busy_and_broken_servers_are_asked_again(serve, tmp_path):
     troubles = [
-        (429, {"error": "slow down"}, {"Retry-After": 0}), (503, b"", {}), (200, b"<html>", {}),
-        (None, None, {}), (500, {"error": "oops"}, {}), (429, {}, {"Retry-After": "soon"}),
-    ]  # fmt: skip
+        (429, {"error": "slow down"}, {"Retry-After": 0}),
+        (503, b"", {}),
+        (200, b"<html>", {}),
+        (None, None, {}),
+        (500, {"error": "oops"}, {}),
+        (429, {}, {"Retry-After": "soon"}),
+    ]
     asked = []
 
     def shaky(path, body):
@@ -202,10 +214,14 @@ def test_a_request_that_is_refused_is_set_aside(serve, tmp_path):
         "empty": lambda p, b: answer(p, b, text="  "),
         "filtered": lambda p, b: answer(p, b, finish="content_filter"),
         "odd": lambda p, b: (200, {"choices": []}, {}),
-        "null": lambda p, b: (200, {"choices": [{"message": {"content": None}, "finish_reason": "stop"}]}, {}),
+        "null": lambda p, b: (
+            200,
+            {"choices": [{"message": {"content": None}, "finish_reason": "stop"}]},
+            {},
+        ),
         "down": lambda p, b: (503, b"", {}),
         "slow": lambda p, b: (time.sleep(1.0), answer(p, b))[1],
-    }  # fmt: skip
+    }
 
     def reply(path, body):
         return replies.get(body["messages"][-1]["content"], answer)(path, body)
@@ -217,9 +233,15 @@ def test_a_request_that_is_refused_is_set_aside(serve, tmp_path):
     card = write(server.url, settings("chat", path), tmp_path / "new.jsonl", retries=1, timeout=0.3)
     assert card["counts"]["written"] == 1 and card["counts"]["failed"] == len(replies)
     messages = {r["line"]: r["message"] for r in rows(tmp_path / "new.quarantine.jsonl")}
-    wanted = ["400 Bad Request: .*maximum context length", "the answer is empty", "ended the answer by 'content_filter'",
-              "replied without an answer", "replied without an answer", "503 Service Unavailable: , 2 times",
-              "did not answer in 0.3 s, 2 times"]  # fmt: skip
+    wanted = [
+        "400 Bad Request: .*maximum context length",
+        "the answer is empty",
+        "ended the answer by 'content_filter'",
+        "replied without an answer",
+        "replied without an answer",
+        "503 Service Unavailable: , 2 times",
+        "did not answer in 0.3 s, 2 times",
+    ]
     import re
 
     for line, pattern in enumerate(wanted, 2):
@@ -235,7 +257,9 @@ def test_a_server_that_refuses_us_ends_the_run(serve, tmp_path, status):
 
 
 def test_a_server_that_goes_away_loses_nothing(serve, tmp_path):
-    """The run stops with what to do; started again with a server on another port it goes on, each record once."""
+    """The run stops with what to do; started again with a server on another port it goes on, each
+    record once.
+    """
     path = write_jsonl(tmp_path / "chat.jsonl", [chat(f"question {n}", "OLD") for n in range(30)])
     asked = []
 

@@ -1,4 +1,6 @@
-"""What a run leaves to be seen: rows, events, traces, and a page made of them; also of a run that was killed."""
+"""What a run leaves to be seen: rows, events, traces, and a page made of them; also of a run that
+was killed.
+"""
 
 import json
 import logging
@@ -149,9 +151,17 @@ def test_the_page_needs_nothing_else_and_shows_everything(finished):
     html = (finished / "report.html").read_text()
     page = Page(html)
     assert page.links == [] and "://" not in html
-    for text in ("loss, weighted sum", "loss by depth", "conditional acceptance by depth, training rows",
-                 "conditional acceptance by depth, held-out", "loss by source", "share of a step", "memory, GiB",
-                 "row length, rows", "learning rate"):  # fmt: skip
+    for text in (
+        "loss, weighted sum",
+        "loss by depth",
+        "conditional acceptance by depth, training rows",
+        "conditional acceptance by depth, held-out",
+        "loss by source",
+        "share of a step",
+        "memory, GiB",
+        "row length, rows",
+        "learning rate",
+    ):
         assert any(text in caption for caption in page.captions), text
     for text in ("finished", "train.max_steps", "transformers", "&lt;code&gt;", "coverage", "12"):
         assert text in html
@@ -177,8 +187,11 @@ def test_a_killed_run_has_a_page_too(finished, tmp_path):
 
 
 def test_the_report_command_says_what_is_wrong(finished, tmp_path):
-    for runs, out, text in (([tmp_path], None, "holds no training run"), ([], None, "give one run folder"),
-                            ([finished], ROOT / "setup.py" / "x", "choose another --out")):  # fmt: skip
+    for runs, out, text in (
+        ([tmp_path], None, "holds no training run"),
+        ([], None, "give one run folder"),
+        ([finished], ROOT / "setup.py" / "x", "choose another --out"),
+    ):
         with pytest.raises(EagleError, match=text):
             report(*map(str, runs), out=out and str(out))
     assert report(str(finished), out=str(tmp_path / "new" / "page.html")) == 0
@@ -272,10 +285,10 @@ def test_warnings_of_loggers_are_shown_and_kept(tmp_path, capsys):
     seen = recorder(tmp_path)
     with seen.running(0, {}):
         seen.begin(2)
-        logging.getLogger("train.data").warning("%d rows were set aside", 3)
-        logging.getLogger("train.data").info("not this")
+        logging.getLogger("records").warning("%d rows were set aside", 3)
+        logging.getLogger("records").info("not this")
         seen.warn("loss spike")
-    logging.getLogger("train.data").warning("after the run")
+    logging.getLogger("records").warning("after the run")
     assert read_run(tmp_path).warnings == ["step 2: 3 rows were set aside", "step 2: loss spike"]
     assert "warning: 3 rows were set aside" in capsys.readouterr().err
 

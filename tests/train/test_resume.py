@@ -46,7 +46,9 @@ def timeless(value):
 
 
 def require_same_run(a: Path, b: Path) -> None:
-    """Weights, optimizer, generators, metrics, evaluations and the choice of the best: bit for bit."""
+    """Weights, optimizer, generators, metrics, evaluations and the choice of the best: bit for
+    bit.
+    """
     require_same_files(a / "head/model.safetensors", b / "head/model.safetensors")
     last = disk.checkpoints(a)[-1].name
     for name in ("state.safetensors", "head/model.safetensors"):
@@ -60,9 +62,20 @@ def require_same_run(a: Path, b: Path) -> None:
 
 @pytest.mark.slow
 def test_ten_kills_at_random_moments_change_nothing(base, data, tmp_path):
-    cfg = config(base, data, tmp_path / "run", max_steps=60, save_every=1, eval_every=10, lr=3e-3,
-                 log_every=3, optimizer="muon", dtype="bf16", batch_size=2,
-                 eval={"num_prompts": 1, "max_new_tokens": 6})  # fmt: skip
+    cfg = config(
+        base,
+        data,
+        tmp_path / "run",
+        max_steps=60,
+        save_every=1,
+        eval_every=10,
+        lr=3e-3,
+        log_every=3,
+        optimizer="muon",
+        dtype="bf16",
+        batch_size=2,
+        eval={"num_prompts": 1, "max_new_tokens": 6},
+    )
     file = tmp_path / "config.json"
     file.write_text(cfg.model_dump_json())
     command = [sys.executable, str(ROOT / "tests/train/killed_runs.py"), str(file), "10", "4"]
@@ -91,10 +104,18 @@ def test_a_run_has_the_dtype_of_its_first_machine_and_says_so(
     more = {"max_steps": 2, "dtype": "auto", "model": {"dtype": "auto"}, "save_every": 1}
 
     def recorded(folder):
-        card, settings = (yaml.safe_load((folder / n).read_text()) for n in ("run.json", "config.yaml"))
+        card, settings = (
+            yaml.safe_load((folder / n).read_text()) for n in ("run.json", "config.yaml")
+        )
         _, provenance = load_head(folder / "head")
-        return (card["dtype"], card["target"]["dtype"], settings["train"]["dtype"], settings["model"]["dtype"],
-                provenance["training"]["dtype"], provenance["target"]["dtype"])  # fmt: skip
+        return (
+            card["dtype"],
+            card["target"]["dtype"],
+            settings["train"]["dtype"],
+            settings["model"]["dtype"],
+            provenance["training"]["dtype"],
+            provenance["target"]["dtype"],
+        )
 
     monkeypatch.setattr("eagle.loading.fast_bf16", lambda device: fast)
     assert run(config(bf16_base, data, tmp_path / "run", **more), quiet=True) == 0
@@ -103,15 +124,31 @@ def test_a_run_has_the_dtype_of_its_first_machine_and_says_so(
     first = str(tmp_path / "run" / "checkpoints" / "step-1")
     assert run(config(bf16_base, data, tmp_path / "on", resume=first, **more), quiet=True) == 0
     assert recorded(tmp_path / "on") == (dtype, target) * 3
-    with pytest.raises(EagleError, match=f"train.dtype={dtype}, not {other}; leave train.dtype out"):
-        run(config(bf16_base, data, tmp_path / "no", resume=first, **{**more, "dtype": other}), quiet=True)
+    with pytest.raises(
+        EagleError, match=f"train.dtype={dtype}, not {other}; leave train.dtype out"
+    ):
+        run(
+            config(bf16_base, data, tmp_path / "no", resume=first, **{**more, "dtype": other}),
+            quiet=True,
+        )
 
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="ATen's AVX2 is of x86")
 def test_a_cpu_with_avx2_alone_trains_in_fp32(data, tmp_path):
     """The real command, on the embedded model, whose weights are bf16."""
-    command = [sys.executable, "-m", "train.main", "--data", str(data), "--output", str(tmp_path / "run"),
-               "train.max_steps=1", "train.batch_size=1", "eval.num_prompts=0", f"data.cache_dir={tmp_path}"]  # fmt: skip
+    command = [
+        sys.executable,
+        "-m",
+        "train.main",
+        "--data",
+        str(data),
+        "--output",
+        str(tmp_path / "run"),
+        "train.max_steps=1",
+        "train.batch_size=1",
+        "eval.num_prompts=0",
+        f"data.cache_dir={tmp_path}",
+    ]
     env = {**ENV, "ATEN_CPU_CAPABILITY": "avx2"}
     done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
@@ -142,8 +179,8 @@ OPERATIONS = ("fsync", "rename", "replace", "unlink", "rmdir", "mkdir")
 
 
 def killed_at(operation: int, work) -> bool:
-    """Run `work` in a process that is killed before its file operation number `operation`; False when it has
-    fewer."""
+    """Run `work` in a process that is killed before its file operation number `operation`; False
+    when it has fewer."""
     pid = os.fork()
     if pid == 0:
         left = [operation]
@@ -170,7 +207,9 @@ def killed_at(operation: int, work) -> bool:
 
 
 def test_no_moment_of_saving_leaves_a_checkpoint_that_cannot_be_loaded(tmp_path):
-    """Killed before each file operation of a save in turn: saving, pointing, and removing an old one."""
+    """Killed before each file operation of a save in turn: saving, pointing, and removing an old
+    one.
+    """
     before = tmp_path / "before"
     for step in (1, 2):
         save(before, step)
@@ -375,8 +414,13 @@ def test_a_signal_before_the_first_step_saves_too(base, data, tmp_path, monkeypa
 
 
 def test_early_stopping_counts_evaluations_and_is_resumed(base, data, tmp_path):
-    more = {"max_steps": 40, "eval_every": 1, "early_stopping_patience": 2, "lr": 1e-12,
-            "eval": {"num_prompts": 1, "max_new_tokens": 4}}  # fmt: skip
+    more = {
+        "max_steps": 40,
+        "eval_every": 1,
+        "early_stopping_patience": 2,
+        "lr": 1e-12,
+        "eval": {"num_prompts": 1, "max_new_tokens": 4},
+    }
     assert run(config(base, data, tmp_path / "run", **more), quiet=True) == 0
     summary = json.loads((tmp_path / "run/summary.json").read_text())
     # the first evaluation is the best, two do not better it

@@ -31,13 +31,19 @@ from train.head.seeing.trackers import OPEN, open_trackers, require_installed, s
 
 CPU = torch.device("cpu")
 ROW = {
-    "step": 3, "loss": 1.5, "loss_by_depth": [1.0, 0.5], "lr": 1e-3, "warnings": ["text"],
+    "step": 3,
+    "loss": 1.5,
+    "loss_by_depth": [1.0, 0.5],
+    "lr": 1e-3,
+    "warnings": ["text"],
     "sources": {"chat": {"loss": 2.0, "acceptance_by_depth": [0.25]}},
-}  # fmt: skip
+}
 
 
 def tensorboard_scalars(folder):
-    """(tag, step, value) of all event files: records are length, its checksum, bytes, their checksum."""
+    """(tag, step, value) of all event files: records are length, its checksum, bytes, their
+    checksum.
+    """
     from tensorboardX.proto.event_pb2 import Event
 
     found = []
@@ -188,7 +194,9 @@ def tiny_target(**changes):
 
 @pytest.mark.parametrize("layers", [1, 3])
 def test_flops_are_what_pytorch_counts(layers):
-    """All positions supervised, no padding. Of causal attention the formula counts the half that is needed."""
+    """All positions supervised, no padding. Of causal attention the formula counts the half that is
+    needed.
+    """
     target, head, steps, B, T = tiny_target(), tiny_head(num_layers=layers), 3, 4, 40
     target.set_feature_layers(head.config.feature_layers)
     ids, place = torch.randint(0, 60, (B, T)), torch.arange(T).expand(B, T)
@@ -228,10 +236,14 @@ def test_only_active_experts_count():
 @pytest.mark.parametrize(
     ("name", "dtype", "peak"),
     [
-        ("NVIDIA H200", "bf16", 989e12), ("NVIDIA H100 PCIe", "bf16", 756e12), ("NVIDIA L40S", "bf16", 362e12),
-        ("NVIDIA A100-SXM4-80GB", "bf16", 312e12), ("NVIDIA A100-SXM4-80GB", "fp32", None), ("Some CPU A100X", "bf16", None),
+        ("NVIDIA H200", "bf16", 989e12),
+        ("NVIDIA H100 PCIe", "bf16", 756e12),
+        ("NVIDIA L40S", "bf16", 362e12),
+        ("NVIDIA A100-SXM4-80GB", "bf16", 312e12),
+        ("NVIDIA A100-SXM4-80GB", "fp32", None),
+        ("Some CPU A100X", "bf16", None),
     ],
-)  # fmt: skip
+)
 def test_peaks_by_device_name(name, dtype, peak):
     assert peak_flops(name, dtype) == peak
 

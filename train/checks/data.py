@@ -16,11 +16,11 @@ import numpy as np
 
 from configs.schema import DataConfig, HeadTrainConfig, MixtureSource
 from eagle.errors import EagleError
+from records import load_dataset_for
+from records.shipped import SHIPPED_FORMATS, shipped
+from records.sources import read_records, resolve
 from train.checks.findings import Finding, failed, note, ok, problem, warning
 from train.checks.model import Subject
-from train.data import load_dataset_for
-from train.data.shipped import SHIPPED_FORMATS, shipped
-from train.data.sources import read_records, resolve
 from train.head.vocab import choose_draft_vocab, coverage, special_ids
 
 RECORDS, CHARACTERS = 2000, 4_000_000  # of each source that are looked at
@@ -84,10 +84,15 @@ def _sample(cfg: DataConfig, source: MixtureSource, tokenizer, folder: Path) -> 
         names[str(copy)] = str(file)
     wanted = cfg.model_copy(
         update={
-            "format": source.format, "path": list(names), "eval_path": None, "mixture": None,
-            "max_bad_fraction": 1.0, "heldout_fraction": 0.0, "cache_dir": str(folder / "cache"),
+            "format": source.format,
+            "path": list(names),
+            "eval_path": None,
+            "mixture": None,
+            "max_bad_fraction": 1.0,
+            "heldout_fraction": 0.0,
+            "cache_dir": str(folder / "cache"),
         }
-    )  # fmt: skip
+    )
     try:
         rows = load_dataset_for(wanted, tokenizer)
     except EagleError as error:
@@ -102,7 +107,8 @@ def _sample(cfg: DataConfig, source: MixtureSource, tokenizer, folder: Path) -> 
 
 
 def _copy_records(file: Path, copy: Path, shares: int) -> int:
-    """Write the first records of `file` as JSONL, a line each, and return how many of its bytes that was.
+    """Write the first records of `file` as JSONL, a line each, and return how many of its bytes
+    that was.
 
     Line numbers stay the file's own: what is not JSON is copied as it stands.
     """
@@ -140,8 +146,11 @@ def check(sample: Sample, subject: Subject, cfg: HeadTrainConfig) -> Iterator[Fi
     )
     expected = stats["supervised_tokens"] / max(sample.share, 1e-9)
     if expected < cfg.data.min_supervised_tokens:
-        yield problem("data", f"{text}: {stats['supervised_tokens']} supervised tokens are too few",
-                      "add data, or see with train.inspect what is masked")  # fmt: skip
+        yield problem(
+            "data",
+            f"{text}: {stats['supervised_tokens']} supervised tokens are too few",
+            "add data, or see with train.inspect what is masked",
+        )
     elif share < 0.02:
         yield warning(
             "data",
@@ -164,9 +173,11 @@ def _bad(sample: Sample, cfg: HeadTrainConfig) -> Iterator[Finding]:
     for reason, count in Counter(row.reason for row in bad).most_common():
         first = next(row for row in bad if row.reason == reason)
         yield (problem if too_many else warning)(
-            "data", f"{sample.name}: {count} of {records} records are unusable: {reason} (first: "
-            f"{sample.where(first.where)}: {first.message})", first.remedy,
-        )  # fmt: skip
+            "data",
+            f"{sample.name}: {count} of {records} records are unusable: {reason} (first: "
+            f"{sample.where(first.where)}: {first.message})",
+            first.remedy,
+        )
 
 
 def _stops(sample: Sample, subject: Subject) -> Iterator[Finding]:
@@ -208,8 +219,8 @@ def _stops(sample: Sample, subject: Subject) -> Iterator[Finding]:
 
 
 def vocabulary(found: list[Sample], subject: Subject, cfg: HeadTrainConfig) -> Iterator[Finding]:
-    """How much of the answers the draft vocabulary holds: chosen on one half of the rows, measured on the
-    other."""
+    """How much of the answers the draft vocabulary holds: chosen on one half of the rows, measured
+    on the other."""
     V = subject.vocab_size
     D = subject.head_config(cfg).draft_vocab_size
     halves = [np.zeros(V, dtype=np.int64), np.zeros(V, dtype=np.int64)]

@@ -1,4 +1,6 @@
-"""One DeepSpeed training step of a tiny layer, in this process alone; the last line printed is JSON."""
+"""One DeepSpeed training step of a tiny layer, in this process alone; the last line printed is
+JSON.
+"""
 
 from __future__ import annotations
 

@@ -34,8 +34,11 @@ def accelerators() -> Iterator[Finding]:
                 "install a CUDA build of torch (see pytorch.org)",
             )
         elif os.environ.get("CUDA_VISIBLE_DEVICES") == "":
-            yield note("accelerator", "CUDA_VISIBLE_DEVICES is empty: GPUs are hidden",
-                       "unset it to use them")  # fmt: skip
+            yield note(
+                "accelerator",
+                "CUDA_VISIBLE_DEVICES is empty: GPUs are hidden",
+                "unset it to use them",
+            )
         else:
             yield note(
                 "accelerator",
@@ -67,13 +70,19 @@ def accelerators() -> Iterator[Finding]:
                 "install a torch build whose CUDA supports this GPU",
             )
         elif free < 0.5 * total:
-            yield warning("accelerator", f"{text}: other processes hold the rest",
-                          "see nvidia-smi, or choose another GPU with CUDA_VISIBLE_DEVICES")  # fmt: skip
+            yield warning(
+                "accelerator",
+                f"{text}: other processes hold the rest",
+                "see nvidia-smi, or choose another GPU with CUDA_VISIBLE_DEVICES",
+            )
         else:
             yield ok("accelerator", text)
         if major < 8 and torch.version.hip is None:
-            yield note("bf16", f"cuda:{index} has no bf16 tensor cores",
-                       "set model.dtype=float16 train.dtype=fp32")  # fmt: skip
+            yield note(
+                "bf16",
+                f"cuda:{index} has no bf16 tensor cores",
+                "set model.dtype=float16 train.dtype=fp32",
+            )
 
 
 def _same_major(arch: str, major: int, minor: int) -> bool:
@@ -130,15 +139,19 @@ def attention() -> Iterator[Finding]:
 
 
 def sdpa_kinds(device: torch.device) -> list[str]:
-    """Kinds of `scaled_dot_product_attention` that run a small causal case in the dtype they want."""
+    """Kinds of `scaled_dot_product_attention` that run a small causal case in the dtype they
+    want.
+    """
     import warnings
 
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     kinds = {
-        "flash": SDPBackend.FLASH_ATTENTION, "memory-efficient": SDPBackend.EFFICIENT_ATTENTION,
-        "cudnn": SDPBackend.CUDNN_ATTENTION, "math": SDPBackend.MATH,
-    }  # fmt: skip
+        "flash": SDPBackend.FLASH_ATTENTION,
+        "memory-efficient": SDPBackend.EFFICIENT_ATTENTION,
+        "cudnn": SDPBackend.CUDNN_ATTENTION,
+        "math": SDPBackend.MATH,
+    }
     q = torch.randn(1, 2, 16, 64, device=device, dtype=torch.bfloat16)
     working = []
     for name, kind in kinds.items():
@@ -203,12 +216,17 @@ def _run_kernel(version: str) -> Iterator[Finding]:
             "triton", f"triton {version} compiles our kernels, and they agree with their references"
         )
     else:
-        yield problem("triton", f"a kernel compiled by triton {version} is wrong",
-                      "set EAGLE_TRITON=0, and report this GPU and version")  # fmt: skip
+        yield problem(
+            "triton",
+            f"a kernel compiled by triton {version} is wrong",
+            "set EAGLE_TRITON=0, and report this GPU and version",
+        )
 
 
 def compiler() -> Iterator[Finding]:
-    """What compile="max" (the C++ kernels, kernels/cpu_extension.py) and torch.compile need on a CPU."""
+    """What compile="max" (the C++ kernels, kernels/cpu_extension.py) and torch.compile need on a
+    CPU.
+    """
     from torch.utils.cpp_extension import is_ninja_available
 
     name = os.environ.get("CXX", "g++")
@@ -229,8 +247,11 @@ def compiler() -> Iterator[Finding]:
         )
         if done.returncode:
             reason = (done.stderr.strip().splitlines() or ["no message"])[0][:200]
-            yield warning("c++", f"{name} cannot compile C++20 for this machine: {reason}",
-                          "install g++ 11 or newer with its standard library")  # fmt: skip
+            yield warning(
+                "c++",
+                f"{name} cannot compile C++20 for this machine: {reason}",
+                "install g++ 11 or newer with its standard library",
+            )
         else:
             yield ok("c++", f"{name} compiles C++20 with {' '.join(FLAGS)}")
     if not is_ninja_available():

@@ -42,8 +42,8 @@ def problem(check: str, text: str, remedy: str) -> Finding:
 
 
 def failed(check: str, error: Exception) -> Finding:
-    """An exception as a problem. By the convention of our errors, their remedy follows the last semicolon
-    or colon; anything else is what a broken installation or file raises."""
+    """An exception as a problem. By the convention of our errors, their remedy follows the last
+    semicolon or colon; anything else is what a broken installation or file raises."""
     text = " ".join(str(error).split())
     if not isinstance(error, (EagleError, ConfigError)):
         reason = f"this check broke: {type(error).__name__}: {text[:300]}"

@@ -52,8 +52,11 @@ def requirements() -> tuple[list[Requirement], dict[str, list[Requirement]]]:
     base, extras = [], {}
     for text in metadata.requires(OURS) or []:
         requirement = Requirement(text)
-        named = [n for n in metadata.metadata(OURS).get_all("Provides-Extra") or []
-                 if requirement.marker and f'extra == "{n}"' in str(requirement.marker)]  # fmt: skip
+        named = [
+            n
+            for n in metadata.metadata(OURS).get_all("Provides-Extra") or []
+            if requirement.marker and f'extra == "{n}"' in str(requirement.marker)
+        ]
         for extra in named:
             extras.setdefault(extra, []).append(requirement)
         if not named:
@@ -78,8 +81,11 @@ def versions() -> Iterator[Finding]:
         yield ok("python", f"Python {platform.python_version()}")
     else:
         low, high = (".".join(map(str, v)) for v in PYTHON)
-        yield warning("python", f"Python {platform.python_version()} is untested",
-                      f"use Python {low} to {high}")  # fmt: skip
+        yield warning(
+            "python",
+            f"Python {platform.python_version()} is untested",
+            f"use Python {low} to {high}",
+        )
     base, extras = requirements()
     good = []
     for requirement in filter(applies, base):
@@ -96,10 +102,16 @@ def versions() -> Iterator[Finding]:
         judged = [judge(r) for r in wanted]
         missing = [r.name for r in wanted if installed(r.name) is None]
         if missing:
-            yield note("extras", f"{', '.join(missing)}: not installed; for {purpose}",
-                       f"if you want that, pip install '{OURS}[{extra}]'")  # fmt: skip
-        yield from (f for r, f in zip(wanted, judged, strict=True)
-                    if f.level != "ok" and r.name not in missing)  # fmt: skip
+            yield note(
+                "extras",
+                f"{', '.join(missing)}: not installed; for {purpose}",
+                f"if you want that, pip install '{OURS}[{extra}]'",
+            )
+        yield from (
+            f
+            for r, f in zip(wanted, judged, strict=True)
+            if f.level != "ok" and r.name not in missing
+        )
         if all(f.level == "ok" for f in judged):
             yield ok("extras", ", ".join(f.text for f in judged))
 
@@ -126,7 +138,9 @@ def judge(requirement: Requirement) -> Finding:
 
 
 def clashes() -> Iterator[Finding]:
-    """Others' distributions that install a top-level package of ours, and imports that end elsewhere."""
+    """Others' distributions that install a top-level package of ours, and imports that end
+    elsewhere.
+    """
     owners = metadata.packages_distributions()
     foreign = {name: sorted({d for d in owners.get(name, ()) if d != OURS}) for name in PACKAGES}
     for name, distributions in foreign.items():
@@ -143,8 +157,11 @@ def clashes() -> Iterator[Finding]:
         spec = importlib.util.find_spec(name)
         places = list(spec.submodule_search_locations or []) if spec else []
         if places and Path(places[0]).resolve() != ROOT / name:
-            yield problem("name clash", f"'import {name}' finds {places[0]}, not ours",
-                          "remove that folder from sys.path (PYTHONPATH, the current folder)")  # fmt: skip
+            yield problem(
+                "name clash",
+                f"'import {name}' finds {places[0]}, not ours",
+                "remove that folder from sys.path (PYTHONPATH, the current folder)",
+            )
     yield from _kernels(foreign["kernels"])
 
 
@@ -180,17 +197,26 @@ def deepspeed(zero: int = 0) -> Iterator[Finding]:
     try:
         done = subprocess.run(
             [sys.executable, "-m", "train.checks.deepspeed_probe", str(zero)],
-            env=environment, capture_output=True, text=True, timeout=DEEPSPEED_SECONDS,
-        )  # fmt: skip
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=DEEPSPEED_SECONDS,
+        )
     except subprocess.TimeoutExpired:
-        yield problem("deepspeed", f"one training step took more than {DEEPSPEED_SECONDS} s",
-                      "look for a stale lock in ~/.cache/torch_extensions and delete it")  # fmt: skip
+        yield problem(
+            "deepspeed",
+            f"one training step took more than {DEEPSPEED_SECONDS} s",
+            "look for a stale lock in ~/.cache/torch_extensions and delete it",
+        )
         return
     last = done.stdout.strip().splitlines()[-1:]
     if done.returncode or not last:
         reason = (done.stderr.strip().splitlines() or ["no output"])[-1][:300]
-        yield problem("deepspeed", f"it cannot train one step: {reason}",
-                      "python -m train.checks.deepspeed_probe shows all of it")  # fmt: skip
+        yield problem(
+            "deepspeed",
+            f"it cannot train one step: {reason}",
+            "python -m train.checks.deepspeed_probe shows all of it",
+        )
         return
     result = json.loads(last[0])
     ready = [name for name, fits in result["ops"].items() if fits]

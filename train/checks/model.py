@@ -19,17 +19,11 @@ from configs.fim_tokens import find_fim_tokens
 from configs.schema import HeadTrainConfig
 from eagle.checkpoint import load_head, require_fit
 from eagle.errors import EagleError
-from eagle.head import HeadConfig
+from eagle.heads.head import HeadConfig
 from eagle.loading import find_folder
-from eagle.target import (
-    INSTEAD,
-    Target,
-    decoder_layers,
-    refuse_encoder_decoder,
-    refuse_unsupported,
-)
+from eagle.target import INSTEAD, Target, decoder_layers, refuse_encoder_decoder, refuse_unsupported
+from records.tokens import load_tokenizer
 from train.checks.findings import Finding, failed, note, ok, problem, size, warning
-from train.data.tokens import load_tokenizer
 from train.head.setup import fresh_config
 
 SMALL = 2 * 2**30  # bytes of weights up to which the model is loaded and probed
@@ -74,8 +68,11 @@ def target(subject: Subject, cfg: HeadTrainConfig) -> Iterator[Finding]:
         subject.config = AutoConfig.from_pretrained(source)
     except (OSError, ValueError, StrictDataclassError) as error:
         reason = " ".join(str(error).split())[:200]
-        yield problem("target", f"no model config in {str(source)!r}: {reason}",
-                      "give a folder with config.json and weights")  # fmt: skip
+        yield problem(
+            "target",
+            f"no model config in {str(source)!r}: {reason}",
+            "give a folder with config.json and weights",
+        )
         return
     kind = subject.config.model_type
     try:
@@ -147,7 +144,9 @@ def weight_bytes(source: str | Path, model: torch.nn.Module, dtype: str) -> int:
 
 
 def tokens(subject: Subject, cfg: HeadTrainConfig, formats: set[str]) -> Iterator[Finding]:
-    """Tokenizer: end, pad and FIM tokens, and whether it fits the model. formats: of the data, if any."""
+    """Tokenizer: end, pad and FIM tokens, and whether it fits the model. formats: of the data, if
+    any.
+    """
     subject.tokenizer = tokenizer = load_tokenizer(cfg.model.base)
     vocab_size = subject.vocab_size if subject.model is not None else None
     subject.eos = model_eos(subject, cfg)
@@ -212,8 +211,11 @@ def _end_token(subject: Subject, vocab_size: int | None) -> Iterator[Finding]:
             "set eos_token in tokenizer_config.json to the token at which the model stops",
         )
     elif vocab_size is not None and end >= vocab_size:
-        yield problem("end token", f"{name!r} has id {end}, outside the model's {vocab_size}",
-                      "use the model's own tokenizer, or resize its embeddings")  # fmt: skip
+        yield problem(
+            "end token",
+            f"{name!r} has id {end}, outside the model's {vocab_size}",
+            "use the model's own tokenizer, or resize its embeddings",
+        )
     elif not subject.eos:
         yield warning(
             "end token",
@@ -261,9 +263,11 @@ def head(subject: Subject, path: str) -> Iterator[Finding]:
         else:
             found, provenance = load_head(path)
             shapes = SimpleNamespace(
-                config=subject.text, vocab_size=subject.vocab_size, name=subject.name,
+                config=subject.text,
+                vocab_size=subject.vocab_size,
+                name=subject.name,
                 layers=range(subject.text.num_hidden_layers),
-            )  # fmt: skip
+            )
             require_fit(Path(path), found.config, shapes)
     subject.head = found
     for warned in caught:

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from configs.schema import HeadTrainConfig
-from eagle.head import HeadConfig
+from eagle.heads.head import HeadConfig
 from eagle.loading import cache_folder
 from train.checks.findings import Finding, note, ok, problem, size, warning
 from train.head.teacher import LOGITS
@@ -67,8 +67,10 @@ def available_memory(device: torch.device) -> int:
     import psutil
 
     left = psutil.virtual_memory().available
-    for limit, used in (("memory.max", "memory.current"),
-                        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes")):  # fmt: skip
+    for limit, used in (
+        ("memory.max", "memory.current"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+    ):
         try:
             values = [(Path("/sys/fs/cgroup") / name).read_text().strip() for name in (limit, used)]
         except OSError:
@@ -80,18 +82,21 @@ def available_memory(device: torch.device) -> int:
 
 @dataclass(frozen=True)
 class MemoryNeed:
-    """Bytes of a training process, an estimate. N: padded tokens of a micro-batch, all of them supervised.
+    """Bytes of a training process, an estimate. N: padded tokens of a micro-batch, all of them
+    supervised.
 
     target       its weights as they are loaded
     head         W · (4 weights + 4 gradients), fp32
-    optimizer    W · 8 for AdamW's two moments, W · 4 for Muon's one; divided by the processes under ZeRO
+    optimizer    W · 8 for AdamW's two moments, W · 4 for Muon's one; divided by the processes under
+      ZeRO
     activations  kept for the backward pass: S·N·(57·H + 4·s·I) with s bytes a number, S·N·16·H when
                  they are recomputed (counted with torch.autograd.graph.saved_tensors_hooks)
-    passing      the target's pass, N·s·(F + 8·H + 2·I) with the target's H and I, and three tiles of
+    passing      the target's pass, N·s·(F + 8·H + 2·I) with the target's H and I, and three tiles
+    of
                  logits in fp32
 
-    Shorter rows and fewer supervised tokens need less; the evaluations' caches, the allocator's slack and
-    the libraries themselves (about 1 GiB) come on top.
+    Shorter rows and fewer supervised tokens need less; the evaluations' caches, the allocator's
+    slack and the libraries themselves (about 1 GiB) come on top.
     """
 
     target: int
@@ -106,9 +111,15 @@ class MemoryNeed:
 
     @classmethod
     def of(
-        cls, cfg: HeadTrainConfig, head: HeadConfig, weights: int, target_bytes: int, target_width: int,
-        world: int = 1, logits: int = LOGITS,
-    ) -> MemoryNeed:  # fmt: skip
+        cls,
+        cfg: HeadTrainConfig,
+        head: HeadConfig,
+        weights: int,
+        target_bytes: int,
+        target_width: int,
+        world: int = 1,
+        logits: int = LOGITS,
+    ) -> MemoryNeed:
         """weights: W. target_width: I of the target."""
         t = cfg.train
         N = t.max_tokens_per_batch or t.batch_size * cfg.data.max_length
@@ -166,8 +177,11 @@ def disk_need(need: DiskNeed, cfg: HeadTrainConfig) -> Iterator[Finding]:
         f"a checkpoint takes {size(need.checkpoint)}, those that are kept {size(need.checkpoints)}"
     )
     if need.checkpoints > free(output):
-        yield problem("disk", f"{text}; {size(free(output))} are free for {output}",
-                      "free some space, choose another --output, or lower train.save_total_limit")  # fmt: skip
+        yield problem(
+            "disk",
+            f"{text}; {size(free(output))} are free for {output}",
+            "free some space, choose another --output, or lower train.save_total_limit",
+        )
     else:
         yield ok("disk", text)
     if not need.tokens:
@@ -181,7 +195,10 @@ def disk_need(need: DiskNeed, cfg: HeadTrainConfig) -> Iterator[Finding]:
         )
     text = f"offline features would take about {size(need.features)}"
     if need.features > free(output):
-        yield note("disk", f"{text}, more than is free for {output}",
-                   "train online (the default), or prepare features on another disk")  # fmt: skip
+        yield note(
+            "disk",
+            f"{text}, more than is free for {output}",
+            "train online (the default), or prepare features on another disk",
+        )
     else:
         yield ok("disk", text)

@@ -37,13 +37,19 @@ def sft(
 ) -> int:
     """Supervised fine-tuning; without arguments, of the embedded model on the shipped instructions.
 
-    --data_format chat|instruction|fim|mixed|plain|tokenized; --base and --data name the base model and the
-    data file(s); --adapter goes on from an adapter; --config takes a YAML file or a preset; --resume
-    continues the run in --output (or a checkpoint folder). Any setting is an override:
+    --data_format chat|instruction|fim|mixed|plain|tokenized; --base and --data name the base model
+    and the data file(s); --adapter goes on from an adapter; --config takes a YAML file or a preset;
+    --resume continues the run in --output (or a checkpoint folder). Any setting is an override:
     train.max_steps=20 model.quantization=none lora.r=32.
     """
-    flags = {"data.format": data_format, "model.base": base, "model.adapter": adapter, "data.path": data,
-             "train.output": output, "train.resume": resume}  # fmt: skip
+    flags = {
+        "data.format": data_format,
+        "model.base": base,
+        "model.adapter": adapter,
+        "data.path": data,
+        "train.output": output,
+        "train.resume": resume,
+    }
     cfg = load_config(SftConfig, find_preset(config), overrides, flags)
     return command("sft", cfg, local_rank)
 
@@ -60,10 +66,16 @@ def multitask(
 ) -> int:
     """Several tasks in one adapter; without arguments, the five of a scientific-writing assistant.
 
-    The tasks stand in --config, a YAML file or a preset (see docs/finetune.md); other flags as for sft.
+    The tasks stand in --config, a YAML file or a preset (see docs/finetune.md); other flags as for
+    sft.
     """
-    flags = {"model.base": base, "model.adapter": adapter, "data.path": data, "train.output": output,
-             "train.resume": resume}  # fmt: skip
+    flags = {
+        "model.base": base,
+        "model.adapter": adapter,
+        "data.path": data,
+        "train.output": output,
+        "train.resume": resume,
+    }
     source = find_preset(config or PRESETS["multitask"])
     return command("multitask", load_config(MultitaskConfig, source, overrides, flags), local_rank)
 
@@ -81,11 +93,16 @@ def dpo(
     """Preference optimisation (DPO) from an SFT adapter, which is also the reference.
 
     --adapter names the SFT adapter or its run; without one the base is the reference. --data holds
-    {prompt, chosen, rejected}, chat pairs, or {query, retrieval_result, chosen, rejected}; without it,
-    pairs are made of the shipped docstrings. Other flags as for sft.
+    {prompt, chosen, rejected}, chat pairs, or {query, retrieval_result, chosen, rejected}; without
+    it, pairs are made of the shipped docstrings. Other flags as for sft.
     """
-    flags = {"model.base": base, "model.adapter": adapter, "data.path": data, "train.output": output,
-             "train.resume": resume}  # fmt: skip
+    flags = {
+        "model.base": base,
+        "model.adapter": adapter,
+        "data.path": data,
+        "train.output": output,
+        "train.resume": resume,
+    }
     return command("dpo", load_config(DpoConfig, find_preset(config), overrides, flags), local_rank)
 
 
@@ -96,7 +113,9 @@ def merge(
     output: str | None = None,
     config: str | None = None,
 ) -> int:
-    """Merge an adapter into its base in full precision, and report how far the result differs from it."""
+    """Merge an adapter into its base in full precision, and report how far the result differs from
+    it.
+    """
     flags = {"adapter": adapter, "base": base, "output": output}
     cfg = load_config(MergeConfig, find_preset(config), overrides, flags)
     require_libraries()
@@ -108,8 +127,8 @@ def merge(
 def pairs(*, data: str, output: str, margin: float = 0.0, per_prompt: int = 1) -> int:
     """Preferences out of scored samples: {prompt, samples: [{text, score}]} or a line a sample.
 
-    Of each prompt the best is set against the worst, then the next two, up to --per_prompt pairs; scores
-    that differ by no more than --margin are ties and give none.
+    Of each prompt the best is set against the worst, then the next two, up to --per_prompt pairs;
+    scores that differ by no more than --margin are ties and give none.
     """
     from train.finetune.pairs import build
 
@@ -117,8 +136,8 @@ def pairs(*, data: str, output: str, margin: float = 0.0, per_prompt: int = 1) -
 
 
 def data(*, output: str) -> int:
-    """Write the example data to --output: task records, summaries (chats) and preferences, made of the
-    docstrings that ship with the package, and the same held out."""
+    """Write the example data to --output: task records, summaries (chats) and preferences, made of
+    the docstrings that ship with the package, and the same held out."""
     from train.finetune.assistant import write_all
 
     counts = write_all(Path(output).expanduser())
@@ -177,8 +196,14 @@ def find_preset(config: str | None) -> Path | str | None:
     return Path(str(folder / f"{config}.yaml"))
 
 
-COMMANDS = {"sft": sft, "multitask": multitask, "dpo": dpo, "merge": merge, "pairs": pairs,
-            "data": data}  # fmt: skip
+COMMANDS = {
+    "sft": sft,
+    "multitask": multitask,
+    "dpo": dpo,
+    "merge": merge,
+    "pairs": pairs,
+    "data": data,
+}
 
 if __name__ == "__main__":
     given = sys.argv[1:]

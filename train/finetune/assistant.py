@@ -1,15 +1,17 @@
-"""The example data: five tasks of a scientific-writing assistant, summaries, cards and preferences, made of the
-docstrings of the standard library that ship with the package.
+"""The example data: five tasks of a scientific-writing assistant, summaries, cards and preferences,
+made of the docstrings of the standard library that ship with the package.
 
     summary_generation   a piece of code -> the first paragraph of its docstring
     experiment_design    a claim (a test's docstring) and three tests: which of them examines it
     error_detection      a sentence, as written or with one error put into it
-    logic_consistency    two statements: the second says the same, or one word of it is turned around
+    logic_consistency    two statements: the second says the same, or one word of it is turned
+      around
     readability          a sentence -> its Flesch reading ease, over 100
-    cards                a function -> JSON: its name, arguments, what it calls, and its docstring's first paragraph
+    cards                a function -> JSON: its name, arguments, what it calls, and its docstring's
+      first paragraph
 
-The text is real and the labels are facts about it. Files stay apart as in the shipped sets: what is held out
-there is held out here. Knows records and files; knows nothing of tokens or models.
+The text is real and the labels are facts about it. Files stay apart as in the shipped sets: what is
+held out there is held out here. Knows records and files; knows nothing of tokens or models.
 """
 
 from __future__ import annotations
@@ -24,9 +26,9 @@ from pathlib import Path
 from typing import Any
 
 from eagle.errors import EagleError
-from train.data.cache import cache_root
-from train.data.quarantine import write_atomic
-from train.data.shipped import shipped
+from records.cache import cache_root
+from records.quarantine import write_atomic
+from records.shipped import shipped
 
 VERSION = 1  # raise when the records change: old files are then not found
 CODE_LIMIT, TEXT_LIMIT = 500, 240  # characters
@@ -35,13 +37,27 @@ ERRORS = ("none", "spelling", "repetition", "order")
 ANTONYMS = dict(
     pair
     for a, b in [
-        ("true", "false"), ("first", "last"), ("all", "no"), ("before", "after"), ("left", "right"),
-        ("minimum", "maximum"), ("open", "close"), ("start", "end"), ("add", "remove"), ("is", "is not"),
-        ("with", "without"), ("valid", "invalid"), ("same", "different"), ("input", "output"),
-        ("greater", "less"), ("can", "cannot"), ("should", "should not"), ("read", "write"),
+        ("true", "false"),
+        ("first", "last"),
+        ("all", "no"),
+        ("before", "after"),
+        ("left", "right"),
+        ("minimum", "maximum"),
+        ("open", "close"),
+        ("start", "end"),
+        ("add", "remove"),
+        ("is", "is not"),
+        ("with", "without"),
+        ("valid", "invalid"),
+        ("same", "different"),
+        ("input", "output"),
+        ("greater", "less"),
+        ("can", "cannot"),
+        ("should", "should not"),
+        ("read", "write"),
     ]
     for pair in ((a, b), (b, a))
-)  # fmt: skip
+)
 SIGNATURE = re.compile(r"`((?:async )?def .*?)`")
 
 
@@ -90,7 +106,7 @@ def _shipped(name: str, split: str) -> Path:
     if path is None:
         raise EagleError(
             f"the shipped {name} data set is missing: give data.path (--data FILE), or build it with "
-            "'python -m train.embedded'"
+            "'python -m tools.embedded'"
         )
     return path
 
@@ -104,12 +120,22 @@ def read_shipped(split: str) -> tuple[list[dict], list[dict]]:
         if found is None:
             continue
         text = record["instruction"].replace(found[0], " ")
-        for phrase in ("Write the Python function", "Implement", "in Python. It should do this:",
-                       "Please write this as"):  # fmt: skip
+        for phrase in (
+            "Write the Python function",
+            "Implement",
+            "in Python. It should do this:",
+            "Please write this as",
+        ):
             text = text.replace(phrase, " ")
         code = record["output"].removeprefix("```python\n").removesuffix("\n```")
-        functions.append({"signature": found[1], "summary": " ".join(text.split()), "code": code,
-                          "source": record["source"]})  # fmt: skip
+        functions.append(
+            {
+                "signature": found[1],
+                "summary": " ".join(text.split()),
+                "code": code,
+                "source": record["source"],
+            }
+        )
     for line in _shipped("chat", split).read_text(encoding="utf-8").splitlines():
         record = json.loads(line)
         question, answer = (record["messages"][n]["content"] for n in (0, 1))
@@ -128,12 +154,14 @@ def task_records(functions: list[dict], sentences: list[dict], rng: random.Rando
         others = rng.sample([t for t in tests if t["summary"] != test["summary"]], 2)
         experiments = [test, *others]
         rng.shuffle(experiments)
-        records.append({
-            "claim": test["summary"],
-            "experiments": [e["code"] for e in experiments],
-            "relevance": [int(e is test) for e in experiments],
-            "source": test["source"],
-        })  # fmt: skip
+        records.append(
+            {
+                "claim": test["summary"],
+                "experiments": [e["code"] for e in experiments],
+                "relevance": [int(e is test) for e in experiments],
+                "source": test["source"],
+            }
+        )
     rng.shuffle(records)
     return records
 
@@ -175,25 +203,35 @@ def put_error(text: str, kind: str, rng: random.Random) -> str | None:
 
 
 def compared(sentence: dict, rng: random.Random) -> dict | None:
-    """Two statements and whether they agree; None for a sentence in which nothing can be turned around."""
+    """Two statements and whether they agree; None for a sentence in which nothing can be turned
+    around.
+    """
     words = sentence["text"].split(" ")
     places = [n for n, word in enumerate(words) if word.lower() in ANTONYMS]
     if not places:
         return None
     n, agree = rng.choice(places), rng.random() < 0.5
     statement = words if agree else [*words[:n], ANTONYMS[words[n].lower()], *words[n + 1 :]]
-    return {"premise": sentence["text"], "statement": " ".join(statement), "consistent": agree,
-            "source": sentence["source"]}  # fmt: skip
+    return {
+        "premise": sentence["text"],
+        "statement": " ".join(statement),
+        "consistent": agree,
+        "source": sentence["source"],
+    }
 
 
 def summary_records(functions: list[dict], sentences: list[dict], rng: random.Random) -> list[dict]:
     return [
-        {"messages": [
-            {"role": "user", "content": f"Summarise this code in one sentence.\n\n{f['code']}"},
-            {"role": "assistant", "content": f["summary"]},
-        ], "source": f["source"]}
-        for f in functions if len(f["code"]) <= CODE_LIMIT
-    ]  # fmt: skip
+        {
+            "messages": [
+                {"role": "user", "content": f"Summarise this code in one sentence.\n\n{f['code']}"},
+                {"role": "assistant", "content": f["summary"]},
+            ],
+            "source": f["source"],
+        }
+        for f in functions
+        if len(f["code"]) <= CODE_LIMIT
+    ]
 
 
 def card_records(functions: list[dict], sentences: list[dict], rng: random.Random) -> list[dict]:
@@ -203,16 +241,21 @@ def card_records(functions: list[dict], sentences: list[dict], rng: random.Rando
         found = card(function) if len(function["code"]) <= CODE_LIMIT else None
         if found is not None:
             question = f"Describe this function as JSON.\n\n{function['code']}"
-            records.append({"messages": [
-                {"role": "user", "content": question},
-                {"role": "assistant", "content": json.dumps(found, ensure_ascii=False)},
-            ], "source": function["source"]})  # fmt: skip
+            records.append(
+                {
+                    "messages": [
+                        {"role": "user", "content": question},
+                        {"role": "assistant", "content": json.dumps(found, ensure_ascii=False)},
+                    ],
+                    "source": function["source"],
+                }
+            )
     return records
 
 
 def card(function: dict) -> dict | None:
-    """Its name, its parameters (not *args), the names it calls in order, its summary; None for what is no
-    function."""
+    """Its name, its parameters (not *args), the names it calls in order, its summary; None for what
+    is no function."""
     try:
         body = ast.parse(textwrap.dedent(function["code"])).body
     except SyntaxError:
@@ -228,8 +271,12 @@ def card(function: dict) -> dict | None:
         if name is not None:
             calls[name] = True
     given = (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)
-    return {"name": node.name, "arguments": [a.arg for a in given], "calls": list(calls),
-            "summary": function["summary"]}  # fmt: skip
+    return {
+        "name": node.name,
+        "arguments": [a.arg for a in given],
+        "calls": list(calls),
+        "summary": function["summary"],
+    }
 
 
 def preference_records(
@@ -248,10 +295,14 @@ def preference_records(
         others = [s for s in rng.sample(sentences, 4) if s["text"] != sentence["text"]][:2]
         passages = [f"{s['name']}: {s['text']}" for s in (sentence, *others)]
         rng.shuffle(passages)
-        records.append({
-            "query": question, "retrieval_result": passages,
-            "chosen": {"text": sentence["text"]}, "rejected": {"text": others[0]["text"]},
-        })  # fmt: skip
+        records.append(
+            {
+                "query": question,
+                "retrieval_result": passages,
+                "chosen": {"text": sentence["text"]},
+                "rejected": {"text": others[0]["text"]},
+            }
+        )
     return records
 
 

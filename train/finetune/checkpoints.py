@@ -1,9 +1,11 @@
 """Checkpoints of a run: written beside their place and moved into it whole.
 
-    OUTPUT/checkpoints/checkpoint-N/   the adapter folder, and the trainer's optimizer, schedule and generators
-    OUTPUT/checkpoints/.saving/        one that is being written, or that a kill left behind
+    OUTPUT/checkpoints/checkpoint-N/   the adapter folder, and the trainer's optimizer, schedule and
+    generators OUTPUT/checkpoints/.saving/        one that is being written, or that a kill left
+    behind
 
-A folder that bears its name is complete. Knows nothing of what is in it beyond `trainer_state.json`.
+A folder that bears its name is complete. Knows nothing of what is in it beyond
+`trainer_state.json`.
 """
 
 from __future__ import annotations
@@ -43,7 +45,9 @@ def clear(output: Path) -> None:
 
 
 def publish(staged: Path, final: Path) -> None:
-    """Sync every file of `staged`, then give it its name. `final` must not be there, or is replaced."""
+    """Sync every file of `staged`, then give it its name. `final` must not be there, or is
+    replaced.
+    """
     for item in [*sorted(staged.rglob("*")), staged]:
         _sync(item)
     if final.exists():
@@ -80,7 +84,9 @@ def step_of(path: Path) -> int:
 
 
 def require_same_run(path: Path, identity: dict) -> None:
-    """A resumed run must have the base, adapter and data it began with; learning settings may change."""
+    """A resumed run must have the base, adapter and data it began with; learning settings may
+    change.
+    """
     before = read_record(path).get("identity", {})
     changed = [k for k in identity if before.get(k) != identity[k]]
     if changed:

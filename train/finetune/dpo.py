@@ -1,7 +1,7 @@
 """Preference optimisation: TRL's DPO trainer on the rows of our data layer.
 
-The reference is the adapter that the run starts from, kept frozen beside the one that learns (the base itself
-where there is none), so that the first margin is 0.
+The reference is the adapter that the run starts from, kept frozen beside the one that learns (the
+base itself where there is none), so that the first margin is 0.
 
 B pairs, T tokens.
 """
@@ -22,9 +22,9 @@ from trl.trainer.utils import use_adapter
 
 from configs.finetune_schema import DpoConfig
 from eagle.errors import EagleError
-from train.data import Collator
-from train.data.dataset import _held_out
-from train.data.sources import resolve
+from records import Collator
+from records.dataset import _held_out
+from records.sources import resolve
 from train.finetune.assistant import shipped_preferences
 from train.finetune.preference import Pair, load_pairs
 from train.finetune.run import Run
@@ -89,8 +89,8 @@ def as_row(pair: Pair) -> dict:
 
 
 class PairCollator:
-    """Pairs as TRL's DPO loss takes them: input_ids, attention_mask, completion_mask [2B, T], all chosen
-    rows before all rejected ones."""
+    """Pairs as TRL's DPO loss takes them: input_ids, attention_mask, completion_mask [2B, T], all
+    chosen rows before all rejected ones."""
 
     def __init__(self, pad: int) -> None:
         self.collate = Collator(pad, pad_to_multiple=8)
@@ -110,7 +110,8 @@ class PreferenceTrainer(RunTrainer, DPOTrainer):
         self.heldout = heldout
         super().__init__(run, eval_dataset=options["train_dataset"].select([0]), **options)
         if Version(trl.__version__) < Version("1.16"):
-            # it sums log-probabilities in the dtype of the logits, where bf16 is right to a quarter of a nat
+            # it sums log-probabilities in the dtype of the logits, where bf16 is right to a quarter
+            # of a nat
             output = self.model.get_output_embeddings()
             output.register_forward_hook(lambda module, args, logits: logits.float())
 
@@ -126,8 +127,8 @@ class PreferenceTrainer(RunTrainer, DPOTrainer):
         return nll.new_zeros(kept.shape).masked_scatter(kept, -nll).sum(1)
 
     def measure(self) -> dict[str, float]:
-        """Over all held-out pairs: the loss of the sigmoid objective, how often the chosen answer has the
-        higher reward, by how much, and the rewards."""
+        """Over all held-out pairs: the loss of the sigmoid objective, how often the chosen answer
+        has the higher reward, by how much, and the rewards."""
         sums = torch.zeros(6, dtype=torch.float64)
         batch_size = self.args.per_device_eval_batch_size
         policy = self.accelerator.unwrap_model(self.model)
@@ -143,9 +144,15 @@ class PreferenceTrainer(RunTrainer, DPOTrainer):
             )
             margin, keep = chosen - rejected, torch.tensor(counted)
             values = torch.stack(
-                [-F.logsigmoid(margin), (margin > 0).double(), margin, chosen, rejected,
-                 torch.ones_like(margin)]
-            )  # fmt: skip
+                [
+                    -F.logsigmoid(margin),
+                    (margin > 0).double(),
+                    margin,
+                    chosen,
+                    rejected,
+                    torch.ones_like(margin),
+                ]
+            )
             sums += values[:, keep].sum(1)
         loss, right, margin, chosen, rejected, count = self.run.world.sum(sums).tolist()
         return {

@@ -1,7 +1,9 @@
 """An adapter merged into its base in full precision, and what that changes.
 
-Training ran on a base that was quantized; what ships is the base in full precision with the adapter in it. Two
-things differ: the base's weights (no longer rounded to 4 bit), and the sum of weight and update, rounded to the
+Training ran on a base that was quantized; what ships is the base in full precision with the adapter
+  in it. Two
+things differ: the base's weights (no longer rounded to 4 bit), and the sum of weight and update,
+  rounded to the
 base's dtype. The report keeps them apart, on held-out rows:
 
     trained   quantized base + adapter, as it was trained
@@ -24,7 +26,7 @@ from configs.finetune_schema import MergeConfig
 from eagle.checkpoint import atomic_dir, write_json
 from eagle.errors import EagleError
 from eagle.loading import find_adapter, read_record, require_base
-from train.data import load_dataset_for, load_tokenizer
+from records import load_dataset_for, load_tokenizer
 from train.finetune.policy import base_fingerprint, base_path, load_base
 from train.finetune.sft import LabelCollator, pad_id
 

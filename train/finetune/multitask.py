@@ -17,10 +17,10 @@ from transformers import Trainer, TrainingArguments
 from configs.errors import ConfigError
 from configs.finetune_schema import MultitaskConfig, TaskConfig
 from eagle.checkpoint import atomic_write_text
-from train.data import Collator, MixtureDataset
-from train.data.dataset import _held_out
-from train.data.mixture import RoundRobin
-from train.data.sources import resolve
+from records import Collator, MixtureDataset
+from records.dataset import _held_out
+from records.mixture import RoundRobin
+from records.sources import resolve
 from train.finetune.assistant import shipped_tasks
 from train.finetune.run import PREDICTIONS, Run
 from train.finetune.sft import EpochOrder, pad_id
@@ -113,7 +113,9 @@ def first_read(kinds: list[TaskRows], count: int) -> list[TaskRow]:
 
 
 class TaskCollator:
-    """Rows -> the tensors of `task_forward`. A ranking's candidates become sequences of one group."""
+    """Rows -> the tensors of `task_forward`. A ranking's candidates become sequences of one
+    group.
+    """
 
     def __init__(self, pad: int, tasks: Sequence[TaskConfig]) -> None:
         self.collate, self.tasks = Collator(pad, pad_to_multiple=8), tasks
@@ -256,9 +258,14 @@ class MultitaskTrainer(RunTrainer, Trainer):
         ends = {row.sequences[0][last_target(row)] for row in rows} & special
         ends |= {tokenizer.eos_token_id} - {None}
         out = self.model.generate(
-            input_ids=ids, attention_mask=mask, do_sample=False, max_new_tokens=task.max_new_tokens,
-            eos_token_id=sorted(ends), pad_token_id=pad, use_cache=True,
-        )  # fmt: skip
+            input_ids=ids,
+            attention_mask=mask,
+            do_sample=False,
+            max_new_tokens=task.max_new_tokens,
+            eos_token_id=sorted(ends),
+            pad_token_id=pad,
+            use_cache=True,
+        )
         texts = tokenizer.batch_decode(out[:, width:], skip_special_tokens=True)
         return [(text.strip(), row.answer) for text, row in zip(texts, rows, strict=True)]
 
@@ -269,5 +276,7 @@ class MultitaskTrainer(RunTrainer, Trainer):
 
 
 def last_target(row: TaskRow) -> int:
-    """Where the last token of the answer stands: with most templates, the one that ends the turn."""
+    """Where the last token of the answer stands: with most templates, the one that ends the
+    turn.
+    """
     return max(n for n, supervised in enumerate(row.mask) if supervised)

@@ -13,13 +13,15 @@ from pathlib import Path
 
 from eagle.checkpoint import atomic_write_text
 from eagle.errors import EagleError
-from train.data.sources import read_records, resolve
+from records.sources import read_records, resolve
 
 FORMS = 'write {"prompt": ..., "samples": [{"text": ..., "score": 0.5}, ...]}, or one sample a line'
 
 
 def build(data: str, output: str, margin: float = 0.0, per_prompt: int = 1) -> int:
-    """Read scored samples, write {prompt, chosen, rejected, score_chosen, score_rejected}, say what was dropped."""
+    """Read scored samples, write {prompt, chosen, rejected, score_chosen, score_rejected}, say what
+    was dropped.
+    """
     if margin < 0 or per_prompt < 1:
         raise EagleError("--margin must be 0 or more and --per_prompt 1 or more")
     prompts, bad = read_scored([p.strip() for p in data.split(",")])
@@ -28,8 +30,15 @@ def build(data: str, output: str, margin: float = 0.0, per_prompt: int = 1) -> i
     for prompt, samples in prompts.values():
         for pair in choose_pairs(samples, margin, per_prompt, counts):
             (better, high), (worse, low) = pair
-            lines.append({"prompt": prompt, "chosen": better, "rejected": worse,
-                          "score_chosen": high, "score_rejected": low})  # fmt: skip
+            lines.append(
+                {
+                    "prompt": prompt,
+                    "chosen": better,
+                    "rejected": worse,
+                    "score_chosen": high,
+                    "score_rejected": low,
+                }
+            )
     if not lines:
         raise EagleError(
             f"no preference in {data}: of {len(prompts)} prompts {counts['ties']} are ties or have one "
@@ -47,7 +56,8 @@ def build(data: str, output: str, margin: float = 0.0, per_prompt: int = 1) -> i
 def choose_pairs(
     samples: list[tuple[str, float]], margin: float, per_prompt: int, counts: Counter
 ) -> Iterator[tuple[tuple[str, float], tuple[str, float]]]:
-    """Best against worst, second best against second worst, …, while they differ by more than `margin`.
+    """Best against worst, second best against second worst, …, while they differ by more than
+    `margin`.
 
     The same text with several scores counts once, with their mean.
     """

@@ -1,4 +1,5 @@
-"""The model that learns: a frozen, quantized base and a trainable adapter, in one place for all trainers.
+"""The model that learns: a frozen, quantized base and a trainable adapter, in one place for all
+trainers.
 
 Knows peft and bitsandbytes; knows nothing of data or losses.
 """
@@ -34,7 +35,9 @@ def base_path(base: str | None) -> str:
 
 
 def base_name(base: str | None) -> str:
-    """What an adapter records as its base: absolute for a folder, so that it is found from anywhere."""
+    """What an adapter records as its base: absolute for a folder, so that it is found from
+    anywhere.
+    """
     if base in (None, "embedded"):
         return "embedded"
     return str(Path(base).expanduser().resolve()) if Path(base).expanduser().is_dir() else base
@@ -55,7 +58,8 @@ def require_finetune() -> None:
 
 
 def base_fingerprint(base: str | None) -> str:
-    """`target_fingerprint` of the base as its checkpoint has it, whatever it is quantized to in a run.
+    """`target_fingerprint` of the base as its checkpoint has it, whatever it is quantized to in a
+    run.
 
     Weights are mapped, not read: what is touched is what the fingerprint samples.
     """
@@ -72,7 +76,9 @@ def load_base(
     attn_implementation: str | None = None,
     place: bool = True,
 ) -> nn.Module:
-    """The base model, its linear layers quantized while it is loaded. `place`: on this rank's GPU, if any."""
+    """The base model, its linear layers quantized while it is loaded. `place`: on this rank's GPU,
+    if any.
+    """
     path = base_path(base)
     options: dict[str, Any] = {}
     if attn_implementation is not None:
@@ -95,8 +101,8 @@ def load_base(
 def keep_differentiable(model: nn.Module) -> None:
     """Forbid bitsandbytes to repack 4-bit weights for inference on a CPU with AVX512-BF16.
 
-    It does so in the first pass without gradients, for good, and no gradient flows through repacked layers:
-    a run that evaluates before it trains would train on wrong gradients without a word.
+    It does so in the first pass without gradients, for good, and no gradient flows through repacked
+    layers: a run that evaluates before it trains would train on wrong gradients without a word.
     """
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
@@ -108,7 +114,8 @@ def build_policy(
 ) -> nn.Module:
     """A peft model: the quantized base, and the adapter in folder `adapter` or a new one, in fp32.
 
-    The frozen weights have the dtype in which they are served: an adapter learns on what it will run on.
+    The frozen weights have the dtype in which they are served: an adapter learns on what it will
+    run on.
     """
     from peft import LoraConfig, PeftModel, get_peft_model
     from transformers import set_seed
@@ -125,9 +132,14 @@ def build_policy(
     if adapter is not None:
         return PeftModel.from_pretrained(model, str(adapter), ADAPTER, is_trainable=True)
     config = LoraConfig(
-        r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, use_rslora=lora.rslora,
-        target_modules=lora.target_modules, bias="none", task_type="CAUSAL_LM",
-    )  # fmt: skip
+        r=lora.r,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        use_rslora=lora.rslora,
+        target_modules=lora.target_modules,
+        bias="none",
+        task_type="CAUSAL_LM",
+    )
     try:
         return get_peft_model(model, config)
     except ValueError as error:
@@ -146,8 +158,8 @@ def served_dtype(base: str | None, dtype: str) -> str:
 
 
 def parameter_counts(model: nn.Module) -> dict[str, Any]:
-    """Trainable and all parameters; a packed 4-bit weight counts what it stands for, weights of the task
-    heads count as trainable."""
+    """Trainable and all parameters; a packed 4-bit weight counts what it stands for, weights of the
+    task heads count as trainable."""
     trainable, total = model.get_nb_trainable_parameters()
     return {
         "trainable_parameters": trainable,

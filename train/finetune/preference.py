@@ -4,8 +4,9 @@
     {chosen: [messages], rejected: [messages]}  conversations that differ in the last message
     {query, retrieval_result: [...], chosen: {text}, rejected: {text}}
 
-A pair whose answers are empty, equal, or too long is set aside: to cut an answer would change what is preferred.
-Retrieved passages are cut, to the tokens that the question and the longer answer leave.
+A pair whose answers are empty, equal, or too long is set aside: to cut an answer would change what
+is preferred. Retrieved passages are cut, to the tokens that the question and the longer answer
+leave.
 
 Knows tokenizers; knows nothing of models or batches.
 """
@@ -16,10 +17,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from configs.finetune_schema import PreferenceData
-from train.data.chat import read_messages, render_chat, render_instruction, require_template
-from train.data.render import record_key
-from train.data.rows import Row, RowError
-from train.data.tokens import encode_with_spans, require_fast
+from records.chat import read_messages, render_chat, render_instruction, require_template
+from records.render import record_key
+from records.rows import Row, RowError
+from records.tokens import encode_with_spans, require_fast
 from train.finetune.records import each_record
 
 FORMS = (
@@ -48,10 +49,7 @@ def load_pairs(
     card = each_record(
         files, cfg, out, lambda record: pairs.append(render_pair(record, tokenizer, cfg))
     )
-    card |= {
-        "rows": len(pairs),
-        "passages_cut": sum(pair.passages_cut for pair in pairs),
-    }
+    card |= {"rows": len(pairs), "passages_cut": sum(pair.passages_cut for pair in pairs)}
     return pairs, card
 
 
@@ -69,8 +67,10 @@ def render_pair(record: dict, tokenizer: Any, cfg: PreferenceData) -> Pair:
     require_answers(answers)
     rows = [render_answer(prompt, answer, tokenizer, cfg) for answer in answers]
     if any(row.truncated for row in rows):
-        raise RowError("prompt and answer are longer than data.max_length",
-                       f"raise data.max_length={cfg.max_length}, or shorten them")  # fmt: skip
+        raise RowError(
+            "prompt and answer are longer than data.max_length",
+            f"raise data.max_length={cfg.max_length}, or shorten them",
+        )
     if rows[0].input_ids == rows[1].input_ids:
         raise RowError("chosen and rejected are equal", "remove the pair: it prefers nothing")
     return Pair(rows[0], rows[1], record_key(record), cut)
@@ -91,8 +91,10 @@ def read_pair(record: dict) -> tuple[str | list[dict], tuple[str, str]]:
             answers.append(text_of(side))
             shared.append([])
     if shared[0] != shared[1]:
-        raise RowError("chosen and rejected answer different prompts",
-                       "let them differ in the last message only")  # fmt: skip
+        raise RowError(
+            "chosen and rejected answer different prompts",
+            "let them differ in the last message only",
+        )
     if isinstance(prompt, list):
         return [*as_messages(prompt), *shared[0]], (answers[0], answers[1])
     if prompt is None:
@@ -162,11 +164,15 @@ def retrieval(
     lengths = [len(encode_with_spans(tokenizer, p)[0]) for p in passages]
     room = cfg.max_length - bare_length(query, passages, answers, tokenizer, cfg)
     if room < 0:
-        raise RowError("question and answer are longer than data.max_length",
-                       f"raise data.max_length={cfg.max_length}, or shorten them")  # fmt: skip
+        raise RowError(
+            "question and answer are longer than data.max_length",
+            f"raise data.max_length={cfg.max_length}, or shorten them",
+        )
     kept = fair_shares(lengths, room)
-    shown = [cut(p, n, tokenizer) if n < have else p
-             for p, n, have in zip(passages, kept, lengths, strict=True)]  # fmt: skip
+    shown = [
+        cut(p, n, tokenizer) if n < have else p
+        for p, n, have in zip(passages, kept, lengths, strict=True)
+    ]
     count = sum(n < have for n, have in zip(kept, lengths, strict=True))
     return question(query, shown), answers, count
 
@@ -187,7 +193,9 @@ def bare_length(
 
 
 def fair_shares(lengths: list[int], room: int) -> list[int]:
-    """Tokens of each passage: all of the short ones, and the same for each of those that are cut."""
+    """Tokens of each passage: all of the short ones, and the same for each of those that are
+    cut.
+    """
     kept = [0] * len(lengths)
     order = sorted(range(len(lengths)), key=lambda n: lengths[n])
     for place, n in enumerate(order):

@@ -7,16 +7,19 @@ from collections.abc import Callable
 from pathlib import Path
 
 from configs.finetune_schema import PreferenceData, TaskData
-from train.data.quarantine import BadRow, enforce, write_quarantine
-from train.data.rows import RowError
-from train.data.sources import read_records
+from records.quarantine import BadRow, enforce, write_quarantine
+from records.rows import RowError
+from records.sources import read_records
 
 
 def each_record(
-    files: list[Path], cfg: PreferenceData | TaskData, out: Path | None, take: Callable[[dict], None]
+    files: list[Path],
+    cfg: PreferenceData | TaskData,
+    out: Path | None,
+    take: Callable[[dict], None],
 ) -> dict:
-    """Give `take` each record; those that it refuses (RowError) go to `out` and above `max_bad_fraction` end the run.
-    Returns what was counted."""
+    """Give `take` each record; those that it refuses (RowError) go to `out` and above
+    `max_bad_fraction` end the run. Returns what was counted."""
     bad: list[BadRow] = []
     records = 0
     for path in files:
@@ -29,8 +32,11 @@ def each_record(
                     raise RowError(str(record.error).split(":")[0], "repair or remove this line")
                 take(record.value)
             except RowError as error:
-                bad.append(BadRow(record.file, record.line, error.reason, str(error), error.remedy,
-                                  record.raw))  # fmt: skip
+                bad.append(
+                    BadRow(
+                        record.file, record.line, error.reason, str(error), error.remedy, record.raw
+                    )
+                )
     if out is not None and bad:
         write_quarantine(bad, out)
     enforce(bad, records, cfg.max_bad_fraction, out if bad else None)

@@ -1,4 +1,5 @@
-"""What every fine-tuning run has, whatever it learns by: its folder, its ranks, its record and its report.
+"""What every fine-tuning run has, whatever it learns by: its folder, its ranks, its record and its
+report.
 
     OUTPUT/config.yaml  metrics.jsonl  summary.json  quarantine*.jsonl  predictions.jsonl
     OUTPUT/checkpoints/  see checkpoints.py
@@ -28,8 +29,8 @@ from eagle.checkpoint import atomic_dir, atomic_write_text
 from eagle.errors import EagleError
 from eagle.loading import find_adapter, read_record, require_base, resolve_compute
 from eagle.meter import Bar
-from train.data import load_tokenizer
-from train.data.tokens import tokenizer_hash
+from records import load_tokenizer
+from records.tokens import tokenizer_hash
 from train.finetune import checkpoints as disk
 from train.finetune.adapter import adapter_bytes
 from train.finetune.policy import base_fingerprint, base_name, base_path, build_policy
@@ -38,8 +39,17 @@ from train.head.state import require_writable, write_config
 
 PREDICTIONS = "predictions.jsonl"
 # files of a checkpoint that make up the adapter folder; the rest is there to resume
-RESUME_FILES = ("optimizer.pt", "scheduler.pt", "rng_state*", "trainer_state.json", "training_args.bin",
-                "global_step*", "latest", "zero_to_*.py", PREDICTIONS)  # fmt: skip
+RESUME_FILES = (
+    "optimizer.pt",
+    "scheduler.pt",
+    "rng_state*",
+    "trainer_state.json",
+    "training_args.bin",
+    "global_step*",
+    "latest",
+    "zero_to_*.py",
+    PREDICTIONS,
+)
 
 
 @dataclass
@@ -63,7 +73,9 @@ class Run:
         return self.cfg.model.compute == "bf16"
 
     def autocast(self):
-        """The arithmetic of training and evaluation: bf16 products, fp32 adapter weights and sums."""
+        """The arithmetic of training and evaluation: bf16 products, fp32 adapter weights and
+        sums.
+        """
         return torch.autocast(self.world.device.type, torch.bfloat16, enabled=self.amp)
 
     def note(self, text: str) -> None:
@@ -71,7 +83,9 @@ class Run:
             print(text, flush=True)
 
     def prepare(self) -> None:
-        """The tokenizer, and what an adapter of this run will say of its base; before the data is read."""
+        """The tokenizer, and what an adapter of this run will say of its base; before the data is
+        read.
+        """
         m = self.cfg.model
         self.tokenizer = load_tokenizer(m.base)
         found = base_fingerprint(m.base)
@@ -90,9 +104,7 @@ class Run:
 
     def settle(self, **values: str) -> None:
         """Put what "auto" means into the config."""
-        self.cfg = self.cfg.model_copy(
-            update={"model": self.cfg.model.model_copy(update=values)}
-        )
+        self.cfg = self.cfg.model_copy(update={"model": self.cfg.model.model_copy(update=values)})
 
     def trainer_tokenizer(self) -> Any:
         """A copy for a trainer, which may change it; what is saved is the base's own."""
@@ -108,7 +120,8 @@ class Run:
         self.settle(dtype=weights)
         self.record["dtype"] = weights
         if self.cfg.train.gradient_checkpointing:
-            # the frozen embedding gives no gradient to recompute along; the trainer turns the rest on
+            # the frozen embedding gives no gradient to recompute along; the trainer turns the rest
+            # on
             self.model.enable_input_require_grads()
         limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         if limit and self.cfg.data.max_length > limit:
@@ -202,15 +215,15 @@ def start(cfg: Any, method: str, quiet: bool = False) -> Run:
     world = join_world() if launched or cfg.train.zero is not None else World(0, 1, _device())
     output, resume = world.first_does(claim)
     if not world.first:
-        logging.getLogger("train.data").setLevel(logging.ERROR)
+        logging.getLogger("records").setLevel(logging.ERROR)
     run = Run(cfg, method, world, output, quiet, resume)
     run.settle(**dtypes(cfg.model, world.device, resume))
     return run
 
 
 def dtypes(model: PolicyConfig, device: torch.device, resume: Path | None) -> dict[str, str]:
-    """What `dtype` and `compute` are to be. A run that is resumed keeps its own: what "auto" meant where it began,
-    another machine may read otherwise."""
+    """What `dtype` and `compute` are to be. A run that is resumed keeps its own: what "auto" meant
+    where it began, another machine may read otherwise."""
     found = {}
     for name in ("dtype", "compute"):
         found[name] = asked = getattr(model, name)
@@ -245,7 +258,9 @@ def _worth_keeping(output: Path) -> bool:
 
 
 def choose_output(output: str | None, method: str, resume: str | None) -> Path:
-    """The run's folder. Without a name: `runs/METHOD`, numbered when taken; resuming takes the last."""
+    """The run's folder. Without a name: `runs/METHOD`, numbered when taken; resuming takes the
+    last.
+    """
     if resume not in (None, "auto"):
         given = Path(resume)
         return Path(output or (given.parent.parent if disk.NAME.fullmatch(given.name) else given))

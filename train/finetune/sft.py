@@ -19,7 +19,7 @@ from trl import SFTTrainer
 
 from configs.finetune_schema import SftConfig
 from eagle.errors import EagleError
-from train.data import Collator, load_dataset_for
+from records import Collator, load_dataset_for
 from train.finetune.run import Run
 from train.finetune.training import RunTrainer, arguments, shares
 
@@ -68,7 +68,9 @@ class SftTrainer(RunTrainer, SFTTrainer):
 
 
 class LabelCollator:
-    """The data layer's batches as trainers take them: input_ids, attention_mask and labels, [B, T] int64."""
+    """The data layer's batches as trainers take them: input_ids, attention_mask and labels, [B, T]
+    int64.
+    """
 
     def __init__(self, pad: int) -> None:
         self.collate = Collator(pad, pad_to_multiple=8)
@@ -93,7 +95,9 @@ class EpochOrder(TrainerCallback):
 
 
 def lazy(rows: Any) -> Dataset:
-    """Anything with rows by number as a `datasets.Dataset`, which TRL asks for: read when asked, not copied."""
+    """Anything with rows by number as a `datasets.Dataset`, which TRL asks for: read when asked,
+    not copied.
+    """
 
     def read(asked: dict[str, list[int]]) -> dict[str, list]:
         found = [rows[n] for n in asked["row"]]
@@ -120,8 +124,8 @@ def data_card(kind: str, data: Any, heldout: Any) -> dict:
 def token_loss(
     model: nn.Module, rows: Any, collate: LabelCollator, world: Any, batch_size: int
 ) -> dict[str, float]:
-    """Mean negative log-likelihood (nats) and accuracy over all supervised tokens of `rows`, exactly: it
-    depends neither on the batches nor on the ranks. All ranks must call it."""
+    """Mean negative log-likelihood (nats) and accuracy over all supervised tokens of `rows`,
+    exactly: it depends neither on the batches nor on the ranks. All ranks must call it."""
     sums = torch.zeros(3, dtype=torch.float64)
     for numbers, counted in shares(len(rows), world, batch_size):
         batch = collate([rows[n] for n in numbers])

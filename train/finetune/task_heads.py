@@ -1,11 +1,12 @@
-"""Several tasks through one model: generation through its own output layer, the rest through small heads.
+"""Several tasks through one model: generation through its own output layer, the rest through small
+heads.
 
 S sequences of a batch, T tokens, H hidden, V vocabulary, N tasks, C classes.
 
     loss = sum over tasks of  weight * sum of its losses / labels of it in the whole step
 
-The step's labels are counted over micro batches and ranks, so the gradient is that of each task's mean,
-however rows are split; a missing label adds neither to the sum nor to the count.
+The step's labels are counted over micro batches and ranks, so the gradient is that of each task's
+mean, however rows are split; a missing label adds neither to the sum nor to the count.
 """
 
 from __future__ import annotations
@@ -25,8 +26,9 @@ INPUTS = ("input_ids", "attention_mask", "loss_mask", "targets", "group", "here"
 class TaskHeads(nn.Module):
     """A linear layer in fp32 for each task that predicts, and a log variance for each task.
 
-    center, spread [H]: of the states that the heads read, before training; they see standardised ones.
-    mean, std [N]: of a regression's training labels; its head works on the standardised scale.
+    center, spread [H]: of the states that the heads read, before training; they see standardised
+    ones. mean, std [N]: of a regression's training labels; its head works on the standardised
+    scale.
     """
 
     def __init__(self, tasks: list[TaskConfig], hidden: int, learned: bool) -> None:
@@ -54,14 +56,16 @@ class TaskHeads(nn.Module):
 
     def forward(self, state: torch.Tensor) -> dict[int, torch.Tensor]:
         """state [S, H] -> outputs [S, C] or [S] by task number."""
-        # a step of Adam moves an output by up to lr * sum |state|: scaled so that wide models do not jump
+        # a step of Adam moves an output by up to lr * sum |state|: scaled so that wide models do
+        # not jump
         state = (state.float() - self.center) / self.spread * state.shape[-1] ** -0.25
         with torch.autocast(state.device.type, enabled=False):
             out = {int(n): head(state) for n, head in self.heads.items()}
         return {n: o if self.tasks[n].classes else o[:, 0] for n, o in out.items()}
 
     def combine(self, sums: torch.Tensor, counts: torch.Tensor, here: torch.Tensor) -> torch.Tensor:
-        """sums [N] of losses and labels `here` [N] of a micro batch, `counts` [N] of the step -> its loss.
+        """sums [N] of losses and labels `here` [N] of a micro batch, `counts` [N] of the step ->
+        its loss.
 
         Learned weights are those of Kendall et al. (2018): exp(-s) * loss + s / 2.
         """
@@ -110,8 +114,8 @@ def task_forward(
     here: torch.Tensor,
     counts: torch.Tensor | None = None,
 ) -> dict[str, Any]:
-    """input_ids, attention_mask, loss_mask [S, T]; task [S], -1 for rows of heads; targets [S, N], NaN where
-    missing; group [S], the record of a ranking; here [N] labels of this batch.
+    """input_ids, attention_mask, loss_mask [S, T]; task [S], -1 for rows of heads; targets [S, N],
+    NaN where missing; group [S], the record of a ranking; here [N] labels of this batch.
 
     -> {loss, sums [N], outputs {task: [S', ...]}}, S' the rows with task -1, in order.
     """
@@ -140,7 +144,9 @@ def task_forward(
 
 
 def last_state(base: nn.Module, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """ids, mask [S, T], padded on the right -> the final state of each row's last real token, [S, H]."""
+    """ids, mask [S, T], padded on the right -> the final state of each row's last real token, [S,
+    H].
+    """
     ids, mask = trim(ids, mask)
     hidden = base.get_decoder()(input_ids=ids, attention_mask=mask, use_cache=False)
     return hidden.last_hidden_state[torch.arange(len(ids), device=ids.device), mask.sum(1) - 1]
@@ -179,8 +185,8 @@ def task_loss(
 def ranking_loss(
     output: torch.Tensor, target: torch.Tensor, group: torch.Tensor, name: str
 ) -> torch.Tensor:
-    """RankNet: over the pairs of one record whose labels differ, averaged within each record, summed over
-    records. output, target, group [S]."""
+    """RankNet: over the pairs of one record whose labels differ, averaged within each record,
+    summed over records. output, target, group [S]."""
     better = (group[:, None] == group[None]) & (target[:, None] > target[None])  # [S, S]
     margin = output[:, None] - output[None]
     loss = F.softplus(-margin) if name == "logistic" else F.relu(1 - margin)

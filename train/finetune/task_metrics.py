@@ -1,7 +1,8 @@
 """How good predictions are, by torchmetrics, and one number for an assistant as a whole.
 
-Knows predictions and labels; knows nothing of models. A prediction is a line of `predictions.jsonl`:
-{task, type, prediction, label}, with `scores` {class: probability} for a classification.
+Knows predictions and labels; knows nothing of models. A prediction is a line of
+`predictions.jsonl`: {task, type, prediction, label}, with `scores` {class: probability} for a
+classification.
 """
 
 from __future__ import annotations
@@ -69,8 +70,12 @@ def ranking(task: TaskConfig, lines: list[dict]) -> dict[str, float]:
     return scoring.ranking([(line["prediction"], line["label"]) for line in lines])
 
 
-BY_TYPE = {"generation": generation, "classification": classification, "regression": regression,
-           "ranking": ranking}  # fmt: skip
+BY_TYPE = {
+    "generation": generation,
+    "classification": classification,
+    "regression": regression,
+    "ranking": ranking,
+}
 
 
 def skill(task: TaskConfig, found: dict[str, float]) -> float | None:
@@ -81,8 +86,12 @@ def skill(task: TaskConfig, found: dict[str, float]) -> float | None:
     value = found.get(task.metric)
     if value is None:
         return None
-    chance = {"accuracy": 1 / len(task.classes or [1]), "macro_f1": 1 / len(task.classes or [1]),
-              "auroc": 0.5, "pairwise_accuracy": 0.5}  # fmt: skip
+    chance = {
+        "accuracy": 1 / len(task.classes or [1]),
+        "macro_f1": 1 / len(task.classes or [1]),
+        "auroc": 0.5,
+        "pairwise_accuracy": 0.5,
+    }
     if task.metric == "mae":
         constant = found["mae_of_median"]
         value = 1 - value / constant if constant > 0 else float(value == 0)
@@ -92,7 +101,8 @@ def skill(task: TaskConfig, found: dict[str, float]) -> float | None:
 
 
 def reliability(tasks: list[TaskConfig], found: dict[str, dict[str, float]]) -> float | None:
-    """Our composite: the weighted geometric mean of the tasks' skills, none counting less than 0.01.
+    """Our composite: the weighted geometric mean of the tasks' skills, none counting less than
+    0.01.
 
     docs/finetune.md has the formula. None when a task has no value.
     """

@@ -1,8 +1,8 @@
 """Records of several tasks -> rows: a prompt, and an answer to generate or labels to predict.
 
-A record belongs to every task whose fields and label it has; a label that is absent or null is missing, never
-zero. Tasks that predict (classification, regression, ranking) from the same template share a row, with one
-label each; a generation task has rows of its own.
+A record belongs to every task whose fields and label it has; a label that is absent or null is
+missing, never zero. Tasks that predict (classification, regression, ranking) from the same template
+share a row, with one label each; a generation task has rows of its own.
 
 Knows tokenizers and the registry; knows nothing of models or batches.
 """
@@ -17,10 +17,10 @@ from typing import Any
 
 from configs.finetune_schema import TaskConfig, TaskData
 from eagle.errors import EagleError
-from train.data.chat import render_chat
-from train.data.render import record_key
-from train.data.rows import RowError
-from train.data.tokens import encode, encode_with_spans, leading_ids, require_fast
+from records.chat import render_chat
+from records.render import record_key
+from records.rows import RowError
+from records.tokens import encode, encode_with_spans, leading_ids, require_fast
 from train.finetune.records import each_record
 
 MISSING = math.nan
@@ -28,8 +28,10 @@ MISSING = math.nan
 
 @dataclass
 class TaskRow:
-    """One prompt. `sequences`: its token ids, one for each candidate of a ranking, else one. `targets` [tasks]
-    of each sequence: NaN where a label is missing. A generation row has `task` and `mask`, no targets."""
+    """One prompt. `sequences`: its token ids, one for each candidate of a ranking, else one.
+    `targets` [tasks]
+    of each sequence: NaN where a label is missing. A generation row has `task` and `mask`, no
+      targets."""
 
     sequences: list[list[int]]
     targets: list[list[float]]
@@ -102,8 +104,11 @@ def render_record(
         out.append((kind, render_prediction(record, numbers, tasks, tokenizer, max_length)))
     if not out:
         known = ", ".join(sorted({t.label for t in tasks}))
-        raise RowError("no task takes this record", f"give its fields and one label of: {known}",
-                       f"fields: {', '.join(map(str, record)) or 'none'}")  # fmt: skip
+        raise RowError(
+            "no task takes this record",
+            f"give its fields and one label of: {known}",
+            f"fields: {', '.join(map(str, record)) or 'none'}",
+        )
     return out
 
 
@@ -148,19 +153,26 @@ def render_prediction(
 def render_ranking(
     record: dict, number: int, tasks: list[TaskConfig], tokenizer: Any, max_length: int
 ) -> TaskRow:
-    """One field of a ranking is the list of candidates; the label is a list with a number for each."""
+    """One field of a ranking is the list of candidates; the label is a list with a number for
+    each.
+    """
     task, scores = tasks[number], record[tasks[number].label]
     lists = [f for f in task.fields if isinstance(record[f], list)]
     if len(lists) != 1:
-        raise RowError(f"{task.name}: one field must be a list of candidates",
-                       f"fields are {', '.join(task.fields)}", f"{len(lists)} are lists")  # fmt: skip
+        raise RowError(
+            f"{task.name}: one field must be a list of candidates",
+            f"fields are {', '.join(task.fields)}",
+            f"{len(lists)} are lists",
+        )
     candidates = record[lists[0]]
     if not isinstance(scores, list) or not all(_is_number(s) for s in scores):
         raise wrong_label(task, scores, "a list of numbers")
     if len(scores) != len(candidates) or len(set(scores)) < 2:
-        raise RowError(f"{task.name}: labels do not rank the candidates",
-                       "give each candidate a number, and not all the same",
-                       f"{len(candidates)} candidates, labels {scores}"[:200])  # fmt: skip
+        raise RowError(
+            f"{task.name}: labels do not rank the candidates",
+            "give each candidate a number, and not all the same",
+            f"{len(candidates)} candidates, labels {scores}"[:200],
+        )
     sequences, targets = [], []
     for candidate, score in zip(candidates, scores, strict=True):
         text = fill(task, {**record, lists[0]: candidate})
@@ -187,14 +199,17 @@ def fill(task: TaskConfig, record: dict) -> str:
     values = {name: record[name] for name in task.fields}
     for name, value in values.items():
         if not (isinstance(value, str) and value.strip()) and not _is_number(value):
-            raise RowError(f"{task.name}: field '{name}' is not text", "give it text, or leave it out",
-                           f"it is {type(value).__name__}")  # fmt: skip
+            raise RowError(
+                f"{task.name}: field '{name}' is not text",
+                "give it text, or leave it out",
+                f"it is {type(value).__name__}",
+            )
     return task.template.format_map(values)
 
 
 def encode_prompt(prompt: str, tokenizer: Any, max_length: int) -> list[int]:
-    """Token ids up to the last of the prompt's text, where a head reads: of what a chat template puts behind
-    it, a small model makes a worse summary than of the text (docs/finetune.md)."""
+    """Token ids up to the last of the prompt's text, where a head reads: of what a chat template
+    puts behind it, a small model makes a worse summary than of the text (docs/finetune.md)."""
     if getattr(tokenizer, "chat_template", None):
         text = tokenizer.apply_chat_template([{"role": "user", "content": prompt}], tokenize=False)
         place = text.rfind(prompt.strip())
@@ -231,9 +246,11 @@ def require_labels(tasks: list[TaskConfig], card: dict, split: str) -> None:
 
 
 def wrong_label(task: TaskConfig, value: Any, wanted: str) -> RowError:
-    return RowError(f"{task.name}: label '{task.label}' is not {wanted}",
-                    "repair the label, or leave it out: it is then missing",
-                    f"it is {value!r}"[:120])  # fmt: skip
+    return RowError(
+        f"{task.name}: label '{task.label}' is not {wanted}",
+        "repair the label, or leave it out: it is then missing",
+        f"it is {value!r}"[:120],
+    )
 
 
 def too_long(max_length: int) -> RowError:

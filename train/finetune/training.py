@@ -1,4 +1,5 @@
-"""What all our trainers add to transformers' and TRL's: exact arithmetic, whole checkpoints, honest ends.
+"""What all our trainers add to transformers' and TRL's: exact arithmetic, whole checkpoints, honest
+ends.
 
     class Ours(RunTrainer, SFTTrainer): ...
 
@@ -54,7 +55,8 @@ def arguments(run: Run) -> dict[str, Any]:
         max_grad_norm=t.grad_clip,
         seed=t.seed,
         **checkpointing(t.gradient_checkpointing),
-        # bf16 is ours to switch on (`Run.autocast`): given here, TRL and DeepSpeed round the adapter itself
+        # bf16 is ours to switch on (`Run.autocast`): given here, TRL and DeepSpeed round the
+        # adapter itself
         bf16=False,
         fp16=False,
         logging_strategy="steps",
@@ -73,7 +75,7 @@ def arguments(run: Run) -> dict[str, Any]:
         report_to=[],
         use_cpu=run.world.device.type == "cpu",
         ddp_find_unused_parameters=False,
-    )  # fmt: skip
+    )
     if t.zero is not None:
         options["deepspeed"] = trainer_preset(t.zero)
     return options
@@ -87,8 +89,8 @@ def checkpointing(on: bool) -> dict[str, Any]:
 
 
 def trainer_preset(stage: int) -> dict:
-    """The preset of head training with "auto" for the trainer to fill in; the adapter stays in fp32,
-    which is its own master copy."""
+    """The preset of head training with "auto" for the trainer to fill in; the adapter stays in
+    fp32, which is its own master copy."""
     preset = zero_preset(stage)
     if stage == 3:
         preset["zero_optimization"].setdefault("stage3_param_persistence_threshold", 10_000)
@@ -96,8 +98,8 @@ def trainer_preset(stage: int) -> dict:
 
 
 class RunTrainer:
-    """Put before a trainer of transformers or TRL. What is made of both has `measure`: the held-out numbers, `loss`
-    among them."""
+    """Put before a trainer of transformers or TRL. What is made of both has `measure`: the held-out
+    numbers, `loss` among them."""
 
     measure: Callable[[], dict[str, float]]
 
@@ -138,10 +140,20 @@ class RunTrainer:
             return super().create_scheduler(num_training_steps, optimizer)
 
         def scale(step: int) -> float:
-            """Of the learning rate: the schedule goes by the steps or by the clock, whichever is further."""
+            """Of the learning rate: the schedule goes by the steps or by the clock, whichever is
+            further.
+            """
             done = min(max((step + 1) / num_training_steps, self.journal.spent), 1.0)
-            falls = {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}
-            return min(done / t.warmup_ratio, 1.0) * falls[t.schedule] if t.warmup_ratio else falls[t.schedule]
+            falls = {
+                "constant": 1.0,
+                "linear": 1 - done,
+                "cosine": (1 + math.cos(math.pi * done)) / 2,
+            }
+            return (
+                min(done / t.warmup_ratio, 1.0) * falls[t.schedule]
+                if t.warmup_ratio
+                else falls[t.schedule]
+            )
 
         self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer or self.optimizer, scale)
         return self.lr_scheduler
@@ -274,9 +286,11 @@ class Journal(TrainerCallback):
         seconds = time.monotonic() - began
         rate = f"{(state.global_step - first) / max(seconds, 1e-9):.3g} steps/s"
         self.bar.show(
-            f"step {state.global_step}/{state.max_steps}", state.global_step / max(state.max_steps, 1),
-            f"{self.found}  {rate}  ETA {remaining(seconds, share)}".strip(), now=now,
-        )  # fmt: skip
+            f"step {state.global_step}/{state.max_steps}",
+            state.global_step / max(state.max_steps, 1),
+            f"{self.found}  {rate}  ETA {remaining(seconds, share)}".strip(),
+            now=now,
+        )
 
     def on_step_end(self, args, state, control, **kwargs):
         trim_heap(state.global_step, self.run.world.device)
@@ -319,8 +333,8 @@ class Journal(TrainerCallback):
 
 
 def shares(rows: int, world, batch_size: int) -> list[tuple[list[int], list[bool]]]:
-    """This rank's part of `rows` in batches: (row numbers, which of them count). Every rank gets as many
-    batches of as many rows, as ZeRO 3 needs; the ones too many do not count."""
+    """This rank's part of `rows` in batches: (row numbers, which of them count). Every rank gets as
+    many batches of as many rows, as ZeRO 3 needs; the ones too many do not count."""
     each = -(-rows // world.size)
     mine = [(n * world.size + world.rank) for n in range(each)]
     counts = [n < rows for n in mine]

@@ -1,7 +1,7 @@
 """Forward and backward of one step's rows: what a rank adds to the gradient before it is shared.
 
-Knows micro-batches, target, head and what may go wrong between them; knows nothing of schedules, updates or
-checkpoints.
+Knows micro-batches, target, head and what may go wrong between them; knows nothing of schedules,
+updates or checkpoints.
 
 B rows of a micro-batch, G sources, S unrolled steps, C columns of `train.head.metrics`.
 """
@@ -31,13 +31,20 @@ from train.head.ttt import Plan, plan_unroll
 class Accumulator:
     """Call it with a step's micro-batches, then `engine.update()`.
 
-    pieces: into how many parts a micro-batch is cut so that it fits into memory; part of a checkpoint.
+    pieces: into how many parts a micro-batch is cut so that it fits into memory; part of a
+    checkpoint.
     """
 
     def __init__(
-        self, cfg: HeadTrainConfig, world: World, parts: Parts, engine: Engine, steps: Steps,
-        seen: Recorder, warn: Callable[[str], None],
-    ) -> None:  # fmt: skip
+        self,
+        cfg: HeadTrainConfig,
+        world: World,
+        parts: Parts,
+        engine: Engine,
+        steps: Steps,
+        seen: Recorder,
+        warn: Callable[[str], None],
+    ) -> None:
         self.cfg, self.world, self.parts, self.engine = cfg, world, parts, engine
         self.steps, self.seen, self.warn = steps, seen, warn
         self.draft_ids = parts.head.draft_token_ids().to(world.device)
@@ -47,9 +54,11 @@ class Accumulator:
         self.step = 0  # number of the step that is worked on
 
     def __call__(self, batches: list[MicroBatch], step: int) -> torch.Tensor:
-        """Add the gradient of step number `step`'s rows -> this rank's sums [G, S, C] for the metrics.
+        """Add the gradient of step number `step`'s rows -> this rank's sums [G, S, C] for the
+        metrics.
 
-        When memory does not suffice, what was added is forgotten and the step begun again in micro-batches
+        When memory does not suffice, what was added is forgotten and the step begun again in
+          micro-batches
         of half the rows: the same rows, the same gradient.
         """
         self.step = step
@@ -121,7 +130,9 @@ class Accumulator:
             return self.engine(features, embeds, plan, teacher, totals)
 
     def _cut_smaller(self, failure: str | None, parts: list[MicroBatch]) -> None:
-        """After a step that did not fit on some rank: forget it, and halve the micro-batches on all."""
+        """After a step that did not fit on some rank: forget it, and halve the micro-batches on
+        all.
+        """
         self.engine.forget()
         self.gradients.take()
         guards.free_memory(self.world.device)

@@ -1,12 +1,13 @@
-"""Attention of training-time test: the keys of step 0 up to a chain's position, and its own of later steps.
+"""Attention of training-time test: the keys of step 0 up to a chain's position, and its own of
+later steps.
 
-A chain is a position that is unrolled. Chain c of a row, at position t, attends to the row's step-0 keys
-0 … t and, at step i, to its own keys of steps 1 … i: one softmax over both kinds. Rows are packed, and each
-is worked on in blocks of chains, so that scores are held for one block at a time; the backward pass makes
-them again.
+A chain is a position that is unrolled. Chain c of a row, at position t, attends to the row's step-0
+keys 0 … t and, at step i, to its own keys of steps 1 … i: one softmax over both kinds. Rows are
+packed, and each is worked on in blocks of chains, so that scores are held for one block at a time;
+the backward pass makes them again.
 
-C chains of all rows, N tokens of all rows that serve as keys, c chains and n keys of one block, i own keys,
-Hkv key/value heads, G query heads a key/value head, hd head_dim.
+C chains of all rows, N tokens of all rows that serve as keys, c chains and n keys of one block, i
+own keys, Hkv key/value heads, G query heads a key/value head, hd head_dim.
 """
 
 from __future__ import annotations
@@ -20,8 +21,9 @@ BLOCK = 256  # chains
 
 @dataclass(frozen=True)
 class Block:
-    """Chains start … stop - 1 of one row, whose keys are first … first + n - 1. n and seen: one more than the
-    last and the first chain's position, so that every chain sees the first `seen` keys and none more than n."""
+    """Chains start … stop - 1 of one row, whose keys are first … first + n - 1. n and seen: one
+    more than the last and the first chain's position, so that every chain sees the first `seen`
+    keys and none more than n."""
 
     start: int
     stop: int
@@ -41,7 +43,8 @@ class Block:
 class UnrolledAttention:
     """The `attend` of each step.
 
-    A step may run again in the backward pass (activation checkpointing): it then replaces its own keys.
+    A step may run again in the backward pass (activation checkpointing): it then replaces its own
+    keys.
     """
 
     def __init__(
@@ -50,8 +53,8 @@ class UnrolledAttention:
         positions: torch.Tensor,
         every: tuple[list[Block], torch.Tensor] | None = None,
     ) -> None:
-        """positions [C]: of the chains, in their rows. every: blocks and positions [N] of all tokens, which are
-        the queries of step 0 then."""
+        """positions [C]: of the chains, in their rows. every: blocks and positions [N] of all
+        tokens, which are the queries of step 0 then."""
         self.queries = blocks, behind(blocks, positions)
         self.first = self.queries if every is None else (every[0], behind(*every))
         self.keys: list[torch.Tensor] = []
@@ -60,8 +63,8 @@ class UnrolledAttention:
     def __call__(
         self, step: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
     ) -> torch.Tensor:
-        """q [1, Hkv * G, C, hd] (N of them at step 0 where all tokens ask); k and v [1, Hkv, N, hd] at step 0,
-        [1, Hkv, C, hd] later -> [1, C or N, Hkv * G, hd]."""
+        """q [1, Hkv * G, C, hd] (N of them at step 0 where all tokens ask); k and v [1, Hkv, N, hd]
+        at step 0, [1, Hkv, C, hd] later -> [1, C or N, Hkv * G, hd]."""
         q, k, v = (x[0].to(v.dtype) for x in (q, k, v))
         self.keys, self.values = [*self.keys[:step], k], [*self.values[:step], v]
         q = q.unflatten(0, (k.shape[0], -1))
@@ -71,7 +74,9 @@ class UnrolledAttention:
 
 
 def behind(blocks: list[Block], positions: torch.Tensor) -> list[torch.Tensor]:
-    """For each block [c, n - seen] bool: of the keys that not all of its chains see, those a chain does not."""
+    """For each block [c, n - seen] bool: of the keys that not all of its chains see, those a chain
+    does not.
+    """
     return [
         torch.arange(block.seen, block.n, device=positions.device) > positions[block.chains, None]
         for block in blocks
@@ -79,12 +84,14 @@ def behind(blocks: list[Block], positions: torch.Tensor) -> list[torch.Tensor]:
 
 
 class _Attend(torch.autograd.Function):
-    """The softmax is taken in two parts: `top` and `total` of a query are the largest score and the sum of
-    exp(score - top), over both kinds of key."""
+    """The softmax is taken in two parts: `top` and `total` of a query are the largest score and the
+    sum of exp(score - top), over both kinds of key."""
 
     @staticmethod
     def forward(ctx, blocks, later, q, *keys_and_values):
-        """q [Hkv, G, C, hd], keys [Hkv, N, hd], own keys [Hkv, C, hd] …, values alike -> [Hkv, G, C, hd]."""
+        """q [Hkv, G, C, hd], keys [Hkv, N, hd], own keys [Hkv, C, hd] …, values alike -> [Hkv, G,
+        C, hd].
+        """
         saved, dtype = (q, *keys_and_values), q.dtype
         with torch.autocast(q.device.type, enabled=False):
             q, (keys, *own_keys), (values, *own_values) = _widened(q, keys_and_values)
@@ -145,8 +152,8 @@ class _Attend(torch.autograd.Function):
 
 
 def _widened(q: torch.Tensor, keys_and_values) -> tuple[torch.Tensor, list, list]:
-    """Queries, keys and values in the dtype of the products: fp32 on a CPU, where small bf16 products of
-    ever new shapes are slow."""
+    """Queries, keys and values in the dtype of the products: fp32 on a CPU, where small bf16
+    products of ever new shapes are slow."""
     dtype = q.dtype if q.is_cuda else torch.float32
     q, *wide = (x.to(dtype) for x in (q, *keys_and_values))
     half = len(wide) // 2
@@ -154,18 +161,18 @@ def _widened(q: torch.Tensor, keys_and_values) -> tuple[torch.Tensor, list, list
 
 
 def _dots(q: torch.Tensor, own: list[torch.Tensor], scale: float | None = None) -> torch.Tensor:
-    """q [Hkv, G, C, hd], own [Hkv, C, hd] each -> [Hkv, G, C, i] fp32, scaled as scores are by default."""
+    """q [Hkv, G, C, hd], own [Hkv, C, hd] each -> [Hkv, G, C, i] fp32, scaled as scores are by
+    default.
+    """
     if not own:
         return q.new_empty(*q.shape[:3], 0, dtype=torch.float32)
     dots = torch.stack([(q * x[:, None]).sum(-1, dtype=torch.float32) for x in own], -1)
     return dots.mul_(q.shape[-1] ** -0.5 if scale is None else scale)
 
 
-def _scores(
-    block: Block, later: torch.Tensor, q: torch.Tensor, keys: torch.Tensor
-) -> torch.Tensor:
-    """Scaled scores [Hkv, G, c, n] fp32 of a block's chains and keys, -inf for keys behind a chain's position.
-    later [c, n - seen]: those, among the keys that not all chains see."""
+def _scores(block: Block, later: torch.Tensor, q: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+    """Scaled scores [Hkv, G, c, n] fp32 of a block's chains and keys, -inf for keys behind a
+    chain's position. later [c, n - seen]: those, among the keys that not all chains see."""
     Hkv, G, _, hd = q.shape
     query = q[:, :, block.chains].reshape(Hkv, -1, hd)
     scores = (query @ keys[:, block.keys].transpose(1, 2)).float().mul_(hd**-0.5)

@@ -15,8 +15,9 @@ VARIANTS = 64  # graphs of one function: dtypes, and sizes that were 1
 
 
 def compile_layer(module: UnrolledHead) -> None:
-    """Compile in place, lazily: the first step builds two graphs a pass, before and after attention, for all
-    lengths and row counts. Attention works in blocks of each row and stays as it is."""
+    """Compile in place, lazily: the first step builds two graphs a pass, before and after
+    attention, for all lengths and row counts. Attention works in blocks of each row and stays as it
+    is."""
 
     class Opaque(UnrolledAttention):
         __call__ = torch.compiler.disable(UnrolledAttention.__call__)

@@ -21,7 +21,10 @@ import torch
 from eagle.errors import EagleError
 
 T = TypeVar("T")
-BEAT, PATIENCE = 5.0, 120.0  # seconds between signs of life, and without one until a rank is given up
+BEAT, PATIENCE = (
+    5.0,
+    120.0,
+)  # seconds between signs of life, and without one until a rank is given up
 _meetings = itertools.count()  # of all ranks alike: they meet in the same order
 
 
@@ -51,8 +54,9 @@ class World:
         return tensor.cpu()
 
     def first_does(self, work: Callable[[], T]) -> T:
-        """What `work()` is on rank 0 (it must be picklable), on every rank. The others wait at the store and not in
-        a collective, so it may take any time while rank 0 gives signs of life; its error ends them too."""
+        """What `work()` is on rank 0 (it must be picklable), on every rank. The others wait at the
+        store and not in a collective, so it may take any time while rank 0 gives signs of life; its
+        error ends them too."""
         if self.size == 1:
             return work()
         store, key = _store(), f"eagle/{next(_meetings)}"
@@ -113,7 +117,9 @@ def _signs_of_life(store: torch.distributed.Store, key: str) -> Iterator[None]:
 
 
 def _await(store: torch.distributed.Store, key: str, there: Callable[[], bool]) -> None:
-    """Return when `there()`. An error when rank 0 has begun and gives no sign of life any more, or its store is gone."""
+    """Return when `there()`. An error when rank 0 has begun and gives no sign of life any more, or
+    its store is gone.
+    """
     seen, count, pause = time.monotonic(), 0, 0.005
     try:
         while not there():
@@ -134,7 +140,8 @@ def join_world() -> World:
     """Initialise DeepSpeed's communication from the launcher's environment, or alone."""
     store = None
     if "RANK" not in os.environ:
-        # the store looks for a port itself: one that was free before may be taken when it is asked for
+        # the store looks for a port itself: one that was free before may be taken when it is asked
+        # for
         store = torch.distributed.TCPStore("127.0.0.1", 0, 1, is_master=True)
         alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
         os.environ.update(alone, MASTER_PORT=str(store.port))
@@ -182,7 +189,9 @@ def import_deepspeed():
 
 @contextmanager
 def silence() -> Iterator[None]:
-    """Nothing reaches the terminal, not even from the compilers that DeepSpeed tries out when imported."""
+    """Nothing reaches the terminal, not even from the compilers that DeepSpeed tries out when
+    imported.
+    """
     sys.stdout.flush()
     sys.stderr.flush()
     kept = [(fd, os.dup(fd)) for fd in (1, 2)]

@@ -1,7 +1,7 @@
 """The DeepSpeed engine around the unrolled head, and its optimizer state as plain full tensors.
 
-The head keeps fp32 weights, which are the master weights; bf16 is the dtype it computes in (autocast).
-So a state is independent of the ZeRO stage and of the number of ranks.
+The head keeps fp32 weights, which are the master weights; bf16 is the dtype it computes in
+(autocast). So a state is independent of the ZeRO stage and of the number of ranks.
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ STEP = "step"
 
 
 class Engine:
-    """Call it and `backward(loss)` for each micro-batch of a step, however many; then `update()` once."""
+    """Call it and `backward(loss)` for each micro-batch of a step, however many; then `update()`
+    once.
+    """
 
     def __init__(self, module: nn.Module, cfg: HeadTrainConfig, world: World) -> None:
         self.cfg, self.world, self.zero = cfg, world, cfg.train.zero
@@ -54,12 +56,15 @@ class Engine:
 
     @property
     def can_forget(self) -> bool:
-        """Whether a step can be begun again: ZeRO 2 and 3 have shared gradients among ranks by then."""
+        """Whether a step can be begun again: ZeRO 2 and 3 have shared gradients among ranks by
+        then.
+        """
         return self.zero < 2
 
     def backward(self, loss: torch.Tensor, last: bool) -> None:
-        """Add a micro-batch's gradients. `loss` is this rank's share of a global sum (DeepSpeed takes means
-        over ranks, which is undone here); `last`: of the step. In ZeRO 0 and 1 nothing leaves the rank."""
+        """Add a micro-batch's gradients. `loss` is this rank's share of a global sum (DeepSpeed
+        takes means over ranks, which is undone here); `last`: of the step. In ZeRO 0 and 1 nothing
+        leaves the rank."""
         self.engine.set_gradient_accumulation_boundary(last and not self.can_forget)
         self.engine.backward(loss * self.world.size, scale_wrt_gas=False)
 
@@ -72,7 +77,9 @@ class Engine:
             self.engine.optimizer.exit_backward()
 
     def update(self) -> float:
-        """Share the gradients, clip, update the weights. Returns the gradient's norm before clipping."""
+        """Share the gradients, clip, update the weights. Returns the gradient's norm before
+        clipping.
+        """
         from deepspeed.utils import safe_get_full_grad
 
         norm = None
@@ -96,7 +103,9 @@ class Engine:
         return self.engine.optimizer.optimizer if self.zero else self.engine.optimizer
 
     def weights(self) -> dict[str, torch.Tensor]:
-        """Full fp32 weights that are trained by name, on the CPU, on every rank. All ranks must call it."""
+        """Full fp32 weights that are trained by name, on the CPU, on every rank. All ranks must
+        call it.
+        """
         if self.zero == 0:
             return {n: p.detach().cpu().clone() for n, p in self._trained()}
         from deepspeed.utils import safe_get_full_fp32_param
@@ -104,7 +113,9 @@ class Engine:
         return {n: safe_get_full_fp32_param(p).cpu().clone() for n, p in self._trained()}
 
     def optimizer_state(self) -> dict[str, torch.Tensor]:
-        """`name/key` -> full tensor, on the CPU. All ranks must call it, after at least one step."""
+        """`name/key` -> full tensor, on the CPU. All ranks must call it, after at least one
+        step.
+        """
         out, inner = {}, self._inner()
         for name, p in self._trained():
             if self.zero == 0:
@@ -124,10 +135,11 @@ class Engine:
     def load_optimizer_state(
         self, state: dict[str, torch.Tensor], prime: Callable[[], None]
     ) -> None:
-        """Put `optimizer_state()` back. The weights must already be in the head when the engine is made.
+        """Put `optimizer_state()` back. The weights must already be in the head when the engine is
+        made.
 
-        ZeRO makes its partitioned state at the first update: `prime` runs one, at learning rate 0, which
-        leaves the weights as they are.
+        ZeRO makes its partitioned state at the first update: `prime` runs one, at learning rate 0,
+        which leaves the weights as they are.
         """
         inner = self._inner()
         if self.zero == 0:

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from configs.schema import EvalConfig
-from eagle.head import DraftHead
+from eagle.heads.head import DraftHead
 from eagle.target import Target
-from train.data import TokenizedData
+from records import TokenizedData
 from train.head.distributed import World
 
 
@@ -23,9 +23,9 @@ class Prompt:
 
 
 def heldout_prompts(data: TokenizedData, count: int, limit: int) -> list[Prompt]:
-    """`count` rows, as many of each source of `data`, spread over it: what precedes a row's first supervised
-    token, at most `limit` tokens (the end is kept). Rows that are supervised from the start, as plain text,
-    give their first half."""
+    """`count` rows, as many of each source of `data`, spread over it: what precedes a row's first
+    supervised token, at most `limit` tokens (the end is kept). Rows that are supervised from the
+    start, as plain text, give their first half."""
     sources, prompts = data.sources, []
     for n, source in enumerate(sources):
         share = (count + len(sources) - 1 - n) // len(sources)
@@ -39,12 +39,16 @@ def heldout_prompts(data: TokenizedData, count: int, limit: int) -> list[Prompt]
 
 
 def acceptance(
-    target: Target, head: DraftHead, prompts: list[Prompt], cfg: EvalConfig, world: World,
+    target: Target,
+    head: DraftHead,
+    prompts: list[Prompt],
+    cfg: EvalConfig,
+    world: World,
     batch: int = 8,
-) -> dict:  # fmt: skip
-    """Greedy decoding of every prompt -> tau (tokens a verification), acceptance by depth, counts, seconds;
-    and the same under `sources` by name where there are several. Every rank decodes its share of the prompts: all
-    must call it, and get the same."""
+) -> dict:
+    """Greedy decoding of every prompt -> tau (tokens a verification), acceptance by depth, counts,
+    seconds; and the same under `sources` by name where there are several. Every rank decodes its
+    share of the prompts: all must call it, and get the same."""
     from eagle.model import EaModel
 
     started = time.monotonic()

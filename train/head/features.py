@@ -1,11 +1,12 @@
 """What the target computes for each training row, kept on disk: the format, and reading it back.
 
     DIR/index.json                  what the features belong to, and each row's place
-    DIR/shard-00000.safetensors     features [N, F] and hidden [N, H] of the shard's rows, end to end
+    DIR/shard-00000.safetensors     features [N, F] and hidden [N, H] of the shard's rows, end to
+    end
 
-A row is known by a hash of its token ids: order, mixture, batches and loss masks may change, tokens may not.
-The index is written first and never changes; shards follow, each whole or not at all. `train.prepare
-features` writes them (train/prepare/features.py).
+A row is known by a hash of its token ids: order, mixture, batches and loss masks may change, tokens
+may not. The index is written first and never changes; shards follow, each whole or not at all.
+`train.prepare features` writes them (train/prepare/features.py).
 
 B rows, T tokens, N tokens of a shard, F features (3 x hidden), H hidden.
 """
@@ -50,9 +51,14 @@ class Belongs:
         """Of a target whose feature layers are set."""
         who = target.identity
         return cls(
-            target.name, who["fingerprint"], who["adapter"], who["quantization"], NAMES[target.dtype],
-            list(target.feature_layers), target.config.hidden_size,
-        )  # fmt: skip
+            target.name,
+            who["fingerprint"],
+            who["adapter"],
+            who["quantization"],
+            NAMES[target.dtype],
+            list(target.feature_layers),
+            target.config.hidden_size,
+        )
 
     @property
     def bytes_per_token(self) -> int:
@@ -61,8 +67,8 @@ class Belongs:
 
 @dataclass
 class Index:
-    """shards: {file, rows, tokens} each. rows: key -> (shard, offset in tokens, tokens). data: of which
-    settings and files the rows were made. command: what wrote it, without --output."""
+    """shards: {file, rows, tokens} each. rows: key -> (shard, offset in tokens, tokens). data: of
+    which settings and files the rows were made. command: what wrote it, without --output."""
 
     belongs: Belongs
     data: dict
@@ -117,7 +123,9 @@ def row_key(ids) -> str:
 
 
 def token_rows(data) -> Iterator[np.ndarray]:
-    """Token ids [T] of every row of every source of a `TokenizedData`, sources one after the other."""
+    """Token ids [T] of every row of every source of a `TokenizedData`, sources one after the
+    other.
+    """
     for source in data.sources:
         table = source.entry.table.select(source.indices).select_columns(["input_ids"])
         for batch in table.with_format("arrow").iter(batch_size=1000):
@@ -127,7 +135,9 @@ def token_rows(data) -> Iterator[np.ndarray]:
 
 
 class FeatureStore:
-    """Stands where a `Target` stands in training: `hidden_and_features` of rows that were prepared."""
+    """Stands where a `Target` stands in training: `hidden_and_features` of rows that were
+    prepared.
+    """
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder).expanduser()
@@ -161,7 +171,8 @@ class FeatureStore:
         return self._open[number]
 
     def require_fit(self, run: Belongs, data, cfg) -> None:
-        """Refuse features of another target, of other layers or numbers, or without a row of `data`.
+        """Refuse features of another target, of other layers or numbers, or without a row of
+        `data`.
 
         cfg: the run's `DataConfig`, to say which setting differs."""
         ours, made = asdict(self.index.belongs), asdict(run)
@@ -190,8 +201,9 @@ class FeatureStore:
     def hidden_and_features(
         self, ids: torch.Tensor, attention_mask: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """ids [B, T], attention_mask [B, T] 1 on real tokens, padding on the right -> hidden [B, T, H] and
-        features [B, T, F] in the target's dtype, on the device of `ids`; zeros on padding."""
+        """ids [B, T], attention_mask [B, T] 1 on real tokens, padding on the right -> hidden [B, T,
+        H] and features [B, T, F] in the target's dtype, on the device of `ids`; zeros on
+        padding."""
         belongs, (B, T) = self.index.belongs, ids.shape
         shape = {"hidden": belongs.hidden_size, "features": 3 * belongs.hidden_size}
         out = {k: torch.zeros(B, T, n, dtype=DTYPES[belongs.dtype]) for k, n in shape.items()}
@@ -221,7 +233,9 @@ _DIFFERENCES = {
 
 
 def damage(path: Path, index: Index, number: int) -> str | None:
-    """What is wrong with a shard's file, None when it is whole (its length and header are looked at)."""
+    """What is wrong with a shard's file, None when it is whole (its length and header are looked
+    at).
+    """
     tokens, H = index.shards[number]["tokens"], index.belongs.hidden_size
     try:
         with safe_open(path, "pt") as file:
@@ -238,8 +252,16 @@ def damage(path: Path, index: Index, number: int) -> str | None:
 
 def data_settings(cfg, data) -> dict:
     """What made the rows: the settings that shape them, and the files."""
-    names = ("format", "max_length", "supervise", "instruction_template", "fim_spm_rate", "fim_spans_per_file",
-             "heldout_fraction", "seed")  # fmt: skip
+    names = (
+        "format",
+        "max_length",
+        "supervise",
+        "instruction_template",
+        "fim_spm_rate",
+        "fim_spans_per_file",
+        "heldout_fraction",
+        "seed",
+    )
     return {
         **{name: getattr(cfg, name) for name in names},
         "files": [path.name for path in data.paths],

@@ -1,5 +1,5 @@
-"""What stops a run or warns about it: values that are not finite, a loss that jumps or stands still,
-too little data, too little disk, no more progress.
+"""What stops a run or warns about it: values that are not finite, a loss that jumps or stands
+still, too little data, too little disk, no more progress.
 
 Knows numbers and names; knows nothing of models, batches or the order of a run.
 """
@@ -25,8 +25,8 @@ TRIM_EVERY = 10  # steps; at each, it would take a tenth of a small head's step
 class GradientWatch:
     """Names the parameters whose gradients are not finite, before they reach the weights.
 
-    A hook on each parameter sees its gradient of every micro-batch, whole also where ZeRO splits and frees
-    it afterwards. Nothing waits for the device until the names are asked for.
+    A hook on each parameter sees its gradient of every micro-batch, whole also where ZeRO splits
+    and frees it afterwards. Nothing waits for the device until the names are asked for.
     """
 
     def __init__(self, module: nn.Module, device: torch.device) -> None:
@@ -53,8 +53,8 @@ class GradientWatch:
 class LossWatch:
     """Warns when the smoothed loss jumps up, and when it has stood still.
 
-    `smooth` is an exponential mean over about 10 steps; `usual` and `spread` are the mean of `smooth`
-    and of its distance from it over about 100. All of it is part of a checkpoint.
+    `smooth` is an exponential mean over about 10 steps; `usual` and `spread` are the mean of
+    `smooth` and of its distance from it over about 100. All of it is part of a checkpoint.
     """
 
     steps: int = 0
@@ -142,8 +142,9 @@ def free_memory(device: torch.device) -> None:
 
 
 def trim_heap(step: int, device: torch.device) -> None:
-    """Now and then after a step on a CPU: what glibc keeps of freed tensors goes back to the system. Rows differ in
-    length, so later tensors do not fit the holes, and a run would grow for hundreds of steps. Other systems do without.
+    """Now and then after a step on a CPU: what glibc keeps of freed tensors goes back to the
+    system. Rows differ in length, so later tensors do not fit the holes, and a run would grow for
+    hundreds of steps. Other systems do without.
     """
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None and device.type == "cpu" and step % TRIM_EVERY == 0:

@@ -1,7 +1,7 @@
 """Batches of a step, read and padded ahead of time by worker processes.
 
-What a step holds is a function of its first row alone, so nothing here needs to be saved or restored, and
-the number of workers changes nothing but the time a step waits for its data.
+What a step holds is a function of its first row alone, so nothing here needs to be saved or
+restored, and the number of workers changes nothing but the time a step waits for its data.
 
 B rows, T tokens of the longest row, rounded up.
 """
@@ -17,7 +17,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from train.data import Collator, TokenizedData
+from records import Collator, TokenizedData
 from train.head.order import RowOrder, cut_step
 
 WIDTH = 8  # batches are as wide as a multiple of it
@@ -63,9 +63,17 @@ class Steps(Dataset):
     """Item n: the micro-batches that one rank takes of the step that begins with row number n."""
 
     def __init__(
-        self, data: TokenizedData, order: RowOrder, pad_id: int, rank: int, world: int, *,
-        batch_size: int, grad_accum: int, max_tokens: int | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        data: TokenizedData,
+        order: RowOrder,
+        pad_id: int,
+        rank: int,
+        world: int,
+        *,
+        batch_size: int,
+        grad_accum: int,
+        max_tokens: int | None = None,
+    ) -> None:
         self.data, self.order, self.collate = data, order, Collator(pad_id, WIDTH)
         self.rank, self.world = rank, world
         self.batch_size, self.max_tokens = batch_size, max_tokens
@@ -105,18 +113,21 @@ class Loader:
     def from_row(self, start: int) -> Iterator[list[MicroBatch]]:
         ahead = {"prefetch_factor": 2} if self.num_workers else {}
         loader = DataLoader(
-            self.steps, batch_size=None, sampler=range(start, 2**62, self.steps.rows),
-            num_workers=self.num_workers, pin_memory=self.pinned,
+            self.steps,
+            batch_size=None,
+            sampler=range(start, 2**62, self.steps.rows),
+            num_workers=self.num_workers,
+            pin_memory=self.pinned,
             generator=torch.Generator(),  # of its own: the run's is not to be drawn from
             **ahead,
-        )  # fmt: skip
+        )
         with without_signals():
             return iter(loader)
 
 
 def choose_workers(device: torch.device) -> int:
-    """Cores beyond one for each process of this machine, up to four. Without a GPU the cores have the model
-    to compute, and a step's data takes a thousandth of its time: none."""
+    """Cores beyond one for each process of this machine, up to four. Without a GPU the cores have
+    the model to compute, and a step's data takes a thousandth of its time: none."""
     if device.type == "cpu":
         return 0
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -126,7 +137,8 @@ def choose_workers(device: torch.device) -> int:
 
 @contextmanager
 def without_signals():
-    """Processes started here are deaf to signals from their first instruction on. A Ctrl-C reaches every process of the
+    """Processes started here are deaf to signals from their first instruction on. A Ctrl-C reaches
+    every process of the
     terminal: the run decides, and needs its data until then."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
     try:

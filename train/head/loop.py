@@ -17,7 +17,7 @@ import torch
 
 from configs.schema import HeadTrainConfig
 from eagle.checkpoint import atomic_write_text, load_head, save_head
-from eagle.head import DraftHead
+from eagle.heads.head import DraftHead
 from eagle.meter import clock
 from train.head import guards
 from train.head import state as disk
@@ -49,7 +49,7 @@ class Trainer:
         cfg = settle(cfg, world.device, resumed.info.get("config") if resumed else None)
         t = cfg.train
         if not world.first:
-            logging.getLogger("train.data").setLevel(logging.ERROR)  # said once is enough
+            logging.getLogger("records").setLevel(logging.ERROR)  # said once is enough
         draft_ids = resumed.vocabulary["draft_ids"] if resumed else None
         parts = build(cfg, output if world.first else None, world.device, draft_ids)
         self.parts: Parts = parts
@@ -61,26 +61,34 @@ class Trainer:
                     parts.head.get_parameter(name).copy_(weight)
         self.blank = copy.deepcopy(parts.head)  # ZeRO splits the weights, not these
         self.module = UnrolledHead(
-            parts.head.to(world.device), t.ttt_steps, t.ttt_decay, cfg.loss, t.dtype == "bf16",
+            parts.head.to(world.device),
+            t.ttt_steps,
+            t.ttt_decay,
+            cfg.loss,
+            t.dtype == "bf16",
             recompute=t.checkpoint_activations,
             output=None if parts.head.has_output else output_rows(parts.target),
-        )  # fmt: skip
+        )
         if t.compile:
             compile_layer(self.module)
         self.engine = Engine(self.module, cfg, world)
         self.steps = Steps(
-            parts.data, RowOrder(len(parts.data), t.seed), parts.pad_id, world.rank, world.size,
-            batch_size=t.batch_size, grad_accum=t.grad_accum, max_tokens=t.max_tokens_per_batch,
-        )  # fmt: skip
+            parts.data,
+            RowOrder(len(parts.data), t.seed),
+            parts.pad_id,
+            world.rank,
+            world.size,
+            batch_size=t.batch_size,
+            grad_accum=t.grad_accum,
+            max_tokens=t.max_tokens_per_batch,
+        )
         self.loader = Loader(self.steps, world.device, cfg.data.num_workers)
         self.batches: Iterator[list[MicroBatch]] | None = None
         self.global_batch = self.steps.rows
         self.schedule = Schedule.of(t, len(parts.data), self.global_batch)
         sources = parts.data.sources
         self.sources = SourceMetrics(
-            [s.name for s in sources],
-            [s.loss_weight for s in sources],
-            self.module.depth_weights,
+            [s.name for s in sources], [s.loss_weight for s in sources], self.module.depth_weights
         )
         self.loss_watch = guards.LossWatch()
         self.step, self.rows_seen, self.elapsed_before = 0, 0, 0.0
@@ -88,11 +96,16 @@ class Trainer:
         self.warnings: list[str] = []
         self.row: dict = {}
         self.seen = Recorder(
-            cfg, output, world, rows_per_step=self.global_batch, total=self.schedule.total, quiet=quiet,
+            cfg,
+            output,
+            world,
+            rows_per_step=self.global_batch,
+            total=self.schedule.total,
+            quiet=quiet,
             flops=FlopCount.of(
                 parts.target, self.blank, t.ttt_steps, target_runs=parts.states is parts.target
             ),
-        )  # fmt: skip
+        )
         self.accumulate = Accumulator(
             cfg, world, parts, self.engine, self.steps, self.seen, self._warn
         )
@@ -179,7 +192,9 @@ class Trainer:
 
     def fit(self) -> int:
         self.started = time.monotonic()
-        card = self.world.first_does(lambda: {**run_card(self.parts), "dtype": self.cfg.train.dtype})
+        card = self.world.first_does(
+            lambda: {**run_card(self.parts), "dtype": self.cfg.train.dtype}
+        )
         with self.signals, disk.full_disk_told(self.output), self.seen.running(self.step, card):
             self._introduce()
             return self._fit()
@@ -219,7 +234,9 @@ class Trainer:
         return self._finish()
 
     def _stalled(self) -> bool:
-        """Whether the acceptance length has not risen for so many evaluations that the run is to end."""
+        """Whether the acceptance length has not risen for so many evaluations that the run is to
+        end.
+        """
         patience = self.cfg.train.early_stopping_patience
         trained = [e["tau"] for e in self.evaluations if e["step"] > 0]
         if not patience or guards.evaluations_without_gain(trained) < patience:
@@ -311,7 +328,9 @@ class Trainer:
         return head.to(torch.bfloat16 if self.cfg.train.dtype == "bf16" else torch.float32)
 
     def _evaluate(self) -> Path | None:
-        """Measure, remember, and point `best` at the checkpoint of the highest acceptance length."""
+        """Measure, remember, and point `best` at the checkpoint of the highest acceptance
+        length.
+        """
         head = self._export()
         if self.parts.prompts:
             target = self.parts.target
@@ -333,7 +352,8 @@ class Trainer:
         return path
 
     def _point_best(self) -> None:
-        """Point `best` at the checkpoint of the highest acceptance length, the latest of equals. Also when
+        """Point `best` at the checkpoint of the highest acceptance length, the latest of equals.
+        Also when
         resumed: a kill may have come between a checkpoint and the pointer."""
         folder = self.output / "checkpoints"
         kept = [e for e in self.evaluations if (folder / f"step-{e['step']}").is_dir()]
@@ -351,18 +371,31 @@ class Trainer:
         def write() -> None:
             rng, rest = disk.rng_state()
             info = {
-                "step": self.step, "rows_seen": self.rows_seen, "elapsed": self.elapsed(),
-                "evaluations": self.evaluations, "warnings": self.warnings, "row": self.row,
-                "loss_watch": self.loss_watch.state(), "source_sums": self.sources.sums.tolist(),
-                "pieces": self.accumulate.pieces, "identity": self.parts.identity, "rng": rest,
+                "step": self.step,
+                "rows_seen": self.rows_seen,
+                "elapsed": self.elapsed(),
+                "evaluations": self.evaluations,
+                "warnings": self.warnings,
+                "row": self.row,
+                "loss_watch": self.loss_watch.state(),
+                "source_sums": self.sources.sums.tolist(),
+                "pieces": self.accumulate.pieces,
+                "identity": self.parts.identity,
+                "rng": rest,
                 "world": {"size": self.world.size, "global_batch": self.global_batch},
                 "config": self.cfg.model_dump(mode="json"),
-            }  # fmt: skip
+            }
             loss = self.row.get("loss")
             tau = self._tau_at(self.step)
-            training = {"step": self.step, "rows_seen": self.rows_seen, "loss": loss, "tau": tau,
-                        "ttt_steps": self.cfg.train.ttt_steps, "loss_name": self.cfg.loss.name,
-                        "dtype": self.cfg.train.dtype}  # fmt: skip
+            training = {
+                "step": self.step,
+                "rows_seen": self.rows_seen,
+                "loss": loss,
+                "tau": tau,
+                "ttt_steps": self.cfg.train.ttt_steps,
+                "loss_name": self.cfg.loss.name,
+                "dtype": self.cfg.train.dtype,
+            }
             provenance = {**self.parts.provenance, "training": training}
             vocabulary = {"draft_ids": self.blank.draft_token_ids().cpu()}
             state = disk.TrainState(info, weights, optimizer, rng, vocabulary)

@@ -42,11 +42,11 @@ def part_weights(cfg: LossConfig) -> tuple[float, float]:
 
 
 def feature_loss(predicted: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
-    """EAGLE-1's regression term (Li et al. 2024, arXiv:2401.15077, section 4.2): smooth L1 between the
-    head's predicted feature and the target's, [..., H] each -> [...] fp32, the mean over H.
+    """EAGLE-1's regression term (Li et al. 2024, arXiv:2401.15077, section 4.2): smooth L1 between
+    the head's predicted feature and the target's, [..., H] each -> [...] fp32, the mean over H.
 
-    0.5 d^2 where |d| < 1 and |d| - 0.5 elsewhere. The features are constants; `part_weights` says how much
-    it counts beside the soft cross-entropy.
+    0.5 d^2 where |d| < 1 and |d| - 0.5 elsewhere. The features are constants; `part_weights` says
+    how much it counts beside the soft cross-entropy.
     """
     loss = F.smooth_l1_loss(predicted.float(), features.detach().float(), reduction="none")
     return loss.mean(-1)

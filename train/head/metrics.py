@@ -20,10 +20,11 @@ COLUMNS = ("loss", "targets", "known", "right", "overlap", "asked", "held")
 def depth_metrics(sums: torch.Tensor, depth_weights: list[float]) -> dict:
     """sums [S, len(COLUMNS)] of the global batch, depth_weights [S] -> metrics.
 
-    accuracy_by_depth: the head's best token is the target's, whatever came before (targets outside the
-    draft vocabulary count as wrong). acceptance_by_depth: the same, given that all earlier depths of the
-    same chain were right. overlap_by_depth: mean Σ min(p, q) where the target's token is in the draft
-    vocabulary. tau_simulated: 1 + Σ of the products of acceptance_by_depth, a chain's acceptance length.
+    accuracy_by_depth: the head's best token is the target's, whatever came before (targets outside
+    the draft vocabulary count as wrong). acceptance_by_depth: the same, given that all earlier
+    depths of the same chain were right. overlap_by_depth: mean Σ min(p, q) where the target's token
+    is in the draft vocabulary. tau_simulated: 1 + Σ of the products of acceptance_by_depth, a
+    chain's acceptance length.
     """
     column = {name: sums[:, i].double() for i, name in enumerate(COLUMNS)}
 
@@ -46,7 +47,9 @@ def depth_metrics(sums: torch.Tensor, depth_weights: list[float]) -> dict:
 
 
 def rounded(value):
-    """Six significant digits: enough to plot, short enough to read. The loss itself is never rounded."""
+    """Six significant digits: enough to plot, short enough to read. The loss itself is never
+    rounded.
+    """
     if isinstance(value, float):
         return float(f"{value:.6g}")
     if isinstance(value, dict):
@@ -57,7 +60,9 @@ def rounded(value):
 
 
 class MetricsLog:
-    """`metrics.jsonl`: a row a line, each flushed. On resume, rows after the resumed step are dropped."""
+    """`metrics.jsonl`: a row a line, each flushed. On resume, rows after the resumed step are
+    dropped.
+    """
 
     def __init__(self, path: Path, keep_to: int) -> None:
         self.path = path
@@ -98,10 +103,13 @@ def describe(row: dict, eta: float, memory: int | None) -> str:
     """A step's metrics on one line. acceptance: conditional, by depth."""
     acceptance = " ".join(f"{a:.2f}" for a in row["acceptance_by_depth"])
     parts = [
-        f"loss {row['loss']:.3f}", f"acceptance {acceptance}", f"tau~{row['tau_simulated']:.2f}",
-        f"{row['tokens_per_second']:.0f} tok/s", f"{row['steps_per_second']:.2f} steps/s",
+        f"loss {row['loss']:.3f}",
+        f"acceptance {acceptance}",
+        f"tau~{row['tau_simulated']:.2f}",
+        f"{row['tokens_per_second']:.0f} tok/s",
+        f"{row['steps_per_second']:.2f} steps/s",
         f"ETA {clock(eta)}",
-    ]  # fmt: skip
+    ]
     if memory:
         parts.append(f"{memory / 2**30:.1f} GiB")
     return "  ".join(parts)

@@ -1,7 +1,7 @@
 """Muon for the head's matrices, AdamW for the rest, as one optimizer.
 
-Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/) takes orthogonalised steps; its
-update is scaled to AdamW's size, so both take the same learning rate.
+Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/) takes orthogonalised steps;
+its update is scaled to AdamW's size, so both take the same learning rate.
 """
 
 from __future__ import annotations

@@ -1,7 +1,9 @@
 """Which rows each step sees, and how they are cut into micro-batches.
 
-The rows of a step are a function of the seed and of how many rows were seen before, never of how they are
-split: so a run can be resumed at another world size, two ranks equal one, and a token budget or a smaller
+The rows of a step are a function of the seed and of how many rows were seen before, never of how
+  they are
+split: so a run can be resumed at another world size, two ranks equal one, and a token budget or a
+  smaller
 micro-batch changes what a step costs but not what it learns.
 """
 
@@ -35,11 +37,13 @@ class RowOrder:
 def cut_step(
     lengths: Sequence[int], world: int, batch_size: int, max_tokens: int | None = None
 ) -> list[list[int]]:
-    """Token counts of a step's rows -> micro-batches of places in it, rank r's are number r, r + world, …
+    """Token counts of a step's rows -> micro-batches of places in it, rank r's are number r, r +
+    world, …
 
-    Rows of like length stand together, the longest first, so that padding is least and a micro-batch that
-    does not fit into memory is met at once. Without `max_tokens`, `batch_size` rows each. With it, as few as
-    keep padded rows x longest row within it, whatever `batch_size` says; every rank gets equally many.
+    Rows of like length stand together, the longest first, so that padding is least and a
+    micro-batch that does not fit into memory is met at once. Without `max_tokens`, `batch_size`
+    rows each. With it, as few as keep padded rows x longest row within it, whatever `batch_size`
+    says; every rank gets equally many.
     """
     assert len(lengths) % world == 0, (len(lengths), world)
     order = sorted(range(len(lengths)), key=lambda n: (-lengths[n], n))

@@ -12,7 +12,8 @@ from configs.schema import TrainConfig
 class Schedule:
     """Linear warmup, then cosine, over the true length of the run.
 
-    total: optimizer steps, None when only the clock ends the run. budget: seconds, None when only steps do.
+    total: optimizer steps, None when only the clock ends the run. budget: seconds, None when only
+    steps do.
     """
 
     cfg: TrainConfig

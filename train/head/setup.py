@@ -15,13 +15,13 @@ import torch
 from configs.schema import HeadTrainConfig, ModelConfig
 from eagle.checkpoint import load_head
 from eagle.errors import EagleError
-from eagle.head import OPTIONS, DraftHead, HeadConfig, make_head
+from eagle.heads.head import OPTIONS, DraftHead, HeadConfig, make_head
 from eagle.loading import resolve_compute
 from eagle.meter import Bar
 from eagle.target import Target
-from train.data import TokenizedData, load_dataset_for, load_tokenizer
-from train.data.card import who_answered
-from train.data.tokens import tokenizer_hash
+from records import TokenizedData, load_dataset_for, load_tokenizer
+from records.card import who_answered
+from records.tokens import tokenizer_hash
 from train.head import guards
 from train.head.evaluate import Prompt, heldout_prompts
 from train.head.features import Belongs, FeatureStore
@@ -30,8 +30,10 @@ from train.head.vocab import choose_draft_vocab, coverage, describe, special_ids
 
 @dataclass
 class Parts:
-    """states: what gives features and final hidden states of rows, the target or what it wrote before.
-    embed: ids [...] -> embeddings [..., H], the target's or the head's own, which is not trained. identity:
+    """states: what gives features and final hidden states of rows, the target or what it wrote
+    before.
+    embed: ids [...] -> embeddings [..., H], the target's or the head's own, which is not trained.
+      identity:
     what a resumed run must have in common. notes: what is to be known before the first step."""
 
     target: Target
@@ -53,8 +55,11 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def settle(cfg: HeadTrainConfig, device: torch.device, before: dict | None = None) -> HeadTrainConfig:
-    """`cfg` with the dtypes that the run is to have. before: the config of the run that is resumed, which keeps its
+def settle(
+    cfg: HeadTrainConfig, device: torch.device, before: dict | None = None
+) -> HeadTrainConfig:
+    """`cfg` with the dtypes that the run is to have. before: the config of the run that is resumed,
+    which keeps its
     own: what "auto" meant where it began, another machine may read otherwise."""
     kept = {}
     for name in ("model", "train") if before else ():
@@ -76,11 +81,14 @@ def with_dtypes(cfg: HeadTrainConfig, target: str, head: str) -> HeadTrainConfig
 
 
 def build(
-    cfg: HeadTrainConfig, output: Path | None, device: torch.device,
+    cfg: HeadTrainConfig,
+    output: Path | None,
+    device: torch.device,
     draft_ids: torch.Tensor | None = None,
-) -> Parts:  # fmt: skip
-    """Load what `cfg` names. `output`: where rejected rows are listed (None: nowhere). `draft_ids` [D]: the
-    draft vocabulary of the run that is resumed (None: chosen by the data, or the warm start's)."""
+) -> Parts:
+    """Load what `cfg` names. `output`: where rejected rows are listed (None: nowhere). `draft_ids`
+    [D]: the draft vocabulary of the run that is resumed (None: chosen by the data, or the warm
+    start's)."""
     tokenizer = load_tokenizer(cfg.model.base)
     data = load_dataset_for(cfg.data, tokenizer, split="train", out_dir=output)
     guards.require_supervised(data.stats["supervised_tokens"], cfg.data.min_supervised_tokens)
@@ -88,7 +96,11 @@ def build(
     with Bar(quiet=output is None) as bar:
         bar.doing("loading the target")
         target = Target.from_pretrained(
-            m.base, dtype=m.dtype, device=device, adapter_path=m.adapter, quantization=m.quantization
+            m.base,
+            dtype=m.dtype,
+            device=device,
+            adapter_path=m.adapter,
+            quantization=m.quantization,
         )
     held_out = (
         load_dataset_for(cfg.data, tokenizer, split="eval", out_dir=output)
@@ -124,10 +136,16 @@ def build(
     provenance = {
         "target": who,
         "tokenizer": tokenizer_hash(tokenizer),
-        "data": {"format": cfg.data.format, "files": [p.name for p in data.paths], **data.stats,
-                 "answers": who_answered(data.paths, cfg.data.on_policy, who["fingerprint"], who["adapter"])},
+        "data": {
+            "format": cfg.data.format,
+            "files": [p.name for p in data.paths],
+            **data.stats,
+            "answers": who_answered(
+                data.paths, cfg.data.on_policy, who["fingerprint"], who["adapter"]
+            ),
+        },
         "draft_vocabulary": vocabulary,
-    }  # fmt: skip
+    }
     provenance["data"].pop("cache_hit", None)
     identity = {
         "target": [who["fingerprint"], who["adapter"], who["quantization"]],
@@ -198,10 +216,15 @@ def fresh_config(
     if m.method == "eagle1":
         size, feature_layers = vocab_size, None
     return HeadConfig.for_target(
-        config, vocab_size=vocab_size, draft_vocab_size=size, intermediate_size=m.intermediate_size,
+        config,
+        vocab_size=vocab_size,
+        draft_vocab_size=size,
+        intermediate_size=m.intermediate_size,
         feature_layers=m.feature_layers or feature_layers,
-        num_attention_heads=m.num_heads, num_key_value_heads=m.num_kv_heads, **_options(m),
-    )  # fmt: skip
+        num_attention_heads=m.num_heads,
+        num_key_value_heads=m.num_kv_heads,
+        **_options(m),
+    )
 
 
 def _options(m: ModelConfig) -> dict:
@@ -242,12 +265,14 @@ def _warm(cfg: HeadTrainConfig, target: Target) -> DraftHead:
     """The head to start from; its draft vocabulary stays, whatever the data holds."""
     head, _ = load_head(cfg.model.init_head, target, dtype="float32")
     m, c = cfg.model, head.config
-    pairs = [("draft_vocab_size", m.draft_vocab_size, c.draft_vocab_size),
-             ("feature_layers", m.feature_layers, c.feature_layers),
-             ("intermediate_size", m.intermediate_size, c.intermediate_size),
-             ("num_heads", m.num_heads, c.num_attention_heads),
-             ("num_kv_heads", m.num_kv_heads, c.num_key_value_heads),
-             *((name, asked, getattr(c, name)) for name, asked in _options(m).items())]  # fmt: skip
+    pairs = [
+        ("draft_vocab_size", m.draft_vocab_size, c.draft_vocab_size),
+        ("feature_layers", m.feature_layers, c.feature_layers),
+        ("intermediate_size", m.intermediate_size, c.intermediate_size),
+        ("num_heads", m.num_heads, c.num_attention_heads),
+        ("num_kv_heads", m.num_kv_heads, c.num_key_value_heads),
+        *((name, asked, getattr(c, name)) for name, asked in _options(m).items()),
+    ]
     for name, asked, has in pairs:
         if asked is not None and tuple(np.atleast_1d(asked)) != tuple(np.atleast_1d(has)):
             raise EagleError(

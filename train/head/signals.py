@@ -7,7 +7,9 @@ import threading
 
 
 class StopSignals:
-    """While entered, the first signal is kept in `number` (0: none), a second one ends the run at once."""
+    """While entered, the first signal is kept in `number` (0: none), a second one ends the run at
+    once.
+    """
 
     CAUGHT = (signal.SIGINT, signal.SIGTERM)
 

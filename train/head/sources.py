@@ -27,8 +27,8 @@ class SourceMetrics:
         self.sums = torch.zeros(len(names), len(depth_weights), len(COLUMNS), dtype=torch.float64)
 
     def step(self, sums: torch.Tensor) -> dict:
-        """A step's sums [G, S, C] -> its metrics; `loss` is what was minimised, so loss weights count in it,
-        and in nothing else."""
+        """A step's sums [G, S, C] -> its metrics; `loss` is what was minimised, so loss weights
+        count in it, and in nothing else."""
         self.sums += sums
         metrics = depth_metrics(sums.sum(0), self.depth_weights)
         if len(set(self.weights.tolist())) > 1:
@@ -39,7 +39,9 @@ class SourceMetrics:
         return metrics
 
     def take(self) -> dict[str, dict]:
-        """Metrics by name since the last call; {} for a single source. Sources that had no row are left out."""
+        """Metrics by name since the last call; {} for a single source. Sources that had no row are
+        left out.
+        """
         found = {}
         for name, sums in zip(self.names, self.sums, strict=True):
             if len(self.names) > 1 and sums.any():

@@ -1,10 +1,11 @@
 """A training run on disk: where it lives, its checkpoints, and which of them is newest and best.
 
-    OUTPUT/config.yaml  metrics.jsonl  summary.json
-    OUTPUT/checkpoints/step-N/head/            the head, published layout
-    OUTPUT/checkpoints/step-N/state.safetensors  fp32 master weights, optimizer state, generator states,
+    OUTPUT/config.yaml  metrics.jsonl  summary.json OUTPUT/checkpoints/step-N/head/            the
+    head, published layout OUTPUT/checkpoints/step-N/state.safetensors  fp32 master weights,
+    optimizer state, generator states,
                                                the draft vocabulary
-    OUTPUT/checkpoints/step-N/state.json       step, rows seen, evaluations, what the run was, the digest of
+    OUTPUT/checkpoints/step-N/state.json       step, rows seen, evaluations, what the run was, the
+    digest of
                                                state.safetensors
     OUTPUT/checkpoints/latest, best            names of checkpoints
     OUTPUT/head/                               the head to use
@@ -41,7 +42,7 @@ from eagle.checkpoint import (
     write_json,
 )
 from eagle.errors import EagleError
-from eagle.head import DraftHead
+from eagle.heads.head import DraftHead
 
 logger = logging.getLogger("train.head")
 
@@ -54,7 +55,8 @@ NEEDED = ("step", "identity", "rng", "digest")
 class TrainState:
     """`info` is state.json: step, rows_seen, elapsed, identity, evaluations …
 
-    vocabulary: `draft_ids` [D] int64, the target id of each draft id; a resumed run must not choose anew.
+    vocabulary: `draft_ids` [D] int64, the target id of each draft id; a resumed run must not choose
+    anew.
     """
 
     info: dict
@@ -66,7 +68,9 @@ class TrainState:
 
 
 def choose_output(output: str | None, data_format: str, resume: str | None) -> Path:
-    """The run's folder. Without a name: `runs/head-FORMAT`, numbered when taken; resuming takes the last."""
+    """The run's folder. Without a name: `runs/head-FORMAT`, numbered when taken; resuming takes the
+    last.
+    """
     if resume not in (None, "auto"):
         return Path(output) if output else _run_of(Path(resume))
     if output is not None:
@@ -156,10 +160,11 @@ def load_checkpoint(path: Path) -> TrainState:
 
 
 def find_checkpoint(output: Path, resume: str) -> TrainState | None:
-    """`auto`: the newest readable checkpoint of the run, None when there is none; else the folder named.
+    """`auto`: the newest readable checkpoint of the run, None when there is none; else the folder
+    named.
 
-    In the run that goes on, what a kill left is removed, and what is damaged, or was made after the checkpoint that
-    is resumed, is set aside under another name and told. Another run is only read.
+    In the run that goes on, what a kill left is removed, and what is damaged, or was made after the
+    checkpoint that is resumed, is set aside under another name and told. Another run is only read.
     """
     path = Path(resume).expanduser()
     named = resume != "auto" and STEP_NAME.fullmatch(path.name) is not None
@@ -248,7 +253,9 @@ def _digest(path: Path) -> str:
 
 
 def rng_state() -> tuple[dict[str, torch.Tensor], dict]:
-    """Generator states of torch, its CUDA devices, numpy and python: tensors, and the rest as JSON."""
+    """Generator states of torch, its CUDA devices, numpy and python: tensors, and the rest as
+    JSON.
+    """
     kind, keys, pos, has_gauss, cached = np.random.get_state()
     version, internal, gauss = random.getstate()
     tensors = {"torch": torch.get_rng_state(), "numpy": torch.from_numpy(keys.astype(np.int64))}

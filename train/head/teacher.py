@@ -1,9 +1,10 @@
-"""What the frozen target tells the head: features, final hidden states, and from these its distributions.
+"""What the frozen target tells the head: features, final hidden states, and from these its
+distributions.
 
 Knows the target's passes; knows nothing of the head or of losses.
 
-B rows, T tokens, N real tokens of all rows, U supervised targets, R of a tile, H hidden, F features (3 x hidden),
-D draft vocabulary, V target vocabulary.
+B rows, T tokens, N real tokens of all rows, U supervised targets, R of a tile, H hidden, F features
+(3 x hidden), D draft vocabulary, V target vocabulary.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ LOGITS = 2**22  # of the target's vocabulary, held at a time on a CPU; 2^26 on a
 class PackedRows(TreeContext):
     """A causal pass over whole rows that keeps no keys: padding is not run.
 
-    On a CPU rows attend one by one, each over its own length; elsewhere they are padded for the attention.
+    On a CPU rows attend one by one, each over its own length; elsewhere they are padded for the
+    attention.
     """
 
     def __init__(self, target: Target, lengths: list[int], width: int) -> None:
@@ -54,10 +56,11 @@ class PackedRows(TreeContext):
 def hidden_and_features(
     states, ids: torch.Tensor, mask: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`states.hidden_and_features`, by a pass over the real tokens alone where `states` is a target.
+    """`states.hidden_and_features`, by a pass over the real tokens alone where `states` is a
+    target.
 
-    ids [B, T] with padding on the right, mask [B, T] 1 on real tokens -> hidden [B, T, H] (what enters the
-    target's output embedding) and features [B, T, F], zeros on padding.
+    ids [B, T] with padding on the right, mask [B, T] 1 on real tokens -> hidden [B, T, H] (what
+    enters the target's output embedding) and features [B, T, F], zeros on padding.
     """
     if not isinstance(states, Target):
         return states.hidden_and_features(ids, mask)
@@ -78,9 +81,9 @@ def hidden_and_features(
 
 
 def with_noise(features: torch.Tensor, lengths: torch.Tensor, width: float) -> torch.Tensor:
-    """features [B, T, F] plus uniform noise of ± width · 512 / length, so that the head learns to draft from
-    features that are not exact, as its own are (Li et al. 2024, section 4.2; the scale by lengths [B] is that of
-    the authors' code)."""
+    """features [B, T, F] plus uniform noise of ± width · 512 / length, so that the head learns to
+    draft from features that are not exact, as its own are (Li et al. 2024, section 4.2; the scale
+    by lengths [B] is that of the authors' code)."""
     if width == 0:
         return features
     scale = (width * 512 / lengths.clamp_min(1)).to(features.device, features.dtype)
@@ -89,10 +92,11 @@ def with_noise(features: torch.Tensor, lengths: torch.Tensor, width: float) -> t
 
 @dataclass(frozen=True)
 class Teacher:
-    """The target's distributions at U positions, a `kernels.draft_loss.Teacher`: made tile by tile, when asked.
+    """The target's distributions at U positions, a `kernels.draft_loss.Teacher`: made tile by tile,
+    when asked.
 
-    hidden [U, H]: the target's, after its final norm. draft_ids [D]: target ids of the draft vocabulary.
-    to_draft [V]: draft id of each target id, -1 outside.
+    hidden [U, H]: the target's, after its final norm. draft_ids [D]: target ids of the draft
+    vocabulary. to_draft [V]: draft id of each target id, -1 outside.
     """
 
     target: Target
@@ -102,7 +106,8 @@ class Teacher:
 
     @torch.no_grad()
     def __call__(self, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Positions start … stop - 1 -> logits [R, D] over the draft vocabulary, and the draft id [R] of the
+        """Positions start … stop - 1 -> logits [R, D] over the draft vocabulary, and the draft id
+        [R] of the
         best token of all V: -1 where the head cannot propose it."""
         V, cpu = len(self.to_draft), not self.hidden.is_cuda
         block = max(1, (LOGITS if cpu else 16 * LOGITS) // V)
@@ -116,8 +121,8 @@ class Teacher:
 
 
 def teach(target: Target, hidden: torch.Tensor, plan, draft_ids: torch.Tensor) -> Teacher:
-    """hidden [B, T, H] (the target's, after its final norm), a `train.head.ttt.Plan` and draft_ids [D] ->
-    Teacher of the plan's targets."""
+    """hidden [B, T, H] (the target's, after its final norm), a `train.head.ttt.Plan` and draft_ids
+    [D] -> Teacher of the plan's targets."""
     to_draft = torch.full((target.vocab_size,), -1, dtype=torch.int64, device=draft_ids.device)
     to_draft[draft_ids] = torch.arange(len(draft_ids), device=draft_ids.device)
     return Teacher(target, hidden[plan.rows, plan.sources], draft_ids, to_draft)

@@ -1,15 +1,17 @@
 """Training-time test: the head unrolled on its own outputs (EAGLE-3, arXiv:2503.01840, section 3).
 
-At step i, position t holds the head's output of step i-1 at t (at step 0: fc of the target's feature at
-t), is paired with token t+1+i at rotary position t+i, and is taught the target's distribution for token
-t+2+i, which the target gives at position t+1+i. It counts when token t+2+i is supervised.
+At step i, position t holds the head's output of step i-1 at t (at step 0: fc of the target's
+feature at t), is paired with token t+1+i at rotary position t+i, and is taught the target's
+distribution for token t+2+i, which the target gives at position t+1+i. It counts when token t+2+i
+is supervised.
 
-A position of step i > 0 sees the keys of step 0 up to t and its own keys of steps 1 … i: nothing of any
-other position. So only positions that some step supervises are unrolled, and called chains; at step 0 the
-others give keys and values and nothing else. Everything is packed: rows lie end to end, padding is left out.
+A position of step i > 0 sees the keys of step 0 up to t and its own keys of steps 1 … i: nothing of
+any other position. So only positions that some step supervises are unrolled, and called chains; at
+step 0 the others give keys and values and nothing else. Everything is packed: rows lie end to end,
+padding is left out.
 
-B rows, T tokens (padding on the right), C chains and N key tokens of all rows, U supervised targets, S steps,
-H hidden, D draft vocabulary, V target vocabulary.
+B rows, T tokens (padding on the right), C chains and N key tokens of all rows, U supervised
+targets, S steps, H hidden, D draft vocabulary, V target vocabulary.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from configs.schema import LossConfig
-from eagle.head import DraftHead
+from eagle.heads.head import DraftHead
 from kernels.draft_loss import Objective, draft_loss
 from train.head.attention import BLOCK, Block, UnrolledAttention
 from train.head.losses import depth_weights, feature_loss, objective_of, part_weights
@@ -35,11 +37,16 @@ from train.head.teacher import Teacher
 class Plan:
     """Which positions are taught what, from the loss mask alone.
 
-    rows, sources [U]: target u is the distribution that the target model gives at (row, source), for the
-    supervised token after it. chain_rows, positions [C]: the chains, row by row, ascending. key_rows,
-    key_positions [N]: the tokens up to each row's last chain; chain_keys [C]: the chains among them. places
-    [S, U]: the chain that is taught target u at step i; taught [S, U] bool: there is one. weights [B] fp32:
-    how much a row's targets count. counts [S]: targets that step i has, each counted by its row's weight.
+    rows, sources [U]: target u is the distribution that the target model gives at (row, source),
+      for the
+    supervised token after it. chain_rows, positions [C]: the chains, row by row, ascending.
+      key_rows,
+    key_positions [N]: the tokens up to each row's last chain; chain_keys [C]: the chains among
+      them. places
+    [S, U]: the chain that is taught target u at step i; taught [S, U] bool: there is one. weights
+      [B] fp32:
+    how much a row's targets count. counts [S]: targets that step i has, each counted by its row's
+      weight.
     blocks, key_blocks: the chains, and all N tokens, as attention takes them.
     """
 
@@ -63,8 +70,8 @@ class Plan:
 
 
 def plan_unroll(loss_mask: torch.Tensor, steps: int, weights: torch.Tensor | None = None) -> Plan:
-    """loss_mask [B, T] bool -> Plan; weights [B], 1 by default. Token 0 and 1 of a row cannot be drafted:
-    nothing lies before."""
+    """loss_mask [B, T] bool -> Plan; weights [B], 1 by default. Token 0 and 1 of a row cannot be
+    drafted: nothing lies before."""
     B, T = loss_mask.shape
     supervised = loss_mask.bool().clone()
     supervised[:, :2] = False
@@ -85,11 +92,20 @@ def plan_unroll(loss_mask: torch.Tensor, steps: int, weights: torch.Tensor | Non
     key_rows, key_positions = (torch.arange(T) < reach[:, None]).nonzero(as_tuple=True)
     first_keys = reach.cumsum(0) - reach
     return Plan(
-        rows, sources, chain_rows, positions, key_rows, key_positions,
-        first_keys[chain_rows] + positions, places, taught, weights, (taught * weights[rows]).sum(1),
+        rows,
+        sources,
+        chain_rows,
+        positions,
+        key_rows,
+        key_positions,
+        first_keys[chain_rows] + positions,
+        places,
+        taught,
+        weights,
+        (taught * weights[rows]).sum(1),
         _blocks(chain.sum(1).tolist(), first_keys.tolist(), positions.tolist()),
         _blocks(reach.tolist(), first_keys.tolist(), key_positions.tolist()),
-    )  # fmt: skip
+    )
 
 
 def _blocks(chains: list[int], first_keys: list[int], positions: list[int]) -> list[Block]:
@@ -104,8 +120,8 @@ def _blocks(chains: list[int], first_keys: list[int], positions: list[int]) -> l
 
 
 class Projection(nn.Module):
-    """The loss at the head's output layer. A module with a weight of its own name, as ZeRO-3 gathers the
-    weights of a module when it is called."""
+    """The loss at the head's output layer. A module with a weight of its own name, as ZeRO-3
+    gathers the weights of a module when it is called."""
 
     def __init__(self, weight: torch.Tensor, objective: Objective, amp: bool) -> None:
         super().__init__()
@@ -120,8 +136,8 @@ class Projection(nn.Module):
 
 
 class FeatureProjection(Projection):
-    """EAGLE-1's: the output is to be the target's hidden state, and what the target's LM head makes of it the
-    target's distribution. weight [V, H]: that LM head's, which is not trained."""
+    """EAGLE-1's: the output is to be the target's hidden state, and what the target's LM head makes
+    of it the target's distribution. weight [V, H]: that LM head's, which is not trained."""
 
     def __init__(
         self, weight: torch.Tensor, objective: Objective, amp: bool, parts: tuple[float, float]
@@ -138,14 +154,22 @@ class FeatureProjection(Projection):
 
 
 class UnrolledHead(nn.Module):
-    """The module that the engine wraps: one micro-batch -> its share of the global loss, and sums."""
+    """The module that the engine wraps: one micro-batch -> its share of the global loss, and
+    sums.
+    """
 
     attention = UnrolledAttention
 
     def __init__(
-        self, head: DraftHead, steps: int, decay: float, loss: LossConfig, amp: bool,
-        recompute: bool = False, output: torch.Tensor | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        head: DraftHead,
+        steps: int,
+        decay: float,
+        loss: LossConfig,
+        amp: bool,
+        recompute: bool = False,
+        output: torch.Tensor | None = None,
+    ) -> None:
         """output [V, H]: the target's LM head, for a head without one."""
         super().__init__()
         self.head = head
@@ -192,9 +216,12 @@ class UnrolledHead(nn.Module):
 
         packed = features[plan.key_rows, plan.key_positions][None]
         hidden = self._pass(
-            self._first, packed if self.amp else packed.to(dtype),
-            following(plan.key_rows, plan.key_positions + 1), plan, partial(attend, 0),
-        )  # fmt: skip
+            self._first,
+            packed if self.amp else packed.to(dtype),
+            following(plan.key_rows, plan.key_positions + 1),
+            plan,
+            partial(attend, 0),
+        )
         yield hidden[0]
         for i in range(1, self.steps):
             token = following(plan.chain_rows, plan.positions + 1 + i)
@@ -203,11 +230,15 @@ class UnrolledHead(nn.Module):
             yield hidden[0]
 
     def forward(
-        self, features: torch.Tensor, embeds: torch.Tensor, plan: Plan, teacher: Teacher,
+        self,
+        features: torch.Tensor,
+        embeds: torch.Tensor,
+        plan: Plan,
+        teacher: Teacher,
         totals: torch.Tensor,
-    ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-        """totals [S]: `counts` of the global batch -> loss, Σ depth weight · Σ weight · loss / totals[i], and
-        sums [B, S, len(COLUMNS)] of each row for the metrics, unweighted."""
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """totals [S]: `counts` of the global batch -> loss, Σ depth weight · Σ weight · loss /
+        totals[i], and sums [B, S, len(COLUMNS)] of each row for the metrics, unweighted."""
         with torch.autocast(embeds.device.type, torch.bfloat16, enabled=self.amp):
             hidden = torch.stack(
                 [
@@ -227,14 +258,24 @@ class UnrolledHead(nn.Module):
 def row_sums(
     plan: Plan, loss: torch.Tensor, overlap: torch.Tensor, right: torch.Tensor, known: torch.Tensor
 ) -> torch.Tensor:
-    """loss, overlap, right [S, U], known [U] -> [B, S, len(COLUMNS)] fp32, what the metrics are made of."""
+    """loss, overlap, right [S, U], known [U] -> [B, S, len(COLUMNS)] fp32, what the metrics are
+    made of.
+    """
     S, B, taught = len(plan.taught), len(plan.weights), plan.taught
     known = known & taught
     right = right & taught
-    counted = [torch.where(known, loss, 0.0), taught, known, right, torch.where(known, overlap, 0.0)]
+    counted = [
+        torch.where(known, loss, 0.0),
+        taught,
+        known,
+        right,
+        torch.where(known, overlap, 0.0),
+    ]
     counted = torch.stack([value.float() for value in counted], -1)  # [S, U, 5]
     by_row = counted.new_zeros(S, B, counted.shape[-1]).index_add_(1, plan.rows, counted)
-    held = torch.ones_like(plan.positions, dtype=torch.bool)  # all depths so far were taught and right
+    held = torch.ones_like(
+        plan.positions, dtype=torch.bool
+    )  # all depths so far were taught and right
     chains = []
     for places, *both in zip(plan.places, taught, right, strict=True):
         # other targets stand at place 0 and add nothing

@@ -3,8 +3,9 @@
     python -m train.prepare features --data_format chat --data FILE.jsonl --output DIR
     python -m train.prepare regenerate --data_format chat --data FILE.jsonl --output ANSWERS.jsonl
 
-`features` writes what the target computes for each row, so that training (`--features DIR`) runs no layer of
-the target. `regenerate` lets the target write the answers, so that the head learns what it will draft.
+`features` writes what the target computes for each row, so that training (`--features DIR`) runs no
+layer of the target. `regenerate` lets the target write the answers, so that the head learns what it
+will draft.
 """
 
 from __future__ import annotations
@@ -30,14 +31,17 @@ def features(
     shard_mb: float = 256.0,
     batch_size: int = 8,
 ) -> None:
-    """Compute the target's features of every training row once, for `python -m train.main --features DIR`.
+    """Compute the target's features of every training row once, for `python -m train.main
+    --features DIR`.
 
-    Takes the data and model settings of train.main: --base, --data, --data_format, --config and overrides
-    (data.max_length=1024 model.dtype=bfloat16). --output is the folder; the same command goes on with it
-    after an interruption, and writes damaged shards again. --shard_mb is what a kill loses at the most.
+    Takes the data and model settings of train.main: --base, --data, --data_format, --config and
+    overrides (data.max_length=1024 model.dtype=bfloat16). --output is the folder; the same command
+    goes on with it after an interruption, and writes damaged shards again. --shard_mb is what a
+    kill loses at the most.
 
-    --batch_size rows go through the target together. On a CPU the numbers of a row do not depend on the rows
-    beside it, and a run from features equals the online run bit for bit; on a GPU to rounding.
+    --batch_size rows go through the target together. On a CPU the numbers of a row do not depend on
+    the rows beside it, and a run from features equals the online run bit for bit; on a GPU to
+    rounding.
     """
     if shard_mb <= 0 or batch_size < 1:
         raise ConfigError("--shard_mb must be above 0 and --batch_size at least 1")
@@ -48,8 +52,14 @@ def features(
     from train.prepare.features import gigabytes, write_features
 
     disable_progress_bar()
-    given = {"data_format": data_format, "base": base, "data": data, "config": config,
-             "shard_mb": f"{shard_mb:g}", "batch_size": str(batch_size)}  # fmt: skip
+    given = {
+        "data_format": data_format,
+        "base": base,
+        "data": data,
+        "config": config,
+        "shard_mb": f"{shard_mb:g}",
+        "batch_size": str(batch_size),
+    }
     words = [w for name, value in given.items() if value is not None for w in (f"--{name}", value)]
     command = shlex.join(["python", "-m", "train.prepare", "features", *words, *overrides])
     index = write_features(cfg, Path(output).expanduser(), command, shard_mb, batch_size)
@@ -86,25 +96,33 @@ def regenerate(
 ) -> int:
     """Let the target write the answers of a data set: assistant turns, responses or FIM middles.
 
-    --data FILE --data_format chat|instruction|fim|tokenized --output ANSWERS.jsonl. Turns of a chat are
-    written in order, each after the new ones. The same command goes on after an interruption. Beside the
-    output: ANSWERS.card.json, which training reads to record that the answers are the target's own, and
-    ANSWERS.quarantine.jsonl with the records that got no answer. --limit N takes the first N records.
+    --data FILE --data_format chat|instruction|fim|tokenized --output ANSWERS.jsonl. Turns of a chat
+      are
+    written in order, each after the new ones. The same command goes on after an interruption.
+      Beside the
+    output: ANSWERS.card.json, which training reads to record that the answers are the target's own,
+      and
+    ANSWERS.quarantine.jsonl with the records that got no answer. --limit N takes the first N
+      records.
 
-    --base (default: the embedded one) writes with --slots rows at a time; --adapter and --quantization are the
-    target's. --head
-    drafts, which changes no answer and is faster with few slots only.
-    --temperature 0,0.8 takes turns by record. --compile max, --dtype and --device are as in generation.
+    --base (default: the embedded one) writes with --slots rows at a time; --adapter and
+    --quantization are the target's. --head drafts, which changes no answer and is faster with few
+    slots only. --temperature 0,0.8 takes turns by record. --compile max, --dtype and --device are
+    as in generation.
 
-    --endpoint URL --endpoint_model NAME asks an OpenAI-compatible server instead (vLLM, SGLang, ...), with
-    --concurrency requests at a time; --api_key_env names the environment variable that holds the key, and
-    --endpoint_body JSON adds fields to each request. --base then names the tokenizer of the target, which
-    FIM, tokenized and Alpaca prompts need.
+    --endpoint URL --endpoint_model NAME asks an OpenAI-compatible server instead (vLLM, SGLang,
+    ...), with --concurrency requests at a time; --api_key_env names the environment variable that
+    holds the key, and --endpoint_body JSON adds fields to each request. --base then names the
+    tokenizer of the target, which FIM, tokenized and Alpaca prompts need.
     """
     if (endpoint is None) != (endpoint_model is None):
         raise ConfigError("--endpoint URL and --endpoint_model NAME go together")
-    for name, value in (("limit", limit), ("slots", slots), ("concurrency", concurrency),
-                        ("max_new_tokens", max_new_tokens)):  # fmt: skip
+    for name, value in (
+        ("limit", limit),
+        ("slots", slots),
+        ("concurrency", concurrency),
+        ("max_new_tokens", max_new_tokens),
+    ):
         if value is not None and value < 1:
             raise ConfigError(f"--{name}={value}: must be at least 1")
     cfg = load_config(
@@ -119,14 +137,27 @@ def regenerate(
         for name, value in (("endpoint_body", endpoint_body), ("api_key_env", api_key_env)):
             if value is not None:
                 raise ConfigError(f"--{name} goes with --endpoint URL")
-        loading = {"adapter": adapter, "quantization": quantization, "dtype": dtype, "device": device, "compile": compile}
+        loading = {
+            "adapter": adapter,
+            "quantization": quantization,
+            "dtype": dtype,
+            "device": device,
+            "compile": compile,
+        }
         rewriter, engine, who = work.open_local(cfg, sampling, base, head, slots, **loading)
         notes = {}
     else:
         rewriter, engine, who = work.open_endpoint(
-            cfg, sampling, endpoint, endpoint_model, base, _json_object(endpoint_body), api_key_env,
-            concurrency, timeout,
-        )  # fmt: skip
+            cfg,
+            sampling,
+            endpoint,
+            endpoint_model,
+            base,
+            _json_object(endpoint_body),
+            api_key_env,
+            concurrency,
+            timeout,
+        )
         notes = {"url": endpoint.rpartition("@")[2]}  # without a password
     card = work.regenerate(
         files, Path(output).expanduser(), rewriter, engine, who, sampling, seed, limit, notes

@@ -1,6 +1,7 @@
 """Who writes the answers: the target in this process, or one that is served elsewhere.
 
-Both take a list of `Ask` and yield (number of the ask, its `Answer`) as soon as one is done. Know models and HTTP; know nothing of records.
+Both take a list of `Ask` and yield (number of the ask, its `Answer`) as soon as one is done. Know
+models and HTTP; know nothing of records.
 """
 
 from __future__ import annotations
@@ -61,10 +62,14 @@ class Local:
             for n in order
         ]
         spans = self.model.stream(
-            requests, slots=self.slots, max_new_tokens=self.sampling.max_new_tokens,
-            top_p=self.sampling.top_p, top_k=self.sampling.top_k, eos_token_id=sorted(self.ends),
+            requests,
+            slots=self.slots,
+            max_new_tokens=self.sampling.max_new_tokens,
+            top_p=self.sampling.top_p,
+            top_k=self.sampling.top_k,
+            eos_token_id=sorted(self.ends),
             draft=self.draft,
-        )  # fmt: skip
+        )
         for span in spans:
             progress(len(span.tokens))
             if span.row.done:
@@ -82,8 +87,8 @@ class Local:
 
 
 def decode_after(tokenizer: Any, prompt: list[int], ids: list[int], cut: bool) -> str:
-    """The text of `ids` where `prompt` stands before them, special tokens included. Of a `cut` text a half
-    character at the end is left out."""
+    """The text of `ids` where `prompt` stands before them, special tokens included. Of a `cut` text
+    a half character at the end is left out."""
     before, both = (
         tokenizer.decode(part, skip_special_tokens=False, clean_up_tokenization_spaces=False)
         for part in (prompt[-TAIL:], [*prompt[-TAIL:], *ids])
@@ -96,15 +101,24 @@ def decode_after(tokenizer: Any, prompt: list[int], ids: list[int], cut: bool) -
 class Endpoint:
     """An OpenAI-compatible server: `chat/completions` for messages, `completions` for token ids.
 
-    Busy servers, timeouts and broken connections are tried again, with growing pauses or as `Retry-After`
-    says. A server that cannot be reached or refuses us ends the run; a request that it refuses becomes an
-    answer with an error.
+    Busy servers, timeouts and broken connections are tried again, with growing pauses or as
+    `Retry-After` says. A server that cannot be reached or refuses us ends the run; a request that
+    it refuses becomes an answer with an error.
     """
 
     def __init__(
-        self, url: str, model: str, sampling: Sampling, *, key: str | None = None, concurrency: int = 8,
-        timeout: float = 600.0, retries: int = 6, extra: dict | None = None, pause: float = 1.0,
-    ) -> None:  # fmt: skip
+        self,
+        url: str,
+        model: str,
+        sampling: Sampling,
+        *,
+        key: str | None = None,
+        concurrency: int = 8,
+        timeout: float = 600.0,
+        retries: int = 6,
+        extra: dict | None = None,
+        pause: float = 1.0,
+    ) -> None:
         if not url.startswith(("http://", "https://")):
             raise EagleError(f"--endpoint {url} is no URL: give for instance http://host:8000/v1")
         self.url, self.model, self.sampling, self.key = url.rstrip("/"), model, sampling, key
@@ -132,9 +146,11 @@ class Endpoint:
 
     def _one(self, ask: Ask, seed: int, temperature: float) -> Answer:
         body: dict[str, Any] = {
-            "model": self.model, "max_tokens": self.sampling.max_new_tokens, "temperature": temperature,
+            "model": self.model,
+            "max_tokens": self.sampling.max_new_tokens,
+            "temperature": temperature,
             "seed": seed % 2**31,
-        }  # fmt: skip
+        }
         if 0 < self.sampling.top_p < 1:
             body["top_p"] = self.sampling.top_p
         if self.sampling.top_k:
@@ -199,7 +215,9 @@ class Endpoint:
         raise RequestError(f"{reason}, {self.retries + 1} times")
 
     def _pause(self, attempt: int, asked: float | None) -> float:
-        """Seconds: what the server asks for, else doubling with a random part so that not all come at once."""
+        """Seconds: what the server asks for, else doubling with a random part so that not all come
+        at once.
+        """
         if asked is not None:
             return min(asked, LONGEST_PAUSE)
         return min(self.pause * 2**attempt, LONGEST_PAUSE) * random.uniform(0.5, 1.0)
@@ -210,7 +228,9 @@ class RequestError(Exception):
 
 
 def _chat_text(message: dict) -> str:
-    """The answer; reasoning that a server keeps apart goes back before it, as the model wrote it."""
+    """The answer; reasoning that a server keeps apart goes back before it, as the model wrote
+    it.
+    """
     text = message["content"]
     reasoning = message.get("reasoning_content") or message.get("reasoning")
     return f"<think>\n{reasoning.strip()}\n</think>\n\n{text or ''}" if reasoning else text

@@ -19,11 +19,11 @@ from safetensors.torch import load_file, save_file
 from configs.schema import HeadTrainConfig
 from eagle.checkpoint import atomic_write_text, load_head, require_equal
 from eagle.errors import EagleError
-from eagle.head import FINAL
+from eagle.heads.head import FINAL
 from eagle.loading import resolve_device
 from eagle.meter import Meter
 from eagle.target import Target
-from train.data import Collator, load_dataset_for, load_tokenizer
+from records import Collator, load_dataset_for, load_tokenizer
 from train.head.features import (
     DTYPES,
     INDEX,
@@ -40,9 +40,13 @@ SPARE = 64 << 20  # bytes that stay free
 
 
 def write_features(
-    cfg: HeadTrainConfig, output: Path, command: str, shard_mb: float = 256, batch_size: int = 8,
+    cfg: HeadTrainConfig,
+    output: Path,
+    command: str,
+    shard_mb: float = 256,
+    batch_size: int = 8,
     quiet: bool = False,
-) -> Index:  # fmt: skip
+) -> Index:
     """Features of every training row of `cfg`, in `output`; shards that are there already are kept.
 
     command: what to tell a user to run when a shard must be written again, without --output.
@@ -50,8 +54,12 @@ def write_features(
     data = load_dataset_for(cfg.data, load_tokenizer(cfg.model.base), split="train")
     m = cfg.model
     target = Target.from_pretrained(
-        m.base, dtype=m.dtype, device=resolve_device(None), adapter_path=m.adapter, quantization=m.quantization
-    )  # fmt: skip
+        m.base,
+        dtype=m.dtype,
+        device=resolve_device(None),
+        adapter_path=m.adapter,
+        quantization=m.quantization,
+    )
     layers = cfg.model.feature_layers
     if cfg.model.init_head:
         layers = load_head(cfg.model.init_head, target)[0].config.feature_layers
@@ -97,7 +105,9 @@ def write_features(
 
 
 def plan_shards(index: Index, data, shard_bytes: int) -> list[np.ndarray]:
-    """Fill `index.shards` and `index.rows`; returns the distinct rows in the order of their places."""
+    """Fill `index.shards` and `index.rows`; returns the distinct rows in the order of their
+    places.
+    """
     size = max(shard_bytes // index.belongs.bytes_per_token, 1)  # tokens
     kept: list[np.ndarray] = []
     for ids in token_rows(data):
@@ -148,7 +158,7 @@ def require_room(output: Path, index: Index, todo: list[int], quiet: bool) -> No
             f"{belongs.dtype} = {gigabytes(index.tokens * belongs.bytes_per_token)} in {len(shards)} shards; "
             f"{len(shards) - len(todo)} are there; {gigabytes(free)} free at {there}",
             file=sys.stderr,
-        )  # fmt: skip
+        )
     replaced = sum(p.stat().st_size for n in todo if (p := output / shards[n]["file"]).exists())
     if needed + SPARE > free + replaced:
         raise EagleError(
@@ -164,7 +174,9 @@ def gigabytes(size: float) -> str:
 def compute(
     target: Target, rows: list[np.ndarray], tokens: int, batch_size: int, meter: Meter
 ) -> dict[str, torch.Tensor]:
-    """rows -> features [tokens, F] and hidden [tokens, H], rows end to end, by the pass that training makes."""
+    """rows -> features [tokens, F] and hidden [tokens, H], rows end to end, by the pass that
+    training makes.
+    """
     H, dtype = target.config.hidden_size, target.dtype
     assert dtype in DTYPES.values(), dtype
     out = {

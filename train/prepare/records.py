@@ -1,6 +1,8 @@
-"""Records whose answers are to be written anew: what is asked for each, and the record with the answers.
+"""Records whose answers are to be written anew: what is asked for each, and the record with the
+answers.
 
-Knows formats, tokenizers and prompts; knows nothing of who answers or of files. A prompt is what training
+Knows formats, tokenizers and prompts; knows nothing of who answers or of files. A prompt is what
+  training
 puts before the answer: the same template, the same FIM tokens.
 """
 
@@ -16,17 +18,11 @@ from typing import Any
 from configs.fim_tokens import find_fim_tokens
 from configs.schema import DataConfig
 from eagle.errors import EagleError
-from train.data.chat import (
-    ALPACA,
-    assistant_spans,
-    read_instruction,
-    read_messages,
-    require_template,
-)
-from train.data.fim import cut_spans, read_fim, render_fim
-from train.data.render import make_renderer, record_key
-from train.data.rows import RowError
-from train.data.tokens import added_tokens, encode, leading_ids
+from records.chat import ALPACA, assistant_spans, read_instruction, read_messages, require_template
+from records.fim import cut_spans, read_fim, render_fim
+from records.render import make_renderer, record_key
+from records.rows import RowError
+from records.tokens import added_tokens, encode, leading_ids
 
 FORMATS = ("chat", "instruction", "fim", "tokenized")
 UNLIMITED = 1 << 20  # tokens: an answer is not judged by data.max_length here
@@ -41,8 +37,8 @@ def require_answers(cfg: DataConfig) -> None:
 
 @dataclass(frozen=True)
 class Ask:
-    """A prompt: `ids` (None without a tokenizer) and, where it is a chat, `messages`. `opened`: what ends the
-    prompt and belongs to the answer, a `<think>` of the template's."""
+    """A prompt: `ids` (None without a tokenizer) and, where it is a chat, `messages`. `opened`:
+    what ends the prompt and belongs to the answer, a `<think>` of the template's."""
 
     ids: list[int] | None
     messages: list[dict] | None = None
@@ -51,7 +47,8 @@ class Ask:
 
 @dataclass(frozen=True)
 class Answer:
-    """text without end tokens; ids as generated, None from an endpoint; `cut`: max_new_tokens ended it;
+    """text without end tokens; ids as generated, None from an endpoint; `cut`: max_new_tokens ended
+    it;
     error: why there is none."""
 
     text: str = ""
@@ -63,7 +60,9 @@ class Answer:
 
 @dataclass
 class Task:
-    """One record in work: `next()` says what to ask, `take()` is given the answer, `result()` is the record."""
+    """One record in work: `next()` says what to ask, `take()` is given the answer, `result()` is
+    the record.
+    """
 
     asks: int
     make_ask: Callable[[list[Answer]], Ask]
@@ -96,8 +95,8 @@ class Task:
 class Rewriter:
     """From records of a format to tasks, and the proof that a result can be trained on.
 
-    tokenizer: the target's; None for an endpoint that is asked with messages, which needs none. eos: the
-    target's own end tokens; `ends` are these and what ends an answer of this format.
+    tokenizer: the target's; None for an endpoint that is asked with messages, which needs none.
+    eos: the target's own end tokens; `ends` are these and what ends an answer of this format.
     """
 
     def __init__(
@@ -110,9 +109,11 @@ class Rewriter:
         self._render = None
         if cfg.format == "instruction":
             template = cfg.instruction_template
-            self.as_chat = template == "chat" or template == "auto" and (
-                tokenizer is None or bool(getattr(tokenizer, "chat_template", None))
-            )  # fmt: skip
+            self.as_chat = (
+                template == "chat"
+                or template == "auto"
+                and (tokenizer is None or bool(getattr(tokenizer, "chat_template", None)))
+            )
         if tokenizer is None:
             if not self.as_chat:
                 raise EagleError(
@@ -129,12 +130,14 @@ class Rewriter:
             self.ends |= frozenset(self.fim[:4])
 
     def tasks(self, record: dict) -> list[Task]:
-        """Raises RowError for a record that is not of the format. A whole file (FIM) makes several tasks."""
+        """Raises RowError for a record that is not of the format. A whole file (FIM) makes several
+        tasks.
+        """
         return getattr(self, f"_{self.cfg.format}")(record)
 
     def check(self, task: Task) -> bool | None:
-        """Can the result be trained on (else RowError), and does it read back as the tokens that were generated?
-        None where that is not known."""
+        """Can the result be trained on (else RowError), and does it read back as the tokens that
+        were generated? None where that is not known."""
         if self._render is None:
             return None
         (row,) = self._render(task.result())
@@ -204,7 +207,9 @@ class Rewriter:
         return Task(1, lambda _: ask, result)
 
     def _tokenized(self, record: dict) -> list[Task]:
-        """`input_ids` up to the first supervised token, all of them where nothing is, are the prompt."""
+        """`input_ids` up to the first supervised token, all of them where nothing is, are the
+        prompt.
+        """
         ids = record.get("input_ids")
         marks = record.get("loss_mask") or [int(i != -100) for i in record.get("labels") or []]
         if not isinstance(ids, list) or not ids or not all(isinstance(i, int) for i in ids):
@@ -240,7 +245,9 @@ class Rewriter:
 
 
 def _turn_end(tokenizer: Any) -> list[int]:
-    """The token that the chat template puts after an assistant's text, if it is one of the added ones."""
+    """The token that the chat template puts after an assistant's text, if it is one of the added
+    ones.
+    """
     messages = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}]
     text, turns = assistant_spans(messages, tokenizer)
     after = text[turns[-1][1] :].lstrip(" \t")

@@ -5,10 +5,10 @@
     ANSWERS.quarantine.jsonl   records that got no answer, with the reason
     ANSWERS.journal            answers of the block in work, as they came; gone in the end
 
-Work goes by blocks. An answer goes into the journal as soon as it is there, so that a kill costs those in work alone.
-A block's lines are appended in order and synced, then the card says how long the files are; what lies beyond after a
-kill is cut off and written again. Knows files and blocks; records.py and answering.py
-know the rest.
+Work goes by blocks. An answer goes into the journal as soon as it is there, so that a kill costs
+those in work alone. A block's lines are appended in order and synced, then the card says how long
+the files are; what lies beyond after a kill is cut off and written again. Knows files and blocks;
+records.py and answering.py know the rest.
 """
 
 from __future__ import annotations
@@ -28,37 +28,59 @@ from configs.schema import DataConfig
 from eagle.checkpoint import atomic_write_text
 from eagle.errors import EagleError
 from eagle.meter import Meter
-from train.data import load_tokenizer, shipped
-from train.data.card import BY_TARGET, QUARANTINE, at_endpoint, card_path, file_hash
-from train.data.quarantine import RAW_LIMIT, BadRow, diagnose
-from train.data.rows import RowError
-from train.data.sources import Record, read_records, resolve
+from records import load_tokenizer, shipped
+from records.card import BY_TARGET, QUARANTINE, at_endpoint, card_path, file_hash
+from records.quarantine import RAW_LIMIT, BadRow, diagnose
+from records.rows import RowError
+from records.sources import Record, read_records, resolve
 from train.prepare.answering import Endpoint, Local, Sampling
 from train.prepare.records import Answer, Rewriter, Task, require_answers
 
 HOPELESS = 16  # records that fail before any succeeds: the run stops
-COUNTS = ("records", "written", "failed", "answers", "tokens", "cut_at_max_new_tokens", "kept_turns",
-          "compared", "token_exact")  # fmt: skip
+COUNTS = (
+    "records",
+    "written",
+    "failed",
+    "answers",
+    "tokens",
+    "cut_at_max_new_tokens",
+    "kept_turns",
+    "compared",
+    "token_exact",
+)
 
 
 def regenerate(
-    files: list[Path], output: Path, rewriter: Rewriter, engine: Local | Endpoint, who: dict, sampling: Sampling,
-    seed: int = 0, limit: int | None = None, notes: dict | None = None, quiet: bool = False,
-) -> dict:  # fmt: skip
+    files: list[Path],
+    output: Path,
+    rewriter: Rewriter,
+    engine: Local | Endpoint,
+    who: dict,
+    sampling: Sampling,
+    seed: int = 0,
+    limit: int | None = None,
+    notes: dict | None = None,
+    quiet: bool = False,
+) -> dict:
     """Write `output` anew, or go on with it; returns its card.
 
-    who: "target" {id, fingerprint, adapter} and "engine" of the card; notes: what else it says, and may
-    change from one start to the next. Output depends on the records, the sampling and the seed; in bf16 and
-    fp16 near ties also on how many rows run together.
+    who: "target" {id, fingerprint, adapter} and "engine" of the card; notes: what else it says, and
+    may change from one start to the next. Output depends on the records, the sampling and the seed;
+    in bf16 and fp16 near ties also on how many rows run together.
     """
     cfg = rewriter.cfg
     total = min(count_records(files), limit if limit is not None else 1 << 62)
     identity = {
-        "format": cfg.format, **who, "sampling": {**asdict(sampling), "seed": seed},
-        "source": {"files": [path.name for path in files], "sha256": [file_hash(path) for path in files]},
+        "format": cfg.format,
+        **who,
+        "sampling": {**asdict(sampling), "seed": seed},
+        "source": {
+            "files": [path.name for path in files],
+            "sha256": [file_hash(path) for path in files],
+        },
         "settings": {name: getattr(cfg, name) for name in _SHAPING.get(cfg.format, ())},
         "limit": limit,
-    }  # fmt: skip
+    }
     journal = Journal(output, json.loads(json.dumps(identity)), notes or {})
     if journal.card["complete"]:
         return journal.card
@@ -101,29 +123,50 @@ def find_files(cfg: DataConfig) -> list[Path]:
 
 
 def open_local(
-    cfg: DataConfig, sampling: Sampling, base: str | None = None, head: str | None = None, slots: int = 8, *,
-    adapter: str | None = None, quantization: str = "none", dtype: str = "auto", device: str | None = None,
+    cfg: DataConfig,
+    sampling: Sampling,
+    base: str | None = None,
+    head: str | None = None,
+    slots: int = 8,
+    *,
+    adapter: str | None = None,
+    quantization: str = "none",
+    dtype: str = "auto",
+    device: str | None = None,
     compile: str = "auto",
-) -> tuple[Rewriter, Local, dict]:  # fmt: skip
-    """The target in this process; base None is the embedded model. It drafts if `head` is given. Returns what
-    `regenerate` takes."""
+) -> tuple[Rewriter, Local, dict]:
+    """The target in this process; base None is the embedded model. It drafts if `head` is given.
+    Returns what `regenerate` takes."""
     from transformers.utils.logging import disable_progress_bar
 
     from eagle.model import EaModel
 
     disable_progress_bar()
     model = EaModel.from_pretrained(
-        base, head, adapter_path=adapter, quantization=quantization, dtype=dtype, device=device, compile=compile
-    )  # fmt: skip
+        base,
+        head,
+        adapter_path=adapter,
+        quantization=quantization,
+        dtype=dtype,
+        device=device,
+        compile=compile,
+    )
     rewriter = Rewriter(cfg, load_tokenizer(base), model.eos_token_ids)
     who = {"target": model.target.identity, "engine": {"kind": "local"}}
     return rewriter, Local(model, rewriter.ends, sampling, slots, head is not None), who
 
 
 def open_endpoint(
-    cfg: DataConfig, sampling: Sampling, url: str, model: str, tokenizer: str | None = None, extra: dict | None = None,
-    api_key_env: str | None = None, concurrency: int = 8, timeout: float = 600.0,
-) -> tuple[Rewriter, Endpoint, dict]:  # fmt: skip
+    cfg: DataConfig,
+    sampling: Sampling,
+    url: str,
+    model: str,
+    tokenizer: str | None = None,
+    extra: dict | None = None,
+    api_key_env: str | None = None,
+    concurrency: int = 8,
+    timeout: float = 600.0,
+) -> tuple[Rewriter, Endpoint, dict]:
     """A server that has the target. Nobody compares its weights: the card has no fingerprint."""
     key = None
     if api_key_env is not None:
@@ -159,7 +202,9 @@ def write_block(
     meter: Meter,
     journal: Journal,
 ) -> tuple[list[str], list[BadRow], dict]:
-    """The lines of a block's records, the failures, and the counts of both. first: number of its first record."""
+    """The lines of a block's records, the failures, and the counts of both. first: number of its
+    first record.
+    """
     bad: list[BadRow] = []
     counts = dict.fromkeys(COUNTS, 0) | {"records": len(block)}
     tasks: list[tuple[int, int, Task]] = []  # record, part of it, task
@@ -193,8 +238,12 @@ def write_block(
     return lines, bad, counts
 
 
-def answer_all(tasks, first: int, engine, sampling: Sampling, seed: int, meter: Meter, journal: Journal) -> None:  # fmt: skip
-    """Turn by turn: the first answers of all tasks together, then the second ones of those that have more."""
+def answer_all(
+    tasks, first: int, engine, sampling: Sampling, seed: int, meter: Meter, journal: Journal
+) -> None:
+    """Turn by turn: the first answers of all tasks together, then the second ones of those that
+    have more.
+    """
     left = Counter(n for n, _, _ in tasks)
     known = journal.kept()
 
@@ -231,7 +280,9 @@ def answer_all(tasks, first: int, engine, sampling: Sampling, seed: int, meter: 
 
 
 def request_seed(seed: int, record: int, part: int, turn: int) -> int:
-    """62 bits that depend on nothing else, so that an interrupted run goes on with the same noise."""
+    """62 bits that depend on nothing else, so that an interrupted run goes on with the same
+    noise.
+    """
     digest = hashlib.blake2b(repr((seed, record, part, turn)).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 2
 
@@ -260,10 +311,17 @@ class Journal:
         writer = identity["target"]
         answers = BY_TARGET if writer["fingerprint"] else at_endpoint(writer["id"])
         self.card = {
-            "card": 1, "file": output.name, "answers": answers, "policy": "on", **identity, **notes,
-            "counts": dict.fromkeys(COUNTS, 0), "progress": {"output": 0, "quarantine": 0},
-            "started": _now(), "complete": False,
-        }  # fmt: skip
+            "card": 1,
+            "file": output.name,
+            "answers": answers,
+            "policy": "on",
+            **identity,
+            **notes,
+            "counts": dict.fromkeys(COUNTS, 0),
+            "progress": {"output": 0, "quarantine": 0},
+            "started": _now(),
+            "complete": False,
+        }
         output.parent.mkdir(parents=True, exist_ok=True)
         self._save()
 
@@ -302,7 +360,9 @@ class Journal:
         return card
 
     def keep(self, key: tuple[int, int, int], answer: Answer) -> None:
-        """One answer of the block in work. key: record, part of it, turn. What failed is asked again."""
+        """One answer of the block in work. key: record, part of it, turn. What failed is asked
+        again.
+        """
         if answer.error is None:
             append(
                 self.answers,
@@ -353,8 +413,8 @@ def sync(file) -> None:
 
 
 def append(path: Path, lines: list[str], synced: bool = True) -> int:
-    """Add lines and sync; returns the file's size, 0 when there is none. A lone surrogate of a record is
-    written as the JSON escape that it came as."""
+    """Add lines and sync; returns the file's size, 0 when there is none. A lone surrogate of a
+    record is written as the JSON escape that it came as."""
     if not lines:
         return path.stat().st_size if path.exists() else 0
     try:

@@ -1,4 +1,6 @@
-"""A small problem set of our own in the TACO schema; `python -m inference.evaluation.shipped` makes the file."""
+"""A small problem set of our own in the TACO schema; `python -m inference.evaluation.shipped` makes
+the file.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Make `problems.jsonl`: the shipped problems in the TACO schema, with tests from reference implementations.
+"""Make `problems.jsonl`: the shipped problems in the TACO schema, with tests from reference
+implementations.
 
     python -m inference.evaluation.shipped --out FILE.jsonl
 
@@ -32,18 +33,32 @@ def build(*, out: str = str(PROBLEMS)) -> None:
 
 
 def row(source: Source) -> dict:
-    """A TACO row. `task_id` and `judge` are ours: TACO counts rows, and does not say how to compare."""
+    """A TACO row. `task_id` and `judge` are ours: TACO counts rows, and does not say how to
+    compare.
+    """
     mark = {"policy": source.policy, "special": source.special}
     judge = {k: v for k, v in mark.items() if v}
     return {
-        "task_id": source.name, "question": source.question, "starter_code": source.starter,
-        "solutions": json.dumps(list(source.solutions)), "input_output": json.dumps(tests(source)),
-        "difficulty": source.difficulty, "raw_tags": repr(list(source.tags)), "name": source.name,
-        "source": "eagle-heads", "tags": repr(list(source.tags)), "skill_types": repr(list(source.skills)),
-        "url": "", "Expected Auxiliary Space": None, "time_limit": source.time_limit, "date": None,
-        "picture_num": "0", "memory_limit": "256.0 megabytes", "Expected Time Complexity": None,
+        "task_id": source.name,
+        "question": source.question,
+        "starter_code": source.starter,
+        "solutions": json.dumps(list(source.solutions)),
+        "input_output": json.dumps(tests(source)),
+        "difficulty": source.difficulty,
+        "raw_tags": repr(list(source.tags)),
+        "name": source.name,
+        "source": "eagle-heads",
+        "tags": repr(list(source.tags)),
+        "skill_types": repr(list(source.skills)),
+        "url": "",
+        "Expected Auxiliary Space": None,
+        "time_limit": source.time_limit,
+        "date": None,
+        "picture_num": "0",
+        "memory_limit": "256.0 megabytes",
+        "Expected Time Complexity": None,
         "judge": json.dumps(judge) if judge else None,
-    }  # fmt: skip
+    }
 
 
 def tests(source: Source) -> dict:

@@ -9,11 +9,13 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Source:
-    """One problem. `answer` is the obvious implementation that makes the expected outputs; `solutions` are
-    other implementations, so that running them checks the tests, and the tests check them.
+    """One problem. `answer` is the obvious implementation that makes the expected outputs;
+    `solutions` are other implementations, so that running them checks the tests, and the tests
+    check them.
 
-    cases: arguments of `answer`, edge cases by hand. more(rng): one more case. show: arguments -> standard
-    input, of a stdin problem; a call-based one has `starter` and takes the arguments as they are.
+    cases: arguments of `answer`, edge cases by hand. more(rng): one more case. show: arguments ->
+    standard input, of a stdin problem; a call-based one has `starter` and takes the arguments as
+    they are.
     """
 
     name: str

@@ -106,7 +106,9 @@ def spread(values):
 
 
 def merged(intervals):
-    """Halves stand for the gaps between whole numbers, so that neighbours do not touch and ends do."""
+    """Halves stand for the gaps between whole numbers, so that neighbours do not touch and ends
+    do.
+    """
     covered = set()
     for a, b in intervals:
         covered.update(range(2 * a, 2 * b + 1))
@@ -188,7 +190,10 @@ def some_numbers(rng: random.Random, low: int = -30, high: int = 30, least: int 
 
 STDIN = (
     Source(
-        name="even-sum", difficulty="EASY", tags=["Implementation"], skills=[],
+        name="even-sum",
+        difficulty="EASY",
+        tags=["Implementation"],
+        skills=[],
         question="""Given n whole numbers, print the sum of the even ones.
 
 Input: the first line has n (0 <= n <= 1000), the second line n whole numbers between -10^9 and 10^9; it is
@@ -202,16 +207,31 @@ Example output:
 6
 """,
         answer=even_sum,
-        cases=[([],), ([7],), ([8],), ([0],), ([-2, -4, -5],), ([1, 3, 5],), ([2, -2],),
-               ([10**9, 10**9],), ([-(10**9), 999999999],), (list(range(-30, 40)),)],
+        cases=[
+            ([],),
+            ([7],),
+            ([8],),
+            ([0],),
+            ([-2, -4, -5],),
+            ([1, 3, 5],),
+            ([2, -2],),
+            ([10**9, 10**9],),
+            ([-(10**9), 999999999],),
+            (list(range(-30, 40)),),
+        ],
         more=lambda rng: (some_numbers(rng, -(10**9), 10**9),),
         show=listed,
-        solutions=["""n = int(input())
+        solutions=[
+            """n = int(input())
 print(sum(value for value in map(int, input().split()) if value % 2 == 0))
-"""],
+"""
+        ],
     ),
     Source(
-        name="brackets", difficulty="EASY", tags=["Data structures", "Stack"], skills=["Data structures"],
+        name="brackets",
+        difficulty="EASY",
+        tags=["Data structures", "Stack"],
+        skills=["Data structures"],
         question="""A text of the brackets ( ) [ ] { } is balanced when every bracket that opens is closed by
 one of its own kind, in the right order. Print Yes when the given line is balanced and No when it is not.
 The empty line is balanced. Each letter may be printed in any case.
@@ -221,12 +241,27 @@ Example input:
 Example output:
 Yes
 """,
-        answer=brackets, policy="nocase",
-        cases=[("",), ("(",), (")",), ("()",), (")(",), ("([)]",), ("{[()]}",), ("(" * 40 + ")" * 40,),
-               ("()" * 40,), ("(" * 40 + ")" * 39,), ("[]]",), ("{}{}{",), ("(]",)],
+        answer=brackets,
+        policy="nocase",
+        cases=[
+            ("",),
+            ("(",),
+            (")",),
+            ("()",),
+            (")(",),
+            ("([)]",),
+            ("{[()]}",),
+            ("(" * 40 + ")" * 40,),
+            ("()" * 40,),
+            ("(" * 40 + ")" * 39,),
+            ("[]]",),
+            ("{}{}{",),
+            ("(]",),
+        ],
         more=some_brackets,
         show="{}\n".format,
-        solutions=["""import sys
+        solutions=[
+            """import sys
 
 line = sys.stdin.readline().strip()
 partner = {")": "(", "]": "[", "}": "{"}
@@ -239,10 +274,14 @@ for mark in line:
         good = False
         break
 print("YES" if good and not stack else "NO")
-"""],
+"""
+        ],
     ),
     Source(
-        name="run-length", difficulty="EASY", tags=["Implementation", "Strings"], skills=[],
+        name="run-length",
+        difficulty="EASY",
+        tags=["Implementation", "Strings"],
+        skills=[],
         question="""Given a line of small letters, print its runs of equal letters from left to right, one a
 line: the letter, a space, and how often it stands there in a row.
 
@@ -254,24 +293,41 @@ b 1
 a 2
 """,
         answer=run_length,
-        cases=[("a",), ("aa",), ("ab",), ("aba",), ("z" * 100,), ("abcabc",), ("aabbccdd",), ("ab" * 30,),
-               ("y" * 9 + "z" * 10 + "y" * 11,)],
-        more=lambda rng: ("".join(rng.choice("abc") * rng.randint(1, 12) for _ in range(rng.randint(1, 9))),),
+        cases=[
+            ("a",),
+            ("aa",),
+            ("ab",),
+            ("aba",),
+            ("z" * 100,),
+            ("abcabc",),
+            ("aabbccdd",),
+            ("ab" * 30,),
+            ("y" * 9 + "z" * 10 + "y" * 11,),
+        ],
+        more=lambda rng: (
+            "".join(rng.choice("abc") * rng.randint(1, 12) for _ in range(rng.randint(1, 9))),
+        ),
         show="{}\n".format,
-        solutions=["""from itertools import groupby
+        solutions=[
+            """from itertools import groupby
 
 for letter, run in groupby(input()):
     print(letter, len(list(run)))
-""", """line = input()
+""",
+            """line = input()
 start = 0
 for place in range(1, len(line) + 1):
     if line[place:place + 1] != line[start]:
         print(line[start], place - start)
         start = place
-"""],
+""",
+        ],
     ),
     Source(
-        name="once-words", difficulty="MEDIUM", tags=["Strings", "Hash map"], skills=["Data structures"],
+        name="once-words",
+        difficulty="MEDIUM",
+        tags=["Strings", "Hash map"],
+        skills=["Data structures"],
         question="""Given a line of words of small letters, print the words that stand in it exactly once,
 one a line, in any order. Print none when there is no such word.
 
@@ -282,20 +338,38 @@ cat
 and
 dog
 """,
-        answer=once_words, policy="unordered",
-        cases=[(["a"],), (["a", "a"],), (["a", "b"],), (["a", "b", "a"],), (["no", "on", "no"],),
-               (["x"] * 5 + ["y"],), (["aa", "a", "aaa"],), (["b", "a", "b", "a"],)],
-        more=lambda rng: ([rng.choice("red green blue grey pink gold rose".split())
-                           for _ in range(rng.randint(2, 9))],),
+        answer=once_words,
+        policy="unordered",
+        cases=[
+            (["a"],),
+            (["a", "a"],),
+            (["a", "b"],),
+            (["a", "b", "a"],),
+            (["no", "on", "no"],),
+            (["x"] * 5 + ["y"],),
+            (["aa", "a", "aaa"],),
+            (["b", "a", "b", "a"],),
+        ],
+        more=lambda rng: (
+            [
+                rng.choice("red green blue grey pink gold rose".split())
+                for _ in range(rng.randint(2, 9))
+            ],
+        ),
         show=lambda words: " ".join(words) + "\n",
-        solutions=["""from collections import Counter
+        solutions=[
+            """from collections import Counter
 
 found = sorted(word for word, count in Counter(input().split()).items() if count == 1)
 print("\\n".join(found) if found else "none")
-"""],
+"""
+        ],
     ),
     Source(
-        name="maze", difficulty="MEDIUM", tags=["Graph traversal"], skills=["Complete search"],
+        name="maze",
+        difficulty="MEDIUM",
+        tags=["Graph traversal"],
+        skills=["Complete search"],
         question="""A maze has free cells (.) and walls (#). A step goes to a free cell above, below, left or
 right. Print how many steps the shortest way from the top left to the bottom right cell has, or -1 when there
 is none. Both cells are free.
@@ -311,12 +385,24 @@ Example output:
 3
 """,
         answer=maze,
-        cases=[(["."],), ([".."],), ([".", "."],), ([".#."],), (["..", ".."],), ([".#", "#."],),
-               (["...", "##.", "..."],), (["....", ".##.", "....", "##.."],), (["." * 20] * 3,),
-               (["." + "#" * 5, "......"],), ([".....", "####.", ".....", ".####", "....."],), ([".#...", ".#.#.", "...#."],)],
+        cases=[
+            (["."],),
+            ([".."],),
+            ([".", "."],),
+            ([".#."],),
+            (["..", ".."],),
+            ([".#", "#."],),
+            (["...", "##.", "..."],),
+            (["....", ".##.", "....", "##.."],),
+            (["." * 20] * 3,),
+            (["." + "#" * 5, "......"],),
+            ([".....", "####.", ".....", ".####", "....."],),
+            ([".#...", ".#.#.", "...#."],),
+        ],
         more=some_maze,
         show=lambda rows: f"{len(rows)} {len(rows[0])}\n" + "".join(row + "\n" for row in rows),
-        solutions=["""from collections import deque
+        solutions=[
+            """from collections import deque
 
 height, width = map(int, input().split())
 rows = [input() for _ in range(height)]
@@ -330,11 +416,15 @@ while queue:
             steps[place] = steps[r, c] + 1
             queue.append(place)
 print(steps.get((height - 1, width - 1), -1))
-"""],
+"""
+        ],
     ),
     Source(
-        name="rising", difficulty="MEDIUM_HARD", tags=["Dynamic programming", "Binary search"],
-        skills=["Dynamic programming", "Sorting"], time_limit="2.0 seconds",
+        name="rising",
+        difficulty="MEDIUM_HARD",
+        tags=["Dynamic programming", "Binary search"],
+        skills=["Dynamic programming", "Sorting"],
+        time_limit="2.0 seconds",
         question="""Given n whole numbers, print the length of the longest strictly rising subsequence (numbers
 may be left out, the others keep their order).
 
@@ -348,11 +438,22 @@ Example output:
 4
 """,
         answer=rising,
-        cases=[([5],), ([1, 2],), ([2, 1],), ([3, 3, 3],), (list(range(50)),), (list(range(50, 0, -1)),),
-               ([1, 3, 2, 4, 3, 5],), ([-5, -10, -1, 0],), ([10, 9, 2, 5, 3, 7, 101, 18],), ([0, 1] * 20,)],
+        cases=[
+            ([5],),
+            ([1, 2],),
+            ([2, 1],),
+            ([3, 3, 3],),
+            (list(range(50)),),
+            (list(range(50, 0, -1)),),
+            ([1, 3, 2, 4, 3, 5],),
+            ([-5, -10, -1, 0],),
+            ([10, 9, 2, 5, 3, 7, 101, 18],),
+            ([0, 1] * 20,),
+        ],
         more=lambda rng: (some_numbers(rng, least=2),),
         show=listed,
-        solutions=["""from bisect import bisect_left
+        solutions=[
+            """from bisect import bisect_left
 
 input()
 ends = []
@@ -360,10 +461,14 @@ for value in map(int, input().split()):
     place = bisect_left(ends, value)
     ends[place:place + 1] = [value]
 print(len(ends))
-"""],
+"""
+        ],
     ),
     Source(
-        name="coins", difficulty="MEDIUM", tags=["Dynamic programming"], skills=["Dynamic programming"],
+        name="coins",
+        difficulty="MEDIUM",
+        tags=["Dynamic programming"],
+        skills=["Dynamic programming"],
         question="""In how many ways can an amount be paid with coins of the given kinds? There are as many coins
 of each kind as wanted, and their order does not count.
 
@@ -377,20 +482,35 @@ Example output:
 4
 """,
         answer=coins,
-        cases=[(0, [3]), (3, [3]), (4, [3]), (5, [1, 2, 5]), (100, [1, 5, 10, 25, 50]), (7, [8, 9]),
-               (10, [2, 5, 3, 6]), (1, [1]), (200, [200, 100, 50, 20, 10, 5, 2, 1]), (11, [4, 6])],
+        cases=[
+            (0, [3]),
+            (3, [3]),
+            (4, [3]),
+            (5, [1, 2, 5]),
+            (100, [1, 5, 10, 25, 50]),
+            (7, [8, 9]),
+            (10, [2, 5, 3, 6]),
+            (1, [1]),
+            (200, [200, 100, 50, 20, 10, 5, 2, 1]),
+            (11, [4, 6]),
+        ],
         more=lambda rng: (rng.randint(5, 120), rng.sample(range(1, 30), rng.randint(1, 6))),
         show=lambda amount, kinds: numbers([amount], kinds),
-        solutions=["""amount = int(input())
+        solutions=[
+            """amount = int(input())
 ways = [1] + [0] * amount
 for coin in map(int, input().split()):
     for total in range(coin, amount + 1):
         ways[total] += ways[total - coin]
 print(ways[amount])
-"""],
+"""
+        ],
     ),
     Source(
-        name="spread", difficulty="EASY", tags=["Mathematics"], skills=[],
+        name="spread",
+        difficulty="EASY",
+        tags=["Mathematics"],
+        skills=[],
         question="""Given n whole numbers, print their mean and their standard deviation (the root of the mean
 squared distance from the mean). An error of 10^-6 is allowed.
 
@@ -403,19 +523,33 @@ Example input:
 Example output:
 2.5 1.1180339887
 """,
-        answer=spread, policy="float",
-        cases=[([4],), ([0, 0, 0],), ([1, 2],), ([-1, 1],), ([10**6, -(10**6)],), ([1, 1, 1, 5],),
-               ([3, 6, 9],), ([-7, -7, -8],), ([1, 2, 2],)],
+        answer=spread,
+        policy="float",
+        cases=[
+            ([4],),
+            ([0, 0, 0],),
+            ([1, 2],),
+            ([-1, 1],),
+            ([10**6, -(10**6)],),
+            ([1, 1, 1, 5],),
+            ([3, 6, 9],),
+            ([-7, -7, -8],),
+            ([1, 2, 2],),
+        ],
         more=lambda rng: (some_numbers(rng, -1000, 1000, least=2),),
         show=listed,
-        solutions=["""n = int(input())
+        solutions=[
+            """n = int(input())
 values = list(map(int, input().split()))
 mean = sum(values) / n
 print(mean, (sum((value - mean) ** 2 for value in values) / n) ** 0.5)
-"""],
+"""
+        ],
     ),
     Source(
-        name="merge-intervals", difficulty="MEDIUM", tags=["Sorting", "Greedy algorithms"],
+        name="merge-intervals",
+        difficulty="MEDIUM",
+        tags=["Sorting", "Greedy algorithms"],
         skills=["Sorting", "Greedy algorithms"],
         question="""Closed intervals of the number line are given. Unite those that share a point, and print what
 is left: how many intervals, then each with its two ends on a line of its own, from left to right.
@@ -433,12 +567,21 @@ Example output:
 5 8
 """,
         answer=merged,
-        cases=[([(1, 1)],), ([(1, 2), (3, 4)],), ([(1, 3), (3, 4)],), ([(1, 9), (2, 3)],),
-               ([(5, 6), (1, 2)],), ([(1, 2)] * 3,), ([(-5, 0), (0, 5), (5, 5)],), ([(1, 4), (2, 6), (8, 9)],),
-               ([(1, 10), (2, 3), (9, 12)],)],
+        cases=[
+            ([(1, 1)],),
+            ([(1, 2), (3, 4)],),
+            ([(1, 3), (3, 4)],),
+            ([(1, 9), (2, 3)],),
+            ([(5, 6), (1, 2)],),
+            ([(1, 2)] * 3,),
+            ([(-5, 0), (0, 5), (5, 5)],),
+            ([(1, 4), (2, 6), (8, 9)],),
+            ([(1, 10), (2, 3), (9, 12)],),
+        ],
         more=some_intervals,
         show=lambda intervals: numbers([len(intervals)], *intervals),
-        solutions=["""pairs = sorted(tuple(map(int, input().split())) for _ in range(int(input())))
+        solutions=[
+            """pairs = sorted(tuple(map(int, input().split())) for _ in range(int(input())))
 merged = []
 for a, b in pairs:
     if merged and a <= merged[-1][1]:
@@ -448,10 +591,15 @@ for a, b in pairs:
 print(len(merged))
 for pair in merged:
     print(*pair)
-"""],
+"""
+        ],
     ),
     Source(
-        name="pair-sum", difficulty="MEDIUM", tags=["Hash map"], skills=["Data structures"], special=True,
+        name="pair-sum",
+        difficulty="MEDIUM",
+        tags=["Hash map"],
+        skills=["Data structures"],
+        special=True,
         question="""Find two different places in a list whose numbers sum to a goal. Print the two places, the
 smaller first, counted from 1, or -1 when there are none. If there are several answers, print any of them.
 
@@ -465,11 +613,21 @@ Example output:
 1 4
 """,
         answer=pair_sum,
-        cases=[(2, [1]), (2, [1, 1]), (3, [1, 1]), (0, [0, 5, 0]), (10, [5, 1, 5]), (10, [1, 4, 6, 9]),
-               (-3, [-1, -2, -3]), (8, [4, 3]), (7, [3, 3, 4, 4])],
+        cases=[
+            (2, [1]),
+            (2, [1, 1]),
+            (3, [1, 1]),
+            (0, [0, 5, 0]),
+            (10, [5, 1, 5]),
+            (10, [1, 4, 6, 9]),
+            (-3, [-1, -2, -3]),
+            (8, [4, 3]),
+            (7, [3, 3, 4, 4]),
+        ],
         more=lambda rng: (rng.randint(-20, 20), some_numbers(rng, -15, 15)),
         show=lambda goal, values: numbers([goal], [len(values)], values),
-        solutions=["""goal = int(input())
+        solutions=[
+            """goal = int(input())
 n = int(input())
 values = list(map(int, input().split()))
 best = (n, n)
@@ -479,10 +637,14 @@ for j in range(n - 1, -1, -1):
         best = min(best, (j, last[goal - values[j]]))
     last[values[j]] = j
 print(best[0] + 1, best[1] + 1) if best != (n, n) else print(-1)
-"""],
+"""
+        ],
     ),
     Source(
-        name="last-one", difficulty="MEDIUM_HARD", tags=["Mathematics"], skills=["Amortized analysis"],
+        name="last-one",
+        difficulty="MEDIUM_HARD",
+        tags=["Mathematics"],
+        skills=["Amortized analysis"],
         time_limit="1 - 2 seconds",
         question="""n people stand in a circle, numbered from 1. Counting starts with person 1, and each k-th
 person who is counted leaves; counting goes on with the next one. Print the number of the last one.
@@ -496,19 +658,36 @@ Example output:
 3
 """,
         answer=last_one,
-        cases=[(1, 1), (1, 9), (2, 1), (2, 2), (5, 1), (5, 2), (7, 3), (41, 3), (64, 2), (6, 100), (1000, 7)],
+        cases=[
+            (1, 1),
+            (1, 9),
+            (2, 1),
+            (2, 2),
+            (5, 1),
+            (5, 2),
+            (7, 3),
+            (41, 3),
+            (64, 2),
+            (6, 100),
+            (1000, 7),
+        ],
         more=lambda rng: (rng.randint(2, 300), rng.randint(1, 40)),
         show=lambda count, step: f"{count} {step}\n",
-        solutions=["""n, k = map(int, input().split())
+        solutions=[
+            """n, k = map(int, input().split())
 place = 0
 for size in range(2, n + 1):
     place = (place + k) % size
 print(place + 1)
-"""],
+"""
+        ],
     ),
     Source(
-        name="roads", difficulty="HARD", tags=["Shortest paths", "Heap"],
-        skills=["Data structures", "Greedy algorithms"], time_limit="2 seconds",
+        name="roads",
+        difficulty="HARD",
+        tags=["Shortest paths", "Heap"],
+        skills=["Data structures", "Greedy algorithms"],
+        time_limit="2 seconds",
         question="""Towns 1 … n are joined by roads that can be used both ways. Print for each town how long the
 shortest way from town 1 to it is, -1 when there is none.
 
@@ -524,12 +703,20 @@ Example output:
 0 5 -1
 """,
         answer=distances,
-        cases=[(1, []), (2, []), (2, [(1, 2, 3)]), (2, [(2, 1, 3), (1, 2, 2)]), (3, [(1, 1, 4), (2, 3, 1)]),
-               (3, [(1, 2, 9), (1, 3, 1), (3, 2, 1)]), (4, [(1, 2, 0), (2, 3, 0), (3, 4, 0)]),
-               (4, [(1, 2, 1), (2, 3, 1), (3, 4, 1), (1, 4, 2)])],
+        cases=[
+            (1, []),
+            (2, []),
+            (2, [(1, 2, 3)]),
+            (2, [(2, 1, 3), (1, 2, 2)]),
+            (3, [(1, 1, 4), (2, 3, 1)]),
+            (3, [(1, 2, 9), (1, 3, 1), (3, 2, 1)]),
+            (4, [(1, 2, 0), (2, 3, 0), (3, 4, 0)]),
+            (4, [(1, 2, 1), (2, 3, 1), (3, 4, 1), (1, 4, 2)]),
+        ],
         more=some_roads,
         show=lambda count, roads: numbers([count, len(roads)], *roads),
-        solutions=["""import heapq
+        solutions=[
+            """import heapq
 
 n, m = map(int, input().split())
 near = {town: [] for town in range(1, n + 1)}
@@ -546,10 +733,14 @@ while heap:
         for other, length in near[town]:
             heapq.heappush(heap, (distance + length, other))
 print(*[found.get(town, -1) for town in near])
-"""],
+"""
+        ],
     ),
     Source(
-        name="smallest", difficulty="HARD", tags=["Segment tree"], skills=["Range queries", "Data structures"],
+        name="smallest",
+        difficulty="HARD",
+        tags=["Segment tree"],
+        skills=["Range queries", "Data structures"],
         time_limit="0.5 - 2 seconds",
         question="""A list of n numbers is given, and q orders. `min a b` asks for the smallest number at the
 places a … b; `set a x` puts x at place a. Places count from 1. Print each answer on a line of its own.
@@ -567,14 +758,18 @@ Example output:
 5
 """,
         answer=smallest,
-        cases=[([4], [("min", 1, 1)]), ([4], [("set", 1, 9), ("min", 1, 1)]),
-               ([1, 2, 3], [("min", 2, 3), ("min", 3, 3), ("min", 1, 2)]),
-               ([3, 2, 1], [("set", 3, 8), ("min", 1, 3), ("set", 2, 7), ("min", 1, 2)]),
-               ([1, 5, 6, 7], [("set", 1, 9), ("min", 1, 4)]),
-               ([5] * 8, [("min", 1, 8), ("set", 8, -1), ("min", 1, 7), ("min", 8, 8)])],
+        cases=[
+            ([4], [("min", 1, 1)]),
+            ([4], [("set", 1, 9), ("min", 1, 1)]),
+            ([1, 2, 3], [("min", 2, 3), ("min", 3, 3), ("min", 1, 2)]),
+            ([3, 2, 1], [("set", 3, 8), ("min", 1, 3), ("set", 2, 7), ("min", 1, 2)]),
+            ([1, 5, 6, 7], [("set", 1, 9), ("min", 1, 4)]),
+            ([5] * 8, [("min", 1, 8), ("set", 8, -1), ("min", 1, 7), ("min", 8, 8)]),
+        ],
         more=some_orders,
         show=lambda values, orders: numbers([len(values), len(orders)], values, *orders),
-        solutions=["""n, q = map(int, input().split())
+        solutions=[
+            """n, q = map(int, input().split())
 tree = [None] * n + list(map(int, input().split()))
 for node in reversed(range(1, n)):
     tree[node] = min(tree[2 * node], tree[2 * node + 1])
@@ -595,6 +790,7 @@ for _ in range(q):
             low = (low + 1) // 2
             high = high // 2
         print(best)
-"""],
+"""
+        ],
     ),
-)  # fmt: skip
+)

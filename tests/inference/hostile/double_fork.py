@@ -1,4 +1,6 @@
-"""Leaves a daemon behind: forked twice, in a session of its own, deaf to signals, writing files for a minute."""
+"""Leaves a daemon behind: forked twice, in a session of its own, deaf to signals, writing files for
+a minute.
+"""
 
 import os
 import signal

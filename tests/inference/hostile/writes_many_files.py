@@ -1,4 +1,6 @@
-"""Fills the disk with files below the size limit, in folders that nobody may enter, one inside the other."""
+"""Fills the disk with files below the size limit, in folders that nobody may enter, one inside the
+other.
+"""
 
 import os
 

@@ -30,8 +30,9 @@ def test_rows_that_finish_one_after_the_other(temperature, monkeypatch):
     options = {"temperature": temperature, "seed": 3}
     rows = model.generate_many(
         [{"input_ids": p, "max_new_tokens": n} for p, n in zip(prompts, budgets, strict=True)],
-        slots=2, **options,
-    )  # fmt: skip
+        slots=2,
+        **options,
+    )
     monkeypatch.setenv("EAGLE_TRITON", "0")
     expected = plain(target, prompts, max_new_tokens=5, **options)
     assert [r.tokens for r in rows] == [e[:n] for e, n in zip(expected, budgets, strict=True)]

@@ -8,7 +8,7 @@ from kernels.triton_choose import choose_triton
 
 GRID = dict(
     temperature=[0.7, 2.0], top_k=[0, 1, 5, 70, 2000], top_p=[0.0, 0.05, 0.7], min_p=[0.0, 0.1]
-)  # fmt: skip
+)
 
 
 @pytest.fixture(autouse=True)
@@ -71,11 +71,17 @@ def test_mixed_rows(kind, V):
     check(logits_of(kind, len(rows), 1, V), **columns)
 
 
-@pytest.mark.parametrize("parameters", [
-    dict(temperature=0.7, top_k=20, top_p=0.95), dict(temperature=1.5, top_k=3),
-    dict(temperature=1.0, top_p=0.3), dict(temperature=1.0, min_p=0.2),
-    dict(temperature=1.1, top_k=50, top_p=0.9, min_p=0.02),
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "parameters",
+    [
+        dict(temperature=0.7, top_k=20, top_p=0.95),
+        dict(temperature=1.5, top_k=3),
+        dict(temperature=1.0, top_p=0.3),
+        dict(temperature=1.0, min_p=0.2),
+        dict(temperature=1.1, top_k=50, top_p=0.9, min_p=0.02),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("kind", ["normal", "ties"])
 def test_numbers(parameters, kind):
     logits = logits_of(kind, 2, 2, 1000, seed=3)
@@ -116,10 +122,17 @@ def test_strided_logits():
         check(view)
 
 
-@pytest.mark.parametrize("parameters", [
-    {}, dict(temperature=1.0), dict(temperature=1.0, top_k=3),
-    dict(temperature=1.0, top_k=3, top_p=0.5), dict(temperature=1.0, top_p=0.5, min_p=0.1),
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "parameters",
+    [
+        {},
+        dict(temperature=1.0),
+        dict(temperature=1.0, top_k=3),
+        dict(temperature=1.0, top_k=3, top_p=0.5),
+        dict(temperature=1.0, top_p=0.5, min_p=0.1),
+    ],
+    ids=str,
+)
 def test_a_poisoned_row_ends_in_range_and_alone(parameters):
     logits = logits_of("normal", 5, 1, 63)
     seeds, positions = torch.arange(5), torch.arange(5)[:, None]

@@ -11,8 +11,15 @@ from kernels.triton_draft_loss import tile_loss_triton
 
 LOSSES = ("soft_ce", "kl", "reverse_kl", "overlap", "total_variation")
 OBJECTIVES = [Objective(name) for name in LOSSES]
-OBJECTIVES += [Objective(name, 2.0, 0.5, inner) for name, inner in itertools.product(LOSSES, ("overlap", "target_prob"))]  # fmt: skip
-OBJECTIVES += [Objective("soft_ce", 0.0), Objective("soft_ce", smoothing=0.2), Objective("kl", smoothing=0.1)]  # fmt: skip
+OBJECTIVES += [
+    Objective(name, 2.0, 0.5, inner)
+    for name, inner in itertools.product(LOSSES, ("overlap", "target_prob"))
+]
+OBJECTIVES += [
+    Objective("soft_ce", 0.0),
+    Objective("soft_ce", smoothing=0.2),
+    Objective("kl", smoothing=0.1),
+]
 
 
 def tile(S, R, D, dtype=torch.float32, seed=0):

@@ -106,9 +106,14 @@ def test_a_row_does_not_depend_on_its_batch_or_the_capacity(way, monkeypatch):
         for capacity in (length + 6, length + 300):
             one = slice(b, b + 1)
             alone = tree_attention_triton(
-                q[one], k[one, :, :capacity], v[one, :, :capacity], lengths[one], bits[one],
-                positions[one], **options,
-            )  # fmt: skip
+                q[one],
+                k[one, :, :capacity],
+                v[one, :, :capacity],
+                lengths[one],
+                bits[one],
+                positions[one],
+                **options,
+            )
             assert torch.equal(alone, together[one])
 
 

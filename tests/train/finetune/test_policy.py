@@ -60,7 +60,9 @@ def test_every_adapter_matrix_learns(base, quantization):
 
 
 def test_an_evaluation_changes_no_gradient(base):
-    """On some CPUs a pass without gradients used to repack 4-bit weights into what cannot be trained."""
+    """On some CPUs a pass without gradients used to repack 4-bit weights into what cannot be
+    trained.
+    """
     model = policy(base)
     expected = gradients(model)
     model.eval()

@@ -13,18 +13,12 @@ from configs.errors import ConfigError
 from configs.finetune_schema import DpoConfig, MultitaskConfig, SftConfig, TaskConfig, TaskData
 from configs.load import load_config
 from eagle.errors import EagleError
-from train.data.rows import RowError
+from records.rows import RowError
 from train.finetune import assistant
 from train.finetune.__main__ import find_preset
 from train.finetune.multitask import mix
 from train.finetune.task_metrics import measure_task
-from train.finetune.tasks import (
-    TaskRows,
-    load_tasks,
-    render_record,
-    require_labels,
-    split_heldout,
-)
+from train.finetune.tasks import TaskRows, load_tasks, render_record, require_labels, split_heldout
 
 TASK_LIST = [TaskConfig.model_validate(t) for t in TASKS]
 ANSWER, KIND, SCORE, RANK = range(4)
@@ -57,10 +51,15 @@ def test_tasks_of_one_template_share_a_row_and_missing_labels_stay_missing(token
 
 @pytest.mark.parametrize(
     "text, other",
-    [("猫坐在垫子上", "猫睡在垫子上"), ("قطة على السجادة", "قطة تحت السجادة"), ("बिल्ली चटाई पर", "बिल्ली मेज़ पर"),
-     ("кот на ковре", "кот под ковром"), ("a cat", "a dog")],
+    [
+        ("猫坐在垫子上", "猫睡在垫子上"),
+        ("قطة على السجادة", "قطة تحت السجادة"),
+        ("बिल्ली चटाई पर", "बिल्ली मेज़ पर"),
+        ("кот на ковре", "кот под ковром"),
+        ("a cat", "a dog"),
+    ],
     ids=["chinese", "arabic", "hindi", "cyrillic", "latin"],
-)  # fmt: skip
+)
 def test_answers_in_any_script_are_measured_as_evaluation_does(text, other):
     from inference.evaluation.text_metrics import with_references
 
@@ -172,8 +171,13 @@ def test_a_registry_that_is_wrong_is_refused(tmp_path, change, named):
 
 def test_presets_load():
     tasks = load_config(MultitaskConfig, find_preset("writing_assistant")).tasks
-    assert [t.name for t in tasks] == ["summary_generation", "experiment_design", "error_detection",
-                                       "logic_consistency", "readability"]  # fmt: skip
+    assert [t.name for t in tasks] == [
+        "summary_generation",
+        "experiment_design",
+        "error_detection",
+        "logic_consistency",
+        "readability",
+    ]
     assert load_config(SftConfig, find_preset("qlora")).lora.r == 64
     assert load_config(DpoConfig, find_preset("dpo")).train.lr == 5e-5
     with pytest.raises(ConfigError, match="presets: dpo, pipeline, qlora, writing_assistant"):
@@ -220,8 +224,12 @@ def test_the_example_tasks_are_facts(tokenizer):
 def test_cards_are_facts():
     code = "    async def get(self, /, path, *rest, mode='r'):\n        return opened(self.find(path)).read(rest)"
     found = assistant.card({"code": code, "summary": "Read it."})
-    assert found == {"name": "get", "arguments": ["self", "path", "mode"],
-                     "calls": ["opened", "find", "read"], "summary": "Read it."}  # fmt: skip
+    assert found == {
+        "name": "get",
+        "arguments": ["self", "path", "mode"],
+        "calls": ["opened", "find", "read"],
+        "summary": "Read it.",
+    }
     assert assistant.card({"code": "x = 1", "summary": ""}) is None
     assert assistant.card({"code": "def f(:", "summary": ""}) is None
     for split, least in (("train", 2000), ("eval", 150)):

@@ -57,7 +57,9 @@ def version(distribution: str) -> str | None:
 
 
 def mask_statistics(lengths: np.ndarray, supervised: np.ndarray) -> dict[str, Any]:
-    """lengths, supervised [rows]: tokens of each row and how many are targets -> totals and histograms."""
+    """lengths, supervised [rows]: tokens of each row and how many are targets -> totals and
+    histograms.
+    """
     share = supervised / np.maximum(lengths, 1)
     return {
         "rows": len(lengths),
@@ -77,14 +79,21 @@ def spread(values: np.ndarray) -> dict[str, Any]:
     counts, edges = np.histogram(values, bins=BINS)
     low, middle, high = np.quantile(values, (0.05, 0.5, 0.95))
     return {
-        "min": float(values.min()), "p5": float(low), "median": float(middle), "p95": float(high),
-        "max": float(values.max()), "mean": float(values.mean()),
-        "counts": counts.tolist(), "edges": [float(edge) for edge in edges],
-    }  # fmt: skip
+        "min": float(values.min()),
+        "p5": float(low),
+        "median": float(middle),
+        "p95": float(high),
+        "max": float(values.max()),
+        "mean": float(values.mean()),
+        "counts": counts.tolist(),
+        "edges": [float(edge) for edge in edges],
+    }
 
 
 def source_lengths(source) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens and targets of each row of a `train.data.dataset.Source`, without reading ids into Python."""
+    """Tokens and targets of each row of a `records.dataset.Source`, without reading ids into
+    Python.
+    """
     table = source.entry.table.select(source.indices).with_format("arrow")
     lengths, supervised = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
     for batch in table.iter(batch_size=1000):

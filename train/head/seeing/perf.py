@@ -1,4 +1,5 @@
-"""What a step costs: seconds by phase, tokens/s, FLOP/s, memory. Knows clocks and shapes; no loss, no data.
+"""What a step costs: seconds by phase, tokens/s, FLOP/s, memory. Knows clocks and shapes; no loss,
+no data.
 
 T tokens of a step (padding not counted), n mean row length, M supervised tokens, S unrolled steps,
 H hidden, D draft vocabulary, V vocabulary, A query heads x head_dim, L layers.
@@ -16,10 +17,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from eagle.head import DraftHead
+from eagle.heads.head import DraftHead
 from eagle.target import Target
 
-# dense bf16 matrix products, FLOP/s, as the makers state them without sparsity; the longest name wins
+# dense bf16 matrix products, FLOP/s, as the makers state them without sparsity; the longest name
+# wins
 PEAKS = {
     "A10": 125e12,
     "A30": 165e12,
@@ -51,7 +53,9 @@ NAMES = {
 
 
 def peak_flops(name: str, dtype: str) -> float | None:
-    """FLOP/s that the device called `name` is sold for; None where unknown, and for all but bf16."""
+    """FLOP/s that the device called `name` is sold for; None where unknown, and for all but
+    bf16.
+    """
     words = name.replace("-", " ").split()
     found = [known for known in PEAKS if _within(known.split(), words)]
     return PEAKS[max(found, key=len)] if found and dtype == "bf16" else None
@@ -63,21 +67,21 @@ def _within(part: list[str], words: list[str]) -> bool:
 
 @dataclass(frozen=True)
 class FlopCount:
-    """FLOPs that a step of this method needs, however it is implemented: what is padded, recomputed or
-    masked away does not count (as in Chowdhery et al. 2022, appendix B).
+    """FLOPs that a step of this method needs, however it is implemented: what is padded, recomputed
+    or masked away does not count (as in Chowdhery et al. 2022, appendix B).
 
     A product with W weights is 2W a token; its backward pass is 2W for the weights and 2W for what
-    entered, which the first layer `fc` does not need. Scores and sums of causal attention are 2·A·n a
-    token forward (half of 4·A·n), and twice that backward.
+    entered, which the first layer `fc` does not need. Scores and sums of causal attention are 2·A·n
+    a token forward (half of 4·A·n), and twice that backward.
 
-        target   T · (2·W_target + 2·L·A·n)             forward only; none where features come from disk
-        teacher  M · 2·V·H_target                       its logits, at supervised positions
+        target   T · (2·W_target + 2·L·A·n)             forward only; none where features come from
+        disk teacher  M · 2·V·H_target                       its logits, at supervised positions
         head     T · (4·W_fc + 6·W_kv)                  step 0: every position is a key
                  M · (6·(W_layer - W_kv) + 6·A·n)       step 0: the rest of supervised positions
-                 (S-1) · M · (6·W_layer + 6·A·n)        later steps
-                 (T + (S-1) · M) · (6·W_below + 6·(L_head-1)·A·n)   layers below the last
-                 S · M · 6·H·D                          the draft logits
-                 (S-1) · M · 6·W_fc, - S · M · 2·H·D    EAGLE-1: `fc` in every step, the target's LM head
+                 (S-1) · M · (6·W_layer + 6·A·n)        later steps (T + (S-1) · M) · (6·W_below +
+                 6·(L_head-1)·A·n)   layers below the last S · M · 6·H·D
+                 the draft logits (S-1) · M · 6·W_fc, - S · M · 2·H·D    EAGLE-1: `fc` in every
+                 step, the target's LM head
 
     n stands for rows of one length; with rows of several, attention is counted a little low. Norms,
     activations and the loss are left out.
@@ -97,9 +101,7 @@ class FlopCount:
     own_output: bool = True
 
     @classmethod
-    def of(
-        cls, target: Target, head: DraftHead, steps: int, target_runs: bool = True
-    ) -> FlopCount:
+    def of(cls, target: Target, head: DraftHead, steps: int, target_runs: bool = True) -> FlopCount:
         """target_runs: False where features come from disk."""
         c, h = target.config, head.config
         heads = c.num_attention_heads
@@ -141,7 +143,9 @@ class FlopCount:
 
 
 def active_weights(layers: nn.Module, config) -> int:
-    """Weights of the matrices that one token passes through; of experts, those that it is sent to."""
+    """Weights of the matrices that one token passes through; of experts, those that it is sent
+    to.
+    """
     experts = 0
     for name in ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"):
         experts = experts or getattr(config, name, None) or 0
@@ -158,7 +162,9 @@ def active_weights(layers: nn.Module, config) -> int:
 
 
 def memory(device: torch.device) -> dict[str, int]:
-    """Bytes. GPU: what PyTorch holds, and held at the most. CPU: the resident set and its maximum."""
+    """Bytes. GPU: what PyTorch holds, and held at the most. CPU: the resident set and its
+    maximum.
+    """
     if device.type == "cuda":
         return {
             "allocated": torch.cuda.memory_allocated(device),
@@ -191,7 +197,8 @@ def gpu_utilization(device: torch.device) -> int | None:
 class PerfMeter:
     """Phases of a step, and every `every` steps a row of averages.
 
-    On a GPU work is only queued, so a clock that does not wait shows where the host waited. Waiting at
+    On a GPU work is only queued, so a clock that does not wait shows where the host waited. Waiting
+      at
     each phase costs time: it is done on every `every`-th step alone, and `seconds` are that step's.
     On a CPU they are means over the steps since the last row.
     """
@@ -235,8 +242,11 @@ class PerfMeter:
         seconds = 1 / row["steps_per_second"]
         self._steps += 1
         self._wall += seconds
-        counts = {"tokens": row["tokens"], "supervised_tokens": row["targets"],
-                  "flops": self.flops(row["tokens"], row["targets"], rows)}  # fmt: skip
+        counts = {
+            "tokens": row["tokens"],
+            "supervised_tokens": row["targets"],
+            "flops": self.flops(row["tokens"], row["targets"], rows),
+        }
         for key, value in counts.items():
             self._counted[key] = self._counted.get(key, 0.0) + value
         if self.device.type != "cuda" or self.waits:

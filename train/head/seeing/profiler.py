@@ -16,7 +16,8 @@ ROWS = 40
 
 
 class StepProfiler:
-    """Records `steps` steps once `SKIP` of this process are over: trace.json and operators.txt in `folder`.
+    """Records `steps` steps once `SKIP` of this process are over: trace.json and operators.txt in
+    `folder`.
 
     A run that ends earlier leaves what was recorded until then, or nothing.
     """

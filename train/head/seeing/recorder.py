@@ -32,9 +32,16 @@ from train.head.seeing.trackers import Tracker, open_trackers, scalars
 
 class Recorder:
     def __init__(
-        self, cfg: HeadTrainConfig, output: Path, world: World, *, flops: FlopCount, rows_per_step: int,
-        total: int | None, quiet: bool = False,
-    ) -> None:  # fmt: skip
+        self,
+        cfg: HeadTrainConfig,
+        output: Path,
+        world: World,
+        *,
+        flops: FlopCount,
+        rows_per_step: int,
+        total: int | None,
+        quiet: bool = False,
+    ) -> None:
         """Writes nothing yet. total: steps of the run, None where only the clock ends it."""
         t = cfg.train
         self.cfg, self.output, self.world, self.rows = cfg, output, world, rows_per_step
@@ -48,11 +55,11 @@ class Recorder:
 
     @contextlib.contextmanager
     def running(self, step: int, card: dict) -> Iterator[None]:
-        """The run's time: files and trackers are open, and warnings of `train` and `eagle` loggers are kept.
-        Whatever ends it, trackers are closed and the report is written.
+        """The run's time: files and trackers are open, and warnings of `train` and `eagle` loggers
+        are kept. Whatever ends it, trackers are closed and the report is written.
 
-        step: 0, or the one that is resumed; what an earlier process wrote of later ones is dropped. card:
-        what the run is made of; with the environment it becomes run.json.
+        step: 0, or the one that is resumed; what an earlier process wrote of later ones is dropped.
+        card: what the run is made of; with the environment it becomes run.json.
         """
         if not self.world.first:
             yield

@@ -24,7 +24,9 @@ NAME = "report.html"
 
 @dataclass
 class RunFiles:
-    """rows, perf, events: lines of the .jsonl files. card: run.json. summary: {} while there is none."""
+    """rows, perf, events: lines of the .jsonl files. card: run.json. summary: {} while there is
+    none.
+    """
 
     folder: Path
     rows: list[dict]
@@ -55,7 +57,9 @@ class RunFiles:
 
 
 def read_run(folder: Path) -> RunFiles:
-    """Raises EagleError where `folder` holds no run. A line that a kill tore is left out, and said to be."""
+    """Raises EagleError where `folder` holds no run. A line that a kill tore is left out, and said
+    to be.
+    """
     if not (folder / "metrics.jsonl").exists() and not (folder / "run.json").exists():
         raise EagleError(
             f"{folder} holds no training run (no metrics.jsonl); give the folder that --output named"
@@ -67,10 +71,16 @@ def read_run(folder: Path) -> RunFiles:
     }
     reasons = Counter(str(row.get("reason", "unknown reason")) for row in lines["quarantine"])
     return RunFiles(
-        folder, lines["metrics"], lines["perf"], lines["events"], _read_config(folder, damaged),
-        _read_object(folder / "run.json", damaged), _read_object(folder / "summary.json", damaged),
-        reasons, damaged,
-    )  # fmt: skip
+        folder,
+        lines["metrics"],
+        lines["perf"],
+        lines["events"],
+        _read_config(folder, damaged),
+        _read_object(folder / "run.json", damaged),
+        _read_object(folder / "summary.json", damaged),
+        reasons,
+        damaged,
+    )
 
 
 def write_report(folder: Path, out: Path | None = None) -> Path:
@@ -238,12 +248,16 @@ def _evaluations(run: RunFiles) -> str:
         return ""
     head = ["step", "τ", "acceptance by depth", "prompts", "new tokens", "seconds"]
     lines = [
-        [str(e["step"]), f"{e['tau']:.3f}" if "tau" in e else "",
-         " ".join(f"{a:.2f}" for a in e.get("acceptance_by_depth", [])),
-         str(e.get("prompts", "")), str(e.get("new_tokens", "")),
-         f"{e['seconds']:.1f}" if "seconds" in e else ""]
+        [
+            str(e["step"]),
+            f"{e['tau']:.3f}" if "tau" in e else "",
+            " ".join(f"{a:.2f}" for a in e.get("acceptance_by_depth", [])),
+            str(e.get("prompts", "")),
+            str(e.get("new_tokens", "")),
+            f"{e['seconds']:.1f}" if "seconds" in e else "",
+        ]
         for e in run.evaluations
-    ]  # fmt: skip
+    ]
     return grid(head, lines)
 
 

@@ -16,7 +16,8 @@ COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7
 
 
 def line_chart(series: dict[str, Points], *, log: bool = False, marks: bool = False) -> str:
-    """Named (x, y) points -> one <svg> with axes and, for several names, a legend; "" without any point.
+    """Named (x, y) points -> one <svg> with axes and, for several names, a legend; "" without any
+    point.
 
     log: a logarithmic y axis, where all values are positive. marks: dots at the points.
     """

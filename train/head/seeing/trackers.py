@@ -1,6 +1,7 @@
 """Where a run's numbers go besides its own files: TensorBoard, Weights & Biases, Trackio.
 
-Knows names and scalars; knows nothing of what they mean. A tracker that fails costs the run nothing but
+Knows names and scalars; knows nothing of what they mean. A tracker that fails costs the run nothing
+  but
 its curves there: it is dropped with a warning.
 """
 
@@ -72,8 +73,8 @@ class TensorBoard:
             from tensorboardX import SummaryWriter
         else:
             from torch.utils.tensorboard import SummaryWriter
-        # purge_step hides what a killed run wrote after the step it is resumed at; files are named by the
-        # second, and a suffix keeps two starts apart
+        # purge_step hides what a killed run wrote after the step it is resumed at; files are named
+        # by the second, and a suffix keeps two starts apart
         self.writer = SummaryWriter(
             str(output / "tensorboard"),
             purge_step=step + 1 if step else None,

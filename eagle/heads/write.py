@@ -1,0 +1,112 @@
+"""A head -> a folder in any format, written only when the folder reads back as the same head.
+
+Knows heads, tables and folders; knows nothing of targets but what names them.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from ..checkpoint import build, save_folder
+from ..errors import EagleError
+from ..loading import EMBEDDED, split_revision
+from .configs import write_config
+from .head import DraftHead
+from .read import read_folder
+from .tables import require_expressible, table, to_theirs
+
+TOKENS = 5  # of the pass that compares logits
+
+
+def export_head(
+    head: DraftHead,
+    path: str | Path,
+    to: str,
+    provenance: dict | None = None,
+    verifier: dict | None = None,
+    add: Callable[[Path], None] | None = None,
+) -> Path:
+    """Write `head` for another engine, atomically, in its own dtypes. verifier: {"name_or_path",
+    "architectures"} of the target, which speculators' config names. add: puts further files into
+    the folder.
+
+    Raises EagleError where the format's engine would run another head than this one.
+    """
+    fmt, config = table(to), head.config
+    require_expressible(config, fmt)
+    verifier = verifier or recorded(provenance)
+    if fmt.name == "vllm" and not verifier["name_or_path"]:
+        raise EagleError(
+            "speculators' config names the head's target, and speculators reads it: give --target or --base_model"
+        )
+    expected = draft_outputs(head)
+    written = write_config(fmt, config, head.fc.weight.dtype, verifier)
+
+    def check(folder: Path) -> None:
+        published = read_folder(folder)
+        again = build(*published.parse(published.layers()))
+        if again.config != config:
+            raise EagleError(
+                f"the {to} folder reads back as another head ({again.config} for {config}); nothing is written"
+            )
+        state = again.state_dict()
+        different = [k for k, v in head.state_dict().items() if not same_bits(v.cpu(), state[k])]
+        if different or not torch.equal(draft_outputs(again), expected):
+            raise EagleError(
+                f"the {to} folder gives other logits ({', '.join(different) or 'equal weights'}); nothing is written"
+            )
+        if add is not None:
+            add(folder)
+
+    state = to_theirs(config, head.state_dict(), fmt)
+    return save_folder(path, state, written, config.feature_layers, provenance, check)
+
+
+def recorded(provenance: dict | None) -> dict:
+    """A verifier, as far as the head's record names it."""
+    name = ((provenance or {}).get("target") or {}).get("id")
+    return {"name_or_path": name and public_name(name), "architectures": []}
+
+
+def public_name(target: str) -> str:
+    """What other programs call a target: a folder, or a hub id without our "@REVISION"."""
+    return str(EMBEDDED) if target == "embedded" else split_revision(target)[0]
+
+
+def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    if a.dtype != b.dtype or a.shape != b.shape:
+        return False
+    raw = [t.detach().cpu().contiguous().flatten().view(torch.uint8) for t in (a, b)]
+    return torch.equal(*raw)
+
+
+@torch.no_grad()
+def draft_outputs(head: DraftHead) -> torch.Tensor:
+    """Logits over the draft vocabulary [1, T, D] (EAGLE-1: hidden states [1, T, H]) for a fixed
+    input, in float32 on the CPU."""
+    c, head = head.config, copy.deepcopy(head).cpu().float().eval()
+    random = torch.Generator().manual_seed(0)
+    features = torch.randn(1, TOKENS, c.feature_size, generator=random)
+    embeds = torch.randn(1, TOKENS, c.hidden_size, generator=random)
+    if c.own_embedding:
+        embeds = head.embed_tokens(torch.randint(c.vocab_size, (1, TOKENS), generator=random))
+
+    def causal(layer, q, k, v):
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(
+            1, 2
+        )
+
+    hidden = features if c.method == "eagle1" else head.fuse(features)
+    out = head(hidden, embeds, torch.arange(TOKENS)[None], causal)
+    return head.logits(out) if head.has_output else out
+
+
+def require_apart(source: Path, destination: Path) -> None:
+    if os.path.realpath(source) == os.path.realpath(destination):
+        raise EagleError(f"{destination} is the source itself; give another folder")

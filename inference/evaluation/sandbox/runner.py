@@ -1,0 +1,274 @@
+"""The far side of `sandbox.py`: a clean `python -I` process that forks a child for every test.
+
+    python -I runner.py SETTINGS      (JSON; started by `sandbox.py`, not by hand)
+
+The *zygote* has the standard library imported, reads one test at a time from its control socket,
+watches clock, output and process tree, and answers. It never runs a program's code. Each test is a
+fork of it, in a PID namespace of its own where the kernel allows, with an empty scratch folder
+(`cell.py`); the fork gives up every privilege before it looks at the code (`child.py`).
+
+Standard library only. Knows nothing of expected outputs: none is ever sent here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import importlib
+import json
+import math
+import os
+import resource
+import select
+import signal
+import socket
+import struct
+import sys
+import time
+from typing import BinaryIO
+
+sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
+from cell import MOST_FILES, Cell, Look, remove_tree
+from child import FAILED, NO_MEMORY, STARTED, UNCOMPILED, VALUE, be_init
+from wire import receive, send
+
+del sys.path[0]
+
+TAIL_BYTES = 16 << 10  # kept of standard error
+FIRST_LOOK, LONG_LOOK, SHORT_LOOK = 0.05, 0.25, 0.025  # seconds between looks at the process tree
+# what contest programs import: loaded once, shared by every fork
+WARM = (
+    "array bisect calendar cmath collections copy datetime decimal fractions functools heapq itertools "
+    "math numbers operator queue random re statistics string time typing"
+).split()
+
+
+class Test:
+    """One input for one program, watched from the zygote. `limits`: `sandbox.Limits` after
+    scaling.
+    """
+
+    def __init__(self, cell: Cell, program: dict, limits: dict) -> None:
+        self.cell, self.program, self.limits = cell, program, limits
+        self.token = os.urandom(16)
+        self.data = {"out": bytearray(), "err": bytearray(), "report": bytearray()}
+        self.volume = 0
+        self.broken = ""  # the limit that it was stopped for
+        self.seen = Look()
+
+    def run(self, stdin: bytes, control: socket.socket) -> tuple[dict, bytes]:
+        """Header and body of the answer."""
+        self.cell.open_scratch(stdin, self.limits["file_bytes"])
+        try:
+            started = time.monotonic()
+            status, usage = self._fork_and_watch(control, started)
+            wall = time.monotonic() - started
+            full = self.cell.scratch_is_full(self.limits["file_bytes"])
+        finally:
+            self.cell.close_scratch()
+        # processes that went with their namespace are missing from what init used
+        cpu = max(usage.ru_utime + usage.ru_stime, self.seen.cpu_seconds)
+        memory = max(usage.ru_maxrss * 1024, self.seen.memory_bytes)
+        verdict, detail = self._judge(status, cpu, memory, full)
+        starved = self.seen.cpu_seconds + self.seen.waited_seconds > 0.5 * wall
+        near = not self.broken or (self.broken == "wall" and starved)
+        header = {
+            "status": verdict,
+            "detail": detail,
+            "wall_seconds": wall,
+            "cpu_seconds": cpu,
+            "memory_bytes": memory,
+            "near": near and verdict == "timeout",
+        }
+        body = self.data["report"][34:] if self.program["fn_name"] else self.data["out"]
+        return header, bytes(body) if verdict == "ok" else b""
+
+    def _fork_and_watch(
+        self, control: socket.socket, started: float
+    ) -> tuple[int | None, resource.struct_rusage]:
+        """The program's wait status (None: its init was ended first) and what its tree used.
+
+        Nothing of the tree is left.
+        """
+        with contextlib.ExitStack() as stack:
+            streams, ends = {}, {}
+            for name in ("out", "err", "report", "status"):
+                read, ends[name] = os.pipe()
+                os.set_blocking(read, False)
+                streams[name] = stack.enter_context(open(read, "rb", buffering=0))
+            try:
+                init = self.cell.fork()
+                if init == 0:
+                    be_init(self.cell, self.program, self.limits, self.token, ends)
+            finally:
+                for end in ends.values():
+                    os.close(end)
+            try:
+                self._watch(streams, control, started)
+            finally:
+                os.kill(init, signal.SIGKILL)
+                usage = os.wait4(init, 0)[2]
+                self.cell.reap()
+            for name in self.data:
+                self._read(name, streams[name])
+            status = streams["status"].read(4)
+        return struct.unpack("!i", status)[0] if status else None, usage
+
+    def _watch(self, streams: dict[str, BinaryIO], control: socket.socket, started: float) -> None:
+        """Until the program has ended or breaks a limit. SystemExit when the parent is gone."""
+        names = {stream.fileno(): name for name, stream in streams.items()}
+        poll = select.poll()
+        for end in (*names, control.fileno()):
+            poll.register(end, select.POLLIN)
+        deadline, look = started + self.limits["wall_seconds"], started + FIRST_LOOK
+        while not self.broken:
+            wait = max(0.0, min(deadline, look) - time.monotonic())
+            for end, _ in poll.poll(math.ceil(wait * 1000)):
+                if end == control.fileno():
+                    raise SystemExit
+                if names[end] == "status":
+                    return
+                if not self._read(names[end], streams[names[end]]):
+                    poll.unregister(end)
+            now = time.monotonic()
+            if now >= min(look, deadline):
+                look = time.monotonic() + self._look()
+            if now >= deadline:
+                self.broken = self.broken or "wall"
+
+    def _look(self) -> float:
+        """Hold the whole tree against its limits; seconds until the next look."""
+        before = time.monotonic()
+        self.seen, limits = self.cell.look(), self.limits
+        if self.seen.cpu_seconds >= limits["kill_cpu_seconds"]:
+            self.broken = "cpu"
+        elif self.seen.processes > limits["processes"]:
+            self.broken = "processes"
+        elif self.seen.memory_bytes > limits["memory_bytes"]:
+            self.broken = "memory"
+        elif not self.cell.namespaces and self.cell.scratch_is_full(limits["file_bytes"]):
+            self.broken = "files"
+        pause = LONG_LOOK if self.seen.processes <= 1 else SHORT_LOOK
+        left = limits["kill_cpu_seconds"] - self.seen.cpu_seconds
+        # looking takes at most a twentieth of the time
+        return max(min(pause, left), 0.01, 20 * (time.monotonic() - before))
+
+    def _read(self, name: str, stream: BinaryIO) -> bool:
+        """Take what has come; False at the end of the stream."""
+        kept = self.data[name]
+        while self.volume <= self.limits["output_bytes"]:
+            part = stream.read(1 << 16)
+            if not part:
+                return part is None
+            self.volume += len(part)
+            kept += part
+            if name == "err":
+                del kept[:-TAIL_BYTES]
+        self.broken = self.broken or "output"
+        return True
+
+    def _judge(self, status: int | None, cpu: float, memory: int, full: bool) -> tuple[str, str]:
+        """Status and detail. What the program said of itself is believed only where it cannot help
+        it.
+        """
+        limits, report, token = self.limits, self.data["report"], self.token
+        first, second = bytes(report[:17]), bytes(report[17:34])
+        if first in (token + FAILED, token + UNCOMPILED):
+            kind = "harness_error" if first == token + FAILED else "compile_error"
+            return kind, report[17:].decode("utf-8", "replace")
+        files = f"more than {limits['file_bytes']} bytes or {MOST_FILES} files written"
+        if self.broken:
+            return {
+                "output": ("output_limit", f"more than {limits['output_bytes']} bytes of output"),
+                "files": ("output_limit", files),
+                "memory": ("memory", f"more than {limits['memory_bytes']} bytes in all"),
+                "processes": ("runtime_error", f"more than {limits['processes']} processes"),
+                "wall": ("timeout", f"stopped after {limits['wall_seconds']:.2f} s of wall clock"),
+                "cpu": ("timeout", f"stopped after {cpu:.2f} s of CPU time"),
+            }[self.broken]
+        if status is None:  # a program of another user cannot have done it
+            who = "harness_error" if self.cell.drops_user else "runtime_error"
+            return who, "the process that waits for the program was killed"
+        code = os.waitstatus_to_exitcode(status)
+        name = signal_name(-code) if code < 0 else f"exit status {code}"
+        if first != token + STARTED:
+            return ("compile_error" if code < 0 else "harness_error"), f"{name} before it started"
+        if cpu > limits["cpu_seconds"] or code == -signal.SIGXCPU:
+            return "timeout", f"{cpu:.2f} s of CPU time"
+        if code == -signal.SIGXFSZ or (code and full):
+            return "output_limit", files
+        crashed = code in (-signal.SIGSEGV, -signal.SIGABRT, -signal.SIGBUS, -signal.SIGKILL)
+        if second == token + NO_MEMORY or (crashed and memory > 0.8 * limits["memory_bytes"]):
+            return "memory", f"out of memory, {memory} bytes in use at the most"
+        if code < 0:
+            return "runtime_error", f"killed by {name}"
+        if code:
+            lines = self.data["err"].decode("utf-8", "replace").strip().splitlines()
+            return "runtime_error", lines[-1][:300] if lines else name
+        if self.program["fn_name"] and second != token + VALUE:
+            return "runtime_error", "ended before the function returned"
+        return "ok", ""
+
+
+def signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:  # real-time signals have none
+        return f"signal {number}"
+
+
+def calibrate() -> dict[str, float]:
+    """A fixed piece of interpreter work: how long it takes here and now."""
+    wall, cpu, total = time.monotonic(), time.process_time(), 0
+    for i in range(400_000):
+        total += i * i % 7
+    return {"wall_seconds": time.monotonic() - wall, "cpu_seconds": time.process_time() - cpu}
+
+
+def serve(control: socket.socket, cell: Cell) -> None:
+    """Answer until the parent is gone, or something went wrong here: a fresh zygote is then
+    started.
+    """
+    program: dict = {}
+    while (message := receive(control)) is not None:
+        header, body = message
+        if header["do"] == "program":
+            program = {**header["program"], "code": body.decode("utf-8")}
+        elif header["do"] == "calibrate":
+            send(control, calibrate())
+        else:
+            try:
+                answer = Test(cell, program, header["limits"]).run(body, control)
+            except Exception as error:
+                detail = f"{type(error).__name__}: {error}"
+                send(control, {"status": "harness_error", "detail": detail})
+                return
+            send(control, *answer)
+
+
+def main() -> None:
+    settings = json.loads(sys.argv[1])
+    control = socket.socket(fileno=settings["control"])
+    scratch = settings["scratch"]
+    for name in WARM:
+        importlib.import_module(name)
+    try:
+        cell = Cell(settings["namespaces"], settings["new_user"], scratch)
+    except OSError as error:
+        send(control, {"error": str(error)})
+        raise SystemExit(1) from None
+    gc.freeze()
+    try:
+        send(control, {"isolation": cell.describe()})
+        serve(control, cell)
+    except (BrokenPipeError, ConnectionResetError):  # the parent is gone
+        raise SystemExit(1) from None
+    finally:
+        if scratch and not settings["namespaces"]:
+            remove_tree(scratch)
+            with contextlib.suppress(OSError):  # other zygotes still have folders there
+                os.rmdir(os.path.dirname(scratch))
+
+
+if __name__ == "__main__":
+    main()
