@@ -19,11 +19,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=find_namespace_packages(
-        include=[
-            f"{room}{more}"
-            for room in ("configs", "kernels", "eagle", "records", "train", "inference")
-            for more in ("", ".*")
-        ]
+        include=["configs*", "kernels*", "eagle*", "records*", "train*", "inference*"]
     ),
     include_package_data=False,
     package_data={
