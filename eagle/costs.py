@@ -16,9 +16,9 @@ from pathlib import Path
 
 import torch
 
-from .checkpoint import target_fingerprint
 from .decode import Batch
 from .draft import HeadDrafter
+from .loading import target_fingerprint
 from .plan import WIDEST, Costs, size_of
 from .request import Request, Row, Stopping
 from .target import Target

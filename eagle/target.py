@@ -22,7 +22,7 @@ from .attention import NAME, TreeContext, tree_attention_forward
 from .cache import StaticKVCache
 from .errors import EagleError
 from .heads.head import FINAL, default_feature_layers
-from .loading import identity_of, load_model
+from .loading import decoder_layers, identity_of, load_model
 
 CHUNK = 256
 
@@ -443,16 +443,6 @@ class Target:
                 f"transformers' by {error:.3g} standard deviations; {INSTEAD}"
             )
         return self.kv_heads, self.head_dim
-
-
-def decoder_layers(backbone: nn.Module) -> nn.ModuleList | None:
-    """The decoder's blocks, under whatever name the family keeps them: Llama's layers, GPT-2's
-    h.
-    """
-    for name in ("layers", "h", "blocks"):
-        if isinstance(found := getattr(backbone, name, None), nn.ModuleList):
-            return found
-    return None
 
 
 # whose decoder layers take keyword arguments and do not hand them to their attention (transformers
