@@ -1,8 +1,6 @@
 """The decode loop: plain and speculative decoding, fixed batches and queues of requests are this
 one loop.
 
-Knows token ids; knows nothing of text.
-
 b rows in flight, T prompt tokens, N tree nodes, K = 1 + longest path, F features, V vocabulary.
 """
 
@@ -15,6 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
+from .cache import StaticKVCache
 from .draft import Drafter
 from .plan import Plan
 from .request import Row
@@ -125,6 +124,9 @@ class Batch:
         self.drafting = drafter is not None
         self._sampler: Sampler | None = None
 
+    def caches(self) -> list[StaticKVCache]:
+        return [self.cache] + ([self.drafter.cache] if self.drafter is not None else [])
+
     def admit(self, rows: list[Row]) -> None:
         """The prompts' pass: the target writes its cache and chooses the roots, the head
         follows.
@@ -205,7 +207,7 @@ class Batch:
         levels = self.drafter.shape.levels if self.drafting else 0
         verdict = self.verify(tree, choices, levels)
         outcome = torch.cat([verdict.num_accepted[:, None], verdict.tokens], dim=1).tolist()
-        counts = []
+        counts, kept = [], []
         for row, (accepted, *gained) in zip(self.rows, outcome, strict=True):
             if row.done:  # cancelled, or failed in this very pass
                 counts.append(0)
@@ -213,6 +215,7 @@ class Batch:
             row.cycles += 1
             row.accepted += [0] * (levels + 1 - len(row.accepted))
             row.accepted[accepted] += 1
+            kept.append(accepted)
             counts.append(row.take(gained[: accepted + 1]))
         keep_logprobs(self.rows, logits, verdict.path, verdict.tokens, counts)
         K = max(max(counts), 1)
@@ -221,8 +224,8 @@ class Batch:
             features = features.gather(1, path[..., None].expand(-1, -1, features.shape[-1]))
         count_tensor = torch.tensor(counts, device=self.target.device)
         self.pending = Pending(counts, count_tensor, path, verdict.tokens[:, :K], features)
-        if self.plan is not None:
-            self.plan.end(sum(counts))
+        if self.plan is not None and self.drafting:
+            self.plan.end(kept)
 
     def drop_finished(self) -> None:
         """Their slots become free; the others go on without them."""

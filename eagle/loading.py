@@ -1,8 +1,6 @@
 """Where models, heads, adapters and tokenizers are found; a target's weights from there: base,
 quantization, adapter, and what they are called in a head's record.
 
-Knows files, the hub and transformers' loading; knows nothing of passes, caches or drafting.
-
 An identity is {"id": folder or hub id (with "@REVISION", if one was given), "fingerprint": of the
 base's weights as the checkpoint has them, "dtype", "quantization": "none", "nf4" or "int8",
 "adapter": None or a hash of the adapter's weights}: what decides the features a head learns from.
@@ -10,7 +8,6 @@ base's weights as the checkpoint has them, "dtype", "quantization": "none", "nf4
 
 from __future__ import annotations
 
-import glob
 import hashlib
 import logging
 import os
@@ -22,6 +19,8 @@ import torch
 from torch import nn
 
 from .errors import EagleError
+from .files import read_json, read_tensors, standing
+from .files import weights_hash as weights_hash
 
 EMBEDDED = Path(__file__).parent / "embedded"
 QUANTIZATIONS = ("none", "nf4", "int8")
@@ -94,15 +93,6 @@ def split_revision(name: str) -> tuple[str, str | None]:
     if "@" not in name or Path(name).expanduser().exists():
         return name, None
     return tuple(name.split("@", 1))
-
-
-def standing(folder: Path) -> Path:
-    """`folder`, or, where a kill came between the two renames that replace it, what it was before:
-    `atomic_dir`.
-    """
-    if folder.exists():
-        return folder
-    return next(iter(sorted(folder.parent.glob(f".{glob.escape(folder.name)}.old-*"))), folder)
 
 
 def load_tokenizer(name: str | Path | None = None) -> Any:
@@ -253,7 +243,7 @@ def read_record(folder: Path) -> dict:
     """An adapter's `eagle.json`, or {} for one of another program, which does not say what it
     belongs to.
     """
-    from .heads.read import RecordFile, read_json
+    from .heads.read import RecordFile
 
     return read_json(folder / RECORD, RecordFile) if (folder / RECORD).exists() else {}
 
@@ -267,16 +257,6 @@ def require_base(folder: Path, record: dict, name: str, found: str) -> None:
             f"the adapter {folder} was trained on {base.get('id', 'another model')} (weights {expected[:12]}), not on "
             f"{name} (weights {found[:12]}); give that base"
         )
-
-
-def read_tensors(path: Path) -> dict[str, torch.Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        return load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise EagleError(f"{path} is missing or damaged ({error}); restore the file") from error
 
 
 def attach(model: nn.Module, folder: Path, identity: dict) -> str:
@@ -311,8 +291,6 @@ def attach(model: nn.Module, folder: Path, identity: dict) -> str:
 
 def identity_of(model: nn.Module, name: str) -> dict:
     """Of a model as it is: what was quantized before cannot be told from its checkpoint."""
-    from .checkpoint import target_fingerprint
-
     config = getattr(model.config, "quantization_config", None)
     kind = "none"
     if config is not None:
@@ -335,12 +313,45 @@ def identity_of(model: nn.Module, name: str) -> dict:
     }
 
 
-def weights_hash(tensors: dict[str, torch.Tensor]) -> str:
-    """Of names, shapes and every value."""
-    digest = hashlib.sha256()
-    for name, value in sorted(tensors.items()):
-        digest.update(f"{name}{tuple(value.shape)}{value.dtype}".encode())
-        digest.update(value.contiguous().flatten().view(torch.uint8).cpu().numpy().tobytes())
+def decoder_layers(backbone: nn.Module) -> nn.ModuleList | None:
+    """The decoder's blocks, under whatever name the family keeps them: Llama's layers, GPT-2's
+    h.
+    """
+    for name in ("layers", "h", "blocks"):
+        if isinstance(found := getattr(backbone, name, None), nn.ModuleList):
+            return found
+    return None
+
+
+@torch.no_grad()
+def target_fingerprint(model: torch.nn.Module) -> str:
+    """A hash of the architecture and of sampled weights: equal for one checkpoint in fp32 and in
+    bf16.
+    """
+    config = model.config.get_text_config()
+    names = (
+        "model_type",
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "vocab_size",
+    )
+    digest = hashlib.sha256(repr([(n, getattr(config, n, None)) for n in names]).encode())
+    layers = decoder_layers(model.get_decoder())
+    modules = [("embed", model.get_input_embeddings()), ("first", layers[0]), ("last", layers[-1])]
+    for prefix, module in modules:
+        for name, weight in sorted(module.named_parameters()):
+            if "lora_" in name or not weight.is_floating_point():
+                continue
+            flat = weight.detach().reshape(weight.shape[0], -1)
+            rows = torch.linspace(0, flat.shape[0] - 1, 8).long().to(flat.device)
+            sample = flat[rows, :64].to(torch.bfloat16).cpu().contiguous()
+            digest.update(
+                f"{prefix}.{name.replace('base_layer.', '')}{tuple(weight.shape)}".encode()
+            )
+            digest.update(sample.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 

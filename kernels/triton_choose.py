@@ -34,8 +34,6 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.choose import per_row
-
 BLOCK = 1024  # of _scan
 SETTLE_BLOCK = 4096
 
@@ -280,7 +278,9 @@ def choose_triton(
     device = logits.device
 
     def rows(value: float | torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        return per_row(value, logits, dtype).reshape(-1).expand(B).contiguous()
+        if isinstance(value, torch.Tensor):
+            return value.to(dtype).expand(B).contiguous()
+        return torch.full((B,), value, dtype=dtype, device=device)
 
     # about a thousand programs, each with some blocks; the result does not depend on the chunks
     chunks = max(1, min(triton.cdiv(V, 4 * BLOCK), triton.cdiv(1024, B * N)))

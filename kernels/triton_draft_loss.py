@@ -10,7 +10,7 @@
 
 A program does one row in three sweeps over the vocabulary: the two maxima and sums of exponentials,
 online (Milakov and Gimelshein 2018); the sums that the loss needs; the gradient, written over the
-logits. The specification is `kernels.draft_loss.tile_loss_reference`.
+logits. The specification is `kernels.tile_loss.tile_loss_reference`.
 
 S steps, R positions, D draft vocabulary. Row s * R + r of the logits goes with row r of the
 target's.
@@ -22,7 +22,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.draft_loss import LEAST, Objective
+from kernels.tile_loss import LEAST, Objective
 
 BLOCK = 4096
 

@@ -1,7 +1,5 @@
 """What a head's folder says of itself: format, geometry, layer ids, draft vocabulary, and what it
 belongs to.
-
-Knows folders; knows nothing of targets, which need not be there.
 """
 
 from __future__ import annotations
@@ -11,7 +9,7 @@ from pathlib import Path
 import torch
 
 from ..errors import EagleError
-from ..loading import weights_hash
+from ..files import weights_hash
 from .configs import written_layers
 from .head import OPTIONS
 from .read import Published

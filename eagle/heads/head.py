@@ -535,3 +535,11 @@ class Eagle1Head(DraftHead):
 def make_head(config: HeadConfig) -> DraftHead:
     """A head of the config's method, with torch's initial weights."""
     return {"eagle3": Eagle3Head, "eagle1": Eagle1Head}[config.method](config)
+
+
+def build(config: HeadConfig, state: dict[str, torch.Tensor]) -> DraftHead:
+    """state: exactly the head's keys; its dtypes are kept."""
+    with torch.device("meta"):
+        head = make_head(config)
+    head.load_state_dict(state, strict=True, assign=True)
+    return head

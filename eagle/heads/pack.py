@@ -11,8 +11,8 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from ..checkpoint import write_json
 from ..errors import EagleError
+from ..files import write_json
 from . import remote_generate
 from .describe import require_bench_of
 from .head import DraftHead

@@ -16,12 +16,11 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from ..checkpoint import build
 from ..errors import EagleError
 from ..model import EaModel
 from ..target import Target
 from .configs import written_layers
-from .head import DraftHead, default_feature_layers
+from .head import DraftHead, build, default_feature_layers
 from .layers import candidates
 from .read import Published
 

@@ -1,22 +1,16 @@
-"""A head's folder in any format -> its HeadConfig and tensors under our names.
-
-Knows JSON, safetensors and `.bin` files; knows nothing of targets but the number of their layers
-and an embedding.
-"""
+"""A head's folder in any format -> its HeadConfig and tensors under our names."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from pydantic import BaseModel, ConfigDict
 
 from ..errors import EagleError
+from ..files import read_json, read_tensors
 from .configs import detect, is_eagle1, read_config, written_layers
 from .head import FINAL, HeadConfig, default_feature_layers, make_head
 from .layers import SHIFT, absent, entering_ids
@@ -155,37 +149,10 @@ def read_folder(path: Path, format: str | None = None) -> Published:
     return Published(path, raw, tensors, fmt, provenance)
 
 
-def read_json(path: Path, kind: type[BaseModel] | None = None) -> dict:
-    """The object in a file. kind: what it must be like; it may hold more."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise EagleError(
-            f"cannot read {path}: {error.strerror}; a head folder needs {path.name}"
-        ) from error
-    except (ValueError, RecursionError) as error:
-        raise EagleError(f"{path} is not valid JSON ({error}); restore the file") from error
-    if not isinstance(value, dict):
-        raise EagleError(f"{path} must hold a JSON object; restore the file")
-    try:
-        if kind is not None:
-            kind.model_validate(value)
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        where = ".".join(map(str, first["loc"]))
-        raise EagleError(f"{path}: {where}: {first['msg'].lower()}; restore the file") from error
-    return value
-
-
 def read_weights(path: Path) -> dict[str, torch.Tensor]:
     """The tensors of a folder; pickled ones as plain weights alone."""
     if (path / "model.safetensors").exists():
-        try:
-            return load_file(path / "model.safetensors")
-        except (SafetensorError, OSError) as error:
-            raise EagleError(
-                f"{path / 'model.safetensors'} is damaged ({error}); restore the file"
-            ) from error
+        return read_tensors(path / "model.safetensors")
     binary = path / "pytorch_model.bin"
     if binary.exists():
         try:

@@ -1,27 +1,58 @@
-"""A head -> a folder in any format, written only when the folder reads back as the same head.
-
-Knows heads, tables and folders; knows nothing of targets but what names them.
-"""
+"""A head -> a folder in any format, written only when the folder reads back as the same head."""
 
 from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 
-from ..checkpoint import build, save_folder
 from ..errors import EagleError
+from ..files import atomic_dir, read_tensors, require_equal, same_bits, write_json
 from ..loading import EMBEDDED, split_revision
 from .configs import write_config
-from .head import DraftHead
+from .head import DraftHead, build
 from .read import read_folder
 from .tables import require_expressible, table, to_theirs
 
 TOKENS = 5  # of the pass that compares logits
+
+
+def save_folder(
+    path: str | Path,
+    state: dict[str, torch.Tensor],
+    config: dict,
+    feature_layers: Sequence[int],
+    provenance: dict | None = None,
+    check: Callable[[Path], None] | None = None,
+) -> Path:
+    """A head's folder with these tensors and this config.json, whole or not at all. check: looks at
+    the folder before it gets its name, and may add to it. feature_layers: entering-layer ids."""
+    path = Path(path)
+    # a copy where two names share memory, which safetensors does not write
+    seen: set[int] = set()
+    state = {k: _alone(v.detach().cpu().contiguous(), seen) for k, v in state.items()}
+    with atomic_dir(path) as folder:
+        save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+        write_json(folder / "config.json", config)
+        layers = {"feature_layers": list(feature_layers), "convention": "entering"}
+        write_json(folder / "eagle.json", {**layers, **(provenance or {}), **layers})
+        require_equal(read_tensors(folder / "model.safetensors"), state, path)
+        if check is not None:
+            check(folder)
+    return path
+
+
+def _alone(tensor: torch.Tensor, seen: set[int]) -> torch.Tensor:
+    where = tensor.untyped_storage().data_ptr()
+    if where in seen:
+        return tensor.clone()
+    seen.add(where)
+    return tensor
 
 
 def export_head(
@@ -56,7 +87,7 @@ def export_head(
                 f"the {to} folder reads back as another head ({again.config} for {config}); nothing is written"
             )
         state = again.state_dict()
-        different = [k for k, v in head.state_dict().items() if not same_bits(v.cpu(), state[k])]
+        different = [k for k, v in head.state_dict().items() if not same_bits(v, state[k])]
         if different or not torch.equal(draft_outputs(again), expected):
             raise EagleError(
                 f"the {to} folder gives other logits ({', '.join(different) or 'equal weights'}); nothing is written"
@@ -77,13 +108,6 @@ def recorded(provenance: dict | None) -> dict:
 def public_name(target: str) -> str:
     """What other programs call a target: a folder, or a hub id without our "@REVISION"."""
     return str(EMBEDDED) if target == "embedded" else split_revision(target)[0]
-
-
-def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
-    if a.dtype != b.dtype or a.shape != b.shape:
-        return False
-    raw = [t.detach().cpu().contiguous().flatten().view(torch.uint8) for t in (a, b)]
-    return torch.equal(*raw)
 
 
 @torch.no_grad()

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from eagle import checkpoint
+from eagle import files
 from eagle.checkpoint import load_head, save_head, target_fingerprint
 from eagle.errors import EagleError
 from eagle.heads.head import Eagle3Head, HeadConfig
@@ -348,11 +348,11 @@ def listing(folder):
 def test_a_kill_between_two_renames_is_read_in_place_and_repaired_by_the_writer(saved, target):
     """Of file systems that cannot exchange two names."""
     head, folder = saved
-    old = f".head.old-{checkpoint._machine()}-999999999"
+    old = f".head.old-{files._machine()}-999999999"
     folder.rename(folder.with_name(old))
     again, _ = load_head(folder, target)
     assert torch.equal(again.fc.weight, head.fc.weight) and listing(folder.parent) == [old]
-    with pytest.raises(RuntimeError), checkpoint.atomic_dir(folder):
+    with pytest.raises(RuntimeError), files.atomic_dir(folder):
         raise RuntimeError("a writer that fails")
     assert listing(folder.parent) == ["head"]
     load_head(folder, target)
@@ -364,7 +364,7 @@ def test_another_machines_live_write_is_left_alone(saved, target, monkeypatch, s
     machine's.
     """
     if not swap:
-        monkeypatch.setattr(checkpoint, "exchange", lambda a, b: False)
+        monkeypatch.setattr(files, "exchange", lambda a, b: False)
     head, folder = saved
     theirs = [
         f".head.{kind}-0123456789ab-{pid}" for kind in ("old", "tmp") for pid in (1, 999999999)
@@ -382,13 +382,13 @@ def test_a_folder_that_is_replaced_is_there_at_every_moment(tmp_path):
     pair = [tmp_path / "a", tmp_path / "b"]
     for path in pair:
         path.mkdir()
-    if not checkpoint.exchange(*pair):
+    if not files.exchange(*pair):
         pytest.skip("this file system cannot exchange two names")
     stop = threading.Event()
 
     def write():
         while not stop.is_set():
-            with checkpoint.atomic_dir(pair[0]) as folder:
+            with files.atomic_dir(pair[0]) as folder:
                 (folder / "file").touch()
 
     with ThreadPoolExecutor() as pool:

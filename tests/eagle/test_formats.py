@@ -27,11 +27,12 @@ from safetensors.torch import load_file
 
 from eagle.checkpoint import load_head, save_head
 from eagle.errors import EagleError
+from eagle.files import same_bits
 from eagle.heads import FORMATS, configs
 from eagle.heads.head import HeadConfig
 from eagle.heads.head import make_head as new_head
 from eagle.heads.read import read_folder
-from eagle.heads.write import export_head, same_bits
+from eagle.heads.write import export_head
 from eagle.model import EMBEDDED_HEAD, EaModel
 
 VERIFIER = {"name_or_path": "some/target", "architectures": ["LlamaForCausalLM"]}
