@@ -81,7 +81,7 @@ def tagged(tag: str) -> list[int]:
     return sorted(found)
 
 
-def traces(scratch: Path | None) -> list[str]:
+def traces(scratch: list[str]) -> list[str]:
     """Files, shared memory and IPC objects of theirs."""
     found = [
         f"{place}/{name}"
@@ -90,8 +90,7 @@ def traces(scratch: Path | None) -> list[str]:
         for name in os.listdir(place)
         if name.startswith("hostile-left")
     ]
-    if scratch:
-        found += [str(path) for path in scratch.glob("*/*")]
+    found += [str(path) for folder in scratch for path in Path(folder).glob("*")]
     key = str(0x48535431)
     for kind in ("shm", "sem", "msg"):
         lines = Path(f"/proc/sysvipc/{kind}").read_text().splitlines()
@@ -117,7 +116,7 @@ def main(level: str) -> None:
         mounts = Path("/proc/self/mountinfo").read_text()
         report = {"runs": {}}
         sandbox = Sandbox(LIMITS, 2, level, allow_code_execution=True, python=str(link))
-        scratch = Path(sandbox._scratch) if sandbox._scratch else None
+        scratch = [worker.scratch for worker in sandbox.workers if worker.scratch]
         report["isolation"] = sandbox.isolation
         calm = tagged(tag)
         for path in sorted(Path(__file__).with_name("hostile").glob("*.py")):
@@ -155,8 +154,8 @@ def main(level: str) -> None:
         report["fine"] = all(o.stdout == b"fine\n" for _, os_ in sandbox.map(jobs) for o in os_)
         sandbox.close()
         report["precious"] = precious.exists() and precious.read_text() == "precious"
-        report["left_at_the_end"] = [*map(str, tagged(tag)), *traces(None)]
-        report["left_at_the_end"] += [str(scratch)] if scratch and scratch.exists() else []
+        report["left_at_the_end"] = [*map(str, tagged(tag)), *traces([])]
+        report["left_at_the_end"] += filter(os.path.exists, scratch)
         for pid in tagged(tag):  # where a test fails, it fails without consequences
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)

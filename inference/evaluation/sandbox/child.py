@@ -1,13 +1,10 @@
-"""The two processes of a test: the init that waits, and the program that gives up every privilege
-and runs.
-
-Standard library only, for a clean `python -I` (see `runner.py`). Both are forks of the zygote.
+"""The two processes of a test, both forks of the zygote: the init that waits, and the program that
+gives up every privilege and runs.
 
 What a program says to the zygote goes over a private descriptor, each message behind a random token
-of the test. Once the program's code has started, nothing on that descriptor can be trusted: code
-that shares the interpreter can find the token in a frame and send a value of its own making. It
-gains nothing that returning this value would not, for the expected value is never in this process;
-and what is said after the start can only make the verdict on the program itself.
+of the test. Once the program's code has started, nothing on that descriptor can be trusted: it can
+find the token in a frame and send a value of its own making. It gains nothing that returning this
+value would not: the expected value is never in this process.
 """
 
 from __future__ import annotations
@@ -19,7 +16,6 @@ import gc
 import json
 import marshal
 import os
-import resource
 import signal
 import struct
 import sys
@@ -28,17 +24,14 @@ import types
 from collections import deque
 from collections.abc import Callable, Iterator
 
-import isolation as kernel
-from cell import Cell
+from . import isolation as kernel
+from .cell import Cell
 
-STACK_BYTES = 128 << 20
 FAILED, UNCOMPILED, STARTED, VALUE, NO_MEMORY = b"F", b"C", b"S", b"V", b"M"
 
 
 def be_init(cell: Cell, program: dict, limits: dict, token: bytes, ends: dict[str, int]) -> None:
-    """First process of a test: start the program, wait for it, write its wait status. Never
-    returns.
-    """
+    """Start the program, wait for it, write its wait status. Never returns."""
     try:
         kernel.prctl(kernel.PR_SET_PDEATHSIG, signal.SIGKILL)
         pid = os.fork()
@@ -69,7 +62,7 @@ def be_program(cell: Cell, program: dict, limits: dict, token: bytes, ends: dict
 
     try:
         channel = place_descriptors(cell, limits, ends)
-        confine(cell, limits)
+        cell.confine(limits)
         arguments = take_arguments() if program["fn_name"] else None
         module = open_module("program" if program["fn_name"] else "__main__", cell.work)
         exec(compile(program["prelude"], "prelude.py", "exec"), module.__dict__)
@@ -105,9 +98,7 @@ def be_program(cell: Cell, program: dict, limits: dict, token: bytes, ends: dict
 
 
 def place_descriptors(cell: Cell, limits: dict, ends: dict[str, int]) -> int:
-    """The three standard streams, and the private channel at a number of its own, which is
-    returned. No others.
-    """
+    """The three standard streams and the private channel, whose number is returned. No others."""
     with contextlib.suppress(OSError):  # the first to go when the machine is short of memory
         kernel.prctl(kernel.PR_SET_DUMPABLE, 1)
         score = os.open("self/oom_score_adj", os.O_WRONLY, dir_fd=cell.procfs)
@@ -122,40 +113,6 @@ def place_descriptors(cell: Cell, limits: dict, ends: dict[str, int]) -> int:
     os.closerange(3, channel)
     os.closerange(channel + 1, channel + 256)
     return channel
-
-
-def confine(cell: Cell, limits: dict) -> None:
-    """Session, limits, files, user, capabilities, system calls, in this order."""
-    os.setsid()
-    signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
-    os.chdir(cell.work)
-    bound(resource.RLIMIT_STACK, STACK_BYTES, resource.getrlimit(resource.RLIMIT_STACK)[1])
-    bound(resource.RLIMIT_AS, limits["memory_bytes"] + cell.address_space)
-    bound(resource.RLIMIT_CPU, int(limits["kill_cpu_seconds"]) + 2)
-    bound(resource.RLIMIT_FSIZE, limits["file_bytes"])
-    bound(resource.RLIMIT_NOFILE, limits["open_files"])
-    bound(resource.RLIMIT_NPROC, limits["processes"] + cell.other_tasks)
-    bound(resource.RLIMIT_CORE, 0)
-    if cell.landlock:
-        kernel.confine_files(cell.folders, cell.work)
-    if cell.drops_user:
-        os.setgroups([])
-        os.setresgid(kernel.NOBODY, kernel.NOBODY, kernel.NOBODY)
-        os.setresuid(kernel.NOBODY, kernel.NOBODY, kernel.NOBODY)
-    kernel.drop_capabilities()
-    kernel.prctl(kernel.PR_SET_PDEATHSIG, signal.SIGKILL)  # with its init
-    if cell.seccomp:
-        kernel.deny_system_calls(in_the_open=not cell.namespaces)
-
-
-def bound(which: int, soft: int, hard: int | None = None) -> None:
-    """Set a limit, below what the machine allows in any case."""
-    allowed = resource.getrlimit(which)[1]
-    soft, hard = (
-        value if allowed == resource.RLIM_INFINITY or value == allowed else min(value, allowed)
-        for value in (soft, soft if hard is None else hard)
-    )
-    resource.setrlimit(which, (soft, hard))
 
 
 def take_arguments() -> list:
@@ -173,9 +130,8 @@ def open_module(name: str, work: str) -> types.ModuleType:
     text = {"encoding": "utf-8", "errors": "surrogateescape", "closefd": False}
     sys.stdin = sys.__stdin__ = open(0, **text)
     sys.stdout = sys.__stdout__ = open(1, "w", **text)
-    sys.stderr = sys.__stderr__ = open(
-        2, "w", buffering=1, **{**text, "errors": "backslashreplace"}
-    )
+    text["errors"] = "backslashreplace"
+    sys.stderr = sys.__stderr__ = open(2, "w", buffering=1, **text)
     sys.argv = ["program.py"]
     os.environ["HOME"] = os.environ["TMPDIR"] = work
     module = sys.modules[name] = types.ModuleType(name)
@@ -194,9 +150,7 @@ def find(module: types.ModuleType, name: str) -> Callable:
 
 
 def plain(value: object) -> object:
-    """JSON for what contest functions return besides plain values; sets come sorted where they can
-    be.
-    """
+    """JSON for what contest functions return besides plain values; sets are sorted if they can be."""
     if hasattr(value, "tolist"):  # a NumPy array or scalar
         return value.tolist()
     if isinstance(value, (set, frozenset)):
@@ -221,9 +175,7 @@ def exit_status(error: SystemExit) -> int:
 
 
 def finish(module: types.ModuleType, status: int, leave: Callable) -> None:
-    """End as an interpreter does (threads, exit functions, open files, streams), without taking it
-    apart.
-    """
+    """End as an interpreter does (threads, exit functions, files), without taking it apart."""
     stdout = sys.__stdout__
     try:
         threading._shutdown()

@@ -1,13 +1,11 @@
-"""The far side of `sandbox.py`: a clean `python -I` process that forks a child for every test.
+"""The far side: a zygote, a clean `python -I` process that forks a child for every test.
 
-    python -I runner.py SETTINGS      (JSON; started by `sandbox.py`, not by hand)
+It has the standard library imported, reads one test at a time from its control socket, watches
+clock, output and process tree, and answers. It never runs a program's code: a test is a fork of it
+(`child.py`) in a cell (`cell.py`).
 
-The *zygote* has the standard library imported, reads one test at a time from its control socket,
-watches clock, output and process tree, and answers. It never runs a program's code. Each test is a
-fork of it, in a PID namespace of its own where the kernel allows, with an empty scratch folder
-(`cell.py`); the fork gives up every privilege before it looks at the code (`child.py`).
-
-Standard library only. Knows nothing of expected outputs: none is ever sent here.
+`worker.py` starts it, with this folder as a package of another name: nothing here may import more
+than the standard library and its siblings.
 """
 
 from __future__ import annotations
@@ -27,12 +25,9 @@ import sys
 import time
 from typing import BinaryIO
 
-sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
-from cell import MOST_FILES, Cell, Look, remove_tree
-from child import FAILED, NO_MEMORY, STARTED, UNCOMPILED, VALUE, be_init
-from wire import receive, send
-
-del sys.path[0]
+from .cell import LEVELS, MOST_FILES, Cell, Look
+from .child import FAILED, NO_MEMORY, STARTED, UNCOMPILED, VALUE, be_init
+from .shared import receive, remove_tree, send
 
 TAIL_BYTES = 16 << 10  # kept of standard error
 FIRST_LOOK, LONG_LOOK, SHORT_LOOK = 0.05, 0.25, 0.025  # seconds between looks at the process tree
@@ -44,9 +39,7 @@ WARM = (
 
 
 class Test:
-    """One input for one program, watched from the zygote. `limits`: `sandbox.Limits` after
-    scaling.
-    """
+    """One input for one program, watched from the zygote. `limits`: `Limits` after scaling."""
 
     def __init__(self, cell: Cell, program: dict, limits: dict) -> None:
         self.cell, self.program, self.limits = cell, program, limits
@@ -57,7 +50,7 @@ class Test:
         self.seen = Look()
 
     def run(self, stdin: bytes, control: socket.socket) -> tuple[dict, bytes]:
-        """Header and body of the answer."""
+        """Fields of an `Outcome` and `near` (to be repeated), and the output."""
         self.cell.open_scratch(stdin, self.limits["file_bytes"])
         try:
             started = time.monotonic()
@@ -75,7 +68,7 @@ class Test:
         header = {
             "status": verdict,
             "detail": detail,
-            "wall_seconds": wall,
+            "seconds": wall,
             "cpu_seconds": cpu,
             "memory_bytes": memory,
             "near": near and verdict == "timeout",
@@ -146,7 +139,7 @@ class Test:
             self.broken = "processes"
         elif self.seen.memory_bytes > limits["memory_bytes"]:
             self.broken = "memory"
-        elif not self.cell.namespaces and self.cell.scratch_is_full(limits["file_bytes"]):
+        elif self.cell.scratch_is_full(limits["file_bytes"]):
             self.broken = "files"
         pause = LONG_LOOK if self.seen.processes <= 1 else SHORT_LOOK
         left = limits["kill_cpu_seconds"] - self.seen.cpu_seconds
@@ -168,14 +161,12 @@ class Test:
         return True
 
     def _judge(self, status: int | None, cpu: float, memory: int, full: bool) -> tuple[str, str]:
-        """Status and detail. What the program said of itself is believed only where it cannot help
-        it.
-        """
+        """Status and detail. What the program says of itself counts only where it cannot help it."""
         limits, report, token = self.limits, self.data["report"], self.token
         first, second = bytes(report[:17]), bytes(report[17:34])
-        if first in (token + FAILED, token + UNCOMPILED):
-            kind = "harness_error" if first == token + FAILED else "compile_error"
-            return kind, report[17:].decode("utf-8", "replace")
+        for kind, verdict in ((FAILED, "harness_error"), (UNCOMPILED, "compile_error")):
+            if first == token + kind:
+                return verdict, report[17:].decode("utf-8", "replace")
         files = f"more than {limits['file_bytes']} bytes or {MOST_FILES} files written"
         if self.broken:
             return {
@@ -190,7 +181,7 @@ class Test:
             who = "harness_error" if self.cell.drops_user else "runtime_error"
             return who, "the process that waits for the program was killed"
         code = os.waitstatus_to_exitcode(status)
-        name = signal_name(-code) if code < 0 else f"exit status {code}"
+        name = f"killed by {signal_name(-code)}" if code < 0 else f"exit status {code}"
         if first != token + STARTED:
             return ("compile_error" if code < 0 else "harness_error"), f"{name} before it started"
         if cpu > limits["cpu_seconds"] or code == -signal.SIGXCPU:
@@ -200,11 +191,9 @@ class Test:
         crashed = code in (-signal.SIGSEGV, -signal.SIGABRT, -signal.SIGBUS, -signal.SIGKILL)
         if second == token + NO_MEMORY or (crashed and memory > 0.8 * limits["memory_bytes"]):
             return "memory", f"out of memory, {memory} bytes in use at the most"
-        if code < 0:
-            return "runtime_error", f"killed by {name}"
         if code:
-            lines = self.data["err"].decode("utf-8", "replace").strip().splitlines()
-            return "runtime_error", lines[-1][:300] if lines else name
+            said = self.data["err"].decode("utf-8", "replace").strip() if code > 0 else ""
+            return "runtime_error", said.splitlines()[-1][:300] if said else name
         if self.program["fn_name"] and second != token + VALUE:
             return "runtime_error", "ended before the function returned"
         return "ok", ""
@@ -217,58 +206,38 @@ def signal_name(number: int) -> str:
         return f"signal {number}"
 
 
-def calibrate() -> dict[str, float]:
-    """A fixed piece of interpreter work: how long it takes here and now."""
-    wall, cpu, total = time.monotonic(), time.process_time(), 0
-    for i in range(400_000):
-        total += i * i % 7
-    return {"wall_seconds": time.monotonic() - wall, "cpu_seconds": time.process_time() - cpu}
-
-
 def serve(control: socket.socket, cell: Cell) -> None:
-    """Answer until the parent is gone, or something went wrong here: a fresh zygote is then
-    started.
-    """
-    program: dict = {}
-    while (message := receive(control)) is not None:
-        header, body = message
-        if header["do"] == "program":
-            program = {**header["program"], "code": body.decode("utf-8")}
-        elif header["do"] == "calibrate":
-            send(control, calibrate())
-        else:
-            try:
-                answer = Test(cell, program, header["limits"]).run(body, control)
-            except Exception as error:
-                detail = f"{type(error).__name__}: {error}"
-                send(control, {"status": "harness_error", "detail": detail})
-                return
-            send(control, *answer)
+    """Answer until the parent is gone, or something goes wrong here: it then starts a fresh zygote."""
+    stream = control.makefile("rb")
+    while True:
+        header, body = receive(stream)
+        try:
+            answer = Test(cell, header["program"], header["limits"]).run(body, control)
+        except Exception as error:
+            detail = f"{type(error).__name__}: {error}"
+            send(control, {"status": "harness_error", "detail": detail})
+            return
+        send(control, *answer)
 
 
 def main() -> None:
-    settings = json.loads(sys.argv[1])
+    _, settings = sys.argv[1:]
+    settings = json.loads(settings)
     control = socket.socket(fileno=settings["control"])
     scratch = settings["scratch"]
     for name in WARM:
         importlib.import_module(name)
     try:
-        cell = Cell(settings["namespaces"], settings["new_user"], scratch)
+        cell = LEVELS[settings["level"]](scratch)
     except OSError as error:
         send(control, {"error": str(error)})
         raise SystemExit(1) from None
     gc.freeze()
     try:
-        send(control, {"isolation": cell.describe()})
+        send(control, cell.describe())
         serve(control, cell)
-    except (BrokenPipeError, ConnectionResetError):  # the parent is gone
+    except (EOFError, BrokenPipeError, ConnectionResetError):  # the parent is gone
         raise SystemExit(1) from None
     finally:
-        if scratch and not settings["namespaces"]:
+        if scratch:
             remove_tree(scratch)
-            with contextlib.suppress(OSError):  # other zygotes still have folders there
-                os.rmdir(os.path.dirname(scratch))
-
-
-if __name__ == "__main__":
-    main()
