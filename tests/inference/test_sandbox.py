@@ -337,7 +337,7 @@ def test_observe_sees_output_and_may_stop(sandbox):
         seen.append((index, outcome.stdout))
         return index == 1
 
-    job = Job(Program("print(input())"), list("abcd"), observe=observe, keep_output=False)
+    job = Job(Program("print(input())"), list("abcd"), observe=observe)
     [(same, outcomes)] = sandbox.map([job])
     assert same is job and seen == [(0, b"a\n"), (1, b"b\n")]
     assert [o.status for o in outcomes] == ["ok", "ok"] and not any(o.stdout for o in outcomes)

@@ -110,9 +110,8 @@ class Outcome:
 
 @dataclass(eq=False)
 class Job:
-    """A program and its tests. `observe(index, outcome)` sees each outcome; True ends the job.
-
-    With `keep_output=False` the outcomes that `Sandbox.map` yields have lost their output.
+    """A program and its tests. `observe(index, outcome)` sees each outcome; True ends the job. The
+    outcomes that `Sandbox.map` yields then have no output: it need not be held.
     """
 
     program: Program
@@ -120,7 +119,6 @@ class Job:
     key: Any = None
     limits: Limits | None = None
     observe: Callable[[int, Outcome], bool | None] | None = None
-    keep_output: bool = True
 
 
 @dataclass(eq=False)
@@ -136,8 +134,9 @@ class _Task:
         self.done = not self.job.tests
 
     def take(self, outcome: Outcome) -> None:
-        stop = self.job.observe and self.job.observe(len(self.outcomes), outcome)
-        if not self.job.keep_output:
+        stop = False
+        if self.job.observe:
+            stop = self.job.observe(len(self.outcomes), outcome)
             outcome = replace(outcome, stdout=b"", value=None)
         self.outcomes.append(outcome)
         self.alone = False

@@ -76,13 +76,21 @@ class Cell:
         os.setsid()
         signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
         os.chdir(self.work)
-        _bound(resource.RLIMIT_STACK, STACK_BYTES, resource.getrlimit(resource.RLIMIT_STACK)[1])
-        _bound(resource.RLIMIT_AS, limits["memory_bytes"] + self.address_space)
-        _bound(resource.RLIMIT_CPU, int(limits["kill_cpu_seconds"]) + 2)
-        _bound(resource.RLIMIT_FSIZE, limits["file_bytes"])
-        _bound(resource.RLIMIT_NOFILE, limits["open_files"])
-        _bound(resource.RLIMIT_NPROC, limits["processes"] + self.other_tasks)
-        _bound(resource.RLIMIT_CORE, 0)
+        bounds = {
+            resource.RLIMIT_AS: limits["memory_bytes"] + self.address_space,
+            resource.RLIMIT_CPU: int(limits["kill_cpu_seconds"]) + 2,
+            resource.RLIMIT_FSIZE: limits["file_bytes"],
+            resource.RLIMIT_NOFILE: limits["open_files"],
+            resource.RLIMIT_NPROC: limits["processes"] + self.other_tasks,
+            resource.RLIMIT_CORE: 0,
+            resource.RLIMIT_STACK: STACK_BYTES,
+        }
+        for which, value in bounds.items():
+            allowed = resource.getrlimit(which)[1]
+            value = value if allowed == resource.RLIM_INFINITY else min(value, allowed)
+            # programs like to raise their stack
+            hard = allowed if which == resource.RLIMIT_STACK else value
+            resource.setrlimit(which, (value, hard))
         if self.landlock:
             kernel.confine_files(self.folders, self.work)
         if self.drops_user:
@@ -229,20 +237,16 @@ class Rlimits(Cell):
 
     def scratch_is_full(self, file_bytes: int) -> bool:
         total = entries = 0
-        hidden = []  # folders that cannot be listed, whatever they hold
-
-        def note(error: OSError) -> None:
-            if isinstance(error, PermissionError):
-                hidden.append(error)
-
-        for folder, folders, files, descriptor in os.fwalk(self.work, onerror=note):
+        errors = []
+        for folder, folders, files, descriptor in os.fwalk(self.work, onerror=errors.append):
             for name in files:
                 with contextlib.suppress(OSError):  # it may be gone again
                     total += os.stat(name, dir_fd=descriptor, follow_symlinks=False).st_blocks * 512
             entries += len(folders) + len(files)
             if total > file_bytes or entries > MOST_FILES or folder.count("/") > 500:
                 return True
-        return bool(hidden)
+        # a folder that cannot be listed counts as full, whatever it holds
+        return any(isinstance(error, PermissionError) for error in errors)
 
     def close_scratch(self) -> None:
         remove_tree(self.top)
@@ -285,13 +289,3 @@ def _continue_in_child() -> None:
         os.closerange(3, 256)
         os._exit(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) & 255)
     kernel.prctl(kernel.PR_SET_PDEATHSIG, signal.SIGKILL)
-
-
-def _bound(which: int, soft: int, hard: int | None = None) -> None:
-    """Set a limit, below what the machine allows in any case."""
-    allowed = resource.getrlimit(which)[1]
-    soft, hard = (
-        value if allowed == resource.RLIM_INFINITY or value == allowed else min(value, allowed)
-        for value in (soft, soft if hard is None else hard)
-    )
-    resource.setrlimit(which, (soft, hard))

@@ -53,7 +53,7 @@ def be_init(cell: Cell, program: dict, limits: dict, token: bytes, ends: dict[st
 def be_program(cell: Cell, program: dict, limits: dict, token: bytes, ends: dict[str, int]) -> None:
     """Confine this process, compile the code, run it. Never returns."""
     write, leave, getpid = os.write, os._exit, os.getpid
-    channel = ends["report"]
+    channel, name = ends["report"], program["fn_name"]
 
     def say(kind: bytes, text: bytes = b"") -> None:
         data = memoryview(token + kind + text)
@@ -63,8 +63,8 @@ def be_program(cell: Cell, program: dict, limits: dict, token: bytes, ends: dict
     try:
         channel = place_descriptors(cell, limits, ends)
         cell.confine(limits)
-        arguments = take_arguments() if program["fn_name"] else None
-        module = open_module("program" if program["fn_name"] else "__main__", cell.work)
+        arguments = marshal.loads(program["input"]) if name is not None else None
+        module = open_module("__main__" if name is None else "program", cell.work)
         exec(compile(program["prelude"], "prelude.py", "exec"), module.__dict__)
     except BaseException as error:
         say(FAILED, describe(error))
@@ -74,19 +74,23 @@ def be_program(cell: Cell, program: dict, limits: dict, token: bytes, ends: dict
     except BaseException as error:  # a SyntaxError, or too large or too deep to compile
         say(UNCOMPILED, describe(error))
         leave(1)
-    name, own, encode = program["fn_name"], getpid(), json.JSONEncoder(default=plain).encode
+    own, encode = getpid(), json.JSONEncoder(default=plain).encode
     no_memory = token + NO_MEMORY  # nothing is allocated when it is needed
     say(STARTED)
     status = 0
     try:
         exec(code, module.__dict__)
-        if arguments is not None:
+        if name is not None:
             result = encode(find(module, name)(*arguments)).encode()
             if getpid() == own:  # not in a fork that came back too
                 say(VALUE, result)
             leave(0)
     except SystemExit as error:
-        status = exit_status(error)
+        whole = isinstance(error.code, int)
+        status = error.code & 255 if whole else int(error.code is not None)
+        if status and not whole:
+            with contextlib.suppress(BaseException):
+                print(error.code, file=sys.stderr)
     except MemoryError:
         write(channel, no_memory)
         leave(1)
@@ -103,26 +107,14 @@ def place_descriptors(cell: Cell, limits: dict, ends: dict[str, int]) -> int:
         kernel.prctl(kernel.PR_SET_DUMPABLE, 1)
         score = os.open("self/oom_score_adj", os.O_WRONLY, dir_fd=cell.procfs)
         os.write(score, b"1000")
-        os.close(score)
     kernel.prctl(kernel.PR_SET_DUMPABLE, 0)
-    place = 16 + int.from_bytes(os.urandom(2), "big") % (limits["open_files"] - 16)
-    channel = fcntl.fcntl(ends["report"], fcntl.F_DUPFD_CLOEXEC, place)
+    channel = fcntl.fcntl(ends["report"], fcntl.F_DUPFD_CLOEXEC, limits["open_files"] - 1)
     stdin = os.open(f"{cell.top}/stdin", os.O_RDONLY)
     for number, end in enumerate((stdin, ends["out"], ends["err"])):
         os.dup2(end, number)
     os.closerange(3, channel)
     os.closerange(channel + 1, channel + 256)
     return channel
-
-
-def take_arguments() -> list:
-    """The argument list of a call, from standard input, which is empty from then on."""
-    with open(0, "rb", closefd=False) as file:
-        arguments = marshal.load(file)
-    null = os.open(os.devnull, os.O_RDONLY)
-    os.dup2(null, 0)
-    os.close(null)
-    return arguments
 
 
 def open_module(name: str, work: str) -> types.ModuleType:
@@ -150,28 +142,16 @@ def find(module: types.ModuleType, name: str) -> Callable:
 
 
 def plain(value: object) -> object:
-    """JSON for what contest functions return besides plain values; sets are sorted if they can be."""
+    """JSON for what contest functions return besides plain values; sets are sorted if possible."""
     if hasattr(value, "tolist"):  # a NumPy array or scalar
         return value.tolist()
     if isinstance(value, (set, frozenset)):
-        try:
+        with contextlib.suppress(TypeError):
             return sorted(value)
-        except TypeError:
-            return list(value)
     views = (type({}.keys()), type({}.values()), type({}.items()))
-    if isinstance(value, (deque, range, Iterator, *views)):
+    if isinstance(value, (set, frozenset, deque, range, Iterator, *views)):
         return list(value)
     raise TypeError(f"the function returned {type(value).__name__}, which has no JSON form")
-
-
-def exit_status(error: SystemExit) -> int:
-    if error.code is None:
-        return 0
-    if isinstance(error.code, int):
-        return error.code & 255
-    with contextlib.suppress(BaseException):
-        print(error.code, file=sys.stderr)
-    return 1
 
 
 def finish(module: types.ModuleType, status: int, leave: Callable) -> None:

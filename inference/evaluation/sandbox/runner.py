@@ -13,17 +13,15 @@ from __future__ import annotations
 import contextlib
 import gc
 import importlib
-import json
 import math
 import os
-import resource
 import select
 import signal
 import socket
 import struct
 import sys
 import time
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from .cell import LEVELS, MOST_FILES, Cell, Look
 from .child import FAILED, NO_MEMORY, STARTED, UNCOMPILED, VALUE, be_init
@@ -32,10 +30,8 @@ from .shared import receive, remove_tree, send
 TAIL_BYTES = 16 << 10  # kept of standard error
 FIRST_LOOK, LONG_LOOK, SHORT_LOOK = 0.05, 0.25, 0.025  # seconds between looks at the process tree
 # what contest programs import: loaded once, shared by every fork
-WARM = (
-    "array bisect calendar cmath collections copy datetime decimal fractions functools heapq itertools "
-    "math numbers operator queue random re statistics string time typing"
-).split()
+WARM = """array bisect calendar cmath collections copy datetime decimal fractions functools heapq
+itertools math numbers operator queue random re statistics string time typing""".split()
 
 
 class Test:
@@ -49,9 +45,10 @@ class Test:
         self.broken = ""  # the limit that it was stopped for
         self.seen = Look()
 
-    def run(self, stdin: bytes, control: socket.socket) -> tuple[dict, bytes]:
+    def run(self, control: socket.socket) -> tuple[dict, bytes]:
         """Fields of an `Outcome` and `near` (to be repeated), and the output."""
-        self.cell.open_scratch(stdin, self.limits["file_bytes"])
+        call = self.program["fn_name"] is not None
+        self.cell.open_scratch(b"" if call else self.program["input"], self.limits["file_bytes"])
         try:
             started = time.monotonic()
             status, usage = self._fork_and_watch(control, started)
@@ -65,23 +62,14 @@ class Test:
         verdict, detail = self._judge(status, cpu, memory, full)
         starved = self.seen.cpu_seconds + self.seen.waited_seconds > 0.5 * wall
         near = not self.broken or (self.broken == "wall" and starved)
-        header = {
-            "status": verdict,
-            "detail": detail,
-            "seconds": wall,
-            "cpu_seconds": cpu,
-            "memory_bytes": memory,
-            "near": near and verdict == "timeout",
-        }
-        body = self.data["report"][34:] if self.program["fn_name"] else self.data["out"]
+        header = {"status": verdict, "detail": detail, "near": near and verdict == "timeout"}
+        header |= {"seconds": wall, "cpu_seconds": cpu, "memory_bytes": memory}
+        body = self.data["report"][34:] if call else self.data["out"]
         return header, bytes(body) if verdict == "ok" else b""
 
-    def _fork_and_watch(
-        self, control: socket.socket, started: float
-    ) -> tuple[int | None, resource.struct_rusage]:
-        """The program's wait status (None: its init was ended first) and what its tree used.
-
-        Nothing of the tree is left.
+    def _fork_and_watch(self, control: socket.socket, started: float) -> tuple[int | None, Any]:
+        """The program's wait status (None: its init was ended first) and what its tree used, of
+        which nothing is left.
         """
         with contextlib.ExitStack() as stack:
             streams, ends = {}, {}
@@ -161,7 +149,7 @@ class Test:
         return True
 
     def _judge(self, status: int | None, cpu: float, memory: int, full: bool) -> tuple[str, str]:
-        """Status and detail. What the program says of itself counts only where it cannot help it."""
+        """Status and detail. What the program said counts only where it cannot help it."""
         limits, report, token = self.limits, self.data["report"], self.token
         first, second = bytes(report[:17]), bytes(report[17:34])
         for kind, verdict in ((FAILED, "harness_error"), (UNCOMPILED, "compile_error")):
@@ -206,38 +194,29 @@ def signal_name(number: int) -> str:
         return f"signal {number}"
 
 
-def serve(control: socket.socket, cell: Cell) -> None:
-    """Answer until the parent is gone, or something goes wrong here: it then starts a fresh zygote."""
-    stream = control.makefile("rb")
-    while True:
-        header, body = receive(stream)
-        try:
-            answer = Test(cell, header["program"], header["limits"]).run(body, control)
-        except Exception as error:
-            detail = f"{type(error).__name__}: {error}"
-            send(control, {"status": "harness_error", "detail": detail})
-            return
-        send(control, *answer)
-
-
 def main() -> None:
-    _, settings = sys.argv[1:]
-    settings = json.loads(settings)
-    control = socket.socket(fileno=settings["control"])
-    scratch = settings["scratch"]
+    _, level, scratch, control = sys.argv[1:]
+    control = socket.socket(fileno=int(control))
     for name in WARM:
         importlib.import_module(name)
     try:
-        cell = LEVELS[settings["level"]](scratch)
+        cell = LEVELS[level](scratch)
     except OSError as error:
         send(control, {"error": str(error)})
         raise SystemExit(1) from None
     gc.freeze()
     try:
         send(control, cell.describe())
-        serve(control, cell)
+        with control.makefile("rb") as stream:
+            while True:
+                header, body = receive(stream)
+                test = Test(cell, {**header["program"], "input": body}, header["limits"])
+                send(control, *test.run(control))
     except (EOFError, BrokenPipeError, ConnectionResetError):  # the parent is gone
         raise SystemExit(1) from None
+    except Exception as error:  # it will start a fresh zygote
+        detail = f"{type(error).__name__}: {error}"
+        send(control, {"status": "harness_error", "detail": detail})
     finally:
         if scratch:
             remove_tree(scratch)

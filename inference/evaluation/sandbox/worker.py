@@ -57,11 +57,11 @@ class Worker:
         self.socket, theirs = socket.socketpair()
         self.socket.settimeout(PATIENCE_SECONDS)
         self.stream = self.socket.makefile("rb")
-        settings = {"level": self.level, "scratch": self.scratch, "control": theirs.fileno()}
         options = ("-I", "-B", "-X", "utf8", "-X", "int_max_str_digits=0", "-c", BOOT)
+        settings = (str(Path(__file__).parent), self.level, self.scratch, str(theirs.fileno()))
         with theirs:
             self.process = subprocess.Popen(
-                [self.python, *options, str(Path(__file__).parent), json.dumps(settings)],
+                [self.python, *options, *settings],
                 stdin=subprocess.DEVNULL,
                 pass_fds=[theirs.fileno()],
                 env=ENVIRONMENT,
