@@ -23,7 +23,8 @@ from .sandbox import STATUSES, Job, Limits, Outcome, Program, Sandbox, TestInput
 VERDICTS = ("accepted", "wrong", *STATUSES[1:])  # of what ran "ok", one of the first two
 # names that call-based problems take for granted, as the sites that they come from provide them
 PRELUDE = """\
-import bisect, collections, copy, functools, heapq, itertools, math, operator, random, re, string, sys
+import bisect, collections, copy, functools, heapq, itertools, math
+import operator, random, re, string, sys
 from bisect import *
 from collections import *
 from functools import *

@@ -394,7 +394,7 @@ print(started, time.monotonic())
 
 def near(sandbox):
     """CPU seconds just above the limit, below the point where a program is stopped."""
-    return 1.1 * QUICK.cpu_seconds * sandbox.calibration["cpu_factor"]
+    return 1.2 * QUICK.cpu_seconds
 
 
 def test_a_near_miss_is_repeated_alone(sandbox):

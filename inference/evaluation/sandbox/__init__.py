@@ -12,20 +12,19 @@ What holds a program at each level (`Sandbox.isolation` says what was reached):
 | | namespaces | rlimits |
 |---|---|---|
 | processes | a PID namespace a test, gone with its first process | found in /proc and killed |
-| files | a root of its own: interpreter and libraries read-only, `file_bytes` of memory | Landlock \
-(Linux 5.13); without it, for root, another user's rights |
+| files | a root of its own with interpreter and libraries | Landlock (Linux 5.13), or uid 65534 |
+| written | `file_bytes` of memory | a folder, checked as below |
 | network | a namespace without an interface that is up | no sockets (seccomp) |
 | user | 65534 when started by root, else the caller; never a capability | the same |
-| limits | rlimits of each process; the whole tree checked every 25 to 250 ms | the same |
+| limits | rlimits a process; the whole tree is checked every 25 to 250 ms | the same |
 
-Not prevented: reading what the interpreter may read; `cpu_seconds` on every core between two checks;
-noticing that one is being tested; bugs of the kernel. Code that somebody wrote to break out belongs
-in a virtual machine. The hash seed is a worker's own, so a program whose output depends on the order
-of a set of strings may differ from run to run. At "rlimits" there is no /dev/stdin and no shared
-semaphore.
+Not prevented: reading what the interpreter may read; `cpu_seconds` on every core between two
+checks; noticing that one is being tested; bugs of the kernel. Code that somebody wrote to break out
+belongs in a virtual machine. A program whose output depends on the order of a set of strings may
+differ from run to run. At "rlimits" there is no /dev/stdin and no shared semaphore.
 
-A `Worker` is a zygote process seen from here (`worker.py`). The far side: `runner.py` watches tests,
-`cell.py` has the two levels, `isolation.py` the kernel's means, `child.py` what runs a program.
+`worker.py` starts a zygote process and talks to it. In there `runner.py` watches tests, `cell.py`
+has the two levels, `isolation.py` the kernel's means, `child.py` becomes the program.
 """
 
 from __future__ import annotations
@@ -44,14 +43,9 @@ from .worker import Worker, decode, encode
 
 LEVELS = ("auto", "namespaces", "rlimits")
 STATUSES = tuple("ok timeout memory output_limit runtime_error compile_error harness_error".split())
-GRACE = 1.25  # a program is stopped at this multiple of its CPU limit: near misses can be seen
-SELF_TEST = """
-import colorsys
-open("file", "w").close()
-for i in range(400_000):
-    i * i % 7
-print("ready")
-"""
+GRACE = 1.5  # a program is stopped at this multiple of its CPU limit: near misses can be seen
+STRETCH = 10  # the wall clock's, at most, while other processes keep a program from running
+SELF_TEST = "import colorsys\nopen('file', 'w').close()\nprint('ready')"
 
 TestInput = str | bytes | list  # standard input, or the argument list of a call
 
@@ -60,8 +54,8 @@ TestInput = str | bytes | list  # standard input, or the argument list of a call
 class Limits:
     """What one test may use.
 
-    CPU time decides: load hardly changes it. The wall clock is there for programs that wait, and
-    leaves room. Both are stretched by what `Sandbox.calibration` measured.
+    CPU time decides: load changes it little, and a near miss has a second try, alone. The wall clock
+    is there for programs that wait; what waits for a core has up to STRETCH times as long.
     """
 
     cpu_seconds: float = 4.0  # of the whole process tree
@@ -179,7 +173,6 @@ class Sandbox:
         self.limits = limits or Limits()
         self.python = python or sys.executable
         self.isolation: dict[str, Any] = {}
-        self.calibration = {"cpu_factor": 1.0, "wall_factor": 1.0}
         self.workers: list[Worker] = []
         self._in_use = False
         try:
@@ -207,8 +200,6 @@ class Sandbox:
             worker.stop()
         self.workers = []
 
-    # -- starting --
-
     def _start(self, level: str, count: int) -> None:
         missed = []
         for name in LEVELS[1:] if level == "auto" else [level]:
@@ -230,25 +221,14 @@ class Sandbox:
             self.isolation["not_reached"] = missed
 
     def _start_at(self, level: str, count: int) -> None:
-        """All workers at one level. A first program shows that it can be, and how much more time
-        it takes with every worker at it than alone.
-        """
-        program, limits = Program(SELF_TEST), Limits()
+        """All workers at one level, once a program has run there."""
         self._add(1, level)
-        alone = self.run(program, [""] * 3, limits)
-        for outcome in alone:
-            if outcome.stdout != b"ready\n":
-                nobody = "; uid 65534 must be able to read it" if os.geteuid() == 0 else ""
-                reason = f"{outcome.status}: {outcome.detail}{nobody}"
-                raise OSError(f"{self.python} ended with {reason}")
+        [outcome] = self.run(Program(SELF_TEST), [""], Limits())
+        if outcome.stdout != b"ready\n":
+            nobody = "; uid 65534 must be able to read it" if os.geteuid() == 0 else ""
+            reason = f"{outcome.status}: {outcome.detail}{nobody}"
+            raise OSError(f"{self.python} ended with {reason}")
         self._add(count - 1, level)
-        together = [o for _, [o] in self.map([Job(program, [""], limits=limits)] * count)]
-        least = min(outcome.cpu_seconds for outcome in alone)
-        times = {
-            "cpu_factor": max(outcome.cpu_seconds for outcome in together),
-            "wall_factor": max(outcome.seconds for outcome in together),
-        }
-        self.calibration = {n: min(10.0, max(1.0, t / least)) for n, t in times.items()}
 
     def _add(self, count: int, level: str) -> None:
         fresh = [Worker(self.python, level) for _ in range(count)]
@@ -267,8 +247,6 @@ class Sandbox:
             message = f"a sandbox worker ended and could not be started again: {error}"
             raise EagleError(message) from None
 
-    # -- running --
-
     def run(
         self, program: Program, tests: Sequence[TestInput], limits: Limits | None = None
     ) -> list[Outcome]:
@@ -280,9 +258,8 @@ class Sandbox:
         """Jobs as they are completed, one worker each, over all workers.
 
         `jobs` is read as workers become free; a None in it means "none yet, ask again", so that a
-        producer need not block the work under way. A test that ran out of time close to its limit,
-        or while other processes kept it from running, or whose worker failed, is repeated once
-        while nothing else runs here.
+        producer need not block the work under way. A test that ended just above its CPU limit, or
+        whose worker failed, is repeated once while nothing else runs here.
         """
         if self._in_use:
             raise EagleError(
@@ -332,17 +309,11 @@ class Sandbox:
         if alone or not self._held():
             test = task.job.tests[len(task.outcomes)]
             program = task.job.program
-            limits = self._scaled(task.job.limits or self.limits)
+            limits = asdict(task.job.limits or self.limits)
+            limits["kill_cpu_seconds"] = GRACE * limits["cpu_seconds"]
+            limits["wall_seconds"] = max(limits["wall_seconds"], limits["kill_cpu_seconds"])
+            limits["most_wall_seconds"] = STRETCH * limits["wall_seconds"]
             worker.begin(asdict(program), encode(test, program.fn_name), limits)
-
-    def _scaled(self, limits: Limits) -> dict[str, float]:
-        """Limits for the runner, stretched by how much slower full load makes this machine."""
-        scaled = asdict(limits)
-        scaled["cpu_seconds"] *= self.calibration["cpu_factor"]
-        scaled["kill_cpu_seconds"] = GRACE * scaled["cpu_seconds"]
-        wall = scaled["wall_seconds"] * self.calibration["wall_factor"]
-        scaled["wall_seconds"] = max(wall, scaled["kill_cpu_seconds"])
-        return scaled
 
     def _collect(self, seconds: float) -> None:
         """Take the answers that come within `seconds`, or sooner."""
@@ -360,25 +331,21 @@ class Sandbox:
 
     def _take(self, worker: Worker, found: dict[str, Any], body: bytes) -> None:
         """`found`: fields of an Outcome; `body`: standard output, or a result's JSON."""
-        task, failed = worker.task, found["status"] == "harness_error"
+        task, value = worker.task, None
+        failed, near = found["status"] == "harness_error", found.pop("near", False)
         if failed:
             self._restart(worker)
-        if (found.pop("near", False) or failed) and not task.alone:
+        if (failed or near) and not task.alone:
             task.alone = True
             return
-        value = None
         if failed:
-            # a program that has the caller's own rights can kill its runner
-            exposed = self.level == "rlimits" and self.isolation["user"] != "nobody"
-            if "detail" not in found and exposed:
-                found["status"] = "runtime_error"
-            found["detail"] = f"{found.get('detail', 'the worker ended')}, twice"
+            found["detail"] = f"{found['detail'] or 'the worker ended'}, twice"
         elif found["status"] == "ok" and task.job.program.fn_name is not None:
             try:
-                value, body = decode(body), b""
+                value = decode(body)
             except (ValueError, RecursionError) as error:
                 found.update(status="runtime_error", detail=f"no usable JSON was returned: {error}")
-                body = b""
+            body = b""
         task.take(Outcome(stdout=body, value=value, retried=task.alone, **found))
 
 

@@ -35,7 +35,7 @@ itertools math numbers operator queue random re statistics string time typing"""
 
 
 class Test:
-    """One input for one program, watched from the zygote. `limits`: `Limits` after scaling."""
+    """One input for one program, watched from the zygote."""
 
     def __init__(self, cell: Cell, program: dict, limits: dict) -> None:
         self.cell, self.program, self.limits = cell, program, limits
@@ -59,10 +59,9 @@ class Test:
         # processes that went with their namespace are missing from what init used
         cpu = max(usage.ru_utime + usage.ru_stime, self.seen.cpu_seconds)
         memory = max(usage.ru_maxrss * 1024, self.seen.memory_bytes)
-        verdict, detail = self._judge(status, cpu, memory, full)
-        starved = self.seen.cpu_seconds + self.seen.waited_seconds > 0.5 * wall
-        near = not self.broken or (self.broken == "wall" and starved)
-        header = {"status": verdict, "detail": detail, "near": near and verdict == "timeout"}
+        verdict, detail = self._judge(status, wall, cpu, memory, full)
+        near = verdict == "timeout" and not self.broken
+        header = {"status": verdict, "detail": detail, "near": near}
         header |= {"seconds": wall, "cpu_seconds": cpu, "memory_bytes": memory}
         body = self.data["report"][34:] if call else self.data["out"]
         return header, bytes(body) if verdict == "ok" else b""
@@ -114,8 +113,13 @@ class Test:
             now = time.monotonic()
             if now >= min(look, deadline):
                 look = time.monotonic() + self._look()
-            if now >= deadline:
-                self.broken = self.broken or "wall"
+            if now >= deadline and not self.broken:
+                wanted = self.seen.cpu_seconds + self.seen.waited_seconds
+                most = started + self.limits["most_wall_seconds"]
+                if wanted < 0.5 * (now - started) or now >= most:
+                    self.broken = "wall"
+                else:  # other processes keep it from running
+                    deadline = min(most, now + self.limits["wall_seconds"])
 
     def _look(self) -> float:
         """Hold the whole tree against its limits; seconds until the next look."""
@@ -148,7 +152,9 @@ class Test:
         self.broken = self.broken or "output"
         return True
 
-    def _judge(self, status: int | None, cpu: float, memory: int, full: bool) -> tuple[str, str]:
+    def _judge(
+        self, status: int | None, wall: float, cpu: float, memory: int, full: bool
+    ) -> tuple[str, str]:
         """Status and detail. What the program said counts only where it cannot help it."""
         limits, report, token = self.limits, self.data["report"], self.token
         first, second = bytes(report[:17]), bytes(report[17:34])
@@ -162,7 +168,7 @@ class Test:
                 "files": ("output_limit", files),
                 "memory": ("memory", f"more than {limits['memory_bytes']} bytes in all"),
                 "processes": ("runtime_error", f"more than {limits['processes']} processes"),
-                "wall": ("timeout", f"stopped after {limits['wall_seconds']:.2f} s of wall clock"),
+                "wall": ("timeout", f"stopped after {wall:.2f} s of wall clock"),
                 "cpu": ("timeout", f"stopped after {cpu:.2f} s of CPU time"),
             }[self.broken]
         if status is None:  # a program of another user cannot have done it

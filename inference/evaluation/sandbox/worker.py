@@ -83,7 +83,7 @@ class Worker:
 
     def begin(self, program: dict[str, Any], test: bytes, limits: dict[str, float]) -> None:
         """Start a test; `answer` has what came of it, also where the zygote is gone."""
-        self.deadline = time.monotonic() + limits["wall_seconds"] + PATIENCE_SECONDS
+        self.deadline = time.monotonic() + limits["most_wall_seconds"] + PATIENCE_SECONDS
         with contextlib.suppress(OSError):
             send(self.socket, {"program": program, "limits": limits}, test)
 
@@ -93,7 +93,7 @@ class Worker:
         try:
             return receive(self.stream)
         except (OSError, EOFError):
-            return {"status": "harness_error"}, b""
+            return {"status": "harness_error", "detail": ""}, b""
 
     def hang_up(self) -> None:
         """End the zygote and whatever it runs: it watches for this."""
