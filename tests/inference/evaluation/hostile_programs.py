@@ -17,11 +17,6 @@ def sleep():
     time.sleep(10**6)
 
 
-def reads_forever():
-    while True:
-        sys.stdin.read()
-
-
 def infinite_output():
     while True:
         print("x" * 1000)
@@ -41,10 +36,6 @@ def closes_descriptors():
     """Its runner's channel too."""
     os.closerange(0, 1 << 16)
     print("nobody hears this")
-
-
-def exits_early():
-    sys.exit(0)
 
 
 def memory_bomb():

@@ -31,7 +31,7 @@ from inference.evaluation.sandbox import Job, Limits, Program, Sandbox
 NOBODY = 65534
 SOURCE = Path(__file__).with_name("hostile_programs.py").read_text()
 NAMES = [line[4:-3] for line in SOURCE.splitlines() if line.startswith("def ")]
-LIARS = ("exits_early", "patches_runner", "forges_result")
+LIARS = ("patches_runner", "forges_result")
 LIMITS = Limits(0.5, 1.5, memory_bytes=96 << 20, output_bytes=1 << 20, file_bytes=4 << 20)
 
 

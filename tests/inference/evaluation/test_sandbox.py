@@ -109,36 +109,19 @@ AS_A_FRESH_INTERPRETER = [
     ("import sys; sys.stdout.write(sys.stdin.buffer.read().decode())", "äöü €\n"),
     ("print(open('/dev/stdin').read(), end='')", "äöü €\n"),
     ("import os; os.write(1, os.read(0, 100))", "äöü €\n"),
-    ("print(__name__, end='')", "__main__"),
-    ("import sys; x = 1; print(sys.modules['__main__'].x)", "1\n"),
+    ("import sys; x = 1; print(__name__, sys.modules['__main__'].x)", "__main__ 1\n"),
     ("import sys; sys.stdout.write('a'); sys.exit()", "a"),
     ("import sys; sys.stdout.write('a'); sys.exit(0)", "a"),
     ("import atexit; atexit.register(print, 'b'); print('a')", "a\nb\n"),
     ("import threading\nthreading.Thread(target=lambda: print('late')).start()", "late\n"),
     ("f = open(1, 'w', closefd=False); f.write('left open')", "left open"),
-    (
-        "import sys, io\nsys.stdout = io.TextIOWrapper(io.BufferedWriter(io.FileIO(1, 'w')))\n"
-        "print('own')",
-        "own\n",
-    ),
-    (
-        "import sys; sys.setrecursionlimit(10**6)\ndef f(n): return n and 1 + f(n - 1)\n"
-        "print(f(20000))",
-        "20000\n",
-    ),
+    ("import sys, os\nsys.stdout = os.fdopen(os.dup(1), 'w')\nprint('own')", "own\n"),
+    ("f = lambda n: n and 1 + f(n - 1)\nfrom sys import *\nsetrecursionlimit(9**6); f(20000)", ""),
     ("import resource as r; r.setrlimit(r.RLIMIT_STACK, (1 << 29, -1))", ""),
     ("print(len(str(10**5000)))", "5001\n"),
-    (
-        "import os\nr, w = os.pipe()\nif os.fork() == 0:\n    os.write(w, b'x'); os._exit(0)\n"
-        "os.wait(); print(os.read(r, 1))",
-        "b'x'\n",
-    ),
+    ("import os\nif os.fork() == 0: os._exit(3)\nprint(os.wait()[1])", "768\n"),
     ("import tempfile\nwith tempfile.TemporaryFile() as f: print(f.write(b'abc'))", "3\n"),
-    (
-        "from dataclasses import dataclass\n@dataclass\nclass A:\n    x: int\nimport pickle\n"
-        "print(pickle.loads(pickle.dumps(A(3))))",
-        "A(x=3)\n",
-    ),
+    ("import pickle\nclass A: x = 3\nprint(pickle.loads(pickle.dumps(A())).x)", "3\n"),
 ]
 
 
@@ -164,11 +147,7 @@ ENDS = [
     ("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", "runtime_error", "SIGKILL"),
     ("import os; os.kill(os.getpid(), 40)", "runtime_error", "signal 40"),
     ("while True: pass", "timeout", "CPU"),
-    (
-        "import os\nfor _ in range(3):\n    if os.fork() == 0:\n        while True: pass\nos.wait()",
-        "timeout",
-        "CPU",
-    ),
+    ("import os; os.fork(); os.fork()\nwhile True: pass", "timeout", "CPU"),
     ("bytearray(1 << 40)", "memory", ""),
     ("print('x' * (1 << 21))", "output_limit", ""),
     ("import sys\nwhile True: print('x' * 999, file=sys.stderr)", "output_limit", ""),
@@ -196,11 +175,7 @@ CALLS = [
     ("def f(): return map(str, range(3))", [], ["0", "1", "2"]),
     ("def f():\n    print('noise')\n    return 10**5000", [], 10**5000),
     ("def f(x): return x", ["\U0001f600 é"], "\U0001f600 é"),
-    (
-        "import os\ndef f():\n    if os.fork() == 0: return 'child'\n    os.wait()\n    return 'one'",
-        [],
-        "one",
-    ),
+    ("import os\ndef f(): return os.fork() and os.wait() and 'parent'", [], "parent"),
 ]
 FAILED_CALLS = [
     ("def f(): return input", "no JSON form"),
