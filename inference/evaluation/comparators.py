@@ -2,24 +2,19 @@
 
 Each is a pair of functions: `text(expected: str, got: bytes) -> bool` for standard output, and
 `value(expected, got) -> bool` for plain JSON values. `expected` is trusted, `got` is whatever a
-program made. White space is ASCII white space; where a policy speaks of numbers, decimal literals
-are meant.
+program made. White space is ASCII's, numbers are decimal literals.
 
 * `strict`: the same lines of the same tokens. White space between tokens and at the ends of lines
-does not count,
-  nor do empty lines at the start and the end; everything else does.
+  does not count, nor do empty lines at the start and the end; everything else does.
 * `tokens`: as `strict`, but a line break is white space like any other.
 * `float`: as `strict`, but a number may differ from the expected one by 1e-6, absolute or relative;
-  from an expected
-  integer only absolute, and by nothing if it is written as an integer itself. So 10.0 and 9.9999999
-  are 10, and neither 1000000008 nor 1000000008.0 is 1000000007.
+  from an expected integer only absolute, and by nothing if it is written as an integer itself. So
+  10.0 and 9.9999999 are 10, and neither 1000000008 nor 1000000008.0 is 1000000007.
 * `nocase`: as `strict`, but A-Z and a-z are the same.
 * `unordered`, for problems that say so: the lines in any order, each as often; if one line is
-  expected, its tokens
-  in any order.
+  expected, its tokens in any order.
 * `taco_legacy`: what TACO's published checker accepts, its false accepts and rejects included, as
-far as JSON can
-  tell (a returned tuple is a list here, a set a sorted list).
+  far as JSON can tell (a returned tuple is a list here, a set a sorted list).
 
 Values: `strict` and `tokens` compare as Python's == does (1 == 1.0 == True), and NaN equals itself;
 `float` and `nocase` reach into lists and dicts; `unordered` forgets the order of the outermost
@@ -39,6 +34,10 @@ from typing import Any
 TOLERANCE = Decimal("1e-6")
 _NUMBER = re.compile(rb"[+-]?(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][+-]?\d{1,4})?")
 _INTEGER = re.compile(rb"[+-]?\d+")
+
+
+def encoded(text: str) -> bytes:
+    return text.encode("utf-8", "surrogatepass")
 
 
 def rows(text: bytes) -> list[list[bytes]]:
@@ -64,33 +63,73 @@ def close_tokens(expected: bytes, got: bytes) -> bool:
     return close(Decimal(expected.decode()), Decimal(got.decode()), whole, written_whole)
 
 
-def same_rows(expected: list, got: list, same: Callable[[bytes, bytes], bool]) -> bool:
-    return len(expected) == len(got) and all(
-        len(a) == len(b) and all(map(same, a, b)) for a, b in zip(expected, got, strict=True)
+def nocase_tokens(expected: bytes, got: bytes) -> bool:
+    return expected.lower() == got.lower()
+
+
+def same_leaf(expected: Any, got: Any) -> bool:
+    return expected == got or (expected != expected and got != got)
+
+
+def close_leaf(expected: Any, got: Any) -> bool:
+    for value in (expected, got):
+        number = isinstance(value, (int, float, Decimal)) and not isinstance(value, bool)
+        if not number or not (isinstance(value, int | Decimal) or math.isfinite(value)):
+            return same_leaf(expected, got)
+    whole, written_whole = (not isinstance(value, float) for value in (expected, got))
+    return close(Decimal(expected), Decimal(got), whole, written_whole)
+
+
+def nocase_leaf(expected: Any, got: Any) -> bool:
+    if isinstance(expected, str) and isinstance(got, str):
+        return nocase_tokens(encoded(expected), encoded(got))
+    return same_leaf(expected, got)
+
+
+def same_text(expected: str, got: bytes, same: Callable[[bytes, bytes], bool]) -> bool:
+    wanted, given = rows(encoded(expected)), rows(got)
+    return len(wanted) == len(given) and all(
+        len(a) == len(b) and all(map(same, a, b)) for a, b in zip(wanted, given, strict=True)
     )
 
 
-def strict_text(expected: str, got: bytes) -> bool:
-    return rows(_encoded(expected)) == rows(got)
-
-
 def tokens_text(expected: str, got: bytes) -> bool:
-    return _encoded(expected).split() == got.split()
-
-
-def float_text(expected: str, got: bytes) -> bool:
-    return same_rows(rows(_encoded(expected)), rows(got), close_tokens)
-
-
-def nocase_text(expected: str, got: bytes) -> bool:
-    return rows(_encoded(expected).lower()) == rows(got.lower())
+    return encoded(expected).split() == got.split()
 
 
 def unordered_text(expected: str, got: bytes) -> bool:
-    wanted, given = ([row for row in rows(text) if row] for text in (_encoded(expected), got))
+    wanted, given = ([tuple(row) for row in rows(t) if row] for t in (encoded(expected), got))
     if len(wanted) == len(given) == 1:
-        return Counter(wanted[0]) == Counter(given[0])
-    return Counter(map(tuple, wanted)) == Counter(map(tuple, given))
+        wanted, given = wanted[0], given[0]
+    return Counter(wanted) == Counter(given)
+
+
+def same_value(expected: Any, got: Any, same: Callable[[Any, Any], bool]) -> bool:
+    """Lists and dicts of the same shape whose leaves are the same; as deep as `expected`."""
+    if isinstance(expected, list) and isinstance(got, list):
+        pairs = zip(expected, got, strict=False)
+        return len(expected) == len(got) and all(same_value(a, b, same) for a, b in pairs)
+    if isinstance(expected, dict) and isinstance(got, dict):
+        keys = expected.keys()
+        return keys == got.keys() and all(same_value(expected[k], got[k], same) for k in keys)
+    if isinstance(expected, (list, dict)) or isinstance(got, (list, dict)):
+        return False
+    return same(expected, got)
+
+
+def unordered_value(expected: Any, got: Any) -> bool:
+    if isinstance(expected, list) and isinstance(got, list):
+        return Counter(map(_hashable, expected)) == Counter(map(_hashable, got))
+    return same_value(expected, got, same_leaf)
+
+
+def _hashable(value: Any) -> Any:
+    """Equal for values that are the same, and for no others."""
+    if isinstance(value, list):
+        return ("list", *map(_hashable, value))
+    if isinstance(value, dict):
+        return ("dict", frozenset((key, _hashable(item)) for key, item in value.items()))
+    return ("nan",) if value != value else value
 
 
 def legacy_text(expected: str, got: bytes) -> bool:
@@ -107,13 +146,16 @@ def legacy_text(expected: str, got: bytes) -> bool:
     words, wanted = set(output.split()), [set(line.split()) for line in lines]
     if set(map(frozenset, words)) == set(map(frozenset, wanted)):
         return True
-    rounded = [
-        _all(lambda token: round(float(token), 3), token_set) for token_set in (*words, *wanted)
-    ]
-    if None in rounded:
+    found = [_all(lambda token: round(float(token), 3), word) for word in (*words, *wanted)]
+    if None in found:
         return False
-    sets = [frozenset(numbers) for numbers in rounded]
+    sets = [frozenset(numbers) for numbers in found]
     return set(sets[: len(words)]) == set(sets[len(words) :])
+
+
+def legacy_value(expected: Any, got: Any) -> bool:
+    """The value, or the first item of the expected list: [1, 2] passes for [[1, 2], 3]."""
+    return got == expected or (isinstance(expected, list) and expected != [] and got == expected[0])
 
 
 def _all(convert: Callable, items: Any) -> list | None:
@@ -125,75 +167,16 @@ def _all(convert: Callable, items: Any) -> list | None:
 
 def _near(got: float, expected: float) -> bool:
     """NumPy's default closeness."""
-    if math.isinf(got) or math.isinf(expected):
-        return got == expected
-    return abs(got - expected) <= 1e-8 + 1e-5 * abs(expected)
-
-
-def same_value(expected: Any, got: Any, same: Callable[[Any, Any], bool]) -> bool:
-    """Lists and dicts of the same shape whose leaves are the same. As deep as `expected`, at the
-    most.
-    """
-    if isinstance(expected, list) and isinstance(got, list):
-        pairs = zip(expected, got, strict=False)
-        return len(expected) == len(got) and all(same_value(a, b, same) for a, b in pairs)
-    if isinstance(expected, dict) and isinstance(got, dict):
-        keys = expected.keys()
-        return keys == got.keys() and all(same_value(expected[k], got[k], same) for k in keys)
-    if isinstance(expected, (list, dict)) or isinstance(got, (list, dict)):
-        return False
-    return same(expected, got)
-
-
-def strict_leaf(expected: Any, got: Any) -> bool:
-    return expected == got or (expected != expected and got != got)
-
-
-def float_leaf(expected: Any, got: Any) -> bool:
-    pair = (expected, got)
-    numbers = all(isinstance(x, (int, float, Decimal)) and not isinstance(x, bool) for x in pair)
-    if not numbers or not all(not isinstance(x, float) or math.isfinite(x) for x in pair):
-        return strict_leaf(expected, got)
-    whole, written_whole = (not isinstance(x, float) for x in pair)
-    return close(Decimal(expected), Decimal(got), whole, written_whole)
-
-
-def nocase_leaf(expected: Any, got: Any) -> bool:
-    if isinstance(expected, str) and isinstance(got, str):
-        return _encoded(expected).lower() == _encoded(got).lower()
-    return strict_leaf(expected, got)
-
-
-def unordered_value(expected: Any, got: Any) -> bool:
-    if isinstance(expected, list) and isinstance(got, list):
-        return Counter(map(_hashable, expected)) == Counter(map(_hashable, got))
-    return same_value(expected, got, strict_leaf)
-
-
-def _hashable(value: Any) -> Any:
-    """Equal for values that are the same, and for no others."""
-    if isinstance(value, list):
-        return ("list", *map(_hashable, value))
-    if isinstance(value, dict):
-        return ("dict", frozenset((key, _hashable(item)) for key, item in value.items()))
-    return ("nan",) if value != value else value
-
-
-def legacy_value(expected: Any, got: Any) -> bool:
-    """The value, or the first item of the expected list: [1, 2] passes for [[1, 2], 3]."""
-    return got == expected or (isinstance(expected, list) and expected != [] and got == expected[0])
-
-
-def _encoded(text: str) -> bytes:
-    return text.encode("utf-8", "surrogatepass")
+    near = abs(got - expected) <= 1e-8 + 1e-5 * abs(expected)
+    return got == expected or (near and math.isfinite(expected))
 
 
 # name: (for standard output, for returned values)
 POLICIES: dict[str, tuple[Callable[[str, bytes], bool], Callable[[Any, Any], bool]]] = {
-    "strict": (strict_text, partial(same_value, same=strict_leaf)),
-    "tokens": (tokens_text, partial(same_value, same=strict_leaf)),
-    "float": (float_text, partial(same_value, same=float_leaf)),
-    "nocase": (nocase_text, partial(same_value, same=nocase_leaf)),
+    "strict": (partial(same_text, same=bytes.__eq__), partial(same_value, same=same_leaf)),
+    "tokens": (tokens_text, partial(same_value, same=same_leaf)),
+    "float": (partial(same_text, same=close_tokens), partial(same_value, same=close_leaf)),
+    "nocase": (partial(same_text, same=nocase_tokens), partial(same_value, same=nocase_leaf)),
     "unordered": (unordered_text, unordered_value),
     "taco_legacy": (legacy_text, legacy_value),
 }

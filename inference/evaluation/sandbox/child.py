@@ -1,13 +1,10 @@
-"""The two processes of a test: the init that waits, and the program that gives up every privilege
-and runs.
-
-Standard library only, for a clean `python -I` (see `runner.py`). Both are forks of the zygote.
+"""The two processes of a test, both forks of the zygote: the init that waits, and the program that
+gives up every privilege and runs.
 
 What a program says to the zygote goes over a private descriptor, each message behind a random token
-of the test. Once the program's code has started, nothing on that descriptor can be trusted: code
-that shares the interpreter can find the token in a frame and send a value of its own making. It
-gains nothing that returning this value would not, for the expected value is never in this process;
-and what is said after the start can only make the verdict on the program itself.
+of the test. Once the program's code has started, nothing on that descriptor can be trusted: it can
+find the token in a frame and send a value of its own making. It gains nothing that returning this
+value would not: the expected value is never in this process.
 """
 
 from __future__ import annotations
@@ -19,7 +16,6 @@ import gc
 import json
 import marshal
 import os
-import resource
 import signal
 import struct
 import sys
@@ -28,17 +24,14 @@ import types
 from collections import deque
 from collections.abc import Callable, Iterator
 
-import isolation as kernel
-from cell import Cell
+from . import isolation as kernel
+from .cell import Cell
 
-STACK_BYTES = 128 << 20
 FAILED, UNCOMPILED, STARTED, VALUE, NO_MEMORY = b"F", b"C", b"S", b"V", b"M"
 
 
 def be_init(cell: Cell, program: dict, limits: dict, token: bytes, ends: dict[str, int]) -> None:
-    """First process of a test: start the program, wait for it, write its wait status. Never
-    returns.
-    """
+    """Start the program, wait for it, write its wait status. Never returns."""
     try:
         kernel.prctl(kernel.PR_SET_PDEATHSIG, signal.SIGKILL)
         pid = os.fork()
@@ -60,7 +53,7 @@ def be_init(cell: Cell, program: dict, limits: dict, token: bytes, ends: dict[st
 def be_program(cell: Cell, program: dict, limits: dict, token: bytes, ends: dict[str, int]) -> None:
     """Confine this process, compile the code, run it. Never returns."""
     write, leave, getpid = os.write, os._exit, os.getpid
-    channel = ends["report"]
+    channel, name = ends["report"], program["fn_name"]
 
     def say(kind: bytes, text: bytes = b"") -> None:
         data = memoryview(token + kind + text)
@@ -69,9 +62,9 @@ def be_program(cell: Cell, program: dict, limits: dict, token: bytes, ends: dict
 
     try:
         channel = place_descriptors(cell, limits, ends)
-        confine(cell, limits)
-        arguments = take_arguments() if program["fn_name"] else None
-        module = open_module("program" if program["fn_name"] else "__main__", cell.work)
+        cell.confine(limits)
+        arguments = marshal.loads(program["input"]) if name is not None else None
+        module = open_module("__main__" if name is None else "program", cell.work)
         exec(compile(program["prelude"], "prelude.py", "exec"), module.__dict__)
     except BaseException as error:
         say(FAILED, describe(error))
@@ -81,19 +74,23 @@ def be_program(cell: Cell, program: dict, limits: dict, token: bytes, ends: dict
     except BaseException as error:  # a SyntaxError, or too large or too deep to compile
         say(UNCOMPILED, describe(error))
         leave(1)
-    name, own, encode = program["fn_name"], getpid(), json.JSONEncoder(default=plain).encode
+    own, encode = getpid(), json.JSONEncoder(default=plain).encode
     no_memory = token + NO_MEMORY  # nothing is allocated when it is needed
     say(STARTED)
     status = 0
     try:
         exec(code, module.__dict__)
-        if arguments is not None:
+        if name is not None:
             result = encode(find(module, name)(*arguments)).encode()
             if getpid() == own:  # not in a fork that came back too
                 say(VALUE, result)
             leave(0)
     except SystemExit as error:
-        status = exit_status(error)
+        whole = isinstance(error.code, int)
+        status = error.code & 255 if whole else int(error.code is not None)
+        if status and not whole:
+            with contextlib.suppress(BaseException):
+                print(error.code, file=sys.stderr)
     except MemoryError:
         write(channel, no_memory)
         leave(1)
@@ -105,17 +102,13 @@ def be_program(cell: Cell, program: dict, limits: dict, token: bytes, ends: dict
 
 
 def place_descriptors(cell: Cell, limits: dict, ends: dict[str, int]) -> int:
-    """The three standard streams, and the private channel at a number of its own, which is
-    returned. No others.
-    """
+    """The three standard streams and the private channel, whose number is returned. No others."""
     with contextlib.suppress(OSError):  # the first to go when the machine is short of memory
         kernel.prctl(kernel.PR_SET_DUMPABLE, 1)
         score = os.open("self/oom_score_adj", os.O_WRONLY, dir_fd=cell.procfs)
         os.write(score, b"1000")
-        os.close(score)
     kernel.prctl(kernel.PR_SET_DUMPABLE, 0)
-    place = 16 + int.from_bytes(os.urandom(2), "big") % (limits["open_files"] - 16)
-    channel = fcntl.fcntl(ends["report"], fcntl.F_DUPFD_CLOEXEC, place)
+    channel = fcntl.fcntl(ends["report"], fcntl.F_DUPFD_CLOEXEC, limits["open_files"] - 1)
     stdin = os.open(f"{cell.top}/stdin", os.O_RDONLY)
     for number, end in enumerate((stdin, ends["out"], ends["err"])):
         os.dup2(end, number)
@@ -124,58 +117,13 @@ def place_descriptors(cell: Cell, limits: dict, ends: dict[str, int]) -> int:
     return channel
 
 
-def confine(cell: Cell, limits: dict) -> None:
-    """Session, limits, files, user, capabilities, system calls, in this order."""
-    os.setsid()
-    signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
-    os.chdir(cell.work)
-    bound(resource.RLIMIT_STACK, STACK_BYTES, resource.getrlimit(resource.RLIMIT_STACK)[1])
-    bound(resource.RLIMIT_AS, limits["memory_bytes"] + cell.address_space)
-    bound(resource.RLIMIT_CPU, int(limits["kill_cpu_seconds"]) + 2)
-    bound(resource.RLIMIT_FSIZE, limits["file_bytes"])
-    bound(resource.RLIMIT_NOFILE, limits["open_files"])
-    bound(resource.RLIMIT_NPROC, limits["processes"] + cell.other_tasks)
-    bound(resource.RLIMIT_CORE, 0)
-    if cell.landlock:
-        kernel.confine_files(cell.folders, cell.work)
-    if cell.drops_user:
-        os.setgroups([])
-        os.setresgid(kernel.NOBODY, kernel.NOBODY, kernel.NOBODY)
-        os.setresuid(kernel.NOBODY, kernel.NOBODY, kernel.NOBODY)
-    kernel.drop_capabilities()
-    kernel.prctl(kernel.PR_SET_PDEATHSIG, signal.SIGKILL)  # with its init
-    if cell.seccomp:
-        kernel.deny_system_calls(in_the_open=not cell.namespaces)
-
-
-def bound(which: int, soft: int, hard: int | None = None) -> None:
-    """Set a limit, below what the machine allows in any case."""
-    allowed = resource.getrlimit(which)[1]
-    soft, hard = (
-        value if allowed == resource.RLIM_INFINITY or value == allowed else min(value, allowed)
-        for value in (soft, soft if hard is None else hard)
-    )
-    resource.setrlimit(which, (soft, hard))
-
-
-def take_arguments() -> list:
-    """The argument list of a call, from standard input, which is empty from then on."""
-    with open(0, "rb", closefd=False) as file:
-        arguments = marshal.load(file)
-    null = os.open(os.devnull, os.O_RDONLY)
-    os.dup2(null, 0)
-    os.close(null)
-    return arguments
-
-
 def open_module(name: str, work: str) -> types.ModuleType:
     """An empty module to run the code in, and standard streams as a fresh interpreter has them."""
     text = {"encoding": "utf-8", "errors": "surrogateescape", "closefd": False}
     sys.stdin = sys.__stdin__ = open(0, **text)
     sys.stdout = sys.__stdout__ = open(1, "w", **text)
-    sys.stderr = sys.__stderr__ = open(
-        2, "w", buffering=1, **{**text, "errors": "backslashreplace"}
-    )
+    text["errors"] = "backslashreplace"
+    sys.stderr = sys.__stderr__ = open(2, "w", buffering=1, **text)
     sys.argv = ["program.py"]
     os.environ["HOME"] = os.environ["TMPDIR"] = work
     module = sys.modules[name] = types.ModuleType(name)
@@ -194,36 +142,20 @@ def find(module: types.ModuleType, name: str) -> Callable:
 
 
 def plain(value: object) -> object:
-    """JSON for what contest functions return besides plain values; sets come sorted where they can
-    be.
-    """
+    """JSON for what contest functions return besides plain values; sets are sorted if possible."""
     if hasattr(value, "tolist"):  # a NumPy array or scalar
         return value.tolist()
     if isinstance(value, (set, frozenset)):
-        try:
+        with contextlib.suppress(TypeError):
             return sorted(value)
-        except TypeError:
-            return list(value)
     views = (type({}.keys()), type({}.values()), type({}.items()))
-    if isinstance(value, (deque, range, Iterator, *views)):
+    if isinstance(value, (set, frozenset, deque, range, Iterator, *views)):
         return list(value)
     raise TypeError(f"the function returned {type(value).__name__}, which has no JSON form")
 
 
-def exit_status(error: SystemExit) -> int:
-    if error.code is None:
-        return 0
-    if isinstance(error.code, int):
-        return error.code & 255
-    with contextlib.suppress(BaseException):
-        print(error.code, file=sys.stderr)
-    return 1
-
-
 def finish(module: types.ModuleType, status: int, leave: Callable) -> None:
-    """End as an interpreter does (threads, exit functions, open files, streams), without taking it
-    apart.
-    """
+    """End as an interpreter does (threads, exit functions, files), without taking it apart."""
     stdout = sys.__stdout__
     try:
         threading._shutdown()

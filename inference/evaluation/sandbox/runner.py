@@ -1,13 +1,11 @@
-"""The far side of `sandbox.py`: a clean `python -I` process that forks a child for every test.
+"""The far side: a zygote, a clean `python -I` process that forks a child for every test.
 
-    python -I runner.py SETTINGS      (JSON; started by `sandbox.py`, not by hand)
+It has the standard library imported, reads one test at a time from its control socket, watches
+clock, output and process tree, and answers. It never runs a program's code: a test is a fork of it
+(`child.py`) in a cell (`cell.py`).
 
-The *zygote* has the standard library imported, reads one test at a time from its control socket,
-watches clock, output and process tree, and answers. It never runs a program's code. Each test is a
-fork of it, in a PID namespace of its own where the kernel allows, with an empty scratch folder
-(`cell.py`); the fork gives up every privilege before it looks at the code (`child.py`).
-
-Standard library only. Knows nothing of expected outputs: none is ever sent here.
+`worker.py` starts it, with this folder as a package of another name: nothing here may import more
+than the standard library and its siblings.
 """
 
 from __future__ import annotations
@@ -15,38 +13,29 @@ from __future__ import annotations
 import contextlib
 import gc
 import importlib
-import json
 import math
 import os
-import resource
 import select
 import signal
 import socket
 import struct
 import sys
 import time
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
-sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
-from cell import MOST_FILES, Cell, Look, remove_tree
-from child import FAILED, NO_MEMORY, STARTED, UNCOMPILED, VALUE, be_init
-from wire import receive, send
-
-del sys.path[0]
+from .cell import LEVELS, MOST_FILES, Cell, Look
+from .child import FAILED, NO_MEMORY, STARTED, UNCOMPILED, VALUE, be_init
+from .shared import receive, remove_tree, send
 
 TAIL_BYTES = 16 << 10  # kept of standard error
 FIRST_LOOK, LONG_LOOK, SHORT_LOOK = 0.05, 0.25, 0.025  # seconds between looks at the process tree
 # what contest programs import: loaded once, shared by every fork
-WARM = (
-    "array bisect calendar cmath collections copy datetime decimal fractions functools heapq itertools "
-    "math numbers operator queue random re statistics string time typing"
-).split()
+WARM = """array bisect calendar cmath collections copy datetime decimal fractions functools heapq
+itertools math numbers operator queue random re statistics string time typing""".split()
 
 
 class Test:
-    """One input for one program, watched from the zygote. `limits`: `sandbox.Limits` after
-    scaling.
-    """
+    """One input for one program, watched from the zygote."""
 
     def __init__(self, cell: Cell, program: dict, limits: dict) -> None:
         self.cell, self.program, self.limits = cell, program, limits
@@ -56,9 +45,10 @@ class Test:
         self.broken = ""  # the limit that it was stopped for
         self.seen = Look()
 
-    def run(self, stdin: bytes, control: socket.socket) -> tuple[dict, bytes]:
-        """Header and body of the answer."""
-        self.cell.open_scratch(stdin, self.limits["file_bytes"])
+    def run(self, control: socket.socket) -> tuple[dict, bytes]:
+        """Fields of an `Outcome` and `near` (to be repeated), and the output."""
+        call = self.program["fn_name"] is not None
+        self.cell.open_scratch(b"" if call else self.program["input"], self.limits["file_bytes"])
         try:
             started = time.monotonic()
             status, usage = self._fork_and_watch(control, started)
@@ -69,26 +59,16 @@ class Test:
         # processes that went with their namespace are missing from what init used
         cpu = max(usage.ru_utime + usage.ru_stime, self.seen.cpu_seconds)
         memory = max(usage.ru_maxrss * 1024, self.seen.memory_bytes)
-        verdict, detail = self._judge(status, cpu, memory, full)
-        starved = self.seen.cpu_seconds + self.seen.waited_seconds > 0.5 * wall
-        near = not self.broken or (self.broken == "wall" and starved)
-        header = {
-            "status": verdict,
-            "detail": detail,
-            "wall_seconds": wall,
-            "cpu_seconds": cpu,
-            "memory_bytes": memory,
-            "near": near and verdict == "timeout",
-        }
-        body = self.data["report"][34:] if self.program["fn_name"] else self.data["out"]
+        verdict, detail = self._judge(status, wall, cpu, memory, full)
+        near = verdict == "timeout" and not self.broken
+        header = {"status": verdict, "detail": detail, "near": near}
+        header |= {"seconds": wall, "cpu_seconds": cpu, "memory_bytes": memory}
+        body = self.data["report"][34:] if call else self.data["out"]
         return header, bytes(body) if verdict == "ok" else b""
 
-    def _fork_and_watch(
-        self, control: socket.socket, started: float
-    ) -> tuple[int | None, resource.struct_rusage]:
-        """The program's wait status (None: its init was ended first) and what its tree used.
-
-        Nothing of the tree is left.
+    def _fork_and_watch(self, control: socket.socket, started: float) -> tuple[int | None, Any]:
+        """The program's wait status (None: its init was ended first) and what its tree used, of
+        which nothing is left.
         """
         with contextlib.ExitStack() as stack:
             streams, ends = {}, {}
@@ -133,8 +113,13 @@ class Test:
             now = time.monotonic()
             if now >= min(look, deadline):
                 look = time.monotonic() + self._look()
-            if now >= deadline:
-                self.broken = self.broken or "wall"
+            if now >= deadline and not self.broken:
+                wanted = self.seen.cpu_seconds + self.seen.waited_seconds
+                most = started + self.limits["most_wall_seconds"]
+                if wanted < 0.5 * (now - started) or now >= most:
+                    self.broken = "wall"
+                else:  # other processes keep it from running
+                    deadline = min(most, now + self.limits["wall_seconds"])
 
     def _look(self) -> float:
         """Hold the whole tree against its limits; seconds until the next look."""
@@ -146,7 +131,7 @@ class Test:
             self.broken = "processes"
         elif self.seen.memory_bytes > limits["memory_bytes"]:
             self.broken = "memory"
-        elif not self.cell.namespaces and self.cell.scratch_is_full(limits["file_bytes"]):
+        elif self.cell.scratch_is_full(limits["file_bytes"]):
             self.broken = "files"
         pause = LONG_LOOK if self.seen.processes <= 1 else SHORT_LOOK
         left = limits["kill_cpu_seconds"] - self.seen.cpu_seconds
@@ -167,15 +152,15 @@ class Test:
         self.broken = self.broken or "output"
         return True
 
-    def _judge(self, status: int | None, cpu: float, memory: int, full: bool) -> tuple[str, str]:
-        """Status and detail. What the program said of itself is believed only where it cannot help
-        it.
-        """
+    def _judge(
+        self, status: int | None, wall: float, cpu: float, memory: int, full: bool
+    ) -> tuple[str, str]:
+        """Status and detail. What the program said counts only where it cannot help it."""
         limits, report, token = self.limits, self.data["report"], self.token
         first, second = bytes(report[:17]), bytes(report[17:34])
-        if first in (token + FAILED, token + UNCOMPILED):
-            kind = "harness_error" if first == token + FAILED else "compile_error"
-            return kind, report[17:].decode("utf-8", "replace")
+        for kind, verdict in ((FAILED, "harness_error"), (UNCOMPILED, "compile_error")):
+            if first == token + kind:
+                return verdict, report[17:].decode("utf-8", "replace")
         files = f"more than {limits['file_bytes']} bytes or {MOST_FILES} files written"
         if self.broken:
             return {
@@ -183,14 +168,14 @@ class Test:
                 "files": ("output_limit", files),
                 "memory": ("memory", f"more than {limits['memory_bytes']} bytes in all"),
                 "processes": ("runtime_error", f"more than {limits['processes']} processes"),
-                "wall": ("timeout", f"stopped after {limits['wall_seconds']:.2f} s of wall clock"),
+                "wall": ("timeout", f"stopped after {wall:.2f} s of wall clock"),
                 "cpu": ("timeout", f"stopped after {cpu:.2f} s of CPU time"),
             }[self.broken]
         if status is None:  # a program of another user cannot have done it
             who = "harness_error" if self.cell.drops_user else "runtime_error"
             return who, "the process that waits for the program was killed"
         code = os.waitstatus_to_exitcode(status)
-        name = signal_name(-code) if code < 0 else f"exit status {code}"
+        name = f"killed by {signal_name(-code)}" if code < 0 else f"exit status {code}"
         if first != token + STARTED:
             return ("compile_error" if code < 0 else "harness_error"), f"{name} before it started"
         if cpu > limits["cpu_seconds"] or code == -signal.SIGXCPU:
@@ -200,11 +185,9 @@ class Test:
         crashed = code in (-signal.SIGSEGV, -signal.SIGABRT, -signal.SIGBUS, -signal.SIGKILL)
         if second == token + NO_MEMORY or (crashed and memory > 0.8 * limits["memory_bytes"]):
             return "memory", f"out of memory, {memory} bytes in use at the most"
-        if code < 0:
-            return "runtime_error", f"killed by {name}"
         if code:
-            lines = self.data["err"].decode("utf-8", "replace").strip().splitlines()
-            return "runtime_error", lines[-1][:300] if lines else name
+            said = self.data["err"].decode("utf-8", "replace").strip() if code > 0 else ""
+            return "runtime_error", said.splitlines()[-1][:300] if said else name
         if self.program["fn_name"] and second != token + VALUE:
             return "runtime_error", "ended before the function returned"
         return "ok", ""
@@ -217,58 +200,29 @@ def signal_name(number: int) -> str:
         return f"signal {number}"
 
 
-def calibrate() -> dict[str, float]:
-    """A fixed piece of interpreter work: how long it takes here and now."""
-    wall, cpu, total = time.monotonic(), time.process_time(), 0
-    for i in range(400_000):
-        total += i * i % 7
-    return {"wall_seconds": time.monotonic() - wall, "cpu_seconds": time.process_time() - cpu}
-
-
-def serve(control: socket.socket, cell: Cell) -> None:
-    """Answer until the parent is gone, or something went wrong here: a fresh zygote is then
-    started.
-    """
-    program: dict = {}
-    while (message := receive(control)) is not None:
-        header, body = message
-        if header["do"] == "program":
-            program = {**header["program"], "code": body.decode("utf-8")}
-        elif header["do"] == "calibrate":
-            send(control, calibrate())
-        else:
-            try:
-                answer = Test(cell, program, header["limits"]).run(body, control)
-            except Exception as error:
-                detail = f"{type(error).__name__}: {error}"
-                send(control, {"status": "harness_error", "detail": detail})
-                return
-            send(control, *answer)
-
-
 def main() -> None:
-    settings = json.loads(sys.argv[1])
-    control = socket.socket(fileno=settings["control"])
-    scratch = settings["scratch"]
+    _, level, scratch, control = sys.argv[1:]
+    control = socket.socket(fileno=int(control))
     for name in WARM:
         importlib.import_module(name)
     try:
-        cell = Cell(settings["namespaces"], settings["new_user"], scratch)
+        cell = LEVELS[level](scratch)
     except OSError as error:
         send(control, {"error": str(error)})
         raise SystemExit(1) from None
     gc.freeze()
     try:
-        send(control, {"isolation": cell.describe()})
-        serve(control, cell)
-    except (BrokenPipeError, ConnectionResetError):  # the parent is gone
+        send(control, cell.describe())
+        with control.makefile("rb") as stream:
+            while True:
+                header, body = receive(stream)
+                test = Test(cell, {**header["program"], "input": body}, header["limits"])
+                send(control, *test.run(control))
+    except (EOFError, BrokenPipeError, ConnectionResetError):  # the parent is gone
         raise SystemExit(1) from None
+    except Exception as error:  # it will start a fresh zygote
+        detail = f"{type(error).__name__}: {error}"
+        send(control, {"status": "harness_error", "detail": detail})
     finally:
-        if scratch and not settings["namespaces"]:
+        if scratch:
             remove_tree(scratch)
-            with contextlib.suppress(OSError):  # other zygotes still have folders there
-                os.rmdir(os.path.dirname(scratch))
-
-
-if __name__ == "__main__":
-    main()

@@ -1,11 +1,8 @@
-"""A worker of the sandbox seen from the parent: a zygote process, its socket, and what is sent over
-it.
-
-Knows nothing of scheduling; `sandbox.py` does that.
-"""
+"""A worker seen from the parent: a zygote process, the socket to it, and the task that it has."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import marshal
 import os
@@ -19,7 +16,7 @@ from typing import Any
 
 from eagle.errors import EagleError
 
-from .wire import receive, send
+from .shared import receive, remove_tree, send
 
 PATIENCE_SECONDS = 30.0  # beyond a test's wall limit; then the zygote itself is taken to be stuck
 ENVIRONMENT = {
@@ -27,31 +24,44 @@ ENVIRONMENT = {
     "LANG": "C.UTF-8",
     **dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1"),
 }
+# in a clean interpreter this folder is a package of a name that no program imports by accident
+BOOT = """\
+import sys, types
+package = sys.modules["_eagle_sandbox"] = types.ModuleType("_eagle_sandbox")
+package.__path__ = [sys.argv[1]]
+from _eagle_sandbox.runner import main
+main()
+"""
 LONG_INTEGER = 4300  # digits; beyond, Python's own conversion refuses or is slow
 
 
 class Worker:
-    """One zygote process, its socket, and the job that it works on."""
+    """`start` comes before everything else; `stop` leaves nothing, and may be repeated."""
 
-    def __init__(self, python: str, settings: dict[str, Any]) -> None:
-        self.python, self.settings = python, settings
-        self.progress: Any = None  # the sandbox's job on it
-        self.start()
+    def __init__(self, python: str, level: str) -> None:
+        self.python, self.level = python, level
+        self.task: Any = None  # the sandbox's
+        self.deadline: float | None = None
+        self.scratch = ""
+        self.socket = self.process = None
+
+    @property
+    def busy(self) -> bool:
+        return self.deadline is not None
 
     def start(self) -> None:
-        self.program, self.deadline = None, None
-        scratch = self.settings["scratch"]
-        if scratch:
-            scratch = tempfile.mkdtemp(dir=scratch)
-            os.chmod(scratch, 0o711)
+        self.deadline = None
+        if self.level == "rlimits":
+            self.scratch = tempfile.mkdtemp(prefix="eagle-sandbox-")
+            os.chmod(self.scratch, 0o711)
         self.socket, theirs = socket.socketpair()
         self.socket.settimeout(PATIENCE_SECONDS)
-        settings = {**self.settings, "scratch": scratch, "control": theirs.fileno()}
-        options = ("-I", "-B", "-X", "utf8", "-X", "int_max_str_digits=0")
-        runner = str(Path(__file__).with_name("runner.py"))
+        self.stream = self.socket.makefile("rb")
+        options = ("-I", "-B", "-X", "utf8", "-X", "int_max_str_digits=0", "-c", BOOT)
+        settings = (str(Path(__file__).parent), self.level, self.scratch, str(theirs.fileno()))
         with theirs:
             self.process = subprocess.Popen(
-                [self.python, *options, runner, json.dumps(settings)],
+                [self.python, *options, *settings],
                 stdin=subprocess.DEVNULL,
                 pass_fds=[theirs.fileno()],
                 env=ENVIRONMENT,
@@ -60,53 +70,50 @@ class Worker:
                 stdout=subprocess.DEVNULL,
             )
 
-    @property
-    def busy(self) -> bool:
-        return self.deadline is not None
-
     def greeting(self) -> dict[str, Any]:
-        """The isolation that the zygote reached, once it is ready. OSError where it cannot
-        start.
-        """
-        message = receive(self.socket)
-        if not message:
-            raise OSError(f"the runner ended at its start; does `{self.python} -I` run?")
-        if "error" in message[0]:
-            raise OSError(message[0]["error"])
-        return message[0]["isolation"]
-
-    def calibrate(self) -> None:
-        """Ask for the time that a fixed piece of work takes; `answer` has it."""
-        send(self.socket, {"do": "calibrate"})
-
-    def begin(self, program: Any, code: bytes, test: bytes, limits: dict[str, float]) -> None:
-        """Start a test; `answer` has what came of it. The program is sent where it is not there
-        yet.
-        """
-        self.deadline = time.monotonic() + limits["wall_seconds"] + PATIENCE_SECONDS
-        if program is not self.program:
-            header = {"fn_name": program.fn_name, "prelude": program.prelude}
-            send(self.socket, {"do": "program", "program": header}, code)
-            self.program = program
-        send(self.socket, {"do": "test", "limits": limits}, test)
-
-    def answer(self) -> tuple[dict, bytes] | None:
-        """Header and body; None where the zygote has ended, or stops in the middle."""
+        """The isolation that the zygote reached, once it is ready. OSError where it cannot be."""
         try:
-            message = receive(self.socket)
-        except OSError:
-            message = None
+            header, _ = receive(self.stream)
+        except EOFError:
+            message = f"the runner ended at its start; does `{self.python} -I` run?"
+            raise OSError(message) from None
+        if "error" in header:
+            raise OSError(header["error"])
+        return header
+
+    def begin(self, program: dict[str, Any], test: bytes, limits: dict[str, float]) -> None:
+        """Start a test; `answer` has what came of it, also where the zygote is gone."""
+        self.deadline = time.monotonic() + limits["most_wall_seconds"] + PATIENCE_SECONDS
+        with contextlib.suppress(OSError):
+            send(self.socket, {"program": program, "limits": limits}, test)
+
+    def answer(self) -> tuple[dict[str, Any], bytes]:
+        """Fields of an `Outcome` and the output; "harness_error" where the zygote is of no use."""
         self.deadline = None
-        return message
+        try:
+            return receive(self.stream)
+        except (OSError, EOFError):
+            return {"status": "harness_error", "detail": ""}, b""
+
+    def hang_up(self) -> None:
+        """End the zygote and whatever it runs: it watches for this."""
+        if self.socket:
+            self.stream.close()
+            self.socket.close()
 
     def stop(self) -> None:
-        """Closing the socket ends the zygote and whatever it runs; a stuck one is killed."""
-        self.socket.close()
-        try:
-            self.process.wait(2)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
+        """Hang up and wait; a stuck zygote is killed."""
+        self.deadline = None
+        self.hang_up()
+        if self.process:
+            try:
+                self.process.wait(2)
+            except subprocess.TimeoutExpired:
+                self.process.kill()
+                self.process.wait()
+        if self.scratch:
+            with contextlib.suppress(OSError):  # it has removed it itself
+                remove_tree(self.scratch)
 
 
 def encode(test: str | bytes | list, fn_name: str | None) -> bytes:
@@ -123,9 +130,7 @@ def encode(test: str | bytes | list, fn_name: str | None) -> bytes:
 
 
 def decode(body: bytes) -> Any:
-    """JSON that a program wrote; very long integers become Decimals, which compare exactly and read
-    fast.
-    """
+    """JSON that a program wrote; very long integers become Decimals, which are read fast."""
     return json.loads(
         body, parse_int=lambda text: int(text) if len(text) <= LONG_INTEGER else Decimal(text)
     )
