@@ -19,7 +19,7 @@ from kernels.tree_attention import pack_bits, tree_attention, tree_attention_ref
 from .clock import capture
 from .record import Goal, Record
 from .sizes import Geometry, Size, dtypes, require_memory
-from .static_cycle import StaticCycle
+from eagle.static_cycle import StaticCycle
 
 # relative errors above these are bugs: a few times the rounding of one operand
 WORST = {torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 2e-2}

@@ -31,7 +31,7 @@ from .clock import Stopwatch, busy_ms, capture, synchronisations
 from .models import random_drafter, random_target, read_bytes
 from .record import Goal, Record, found
 from .sizes import Size, require_memory
-from .static_cycle import StaticCycle, StaticPlain
+from eagle.static_cycle import StaticCycle, StaticPlain
 
 AUTO_ACCEPT = 3  # draft tokens kept a cycle where tree="auto" chooses
 
