@@ -8,7 +8,7 @@ from configs import cli
 SUBJECTS = {
     "engines": ("engines", "bench"),
     "cycle": ("cycle", "cycle"),
-    "slots": ("slots", "slots"),
+    "slots": ("slots", "measure_slots"),
     "train": ("train", "train"),
     "sandbox": ("sandbox", "sandbox"),
     "gpu": ("gpu", "gpu"),

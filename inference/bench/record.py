@@ -19,6 +19,7 @@ from inference.bench.report import Section, markdown, terminal
 
 # files of the person who ran it, or where results went: they do not reproduce anything
 UNREPORTED = ("json", "report", "plots", "quiet", "out")
+MEASURED = ("device",)  # the record has what was found
 
 
 @dataclass
@@ -53,7 +54,7 @@ def record_of(subject: str, function: Callable, asked: dict, device: torch.devic
     settings = {
         name: portable(value) if isinstance(value, str) else value
         for name, value in asked.items()
-        if name not in UNREPORTED
+        if name not in (*UNREPORTED, *MEASURED)
     }
     return Record(device, settings, command_line(subject, function, asked))
 

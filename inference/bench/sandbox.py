@@ -40,7 +40,7 @@ def sandbox(
 
     require_counts(tests=tests, repeats=repeats)
     require_files(json)
-    record = record_of("sandbox", globals()["sandbox"], asked, torch.device("cpu"))
+    record = record_of("sandbox", sandbox, asked, torch.device("cpu"))
     for level in levels.split(","):
         interpreter = rlimits_python if level == "rlimits" and rlimits_python else python
         try:

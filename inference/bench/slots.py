@@ -8,7 +8,7 @@ import statistics
 from eagle.errors import EagleError
 
 
-def slots(
+def measure_slots(
     *,
     base: str | None = None,
     head: str | None = None,
@@ -46,7 +46,7 @@ def slots(
         raise EagleError(f"max_new_tokens must be at least 4, not {max_new_tokens}")
     require_files(json, report)
     model = load_model(base, head, adapter, tree, dtype, device, quantization=quantization)
-    record = record_of("slots", globals()["slots"], asked, model.target.device)
+    record = record_of("slots", measure_slots, asked, model.target.device)
     rng, quarter = random.Random(0), max_new_tokens // 4
     requests = [
         {"input_ids": prompt.ids, "max_new_tokens": rng.randint(quarter, 7 * quarter)}

@@ -9,12 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from engine_helpers import make_head, make_prompts
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from eagle.draft import HeadDrafter
-from eagle.model import EaModel
-from eagle.tree import TreeShape
 from inference.bench.gpu import correctness, engine
 from inference.bench.gpu.__main__ import STAGES, main
 from inference.bench.gpu.clock import union
