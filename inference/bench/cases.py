@@ -1,7 +1,4 @@
-"""Which engines there are, and which cases a sweep over settings has.
-
-Knows nothing of how a case is run.
-"""
+"""Which engines there are, and which cases a sweep over settings has."""
 
 from __future__ import annotations
 
@@ -9,14 +6,8 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-ENGINES = (
-    "hf",
-    "hf_prompt_lookup",
-    "vanilla",
-    "vanilla_compiled",
-    "eagle",
-    "eagle_compiled",
-    "eagle_auto",
+ENGINES = tuple(
+    "hf hf_prompt_lookup vanilla vanilla_compiled eagle eagle_compiled eagle_auto".split()
 )
 STOCK = ("hf", "hf_prompt_lookup")
 # one token a pass: what speculation is measured against, and what its output must equal
@@ -64,9 +55,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Sweep:
-    """Every combination of these is measured; the first of each is what the headline figures are
-    about.
-    """
+    """Every combination of these is measured."""
 
     engines: Sequence[str]
     batch_sizes: Sequence[int] = (1,)
@@ -78,9 +67,8 @@ class Sweep:
 
     def groups(self) -> list[list[Case]]:
         """Cases that are timed in turn on the same prompts. An engine is in a group once for each
-        setting
-        that matters to it: stock `generate` has no tree and no capacity, plain decoding has no
-          tree."""
+        setting that matters to it: stock `generate` has no tree and no capacity, plain decoding no
+        tree."""
         found = []
         for temperature, context, size in itertools.product(
             self.temperatures, self.context_lengths, self.batch_sizes
@@ -102,13 +90,22 @@ class Sweep:
                 found.append(list(group))
         return found
 
+    def leads(self, case: Case) -> bool:
+        """Is it of the first setting of each sweep, which the headline figures are about?"""
+        return (
+            case.temperature == self.temperatures[0]
+            and case.context_length == self.context_lengths[0]
+            and case.tree in (None, "auto", self.trees[0])
+            and (case.stock or case.capacity == self.capacities[0])
+        )
+
     def notes(self) -> list[str]:
         """What was asked for and is not measured."""
         large = [str(s) for s in self.batch_sizes if s > 1]
         if "hf_prompt_lookup" in self.engines and large:
             return [
-                f"hf_prompt_lookup is left out at batch size {', '.join(large)}: transformers' assisted "
-                "generation takes one row at a time"
+                f"hf_prompt_lookup is left out at batch size {', '.join(large)}: transformers' "
+                "assisted generation takes one row at a time"
             ]
         return []
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import os
 import platform
-import sys
+import subprocess
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
@@ -15,21 +15,9 @@ CPUINFO = Path("/proc/cpuinfo")
 ROOT = Path(__file__).parents[2]
 # the instruction sets that decide how fast a matrix product is (x86, then ARM)
 ISA = (
-    "avx2",
-    "avx_vnni",
-    "avx512f",
-    "avx512_bf16",
-    "avx512_fp16",
-    "avx512_vnni",
-    "amx_tile",
-    "amx_bf16",
-    "amx_int8",
-    "asimd",
-    "bf16",
-    "i8mm",
-    "sve",
-    "sve2",
-)
+    "avx2 avx_vnni avx512f avx512_bf16 avx512_fp16 avx512_vnni amx_tile amx_bf16 amx_int8 "
+    "asimd bf16 i8mm sve sve2"
+).split()
 PACKAGES = ("torch", "transformers", "triton", "numpy")
 
 
@@ -37,53 +25,45 @@ def describe(device) -> dict:
     """The JSON's `environment`, but for the load at the end, which only the end knows."""
     import torch
 
-    accelerator = torch.cuda.get_device_name(device) if device.type == "cuda" else None
+    cuda = device.type == "cuda"
+    driver = ("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
     return {
-        "cpu": cpu_name(),
+        "cpu": cpu_field("model name") or platform.processor() or platform.machine(),
         "cores": os.cpu_count(),
         "usable_cores": usable_cores(),
         "isa": isa_flags(),
         "threads": torch.get_num_threads(),
-        "accelerator": accelerator,
+        "accelerator": torch.cuda.get_device_name(device) if cuda else None,
+        "memory_bytes": torch.cuda.get_device_properties(device).total_memory if cuda else None,
+        "driver": said(*driver) if cuda else None,
         "omp_num_threads": os.environ.get("OMP_NUM_THREADS"),
         "system": platform.system(),
-        "versions": versions(),
-        "git_commit": git_commit(),
+        "versions": {"python": platform.python_version(), **{p: version(p) for p in PACKAGES}},
+        "git_commit": said("git", "rev-parse", "HEAD") if (ROOT / ".git").exists() else None,
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "load_start": load(),
     }
 
 
-def versions() -> dict[str, str | None]:
+def version(package: str) -> str | None:
     """None for what is not installed."""
-    found = {"python": platform.python_version()}
-    for name in PACKAGES:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            found[name] = None
-    return found
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def cpu_field(*names: str) -> str | None:
     """The first line of /proc/cpuinfo that is called one of `names`."""
     try:
-        lines = CPUINFO.read_text().splitlines()
+        lines = [line.partition(":") for line in CPUINFO.read_text().splitlines()]
     except OSError:
         return None
-    for line in lines:
-        key, _, value = line.partition(":")
-        if key.strip() in names:
-            return value.strip()
-    return None
-
-
-def cpu_name() -> str:
-    return cpu_field("model name") or platform.processor() or platform.machine()
+    return next((value.strip() for key, _, value in lines if key.strip() in names), None)
 
 
 def isa_flags() -> list[str]:
-    flags = set((cpu_field("flags", "Features") or "").split())
+    flags = (cpu_field("flags", "Features") or "").split()
     return [name for name in ISA if name in flags]
 
 
@@ -97,67 +77,12 @@ def load() -> list[float] | None:
     return [round(x, 2) for x in os.getloadavg()] if hasattr(os, "getloadavg") else None
 
 
-def git_commit(root: Path = ROOT) -> str | None:
-    """The checked-out commit, read from the files so that git need not be installed."""
-    git = root / ".git"
+def said(*command: str) -> str | None:
+    """The first line that a program prints; None where it is missing or fails."""
     try:
-        if git.is_file():  # a worktree: its HEAD is its own, the references are the main checkout's
-            git = (root / git.read_text().removeprefix("gitdir:").strip()).resolve()
-        head = (git / "HEAD").read_text().strip()
-        if not head.startswith("ref:"):
-            return head
-        name = head.removeprefix("ref:").strip()
-        common = git / "commondir"
-        shared = (git / common.read_text().strip()).resolve() if common.exists() else git
-        for folder in (git, shared):
-            if (folder / name).is_file():
-                return (folder / name).read_text().strip()
-        for line in (shared / "packed-refs").read_text().splitlines():
-            commit, _, reference = line.partition(" ")
-            if reference == name:
-                return commit
-    except OSError:
+        done = subprocess.run(
+            command, cwd=ROOT, capture_output=True, text=True, timeout=30, check=True
+        )
+    except (OSError, subprocess.SubprocessError):
         return None
-    return None
-
-
-class PeakMemory:
-    """Bytes needed at the most since `start`.
-
-    On a GPU: what the allocator held at the most, weights included. On a CPU: how far the resident
-    set grew over its size at `start`; memory that the process freed earlier and uses again does not
-    show.
-    """
-
-    def __init__(self, device) -> None:
-        self.device = device
-        self.before = 0
-
-    def start(self) -> None:
-        if self.device.type == "cuda":
-            import torch
-
-            torch.cuda.reset_peak_memory_stats(self.device)
-            return
-        try:
-            Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again
-        except OSError:
-            pass  # then only growth above the highest mark so far is seen
-        self.before = high_water()
-
-    def bytes(self) -> int:
-        if self.device.type == "cuda":
-            import torch
-
-            return torch.cuda.max_memory_allocated(self.device)
-        return max(high_water() - self.before, 0)
-
-
-def high_water() -> int:
-    """The process's largest resident set, in bytes; 0 where the system does not tell."""
-    try:
-        import resource
-    except ImportError:
-        return 0
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return done.stdout.split("\n")[0].strip() or None

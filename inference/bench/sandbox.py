@@ -1,22 +1,12 @@
 """Measure the sandbox: tests per second of trivial programs, at each isolation level that this
 machine reaches.
-
-    python -m inference.bench.sandbox
-
-Two programs, one that reads standard input and one whose function is called, over all workers,
-  after a warm-up.
-The last line is one JSON object: the median of --repeats, and every single figure.
 """
 
 from __future__ import annotations
 
-import json
-import os
 import statistics
-import sys
-import time
 
-from configs import cli
+from eagle.errors import EagleError
 
 PROGRAMS = {
     "stdin": ("print(int(input()) + 1)", None, "41\n"),
@@ -24,7 +14,7 @@ PROGRAMS = {
 }
 
 
-def bench_sandbox(
+def sandbox(
     *,
     tests: int = 400,
     repeats: int = 3,
@@ -32,53 +22,69 @@ def bench_sandbox(
     levels: str = "namespaces,rlimits",
     python: str | None = None,
     rlimits_python: str | None = None,
+    json: str | None = None,
 ) -> None:
-    """Run --tests tests of each program --repeats times at each of --levels.
+    """Run --tests tests of each program --repeats times at each of --levels: a program that reads
+    standard input and one whose function is called, over all workers, after a warm-up.
 
     --rlimits_python: another interpreter for that level, which has no view of files of its own:
     started by root, its programs run as user 65534, who must be able to read the interpreter.
     """
-    from eagle.errors import EagleError
-    from inference.evaluation.sandbox import Job, Program, Sandbox
+    asked = dict(locals())
+    import torch
 
-    if tests < 1 or repeats < 1:
-        raise EagleError("tests and repeats must be at least 1")
-    report = {"cores": len(os.sched_getaffinity(0)), "tests": tests, "levels": {}}
+    from inference.bench.engines import require_counts
+    from inference.bench.record import hand_over, record_of, require_files
+    from inference.bench.report import Section, tabulate
+    from inference.evaluation.sandbox import Sandbox
+
+    require_counts(tests=tests, repeats=repeats)
+    require_files(json)
+    record = record_of("sandbox", sandbox, asked, torch.device("cpu"))
     for level in levels.split(","):
         interpreter = rlimits_python if level == "rlimits" and rlimits_python else python
         try:
-            sandbox = Sandbox(
+            box = Sandbox(
                 workers=workers, level=level, allow_code_execution=True, python=interpreter
             )
         except EagleError as error:
-            if len(levels.split(",")) == 1:
+            if "," not in levels:
                 raise
-            report["levels"][level] = {"unavailable": str(error)}
+            record.runs.append({"level": level, "unavailable": str(error)})
             continue
-        with sandbox:
-            count = len(sandbox.workers)
-            result = {"isolation": sandbox.isolation, "workers": count, "tests_per_second": {}}
-            for name, (code, fn_name, given) in PROGRAMS.items():
-                jobs = [
-                    Job(Program(code, fn_name), [given] * (tests // count)) for _ in range(count)
-                ]
-                rates = []
-                for round_ in range(repeats + 1):
-                    started = time.perf_counter()
-                    outcomes = [o for _, outcomes in sandbox.map(jobs) for o in outcomes]
-                    if round_:
-                        rates.append(len(outcomes) / (time.perf_counter() - started))
-                failed = [o for o in outcomes if o.status != "ok"]
-                if failed:
-                    raise EagleError(
-                        f"a trivial program ended with {failed[0].status}: {failed[0].detail}"
-                    )
-                result["tests_per_second"][name] = round(statistics.median(rates), 1)
-                result[f"{name}_rates"] = [round(rate, 1) for rate in rates]
-                print(f"{level} {name}: {statistics.median(rates):.0f} tests/s", file=sys.stderr)
-            report["levels"][level] = result
-    print(json.dumps(report))
+        with box:
+            record.runs += rates(box, level, tests, repeats)
+    names = ("level", "program", "workers", "tests_per_second", "unavailable")
+    lines = tabulate(record.runs, **{name: name for name in names})
+    hand_over(record.result(), "trivial programs", [Section("Sandbox", lines)], json)
 
 
-if __name__ == "__main__":
-    cli.main(bench_sandbox)
+def rates(box, level: str, tests: int, repeats: int) -> list[dict]:
+    """Tests per second of each program."""
+    import torch
+
+    from inference.bench.timing import race
+    from inference.evaluation.sandbox import Job, Program
+
+    count = len(box.workers)
+
+    def run(code: str, name: str | None, given) -> list:
+        jobs = [Job(Program(code, name), [given] * (tests // count)) for _ in range(count)]
+        return [outcome for _, outcomes in box.map(jobs) for outcome in outcomes]
+
+    works = {name: lambda program=program: run(*program) for name, program in PROGRAMS.items()}
+    seconds, outcomes = race(works, repeats, torch.device("cpu"))
+    for outcome in (o for found in outcomes.values() for o in found):
+        if outcome.status != "ok":
+            raise EagleError(f"a trivial program ended with {outcome.status}: {outcome.detail}")
+    return [
+        {
+            "level": level,
+            "isolation": box.isolation,
+            "workers": count,
+            "program": name,
+            "tests_per_second": round(len(outcomes[name]) / statistics.median(spent), 1),
+            "rates": [round(len(outcomes[name]) / s, 1) for s in spent],
+        }
+        for name, spent in seconds.items()
+    ]

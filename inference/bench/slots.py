@@ -1,24 +1,14 @@
-"""Measure a queue of requests over slots against fixed batches of as many rows.
-
-    python -m inference.bench.slots --num_prompts 64 --slots 8
-
-The prompts are the embedded model's held-out ones, or --prompts FILE, and each asks for a length of
-its own between a quarter and seven quarters of --max_new_tokens, as requests do. Both ways run in
-turn; the last line is one JSON object.
-"""
+"""Measure a queue of requests over slots against fixed batches of as many rows."""
 
 from __future__ import annotations
 
-import json
 import random
 import statistics
-import sys
-import time
 
-from configs import cli
+from eagle.errors import EagleError
 
 
-def slots(
+def measure_slots(
     *,
     base: str | None = None,
     head: str | None = None,
@@ -34,29 +24,33 @@ def slots(
     repeats: int = 3,
     dtype: str = "auto",
     device: str | None = None,
+    json: str | None = None,
+    report: str | None = None,
 ) -> None:
     """Tokens per second of `generate_many` over --slots, and of `generate` on batches of --slots
     rows.
+
+    The prompts are the embedded model's held-out ones, or --prompts FILE, and each asks for a
+    length of its own between a quarter and seven quarters of --max_new_tokens, as requests do.
     """
-    from eagle.errors import EagleError
-    from inference.bench.environment import describe
+    asked = dict(locals())
+    from inference.bench.engines import require_counts
+    from inference.bench.record import hand_over, record_of, require_files
+    from inference.bench.report import Section, tabulate
+    from inference.bench.timing import race
     from inference.generate import load_model
     from records.prompts import load_prompts
 
-    for name, value in (("num_prompts", num_prompts), ("slots", slots), ("repeats", repeats)):
-        if value < 1:
-            raise EagleError(f"{name} must be at least 1, not {value}")
+    require_counts(num_prompts=num_prompts, slots=slots, repeats=repeats)
     if max_new_tokens < 4:
         raise EagleError(f"max_new_tokens must be at least 4, not {max_new_tokens}")
+    require_files(json, report)
     model = load_model(base, head, adapter, tree, dtype, device, quantization=quantization)
-    ids = [p.ids for p in load_prompts(prompts, model.tokenizer, num_prompts)]
-    rng = random.Random(0)
+    record = record_of("slots", measure_slots, asked, model.target.device)
+    rng, quarter = random.Random(0), max_new_tokens // 4
     requests = [
-        {
-            "input_ids": p,
-            "max_new_tokens": rng.randint(max_new_tokens // 4, 7 * max_new_tokens // 4),
-        }
-        for p in ids
+        {"input_ids": prompt.ids, "max_new_tokens": rng.randint(quarter, 7 * quarter)}
+        for prompt in load_prompts(prompts, model.tokenizer, num_prompts)
     ]
     options = {"draft": draft, "compile": compile}
 
@@ -64,39 +58,20 @@ def slots(
         return model.generate_many(requests, slots=slots, **options)
 
     def batches() -> list:
-        rows = []
-        for start in range(0, len(requests), slots):
-            rows += model.generate(requests[start : start + slots], **options).rows
-        return rows
+        parts = [requests[start : start + slots] for start in range(0, len(requests), slots)]
+        return [row for part in parts for row in model.generate(part, **options).rows]
 
-    ways, seconds = {"slots": queue, "batches": batches}, {"slots": [], "batches": []}
-    outputs = {}
-    for repeat in range(repeats + 1):  # the first is to warm up
-        for name, work in ways.items():
-            started = time.perf_counter()
-            outputs[name] = work()
-            if repeat:
-                seconds[name].append(time.perf_counter() - started)
-            print(f"{name}: {time.perf_counter() - started:.2f} s", file=sys.stderr, flush=True)
-    tokens = {name: sum(len(row.tokens) for row in rows) for name, rows in outputs.items()}
-    rates = {name: tokens[name] / statistics.median(seconds[name]) for name in ways}
-    result = {
-        "environment": describe(model.target.device),
-        "model": model.target.name,
-        "num_prompts": len(ids),
-        "slots": slots,
-        "max_new_tokens": max_new_tokens,
-        "tree": tree,
-        "compile": compile,
-        "draft": draft,
-        "repeats": repeats,
-        "seconds": seconds,
-        "new_tokens": tokens,
-        "tokens_per_second": {k: round(v, 2) for k, v in rates.items()},
-        "slots_vs_batches": round(rates["slots"] / rates["batches"], 3),
-    }
-    print(json.dumps(result))
-
-
-if __name__ == "__main__":
-    cli.main(slots, name="python -m inference.bench.slots")
+    seconds, rows = race({"slots": queue, "batches": batches}, repeats, model.target.device)
+    for way, spent in seconds.items():
+        tokens = sum(len(row.tokens) for row in rows[way])
+        rate = round(tokens / statistics.median(spent), 2)
+        record.runs.append(
+            {"way": way, "seconds": spent, "new_tokens": tokens, "tokens_per_second": rate}
+        )
+    over, fixed = (run["tokens_per_second"] for run in record.runs)
+    result = record.result(model=model.target.name, slots_vs_batches=round(over / fixed, 3))
+    lines = tabulate(record.runs, way="way", tokens="new_tokens", tokens_s="tokens_per_second")
+    note = f"slots / batches: {result['slots_vs_batches']}"
+    hand_over(
+        result, "a queue over slots", [Section("Slots and batches", lines, note)], json, report
+    )

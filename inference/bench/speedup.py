@@ -1,9 +1,8 @@
-"""Ratios of throughputs, each with its baseline's name and a confidence interval.
-
-Knows runs; knows nothing of how they were made.
-"""
+"""Ratios of throughputs, each with its baseline's name and a confidence interval."""
 
 from __future__ import annotations
+
+import numpy as np
 
 from inference.bench.cases import Case
 from inference.bench.measure import Run
@@ -12,20 +11,24 @@ RESAMPLES = 2000
 VANILLA = ("vanilla", "vanilla_compiled")
 
 
+def fastest(runs: list[Run]) -> Run | None:
+    return max(runs, key=lambda run: run.tokens_per_second, default=None)
+
+
 def baseline(run: Run, runs: list[Run], engines: tuple[str, ...]) -> Run | None:
     """The fastest of `engines` under the run's own settings (those that the baseline has)."""
 
-    def comparable(other: Case) -> bool:
-        mine = run.case
-        return (
-            other.engine in engines
-            and (other.batch_size, other.context_length, other.temperature)
-            == (mine.batch_size, mine.context_length, mine.temperature)
-            and (other.stock or other.capacity == mine.capacity)
-        )
+    def settings(case: Case) -> tuple:
+        return case.batch_size, case.context_length, case.temperature
 
-    return max(
-        (r for r in runs if comparable(r.case)), key=lambda r: r.tokens_per_second, default=None
+    return fastest(
+        [
+            r
+            for r in runs
+            if r.case.engine in engines
+            and settings(r.case) == settings(run.case)
+            and (r.case.stock or r.case.capacity == run.case.capacity)
+        ]
     )
 
 
@@ -40,8 +43,6 @@ def interval(run: Run, base: Run, resamples: int = RESAMPLES, seed: int = 0) -> 
     says how the ratio moves with the prompts; repeats of a batch enter by their median only. None
     for one batch.
     """
-    import numpy as np
-
     batches = len(run.batch_tokens)
     if batches < 2:
         return None
@@ -50,8 +51,8 @@ def interval(run: Run, base: Run, resamples: int = RESAMPLES, seed: int = 0) -> 
     def throughput(r: Run):
         return np.array(r.batch_tokens)[picks].sum(1) / np.array(r.medians)[picks].sum(1)
 
-    low, high = np.percentile(throughput(run) / throughput(base), [2.5, 97.5])
-    return [round(float(low), 3), round(float(high), 3)]
+    ends = np.percentile(throughput(run) / throughput(base), [2.5, 97.5])
+    return [round(float(end), 3) for end in ends]
 
 
 def against_baselines(run: Run, runs: list[Run]) -> dict:
@@ -66,47 +67,38 @@ def against_baselines(run: Run, runs: list[Run]) -> dict:
     return found
 
 
-def headline(runs: list[Run]) -> dict:
+def headline(runs: list[Run]) -> dict[str, dict]:
     """The JSON's `speedup`, `efficiency` and `efficiency_best`, by batch size.
 
     runs: of one combination of settings a batch size.
     speedup: vs_hf and vs_vanilla of engine `eagle`; vs_vanilla_compiled of `eagle_compiled` (the
-      same engine
-    without drafting, each); best_vs_hf and best_vs_best_vanilla of the fastest engine that drafts.
-    efficiency: vs_vanilla / tau of `eagle`. efficiency_best: best_vs_best_vanilla / tau of that
-      engine. At 1
-    a cycle would cost no more than the plain step that it is measured against.
+    same engine without drafting, each); best_vs_hf and best_vs_best_vanilla of the fastest engine
+    that drafts. efficiency: vs_vanilla / tau of `eagle`. efficiency_best: best_vs_best_vanilla /
+    tau of that engine. At 1 a cycle would cost no more than the plain step that it is measured
+    against.
     """
-    speedup: dict[str, dict[str, float]] = {
-        name: {}
-        for name in (
-            "vs_hf",
-            "vs_vanilla",
-            "vs_vanilla_compiled",
-            "best_vs_hf",
-            "best_vs_best_vanilla",
-        )
-    }
-    efficiency: dict[str, float] = {}
-    efficiency_best: dict[str, float] = {}
+    names = "vs_hf vs_vanilla vs_vanilla_compiled best_vs_hf best_vs_best_vanilla".split()
+    speedup: dict[str, dict[str, float]] = {name: {} for name in names}
+    found = {"speedup": speedup, "efficiency": {}, "efficiency_best": {}}
     for size in dict.fromkeys(run.case.batch_size for run in runs):
-        key = str(size)
         of = {run.case.engine: run for run in runs if run.case.batch_size == size}
-        drafting = [run for run in of.values() if run.case.speculative]
-        plain = [of[engine] for engine in VANILLA if engine in of]
-        best = max(drafting, key=lambda r: r.tokens_per_second, default=None)
-        best_plain = max(plain, key=lambda r: r.tokens_per_second, default=None)
-        for name, run, base in (
-            ("vs_hf", of.get("eagle"), of.get("hf")),
-            ("vs_vanilla", of.get("eagle"), of.get("vanilla")),
-            ("vs_vanilla_compiled", of.get("eagle_compiled"), of.get("vanilla_compiled")),
-            ("best_vs_hf", best, of.get("hf")),
-            ("best_vs_best_vanilla", best, best_plain),
-        ):
+        best = fastest([run for run in of.values() if run.case.speculative])
+        best_plain = fastest([of[engine] for engine in VANILLA if engine in of])
+        eagle, hf = of.get("eagle"), of.get("hf")
+        pairs = (
+            (eagle, hf),
+            (eagle, of.get("vanilla")),
+            (of.get("eagle_compiled"), of.get("vanilla_compiled")),
+            (best, hf),
+            (best, best_plain),
+        )
+        for name, (run, base) in zip(names, pairs, strict=True):
             if run and base:
-                speedup[name][key] = ratio(run, base)
-        if key in speedup["vs_vanilla"] and of["eagle"].tau:
-            efficiency[key] = round(speedup["vs_vanilla"][key] / of["eagle"].tau, 3)
-        if key in speedup["best_vs_best_vanilla"] and best.tau:
-            efficiency_best[key] = round(speedup["best_vs_best_vanilla"][key] / best.tau, 3)
-    return {"speedup": speedup, "efficiency": efficiency, "efficiency_best": efficiency_best}
+                speedup[name][str(size)] = ratio(run, base)
+        for name, over, run in (
+            ("efficiency", "vs_vanilla", eagle),
+            ("efficiency_best", "best_vs_best_vanilla", best),
+        ):
+            if str(size) in speedup[over] and run.tau:
+                found[name][str(size)] = round(speedup[over][str(size)] / run.tau, 3)
+    return found

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import torch
 
+from eagle.static_cycle import StaticCycle
 from kernels.choose import choose, choose_reference, gumbel_noise, process_logits
 from kernels.commit_kv import commit_kv, commit_kv_reference
 from kernels.dispatch import use_triton
@@ -19,7 +20,6 @@ from kernels.tree_attention import pack_bits, tree_attention, tree_attention_ref
 from .clock import capture
 from .record import Goal, Record
 from .sizes import Geometry, Size, dtypes, require_memory
-from .static_cycle import StaticCycle
 
 # relative errors above these are bugs: a few times the rounding of one operand
 WORST = {torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 2e-2}

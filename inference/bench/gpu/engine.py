@@ -22,6 +22,7 @@ from eagle.decode import Batch, decode
 from eagle.draft import HeadDrafter
 from eagle.plan import WIDEST, Experience, Plan
 from eagle.request import Request, Row, Stopping
+from eagle.static_cycle import StaticCycle, StaticPlain
 from eagle.target import Target
 from eagle.tree import DraftTree, TreeShape, ancestors
 from eagle.verify import force
@@ -31,7 +32,6 @@ from .clock import Stopwatch, busy_ms, capture, synchronisations
 from .models import random_drafter, random_target, read_bytes
 from .record import Goal, Record, found
 from .sizes import Size, require_memory
-from .static_cycle import StaticCycle, StaticPlain
 
 AUTO_ACCEPT = 3  # draft tokens kept a cycle where tree="auto" chooses
 
