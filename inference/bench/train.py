@@ -78,7 +78,7 @@ def bench(
     flags = {"data.format": data_format, "model.base": base, "data.path": data}
     cfg = load_config(HeadTrainConfig, config, overrides, flags)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    from train.head.seeing.card import environment
+    from train.tracking.card import environment
 
     result: dict = {"environment": environment(device, 1)}
     if loss_tokens:
