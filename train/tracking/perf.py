@@ -1,8 +1,4 @@
-"""What a step costs: seconds by phase, tokens/s, FLOP/s, memory.
-
-T tokens of a step (padding not counted), M supervised tokens, S unrolled steps, H hidden, D draft
-vocabulary, V vocabulary.
-"""
+"""What a step costs: seconds by phase, tokens/s, FLOP/s, memory."""
 
 from __future__ import annotations
 
@@ -22,15 +18,11 @@ from torch import nn
 from eagle.heads.head import DraftHead
 from eagle.target import Target
 
-# dense bf16 matrix products, TFLOP/s, as the makers state them without sparsity
+# TFLOP/s of dense bf16 matrix products, as the makers state them without sparsity
 PEAKS = {
-    "A10": 125,
-    "A40": 149.7,
     "A100": 312,
     "L4": 121,
     "L40S": 362,
-    "RTX 4090": 165.2,
-    "H100 PCIe": 756,
     "H100": 989,
     "H200": 989,
     "B200": 2250,
@@ -48,37 +40,31 @@ def peak_flops(name: str, dtype: str) -> float | None:
 
 @dataclass(frozen=True)
 class FlopCount:
-    """FLOPs that a step needs, an estimate: two for a weight and token forward, four backward. What
-    is padded or recomputed does not count; attention scores, norms and the loss are left out.
+    """FLOPs that a token and a supervised token of a step need, an estimate: 2 for a weight that is
+    used, 6 for one that is trained. With S unrolled steps, H hidden, D draft vocabulary and V
+    vocabulary:
 
-        target        2·T·W_target + 2·M·V·H     no W_target where features come from disk
-        head          6·(T + (S-1)·M)·W_head
-        draft logits  6·S·M·H·D
+        token       2·W_target + 6·W_head         no W_target where features come from disk
+        supervised  2·V·H_target + 6·(S-1)·W_head + 6·S·H·D
+
+    Padding and what is recomputed do not count; attention scores and norms are left out.
     """
 
-    target: int
-    target_logits: int
-    head: int
-    draft_logits: int
-    steps: int
+    token: int
+    supervised: int
 
     @classmethod
     def of(cls, target: Target, head: DraftHead, steps: int, target_runs: bool = True) -> FlopCount:
         """target_runs: False where features come from disk."""
         c, h = target.config, head.config
-        return cls(
-            target=weights_of(target.layers, c) if target_runs else 0,
-            target_logits=target.vocab_size * c.hidden_size,
-            head=weights_of(head.fc, h) + weights_of(head.decoder_layers, h),
-            draft_logits=h.hidden_size * h.draft_vocab_size,
-            steps=steps,
-        )
+        used = weights_of(target.layers, c) if target_runs else 0
+        trained = weights_of(head.fc, h) + weights_of(head.decoder_layers, h)
+        logits = steps * h.hidden_size * h.draft_vocab_size
+        teacher = target.vocab_size * c.hidden_size
+        return cls(2 * used + 6 * trained, 2 * teacher + 6 * ((steps - 1) * trained + logits))
 
     def __call__(self, tokens: int, supervised: int) -> float:
-        unrolled = tokens + (self.steps - 1) * supervised
-        forward = tokens * self.target + supervised * self.target_logits
-        trained = unrolled * self.head + self.steps * supervised * self.draft_logits
-        return 2.0 * forward + 6.0 * trained
+        return float(tokens * self.token + supervised * self.supervised)
 
 
 def weights_of(module: nn.Module, config) -> int:
@@ -97,10 +83,8 @@ def weights_of(module: nn.Module, config) -> int:
 def memory(device: torch.device) -> dict[str, int]:
     """Bytes that PyTorch holds on a GPU, or the resident set, and the maximum of it."""
     if device.type == "cuda":
-        return {
-            "allocated": torch.cuda.memory_allocated(device),
-            "peak_allocated": torch.cuda.max_memory_allocated(device),
-        }
+        held, most = torch.cuda.memory_allocated(device), torch.cuda.max_memory_allocated(device)
+        return {"allocated": held, "peak_allocated": most}
     unit = 1 if sys.platform == "darwin" else 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
     resident = psutil.Process().memory_info().rss
@@ -148,23 +132,21 @@ class PerfMeter:
             self._since.append(row)
         if not self.due:
             return None
-        wall = sum(1 / r["steps_per_second"] for r in self._since)
-        tokens, targets = (sum(r[key] for r in self._since) for key in ("tokens", "targets"))
+        steps, self._since = self._since, []
+        wall = sum(1 / r["steps_per_second"] for r in steps)
+        tokens, targets = (sum(r[key] for r in steps) for key in ("tokens", "targets"))
         whole = 1 / row["steps_per_second"]
         seconds = {**row["seconds"], "other": max(whole - sum(row["seconds"].values()), 0.0)}
-        flops = self.flops(tokens, targets)
-        out = {
+        flops = self.flops(tokens, targets) / wall
+        return {
             "step": row["step"],
-            "steps": len(self._since),
-            "seconds_per_step": wall / len(self._since),
+            "steps": len(steps),
+            "seconds_per_step": wall / len(steps),
             "seconds": seconds,
             "ratio": {name: spent / whole for name, spent in seconds.items()},
             "tokens_per_second": tokens / wall,
             "supervised_tokens_per_second": targets / wall,
-            "gflops_per_second": flops / wall / 1e9,
+            "gflops_per_second": flops / 1e9,
+            **({"mfu": flops / self.peak} if self.peak else {}),
             "memory": memory(self.device),
         }
-        if self.peak:
-            out["mfu"] = flops / wall / self.peak
-        self._since = []
-        return out

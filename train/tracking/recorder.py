@@ -20,7 +20,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from torch.profiler import ProfilerActivity, profile, schedule
+from torch.profiler import profile, schedule
 
 from configs.schema import HeadTrainConfig
 from eagle.checkpoint import atomic_write_text
@@ -29,12 +29,12 @@ from train.head.metrics import MetricsLog, Progress
 from train.tracking.card import environment
 from train.tracking.perf import FlopCount, PerfMeter, memory, peak_flops
 from train.tracking.report import write_report
-from train.tracking.trackers import Tracker, open_trackers, reason, scalars
-
-SKIP = 2  # steps before the first that is profiled: allocations and compilations
+from train.tracking.trackers import open_trackers, reason, scalars
 
 
-class Recorder:
+class Recorder(logging.Handler):
+    """As a handler of loggers it keeps their warnings, and shows what logging would have shown."""
+
     def __init__(
         self,
         cfg: HeadTrainConfig,
@@ -46,14 +46,17 @@ class Recorder:
         quiet: bool = False,
     ) -> None:
         """Writes nothing yet. total: steps of the run, None where only the clock ends it."""
+        super().__init__(logging.WARNING)
         self.cfg, self.output, self.world = cfg, output, world
         self.facts = environment(world.device, world.size)
         peak = peak_flops(self.facts["device"], cfg.train.dtype)
         every = cfg.train.perf_every
         self.perf = PerfMeter(world.device, flops, every, peak and peak * world.size)
+        self.phase = self.perf.phase
         self.progress = Progress(total, quiet=quiet or not world.first)
+        self.note = self.progress.note
         self.profiler: profile | None = None
-        self.trackers: dict[str, Tracker] = {}
+        self.trackers: dict = {}
         self.at = 0
 
     @contextlib.contextmanager
@@ -69,15 +72,14 @@ class Recorder:
             return
         self.at = step
         self._open(step, card)
-        handler = _Events(self)
         loggers = [logging.getLogger(name) for name in ("train", "eagle")]
         for logger in loggers:
-            logger.addHandler(handler)
+            logger.addHandler(self)
         try:
             yield
         finally:
             for logger in loggers:
-                logger.removeHandler(handler)
+                logger.removeHandler(self)
             self._close()
 
     def _open(self, step: int, card: dict) -> None:
@@ -95,23 +97,20 @@ class Recorder:
             self.note("no TensorBoard files: pip install tensorboardX, or set train.report_to=none")
         if t.profile:
             os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # it announces itself
+            steps = schedule(wait=1, warmup=1, active=t.profile, repeat=1)
             self.profiler = profile(
-                schedule=schedule(wait=SKIP - 1, warmup=1, active=t.profile, repeat=1),
-                on_trace_ready=self._write_profile,
+                schedule=steps,
+                on_trace_ready=self._write_trace,
                 record_shapes=True,
                 profile_memory=True,
             )
             self.profiler.start()
 
-    def _write_profile(self, profiler: profile) -> None:
-        folder = self.output / "profile"
-        folder.mkdir(parents=True, exist_ok=True)
-        cuda = ProfilerActivity.CUDA in profiler.activities
-        order = "self_cuda_time_total" if cuda else "self_cpu_time_total"
-        table = profiler.key_averages().table(sort_by=order, row_limit=40)
-        (folder / "operators.txt").write_text(table + "\n", encoding="utf-8")
-        profiler.export_chrome_trace(str(folder / "trace.json"))
-        self.note(f"profile: {folder / 'trace.json'}")
+    def _write_trace(self, profiler: profile) -> None:
+        trace = self.output / "profile" / "trace.json"
+        trace.parent.mkdir(exist_ok=True)
+        profiler.export_chrome_trace(str(trace))
+        self.note(f"profile: {trace}")
 
     def _close(self) -> None:
         self.progress.close()
@@ -133,10 +132,6 @@ class Recorder:
         self.at = step
         self.perf.begin(step)
 
-    def phase(self, name: str):
-        """Time a part of the step."""
-        return self.perf.phase(name)
-
     def step(self, row: dict, done: float, eta: float, elapsed: float, keep: bool) -> None:
         """row: the step's metrics, kept in metrics.jsonl if `keep`. done: 0 … 1 of the run. eta and
         elapsed: seconds."""
@@ -156,17 +151,16 @@ class Recorder:
 
     def evaluation(self, result: dict) -> None:
         """result: with its `step`, `tau` and `acceptance_by_depth`."""
-        if self.world.first:
-            self._event("evaluation", **result)
-            self._track(result["step"], scalars(result, "heldout"))
+        self._event("evaluation", **result)
+        self._track(result["step"], scalars(result, "heldout"))
 
     def warn(self, text: str) -> None:
         """Shown, kept, and part of the report."""
-        self.progress.note(f"warning: {text}")
+        self.note(f"warning: {text}")
         self._event("warning", text=text)
 
-    def note(self, text: str) -> None:
-        self.progress.note(text)
+    def emit(self, record: logging.LogRecord) -> None:
+        self.warn(record.getMessage())
 
     def _event(self, kind: str, **values) -> None:
         if self.world.first:
@@ -182,14 +176,3 @@ class Recorder:
         except Exception as error:  # networks, quotas, disks: any may fail in any library's own way
             del self.trackers[name]
             self.warn(f"{name} failed and gets nothing more of this run: {reason(error)}")
-
-
-class _Events(logging.Handler):
-    """Shows what logging itself would have shown: with a handler, it no longer does."""
-
-    def __init__(self, recorder: Recorder) -> None:
-        super().__init__(logging.WARNING)
-        self.recorder = recorder
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.recorder.warn(record.getMessage())

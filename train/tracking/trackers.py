@@ -2,74 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from eagle.checkpoint import atomic_write_text
 from eagle.errors import EagleError
 
-PROJECT = "eagle-heads"
 PACKAGES = {"tensorboard": "tensorboardX", "wandb": "wandb", "trackio": "trackio"}
-
-
-class Tracker(Protocol):
-    def log(self, step: int, values: dict[str, float]) -> None: ...
-
-    def close(self) -> None: ...
-
-
-def open_trackers(
-    report_to: list[str] | None, output: Path, config: dict, step: int
-) -> dict[str, Tracker]:
-    """The trackers by name, continuing after `step`. None: TensorBoard where it is installed."""
-    require_installed(report_to)
-    if report_to is None:
-        report_to = ["tensorboard"] if importlib.util.find_spec("tensorboardX") else []
-    kinds = {"tensorboard": TensorBoard, "wandb": WandB, "trackio": Trackio}
-    opened: dict[str, Tracker] = {}
-    for name in report_to:
-        try:
-            opened[name] = kinds[name](output, flat_config(config), step)
-        except Exception as error:  # their own error classes, networks, disks
-            remedy = "run `wandb login`, set WANDB_MODE=offline" if name == "wandb" else "repair it"
-            raise EagleError(
-                f"{name} does not start: {reason(error)}; {remedy}, or take it out of "
-                "train.report_to"
-            ) from error
-    return opened
-
-
-def require_installed(report_to: list[str] | None) -> None:
-    """Before a run loads anything: EagleError for a tracker whose package is not there."""
-    for name in report_to or []:
-        if not importlib.util.find_spec(PACKAGES[name]):
-            raise EagleError(
-                f"train.report_to names {name}, which is not installed: pip install "
-                f"{PACKAGES[name]}, or take it out"
-            )
-
-
-def reason(error: Exception) -> str:
-    """On one line, not too long."""
-    return " ".join(str(error).split())[:200]
-
-
-def scalars(values: dict, prefix: str) -> dict[str, float]:
-    """Nested numbers -> flat names: `train/loss`, `train/acceptance_by_depth/1`.
-
-    Lists count from 1. What is not a number is left out.
-    """
-    flat = {}
-    for key, value in values.items():
-        name = f"{prefix}/{key}"
-        if isinstance(value, (list, tuple)):
-            value = {str(n): item for n, item in enumerate(value, 1)}
-        if isinstance(value, dict):
-            flat |= scalars(value, name)
-        elif isinstance(value, (int, float)) and not isinstance(value, bool) and key != "step":
-            flat[name] = float(value)
-    return flat
 
 
 class TensorBoard:
@@ -104,7 +44,7 @@ class WandB:
 
         file = output / "wandb_id.txt"
         known = file.read_text(encoding="utf-8").strip() if file.exists() else None
-        about: dict[str, Any] = {"project": PROJECT, "name": output.name, "config": config}
+        about: dict[str, Any] = {"project": "eagle-heads", "name": output.name, "config": config}
         self.run = wandb.init(**about, dir=str(output), id=known, resume="allow")
         atomic_write_text(file, self.run.id + "\n")
         # a resumed run repeats steps, which wandb's own counter would refuse
@@ -124,13 +64,61 @@ class Trackio:
         import trackio
 
         self.trackio = trackio
-        trackio.init(project=PROJECT, name=output.name, config=config, resume="allow")
+        trackio.init(project="eagle-heads", name=output.name, config=config, resume="allow")
 
     def log(self, step: int, values: dict[str, float]) -> None:
         self.trackio.log(values, step=step)
 
     def close(self) -> None:
         self.trackio.finish()
+
+
+TRACKERS = {"tensorboard": TensorBoard, "wandb": WandB, "trackio": Trackio}
+
+
+def open_trackers(report_to: list[str] | None, output: Path, config: dict, step: int) -> dict:
+    """The trackers by name, continuing after `step`. None: TensorBoard where it is installed."""
+    require_installed(report_to)
+    if report_to is None:
+        report_to = ["tensorboard"] if find_spec("tensorboardX") else []
+    opened = {}
+    for name in report_to:
+        try:
+            opened[name] = TRACKERS[name](output, flat_config(config), step)
+        except Exception as error:  # their own error classes, networks, disks
+            remedy = "run `wandb login` or set WANDB_MODE=offline, or " if name == "wandb" else ""
+            text = f"{name} does not start: {reason(error)}; {remedy}take it out of train.report_to"
+            raise EagleError(text) from error
+    return opened
+
+
+def require_installed(report_to: list[str] | None) -> None:
+    """Before a run loads anything: EagleError for a tracker whose package is not there."""
+    for name in report_to or []:
+        if not find_spec(PACKAGES[name]):
+            raise EagleError(
+                f"train.report_to names {name}, which is not installed: pip install "
+                f"{PACKAGES[name]}, or take it out"
+            )
+
+
+def reason(error: Exception) -> str:
+    """On one line, not too long."""
+    return " ".join(str(error).split())[:200]
+
+
+def scalars(values: dict, prefix: str) -> dict[str, float]:
+    """Nested numbers -> flat names: `train/loss`, `train/acceptance_by_depth/1` (lists count from
+    1). What is not a number is left out."""
+    flat = {}
+    for key, value in values.items():
+        if isinstance(value, list):
+            value = {str(n): item for n, item in enumerate(value, 1)}
+        if isinstance(value, dict):
+            flat |= scalars(value, f"{prefix}/{key}")
+        elif isinstance(value, (int, float)) and key != "step":
+            flat[f"{prefix}/{key}"] = float(value)
+    return flat
 
 
 def flat_config(config: dict, prefix: str = "") -> dict[str, Any]:
