@@ -65,8 +65,8 @@ def train(
 def run(cfg: HeadTrainConfig, quiet: bool = False) -> int:
     """Train as `cfg` says; returns the exit code."""
     from eagle.loading import find_folder
-    from train.head.seeing.trackers import require_installed
     from train.head.state import choose_output, require_writable, write_config
+    from train.tracking.trackers import require_installed
 
     find_folder(cfg.model.base, weights=False)  # before anything is written
     require_installed(cfg.train.report_to)

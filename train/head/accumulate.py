@@ -21,11 +21,11 @@ from train.head.distributed import World
 from train.head.engine import Engine
 from train.head.loader import MicroBatch, Steps
 from train.head.losses import feature_noise
-from train.head.seeing.recorder import Recorder
 from train.head.setup import Parts
 from train.head.sources import by_source
 from train.head.teacher import hidden_and_features, teach, with_noise
 from train.head.ttt import Plan, plan_unroll
+from train.tracking.recorder import Recorder
 
 
 class Accumulator:

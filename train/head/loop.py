@@ -29,13 +29,13 @@ from train.head.evaluate import acceptance
 from train.head.loader import Loader, MicroBatch, Steps
 from train.head.order import RowOrder
 from train.head.schedule import Schedule
-from train.head.seeing.card import run_card
-from train.head.seeing.perf import FlopCount
-from train.head.seeing.recorder import Recorder
 from train.head.setup import Parts, build, output_rows, settle, with_dtypes
 from train.head.signals import StopSignals
 from train.head.sources import SourceMetrics
 from train.head.ttt import UnrolledHead
+from train.tracking.card import run_card
+from train.tracking.perf import FlopCount
+from train.tracking.recorder import Recorder
 
 
 class Trainer:
@@ -99,7 +99,6 @@ class Trainer:
             cfg,
             output,
             world,
-            rows_per_step=self.global_batch,
             total=self.schedule.total,
             quiet=quiet,
             flops=FlopCount.of(
@@ -159,7 +158,7 @@ class Trainer:
                 self.batches = self.loader.from_row(self.rows_seen)
             batches = next(self.batches)
         sums = self.accumulate(batches, self.step + 1)
-        with self.seen.phase("step"):
+        with self.seen.phase("optimizer"):
             norm = self.engine.update()
         self.accumulate.require_finite_norm(norm)
         tokens = torch.tensor([sum(int(batch.attention_mask.sum()) for batch in batches)])

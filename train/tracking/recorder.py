@@ -16,21 +16,25 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import os
 from collections.abc import Iterator
 from pathlib import Path
+
+from torch.profiler import profile, schedule
 
 from configs.schema import HeadTrainConfig
 from eagle.checkpoint import atomic_write_text
 from train.head.distributed import World
 from train.head.metrics import MetricsLog, Progress
-from train.head.seeing.card import environment
-from train.head.seeing.perf import FlopCount, PerfMeter, memory, peak_flops
-from train.head.seeing.profiler import StepProfiler
-from train.head.seeing.report import write_report
-from train.head.seeing.trackers import Tracker, open_trackers, scalars
+from train.tracking.card import environment
+from train.tracking.perf import FlopCount, PerfMeter, memory, peak_flops
+from train.tracking.report import write_report
+from train.tracking.trackers import open_trackers, reason, scalars
 
 
-class Recorder:
+class Recorder(logging.Handler):
+    """As a handler of loggers it keeps their warnings, and shows what logging would have shown."""
+
     def __init__(
         self,
         cfg: HeadTrainConfig,
@@ -38,19 +42,21 @@ class Recorder:
         world: World,
         *,
         flops: FlopCount,
-        rows_per_step: int,
         total: int | None,
         quiet: bool = False,
     ) -> None:
         """Writes nothing yet. total: steps of the run, None where only the clock ends it."""
-        t = cfg.train
-        self.cfg, self.output, self.world, self.rows = cfg, output, world, rows_per_step
+        super().__init__(logging.WARNING)
+        self.cfg, self.output, self.world = cfg, output, world
         self.facts = environment(world.device, world.size)
-        peak = peak_flops(self.facts["device"], t.dtype) if world.device.type == "cuda" else None
-        self.perf = PerfMeter(world.device, flops, t.perf_every, world.size, peak)
+        peak = peak_flops(self.facts["device"], cfg.train.dtype)
+        every = cfg.train.perf_every
+        self.perf = PerfMeter(world.device, flops, every, peak and peak * world.size)
+        self.phase = self.perf.phase
         self.progress = Progress(total, quiet=quiet or not world.first)
-        self.profiler = StepProfiler(output / "profile", t.profile if world.first else 0)
-        self.trackers: dict[str, Tracker] = {}
+        self.note = self.progress.note
+        self.profiler: profile | None = None
+        self.trackers: dict = {}
         self.at = 0
 
     @contextlib.contextmanager
@@ -66,29 +72,45 @@ class Recorder:
             return
         self.at = step
         self._open(step, card)
-        handler = _Events(self)
         loggers = [logging.getLogger(name) for name in ("train", "eagle")]
         for logger in loggers:
-            logger.addHandler(handler)
+            logger.addHandler(self)
         try:
             yield
         finally:
             for logger in loggers:
-                logger.removeHandler(handler)
+                logger.removeHandler(self)
             self._close()
 
     def _open(self, step: int, card: dict) -> None:
         t, keep_to = self.cfg.train, step or -1
         text = json.dumps({"environment": self.facts, **card}, indent=2, ensure_ascii=False)
         atomic_write_text(self.output / "run.json", text + "\n")
-        self.metrics = MetricsLog(self.output / "metrics.jsonl", keep_to)
-        self.perf_rows = MetricsLog(self.output / "perf.jsonl", keep_to)
-        self.events = MetricsLog(self.output / "events.jsonl", keep_to)
+        self.metrics, self.perf_rows, self.events = (
+            MetricsLog(self.output / f"{name}.jsonl", keep_to)
+            for name in ("metrics", "perf", "events")
+        )
         self._event("start", date=self.facts["date"], processes=self.world.size)
         config = self.cfg.model_dump(mode="json")
         self.trackers = open_trackers(t.report_to, self.output, config, step)
         if t.report_to is None and not self.trackers:
             self.note("no TensorBoard files: pip install tensorboardX, or set train.report_to=none")
+        if t.profile:
+            os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # it announces itself
+            steps = schedule(wait=1, warmup=1, active=t.profile, repeat=1)
+            self.profiler = profile(
+                schedule=steps,
+                on_trace_ready=self._write_trace,
+                record_shapes=True,
+                profile_memory=True,
+            )
+            self.profiler.start()
+
+    def _write_trace(self, profiler: profile) -> None:
+        trace = self.output / "profile" / "trace.json"
+        trace.parent.mkdir(exist_ok=True)
+        profiler.export_chrome_trace(str(trace))
+        self.note(f"profile: {trace}")
 
     def _close(self) -> None:
         self.progress.close()
@@ -96,8 +118,8 @@ class Recorder:
             self._guarded(name, lambda tracker: tracker.close())
         self.trackers = {}
         try:
-            if trace := self.profiler.close():
-                self.note(f"profile: {trace}")
+            if self.profiler:
+                self.profiler.stop()
             self.note(f"report: {write_report(self.output)}")
         except OSError as error:  # what the run is for is saved: a full disk here does not undo it
             remedy = f"make space and run python -m train.report {self.output}"
@@ -109,20 +131,15 @@ class Recorder:
         """Before step number `step`."""
         self.at = step
         self.perf.begin(step)
-        self.profiler.before_step()
-
-    def phase(self, name: str):
-        """Time a part of the step."""
-        return self.perf.phase(name)
 
     def step(self, row: dict, done: float, eta: float, elapsed: float, keep: bool) -> None:
         """row: the step's metrics, kept in metrics.jsonl if `keep`. done: 0 … 1 of the run. eta and
         elapsed: seconds."""
-        if trace := self.profiler.after_step():
-            self.note(f"profile of {self.cfg.train.profile} steps: {trace}")
-        perf = self.perf.add(row, self.rows)
+        perf = self.perf.add(row)
         if not self.world.first:
             return
+        if self.profiler:
+            self.profiler.step()
         used, step = memory(self.world.device), row["step"]
         self.progress.update(step, done, eta, row, used.get("allocated", used.get("resident")))
         if keep:
@@ -134,17 +151,16 @@ class Recorder:
 
     def evaluation(self, result: dict) -> None:
         """result: with its `step`, `tau` and `acceptance_by_depth`."""
-        if self.world.first:
-            self._event("evaluation", **result)
-            self._track(result["step"], scalars(result, "heldout"))
+        self._event("evaluation", **result)
+        self._track(result["step"], scalars(result, "heldout"))
 
     def warn(self, text: str) -> None:
         """Shown, kept, and part of the report."""
-        self.progress.note(f"warning: {text}")
+        self.note(f"warning: {text}")
         self._event("warning", text=text)
 
-    def note(self, text: str) -> None:
-        self.progress.note(text)
+    def emit(self, record: logging.LogRecord) -> None:
+        self.warn(record.getMessage())
 
     def _event(self, kind: str, **values) -> None:
         if self.world.first:
@@ -159,16 +175,4 @@ class Recorder:
             call(self.trackers[name])
         except Exception as error:  # networks, quotas, disks: any may fail in any library's own way
             del self.trackers[name]
-            reason = " ".join(str(error).split())[:200]
-            self.warn(f"{name} failed and gets nothing more of this run: {reason}")
-
-
-class _Events(logging.Handler):
-    """Shows what logging itself would have shown: with a handler, it no longer does."""
-
-    def __init__(self, recorder: Recorder) -> None:
-        super().__init__(logging.WARNING)
-        self.recorder = recorder
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.recorder.warn(record.getMessage())
+            self.warn(f"{name} failed and gets nothing more of this run: {reason(error)}")
