@@ -27,6 +27,7 @@ from eagle.checkpoint import atomic_dir
 from eagle.errors import EagleError
 from eagle.loading import cache_folder
 from eagle.meter import Bar
+from records.card import file_hash
 from records.quarantine import BadRow, enforce, object_of
 from records.render import Renderer, record_key
 from records.rows import RowError
@@ -69,11 +70,8 @@ def fingerprint(files: list[Path], data_format: str, cfg: DataConfig, tokenizer:
     shaping = {field: getattr(cfg, field) for field in SHAPING_FIELDS[data_format]}
     digest.update(repr((CODE_VERSION, data_format, shaping, tokenizer_hash(tokenizer))).encode())
     for path in files:
-        digest.update(json.dumps([str(path), path.stat().st_size]).encode())
         try:
-            with path.open("rb") as file:
-                while block := file.read(1 << 20):
-                    digest.update(block)
+            digest.update(json.dumps([str(path), file_hash(path)]).encode())
         except OSError as error:
             raise EagleError(f"{path}: cannot read this file: {error.strerror}") from error
     return digest.hexdigest()[:32]

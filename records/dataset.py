@@ -67,15 +67,17 @@ class Source:
         return np.bincount(ids[mask == 1], minlength=vocab_size)[:vocab_size]
 
     def columns(self, *names: str) -> list[np.ndarray]:
-        """Whole columns of this split's rows, list columns flattened."""
-        table = self.entry.table.select(self.indices).with_format("arrow")
-        flat: list[list[np.ndarray]] = [[np.empty(0, np.int64)] for _ in names]
-        for batch in table.iter(batch_size=1000):
-            for parts, name in zip(flat, names, strict=True):
-                column = batch[name].combine_chunks()
-                values = column.flatten() if hasattr(column, "flatten") else column
-                parts.append(values.to_numpy(zero_copy_only=False))
-        return [np.concatenate(parts[1:] or parts) for parts in flat]
+        """Whole columns of this split's rows, lists end to end."""
+        return [self._column(name) for name in names]
+
+    def _column(self, name: str) -> np.ndarray:
+        column = self.entry.table.data.column(name)
+        if not hasattr(column.type, "value_type"):
+            return column.to_numpy()[self.indices]
+        chosen = np.zeros(len(self._lengths), dtype=bool)
+        chosen[self.indices] = True
+        values = np.concatenate([chunk.flatten().to_numpy() for chunk in column.chunks])
+        return values[np.repeat(chosen, self._lengths)]
 
 
 class TokenizedData:
@@ -137,8 +139,7 @@ class TokenizedData:
         """
         digest = hashlib.sha256(repr(getattr(self.order, "counts", None)).encode())
         for source in self.sources:
-            (keys,) = source.columns("key")
-            digest.update(np.ascontiguousarray(keys, dtype=np.int64).tobytes())
+            digest.update(source.columns("key")[0].tobytes())
         return digest.hexdigest()[:16]
 
     def token_counts(self, vocab_size: int) -> np.ndarray:

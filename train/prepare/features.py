@@ -51,8 +51,8 @@ def write_features(
 
     command: what to tell a user to run when a shard must be written again, without --output.
     """
-    data = load_dataset_for(cfg.data, load_tokenizer(cfg.model.base), split="train")
     m = cfg.model
+    data = load_dataset_for(cfg.data, load_tokenizer(m.base), split="train")
     target = Target.from_pretrained(
         m.base,
         dtype=m.dtype,
@@ -60,13 +60,13 @@ def write_features(
         adapter_path=m.adapter,
         quantization=m.quantization,
     )
-    layers = cfg.model.feature_layers
-    if cfg.model.init_head:
-        layers = load_head(cfg.model.init_head, target)[0].config.feature_layers
+    layers = m.feature_layers
+    if m.init_head:
+        layers = load_head(m.init_head, target)[0].config.feature_layers
     if m.method == "eagle1" or layers == (FINAL,):
         raise EagleError(
-            "EAGLE-1 heads are trained with the target at hand: its last hidden state is all that they read; "
-            "leave this step out"
+            "EAGLE-1 heads are trained with the target at hand: its last hidden state is all that "
+            "they read; leave this step out"
         )
     if layers is not None:
         target.set_feature_layers(layers)
