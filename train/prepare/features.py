@@ -185,7 +185,7 @@ def compute(
     for first in range(0, len(order), batch_size):
         chosen = order[first : first + batch_size]
         batch = Collator()(
-            [{"input_ids": rows[n], "loss_mask": [0] * len(rows[n])} for n in chosen]
+            [{"input_ids": rows[n].tolist(), "loss_mask": [0] * len(rows[n])} for n in chosen]
         )
         ids, mask = (batch[name].to(target.device) for name in ("input_ids", "attention_mask"))
         hidden, features = hidden_and_features(target, ids, mask)
