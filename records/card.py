@@ -1,11 +1,10 @@
 """The data card beside a file of answers: who wrote them, how, and whether the file is still that
-one.
+one. `train.prepare regenerate` writes cards, a training run reads them.
 
     ANSWERS.jsonl   ANSWERS.card.json   ANSWERS.quarantine.jsonl
 
 `policy` is "on": the answers are those of the card's `target`. For another target they are
-off-policy. Knows JSON and files; `train.prepare regenerate` writes cards, a training run reads
-them.
+off-policy.
 """
 
 from __future__ import annotations
@@ -68,42 +67,42 @@ def who_answered(
     files: Iterable[Path], on_policy: bool | None, fingerprint: str, adapter: str | None
 ) -> str:
     """What is recorded with a head about the answers in `files`; warns when another target wrote
-    them.
-
-    on_policy: what the user says, None to believe the cards. fingerprint, adapter: of the run's
-    target.
+    them. on_policy: what the user says, None to believe the cards. fingerprint, adapter: of the
+    run's target.
     """
     if on_policy is not None:
         return BY_TARGET if on_policy else AS_GIVEN
-    found = {}
-    for path in dict.fromkeys(files):
-        card = read_card(path)
-        found[path] = AS_GIVEN if card is None else _by(path, card["target"], fingerprint, adapter)
-    kinds = sorted(set(found.values()))
+    found = {path: _who_answered(path, fingerprint, adapter) for path in dict.fromkeys(files)}
+    kinds = set(found.values())
     if len(kinds) == 1:
-        return kinds[0]
+        return kinds.pop()
     return "; ".join(f"{path.name}: {text}" for path, text in found.items())
 
 
-def _by(path: Path, writer: dict, fingerprint: str, adapter: str | None) -> str:
-    if writer["fingerprint"] == fingerprint and writer["adapter"] == adapter:
+def _who_answered(path: Path, fingerprint: str, adapter: str | None) -> str:
+    card = read_card(path)
+    if card is None:
+        return AS_GIVEN
+    writer = card["target"]
+    name, weights, tuned = (writer[key] for key in ("id", "fingerprint", "adapter"))
+    if (weights, tuned) == (fingerprint, adapter):
         return BY_TARGET
-    if writer["fingerprint"] is None:
+    if weights is None:
         logger.warning(
-            "%s was written by %s at an endpoint, whose weights nobody compared with this target's; "
-            "set data.on_policy=true if they are the same",
+            "%s was written by %s at an endpoint, whose weights nobody compared with this "
+            "target's; set data.on_policy=true if they are the same",
             path,
-            writer["id"],
+            name,
         )
-        return at_endpoint(writer["id"])
+        return at_endpoint(name)
     logger.warning(
-        "%s was written by another target, %s (weights %s, adapter %s; here %s, %s): a head learns less of what this "
-        "target says; regenerate the answers with it",
+        "%s was written by another target, %s (weights %.12s, adapter %.12s; here %.12s, %.12s): a "
+        "head learns less of what this target says; regenerate the answers with it",
         path,
-        writer["id"],
-        writer["fingerprint"][:12],
-        str(writer["adapter"])[:12],
-        fingerprint[:12],
-        str(adapter)[:12],
+        name,
+        weights,
+        tuned,
+        fingerprint,
+        adapter,
     )
-    return f"written by {writer['id']}, another target"
+    return f"written by {name}, another target"

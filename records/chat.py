@@ -4,8 +4,6 @@ Spans are proven, not guessed: the template is rendered twice, once with the rea
 with a marker in place of each assistant text. The text between the markers must reappear, piece by
 piece and without remainder, in the real rendering; what lies between the pieces is the assistant's.
 A template that does anything else to a turn gets the row refused with a reason.
-
-Knows nothing of files, FIM or batching.
 """
 
 from __future__ import annotations
@@ -14,8 +12,8 @@ import re
 from typing import Any
 
 from eagle.errors import EagleError
-from records.rows import Row, RowError, cut_right
-from records.tokens import added_tokens, encode, encode_with_spans, leading_ids
+from records.rows import Row, RowError, cut_right, fields_of, filled_field, text_field
+from records.tokens import added_tokens, encode, encode_with_spans, end_ids, leading_ids
 
 ROLES = {
     "system": "system",
@@ -49,9 +47,7 @@ def read_messages(record: dict) -> list[dict[str, str]]:
     turns = record.get("messages", record.get("conversations"))
     if turns is None:
         raise RowError(
-            "missing field 'messages' or 'conversations'",
-            _FORMAT_HELP,
-            f"fields: {', '.join(map(str, record)) or 'none'}",
+            "missing field 'messages' or 'conversations'", _FORMAT_HELP, fields_of(record)
         )
     if not isinstance(turns, (list, tuple)) or not turns:
         raise RowError("messages is not a non-empty list", _FORMAT_HELP)
@@ -68,14 +64,13 @@ def read_messages(record: dict) -> list[dict[str, str]]:
             kind = type(content).__name__
             raise RowError("message content is not text", _FORMAT_HELP, f"message {n} is {kind}")
         messages.append({"role": ROLES[role.lower()], "content": content})
-    if not any(message["role"] == "assistant" for message in messages):
+    answers = {n: m["content"] for n, m in enumerate(messages) if m["role"] == "assistant"}
+    if not answers:
         raise RowError("no assistant message", "add the assistant's answer: it is what is learnt")
-    empty = [
-        n for n, m in enumerate(messages) if m["role"] == "assistant" and not m["content"].strip()
-    ]
-    if empty:
-        detail = f"message {empty[0]}"
-        raise RowError("empty assistant message", "remove the turn or fill it in", detail)
+    for n, content in answers.items():
+        if not content.strip():
+            remedy = "remove the turn or fill it in"
+            raise RowError("empty assistant message", remedy, f"message {n}")
     return messages
 
 
@@ -86,7 +81,7 @@ def render_chat(record: dict, tokenizer: Any, max_length: int, supervise: str = 
         turns = turns[-1:]
     ids, spans = encode_with_spans(tokenizer, text)
     if supervise == "all":
-        mask = [0] + [1] * (len(ids) - 1)
+        mask = all_but_first(ids)
     else:
         turns = [(start, end + _end_of_turn(tokenizer, text, end)) for start, end in turns]
         mask = _mark(text, spans, turns)
@@ -102,47 +97,52 @@ def render_instruction(
 ) -> Row:
     """`instruction`, optional `input`, `response` or `output`; as a chat, or in Alpaca form."""
     instruction, context, response = read_instruction(record)
-    if template == "auto":
-        template = "chat" if getattr(tokenizer, "chat_template", None) else "alpaca"
-    if template == "chat":
-        question = f"{instruction}\n\n{context}" if context.strip() else instruction
+    if as_chat(tokenizer, template):
         messages = [
-            {"role": "user", "content": question},
+            {"role": "user", "content": question(instruction, context)},
             {"role": "assistant", "content": response},
         ]
         return render_chat({"messages": messages}, tokenizer, max_length, supervise)
-    prompt = ALPACA.format(
-        also=", paired with an input that gives it context" if context.strip() else "",
-        instruction=instruction,
-        input=f"### Input:\n{context}\n\n" if context.strip() else "",
-    )
+    prompt = alpaca_prompt(instruction, context)
     ids, spans = encode_with_spans(tokenizer, prompt + response)
     mask = _mark(prompt, spans, [(len(prompt), len(prompt) + len(response))])
-    first = leading_ids(tokenizer)
-    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    first, end = leading_ids(tokenizer), end_ids(tokenizer)
     ids, mask = first + ids + end, [0] * len(first) + mask + [1] * len(end)
-    if supervise == "all":
-        mask = [0] + [1] * (len(ids) - 1)
-    return cut_right(ids, mask, max_length)
+    return cut_right(ids, all_but_first(ids) if supervise == "all" else mask, max_length)
 
 
 def read_instruction(record: dict) -> tuple[str, str, str]:
     """(instruction, input or "", response), checked."""
     remedy = 'write {"instruction": "...", "input": "", "output": "..."} in each row'
     answer = "response" if "response" in record else "output"
-    for field in ("instruction", answer):
-        if field not in record:
-            shown = "response' or 'output" if field == "output" else field
-            fields = f"fields: {', '.join(map(str, record)) or 'none'}"
-            raise RowError(f"missing field '{shown}'", remedy, fields)
-    values = [record["instruction"], record.get("input") or "", record[answer]]
-    for field, value in zip(("instruction", "input", answer), values, strict=True):
-        if not isinstance(value, str):
-            raise RowError(f"'{field}' is not text", remedy, f"it is {type(value).__name__}")
-    if not values[0].strip() or not values[2].strip():
-        empty = "instruction" if not values[0].strip() else answer
-        raise RowError(f"empty '{empty}'", "remove the row or fill it in")
-    return values[0], values[1], values[2]
+    instruction = filled_field(record, "instruction", remedy)
+    if answer not in record:
+        raise RowError("missing field 'response' or 'output'", remedy, fields_of(record))
+    response = filled_field(record, answer, remedy)
+    context = text_field({"input": record.get("input") or ""}, "input", remedy)
+    return instruction, context, response
+
+
+def as_chat(tokenizer: Any | None, template: str) -> bool:
+    """Are instructions chats? "auto": where the tokenizer has a chat template, or is not known."""
+    has_template = tokenizer is None or bool(getattr(tokenizer, "chat_template", None))
+    return template == "chat" or (template == "auto" and has_template)
+
+
+def question(instruction: str, context: str) -> str:
+    return f"{instruction}\n\n{context}" if context.strip() else instruction
+
+
+def alpaca_prompt(instruction: str, context: str) -> str:
+    return ALPACA.format(
+        also=", paired with an input that gives it context" if context.strip() else "",
+        instruction=instruction,
+        input=f"### Input:\n{context}\n\n" if context.strip() else "",
+    )
+
+
+def all_but_first(ids: list[int]) -> list[int]:
+    return [0] + [1] * (len(ids) - 1)
 
 
 def assistant_spans(
@@ -160,22 +160,20 @@ def assistant_spans(
         marked.append({"role": "assistant", "content": content})
         texts.append(parts)
         markers.append(names)
-    text = _apply(tokenizer, messages)
-    skeleton = _apply(tokenizer, marked)
-    return text, _match(text, skeleton, texts, markers)
+    text = apply_template(tokenizer, messages)
+    return text, _match(text, apply_template(tokenizer, marked), texts, markers)
 
 
-def _apply(tokenizer: Any, messages: list[dict[str, str]]) -> str:
+def apply_template(tokenizer: Any, messages: list[dict[str, str]], **options: Any) -> str:
     from jinja2.exceptions import TemplateError
 
     try:
-        return tokenizer.apply_chat_template(messages, tokenize=False)
+        return tokenizer.apply_chat_template(messages, tokenize=False, **options)
     except (TemplateError, TypeError, KeyError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
         raise RowError(
             "the chat template refuses these messages",
             "bring the roles into the order and kinds that the model's template takes",
-            reason,
+            " ".join(str(error).split())[:200],
         ) from error
 
 
@@ -279,14 +277,7 @@ def _mark(text: str, spans: list[tuple[int, int]], turns: list[tuple[int, int]])
 
 def encode_plain(record: dict, tokenizer: Any, max_length: int) -> Row:
     """`text` rows: every token but the first is a target; the end token closes the document."""
-    text = record.get("text", record.get("content"))
-    if not isinstance(text, str):
-        raise RowError(
-            "missing field 'text'" if text is None else "'text' is not text",
-            'write {"text": "..."} in each row',
-        )
-    if not text.strip():
-        raise RowError("empty 'text'", "remove the row or fill it in")
-    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    ids = leading_ids(tokenizer) + encode(tokenizer, text) + end
-    return cut_right(ids, [0] + [1] * (len(ids) - 1), max_length)
+    field = "content" if "content" in record and "text" not in record else "text"
+    text = filled_field(record, field, 'write {"text": "..."} in each row')
+    ids = leading_ids(tokenizer) + encode(tokenizer, text) + end_ids(tokenizer)
+    return cut_right(ids, all_but_first(ids), max_length)

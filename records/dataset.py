@@ -37,7 +37,7 @@ class Source:
         self.files = files
         self.number, self.name, self.loss_weight = 0, data_format, 1.0
         tokens = entry.table.data.column("input_ids").chunks
-        self._lengths = np.concatenate([np.diff(chunk.offsets.to_numpy()) for chunk in tokens])
+        self._lengths = np.concatenate([chunk.value_lengths().to_numpy() for chunk in tokens])
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -58,8 +58,8 @@ class Source:
 
     def where(self, index: int) -> str:
         """FILE:LINE of the record that a row was made of."""
-        row = self.entry.table.select([int(self.indices[index])])
-        return f"{self.files[row['file'][0]]}:{row['line'][0]}"
+        row = self.entry.table[int(self.indices[index])]
+        return f"{self.files[row['file']]}:{row['line']}"
 
     def token_counts(self, vocab_size: int) -> np.ndarray:
         """[vocab_size] int64: how often each token is a supervised target of these rows."""
@@ -67,15 +67,17 @@ class Source:
         return np.bincount(ids[mask == 1], minlength=vocab_size)[:vocab_size]
 
     def columns(self, *names: str) -> list[np.ndarray]:
-        """Whole columns of this split's rows, list columns flattened."""
-        table = self.entry.table.select(self.indices).with_format("arrow")
-        flat: list[list[np.ndarray]] = [[] for _ in names]
-        for batch in table.iter(batch_size=1000):
-            for n, name in enumerate(names):
-                column = batch[name].combine_chunks()
-                values = column.flatten() if hasattr(column, "flatten") else column
-                flat[n].append(values.to_numpy(zero_copy_only=False))
-        return [np.concatenate(parts) if parts else np.empty(0, np.int64) for parts in flat]
+        """Whole columns of this split's rows, lists end to end."""
+        return [self._column(name) for name in names]
+
+    def _column(self, name: str) -> np.ndarray:
+        column = self.entry.table.data.column(name)
+        if not hasattr(column.type, "value_type"):
+            return column.to_numpy()[self.indices]
+        chosen = np.zeros(len(self._lengths), dtype=bool)
+        chosen[self.indices] = True
+        values = np.concatenate([chunk.flatten().to_numpy() for chunk in column.chunks])
+        return values[np.repeat(chosen, self._lengths)]
 
 
 class TokenizedData:
@@ -86,13 +88,22 @@ class TokenizedData:
     its files, and says `cache_hit`; `bad_rows` names each rejected row.
     """
 
-    def __init__(self, sources: list[Source], order: Any, paths: list[Path]) -> None:
+    def __init__(self, sources: list[Source], order: Any) -> None:
         self.sources = sources
         self.order = order
-        self.paths = paths
+        self.paths = [path for source in sources for path in source.files]
         self.bad_rows: list[BadRow] = [row for s in sources for row in s.entry.bad]
         self.cache_hit = all(source.entry.cache_hit for source in sources)
-        self.stats = self._count()
+        columns = [source.columns("loss_mask", "truncated") for source in sources]
+        self.stats: dict[str, Any] = {
+            "rows": sum(map(len, sources)),
+            "records": sum(source.entry.records for source in sources),
+            "bad": len(self.bad_rows),
+            "truncated": sum(int(truncated.sum()) for _, truncated in columns),
+            "tokens": sum(len(mask) for mask, _ in columns),
+            "supervised_tokens": sum(int(mask.sum(dtype=np.int64)) for mask, _ in columns),
+            "cache_hit": self.cache_hit,
+        }
 
     def __len__(self) -> int:
         return len(self.order)
@@ -108,12 +119,18 @@ class TokenizedData:
     def length(self, index: int) -> int:
         """Tokens of a row, known without reading it."""
         source, row = self._locate(index)
-        return self.sources[source].length(row)
+        return source.length(row)
 
     def where(self, index: int) -> str:
         """FILE:LINE of the record that a row was made of."""
         source, row = self._locate(index)
-        return self.sources[source].where(row)
+        return source.where(row)
+
+    def _locate(self, index: int) -> tuple[Source, int]:
+        if not hasattr(self.order, "locate"):
+            return self.sources[0], index
+        source, row = self.order.locate(index)
+        return self.sources[source], row
 
     @property
     def digest(self) -> str:
@@ -122,12 +139,8 @@ class TokenizedData:
         """
         digest = hashlib.sha256(repr(getattr(self.order, "counts", None)).encode())
         for source in self.sources:
-            (keys,) = source.columns("key")
-            digest.update(np.ascontiguousarray(keys, dtype=np.int64).tobytes())
+            digest.update(source.columns("key")[0].tobytes())
         return digest.hexdigest()[:16]
-
-    def _locate(self, index: int) -> tuple[int, int]:
-        return self.order.locate(index) if hasattr(self.order, "locate") else (0, index)
 
     def token_counts(self, vocab_size: int) -> np.ndarray:
         """[vocab_size] int64: how often each token is a supervised target in an epoch."""
@@ -136,21 +149,6 @@ class TokenizedData:
         for source, seen in zip(self.sources, rows, strict=True):
             counts += source.token_counts(vocab_size) * (seen / len(source))
         return np.rint(counts).astype(np.int64)
-
-    def _count(self) -> dict[str, Any]:
-        stats: dict[str, Any] = dict.fromkeys(
-            ("rows", "records", "bad", "truncated", "tokens", "supervised_tokens"), 0
-        )
-        for source in self.sources:
-            mask, truncated = source.columns("loss_mask", "truncated")
-            stats["rows"] += len(source)
-            stats["records"] += source.entry.records
-            stats["bad"] += len(source.entry.bad)
-            stats["truncated"] += int(truncated.sum())
-            stats["tokens"] += len(mask)
-            stats["supervised_tokens"] += int(mask.sum(dtype=np.int64))
-        stats["cache_hit"] = self.cache_hit
-        return stats
 
 
 def load_dataset_for(
@@ -162,22 +160,25 @@ def load_dataset_for(
     Raises `EagleError` for missing or empty data, and above `cfg.max_bad_fraction`.
     """
     assert split in ("train", "eval"), split
-    name = "quarantine.jsonl" if split == "train" else "quarantine_eval.jsonl"
-    quarantine = Path(out_dir) / name if out_dir is not None else None
-    if cfg.format == "mixed":
-        sources = _mixture_sources(cfg, tokenizer, split)
-    else:
-        sources = [_source(cfg, cfg.format, cfg.paths, cfg.eval_paths, tokenizer, split)]
-    _report_bad(sources, cfg, quarantine)
+    mixed = cfg.format == "mixed"
+    given = [cfg]
+    if mixed:
+        given = cfg.mixture or [MixtureSource(format=name) for name in SHIPPED_FORMATS]
+    sources = [_source(cfg, entry, tokenizer, split) for entry in given]
+    _report_bad(sources, cfg.max_bad_fraction, split, out_dir)
     for source in sources:
         if len(source) == 0:
-            raise EagleError(_no_rows(source, split))
+            raise EagleError(
+                f"no {source.format} rows are left for {split}: add data or change "
+                "data.heldout_fraction"
+            )
     order: Any = sources[0]
-    if cfg.format == "mixed":
-        weights = [s.weight for s in cfg.mixture] if cfg.mixture else None
-        train_order = split == "train"
-        order = MixtureDataset(sources, weights, cfg.seed) if train_order else RoundRobin(sources)
-    data = TokenizedData(sources, order, [path for source in sources for path in source.files])
+    if mixed:
+        _tell_apart(sources, given)
+        weights = [entry.weight for entry in given]
+        train = split == "train"
+        order = MixtureDataset(sources, weights, cfg.seed) if train else RoundRobin(sources)
+    data = TokenizedData(sources, order)
     if data.stats["truncated"]:
         logger.warning(
             "%d of %d %s rows did not fit in data.max_length=%d and were cut",
@@ -189,56 +190,48 @@ def load_dataset_for(
     return data
 
 
-def _mixture_sources(cfg: DataConfig, tokenizer: Any, split: str) -> list[Source]:
-    listed = cfg.mixture or [MixtureSource(format=name) for name in SHIPPED_FORMATS]
-    sources: list[Source] = []
-    for number, entry in enumerate(listed):
-        source = _source(cfg, entry.format, entry.paths, entry.eval_paths, tokenizer, split)
-        source.number, source.loss_weight = number, entry.loss_weight
-        source.name, n = entry.name or entry.format, 1
-        while source.name in {other.name for other in sources}:
-            n += 1
-            source.name = f"{entry.name or entry.format} {n}"
-        sources.append(source)
-    return sources
-
-
 def _source(
-    cfg: DataConfig,
-    data_format: str,
-    given: list[str] | None,
-    eval_given: list[str] | None,
-    tokenizer: Any,
-    split: str,
+    cfg: DataConfig, given: DataConfig | MixtureSource, tokenizer: Any, split: str
 ) -> Source:
     """One format's rows of a split."""
-    renderer = make_renderer(data_format, cfg, tokenizer)
-    carve = False
-    if split == "eval" and eval_given:
-        files = resolve(eval_given)
-    elif given is None:
-        held_out = shipped(data_format, "eval")
-        carve = held_out is None and not eval_given
-        found = held_out if split == "eval" and held_out else shipped(data_format, "train")
-        if found is None:
-            raise EagleError(_nothing_shipped(data_format))
-        files = [found]
+    renderer = make_renderer(given.format, cfg, tokenizer)
+    carve = not given.eval_paths  # are held-out rows taken out of the files?
+    if split == "eval" and given.eval_paths:
+        files = resolve(given.eval_paths)
+    elif given.paths is not None:
+        files = resolve(given.paths)
     else:
-        carve = not eval_given
-        files = resolve(given)
-    entry = load_or_build(files, data_format, cfg, tokenizer, renderer)
-    keys = np.asarray(entry.table.with_format("numpy")["key"][:], dtype=np.int64)
-    held = _held_out(keys, cfg.heldout_fraction) if carve else np.zeros(len(keys), dtype=bool)
+        held_out = shipped(given.format, "eval")
+        carve = carve and held_out is None
+        found = held_out if split == "eval" and held_out else shipped(given.format, "train")
+        if found is None:
+            raise EagleError(f"no {given.format} data set is shipped: give data.path (--data FILE)")
+        files = [found]
+    entry = load_or_build(files, given.format, cfg, tokenizer, renderer)
+    keys = entry.table.data.column("key").to_numpy()[entry.good]
+    held = held_out_rows(keys, cfg.heldout_fraction if carve else 0)
     if carve and split == "eval" and not held.any() and len(keys):
         raise EagleError(
             f"{files[0]}: no rows can be held out of {len(np.unique(keys))} distinct rows at "
             f"data.heldout_fraction={cfg.heldout_fraction:g}; give data.eval_path"
         )
     wanted = held if carve and split == "eval" else ~held
-    return Source(entry, data_format, np.flatnonzero(wanted), files)
+    return Source(entry, given.format, entry.good[wanted], files)
 
 
-def _held_out(keys: np.ndarray, fraction: float) -> np.ndarray:
+def _tell_apart(sources: list[Source], given: list[MixtureSource]) -> None:
+    """Number, weight and unique name of each source of a mixture."""
+    names: set[str] = set()
+    for number, (source, entry) in enumerate(zip(sources, given, strict=True)):
+        source.number, source.loss_weight = number, entry.loss_weight
+        source.name, n = entry.name or entry.format, 1
+        while source.name in names:
+            n += 1
+            source.name = f"{entry.name or entry.format} {n}"
+        names.add(source.name)
+
+
+def held_out_rows(keys: np.ndarray, fraction: float) -> np.ndarray:
     """True for held-out rows: by the record's hash, so equal records stay on one side.
 
     With a fraction above 0 and two or more distinct records, each side gets at least one.
@@ -250,36 +243,25 @@ def _held_out(keys: np.ndarray, fraction: float) -> np.ndarray:
     return keys < limit
 
 
-def _report_bad(sources: list[Source], cfg: DataConfig, quarantine: Path | None) -> None:
+def _report_bad(
+    sources: list[Source], max_bad_fraction: float, split: str, out_dir: str | Path | None
+) -> None:
     bad = [row for source in sources for row in source.entry.bad]
-    if quarantine is not None:
+    where = None
+    if out_dir is not None:
+        path = Path(out_dir) / f"quarantine{'' if split == 'train' else '_eval'}.jsonl"
+        path.unlink(missing_ok=True)  # of an earlier run with other data
         if bad:
-            write_quarantine(bad, quarantine)
-        else:
-            quarantine.unlink(missing_ok=True)  # of an earlier run with other data
-    where = quarantine if bad else None
+            write_quarantine(bad, path)
+            where = path
     for source in sources:
-        enforce(source.entry.bad, source.entry.records, cfg.max_bad_fraction, where)
+        enforce(source.entry.bad, source.entry.records, max_bad_fraction, where)
     if bad:
-        total = sum(source.entry.records for source in sources)
         logger.warning(
             "%d of %d rows were set aside%s; the first: %s: %s",
             len(bad),
-            total,
-            f" in {quarantine}" if quarantine else "",
+            sum(source.entry.records for source in sources),
+            f" in {where}" if where else "",
             bad[0].where,
             bad[0].message,
         )
-
-
-def _no_rows(source: Source, split: str) -> str:
-    return f"no {source.format} rows are left for {split}: add data or change data.heldout_fraction"
-
-
-def _nothing_shipped(data_format: str) -> str:
-    if data_format in SHIPPED_FORMATS:
-        return (
-            f"the shipped {data_format} data set is missing: give data.path (--data FILE), or "
-            "build it with 'python -m tools.embedded'"
-        )
-    return f"no {data_format} data set is shipped: give data.path (--data FILE)"

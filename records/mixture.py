@@ -1,7 +1,4 @@
-"""Several data sets as one: weighted, deterministic, restorable by position.
-
-Knows nothing of what a row holds.
-"""
+"""Several data sets as one, by index; what a row holds does not matter here."""
 
 from __future__ import annotations
 
@@ -14,8 +11,29 @@ import numpy as np
 from eagle.errors import EagleError
 
 
-class MixtureDataset:
-    """An epoch lasts until every source has been seen whole; short ones repeat meanwhile.
+class RoundRobin:
+    """Every row of every source once, sources taking turns: the evaluation order of a mixture."""
+
+    def __init__(self, sources: Sequence[Any]) -> None:
+        self.sources = list(sources)
+        places = sorted((row, n) for n, source in enumerate(sources) for row in range(len(source)))
+        self.order, self.rows = [n for _, n in places], [row for row, _ in places]
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def locate(self, index: int) -> tuple[int, int]:
+        """(source, its row) at a place of this epoch."""
+        return int(self.order[index]), int(self.rows[index])
+
+    def __getitem__(self, index: int) -> Any:
+        source, row = self.locate(index)
+        return self.sources[source][row]
+
+
+class MixtureDataset(RoundRobin):
+    """Weighted, deterministic, restorable by position: an epoch lasts until every source has been
+    seen whole; short ones repeat meanwhile.
 
     Source `s` fills the share `weights[s] / sum(weights)` of an epoch. Each pass over a source is a
     fresh permutation, so no row repeats before all were seen. The order is a pure function of
@@ -51,34 +69,3 @@ class MixtureDataset:
             passes = [rng.permutation(len(source)) for _ in range(-(-count // len(source)))]
             rows[order == n] = np.concatenate(passes)[:count]
         self.order, self.rows = order, rows
-
-    def __len__(self) -> int:
-        return len(self.order)
-
-    def locate(self, index: int) -> tuple[int, int]:
-        """(source, its row) at a place of this epoch."""
-        return int(self.order[index]), int(self.rows[index])
-
-    def __getitem__(self, index: int) -> Any:
-        source, row = self.locate(index)
-        return self.sources[source][row]
-
-
-class RoundRobin:
-    """Every row of every source once, sources taking turns: the evaluation order of a mixture."""
-
-    def __init__(self, sources: Sequence[Any]) -> None:
-        self.sources = list(sources)
-        places = [(row, n) for n, source in enumerate(sources) for row in range(len(source))]
-        self.places = sorted(places)
-
-    def __len__(self) -> int:
-        return len(self.places)
-
-    def locate(self, index: int) -> tuple[int, int]:
-        row, source = self.places[index]
-        return source, row
-
-    def __getitem__(self, index: int) -> Any:
-        source, row = self.locate(index)
-        return self.sources[source][row]

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
-import uuid
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+from eagle.checkpoint import atomic_write_text
 from eagle.errors import EagleError
+from records.rows import RowError
+from records.sources import Record, read_records
 
 RAW_LIMIT = 2000
 
@@ -24,37 +26,34 @@ class BadRow(NamedTuple):
     remedy: str
     raw: str
 
+    @classmethod
+    def of(cls, record: Record, error: RowError) -> BadRow:
+        return cls(
+            record.file, record.line, error.reason, str(error), error.remedy, record.raw[:RAW_LIMIT]
+        )
+
     @property
     def where(self) -> str:
         return f"{self.file}:{self.line}"
 
+    def to_json(self) -> str:
+        """One line. A lone surrogate is written as the JSON escape that it came as."""
+        text = json.dumps({**self._asdict(), "where": self.where}, ensure_ascii=False)
+        return text.encode("utf-8", "backslashreplace").decode()
+
+
+def object_of(record: Record) -> dict:
+    """What was read. Raises RowError where that is no object."""
+    if record.value is None:
+        message = str(record.error)
+        reason, _, detail = message.partition(": ")
+        raise RowError(reason, "repair or remove this line", detail)
+    return record.value
+
 
 def write_quarantine(bad: list[BadRow], path: Path) -> None:
     """One JSON object per rejected row; the file appears whole or not at all."""
-    lines = []
-    for row in bad:
-        entry = row._asdict() | {"where": row.where, "raw": row.raw[:RAW_LIMIT]}
-        lines.append(json.dumps(entry, ensure_ascii=False).encode("utf-8", "replace") + b"\n")
-    write_atomic(path, b"".join(lines))
-
-
-def read_quarantine(path: Path) -> list[BadRow]:
-    with path.open(encoding="utf-8") as file:
-        entries = [json.loads(line) for line in file]
-    return [BadRow(*(entry[field] for field in BadRow._fields)) for entry in entries]
-
-
-def write_atomic(path: Path, content: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.{uuid.uuid4().hex[:8]}")
-    try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    atomic_write_text(path, "".join(row.to_json() + "\n" for row in bad))
 
 
 def diagnose(bad: list[BadRow], top: int = 3) -> str:
@@ -80,3 +79,30 @@ def enforce(bad: list[BadRow], records: int, max_bad_fraction: float, out: Path 
             f"{len(bad)} of {records} rows are unusable, more than data.max_bad_fraction="
             f"{max_bad_fraction:g}: {diagnose(bad)}; repair them or raise the limit{written}"
         )
+
+
+def each_record(
+    files: list[Path], cfg: Any, out: Path | None, take: Callable[[dict], None]
+) -> dict:
+    """Give `take` each record, at most `cfg.max_rows` of a file; those that it refuses (RowError)
+    go to `out`, and above `cfg.max_bad_fraction` end the run. Returns what was counted."""
+    bad: list[BadRow] = []
+    records = 0
+    for path in files:
+        for number, record in enumerate(read_records(path)):
+            if cfg.max_rows is not None and number >= cfg.max_rows:
+                break
+            records += 1
+            try:
+                take(object_of(record))
+            except RowError as error:
+                bad.append(BadRow.of(record, error))
+    if out is not None and bad:
+        write_quarantine(bad, out)
+    enforce(bad, records, cfg.max_bad_fraction, out if bad else None)
+    return {
+        "files": [path.name for path in files],
+        "records": records,
+        "bad": len(bad),
+        "bad_by_reason": dict(Counter(row.reason for row in bad)),
+    }

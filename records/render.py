@@ -1,7 +1,4 @@
-"""One renderer per format: a record -> rows of (input_ids, loss_mask) built together.
-
-Knows tokenizers and formats; knows nothing of files, caches or batches.
-"""
+"""One renderer per format: a record -> rows of (input_ids, loss_mask) built together."""
 
 from __future__ import annotations
 
@@ -15,8 +12,8 @@ from configs.fim_tokens import find_fim_tokens
 from configs.schema import DataConfig
 from eagle.errors import EagleError
 from records.chat import encode_plain, render_chat, render_instruction, require_template
-from records.fim import cut_spans, read_fim, render_fim
-from records.rows import Row, RowError, cut_right
+from records.fim import read_fim, render_fim, spans_of
+from records.rows import Row, RowError, cut_right, fields_of
 from records.tokens import require_fast
 
 Renderer = Callable[[dict], "list[Row]"]
@@ -25,44 +22,62 @@ Renderer = Callable[[dict], "list[Row]"]
 def make_renderer(data_format: str, cfg: DataConfig, tokenizer: Any) -> Renderer:
     """Renderer of `data_format`. Raises `EagleError` when the tokenizer cannot serve it."""
     require_fast(tokenizer)
-    length = cfg.max_length
-    if data_format == "chat":
+    length, supervise, template = cfg.max_length, cfg.supervise, cfg.instruction_template
+    if data_format == "chat" or (data_format == "instruction" and template == "chat"):
         require_template(tokenizer)
-        return lambda record: [render_chat(record, tokenizer, length, cfg.supervise)]
-    if data_format == "instruction":
-        if cfg.instruction_template == "chat":
-            require_template(tokenizer)
-        return lambda record: [
-            render_instruction(record, tokenizer, length, cfg.supervise, cfg.instruction_template)
-        ]
-    if data_format == "plain":
-        return lambda record: [encode_plain(record, tokenizer, length)]
-    if data_format == "tokenized":
-        vocab_size = len(tokenizer)
-        return lambda record: [render_tokenized(record, vocab_size, length)]
     if data_format == "fim":
         return _fim_renderer(cfg, tokenizer)
-    known = "chat, fim, instruction, plain or tokenized"
-    raise EagleError(f"unknown data format {data_format!r}: use {known}")
+    vocab_size = len(tokenizer)
+    renderers: dict[str, Callable[[dict], Row]] = {
+        "chat": lambda record: render_chat(record, tokenizer, length, supervise),
+        "instruction": lambda record: render_instruction(
+            record, tokenizer, length, supervise, template
+        ),
+        "plain": lambda record: encode_plain(record, tokenizer, length),
+        "tokenized": lambda record: render_tokenized(record, vocab_size, length),
+    }
+    if data_format not in renderers:
+        known = ", ".join(["fim", *renderers])
+        raise EagleError(f"unknown data format {data_format!r}: use one of {known}")
+    render = renderers[data_format]
+    return lambda record: [render(record)]
+
+
+def _fim_renderer(cfg: DataConfig, tokenizer: Any) -> Renderer:
+    tokens = find_fim_tokens(tokenizer, cfg.fim_tokens)
+
+    def render(record: dict) -> list[Row]:
+        found = read_fim(record)
+        rng = random.Random(f"{cfg.seed}:{record_key(found)}")
+        rows, refused = [], None
+        for span in spans_of(found, cfg.fim_spans_per_file, rng):
+            spm = rng.random() < cfg.fim_spm_rate
+            try:
+                rows.append(render_fim(span, tokenizer, tokens, cfg.max_length, spm))
+            except RowError as error:
+                refused = error
+        if refused is not None and not rows:
+            raise refused
+        return rows
+
+    return render
 
 
 def render_tokenized(record: dict, vocab_size: int, max_length: int) -> Row:
     """`input_ids` with `loss_mask` (0/1), or with `labels` (-100 where not supervised)."""
     remedy = 'write {"input_ids": [...], "loss_mask": [0, 1, ...]} or "labels" with -100'
-    fields = f"fields: {', '.join(map(str, record)) or 'none'}"
     if "input_ids" not in record:
-        raise RowError("missing field 'input_ids'", remedy, fields)
+        raise RowError("missing field 'input_ids'", remedy, fields_of(record))
     key = "loss_mask" if "loss_mask" in record else "labels"
     if key not in record:
-        raise RowError("missing field 'loss_mask' or 'labels'", remedy, fields)
+        raise RowError("missing field 'loss_mask' or 'labels'", remedy, fields_of(record))
     ids, marks = record["input_ids"], record[key]
     for name, values in (("input_ids", ids), (key, marks)):
         if not isinstance(values, list) or not all(isinstance(v, int) for v in values):
             raise RowError(f"'{name}' is not a list of integers", remedy)
     if len(ids) != len(marks):
-        raise RowError(
-            f"'{key}' has another length than 'input_ids'", remedy, f"{len(marks)} and {len(ids)}"
-        )
+        detail = f"{len(marks)} and {len(ids)}"
+        raise RowError(f"'{key}' has another length than 'input_ids'", remedy, detail)
     outside = [i for i in ids if not 0 <= i < vocab_size]
     if outside:
         raise RowError(
@@ -76,15 +91,11 @@ def render_tokenized(record: dict, vocab_size: int, max_length: int) -> Row:
                 "a label is neither -100 nor its input id",
                 "labels are not shifted: label i equals input id i where it is supervised",
             )
-        marks = [int(label != -100) for label in marks]
+        marks = [label != -100 for label in marks]
     elif any(mark not in (0, 1) for mark in marks):
         raise RowError("'loss_mask' holds other values than 0 and 1", remedy)
-    mask = [int(mark) for mark in marks]
-    if mask and all(mask):
-        mask[0] = 0  # nothing precedes the first token: it cannot be a target
-    elif any(mask):
-        mask[0] = 0
-    return cut_right(list(ids), mask, max_length)
+    # nothing precedes the first token: it cannot be a target
+    return cut_right(list(ids), [0, *map(int, marks[1:])][: len(ids)], max_length)
 
 
 def record_key(record: Any) -> int:
@@ -92,25 +103,3 @@ def record_key(record: Any) -> int:
     text = json.dumps(record, sort_keys=True, ensure_ascii=False, default=str)
     digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
     return int.from_bytes(digest[:8], "big") >> 2
-
-
-def _fim_renderer(cfg: DataConfig, tokenizer: Any) -> Renderer:
-    tokens = find_fim_tokens(tokenizer, cfg.fim_tokens)
-
-    def render(record: dict) -> list[Row]:
-        found = read_fim(record)
-        rng = random.Random(f"{cfg.seed}:{record_key(found)}")
-        whole_file = isinstance(found, str)
-        spans = cut_spans(found, cfg.fim_spans_per_file, rng) if whole_file else [found]
-        rows, refused = [], None
-        for span in spans:
-            spm = rng.random() < cfg.fim_spm_rate
-            try:
-                rows.append(render_fim(span, tokenizer, tokens, cfg.max_length, spm))
-            except RowError as error:
-                refused = error
-        if refused is not None and not rows:
-            raise refused
-        return rows
-
-    return render

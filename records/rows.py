@@ -22,6 +22,25 @@ class RowError(Exception):
         self.remedy = remedy
 
 
+def fields_of(record: dict) -> str:
+    return f"fields: {', '.join(map(str, record)) or 'none'}"
+
+
+def text_field(record: dict, field: str, remedy: str) -> str:
+    if field not in record:
+        raise RowError(f"missing field '{field}'", remedy, fields_of(record))
+    if not isinstance(record[field], str):
+        raise RowError(f"'{field}' is not text", remedy, f"it is {type(record[field]).__name__}")
+    return record[field]
+
+
+def filled_field(record: dict, field: str, remedy: str) -> str:
+    """Text that is more than white space."""
+    if not text_field(record, field, remedy).strip():
+        raise RowError(f"empty '{field}'", "remove the row or fill it in")
+    return record[field]
+
+
 def checked(row: Row) -> Row:
     """Refuse a mask that supervises nothing, or that leaves nothing to predict from."""
     ids, mask = row.input_ids, row.loss_mask

@@ -1,7 +1,4 @@
-"""Text -> token ids with the character span of each token.
-
-Knows tokenizers; knows nothing of formats, files or masks.
-"""
+"""Text -> token ids with the character span of each token."""
 
 from __future__ import annotations
 
@@ -43,9 +40,7 @@ def encode_with_spans(tokenizer: Any, text: str) -> tuple[list[int], list[tuple[
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     ids = list(encoded["input_ids"])
     spans = _byte_spans(tokenizer, ids, text)
-    if spans is None:
-        spans = [(int(start), int(end)) for start, end in encoded["offset_mapping"]]
-    return ids, spans
+    return ids, spans or [(int(start), int(end)) for start, end in encoded["offset_mapping"]]
 
 
 def leading_ids(tokenizer: Any) -> list[int]:
@@ -54,6 +49,10 @@ def leading_ids(tokenizer: Any) -> list[int]:
     if bos is None:
         return []
     return [bos] if list(tokenizer("a", verbose=False)["input_ids"])[:1] == [bos] else []
+
+
+def end_ids(tokenizer: Any) -> list[int]:
+    return [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
 
 
 def added_tokens(tokenizer: Any) -> set[str]:
@@ -77,10 +76,9 @@ def _byte_spans(tokenizer: Any, ids: list[int], text: str) -> list[tuple[int, in
     for i, piece in zip(ids, tokenizer.convert_ids_to_tokens(ids), strict=True):
         if i in specials:
             pieces.append(specials[i].encode())
-            continue
-        try:
+        elif all(char in decoder for char in piece):
             pieces.append(bytes(decoder[char] for char in piece))
-        except KeyError:
+        else:
             return None
     if b"".join(pieces) != text.encode("utf-8", "surrogatepass"):
         return None
@@ -95,8 +93,6 @@ def _byte_spans(tokenizer: Any, ids: list[int], text: str) -> list[tuple[int, in
 
 @functools.lru_cache(maxsize=1)
 def _byte_decoder() -> dict[str, int]:
-    """The byte-level BPE alphabet: printable bytes stand for themselves, others from U+0100 on."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    decoder = {chr(byte): byte for byte in printable}
-    others = [byte for byte in range(256) if byte not in set(printable)]
-    return decoder | {chr(0x100 + n): byte for n, byte in enumerate(others)}
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    return {char: byte for byte, char in bytes_to_unicode().items()}

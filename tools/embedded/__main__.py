@@ -11,7 +11,6 @@ The result is a folder like `eagle/embedded/`; it is used with `--base DIR --hea
 from __future__ import annotations
 
 import json
-import shutil
 import sys
 from pathlib import Path
 
@@ -37,16 +36,8 @@ def pretrain(
 
     if hidden % 64 or hidden < 64 or layers < 4 or minutes <= 0:
         raise ConfigError("hidden must be a multiple of 64, layers at least 4 and minutes above 0")
-    heads = hidden // 64
     config = PretrainConfig(
-        layers=layers,
-        hidden=hidden,
-        heads=heads,
-        kv_heads=heads // 2 if heads % 2 == 0 else heads,
-        intermediate=3 * hidden,
-        batch_size=batch_size,
-        minutes=minutes,
-        seed=seed,
+        layers=layers, hidden=hidden, batch_size=batch_size, minutes=minutes, seed=seed
     )
     print(json.dumps(run(out, config, root)["heldout"]))
 
@@ -55,7 +46,7 @@ def datasets(*, out: str, root: str | None = None, count: int = 2500, seed: int 
     """Write the chat, fim and instruction data sets, their held-out twins, and the benchmark
     prompts.
     """
-    from .datasets import write_datasets
+    from .build import write_datasets
 
     print(json.dumps(write_datasets(out, root, count, seed=seed)))
 
@@ -66,23 +57,13 @@ def heads(
     """Let the target in `out` answer prompts, train an EAGLE-3 head on the answers, put it in
     out/heads.
     """
-    from .heads import train_head, write_corpus_rows, write_own_answers
+    from .build import train_head
 
-    folder = Path(out)
-    if not (folder / "model.safetensors").exists():
+    if not (Path(out) / "model.safetensors").exists():
         raise ConfigError(
-            f"no model in {folder}; run `python -m tools.embedded pretrain --out {folder}` first"
+            f"no model in {out}; run `python -m tools.embedded pretrain --out {out}` first"
         )
-    data = [folder / "work" / "own_answers.jsonl", folder / "work" / "corpus_rows.jsonl"]
-    write_own_answers(folder, data[0], count=rows, root=root, seed=seed)
-    write_corpus_rows(folder, data[1], count=rows * 2 // 3, root=root, seed=seed)
-    head = train_head(
-        folder, data, folder / "work" / "head", minutes, (f"train.seed={seed}", "loss.tokens=all")
-    )
-    final = folder / "heads" / "eagle3"
-    shutil.rmtree(final, ignore_errors=True)
-    shutil.copytree(head, final)
-    print(f"head: {final}")
+    print(f"head: {train_head(Path(out), minutes, rows, root, seed)}")
 
 
 def everything(
@@ -97,13 +78,10 @@ def everything(
 COMMANDS = {"pretrain": pretrain, "datasets": datasets, "heads": heads, "all": everything}
 
 if __name__ == "__main__":
-    arguments = sys.argv[1:]
-    if not arguments or arguments[0] not in COMMANDS:
-        help_wanted = arguments[:1] in (["-h"], ["--help"])
-        print(
-            __doc__ if help_wanted else f"error: name a command: {', '.join(COMMANDS)}",
-            file=sys.stderr,
-        )
-        sys.exit(0 if help_wanted else 2)
-    name = arguments[0]
-    cli.main(COMMANDS[name], arguments[1:], name=f"python -m tools.embedded {name}")
+    name, *arguments = sys.argv[1:] or [""]
+    if name not in COMMANDS:
+        wanted = name in ("-h", "--help")
+        error = f"error: name a command: {', '.join(COMMANDS)}"
+        print(__doc__ if wanted else error, file=sys.stderr)
+        sys.exit(0 if wanted else 2)
+    cli.main(COMMANDS[name], arguments, name=f"python -m tools.embedded {name}")

@@ -1,7 +1,4 @@
-"""The embedded model's tokenizer: byte-level BPE with end, chat and fill-in-the-middle tokens.
-
-Knows text and token ids; knows nothing of models.
-"""
+"""The embedded model's tokenizer: byte-level BPE with end, chat and fill-in-the-middle tokens."""
 
 from __future__ import annotations
 
@@ -11,7 +8,7 @@ from pathlib import Path
 EOS, PAD = "<|endoftext|>", "<|pad|>"
 IM_START, IM_END = "<|im_start|>", "<|im_end|>"
 FIM_PREFIX, FIM_SUFFIX, FIM_MIDDLE = "<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>"
-SPECIAL = (EOS, PAD, IM_START, IM_END, FIM_PREFIX, FIM_SUFFIX, FIM_MIDDLE)
+SPECIAL = [EOS, PAD, IM_START, IM_END, FIM_PREFIX, FIM_SUFFIX, FIM_MIDDLE]
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
@@ -31,7 +28,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, out: str | Path) -> N
     bpe.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
-        special_tokens=list(SPECIAL),
+        special_tokens=SPECIAL,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
@@ -40,7 +37,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, out: str | Path) -> N
         tokenizer_object=bpe,
         eos_token=EOS,
         pad_token=PAD,
-        extra_special_tokens=[IM_START, IM_END, FIM_PREFIX, FIM_SUFFIX, FIM_MIDDLE],
+        extra_special_tokens=SPECIAL[2:],
         model_max_length=2048,
         clean_up_tokenization_spaces=False,
     )

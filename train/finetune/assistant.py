@@ -25,9 +25,9 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
+from eagle.checkpoint import atomic_write_text
 from eagle.errors import EagleError
 from records.cache import cache_root
-from records.quarantine import write_atomic
 from records.shipped import shipped
 
 VERSION = 1  # raise when the records change: old files are then not found
@@ -84,7 +84,7 @@ def write_all(out: Path) -> dict[str, int]:
             records = make(functions, sentences, random.Random(f"{kind}-{split}"))
             name = f"{kind}.jsonl" if split == "train" else f"heldout_{kind}.jsonl"
             text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-            write_atomic(out / name, text.encode())
+            atomic_write_text(out / name, text)
             counts[name] = len(records)
     return counts
 

@@ -23,7 +23,7 @@ from trl.trainer.utils import use_adapter
 from configs.finetune_schema import DpoConfig
 from eagle.errors import EagleError
 from records import Collator
-from records.dataset import _held_out
+from records.dataset import held_out_rows
 from records.sources import resolve
 from train.finetune.assistant import shipped_preferences
 from train.finetune.preference import Pair, load_pairs
@@ -72,7 +72,7 @@ def load_data(run: Run) -> tuple[list[Pair], list[Pair], dict]:
         kept = resolve(given) if given else [shipped_preferences(cfg.data, "eval")]
         heldout, _ = load(kept, "quarantine_eval.jsonl", cfg.data.max_eval_rows)
     else:
-        held = _held_out(np.array([pair.key for pair in pairs]), cfg.data.heldout_fraction)
+        held = held_out_rows(np.array([pair.key for pair in pairs]), cfg.data.heldout_fraction)
         heldout = [pair for pair, out in zip(pairs, held, strict=True) if out]
         pairs = [pair for pair, out in zip(pairs, held, strict=True) if not out]
     if not pairs or not heldout:

@@ -18,7 +18,7 @@ from configs.errors import ConfigError
 from configs.finetune_schema import MultitaskConfig, TaskConfig
 from eagle.checkpoint import atomic_write_text
 from records import Collator, MixtureDataset
-from records.dataset import _held_out
+from records.dataset import held_out_rows
 from records.mixture import RoundRobin
 from records.sources import resolve
 from train.finetune.assistant import shipped_tasks
@@ -82,7 +82,7 @@ def load_data(run: Run) -> tuple[list[TaskRows], list[TaskRows], dict]:
         require_labels(cfg.tasks, held_card, "held-out")
     else:
         fraction = cfg.data.heldout_fraction
-        kinds, heldout = split_heldout(kinds, lambda keys: _held_out(np.array(keys), fraction))
+        kinds, heldout = split_heldout(kinds, lambda keys: held_out_rows(np.array(keys), fraction))
     require_labels(cfg.tasks, card, "training")
     card["format"] = "tasks"
     card["heldout_rows"] = sum(map(len, heldout))

@@ -111,38 +111,6 @@ def test_folder_stands_for_its_files_and_bytes_are_checked(tmp_path):
     assert first.value == {"text": "x"} and second.line == 3 and "not UTF-8" in second.error
 
 
-def test_cache_hit_and_what_changes_the_fingerprint(tmp_path, tokenizer, config):
-    path = write_jsonl(tmp_path / "d.jsonl", GOOD)
-    first = load_dataset_for(config(path), tokenizer)
-    second = load_dataset_for(config(path), tokenizer)
-    assert not first.cache_hit and second.cache_hit and list(first) == list(second)
-    assert load_dataset_for(config(path, max_bad_fraction=0.5), tokenizer).cache_hit
-    assert not load_dataset_for(config(path, max_length=64), tokenizer).cache_hit
-    assert not load_dataset_for(config(path, fim_spm_rate=0.5), tokenizer).cache_hit
-    tokenizer.chat_template = "{{ messages }}"
-    assert not load_dataset_for(config(path), tokenizer).cache_hit
-    write_jsonl(path, GOOD[:-1])
-    assert not load_dataset_for(config(path), tokenizer).cache_hit
-    names = [p.name for p in (tmp_path / "cache" / "tokenised").iterdir()]
-    assert len(names) == 5 and not any(name.startswith(".") for name in names)
-
-
-def test_damaged_cache_entry_is_rebuilt(tmp_path, tokenizer, config):
-    path = write_jsonl(tmp_path / "d.jsonl", GOOD)
-    expected = list(load_dataset_for(config(path), tokenizer))
-    [entry] = (tmp_path / "cache" / "tokenised").iterdir()
-    (entry / "rows.arrow").write_bytes(b"")
-    again = load_dataset_for(config(path), tokenizer)
-    assert not again.cache_hit and list(again) == expected
-
-
-def test_unwritable_cache_names_the_remedy(tmp_path, tokenizer, config):
-    path = write_jsonl(tmp_path / "d.jsonl", GOOD)
-    (tmp_path / "cache").write_text("a file where the folder should be")
-    with pytest.raises(EagleError, match="set data.cache_dir or"):
-        load_dataset_for(config(path), tokenizer)
-
-
 def test_held_out_rows_never_train(tmp_path, tokenizer, config):
     path = write_jsonl(tmp_path / "d.jsonl", GOOD * 2)  # every record twice
     cfg = config(path, heldout_fraction=0.2)
