@@ -7,8 +7,19 @@ from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from configs.schema import Betas, DataConfig, Dtype, Quantization, RowsConfig, RunConfig, Section
+from configs.schema import (
+    Betas,
+    Compute,
+    DataConfig,
+    Dtype,
+    Quantization,
+    RowsConfig,
+    RunConfig,
+    Section,
+    Template,
+)
 
+Schedule = Literal["constant", "linear", "cosine"]
 TaskType = Literal["generation", "classification", "regression", "ranking"]
 # what each type can be measured and trained by; the first loss is the default
 METRICS = {
@@ -35,12 +46,8 @@ class PolicyConfig(Section):
     quantization: Quantization = Field("nf4", description="of the frozen linear layers")
     double_quant: bool = Field(True, description="quantize the scales of nf4 too")
     dtype: Dtype = Field("auto", description="of what is not quantized; auto = as it is served")
-    compute: Literal["auto", "bf16", "fp32"] = Field(
-        "auto", description="of products; auto = bf16 where the device has it, else fp32"
-    )
-    attn_implementation: str | None = Field(
-        None, description="sdpa, eager, flash_attention_2, ...; null = transformers' choice"
-    )
+    compute: Compute = Field("auto", description="of products; auto = bf16 where the device has it")
+    attn_implementation: str | None = Field(None, description="sdpa, eager, flash_attention_2, ...")
 
 
 class LoraSection(Section):
@@ -57,17 +64,13 @@ class FinetuneTrain(RunConfig):
     eval_batch_size: int | None = Field(None, ge=1, description="null = batch_size")
     grad_accum: int = Field(2, ge=1, description="micro batches per optimizer step")
     lr: float = Field(2e-4, gt=0, le=1, description="peak learning rate")
-    schedule: Literal["constant", "linear", "cosine"] = Field(
-        "constant", description="learning rate after the warmup"
-    )
+    schedule: Schedule = Field("constant", description="learning rate after the warmup")
     betas: Betas = Field((0.9, 0.999), description="AdamW betas, each in [0, 1)")
     grad_clip: float = Field(0.3, ge=0, description="gradient norm limit; 0 = off")
     zero: int | None = Field(
         None, ge=0, le=3, description="DeepSpeed ZeRO stage 0, 1, 2 or 3; null = without DeepSpeed"
     )
-    gradient_checkpointing: bool = Field(
-        True, description="compute activations again in backward: less memory, more time"
-    )
+    gradient_checkpointing: bool = Field(True, description="compute activations again in backward")
 
     @model_validator(mode="after")
     def _patience(self) -> FinetuneTrain:
@@ -155,13 +158,9 @@ class TaskConfig(Section):
 
 
 class TaskData(RowsConfig):
-    heldout_fraction: float = Field(
-        0.05, ge=0, lt=1, description="share of rows held out when no eval data is given"
-    )
+    heldout_fraction: float = Field(0.05, ge=0, lt=1, description="held out without eval data")
     max_rows: int | None = Field(None, ge=1, description="records read of each file; null = all")
-    max_eval_rows: int | None = Field(
-        None, ge=1, description="records read of each held-out file; null = all"
-    )
+    max_eval_rows: int | None = Field(None, ge=1, description="the same of each held-out file")
 
 
 class TaskBalance(Section):
@@ -171,9 +170,7 @@ class TaskBalance(Section):
     temperature: float = Field(
         1.0, gt=0, description="a task is drawn by rows ** (1 / temperature); 1000 = equally"
     )
-    max_generations: int = Field(
-        32, ge=0, description="held-out rows generated for each generation task in an evaluation"
-    )
+    max_generations: int = Field(32, ge=0, description="held-out rows generated for each task")
 
 
 class MultitaskConfig(Section):
@@ -200,18 +197,14 @@ class MultitaskConfig(Section):
 
 
 class PreferenceData(TaskData):
-    template: Literal["auto", "chat", "alpaca"] = Field(
-        "auto", description="of text prompts: auto = the chat template if there is one, else alpaca"
-    )
+    template: Template = Field("auto", description="of text prompts; auto = chat if there is one")
     max_length: int = Field(1024, ge=8, description="tokens of a prompt with either answer")
 
 
 class DpoSection(Section):
     beta: float = Field(0.1, gt=0, description="strength of the pull to the reference")
     loss: Literal["sigmoid", "hinge", "ipo", "robust"] = Field("sigmoid", description="loss")
-    label_smoothing: float = Field(
-        0.0, ge=0, lt=0.5, description="share of wrong preferences that loss=robust reckons with"
-    )
+    label_smoothing: float = Field(0.0, ge=0, lt=0.5, description="wrong preferences, for robust")
 
 
 class DpoTrain(FinetuneTrain):

@@ -65,7 +65,7 @@ def _read_yaml(name: str, folder: str) -> Any:
         path = files("configs") / "presets" / folder / f"{name}.yaml"
     try:
         loaded = OmegaConf.create(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, YAMLError, OmegaConfBaseException) as error:
+    except (OSError, ValueError, YAMLError, OmegaConfBaseException, AssertionError) as error:
         raise ConfigError(f"{name}: not valid YAML: {_first_line(error)}") from error
     if not OmegaConf.is_dict(loaded):
         raise ConfigError(f"{name}: must hold sections such as 'train:', not a list or a word")

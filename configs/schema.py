@@ -16,6 +16,9 @@ from pydantic import (
 
 SourceFormat = Literal["chat", "fim", "instruction", "plain", "tokenized"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+Compute = Literal["auto", "bf16", "fp32"]
+Template = Literal["auto", "chat", "alpaca"]
+Paths = str | list[str] | None
 Quantization = Literal["none", "nf4", "int8"]
 Divergence = Literal["soft_ce", "kl", "reverse_kl", "overlap", "total_variation"]
 
@@ -69,9 +72,7 @@ class ModelConfig(Section):
     num_kv_heads: int | None = Field(None, ge=1, description="head kv heads; null = target's")
     num_layers: int | None = Field(None, ge=1, description="head layers; null = 1")
     qk_norm: bool | None = Field(None, description="norm queries and keys, as Qwen3")
-    norm_before_residual: bool | None = Field(
-        None, description="the first layer's residual is the normed hidden state"
-    )
+    norm_before_residual: bool | None = Field(None, description="norm what layer 1 is added to")
     norm_before_fc: bool | None = Field(None, description="norm the concatenated features")
     fc_norm: bool | None = Field(None, description="norm each of the features")
     norm_output: bool | None = Field(None, description="feed back the output after the last norm")
@@ -105,12 +106,8 @@ class FimTokens(Section):
 
 
 class Files(Section):
-    path: str | list[str] | None = Field(
-        None, description="data file(s), comma separated; null = the shipped data set"
-    )
-    eval_path: str | list[str] | None = Field(
-        None, description="held-out file(s); null = shipped, or heldout_fraction of the data"
-    )
+    path: Paths = Field(None, description="data file(s), comma separated; null = shipped")
+    eval_path: Paths = Field(None, description="held-out files; null = shipped, or a share of path")
 
     @property
     def paths(self) -> list[str] | None:
@@ -132,12 +129,8 @@ class RowsConfig(Files):
     """What every reader of records is told."""
 
     max_length: int = Field(512, ge=8, description="tokens a row may have")
-    max_bad_fraction: float = Field(
-        0.05, ge=0, le=1, description="share of bad rows above which the run stops"
-    )
-    heldout_fraction: float = Field(
-        0.02, ge=0, lt=1, description="share of rows held out when no eval data is given"
-    )
+    max_bad_fraction: float = Field(0.05, ge=0, le=1, description="share of bad rows that is borne")
+    heldout_fraction: float = Field(0.02, ge=0, lt=1, description="held out without eval data")
     cache_dir: str | None = Field(
         None, description="null = $EAGLE_CACHE, $XDG_CACHE_HOME/eagle-heads or ~/.cache/eagle-heads"
     )
@@ -149,34 +142,18 @@ class DataConfig(RowsConfig):
     mixture: list[MixtureSource] | None = Field(
         None, description="sources of format=mixed: [{format: fim, path: f.jsonl, weight: 2}, ...]"
     )
-    on_policy: bool | None = Field(
-        None, description="this target wrote the answers; null = as the data cards say"
-    )
-    features: str | None = Field(
-        None, description="folder of `train.prepare features`; null = the target computes them"
-    )
+    on_policy: bool | None = Field(None, description="this target wrote it; null = see its card")
+    features: str | None = Field(None, description="folder of `train.prepare features`")
     supervise: Literal["assistant", "last_assistant", "all"] = Field(
         "assistant", description="which chat and instruction tokens are targets"
     )
-    instruction_template: Literal["auto", "chat", "alpaca"] = Field(
-        "auto", description="auto = the tokenizer's chat template when it has one, else alpaca"
-    )
-    fim_spm_rate: float = Field(
-        0.0, ge=0, le=1, description="share of FIM rows written suffix-prefix-middle"
-    )
+    instruction_template: Template = Field("auto", description="auto = chat where it is known")
+    fim_spm_rate: float = Field(0.0, ge=0, le=1, description="share of suffix-prefix-middle rows")
     fim_spans_per_file: int = Field(4, ge=1, description="FIM rows cut out of each whole file")
-    fim_tokens: FimTokens | None = Field(
-        None, description="{prefix, suffix, middle, eot}; null = found in the tokenizer"
-    )
-    min_supervised_tokens: int = Field(
-        100, ge=1, description="supervised tokens below which a run is refused"
-    )
-    num_proc: int | None = Field(
-        None, ge=1, description="processes that tokenise; null = by cores and size of the files"
-    )
-    num_workers: int | None = Field(
-        None, ge=0, description="processes that prepare batches; null = by GPUs and cores, 0 = none"
-    )
+    fim_tokens: FimTokens | None = Field(None, description="null = found in the tokenizer")
+    min_supervised_tokens: int = Field(100, ge=1, description="below it a run is refused")
+    num_proc: int | None = Field(None, ge=1, description="processes that tokenise; null = by cores")
+    num_workers: int | None = Field(None, ge=0, description="batch processes; null = by cores")
 
     @model_validator(mode="after")
     def _mixture_or_path(self) -> DataConfig:
@@ -198,9 +175,7 @@ class RunConfig(Section):
     output: str | None = Field(None, description="run folder; null = one under runs/")
     max_steps: int | None = Field(None, ge=1, description="optimizer steps; null = from epochs")
     epochs: float = Field(1.0, gt=0, description="passes over the data when max_steps is null")
-    time_budget_minutes: float | None = Field(
-        None, gt=0, description="end after so long, with a finished schedule"
-    )
+    time_budget_minutes: float | None = Field(None, gt=0, description="end after so long, in order")
     batch_size: int = Field(8, ge=1, description="rows a process takes per micro batch")
     grad_accum: int = Field(1, ge=1, description="micro batches per optimizer step")
     lr: float = Field(1e-3, gt=0, le=1, description="peak learning rate")
@@ -211,9 +186,7 @@ class RunConfig(Section):
     seed: int = Field(0, ge=0, description="seed of new weights, dropout and row order")
     log_every: int = Field(10, ge=1, description="steps between metric rows")
     eval_every: int | None = Field(None, ge=1, description="steps between evaluations; null = end")
-    early_stopping_patience: int | None = Field(
-        None, ge=1, description="evaluations without gain that end the run"
-    )
+    early_stopping_patience: int | None = Field(None, ge=1, description="evaluations without gain")
     save_every: int = Field(200, ge=1, description="steps between checkpoints")
     save_total_limit: int = Field(2, ge=1, description="newest checkpoints kept, besides the best")
     resume: Resume = Field(None, description="auto = newest checkpoint in output; or a folder")
@@ -232,13 +205,11 @@ class TrainConfig(RunConfig):
         "adamw", description="muon: for the matrices, AdamW for the rest; ZeRO 0 only"
     )
     zero: int = Field(0, ge=0, le=3, description="DeepSpeed ZeRO stage 0, 1, 2 or 3")
-    dtype: Literal["auto", "bf16", "fp32"] = Field(
-        "auto", description="of the head; auto = bf16 where the device has it, else fp32"
-    )
+    dtype: Compute = Field("auto", description="of the head; auto = bf16 where the device has it")
     ttt_steps: int = Field(5, ge=1, le=16, description="unrolled steps of training-time test")
     ttt_decay: float = Field(0.8, gt=0, le=1, description="loss weight of step i is decay**i")
     feature_noise: float | None = Field(
-        None, ge=0, description="uniform noise, ± this x 512/length; null = 0.1 with eagle1, else 0"
+        None, ge=0, description="uniform, ± this x 512/length; null = 0.1 for eagle1, else 0"
     )
     perf_every: int = Field(50, ge=0, description="steps between rows of time and memory; 0 = none")
     report_to: list[Literal["tensorboard", "wandb", "trackio"]] | None = Field(
@@ -272,15 +243,9 @@ class LossConfig(Section):
     tokens: Literal["supervised", "all"] = Field(
         "supervised", description="all: learn from every token, whatever the loss mask says"
     )
-    label_smoothing: float = Field(
-        0.0, ge=0, lt=1, description="uniform share mixed into targets of soft_ce and kl"
-    )
-    feature_weight: float | None = Field(
-        None, ge=0, description="eagle1: weight of the smooth L1 loss on features; null = 1"
-    )
-    token_weight: float | None = Field(
-        None, ge=0, description="eagle1: weight of the loss that `name` names; null = 0.1"
-    )
+    label_smoothing: float = Field(0.0, ge=0, lt=1, description="uniform share of the targets")
+    feature_weight: float | None = Field(None, ge=0, description="eagle1: of smooth L1; null = 1")
+    token_weight: float | None = Field(None, ge=0, description="eagle1: of loss.name; null = 0.1")
     depth_weights: list[Annotated[float, Field(ge=0)]] | None = Field(
         None, description="loss weight of each unrolled step; null = train.ttt_decay**i"
     )
