@@ -44,7 +44,6 @@ class PolicyConfig(Section):
     )
     adapter: str | None = Field(None, description="adapter folder to start from; null = a new one")
     quantization: Quantization = Field("nf4", description="of the frozen linear layers")
-    double_quant: bool = Field(True, description="quantize the scales of nf4 too")
     dtype: Dtype = Field("auto", description="of what is not quantized; auto = as it is served")
     compute: Compute = Field("auto", description="of products; auto = bf16 where the device has it")
     attn_implementation: str | None = Field(None, description="sdpa, eager, flash_attention_2, ...")
