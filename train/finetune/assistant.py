@@ -67,7 +67,7 @@ def write_all(out: Path) -> dict[str, int]:
         for kind, make in MAKERS.items():
             records = make(functions, sentences, random.Random(f"{kind}-{split}"))
             text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-            write_atomic(out / _name(kind, split), text.encode())
+            atomic_write_text(out / _name(kind, split), text)
             counts[_name(kind, split)] = len(records)
     return counts
 

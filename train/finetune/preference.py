@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 
 from configs.finetune_schema import PreferenceData
 from records.chat import read_messages, render_chat, render_instruction, require_template
-from records.quarantine import each_record
 from records.render import record_key
 from records.rows import Row, RowError
 from records.tokens import encode_with_spans

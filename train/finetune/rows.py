@@ -12,7 +12,7 @@ import numpy as np
 
 from configs.finetune_schema import TaskData
 from eagle.errors import EagleError
-from records.dataset import _held_out
+from records.dataset import held_out_rows
 from records.quarantine import BadRow, enforce, write_quarantine
 from records.rows import RowError
 from records.sources import read_records, resolve
@@ -45,7 +45,7 @@ def load_rows(run: Run, kind: str, render: Render) -> tuple[list, list, dict]:
 
 def split_rows(rows: list, fraction: float) -> tuple[list, list]:
     """(training, held out): all rows of a record are on one side."""
-    held = _held_out(np.array([row.key for row in rows]), fraction)
+    held = held_out_rows(np.array([row.key for row in rows]), fraction)
     sides: tuple[list, list] = ([], [])
     for row, out in zip(rows, held, strict=True):
         sides[out].append(row)

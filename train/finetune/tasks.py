@@ -15,7 +15,6 @@ from typing import Any
 from configs.finetune_schema import TaskConfig
 from eagle.errors import EagleError
 from records.chat import render_chat
-from records.quarantine import each_record
 from records.render import record_key
 from records.rows import RowError
 from records.tokens import encode, encode_with_spans, leading_ids
