@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from eagle.checkpoint import atomic_write_text
 from eagle.errors import EagleError
 from records.rows import RowError
-from records.sources import Record, read_records
+from records.sources import Record
 
 RAW_LIMIT = 2000
 
@@ -79,30 +78,3 @@ def enforce(bad: list[BadRow], records: int, max_bad_fraction: float, out: Path 
             f"{len(bad)} of {records} rows are unusable, more than data.max_bad_fraction="
             f"{max_bad_fraction:g}: {diagnose(bad)}; repair them or raise the limit{written}"
         )
-
-
-def each_record(
-    files: list[Path], cfg: Any, out: Path | None, take: Callable[[dict], None]
-) -> dict:
-    """Give `take` each record, at most `cfg.max_rows` of a file; those that it refuses (RowError)
-    go to `out`, and above `cfg.max_bad_fraction` end the run. Returns what was counted."""
-    bad: list[BadRow] = []
-    records = 0
-    for path in files:
-        for number, record in enumerate(read_records(path)):
-            if cfg.max_rows is not None and number >= cfg.max_rows:
-                break
-            records += 1
-            try:
-                take(object_of(record))
-            except RowError as error:
-                bad.append(BadRow.of(record, error))
-    if out is not None and bad:
-        write_quarantine(bad, out)
-    enforce(bad, records, cfg.max_bad_fraction, out if bad else None)
-    return {
-        "files": [path.name for path in files],
-        "records": records,
-        "bad": len(bad),
-        "bad_by_reason": dict(Counter(row.reason for row in bad)),
-    }

@@ -9,7 +9,7 @@ import torch
 import eagle
 from eagle.loading import EMBEDDED
 from tools.embedded import corpus
-from tools.embedded.datasets import write_datasets
+from tools.embedded.build import write_datasets
 from tools.embedded.pretrain import PretrainConfig, pretrain
 
 DATA = EMBEDDED / "data"
@@ -28,6 +28,10 @@ def sources(tmp_path_factory):
         (root / f"module_{i}.py").write_text(f'"""Module {i}."""\n\nimport math\n\n\n{body}')
     (root / "bad_syntax.py").write_text("def (:\n" * 60)
     return root
+
+
+def rows(path):
+    return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
 
 
 def test_split_is_by_rule_and_complete(sources):
@@ -55,8 +59,7 @@ def test_data_sets_hold_no_held_out_source(sources, tmp_path):
     counts = write_datasets(tmp_path, sources, count=30, heldout=10, prompts=3)
     assert counts["fim"] == 30 and counts["heldout_chat"] > 0
     for kind in ("chat", "fim", "instruction"):
-        train = [json.loads(line) for line in open(tmp_path / f"{kind}.jsonl")]
-        held_out = [json.loads(line) for line in open(tmp_path / f"heldout_{kind}.jsonl")]
+        train, held_out = (rows(tmp_path / f"{name}{kind}.jsonl") for name in ("", "heldout_"))
         assert not any(corpus.is_heldout(r["source"]) for r in train)
         assert all(corpus.is_heldout(r["source"]) for r in held_out)
     again = tmp_path / "again"
@@ -68,19 +71,11 @@ def test_shipped_data_keeps_to_the_split():
     listed = set((EMBEDDED / "heldout.txt").read_text().split())
     assert listed and all(corpus.is_heldout(path) for path in listed)
     for kind in ("chat", "fim", "instruction"):
-        used = {
-            json.loads(line)["source"] for line in open(DATA / f"{kind}.jsonl", encoding="utf-8")
-        }
-        held_out = {
-            json.loads(line)["source"]
-            for line in open(DATA / f"heldout_{kind}.jsonl", encoding="utf-8")
-        }
+        used = {row["source"] for row in rows(DATA / f"{kind}.jsonl")}
+        held_out = {row["source"] for row in rows(DATA / f"heldout_{kind}.jsonl")}
         assert not used & listed
         assert held_out <= listed
-    prompts = {
-        json.loads(line)["source"] for line in open(DATA / "prompts.jsonl", encoding="utf-8")
-    }
-    assert prompts <= listed
+    assert {row["source"] for row in rows(DATA / "prompts.jsonl")} <= listed
 
 
 def test_shipped_files_are_small():
@@ -90,19 +85,8 @@ def test_shipped_files_are_small():
 
 @pytest.mark.slow
 def test_pretraining_learns_saves_and_loads(sources, tmp_path):
-    config = PretrainConfig(
-        layers=4,
-        hidden=64,
-        heads=1,
-        kv_heads=1,
-        intermediate=128,
-        vocab_size=400,
-        seq_len=64,
-        batch_size=4,
-        minutes=0.1,
-        warmup_steps=2,
-        compile=False,
-    )
+    small = dict(layers=4, hidden=64, vocab_size=400, seq_len=64, batch_size=4, warmup_steps=2)
+    config = PretrainConfig(**small, minutes=0.1, compile=False)
     report = pretrain(tmp_path, config, str(sources))
     assert report["steps"] > 3
     assert report["heldout"]["nats_per_token"] < 5.5  # ln 400 = 5.99 is knowing nothing
