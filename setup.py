@@ -27,6 +27,7 @@ setup(
         "kernels": ["*.cpp"],
         "configs": ["presets/*.yaml", "presets/*/*.yaml", "deepspeed/*.json"],
         "inference.evaluation.shipped": ["*.jsonl"],
+        "train.tracking": ["*.html"],
     },
     install_requires=[
         "torch>=2.9,<2.14",
