@@ -2,29 +2,82 @@
 
 from __future__ import annotations
 
-import json
+import importlib.util
+import json as json_format
 import logging
 import os
+import platform
+import shutil
+import subprocess
+import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from functools import partial
+from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from configs.cli import main
+from configs.errors import ConfigError
 from configs.load import load_config
 from configs.schema import HeadTrainConfig
 from eagle.errors import EagleError
 
-if TYPE_CHECKING:
-    from rich.console import Console
-
-    from train.checks.data import Sample
-    from train.checks.findings import Finding
-    from train.checks.model import Subject
-
 COLOURS = {"ok": "green", "note": "cyan", "warning": "yellow", "problem": "bold red"}
+OURS = "eagle-heads"
+ROOT = Path(__file__).parents[1]
+PACKAGES = ("configs", "eagle", "records", "train", "inference")
+LITTLE, NOTHING = 5 * 2**30, 2**30  # bytes of free disk
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What is so, how bad it is (ok, note, warning, problem), and what to do about it.
+
+    check: a stable name. remedy: empty for `ok` alone.
+    """
+
+    level: str
+    check: str
+    text: str
+    remedy: str = ""
+
+    def __post_init__(self) -> None:
+        assert self.level in COLOURS and bool(self.remedy) != (self.level == "ok"), self
+
+
+def failed(check: str, error: Exception) -> Finding:
+    """An exception as a problem. The remedy of our own errors follows their last semicolon or
+    colon; anything else is what a broken installation or file raises."""
+    text = " ".join(str(error).split())
+    if not isinstance(error, (EagleError, ConfigError)):
+        reason = f"this check broke: {type(error).__name__}: {text[:300]}"
+        return Finding("problem", check, reason, "repair what it names, or report it with --json")
+    for mark in ("; ", ": "):
+        what, found, remedy = text.rpartition(mark)
+        if found:
+            return Finding("problem", check, what, remedy)
+    return Finding("problem", check, text, "see the message")
+
+
+def guarded(check: str, run: Callable[[], Iterable[Finding]]) -> list[Finding]:
+    """What `run` finds. A check that breaks is itself a finding: the others still count."""
+    found: list[Finding] = []
+    try:
+        found.extend(run())
+    except Exception as error:  # whatever it is, the doctor is there to say so
+        found.append(failed(check, error))
+    return found
+
+
+def size(count: float) -> str:
+    """Bytes for people."""
+    for unit in ("B", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.1f} GiB"
 
 
 def doctor(
@@ -38,15 +91,13 @@ def doctor(
     json: str | None = None,
     color: str = "auto",
 ) -> int:
-    """Look at the installation and devices and, where given, at a target, data and a head, in less
-    than a minute; exit with 1 on a problem.
+    """Look at the installation and, where given, at a target, data and a head, in less than a
+    minute; exit with 1 on a problem.
 
     --base, --data, --data_format, --config and section.key=value overrides are as in train.main; a
-      part
-    that none of them names is left out. --head: a trained head, to be checked against the target.
-    --num: samples to show, with the supervised tokens coloured.     --json FILE: the findings as
-      JSON.
-    color: auto, always or never.
+      part that none of them names is left out. --head: a trained head, checked against the target.
+    --num: samples to show, with the supervised tokens coloured. --json FILE: the findings as JSON.
+    --color: auto, always or never.
     """
     from train.inspect import make_console
 
@@ -56,156 +107,303 @@ def doctor(
     cfg = load_config(HeadTrainConfig, config, overrides, flags)
     sections = {text.partition(".")[0] for text in overrides}
     with_data = bool(data or data_format or config or "data" in sections)
-    with_model = bool(with_data or base or head or sections)
+    with_target = bool(with_data or base or head or sections)
     console = make_console(color)
     began = time.monotonic()
     findings: list[Finding] = []
-    for title, found, show in examine(cfg, head, with_model, with_data, num):
+    for title, found, show in parts(cfg, head, with_target, with_data, num):
         console.rule(title, align="left")
         for finding in found:
-            print_finding(console, finding)
+            line = f"{finding.level:<8} {finding.check}: {finding.text}"
+            console.print(line, style=COLOURS[finding.level], markup=False)
+            if finding.remedy:
+                console.print(f"         {finding.remedy}", markup=False)
         if show is not None:
             show(console)
         findings += found
+    counts = Counter(finding.level for finding in findings)
     seconds = time.monotonic() - began
-    print_verdict(console, findings, seconds, with_model)
+    console.rule(align="left")
+    told = ", ".join(f"{counts[level]} {level}" for level in reversed(COLOURS))
+    console.print(f"{told} in {seconds:.0f} s")
+    if not with_target:
+        console.print("--base MODEL and --data FILE --data_format FORMAT have them checked too")
     if json is not None:
-        write_json(Path(json).expanduser(), findings, seconds)
-    return int(any(finding.level == "problem" for finding in findings))
+        write_json(Path(json).expanduser(), findings, counts, seconds)
+    return int(counts["problem"] > 0)
 
 
-def examine(
-    cfg: HeadTrainConfig, head: str | None, with_model: bool, with_data: bool, num: int
-) -> Iterator[tuple[str, list[Finding], object]]:
-    """(title, findings, what to show below them or None) of each part, as soon as it is done."""
+def parts(
+    cfg: HeadTrainConfig, head: str | None, with_target: bool, with_data: bool, num: int
+) -> Iterator[tuple[str, list[Finding], Callable | None]]:
+    """(title, findings, what to show below them) of each part, as soon as it is done."""
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     logger = logging.getLogger("records")
     before = logger.level
     logger.setLevel(logging.ERROR)  # its warnings are findings here
     try:
-        yield from examine_machine(cfg)
-        if with_model:
-            yield from examine_target(cfg, head, with_data, num)
+        found = guarded("versions", versions) + guarded("names", clashes)
+        found += guarded("deepspeed", partial(deepspeed, cfg.train.zero))
+        found += guarded("device", devices) + guarded("c++", compiler)
+        found += guarded("disk", partial(disk, cfg))
+        yield "Installation", found, None
+        if with_target:
+            from train.doctor_target import examine
+
+            yield from examine(cfg, head, with_data, num)
     finally:
         logger.setLevel(before)
 
 
-def examine_machine(cfg: HeadTrainConfig) -> Iterator[tuple[str, list[Finding], object]]:
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    from transformers.utils.logging import disable_progress_bar
-
-    from train.checks import devices, installation, space
-    from train.checks.findings import guarded
-
-    disable_progress_bar()
-    found = guarded("versions", installation.versions)
-    found += guarded("name clash", installation.clashes)
-    found += guarded("deepspeed", partial(installation.deepspeed, cfg.train.zero))
-    yield "Installation", found, None
-    found = guarded("accelerator", devices.accelerators)
-    found += guarded("attention", devices.attention)
-    found += guarded("triton", devices.triton)
-    found += guarded("c++", devices.compiler)
-    yield "Devices", found, None
-    yield "Disk", guarded("disk", partial(space.disk, cfg)), None
-
-
-def examine_target(
-    cfg: HeadTrainConfig, head: str | None, with_data: bool, num: int
-) -> Iterator[tuple[str, list[Finding], object]]:
-    import torch
-
-    from train.checks import data, model, space
-    from train.checks.findings import guarded
-    from train.head.setup import settle
-
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    cfg = settle(cfg, device)
-    subject = model.Subject(cfg.model.base or "embedded")
-    formats = data.formats(cfg.data) if with_data else set()
-    found = guarded("target", partial(model.target, subject, cfg))
-    found += guarded("tokenizer", partial(model.tokens, subject, cfg, formats))
-    if head is not None:
-        found += guarded("head", partial(model.head, subject, head))
-    yield "Target", found, None
-    tokens = 0
-    if with_data and subject.tokenizer is not None:
-        with data.samples(cfg.data, subject.tokenizer) as (sampled, found):
-            found += guarded("data", partial(data.held_out_files, cfg.data))
-            for sample in sampled:
-                found += guarded("data", partial(data.check, sample, subject, cfg))
-                tokens += round(sample.rows.stats["tokens"] / max(sample.share, 1e-9))
-            if sampled and subject.model is not None:
-                found += guarded(
-                    "draft vocabulary", partial(data.vocabulary, sampled, subject, cfg)
-                )
-            show = partial(print_samples, sampled, subject, num) if sampled and num else None
-            yield "Data", found, show
-    if subject.model is not None:
-        yield "Needs", guarded("memory", partial(needs, subject, cfg, tokens, device, space)), None
-
-
-def needs(subject: Subject, cfg: HeadTrainConfig, tokens: int, device, space) -> Iterator[Finding]:
-    import torch
-
-    from eagle.heads.head import make_head, mlp_width
-
-    config = subject.head_config(cfg)
-    with torch.device("meta"):
-        weights = sum(p.numel() for p in make_head(config).parameters())
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    width = mlp_width(subject.text)
-    logits = space.LOGITS if device.type == "cpu" else 16 * space.LOGITS
-    need = space.MemoryNeed.of(cfg, config, weights, subject.weight_bytes, width, world, logits)
-    yield from space.memory(need, device)
-    disk = space.DiskNeed.of(cfg, weights, tokens, subject.text.hidden_size)
-    yield from space.disk_need(disk, cfg)
-
-
-def print_finding(console: Console, finding: Finding) -> None:
-    from rich.text import Text
-
-    line = Text(f"{finding.level:<8}", COLOURS[finding.level]) + Text(
-        f" {finding.check}: {finding.text}"
-    )
-    if finding.remedy:
-        line += Text(f"; {finding.remedy}", "" if finding.level == "note" else "bold")
-    console.print(line)
-
-
-def print_samples(sampled: list[Sample], subject: Subject, num: int, console: Console) -> None:
-    """`num` rows in all, spread over the sources."""
-    from train.inspect import print_sample
-
-    for n in range(num):
-        rows = sampled[n % len(sampled)].rows
-        index = (n // len(sampled)) * max(1, len(rows) // max(num, 1)) % len(rows)
-        print_sample(console, rows[index], index, subject.tokenizer)
-
-
-def print_verdict(console: Console, findings: list[Finding], seconds: float, whole: bool) -> None:
-    counts = Counter(finding.level for finding in findings)
-    parts = [
-        f"{counts[level]} {level}{'s' if counts[level] != 1 and level != 'ok' else ''}"
-        for level in ("problem", "warning", "note", "ok")
-    ]
-    console.rule(align="left")
-    console.print(f"{', '.join(parts)} in {seconds:.0f} s")
-    if not whole:
-        console.print("--base MODEL and --data FILE --data_format FORMAT have them checked too")
-
-
-def write_json(path: Path, findings: list[Finding], seconds: float) -> None:
+def write_json(path: Path, findings: list[Finding], counts: Counter, seconds: float) -> None:
     from eagle.checkpoint import atomic_write_text
 
-    text = {
-        "findings": [vars(finding) for finding in findings],
-        "seconds": round(seconds, 1),
-        "counts": Counter(finding.level for finding in findings),
-    }
+    report = {"findings": [vars(f) for f in findings], "seconds": round(seconds, 1)}
     try:
-        atomic_write_text(path, json.dumps(text, indent=2, ensure_ascii=False) + "\n")
+        text = json_format.dumps(report | {"counts": counts}, indent=2, ensure_ascii=False)
+        atomic_write_text(path, text + "\n")
     except OSError as error:
         raise EagleError(f"cannot write {path}: {error.strerror}; choose another --json") from error
+
+
+# the installation
+
+
+def versions() -> Iterator[Finding]:
+    """Below the range that the package declares is a problem, above it untested."""
+    from packaging.requirements import Requirement
+    from packaging.version import Version
+
+    low, high = (3, 10), (3, 13)
+    text = f"Python {platform.python_version()}"
+    if low <= sys.version_info[:2] <= high:
+        yield Finding("ok", "python", text)
+    else:
+        yield Finding("warning", "python", f"{text} is untested", "use Python 3.10 to 3.13")
+    try:
+        declared = metadata.requires(OURS) or []
+    except metadata.PackageNotFoundError:
+        remedy = "run make install, or pip install -e ."
+        yield Finding("warning", "versions", "this checkout is not installed", remedy)
+        return
+    good = []
+    for need in map(Requirement, declared):
+        optional = "extra" in str(need.marker or "")
+        found = _version(need.name)
+        if (need.marker and not optional and not need.marker.evaluate()) or (
+            optional and found is None
+        ):
+            continue
+        command = f"pip install '{need.name}{need.specifier}'"
+        if found is None:
+            yield Finding("problem", "versions", f"{need.name} is not installed", command)
+        elif need.specifier.contains(found, prereleases=True):
+            good.append(f"{need.name} {found}")
+        else:
+            bounds = [s for s in need.specifier if s.operator in ("<", "<=")]
+            above = any(Version(found) >= Version(s.version) for s in bounds)
+            text = f"{need.name} {found} is {'newer' if above else 'older'} than supported"
+            yield Finding("warning" if above else "problem", "versions", text, command)
+    yield Finding("ok", "versions", ", ".join(dict.fromkeys(good)))
+
+
+def clashes() -> Iterator[Finding]:
+    """Distributions that install a top-level package of ours, and imports that end elsewhere."""
+    import eagle  # noqa: F401  (appends our folder to kernels.__path__)
+
+    owners = metadata.packages_distributions()
+    for name in PACKAGES:
+        others = sorted(set(owners.get(name, ())) - {OURS})
+        if others:
+            text = f"{', '.join(others)} also installs a package called {name!r}"
+            remedy = f"pip uninstall {' '.join(others)}, or use an environment of its own"
+            yield Finding("problem", "names", text, remedy)
+        spec = importlib.util.find_spec(name)
+        places = list(spec.submodule_search_locations or []) if spec else []
+        if places and Path(places[0]).resolve() != ROOT / name:
+            text = f"'import {name}' finds {places[0]}, not ours"
+            remedy = "remove that folder from sys.path (PYTHONPATH, the current folder)"
+            yield Finding("problem", "names", text, remedy)
+    if importlib.util.find_spec("kernels.tree_attention") is None:
+        text = "another package 'kernels' hides ours"
+        remedy = "import eagle before kernels, or pip uninstall kernels"
+        yield Finding("problem", "names", text, remedy)
+    else:
+        beside = sorted(set(owners.get("kernels", ())) - {OURS})
+        text = f"beside Hugging Face's ({', '.join(beside)})" if beside else "alone of that name"
+        yield Finding("ok", "names", f"our kernels are found, {text}")
+
+
+def deepspeed(zero: int = 0, seconds: float = 90) -> Iterator[Finding]:
+    """Trains a step in a process of its own: DeepSpeed can be initialised once in each."""
+    ranks = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    environment = {k: v for k, v in os.environ.items() if k not in ranks}
+    paths = [str(ROOT), os.environ.get("PYTHONPATH")]
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
+    code = f"from train.doctor import deepspeed_step; deepspeed_step({zero})"
+    command = [sys.executable, "-c", code]
+    try:
+        done = subprocess.run(
+            command, env=environment, capture_output=True, text=True, timeout=seconds
+        )
+    except subprocess.TimeoutExpired:
+        text = f"one training step took more than {seconds:g} s"
+        remedy = "delete a stale lock in ~/.cache/torch_extensions"
+        yield Finding("problem", "deepspeed", text, remedy)
+        return
+    if done.returncode:
+        reason = (done.stderr.strip().splitlines() or ["no output"])[-1][:300]
+        remedy = f"repair it; to see all of it: python -c '{code}'"
+        yield Finding("problem", "deepspeed", f"it cannot train one step: {reason}", remedy)
+        return
+    yield Finding("ok", "deepspeed", done.stdout.strip().splitlines()[-1])
+
+
+def deepspeed_step(zero: int) -> None:
+    """One step of a tiny layer with the ZeRO preset, in this process alone."""
+    import torch
+
+    from configs.deepspeed_presets import deepspeed_config
+    from train.head.distributed import import_deepspeed, join_world
+
+    world = join_world()
+    cfg = HeadTrainConfig.model_validate({"train": {"zero": zero, "batch_size": 1}})
+    layer = torch.nn.Linear(8, 8)
+    engine, *_ = import_deepspeed().initialize(
+        model=layer, model_parameters=list(layer.parameters()), config=deepspeed_config(cfg)
+    )
+    engine.backward(engine(torch.ones(1, 8, device=world.device)).square().sum())
+    engine.step()
+    print(f"trains a step alone with ZeRO {zero} on {world.device}")
+
+
+def devices() -> Iterator[Finding]:
+    import torch
+
+    from eagle.loading import fast_bf16
+
+    if not torch.cuda.is_available():
+        driver = shutil.which("nvidia-smi") or Path("/proc/driver/nvidia/version").exists()
+        if driver and torch.version.cuda is None and torch.version.hip is None:
+            text = "this machine has an NVIDIA driver, and PyTorch is a CPU build"
+            remedy = "install a CUDA build of torch (see pytorch.org)"
+            yield Finding("warning", "device", text, remedy)
+        else:
+            hidden = os.environ.get("CUDA_VISIBLE_DEVICES") == ""
+            text = "CUDA_VISIBLE_DEVICES is empty: GPUs are hidden" if hidden else "no GPU"
+            remedy = "use a GPU for targets above a billion parameters"
+            yield Finding("note", "device", text, "unset it" if hidden else remedy)
+        if fast_bf16(torch.device("cpu")):
+            yield Finding("ok", "bf16", "this CPU multiplies bf16 natively")
+        else:
+            remedy = (
+                "leave dtypes at their defaults, or set train.dtype=fp32, in fine-tuning "
+                "model.compute=fp32, in generation --dtype float32"
+            )
+            yield Finding("note", "bf16", "this CPU emulates bf16, slowly", remedy)
+        return
+    for index in range(torch.cuda.device_count()):
+        facts = torch.cuda.get_device_properties(index)
+        free, total = torch.cuda.mem_get_info(index)
+        text = f"cuda:{index} {facts.name}, sm_{facts.major}{facts.minor}, "
+        text += f"{size(free)} of {size(total)} free"
+        if free < 0.5 * total:
+            remedy = "see nvidia-smi, or choose another GPU with CUDA_VISIBLE_DEVICES"
+            yield Finding("warning", "device", f"{text}: others hold the rest", remedy)
+        else:
+            yield Finding("ok", "device", text)
+        if facts.major < 8 and torch.version.hip is None:
+            remedy = "set model.dtype=float16 train.dtype=fp32"
+            yield Finding("note", "bf16", f"cuda:{index} has no bf16 tensor cores", remedy)
+    yield from triton()
+
+
+def triton() -> Iterator[Finding]:
+    """Compile and run the smallest of our kernels, against its reference."""
+    import torch
+
+    from kernels.commit_kv import commit_kv, commit_kv_reference
+
+    buffer = torch.randn(1, 2, 1, 1, 8, 16, device="cuda")
+    expected = buffer.clone()
+    lengths, counts = torch.tensor([2], device="cuda"), torch.tensor([2], device="cuda")
+    path = torch.tensor([[1, 3]], device="cuda")
+    try:
+        commit_kv(buffer, lengths, path, counts)
+    except Exception as error:  # a compiler's, a driver's or a linker's
+        text = f"our kernels do not compile: {' '.join(str(error).split())[:200]}"
+        remedy = "install gcc and the Python headers, or set EAGLE_TRITON=0 for the references"
+        yield Finding("problem", "triton", text, remedy)
+        return
+    commit_kv_reference(expected, lengths, path, counts)
+    if torch.equal(buffer, expected):
+        yield Finding("ok", "triton", "our kernels compile and agree with their references")
+    else:
+        remedy = "set EAGLE_TRITON=0, and report this GPU and version"
+        yield Finding("problem", "triton", "a compiled kernel is wrong", remedy)
+
+
+def compiler() -> Iterator[Finding]:
+    """What compile="max" and train.compile need on a CPU."""
+    from torch.utils.cpp_extension import is_ninja_available
+
+    from kernels.cpu_extension import FLAGS
+
+    name = os.environ.get("CXX", "g++")
+    text = "#include <vector>\n#include <bit>\nint main() {}\n"
+    command = [name, *FLAGS, "-x", "c++", "-fsyntax-only", "-"]
+    remedy = "install g++ 11 or newer (Debian: apt-get install g++); compile='max' needs it"
+    try:
+        done = subprocess.run(command, input=text, capture_output=True, text=True, timeout=60)
+    except OSError:
+        yield Finding("warning", "c++", f"no C++ compiler ({name})", remedy)
+    else:
+        if done.returncode:
+            reason = (done.stderr.strip().splitlines() or ["no message"])[0][:200]
+            yield Finding("warning", "c++", f"{name} cannot compile C++20: {reason}", remedy)
+        else:
+            yield Finding("ok", "c++", f"{name} compiles C++20 with {' '.join(FLAGS)}")
+    if not is_ninja_available():
+        yield Finding("warning", "c++", "ninja does not run", "pip install ninja")
+
+
+def folders(cfg: HeadTrainConfig) -> dict[str, Path]:
+    """Where a run writes, by the setting that says so."""
+    from eagle.loading import cache_folder
+
+    return {
+        "data.cache_dir or $EAGLE_CACHE": Path(cfg.data.cache_dir or cache_folder()),
+        "train.output": Path(cfg.train.output or "runs"),
+    }
+
+
+def free_bytes(folder: Path) -> int:
+    return shutil.disk_usage(existing(folder)).free
+
+
+def existing(folder: Path) -> Path:
+    """`folder`, or its nearest parent that exists."""
+    folder = folder.expanduser().absolute()
+    return next(parent for parent in (folder, *folder.parents) if parent.exists())
+
+
+def disk(cfg: HeadTrainConfig) -> Iterator[Finding]:
+    for name, folder in folders(cfg).items():
+        parent, left = existing(folder), free_bytes(folder)
+        text, remedy = f"{folder}: {size(left)} free", f"free some space, or change {name}"
+        if not parent.is_dir() or not os.access(parent, os.W_OK):
+            yield Finding("problem", "disk", f"{folder} cannot be written", f"change {name}")
+        elif left < LITTLE:
+            yield Finding("problem" if left < NOTHING else "warning", "disk", text, remedy)
+        else:
+            yield Finding("ok", "disk", text)
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 if __name__ == "__main__":
