@@ -53,9 +53,11 @@ class RunFiles:
     def _read(self, name: str, parse: Callable[[str], Any], lines: bool = False) -> list[dict]:
         """The objects in a file; what a kill tore is left out, and said to be."""
         path = self.folder / name
-        text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else None
+        if not path.exists():
+            return []
+        text = path.read_text(encoding="utf-8", errors="replace")
         found, bad = [], 0
-        for part in text.splitlines() if text and lines else [text] if text is not None else []:
+        for part in text.splitlines() if lines else [text]:
             try:
                 value = parse(part)
             except (ValueError, yaml.YAMLError):
