@@ -1,7 +1,4 @@
-"""Running programs against their problems' tests: side by side, once each, every verdict kept.
-
-Knows programs, the sandbox and the journal of verdicts; knows nothing of models or scores.
-"""
+"""Running programs against their problems' tests: side by side, once each, every verdict kept."""
 
 from __future__ import annotations
 
@@ -14,15 +11,14 @@ from concurrent.futures import Future
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from inference.evaluation.judge import SuiteResult, make_job
-from inference.evaluation.sandbox import Job, Limits, Sandbox
-
 from . import journal
 from .humaneval import harness
-from .problems import Problem
-from .report import HARNESS
+from .judge import SuiteResult, make_job
+from .problem import Problem
+from .sandbox import Job, Limits, Sandbox
 
 JOURNAL = "executions.jsonl"
+HARNESS = "harness_error"
 UNCOMPILED = ("SyntaxError", "IndentationError", "TabError")
 
 
@@ -46,8 +42,7 @@ class Rules:
 @dataclass(frozen=True)
 class Verdict:
     """What became of one program. failed_at: the first test that it failed; detail: why, for
-    people.
-    """
+    people."""
 
     status: str
     tests: int = 0
@@ -61,8 +56,7 @@ class Executor:
     """Programs in, verdicts out, in a thread of its own that drives the sandbox.
 
     A verdict that the journal has is not made again, and a program that is submitted twice runs
-      once. Harness
-    errors are not taken from the journal: the next run tries those programs again.
+    once. Harness errors are not taken from the journal: the next run tries those programs again.
     """
 
     def __init__(self, sandbox: Sandbox, output: str | Path, rules: Rules) -> None:
@@ -82,8 +76,6 @@ class Executor:
 
     def submit(self, problem: Problem, program: str) -> Future:
         """-> Future of a Verdict. Raises what earlier programs ran into, such as a full disk."""
-        if self._failure is not None:
-            raise self._failure
         key = execution_key(problem, program, self.rules)
         future = self._futures.get(key)
         if future is None:
@@ -93,8 +85,8 @@ class Executor:
                 future.set_result(there)
             else:
                 self._waiting.put((key, problem, program))
-                if self._failure is not None:  # just now: nobody is left to answer
-                    raise self._failure
+        if self._failure is not None:  # nobody is left to answer
+            raise self._failure
         return future
 
     def _work(self) -> None:
@@ -137,9 +129,7 @@ class Executor:
 
 
 def summary(result: SuiteResult, isolation: str, asserted: bool = False) -> Verdict:
-    """Of a suite's verdicts, what a report needs. asserted: the program was compiled by `harness`,
-    at run time.
-    """
+    """asserted: the program was compiled by `harness`, at run time."""
     status = result.status
     at = next((i for i, v in enumerate(result.verdicts) if v.status == status != "accepted"), None)
     detail = "" if at is None else result.verdicts[at].detail[:400]
@@ -157,8 +147,7 @@ def execution_key(problem: Problem, program: str, rules: Rules) -> str:
 
 def verdicts(records: list[dict]) -> dict[str, Verdict]:
     """By key; of several the last one, as a harness error is followed by what came of the next
-    try.
-    """
+    try."""
     return {r["key"]: Verdict(**r["verdict"]) for r in records}
 
 

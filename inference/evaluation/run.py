@@ -1,29 +1,25 @@
-"""The stages of an evaluation put together: generation and execution side by side, then scores and
-files.
-
-Knows the stages; knows nothing of the command line.
-"""
+"""The stages of an evaluation put together: generation and execution side by side, and what they
+leave in the output folder."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from eagle.errors import EagleError
-from inference.generate import write_text
+from eagle.files import atomic_write_text
+from eagle.meter import Meter
 
-from .executing import JOURNAL, Executor, Rules, Verdict, execution_key, known_verdicts
-from .generations import TOO_LONG, Generations, Sample, write_upstream
-from .mutants import mutants
-from .problems import Problem, ProblemSet, some
-from .progress import Progress
-from .report import HARNESS, Checked, against, dataset_facts, score, write_metrics, write_report
+from .executing import HARNESS, JOURNAL, Executor, Rules, Verdict, execution_key, known_verdicts
+from .generations import TOO_LONG, Generations, Sample
+from .problem import Problem, ProblemSet, some
+from .report import Checked, Verdicts
 
-if TYPE_CHECKING:  # it brings torch along, which the stages without a model do not need
+if TYPE_CHECKING:
     from .generating import Generator
 
 CHECKED, EXECUTED = "dataset.json", "execution.json"
@@ -32,11 +28,10 @@ MOST_SOLUTIONS = 3  # tried of a problem; one that passes is enough
 
 def verify(problems: ProblemSet, executor: Executor) -> Checked:
     """Run reference solutions: a problem none of whose first ones passes is excluded, with the
-    reason.
-    """
+    reason."""
     verified, excluded, open_ = [], [], [p for p in problems.problems if p.solutions]
     unverified = [p.task_id for p in problems.problems if not p.solutions]
-    with Progress(verify=len(open_)) as progress:
+    with Meter("verified", len(open_), "problems") as meter:
         for attempt in range(MOST_SOLUTIONS):
             futures = {p.task_id: executor.submit(p, p.solutions[attempt]) for p in open_}
             left = []
@@ -44,8 +39,9 @@ def verify(problems: ProblemSet, executor: Executor) -> Checked:
                 verdict = futures[problem.task_id].result()
                 if verdict.status == HARNESS:
                     raise EagleError(
-                        f"the solution of {problem.task_id} could not be run: {verdict.detail}; this is no fault of the "
-                        "problem: repair the cause and run the same command again"
+                        f"the solution of {problem.task_id} could not be run: {verdict.detail}; "
+                        "this is no fault of the problem: repair the cause and run the same "
+                        "command again"
                     )
                 if verdict.status == "accepted":
                     verified.append(problem.task_id)
@@ -55,7 +51,7 @@ def verify(problems: ProblemSet, executor: Executor) -> Checked:
                 else:
                     why = f"its own solution: {reason(verdict)}"
                     excluded.append({"task_id": problem.task_id, "reason": why})
-                progress.step("verify")
+                meter.add(1, 1)
             open_ = left
     return Checked(problems.fingerprint, verified, excluded, unverified, executor.level)
 
@@ -66,158 +62,79 @@ def reason(verdict: Verdict) -> str:
     return f"{verdict.status}{at}" + (f" ({detail})" if detail else "")
 
 
-def try_mutants(problems: ProblemSet, checked: Checked, executor: Executor, limit: int) -> dict:
-    """Do the tests notice mistakes? Runs mutants of each verified problem's first solution, `limit`
-    a problem.
-    """
-    futures = []
-    for task in checked.verified:
-        problem = problems.by_id[task]
-        for number, code in enumerate(mutants(problem.solutions[0], limit)):
-            futures.append((task, number, code, executor.submit(problem, code)))
-    survivors = []
-    with Progress(mutants=len(futures)) as progress:
-        for task, number, code, future in futures:
-            if future.result().status == "accepted":
-                survivors.append({"task_id": task, "mutant": number, "code": code})
-            progress.step("mutants")
-    return {"mutants": len(futures), "accepted": len(survivors), "survivors": survivors}
-
-
 def generate_and_execute(
     generator: Generator,
     problems: Sequence[Problem],
     n_samples: int,
     slots: int,
-    executor: Executor | None,
+    executor: Executor,
     overlap: bool = True,
-) -> tuple[Generations, dict[tuple[str, int], Verdict]]:
-    """Each completion is executed as soon as it is there, or with overlap=False when all are.
-    Without an executor nothing is."""
-    wanted = generator.wanted(problems, n_samples)
+) -> tuple[Generations, Verdicts]:
+    """Each completion is executed as soon as it is there, or with overlap=False when all are."""
     by_id = {problem.task_id: problem for problem in problems}
     futures: dict[tuple[str, int], Future] = {}
-    parts = {"generate": len(wanted), "execute": len(wanted) if executor else 0}
-    with Progress(**parts) as progress:
 
-        def take(sample: Sample) -> None:
-            problem = by_id[sample.task_id]
-            futures[sample.task_id, sample.sample] = submit(executor, problem, sample, progress)
+    def take(sample: Sample) -> None:
+        futures[sample.name] = submit(executor, by_id[sample.task_id], sample)
 
-        found = generator.run(
-            wanted,
-            slots,
-            take if executor and overlap else lambda sample: None,
-            lambda tokens, fresh: progress.step("generate", tokens, not fresh),
-        )
-        if executor and not overlap:
-            for sample in found.samples:
-                take(sample)
-        return found, {name: future.result() for name, future in futures.items()}
-
-
-def execute(
-    problems: ProblemSet, found: Generations, executor: Executor
-) -> dict[tuple[str, int], Verdict]:
-    with Progress(execute=len(found.samples)) as progress:
-        futures = {
-            (s.task_id, s.sample): submit(executor, problems.by_id[s.task_id], s, progress)
-            for s in found.samples
-        }
-        return {name: future.result() for name, future in futures.items()}
-
-
-def submit(executor: Executor, problem: Problem, sample: Sample, progress: Progress) -> Future:
-    if sample.finish_reason == TOO_LONG:
-        future: Future = Future()
-        future.set_result(Verdict(TOO_LONG))
+    if overlap:
+        found = generator.run(problems, n_samples, slots, take)
     else:
-        future = executor.submit(problem, problem.program(sample.output, bool(sample.chat)))
-    skipped = future.done()
-    future.add_done_callback(lambda _: progress.step("execute", skipped=skipped))
+        found = generator.run(problems, n_samples, slots)
+        for sample in found.samples:
+            take(sample)
+    return found, results(futures)
+
+
+def execute(problems: ProblemSet, found: Generations, executor: Executor) -> Verdicts:
+    return results({s.name: submit(executor, problems.by_id[s.task_id], s) for s in found.samples})
+
+
+def submit(executor: Executor, problem: Problem, sample: Sample) -> Future:
+    if sample.finish_reason != TOO_LONG:
+        return executor.submit(problem, problem.program(sample.output, bool(sample.chat)))
+    future: Future = Future()
+    future.set_result(Verdict(TOO_LONG))
     return future
 
 
-def look_up(
-    problems: ProblemSet, found: Generations, output: Path
-) -> dict[tuple[str, int], Verdict]:
+def results(futures: dict[tuple[str, int], Future]) -> Verdicts:
+    found, there = {}, sum(future.done() for future in futures.values())
+    with Meter("executed", len(futures), "programs", done=there) as meter:
+        for name, future in futures.items():
+            waits = not future.done()
+            found[name] = future.result()
+            if waits:
+                meter.add(1, 1)
+    return found
+
+
+def look_up(problems: ProblemSet, found: Generations, output: Path) -> Verdicts:
     """The verdicts of an execute stage that has run. Raises EagleError for programs that have
-    none.
-    """
+    none."""
     rules = Rules(**read(output / EXECUTED, "execute")["rules"])
     known = known_verdicts(output)
     verdicts, missing = {}, []
     for s in found.samples:
         problem = problems.by_id[s.task_id]
-        if s.finish_reason == TOO_LONG:
-            verdicts[s.task_id, s.sample] = Verdict(TOO_LONG)
-            continue
         program = problem.program(s.output, bool(s.chat))
         verdict = known.get(execution_key(problem, program, rules))
+        if s.finish_reason == TOO_LONG:
+            verdict = Verdict(TOO_LONG)
         if verdict is None:
             missing.append(f"{s.task_id}/{s.sample}")
-        else:
-            verdicts[s.task_id, s.sample] = verdict
+        verdicts[s.name] = verdict
     if missing:
         raise EagleError(
-            f"{len(missing)} of {len(found.samples)} programs have no verdict in {output / JOURNAL} "
-            f"({some(missing, 3)}); run the execute stage with this data and these generations"
+            f"{len(missing)} of {len(found.samples)} programs have no verdict in "
+            f"{output / JOURNAL} ({some(missing, 3)}); run the execute stage with this data and "
+            "these generations"
         )
     return verdicts
 
 
-def assemble(
-    problems: ProblemSet,
-    found: Generations,
-    verdicts: Mapping[tuple[str, int], Verdict],
-    ks: Sequence[int],
-    checked: Checked | None,
-    max_harness_errors: float,
-) -> dict:
-    """The whole report of one run."""
-    statuses = {name: verdict.status for name, verdict in verdicts.items()}
-    return {
-        "data": dataset_facts(problems, checked),
-        "generation": found.settings,
-        "speed": found.speed(),
-        "isolation": sorted({v.isolation for v in verdicts.values() if v.isolation}),
-        **score(problems, statuses, found, ks, checked, max_harness_errors),
-    }
-
-
-def write(
-    output: Path,
-    problems: ProblemSet,
-    found: Generations,
-    report: dict,
-    published: dict | None,
-    suffix: str,
-) -> None:
-    """report{suffix}.json and .md, and upstream's generations{suffix}.json and
-    metrics{suffix}.json.
-    """
-    if published:
-        report["against"] = against(report, published)
-    write_report(output, report, f"report{suffix}")
-    write_upstream(output / f"generations{suffix}.json", problems.problems, found)
-    if report["pass_at_k"]:
-        write_metrics(output / f"metrics{suffix}.json", report)
-
-
-def included(problems: ProblemSet, checked: Checked | None) -> list[Problem]:
-    """The problems that are not excluded. Raises EagleError when all are."""
-    excluded = checked.excluded_ids if checked else set()
-    kept = [p for p in problems.problems if p.task_id not in excluded]
-    if not kept:
-        raise EagleError(
-            f"all {len(problems.problems)} problems are excluded: none passes with its own solution, first "
-            f"{checked.excluded[0]['task_id']}: {checked.excluded[0]['reason']}"
-        )
-    return kept
-
-
-def keep_checked(output: Path, checked: Checked, tried: dict | None = None) -> None:
-    keep(output / CHECKED, {**asdict(checked), "mutants": tried})
+def keep_checked(output: Path, checked: Checked) -> None:
+    keep(output / CHECKED, asdict(checked))
 
 
 def read_checked(output: Path, problems: ProblemSet) -> Checked | None:
@@ -225,8 +142,7 @@ def read_checked(output: Path, problems: ProblemSet) -> Checked | None:
     if not (output / CHECKED).exists():
         return None
     data = read(output / CHECKED, "verify-dataset")
-    data.pop("mutants", None)
-    checked = Checked(**data)
+    checked = Checked(**{name: data[name] for name in Checked.__dataclass_fields__})
     return checked if checked.fingerprint == problems.fingerprint else None
 
 
@@ -236,13 +152,11 @@ def keep_execution(output: Path, rules: Rules, isolation: dict) -> None:
 
 
 def keep(path: Path, data: dict) -> None:
-    write_text(path, json.dumps(data, indent=2) + "\n")
+    atomic_write_text(path, json.dumps(data, indent=2) + "\n")
 
 
 def read(path: Path, stage: str) -> dict:
     try:
         return json.loads(path.read_text("utf-8"))
-    except OSError as error:
-        raise EagleError(f"there is no {path}; run the {stage} stage first") from error
-    except ValueError as error:
-        raise EagleError(f"{path} is damaged ({error}); run the {stage} stage again") from error
+    except (OSError, ValueError) as error:
+        raise EagleError(f"cannot read {path} ({error}); run the {stage} stage first") from error
