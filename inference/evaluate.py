@@ -12,7 +12,6 @@
     without running programs:
     python -m inference.evaluate tasks --data PREDICTIONS.jsonl
     python -m inference.evaluate text --data TEXTS.jsonl
-    python -m inference.evaluate bench
 
 What is made is kept in --output as soon as it is there; the same command goes on where it was
 stopped.
@@ -23,9 +22,8 @@ from __future__ import annotations
 import json
 import sys
 from collections import Counter
+from functools import partial
 from pathlib import Path
-
-from pydantic import Field
 
 from configs import cli
 from eagle.errors import EagleError
@@ -42,8 +40,7 @@ from inference.evaluation.flags import (
     Scoring,
     command,
 )
-from inference.evaluation.generations import Sampling, read_generations, write_upstream
-from inference.evaluation.problems import load_problems
+from inference.evaluation.generations import read_generations, write_upstream
 from inference.evaluation.rows import read_rows
 
 
@@ -84,26 +81,26 @@ def code(flags: Code) -> int:
     out, checked, made, reports = flags.folder(), None, {}, {}
     with flags.sandbox() as sandbox, Executor(sandbox, out, flags.rules) as executor:
         if flags.verify:
-            checked = run.verify(problems, executor)
-            run.keep_checked(out, checked)
+            checked = run.verify(problems, executor, out)
             say_checked(checked)
         kept = checked.keeps(problems) if checked else problems.problems
         model = flags.load()
         engines = ("vanilla", "eagle") if flags.compare else (flags.engine_of(model),)
-        for engine, generator in {
-            e: Generator(model, flags.sampling(e), out) for e in engines
-        }.items():
+        for generator in [Generator(model, flags.sampling(engine), out) for engine in engines]:
+            engine = generator.sampling.engine
             prepare(model, engine)
+            make = partial(generator.run, kept, flags.n_samples, flags.slots)
             # a comparison is about speed too: nothing else runs while it generates
-            made[engine], verdicts = run.generate_and_execute(
-                generator, kept, flags.n_samples, flags.slots, executor, overlap=not flags.compare
-            )
-            found = report.assemble(
-                problems, made[engine], verdicts, ks, checked, flags.max_harness_errors
+            found = run.generate_and_execute(make, problems, executor, not flags.compare)
+            verdicts = run.verdicts_of(problems, found, executor.rules, executor.verdicts)
+            made[engine] = found
+            reports[engine] = report.assemble(
+                problems, found, verdicts, ks, checked, flags.max_harness_errors, published
             )
             suffix = f"-{engine}" if flags.compare else ""
-            reports[engine] = write(out, problems, made[engine], found, published, suffix)
-        run.keep_execution(out, flags.rules, sandbox.isolation)
+            report.write(out, reports[engine], suffix)
+            write_upstream(out / f"generations{suffix}.json", kept, found)
+        run.keep_execution(out, executor)
     if not flags.compare:
         return finish(out, reports[engine])
     result = comparing.compare(problems, made, reports)
@@ -127,8 +124,8 @@ def generate(flags: Generate) -> None:
     problems, out = flags.problems().problems, flags.folder()
     model = flags.load()
     engine = flags.engine_of(model)
-    generator = Generator(model, flags.sampling(engine), out)
     prepare(model, engine)
+    generator = Generator(model, flags.sampling(engine), out)
     found = generator.run(problems, flags.n_samples, flags.slots)
     write_upstream(out / "generations.json", problems, found)
     facts = {"generations": str(generator.path), "settings": found.settings}
@@ -146,8 +143,9 @@ def execute(flags: Execute) -> None:
     problems, out = flags.problems(), flags.folder()
     found = read_generations(flags.generations, problems)
     with flags.sandbox() as sandbox, Executor(sandbox, out, flags.rules) as executor:
-        verdicts = run.execute(problems, found, executor)
-        run.keep_execution(out, flags.rules, sandbox.isolation)
+        run.execute(problems, found, executor)
+        run.keep_execution(out, executor)
+    verdicts = run.verdicts_of(problems, found, executor.rules, executor.verdicts)
     causes = Counter(verdict.status for verdict in verdicts.values())
     facts = {"programs": len(verdicts), "causes": dict(causes), "isolation": sandbox.level}
     print(json.dumps(facts))
@@ -169,8 +167,11 @@ def score(flags: Score) -> int:
     verdicts = run.look_up(problems, found, out)
     checked = run.read_checked(out, problems)
     ks = flags.ks(min(map(len, found.by_task().values())))
-    made = report.assemble(problems, found, verdicts, ks, checked, flags.max_harness_errors)
-    return finish(out, write(out, problems, found, made, published))
+    made = report.assemble(
+        problems, found, verdicts, ks, checked, flags.max_harness_errors, published
+    )
+    report.write(out, made)
+    return finish(out, made)
 
 
 class Verify(Output, Running, Data):
@@ -183,8 +184,7 @@ def verify_dataset(flags: Verify) -> int:
     later stages. The exit status is 1 when there is one."""
     problems, out = flags.problems(), flags.folder()
     with flags.sandbox() as sandbox, Executor(sandbox, out, flags.rules) as executor:
-        checked = run.verify(problems, executor)
-        run.keep_checked(out, checked)
+        checked = run.verify(problems, executor, out)
     say_checked(checked)
     summary = {
         "problems": len(problems.problems),
@@ -250,35 +250,6 @@ def text(flags: Texts) -> None:
     emit(result, flags.output)
 
 
-class Bench(Model):
-    num_problems: int = Field(8, ge=1)
-    n_samples: int = Field(4, ge=1)
-    max_new_tokens: int = Field(64, ge=1)
-    temperature: float = 0.2
-    slots: int = Field(16, ge=1)
-    repeats: int = Field(2, ge=1)
-    output: str | None = None
-
-
-@command
-def bench(flags: Bench) -> None:
-    """Samples per second of generation over slots, as evaluation does it, against one sample at a
-    time without drafting. The last line is one JSON object; --output FILE.json keeps it."""
-    from inference.evaluation.throughput import measure
-
-    problems = load_problems(None, limit=flags.num_problems).problems
-    sampling = Sampling(
-        temperature=flags.temperature,
-        max_new_tokens=flags.max_new_tokens,
-        tree=flags.tree,
-        compile=flags.compile,
-    )
-    measured = measure(
-        flags.load(), problems, sampling, flags.n_samples, flags.slots, flags.repeats
-    )
-    emit(measured, flags.output)
-
-
 def say_checked(checked: report.Checked) -> None:
     for row in checked.excluded:
         print(f"excluded: {row['task_id']}: {row['reason']}", file=sys.stderr)
@@ -288,15 +259,6 @@ def say_checked(checked: report.Checked) -> None:
         f"{checked.isolation}",
         file=sys.stderr,
     )
-
-
-def write(out: Path, problems, made, found: dict, published: dict | None, suffix="") -> dict:
-    """The report, with what it is set against, and upstream's generations{suffix}.json."""
-    if published:
-        found["against"] = report.against(found, published)
-    report.write(out, found, suffix)
-    write_upstream(out / f"generations{suffix}.json", problems.problems, made)
-    return found
 
 
 def finish(out: Path, found: dict) -> int:
@@ -323,7 +285,6 @@ COMMANDS = {
     "verify-dataset": verify_dataset,
     "tasks": tasks,
     "text": text,
-    "bench": bench,
 }
 
 

@@ -90,7 +90,6 @@ class Model(Flags):
     head: str | None = None
     adapter: str | None = None
     quantization: str = "none"
-    engine: Literal["auto", "eagle", "vanilla"] = "auto"
     tree: str | None = None
     compile: str = "auto"
     dtype: str = "auto"
@@ -100,34 +99,11 @@ class Model(Flags):
         """-> EaModel."""
         from inference.generate import load_model
 
-        return load_model(
-            self.base,
-            self.head,
-            self.adapter,
-            self.tree,
-            self.dtype,
-            self.device,
-            self.compile,
-            self.quantization,
-        )
-
-    def engine_of(self, model) -> str:
-        """What "auto" means: to draft where there is a head."""
-        drafts = "eagle" if model.drafter is not None else "vanilla"
-        return drafts if self.engine == "auto" else self.engine
+        return load_model(**{name: getattr(self, name) for name in Model.model_fields})
 
 
-class Drawing(Model):
-    """How many samples, and how they are drawn."""
-
+class Drawing(Model, Sampling):
     n_samples: int = Field(20, ge=1)
-    temperature: float = Field(0.2, ge=0)
-    top_p: float = 0.95
-    top_k: int = 0
-    min_p: float = 0.0
-    max_new_tokens: int = Field(512, ge=1)
-    seed: int = 0
-    chat: bool = False
     slots: int = Field(16, ge=1)
 
     @model_validator(mode="after")
@@ -139,8 +115,13 @@ class Drawing(Model):
             )
         return self
 
+    def engine_of(self, model) -> str:
+        """What "auto" means: to draft where there is a head."""
+        drafts = "eagle" if model.drafter is not None else "vanilla"
+        return drafts if self.engine == "auto" else self.engine
+
     def sampling(self, engine: str) -> Sampling:
-        given = {n: v for n, v in self if n in Sampling.__dataclass_fields__}
+        given = {name: getattr(self, name) for name in Sampling.model_fields}
         return Sampling(**{**given, "engine": engine})
 
 

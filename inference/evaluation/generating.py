@@ -7,7 +7,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 from eagle.errors import EagleError
@@ -132,7 +132,7 @@ class Generator:
             yield from self.chunk(fitting[start : start + CHUNK * slots], slots)
 
     def chunk(self, wanted: Sequence[Wanted], slots: int) -> Iterator:
-        options = asdict(self.sampling)
+        options = self.sampling.model_dump()
         drafts, chat = options.pop("engine") == "eagle", options.pop("chat")
         del options["seed"]
         requests = []
@@ -157,7 +157,7 @@ class Generator:
 def describe(model, sampling: Sampling) -> dict:
     """Model, head, adapter and sampling, weights by their fingerprints: what a completion depends
     on, apart from its prompt and seed."""
-    target, settings = model.target, asdict(sampling)
+    target, settings = model.target, sampling.model_dump()
     drafts = sampling.engine == "eagle"
     settings["tree"] = (sampling.tree or str(model.tree)) if drafts else None
     weights = {name: target.identity[name] for name in ("fingerprint", "quantization", "adapter")}

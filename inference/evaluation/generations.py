@@ -8,8 +8,9 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Literal
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from typing_extensions import TypedDict
 
 from eagle.errors import EagleError
@@ -22,16 +23,16 @@ from .rows import reason
 TOO_LONG = "prompt_too_long"
 
 
-@dataclass(frozen=True)
-class Sampling:
+class Sampling(BaseModel):
     """engine: "eagle" drafts, "vanilla" does not. chat: through the chat template."""
 
-    engine: str = "eagle"
-    temperature: float = 0.2
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    engine: Literal["auto", "eagle", "vanilla"] = "auto"
+    temperature: float = Field(0.2, ge=0)
     top_p: float = 0.95
     top_k: int = 0
     min_p: float = 0.0
-    max_new_tokens: int = 512
+    max_new_tokens: int = Field(512, ge=1)
     seed: int = 0
     tree: str | None = None
     compile: str = "auto"

@@ -23,6 +23,7 @@ from .scores import by_problem, estimate
 
 CAUSES = (*(status for status in VERDICTS if status != HARNESS), TOO_LONG, HARNESS)
 LEVELS = ("EASY", "MEDIUM", "MEDIUM_HARD", "HARD", "VERY_HARD")
+METRICS = TypeAdapter(dict[str, float | dict[str, dict[str, float]]])
 Verdicts = Mapping[tuple[str, int], Verdict]
 
 
@@ -57,9 +58,11 @@ def assemble(
     ks: Sequence[int],
     checked: Checked | None = None,
     max_harness_errors: float = 0.01,
+    published: dict | None = None,
 ) -> dict:
-    """The whole report of one run."""
-    return {
+    """The whole report of one run. published: an upstream metrics file's."""
+    kept = checked.keeps(problems) if checked else problems.problems
+    report = {
         "data": {
             "name": problems.name,
             "fingerprint": problems.fingerprint,
@@ -74,14 +77,11 @@ def assemble(
         "generation": found.settings,
         "speed": found.speed(),
         "isolation": sorted({v.isolation for v in verdicts.values() if v.isolation}),
-        **score(
-            checked.keeps(problems) if checked else problems.problems,
-            found,
-            verdicts,
-            ks,
-            max_harness_errors,
-        ),
+        **score(kept, found, verdicts, ks, max_harness_errors),
     }
+    if published:
+        report["against"] = against(report, published)
+    return report
 
 
 def score(
@@ -170,13 +170,10 @@ def write(folder: Path, report: dict, suffix: str = "") -> None:
 
 def read_metrics(path: str | Path) -> dict:
     """Upstream's metrics file."""
-    kind = dict[str, float | dict[str, dict[str, float]]]
     try:
-        metrics = TypeAdapter(kind).validate_json(Path(path).read_bytes())
-    except OSError as error:
-        raise EagleError(f"cannot read {path}: {error.strerror}") from error
-    except ValidationError as error:
-        raise EagleError(f"{path} is no metrics file: {reason(error)}; restore it") from error
+        metrics = METRICS.validate_json(Path(path).read_bytes())
+    except (OSError, ValidationError) as error:
+        raise EagleError(f"{path} is no metrics file: {reason(error)}") from error
     if not isinstance(metrics.get("detail"), dict):
         raise EagleError(f'{path} is no metrics file; it needs "pass@k" and "detail"')
     return metrics
