@@ -18,12 +18,11 @@ from inference import evaluate
 from inference.evaluation import journal
 from inference.evaluation.executing import Executor, Rules
 from inference.evaluation.generations import Generations, Sample, write_upstream
-from inference.evaluation.mutants import mutants
 from inference.evaluation.problems import load_problems
-from inference.evaluation.run import try_mutants, verify
+from inference.evaluation.run import verify
 from inference.evaluation.sandbox import Sandbox
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 ALLOW = "--allow_code_execution"
 
 
@@ -61,47 +60,28 @@ def shipped():
     return load_problems(None)
 
 
-def test_the_shipped_solutions_pass_and_their_mutants_do_not(shipped, sandbox, tmp_path):
+def test_the_shipped_solutions_pass(shipped, sandbox, tmp_path):
     with Executor(sandbox, tmp_path, Rules()) as executor:
-        checked = verify(shipped, executor)
-        assert checked.verified == [p.task_id for p in shipped.problems]
-        assert checked.excluded == [] == checked.unverified and checked.isolation == sandbox.level
-        tried = try_mutants(shipped, checked, executor, 5)
-    assert tried["mutants"] >= 70 and tried["accepted"] == 0
+        checked = verify(shipped, executor, tmp_path)
+    assert checked.verified == [p.task_id for p in shipped.problems]
+    assert checked.excluded == [] == checked.unverified and checked.isolation == sandbox.level
 
 
-def test_scores_of_solutions_and_mutants_in_parallel_and_in_series(shipped, tmp_path, cli):
-    right = {p.task_id: [p.solutions[-1]] * 2 for p in shipped.problems}
-    wrong = {p.task_id: mutants(p.solutions[-1], 2) for p in shipped.problems}
-    for name, made, value in (("right", right, 1.0), ("wrong", wrong, 0.0)):
-        file = generations(tmp_path / f"{name}.json", shipped, made)
-        reports = []
-        for workers in (1, 2):
-            out = tmp_path / f"{name}-{workers}"
-            code, summary, _ = cli(
-                "execute",
-                "--generations",
-                file,
-                "--output",
-                out,
-                ALLOW,
-                "--workers",
-                workers,
-                "--seconds",
-                1,
-            )
-            assert code == 0 and summary["programs"] == sum(map(len, made.values()))
-            code, summary, _ = cli("score", "--generations", file, "--output", out)
-            assert code == 0 and summary["pass_at_k"]["pass@1"]["value"] == value
-            report = json.loads((out / "report.json").read_text())
-            assert {
-                e["pass@1"]["value"] for g in report["splits"].values() for e in g.values()
-            } == {value}
-            assert set(
-                (json.loads((out / "metrics.json").read_text()))["detail"]["pass@1"].values()
-            ) == {value}
-            reports.append(report)
-        assert reports[0] == reports[1]
+def test_scores_in_parallel_and_in_series(shipped, tmp_path, cli):
+    right = {p.task_id: [p.solutions[-1], "print('no')"] for p in shipped.problems}
+    file = generations(tmp_path / "right.json", shipped, right)
+    reports = []
+    for workers in (1, 2):
+        stage = ("--generations", file, "--output", tmp_path / f"{workers}")
+        code, summary, _ = cli("execute", *stage, ALLOW, "--workers", workers, "--seconds", 1)
+        assert code == 0 and summary["programs"] == 40 and summary["causes"]["accepted"] == 20
+        code, summary, _ = cli("score", *stage)
+        assert code == 0 and summary["pass_at_k"]["pass@1"]["value"] == 0.5
+        report = json.loads((tmp_path / f"{workers}" / "report.json").read_text())
+        groups = [e["pass@1"]["value"] for g in report["splits"].values() for e in g.values()]
+        assert set(groups) == {0.5}
+        reports.append(report)
+    assert reports[0] == reports[1]
 
 
 # completions of known outcome
@@ -196,17 +176,6 @@ def test_a_problem_whose_own_solution_fails_is_excluded_and_listed(tmp_path, cli
     )
 
 
-def test_mutants_that_weak_tests_let_through_are_shown(tmp_path, cli):
-    data = small_set(tmp_path / "x.jsonl", 1)
-    row = json.loads(data.read_text())
-    row["input_output"] = json.dumps({"inputs": ["2\n"], "outputs": ["4\n"]})  # 2 * 2 = 2 + 2
-    data.write_text(json.dumps(row) + "\n")
-    out = ("--output", tmp_path / "out", ALLOW)
-    code, summary, err = cli("verify-dataset", "--data", data, *out, "--mutants", 9)
-    assert code == 1 and (summary["mutants"], summary["mutants_accepted"]) == (2, 1)
-    assert "print(2 + int(input()))" in err
-
-
 def test_a_broken_checker_is_no_fault_of_the_model(tmp_path, cli):
     data, file = small_set(tmp_path / "x.jsonl", 3), tmp_path / "checkers.py"
     file.write_text("CHECKERS = {'double1': lambda given, expected, got: 1 / 0}\n")
@@ -246,15 +215,16 @@ def test_a_broken_checker_is_no_fault_of_the_model(tmp_path, cli):
 def test_harness_errors_are_tried_again(tmp_path, sandbox):
     problems = load_problems(small_set(tmp_path / "x.jsonl", 1))
     (problem,) = problems.problems
+    program = OUTCOMES["accepted"]
     with Executor(sandbox, tmp_path, Rules()) as executor:
-        program = OUTCOMES["accepted"]
-        executor.submit(problem, program).result()
+        executor.run([(problem, program), None, (problem, program)])
+        assert executor.done == 2 and len(executor.verdicts) == 1
     path = tmp_path / "executions.jsonl"
     record = json.loads(path.read_text())
     record["verdict"]["status"] = "harness_error"
     path.write_text(json.dumps(record) + "\n")
     with Executor(sandbox, tmp_path, Rules()) as executor:
-        assert executor.submit(problem, program).result().status == "accepted"
+        executor.run([(problem, program)])
     assert [r["verdict"]["status"] for r in journal.read(path)] == ["harness_error", "accepted"]
 
 
@@ -333,7 +303,7 @@ def test_from_end_to_end(tmp_path, cli, tiny):
     assert set(summary["pass_at_k"]) == {"pass@1"}  # 5 and 10 are more than there are
     assert summary["speed"]["samples"] == 12 and summary["speed"]["tau"] >= 1.0
     assert (
-        sum(summary["causes"].values()) == 12 and "generate 12/12" in err and "execute 12/12" in err
+        sum(summary["causes"].values()) == 12 and "generated 12/12" in err and "executed 12/12" in err
     )
     names = {
         "report.json",
@@ -376,7 +346,7 @@ def test_plain_and_speculative_side_by_side(tmp_path, cli, tiny):
     made = [(out / f"generations-{engine}.json").read_bytes() for engine in ("vanilla", "eagle")]
     assert made[0] == made[1]
     page = (out / "compare.md").read_text()
-    assert "All programs are the same. pass@k is the same." in page and "| tau | 1.00 |" in page
+    assert "All programs are the same. pass@k is the same." in page
     # one program of one of the two changed afterwards: it is seen, and in float32 it is a failure
     paths = {journal.read(p)[0]["settings"]["engine"]: p for p in out.glob("generations-*.jsonl")}
     lines = paths["eagle"].read_text().splitlines()
@@ -397,12 +367,12 @@ def test_plain_and_speculative_side_by_side(tmp_path, cli, tiny):
         (("taco", ALLOW, "--n_samples", 2, "--k", "1,5"), "pass@5 needs at least 5"),
         (("taco", ALLOW, "--k", "best"), "k 'best'"),
         (("taco", ALLOW, "--temperature", 0), "--n_samples 1"),
-        (("taco", ALLOW, "--n_samples", 0), "n_samples must be at least 1"),
-        (("taco", ALLOW, "--policy", "kind"), "unknown comparison policy"),
-        (("taco", ALLOW, "--engine", "medusa"), "unknown engine"),
+        (("taco", ALLOW, "--n_samples", 0), "n_samples: Input should be greater"),
+        (("taco", ALLOW, "--policy", "kind"), "policy: Input should be"),
+        (("taco", ALLOW, "--engine", "medusa"), "engine: Input should be"),
         (("taco", ALLOW, "--against", "absent.json"), "absent.json"),
         (("taco", ALLOW, "--isolation", "prison"), "isolation level"),
-        (("taco", ALLOW, "--seconds", 0), "seconds must be at least"),
+        (("taco", ALLOW, "--seconds", 0), "seconds: Input should be greater"),
         (("score", "--generations", "GENERATIONS"), "run the execute stage first"),
         (("execute", "--generations", "absent.json", ALLOW), "cannot read absent.json"),
         (("execute", ALLOW), "give --generations"),
@@ -474,7 +444,7 @@ def test_tasks_command(tmp_path, cli):
     )
     path.write_text(path.read_text() + '{"task": "nli"}\n')
     code, _, err = cli("tasks", "--data", path)
-    assert code == 1 and "1 of 3 rows" in err and "answers.jsonl:3: has no type" in err
+    assert code == 1 and "1 of 3 rows" in err and "answers.jsonl:3: " in err
     code, result, _ = cli("tasks", "--data", path, "--max_bad_fraction", 0.5)
     assert code == 0 and result["tasks"]["nli"]["rows"] == 2 and len(result["bad_rows"]) == 1
     assert "give --data" in cli("tasks")[2]
@@ -498,27 +468,7 @@ def test_text_command(tmp_path, cli, model_folder):
     code, _, err = cli("text", "--data", path)
     assert code == 1 and "1 of 2 texts" in err
     path.write_text('{"reference": "a"}\n')
-    assert "has no prediction" in cli("text", "--data", path)[2]
-
-
-@pytest.mark.slow
-def test_bench_command(cli):
-    small = (
-        "--num_problems",
-        2,
-        "--n_samples",
-        3,
-        "--max_new_tokens",
-        8,
-        "--repeats",
-        1,
-        "--slots",
-        4,
-    )
-    code, result, _ = cli("bench", *small, "--dtype", "float32", "--device", "cpu")
-    assert code == 0 and result["same_programs"]
-    assert set(result["vs_one_at_a_time"]) == {"slots_vanilla", "slots_eagle"}
-    assert [way["samples"] for way in result["ways"].values()] == [6, 6, 6]
+    assert "prediction: Field required" in cli("text", "--data", path)[2]
 
 
 def kill_now_and_then(rng, arguments, watched, times):
