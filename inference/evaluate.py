@@ -104,9 +104,10 @@ def code(flags: Code) -> int:
     if not flags.compare:
         return finish(out, reports[engine])
     result = comparing.compare(problems, made, reports)
-    comparing.write(out, result)
-    print((out / "compare.md").read_text("utf-8"))
-    print(json.dumps({k: v for k, v in result.items() if k != "differ"}))
+    page = comparing.markdown(result)
+    atomic_write_text(out / "compare.md", page)
+    print(page)
+    emit(result, out / "compare.json")
     return int(not result["agree"])
 
 
@@ -254,11 +255,8 @@ def say_checked(checked: report.Checked) -> None:
     for row in checked.excluded:
         print(f"excluded: {row['task_id']}: {row['reason']}", file=sys.stderr)
     total = len(checked.verified) + len(checked.excluded)
-    print(
-        f"{len(checked.verified)} of {total} problems pass with their own solution; isolation: "
-        f"{checked.isolation}",
-        file=sys.stderr,
-    )
+    said = f"{len(checked.verified)} of {total} problems pass with their own solution"
+    print(f"{said}; isolation: {checked.isolation}", file=sys.stderr)
 
 
 def finish(out: Path, found: dict) -> int:
@@ -269,7 +267,7 @@ def finish(out: Path, found: dict) -> int:
     return int(found["refused"] is not None)
 
 
-def emit(result: dict, output: str | None) -> None:
+def emit(result: dict, output: str | Path | None) -> None:
     if output is not None:
         atomic_write_text(output, json.dumps(result, indent=2) + "\n")
     print(json.dumps(result))

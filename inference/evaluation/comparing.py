@@ -3,16 +3,13 @@ and how fast each."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
-from pathlib import Path
 
 from eagle.errors import EagleError
-from eagle.files import atomic_write_text
 from inference.bench.report import grid, tabulate
 
 from .generations import Generations
-from .problem import ProblemSet, some
+from .problem import ProblemSet
 from .text_metrics import repetition, with_references
 
 PLAIN, SPECULATIVE = "vanilla", "eagle"
@@ -51,8 +48,7 @@ def compare(
 
 
 def text_facts(problems: ProblemSet, found: Generations) -> dict:
-    """Of each problem's first program, against its first reference solution; None without the
-    libraries."""
+    """Of each problem's first program, against its first reference solution."""
     pairs = []
     for task, (first, *_) in found.by_task().items():
         problem = problems.by_id[task]
@@ -62,23 +58,16 @@ def text_facts(problems: ProblemSet, found: Generations) -> dict:
     facts: dict = {"texts": len(pairs), "repetition": repetition([program for program, _ in pairs])}
     try:
         facts |= with_references(*zip(*pairs, strict=True)) if pairs else {}
-    except EagleError as error:
+    except EagleError as error:  # without the libraries
         facts["left_out"] = str(error)
     return facts
-
-
-def write(folder: Path, result: dict) -> None:
-    atomic_write_text(folder / "compare.json", json.dumps(result, indent=2) + "\n")
-    atomic_write_text(folder / "compare.md", markdown(result))
 
 
 def markdown(result: dict) -> str:
     rows = []
     for engine, name in ((PLAIN, "plain"), (SPECULATIVE, "speculative")):
         values = {k: found["value"] for k, found in (result["pass_at_k"][engine] or {}).items()}
-        text = result["text"][engine]
-        repeated = {"repeated": text["repetition"]["4"]}
-        rows.append({"engine": name, **values, **result["speed"][engine], **text, **repeated})
+        rows.append({"engine": name, **values, **result["speed"][engine], **result["text"][engine]})
     columns = {
         "engine": "engine",
         **{k: f"{k}:.2%" for k in result["pass_at_k"][PLAIN] or {}},
@@ -89,18 +78,7 @@ def markdown(result: dict) -> str:
         "ROUGE-L": "rouge_l:.4f",
         "chrF": "chrf:.4f",
         "exact match": "exact_match:.4f",
-        "repeated 4-grams": "repeated:.1%",
     }
-    same = "All programs are the same."
-    if result["differ"]:
-        same = f"{result['differing']} of {result['programs']} programs differ: "
-        same += f"{some(result['differ'])}."
-        if result["dtype"] != "float32":
-            same += " In half precision passes of different widths round differently; use "
-            same += "--dtype float32 for equality."
+    same = f"{result['differing']} of {result['programs']} programs differ"
     scores = "the same" if result["same_pass_at_k"] else "NOT the same"
-    return (
-        f"# Plain and speculative generation\n\n{grid(tabulate(rows, **columns))}\n\n{same} "
-        f"pass@k is {scores}. Model in {result['dtype']}; isolation: "
-        f"{', '.join(result['isolation'])}.\n"
-    )
+    return f"{grid(tabulate(rows, **columns))}\n\n{same}; pass@k is {scores}.\n"

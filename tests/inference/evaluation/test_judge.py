@@ -148,11 +148,6 @@ def test_outputs_of_calls_may_be_wrapped(outputs, values, found):
     assert statuses(judge(suite, returned(*values))) == found
 
 
-def test_legacy_unwraps_in_its_own_way():
-    suite = Suite([[0]] * 2, [[3, 9], 7], "f")
-    assert statuses(judge(suite, returned(3, 7), "taco_legacy")) == "accepted accepted"
-
-
 def test_stopping_early():
     grading = Grading(ADD, stop_at_first_failure=True)
     assert not grading(0, printed("3")[0])
