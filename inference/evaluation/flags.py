@@ -57,13 +57,8 @@ class Output(Flags):
 
     def folder(self) -> Path:
         """Made, so that it can be written."""
-        path = Path(self.output)
-        try:
-            path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            said = f"{path} cannot be made ({error.strerror}); choose another --output"
-            raise EagleError(said) from error
-        return path
+        Path(self.output).mkdir(parents=True, exist_ok=True)
+        return Path(self.output)
 
 
 class Data(Flags):

@@ -7,7 +7,6 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from eagle.errors import EagleError
@@ -15,32 +14,13 @@ from eagle.files import weights_hash
 from eagle.meter import Meter
 from records.prompts import chat_prompt, text_prompt
 
-from .generations import (
-    TOO_LONG,
-    Generations,
-    Sample,
-    Sampling,
-    from_records,
-    sample_key,
-    sample_seed,
-)
+from .generations import TOO_LONG, Generations, Sample, Sampling, from_records, sample_seed
 from .journal import Journal
 from .problem import Problem, some
 
 # a call of the engine has at most so many completions a slot: its cache is as wide as its longest
 # prompt needs (sorted, they are of similar length), and refilling slots is idle only at its end
 CHUNK = 32
-
-
-@dataclass(frozen=True)
-class Wanted:
-    """A completion to be made."""
-
-    problem: Problem
-    sample: int
-    seed: int
-    ids: list[int]
-    key: str
 
 
 class Generator:
@@ -56,16 +36,21 @@ class Generator:
         self.fingerprint = hashlib.sha256(json.dumps(own).encode()).hexdigest()
         self.path = Path(output) / f"generations-{self.fingerprint[:12]}.jsonl"
 
-    def wanted(self, problems: Sequence[Problem], n_samples: int) -> list[Wanted]:
-        """Every completion of a run, the longest prompts first."""
-        found = []
+    def wanted(self, problems: Sequence[Problem], n_samples: int) -> list[tuple[dict, Sample]]:
+        """(request, completion that is still to be made) of a run, the longest prompts first."""
+        found, chat = [], self.sampling.chat
         for problem in problems:
             ids = self.prompt(problem)
-            for sample in range(n_samples):
-                seed = sample_seed(self.sampling.seed, problem.task_id, sample)
-                key = sample_key(self.fingerprint, ids, problem.stops, seed)
-                found.append(Wanted(problem, sample, seed, ids, key))
-        return sorted(found, key=lambda w: -len(w.ids))
+            # what ends a completion of code may well stand in an answer of a chat
+            stops = None if chat else problem.stops or None
+            for number in range(n_samples):
+                seed = sample_seed(self.sampling.seed, problem.task_id, number)
+                text = json.dumps([self.fingerprint, ids, list(problem.stops), seed])
+                key = hashlib.sha256(text.encode()).hexdigest()
+                name = problem.task_id, number
+                sample = Sample(*name, "", seed, 0, 0, TOO_LONG, key, chat or None)
+                found.append(({"input_ids": ids, "seed": seed, "stop_strings": stops}, sample))
+        return sorted(found, key=lambda one: -len(one[0]["input_ids"]))
 
     def prompt(self, problem: Problem) -> list[int]:
         tokenizer = self.model.tokenizer
@@ -88,15 +73,15 @@ class Generator:
                 kept.append({"settings": self.settings})
             there = from_records(kept.records, self.path)
             known = {sample.key: sample for sample in there.samples}
-            samples = [known[w.key] for w in wanted if w.key in known]
-            missing = [w for w in wanted if w.key not in known]
+            samples = [known[one.key] for _, one in wanted if one.key in known]
+            missing = [one for one in wanted if one[1].key not in known]
             for sample in samples:
                 take(sample)
             started = time.perf_counter()
             with Meter("generated", len(wanted), done=len(samples)) as meter:
-                for one, sample in self.generate(missing, slots):
-                    if isinstance(sample, EagleError):
-                        failed.append(f"{one.problem.task_id}/{one.sample}: {sample}")
+                for sample, error in self.generate(missing, slots):
+                    if error is not None:
+                        failed.append(f"{sample.task_id}/{sample.sample}: {error}")
                         continue
                     kept.append(sample.record())
                     samples.append(sample)
@@ -116,42 +101,28 @@ class Generator:
         return Generations(samples, self.settings, there.sessions)
 
     def generate(
-        self, wanted: Sequence[Wanted], slots: int
-    ) -> Iterator[tuple[Wanted, Sample | EagleError]]:
+        self, wanted: Sequence[tuple[dict, Sample]], slots: int
+    ) -> Iterator[tuple[Sample, EagleError | None]]:
         """As they are finished. A prompt that does not fit the model is an empty completion that
         says so."""
+        options = self.sampling.model_dump(exclude={"engine", "chat", "seed"})
+        options["draft"] = self.sampling.engine == "eagle"
         limit = self.model.target.max_positions
-        fitting = []
-        for one in wanted:
-            if len(one.ids) < limit:
-                fitting.append(one)
-            else:
-                name = one.problem.task_id, one.sample
-                yield one, Sample(*name, "", one.seed, 0, 0, TOO_LONG, one.key)
+        fitting = [one for one in wanted if len(one[0]["input_ids"]) < limit]
+        for _, sample in wanted[: len(wanted) - len(fitting)]:  # the longest
+            yield sample, None
         for start in range(0, len(fitting), CHUNK * slots):
-            yield from self.chunk(fitting[start : start + CHUNK * slots], slots)
-
-    def chunk(self, wanted: Sequence[Wanted], slots: int) -> Iterator:
-        options = self.sampling.model_dump()
-        drafts, chat = options.pop("engine") == "eagle", options.pop("chat")
-        del options["seed"]
-        requests = []
-        for w in wanted:
-            # what ends a completion of code may well stand in an answer of a chat
-            stops = (not chat and w.problem.stops) or None
-            requests.append({"input_ids": w.ids, "seed": w.seed, "stop_strings": stops})
-        done = self.model.generate_many(
-            requests, slots=slots, as_completed=True, draft=drafts, **options
-        )
-        for place, row in done:
-            one = wanted[place]
-            if row.error is not None:
-                yield one, row.error
-                continue
-            text = self.model.tokenizer.decode(row.tokens, skip_special_tokens=True)
-            name, made = (one.problem.task_id, one.sample), (len(row.tokens), row.cycles)
-            ended = row.finish_reason
-            yield one, Sample(*name, text, one.seed, *made, ended, one.key, chat or None)
+            part = fitting[start : start + CHUNK * slots]
+            requests = [request for request, _ in part]
+            done = self.model.generate_many(requests, slots=slots, as_completed=True, **options)
+            for place, row in done:
+                sample = part[place][1]
+                if row.error is None:
+                    decode = self.model.tokenizer.decode
+                    sample.output = decode(row.tokens, skip_special_tokens=True)
+                    sample.new_tokens, sample.cycles = len(row.tokens), row.cycles
+                    sample.finish_reason = row.finish_reason
+                yield sample, row.error
 
 
 def describe(model, sampling: Sampling) -> dict:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -69,13 +70,6 @@ def sample_seed(seed: int, task_id: str, sample: int) -> int:
     return int.from_bytes(digest[:8], "big") >> 1
 
 
-def sample_key(settings: str, ids: Sequence[int], stops: Sequence[str], seed: int) -> str:
-    """The fingerprint under which a completion is kept: model, head, adapter and sampling
-    (`settings`), prompt, seed."""
-    text = json.dumps([settings, list(ids), list(stops), seed])
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
 @dataclass
 class Generations:
     """settings: of our journals; sessions: what was timed."""
@@ -93,20 +87,20 @@ class Generations:
     def speed(self) -> dict:
         """new_tokens, cycles and tau of all completions; seconds and the two rates of the sessions
         that ran to their end, None where none did."""
-        cycles = sum(s.cycles or 0 for s in self.samples)
-        gained = sum(s.new_tokens - 1 for s in self.samples if s.cycles)
-        seconds = sum(s["seconds"] for s in self.sessions)
-        timed = sum(s["samples"] for s in self.sessions)
-        tokens = sum(s["new_tokens"] for s in self.sessions)
+        made = [s for s in self.samples if s.cycles]
+        cycles = sum(s.cycles for s in made)
+        names = ("samples", "new_tokens", "seconds")
+        timed = {name: sum(session[name] for session in self.sessions) for name in names}
+        seconds = timed["seconds"]
         return {
             "samples": len(self.samples),
             "new_tokens": sum(s.new_tokens or 0 for s in self.samples),
             "cycles": cycles,
-            "tau": round(gained / cycles, 3) if cycles else None,
+            "tau": round(sum(s.new_tokens - 1 for s in made) / cycles, 3) if cycles else None,
             "seconds": round(seconds, 3),
-            "timed_samples": timed,
-            "tokens_per_second": round(tokens / seconds, 2) if seconds else None,
-            "samples_per_second": round(timed / seconds, 3) if seconds else None,
+            "timed_samples": timed["samples"],
+            "tokens_per_second": round(timed["new_tokens"] / seconds, 2) if seconds else None,
+            "samples_per_second": round(timed["samples"] / seconds, 3) if seconds else None,
         }
 
 
@@ -144,14 +138,12 @@ def read_generations(path: str | Path, problems: ProblemSet) -> Generations:
             f"{path} has completions of {len(unknown)} tasks that {problems.name} does not have: "
             f"{some(unknown)}; give the data they were generated from, unfiltered"
         )
-    seen = set()
-    for sample in found.samples:
-        if sample.name in seen:
-            raise EagleError(
-                f"{path} has completion {sample.sample} of task {sample.task_id} twice; put a "
-                "task's completions into one list, each with its own number"
-            )
-        seen.add(sample.name)
+    counts = Counter(sample.name for sample in found.samples)
+    if twice := [f"completion {n} of task {task}" for (task, n), c in counts.items() if c > 1]:
+        raise EagleError(
+            f"{path} has {some(twice)} twice; put a task's completions into one list, each with "
+            "its own number"
+        )
     return found
 
 

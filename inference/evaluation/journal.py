@@ -40,13 +40,14 @@ class Journal:
             raise EagleError(
                 f"{self.path} cannot be written ({error.strerror}); choose another --output"
             ) from error
+        self._file.seek(0)
+        data = self._file.read()
+        self._size = data.rfind(b"\n") + 1
         try:
-            self.records = read(self.path)
-        except BaseException:
+            self.records = parse(data, self.path)
+        except EagleError:
             self._file.close()
             raise
-        self._file.seek(0)
-        self._size = self._file.read().rfind(b"\n") + 1
         self._file.truncate(self._size)
 
     def append(self, record: dict) -> None:
@@ -85,17 +86,20 @@ def read(path: str | Path) -> list[dict]:
     """The records of a journal, which is left as it is; a last line that a kill cut short is left
     out."""
     try:
-        lines = Path(path).read_bytes().split(b"\n")[:-1]
+        return parse(Path(path).read_bytes(), path)
     except OSError as error:
         raise EagleError(f"cannot read {path}: {error.strerror}") from error
+
+
+def parse(data: bytes, path: str | Path) -> list[dict]:
     records = []
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(data.split(b"\n")[:-1], 1):
         try:
             records.append(json.loads(line))
+            if not isinstance(records[-1], dict):
+                raise ValueError("no JSON object")
         except ValueError as error:
             raise EagleError(
                 f"{path}:{number} is damaged ({error}); delete the line, and it is made again"
             ) from error
-        if not isinstance(records[-1], dict):
-            raise EagleError(f"{path}:{number} must be a JSON object; delete the line")
     return records

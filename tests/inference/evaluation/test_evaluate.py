@@ -13,7 +13,6 @@ from pathlib import Path
 import pytest
 from commands import Command
 
-from eagle.errors import EagleError
 from inference import evaluate
 from inference.evaluation import journal
 from inference.evaluation.executing import Executor, Rules
@@ -95,7 +94,7 @@ OUTCOMES = {
 }
 
 
-def small_set(path, problems=2, sleep=0.0):
+def small_set(path, problems=2):
     """Problems "double" with 3 tests each, and completions of known outcome for them."""
     tests = {"inputs": ["1\n", "5\n", "7\n"], "outputs": ["2\n", "10\n", "14\n"]}
     rows = [
@@ -136,20 +135,6 @@ def test_every_outcome_is_told_apart_and_stages_repeat_nothing(tmp_path, cli):
     # another limit is another verdict
     cli("execute", *stage, "--generations", file, ALLOW, "--seconds", 0.6, "--memory_mb", 512)
     assert len(journal.read(tmp_path / "out" / "executions.jsonl")) == 2 * len(lines)
-
-
-def test_scores_beside_published_ones(tmp_path, cli):
-    data = small_set(tmp_path / "x.jsonl")
-    problems, right = load_problems(data), OUTCOMES["accepted"]
-    file = generations(tmp_path / "g.json", problems, {"double0": [right], "double1": ["x"]})
-    stage = ("--data", data, "--generations", file, "--output", tmp_path / "out")
-    cli("execute", *stage, ALLOW)
-    theirs = tmp_path / "metrics.json"
-    theirs.write_text('{"pass@1": 1.0, "detail": {"pass@1": {"double0": 1.0, "double1": 1.0}}}')
-    assert cli("score", *stage, "--against", theirs)[0] == 0
-    found = json.loads((tmp_path / "out" / "report.json").read_text())["against"]["pass@1"]
-    assert found == {"ours": 0.5, "theirs": 1.0, "common_problems": 2, "differ": ["double1"]}
-    assert "Against" in (tmp_path / "out" / "report.md").read_text()
 
 
 def test_a_problem_whose_own_solution_fails_is_excluded_and_listed(tmp_path, cli):
@@ -233,7 +218,7 @@ HUMAN = {
     "prompt": 'def add(a, b):\n    """Sum."""\n',
     "entry_point": "add",
     "canonical_solution": "    return a + b\n",
-    "test": "def check(candidate):\n    assert candidate(1, 2) == 3\n    assert candidate(0, 0) == 0\n",
+    "test": "def check(f):\n    assert f(1, 2) == 3\n    assert f(0, 0) == 0\n",
 }
 BASIC = {
     "task_id": 2,
@@ -276,17 +261,8 @@ def test_humaneval_and_mbpp_files(tmp_path, cli):
 
 @pytest.fixture
 def tiny(model_folder, head_folder):
-    model = (
-        "--model",
-        model_folder,
-        "--head",
-        head_folder,
-        "--dtype",
-        "float32",
-        "--device",
-        "cpu",
-    )
-    return (*model, "--tree", "8,3,2", "--max_new_tokens", 12, "--temperature", 1.0)
+    flags = f"--model {model_folder} --head {head_folder} --dtype float32 --device cpu"
+    return f"{flags} --tree 8,3,2 --max_new_tokens 12 --temperature 1.0".split()
 
 
 def without_speed(folder):
@@ -396,23 +372,6 @@ def test_refusals_come_before_any_work(tmp_path, cli, monkeypatch, arguments, wr
     assert code == 1 and wrong in err and err.startswith("error: ") and err.count("\n") == 1
 
 
-def test_without_namespaces_the_level_is_reported(tmp_path, cli):
-    try:
-        Sandbox(workers=1, level="rlimits", allow_code_execution=True).close()
-    except EagleError as error:  # as for root, where another user may not read the interpreter
-        pytest.skip(str(error))
-    data, out = small_set(tmp_path / "x.jsonl", 1), tmp_path / "out"
-    file = generations(
-        tmp_path / "g.json", load_problems(data), {"double0": list(OUTCOMES.values())[:4]}
-    )
-    stage = ("--data", data, "--generations", file, "--output", out)
-    code, summary, _ = cli("execute", *stage, ALLOW, "--isolation", "rlimits")
-    assert code == 0 and summary["isolation"] == "rlimits"
-    assert summary["causes"] == dict.fromkeys(list(OUTCOMES)[:4], 1)
-    assert cli("score", *stage)[1]["isolation"] == ["rlimits"]
-    assert "| isolation | rlimits |" in (out / "report.md").read_text()
-
-
 def test_score_wants_every_verdict(tmp_path, cli):
     data = small_set(tmp_path / "x.jsonl")
     problems = load_problems(data)
@@ -473,74 +432,28 @@ def test_text_command(tmp_path, cli, model_folder):
     assert "prediction: Field required" in cli("text", "--data", path)[2]
 
 
-def kill_now_and_then(rng, arguments, watched, times):
-    """Runs the command again and again, killing it each time after it has written a few lines
-    more.
-    """
-    kills = 0
-    while True:
-        process = Command("inference.evaluate", *arguments)
-        there = lines(watched())
-        goal = there + rng.randint(1, 6)
-        while process.poll() is None and (kills == times or lines(watched()) < goal):
-            time.sleep(0.002)
-        if process.poll() is not None:
-            assert process.wait() == 0
-            return kills
-        process.kill()
-        kills += 1
-
-
-def lines(paths):
-    return sum(path.read_bytes().count(b"\n") for path in paths)
-
-
-@pytest.mark.slow
-def test_killed_executions_go_on_and_score_the_same(tmp_path, cli):
-    rng, data = random.Random(0), small_set(tmp_path / "x.jsonl", 4)
-    slow = "import time; time.sleep(0.03)\n"
-    made = {
-        f"double{i}": [
-            f"{slow}{OUTCOMES[rng.choice(['accepted', 'wrong', 'runtime_error'])]} #{i}{j}"
-            for j in range(8)
-        ]
-        for i in range(4)
-    }
-    file = generations(tmp_path / "g.json", load_problems(data), made)
-    expected = tmp_path / "whole"
-    for out in (expected, tmp_path / "killed"):
-        arguments = ("execute", "--data", data, "--generations", file, "--output", out, ALLOW)
-        if out == expected:
-            assert cli(*arguments)[0] == 0
-        else:
-            watched = [out / "executions.jsonl"]
-            assert (
-                kill_now_and_then(rng, arguments, lambda w=watched: [p for p in w if p.exists()], 3)
-                == 3
-            )
-        assert cli("score", "--data", data, "--generations", file, "--output", out)[0] == 0
-    assert (tmp_path / "killed" / "report.json").read_bytes() == (
-        expected / "report.json"
-    ).read_bytes()
-    keys = [r["key"] for r in journal.read(tmp_path / "killed" / "executions.jsonl")]
-    assert len(keys) == len(set(keys)) == 32  # nothing was lost, and nothing made twice
+def lines(folder):
+    return sum(path.read_bytes().count(b"\n") for path in folder.glob("*.jsonl"))
 
 
 @pytest.mark.slow
 def test_killed_runs_go_on_and_score_the_same(tmp_path, cli, tiny):
     rng, data = random.Random(1), small_set(tmp_path / "x.jsonl", 4)
-    flags = ("--data", data, *tiny, "--n_samples", 6, "--slots", 2, ALLOW)
+    flags = ("taco", "--data", data, *tiny, "--n_samples", 6, "--slots", 2, ALLOW)
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    assert cli("taco", *flags, "--output", whole)[0] == 0
-    kills = kill_now_and_then(
-        rng,
-        ("taco", *flags, "--output", killed),
-        lambda: list(killed.glob("generations-*.jsonl")),
-        2,
-    )
-    assert kills == 2
+    assert cli(*flags, "--output", whole)[0] == 0
+    for _ in range(3):  # each time after it has written a few lines more
+        goal = lines(killed) + rng.randint(1, 12)
+        process = Command("inference.evaluate", *flags, "--output", killed)
+        while process.poll() is None and lines(killed) < goal:
+            time.sleep(0.002)
+        if process.poll() is None:
+            process.kill()
+    assert cli(*flags, "--output", killed)[0] == 0
     assert without_speed(killed) == without_speed(whole)
     assert (killed / "generations.json").read_bytes() == (whole / "generations.json").read_bytes()
+    keys = [r["key"] for r in journal.read(killed / "executions.jsonl")]
+    assert len(keys) == len(set(keys)) == lines(whole) - 26  # nothing was lost, nothing made twice
 
 
 FULL = """

@@ -182,7 +182,7 @@ HUMANEVAL = {
     "prompt": 'from math import pi\n\n\ndef area(r):\n    """Of a circle."""\n',
     "entry_point": "area",
     "canonical_solution": "    return pi * r * r\n",
-    "test": "def check(candidate):\n    assert candidate(0) == 0\n    assert 3 < candidate(1) < 4\n",
+    "test": "def check(f):\n    assert f(0) == 0\n    assert 3 < f(1) < 4\n",
 }
 MBPP = {
     "task_id": 11,
