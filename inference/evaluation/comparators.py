@@ -13,8 +13,6 @@ program made. White space is ASCII's, numbers are decimal literals.
 * `nocase`: as `strict`, but A-Z and a-z are the same.
 * `unordered`, for problems that say so: the lines in any order, each as often; if one line is
   expected, its tokens in any order.
-* `taco_legacy`: what TACO's published checker accepts, its false accepts and rejects included, as
-  far as JSON can tell (a returned tuple is a list here, a set a sorted list).
 
 Values: `strict` and `tokens` compare as Python's == does (1 == 1.0 == True), and NaN equals itself;
 `float` and `nocase` reach into lists and dicts; `unordered` forgets the order of the outermost
@@ -132,45 +130,6 @@ def _hashable(value: Any) -> Any:
     return ("nan",) if value != value else value
 
 
-def legacy_text(expected: str, got: bytes) -> bool:
-    """The published comparison, stage by stage; comments say what each lets through."""
-    output = got.decode("utf-8", "replace").replace("\r\n", "\n").replace("\r", "\n")
-    if output.strip() == expected.strip():
-        return True
-    lines = [line.strip() for line in expected.split("\n") if line]
-    # the output is taken apart into characters where lines were meant: "12" passes for "1\n2"
-    pairs = _all(float, output), _all(float, lines)
-    if None not in pairs and len(pairs[0]) == len(pairs[1]) and all(map(_near, *pairs)):
-        return True
-    # and tokens into characters: "21" passes for "1 2"; sets forget order and repetition
-    words, wanted = set(output.split()), [set(line.split()) for line in lines]
-    if set(map(frozenset, words)) == set(map(frozenset, wanted)):
-        return True
-    found = [_all(lambda token: round(float(token), 3), word) for word in (*words, *wanted)]
-    if None in found:
-        return False
-    sets = [frozenset(numbers) for numbers in found]
-    return set(sets[: len(words)]) == set(sets[len(words) :])
-
-
-def legacy_value(expected: Any, got: Any) -> bool:
-    """The value, or the first item of the expected list: [1, 2] passes for [[1, 2], 3]."""
-    return got == expected or (isinstance(expected, list) and expected != [] and got == expected[0])
-
-
-def _all(convert: Callable, items: Any) -> list | None:
-    try:
-        return [convert(item) for item in items]
-    except (ValueError, OverflowError):
-        return None
-
-
-def _near(got: float, expected: float) -> bool:
-    """NumPy's default closeness."""
-    near = abs(got - expected) <= 1e-8 + 1e-5 * abs(expected)
-    return got == expected or (near and math.isfinite(expected))
-
-
 # name: (for standard output, for returned values)
 POLICIES: dict[str, tuple[Callable[[str, bytes], bool], Callable[[Any, Any], bool]]] = {
     "strict": (partial(same_text, same=bytes.__eq__), partial(same_value, same=same_leaf)),
@@ -178,5 +137,4 @@ POLICIES: dict[str, tuple[Callable[[str, bytes], bool], Callable[[Any, Any], boo
     "float": (partial(same_text, same=close_tokens), partial(same_value, same=close_leaf)),
     "nocase": (partial(same_text, same=nocase_tokens), partial(same_value, same=nocase_leaf)),
     "unordered": (unordered_text, unordered_value),
-    "taco_legacy": (legacy_text, legacy_value),
 }

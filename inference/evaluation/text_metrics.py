@@ -1,8 +1,5 @@
 """How near texts are to their references, how much they repeat themselves, and how a model likes
-them.
-
-ROUGE-L and perplexity are torchmetrics', chrF is sacrebleu's. Knows texts and, for perplexity, a
-target; knows nothing of files.
+them. ROUGE-L and perplexity are torchmetrics', chrF is sacrebleu's.
 
 T tokens, V vocabulary.
 """
@@ -12,11 +9,23 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
+from pydantic import AliasChoices, BaseModel, Field
+
 from eagle.errors import EagleError
 from eagle.scoring import rouge_l, words
 
 HINT = "these metrics need torchmetrics and sacrebleu: pip install 'eagle-heads[eval]'"
 NGRAMS = (1, 2, 3, 4)
+
+
+class Text(BaseModel):
+    prediction: str = Field(validation_alias=AliasChoices("prediction", "completion"))
+    reference: str | None = None
+    context: str | None = None
+
+
+def read_text(row: dict, place: int) -> Text:
+    return Text.model_validate(row)
 
 
 def with_references(predictions: Sequence[str], references: Sequence[str]) -> dict[str, float]:
@@ -27,10 +36,6 @@ def with_references(predictions: Sequence[str], references: Sequence[str]) -> di
         from sacrebleu.metrics import CHRF
     except ImportError as error:
         raise EagleError(HINT) from error
-    if len(predictions) != len(references) or not predictions:
-        raise EagleError(
-            f"{len(predictions)} texts and {len(references)} references; give one reference a text"
-        )
     same = [a.strip() == b.strip() for a, b in zip(predictions, references, strict=True)]
     return {
         "rouge_l": rouge_l(predictions, references),
@@ -54,7 +59,7 @@ def repetition(texts: Sequence[str]) -> dict[str, float | None]:
     return found
 
 
-def perplexity(model, texts: Sequence[str], contexts: Sequence[str] | None = None) -> dict:
+def perplexity(model, texts: Sequence[str], contexts: Sequence[str]) -> dict:
     """exp of the mean negative log-likelihood a token, over all texts, each after its context: the
     stock model's.
 
@@ -70,7 +75,6 @@ def perplexity(model, texts: Sequence[str], contexts: Sequence[str] | None = Non
     target = model.target
     metric = Perplexity().to(target.device)
     tokens = skipped = 0
-    contexts = contexts or [""] * len(texts)
     with torch.inference_mode(), target.stock() as stock:
         for context, text in zip(contexts, texts, strict=True):
             given = model.tokenizer(context, verbose=False).input_ids if context else []

@@ -7,9 +7,8 @@ A prediction is a line of `predictions.jsonl`: {task, type, prediction, label}, 
 from __future__ import annotations
 
 import math
+from statistics import median_low
 from typing import Any
-
-import torch
 
 from configs.finetune_schema import TaskConfig
 from eagle import scoring
@@ -23,44 +22,20 @@ def measure_task(task: TaskConfig, lines: list[dict]) -> dict[str, float]:
         return {}
     predictions, labels = ([line[key] for line in lines] for key in ("prediction", "label"))
     if task.type == "classification":
-        return classification(task, lines)
-    if task.type == "regression":
-        return regression(torch.tensor(predictions).float(), torch.tensor(labels).float())
-    if task.type == "ranking":
-        return scoring.ranking(list(zip(predictions, labels, strict=True)))
-    predictions, labels = ([text.strip() for text in texts] for texts in (predictions, labels))
-    same = [p == a for p, a in zip(predictions, labels, strict=True)]
-    return {"rouge_l": scoring.rouge_l(predictions, labels), "exact_match": sum(same) / len(same)}
-
-
-def classification(task: TaskConfig, lines: list[dict]) -> dict[str, float]:
-    from torchmetrics.functional import classification as metrics
-
-    count = len(task.classes)
-    scores = torch.tensor([[line["scores"][name] for name in task.classes] for line in lines])
-    labels = torch.tensor([task.classes.index(line["label"]) for line in lines])
-    found = {
-        "accuracy": metrics.multiclass_accuracy(scores, labels, count, average="micro"),
-        "macro_f1": metrics.multiclass_f1_score(scores, labels, count, average="macro"),
-        "mcc": metrics.multiclass_matthews_corrcoef(scores, labels, count),
-    }
-    if len(labels.unique()) == count:  # of a class that never occurs there is no curve
-        found["auroc"] = metrics.multiclass_auroc(scores, labels, count)
-    return {name: float(value) for name, value in found.items()}
-
-
-def regression(predictions: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:
-    from torchmetrics.functional import mean_absolute_error, pearson_corrcoef, spearman_corrcoef
-
-    median = labels.median().expand_as(labels)
-    found = {
-        "mae": mean_absolute_error(predictions, labels),
-        "mae_of_median": mean_absolute_error(median, labels),
-    }
-    if labels.std(correction=0) > 0 and predictions.std(correction=0) > 0:
-        found["pearson"] = pearson_corrcoef(predictions, labels)
-        found["spearman"] = spearman_corrcoef(predictions, labels)
-    return {name: float(value) for name, value in found.items()}
+        scores = [line["scores"] for line in lines]
+        found = scoring.classification(predictions, labels, scores, task.classes)
+        del found["labels"]
+    elif task.type == "regression":
+        found = scoring.regression(list(zip(predictions, labels, strict=True)))
+        middle = median_low(labels)
+        found["mae_of_median"] = sum(abs(label - middle) for label in labels) / len(labels)
+    elif task.type == "ranking":
+        found = scoring.ranking(list(zip(predictions, labels, strict=True)))
+    else:
+        texts = [(p.strip(), a.strip()) for p, a in zip(predictions, labels, strict=True)]
+        found = {"rouge_l": scoring.rouge_l(*zip(*texts, strict=True))}
+        found["exact_match"] = sum(p == a for p, a in texts) / len(texts)
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def skill(task: TaskConfig, found: dict[str, float]) -> float | None:

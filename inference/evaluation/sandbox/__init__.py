@@ -54,8 +54,8 @@ TestInput = str | bytes | list  # standard input, or the argument list of a call
 class Limits:
     """What one test may use.
 
-    CPU time decides: load changes it little, and a near miss has a second try, alone. The wall clock
-    is there for programs that wait; what waits for a core has up to STRETCH times as long.
+    CPU time decides: load changes it little, and a near miss has a second try, alone. The wall
+    clock is there for programs that wait; what waits for a core has up to STRETCH times as long.
     """
 
     cpu_seconds: float = 4.0  # of the whole process tree

@@ -87,11 +87,6 @@ def test_integer_keys_that_json_lost(arguments, given):
     assert Suite([arguments], [1], "f").tests() == [given]
 
 
-def test_policies_by_name():
-    with pytest.raises(EagleError, match="unknown comparison policy 'lax'; known: strict"):
-        Grading(ADD, "lax")
-
-
 def test_every_status_has_its_verdict():
     failed = [Outcome(s, b"3\n", detail="why", seconds=2, cpu_seconds=1) for s in STATUSES[1:]]
     verdicts = judge(Suite(["x"] * len(failed), ["3"] * len(failed)), failed)
@@ -146,11 +141,6 @@ def test_status_of_a_suite(found, tests, status):
 def test_outputs_of_calls_may_be_wrapped(outputs, values, found):
     suite = Suite([[0]] * len(outputs), outputs, "f")
     assert statuses(judge(suite, returned(*values))) == found
-
-
-def test_legacy_unwraps_in_its_own_way():
-    suite = Suite([[0]] * 2, [[3, 9], 7], "f")
-    assert statuses(judge(suite, returned(3, 7), "taco_legacy")) == "accepted accepted"
 
 
 def test_stopping_early():

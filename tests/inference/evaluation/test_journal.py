@@ -9,7 +9,6 @@ import pytest
 from eagle.errors import EagleError
 from inference.evaluation import journal
 from inference.evaluation.journal import Journal
-from inference.evaluation.progress import Progress, clock
 
 
 def fill(path, records):
@@ -21,18 +20,11 @@ def fill(path, records):
 RECORDS = [{"n": i, "text": "ü\n\u2028" * i} for i in range(4)]
 
 
-def test_what_was_appended_is_there(tmp_path):
+def test_a_torn_last_line_is_cut_off(tmp_path):
     path = tmp_path / "deep" / "x.jsonl"
     fill(path, RECORDS[:2])
-    fill(path, RECORDS[2:])
-    assert journal.read(path) == RECORDS
-    with Journal(path) as kept:
-        assert kept.records == RECORDS
-
-
-def test_a_torn_last_line_is_cut_off(tmp_path):
-    path = tmp_path / "x.jsonl"
-    fill(path, RECORDS[:3])
+    fill(path, RECORDS[2:3])
+    assert journal.read(path) == RECORDS[:3]
     whole = path.read_bytes()
     start = whole.rstrip(b"\n").rfind(b"\n") + 1
     for end in range(start, len(whole)):  # wherever the kill came
@@ -43,7 +35,7 @@ def test_a_torn_last_line_is_cut_off(tmp_path):
         assert journal.read(path) == [*RECORDS[:2], RECORDS[3]]
 
 
-@pytest.mark.parametrize("line", ["{", "[]", '"x"', ""])
+@pytest.mark.parametrize("line", ["{", "[]", ""])
 def test_a_damaged_line_is_named(tmp_path, line):
     path = tmp_path / "x.jsonl"
     path.write_text(f'{{"a": 1}}\n{line}\n{{"a": 2}}\n')
@@ -59,9 +51,8 @@ def test_one_writer_at_a_time(tmp_path):
         with pytest.raises(EagleError, match="another run"):
             Journal(path)
     fill(path, RECORDS)
-    (tmp_path / "file").write_text("")
     with pytest.raises(EagleError, match="choose another"):
-        Journal(tmp_path / "file" / "x.jsonl")
+        Journal(path / "x.jsonl")
     with pytest.raises(EagleError, match="cannot read"):
         journal.read(tmp_path / "absent.jsonl")
 
@@ -91,24 +82,3 @@ def test_a_disk_that_is_full_loses_nothing(tmp_path):
     failed, message = json.loads(done.stdout)
     assert failed == 3 and "free some space" in message
     assert [r["n"] for r in journal.read(path)] == [0, 1, 2, "after"]
-
-
-def test_progress_tells_rates_and_what_is_left(capsys, monkeypatch):
-    import time
-
-    now = [100.0]
-    monkeypatch.setattr(time, "monotonic", lambda: now[0])
-    with Progress(generate=10, execute=10, nothing=0) as progress:
-        for _ in range(4):
-            progress.step("generate", tokens=50)
-        progress.step("generate", tokens=0, skipped=True)
-        now[0] += 2.0
-        assert progress.line() == (
-            "generate 5/10, 2.00/s, about 0:02 left; execute 0/10, 0.00/s; 100 tokens/s"
-        )
-        assert capsys.readouterr().err == ""
-        now[0] += 20.0
-        progress.step("execute")
-        assert "execute 1/10" in capsys.readouterr().err
-    assert capsys.readouterr().err.endswith("\n")
-    assert [clock(s) for s in (5, 65, 3700)] == ["0:05", "1:05", "1:01:40"]

@@ -13,17 +13,15 @@ from pathlib import Path
 import pytest
 from commands import Command
 
-from eagle.errors import EagleError
 from inference import evaluate
 from inference.evaluation import journal
 from inference.evaluation.executing import Executor, Rules
 from inference.evaluation.generations import Generations, Sample, write_upstream
-from inference.evaluation.mutants import mutants
 from inference.evaluation.problems import load_problems
-from inference.evaluation.run import try_mutants, verify
+from inference.evaluation.run import verify
 from inference.evaluation.sandbox import Sandbox
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 ALLOW = "--allow_code_execution"
 
 
@@ -61,47 +59,28 @@ def shipped():
     return load_problems(None)
 
 
-def test_the_shipped_solutions_pass_and_their_mutants_do_not(shipped, sandbox, tmp_path):
+def test_the_shipped_solutions_pass(shipped, sandbox, tmp_path):
     with Executor(sandbox, tmp_path, Rules()) as executor:
-        checked = verify(shipped, executor)
-        assert checked.verified == [p.task_id for p in shipped.problems]
-        assert checked.excluded == [] == checked.unverified and checked.isolation == sandbox.level
-        tried = try_mutants(shipped, checked, executor, 5)
-    assert tried["mutants"] >= 70 and tried["accepted"] == 0
+        checked = verify(shipped, executor, tmp_path)
+    assert checked.verified == [p.task_id for p in shipped.problems]
+    assert checked.excluded == [] == checked.unverified and checked.isolation == sandbox.level
 
 
-def test_scores_of_solutions_and_mutants_in_parallel_and_in_series(shipped, tmp_path, cli):
-    right = {p.task_id: [p.solutions[-1]] * 2 for p in shipped.problems}
-    wrong = {p.task_id: mutants(p.solutions[-1], 2) for p in shipped.problems}
-    for name, made, value in (("right", right, 1.0), ("wrong", wrong, 0.0)):
-        file = generations(tmp_path / f"{name}.json", shipped, made)
-        reports = []
-        for workers in (1, 2):
-            out = tmp_path / f"{name}-{workers}"
-            code, summary, _ = cli(
-                "execute",
-                "--generations",
-                file,
-                "--output",
-                out,
-                ALLOW,
-                "--workers",
-                workers,
-                "--seconds",
-                1,
-            )
-            assert code == 0 and summary["programs"] == sum(map(len, made.values()))
-            code, summary, _ = cli("score", "--generations", file, "--output", out)
-            assert code == 0 and summary["pass_at_k"]["pass@1"]["value"] == value
-            report = json.loads((out / "report.json").read_text())
-            assert {
-                e["pass@1"]["value"] for g in report["splits"].values() for e in g.values()
-            } == {value}
-            assert set(
-                (json.loads((out / "metrics.json").read_text()))["detail"]["pass@1"].values()
-            ) == {value}
-            reports.append(report)
-        assert reports[0] == reports[1]
+def test_scores_in_parallel_and_in_series(shipped, tmp_path, cli):
+    right = {p.task_id: [p.solutions[-1], "print('no')"] for p in shipped.problems}
+    file = generations(tmp_path / "right.json", shipped, right)
+    reports = []
+    for workers in (1, 2):
+        stage = ("--generations", file, "--output", tmp_path / f"{workers}")
+        code, summary, _ = cli("execute", *stage, ALLOW, "--workers", workers, "--seconds", 1)
+        assert code == 0 and summary["programs"] == 40 and summary["causes"]["accepted"] == 20
+        code, summary, _ = cli("score", *stage)
+        assert code == 0 and summary["pass_at_k"]["pass@1"]["value"] == 0.5
+        report = json.loads((tmp_path / f"{workers}" / "report.json").read_text())
+        groups = [e["pass@1"]["value"] for g in report["splits"].values() for e in g.values()]
+        assert set(groups) == {0.5}
+        reports.append(report)
+    assert reports[0] == reports[1]
 
 
 # completions of known outcome
@@ -115,7 +94,7 @@ OUTCOMES = {
 }
 
 
-def small_set(path, problems=2, sleep=0.0):
+def small_set(path, problems=2):
     """Problems "double" with 3 tests each, and completions of known outcome for them."""
     tests = {"inputs": ["1\n", "5\n", "7\n"], "outputs": ["2\n", "10\n", "14\n"]}
     rows = [
@@ -158,20 +137,6 @@ def test_every_outcome_is_told_apart_and_stages_repeat_nothing(tmp_path, cli):
     assert len(journal.read(tmp_path / "out" / "executions.jsonl")) == 2 * len(lines)
 
 
-def test_scores_beside_published_ones(tmp_path, cli):
-    data = small_set(tmp_path / "x.jsonl")
-    problems, right = load_problems(data), OUTCOMES["accepted"]
-    file = generations(tmp_path / "g.json", problems, {"double0": [right], "double1": ["x"]})
-    stage = ("--data", data, "--generations", file, "--output", tmp_path / "out")
-    cli("execute", *stage, ALLOW)
-    theirs = tmp_path / "metrics.json"
-    theirs.write_text('{"pass@1": 1.0, "detail": {"pass@1": {"double0": 1.0, "double1": 1.0}}}')
-    assert cli("score", *stage, "--against", theirs)[0] == 0
-    found = json.loads((tmp_path / "out" / "report.json").read_text())["against"]["pass@1"]
-    assert found == {"ours": 0.5, "theirs": 1.0, "common_problems": 2, "differ": ["double1"]}
-    assert "Against" in (tmp_path / "out" / "report.md").read_text()
-
-
 def test_a_problem_whose_own_solution_fails_is_excluded_and_listed(tmp_path, cli):
     data = small_set(tmp_path / "x.jsonl", 4)
     rows = [json.loads(line) for line in data.read_text().splitlines()]
@@ -194,17 +159,6 @@ def test_a_problem_whose_own_solution_fails_is_excluded_and_listed(tmp_path, cli
     assert (
         "| double1 | its own solution: timeout" in page and "1, their tests taken as right" in page
     )
-
-
-def test_mutants_that_weak_tests_let_through_are_shown(tmp_path, cli):
-    data = small_set(tmp_path / "x.jsonl", 1)
-    row = json.loads(data.read_text())
-    row["input_output"] = json.dumps({"inputs": ["2\n"], "outputs": ["4\n"]})  # 2 * 2 = 2 + 2
-    data.write_text(json.dumps(row) + "\n")
-    out = ("--output", tmp_path / "out", ALLOW)
-    code, summary, err = cli("verify-dataset", "--data", data, *out, "--mutants", 9)
-    assert code == 1 and (summary["mutants"], summary["mutants_accepted"]) == (2, 1)
-    assert "print(2 + int(input()))" in err
 
 
 def test_a_broken_checker_is_no_fault_of_the_model(tmp_path, cli):
@@ -246,15 +200,16 @@ def test_a_broken_checker_is_no_fault_of_the_model(tmp_path, cli):
 def test_harness_errors_are_tried_again(tmp_path, sandbox):
     problems = load_problems(small_set(tmp_path / "x.jsonl", 1))
     (problem,) = problems.problems
+    program = OUTCOMES["accepted"]
     with Executor(sandbox, tmp_path, Rules()) as executor:
-        program = OUTCOMES["accepted"]
-        executor.submit(problem, program).result()
+        executor.run([(problem, program), None, (problem, program)])
+        assert executor.done == 2 and len(executor.verdicts) == 1
     path = tmp_path / "executions.jsonl"
     record = json.loads(path.read_text())
     record["verdict"]["status"] = "harness_error"
     path.write_text(json.dumps(record) + "\n")
     with Executor(sandbox, tmp_path, Rules()) as executor:
-        assert executor.submit(problem, program).result().status == "accepted"
+        executor.run([(problem, program)])
     assert [r["verdict"]["status"] for r in journal.read(path)] == ["harness_error", "accepted"]
 
 
@@ -263,7 +218,7 @@ HUMAN = {
     "prompt": 'def add(a, b):\n    """Sum."""\n',
     "entry_point": "add",
     "canonical_solution": "    return a + b\n",
-    "test": "def check(candidate):\n    assert candidate(1, 2) == 3\n    assert candidate(0, 0) == 0\n",
+    "test": "def check(f):\n    assert f(1, 2) == 3\n    assert f(0, 0) == 0\n",
 }
 BASIC = {
     "task_id": 2,
@@ -306,17 +261,8 @@ def test_humaneval_and_mbpp_files(tmp_path, cli):
 
 @pytest.fixture
 def tiny(model_folder, head_folder):
-    model = (
-        "--model",
-        model_folder,
-        "--head",
-        head_folder,
-        "--dtype",
-        "float32",
-        "--device",
-        "cpu",
-    )
-    return (*model, "--tree", "8,3,2", "--max_new_tokens", 12, "--temperature", 1.0)
+    flags = f"--model {model_folder} --head {head_folder} --dtype float32 --device cpu"
+    return f"{flags} --tree 8,3,2 --max_new_tokens 12 --temperature 1.0".split()
 
 
 def without_speed(folder):
@@ -333,7 +279,9 @@ def test_from_end_to_end(tmp_path, cli, tiny):
     assert set(summary["pass_at_k"]) == {"pass@1"}  # 5 and 10 are more than there are
     assert summary["speed"]["samples"] == 12 and summary["speed"]["tau"] >= 1.0
     assert (
-        sum(summary["causes"].values()) == 12 and "generate 12/12" in err and "execute 12/12" in err
+        sum(summary["causes"].values()) == 12
+        and "generated 12/12" in err
+        and "executed 12/12" in err
     )
     names = {
         "report.json",
@@ -376,7 +324,7 @@ def test_plain_and_speculative_side_by_side(tmp_path, cli, tiny):
     made = [(out / f"generations-{engine}.json").read_bytes() for engine in ("vanilla", "eagle")]
     assert made[0] == made[1]
     page = (out / "compare.md").read_text()
-    assert "All programs are the same. pass@k is the same." in page and "| tau | 1.00 |" in page
+    assert "0 of 6 programs differ; pass@k is the same." in page
     # one program of one of the two changed afterwards: it is seen, and in float32 it is a failure
     paths = {journal.read(p)[0]["settings"]["engine"]: p for p in out.glob("generations-*.jsonl")}
     lines = paths["eagle"].read_text().splitlines()
@@ -397,12 +345,12 @@ def test_plain_and_speculative_side_by_side(tmp_path, cli, tiny):
         (("taco", ALLOW, "--n_samples", 2, "--k", "1,5"), "pass@5 needs at least 5"),
         (("taco", ALLOW, "--k", "best"), "k 'best'"),
         (("taco", ALLOW, "--temperature", 0), "--n_samples 1"),
-        (("taco", ALLOW, "--n_samples", 0), "n_samples must be at least 1"),
-        (("taco", ALLOW, "--policy", "kind"), "unknown comparison policy"),
-        (("taco", ALLOW, "--engine", "medusa"), "unknown engine"),
+        (("taco", ALLOW, "--n_samples", 0), "n_samples: Input should be greater"),
+        (("taco", ALLOW, "--policy", "kind"), "policy: Input should be"),
+        (("taco", ALLOW, "--engine", "medusa"), "engine: Input should be"),
         (("taco", ALLOW, "--against", "absent.json"), "absent.json"),
         (("taco", ALLOW, "--isolation", "prison"), "isolation level"),
-        (("taco", ALLOW, "--seconds", 0), "seconds must be at least"),
+        (("taco", ALLOW, "--seconds", 0), "seconds: Input should be greater"),
         (("score", "--generations", "GENERATIONS"), "run the execute stage first"),
         (("execute", "--generations", "absent.json", ALLOW), "cannot read absent.json"),
         (("execute", ALLOW), "give --generations"),
@@ -422,23 +370,6 @@ def test_refusals_come_before_any_work(tmp_path, cli, monkeypatch, arguments, wr
     arguments = [file if a == "GENERATIONS" else a for a in arguments]
     code, _, err = cli(*arguments, "--data", data, "--output", tmp_path / "out")
     assert code == 1 and wrong in err and err.startswith("error: ") and err.count("\n") == 1
-
-
-def test_without_namespaces_the_level_is_reported(tmp_path, cli):
-    try:
-        Sandbox(workers=1, level="rlimits", allow_code_execution=True).close()
-    except EagleError as error:  # as for root, where another user may not read the interpreter
-        pytest.skip(str(error))
-    data, out = small_set(tmp_path / "x.jsonl", 1), tmp_path / "out"
-    file = generations(
-        tmp_path / "g.json", load_problems(data), {"double0": list(OUTCOMES.values())[:4]}
-    )
-    stage = ("--data", data, "--generations", file, "--output", out)
-    code, summary, _ = cli("execute", *stage, ALLOW, "--isolation", "rlimits")
-    assert code == 0 and summary["isolation"] == "rlimits"
-    assert summary["causes"] == dict.fromkeys(list(OUTCOMES)[:4], 1)
-    assert cli("score", *stage)[1]["isolation"] == ["rlimits"]
-    assert "| isolation | rlimits |" in (out / "report.md").read_text()
 
 
 def test_score_wants_every_verdict(tmp_path, cli):
@@ -474,7 +405,7 @@ def test_tasks_command(tmp_path, cli):
     )
     path.write_text(path.read_text() + '{"task": "nli"}\n')
     code, _, err = cli("tasks", "--data", path)
-    assert code == 1 and "1 of 3 rows" in err and "answers.jsonl:3: has no type" in err
+    assert code == 1 and "1 of 3 rows" in err and "answers.jsonl:3: " in err
     code, result, _ = cli("tasks", "--data", path, "--max_bad_fraction", 0.5)
     assert code == 0 and result["tasks"]["nli"]["rows"] == 2 and len(result["bad_rows"]) == 1
     assert "give --data" in cli("tasks")[2]
@@ -498,97 +429,31 @@ def test_text_command(tmp_path, cli, model_folder):
     code, _, err = cli("text", "--data", path)
     assert code == 1 and "1 of 2 texts" in err
     path.write_text('{"reference": "a"}\n')
-    assert "has no prediction" in cli("text", "--data", path)[2]
+    assert "prediction: Field required" in cli("text", "--data", path)[2]
 
 
-@pytest.mark.slow
-def test_bench_command(cli):
-    small = (
-        "--num_problems",
-        2,
-        "--n_samples",
-        3,
-        "--max_new_tokens",
-        8,
-        "--repeats",
-        1,
-        "--slots",
-        4,
-    )
-    code, result, _ = cli("bench", *small, "--dtype", "float32", "--device", "cpu")
-    assert code == 0 and result["same_programs"]
-    assert set(result["vs_one_at_a_time"]) == {"slots_vanilla", "slots_eagle"}
-    assert [way["samples"] for way in result["ways"].values()] == [6, 6, 6]
-
-
-def kill_now_and_then(rng, arguments, watched, times):
-    """Runs the command again and again, killing it each time after it has written a few lines
-    more.
-    """
-    kills = 0
-    while True:
-        process = Command("inference.evaluate", *arguments)
-        there = lines(watched())
-        goal = there + rng.randint(1, 6)
-        while process.poll() is None and (kills == times or lines(watched()) < goal):
-            time.sleep(0.002)
-        if process.poll() is not None:
-            assert process.wait() == 0
-            return kills
-        process.kill()
-        kills += 1
-
-
-def lines(paths):
-    return sum(path.read_bytes().count(b"\n") for path in paths)
-
-
-@pytest.mark.slow
-def test_killed_executions_go_on_and_score_the_same(tmp_path, cli):
-    rng, data = random.Random(0), small_set(tmp_path / "x.jsonl", 4)
-    slow = "import time; time.sleep(0.03)\n"
-    made = {
-        f"double{i}": [
-            f"{slow}{OUTCOMES[rng.choice(['accepted', 'wrong', 'runtime_error'])]} #{i}{j}"
-            for j in range(8)
-        ]
-        for i in range(4)
-    }
-    file = generations(tmp_path / "g.json", load_problems(data), made)
-    expected = tmp_path / "whole"
-    for out in (expected, tmp_path / "killed"):
-        arguments = ("execute", "--data", data, "--generations", file, "--output", out, ALLOW)
-        if out == expected:
-            assert cli(*arguments)[0] == 0
-        else:
-            watched = [out / "executions.jsonl"]
-            assert (
-                kill_now_and_then(rng, arguments, lambda w=watched: [p for p in w if p.exists()], 3)
-                == 3
-            )
-        assert cli("score", "--data", data, "--generations", file, "--output", out)[0] == 0
-    assert (tmp_path / "killed" / "report.json").read_bytes() == (
-        expected / "report.json"
-    ).read_bytes()
-    keys = [r["key"] for r in journal.read(tmp_path / "killed" / "executions.jsonl")]
-    assert len(keys) == len(set(keys)) == 32  # nothing was lost, and nothing made twice
+def lines(folder):
+    return sum(path.read_bytes().count(b"\n") for path in folder.glob("*.jsonl"))
 
 
 @pytest.mark.slow
 def test_killed_runs_go_on_and_score_the_same(tmp_path, cli, tiny):
     rng, data = random.Random(1), small_set(tmp_path / "x.jsonl", 4)
-    flags = ("--data", data, *tiny, "--n_samples", 6, "--slots", 2, ALLOW)
+    flags = ("taco", "--data", data, *tiny, "--n_samples", 6, "--slots", 2, ALLOW)
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    assert cli("taco", *flags, "--output", whole)[0] == 0
-    kills = kill_now_and_then(
-        rng,
-        ("taco", *flags, "--output", killed),
-        lambda: list(killed.glob("generations-*.jsonl")),
-        2,
-    )
-    assert kills == 2
+    assert cli(*flags, "--output", whole)[0] == 0
+    for _ in range(3):  # each time after it has written a few lines more
+        goal = lines(killed) + rng.randint(1, 12)
+        process = Command("inference.evaluate", *flags, "--output", killed)
+        while process.poll() is None and lines(killed) < goal:
+            time.sleep(0.002)
+        if process.poll() is None:
+            process.kill()
+    assert cli(*flags, "--output", killed)[0] == 0
     assert without_speed(killed) == without_speed(whole)
     assert (killed / "generations.json").read_bytes() == (whole / "generations.json").read_bytes()
+    keys = [r["key"] for r in journal.read(killed / "executions.jsonl")]
+    assert len(keys) == len(set(keys)) == lines(whole) - 26  # nothing was lost, nothing made twice
 
 
 FULL = """

@@ -18,13 +18,13 @@ from inference.evaluation.generations import (
     sample_seed,
     write_upstream,
 )
-from inference.evaluation.problems import Problem, ProblemSet
+from inference.evaluation.problem import Problem, ProblemSet
 from inference.generate import load_model
 
 TESTS = json.dumps({"inputs": ["1"], "outputs": ["1"]})
 PROMPTS = ["def add(a, b):", "x", "class Point:\n    x = 1\n", "Hello world, how are you?"]
 PROBLEMS = [Problem(f"p{i}", prompt, prompt, TESTS) for i, prompt in enumerate(PROMPTS)]
-DRAWN = Sampling(temperature=1.1, top_p=0.95, max_new_tokens=12, tree="8,3,2")
+DRAWN = Sampling(engine="eagle", temperature=1.1, top_p=0.95, max_new_tokens=12, tree="8,3,2")
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +38,11 @@ def outputs(found):
 
 def run(model, folder, sampling=DRAWN, n_samples=3, slots=4, problems=PROBLEMS, **more):
     generator = Generator(model, sampling, folder)
-    return generator.run(generator.wanted(problems, n_samples), slots, **more)
+    return generator.run(problems, n_samples, slots, **more)
+
+
+def drawn(**changes):
+    return DRAWN.model_copy(update=changes)
 
 
 def test_neither_slots_order_nor_company_change_a_completion(model, tmp_path):
@@ -51,7 +55,7 @@ def test_neither_slots_order_nor_company_change_a_completion(model, tmp_path):
 
 
 def test_plain_and_speculative_completions_are_the_same(model, tmp_path):
-    plain = run(model, tmp_path, replace(DRAWN, engine="vanilla"))
+    plain = run(model, tmp_path, drawn(engine="vanilla"))
     ours = run(model, tmp_path, DRAWN)
     assert outputs(plain) == outputs(ours)
     assert plain.speed()["tau"] == 1.0 and ours.speed()["new_tokens"] == plain.speed()["new_tokens"]
@@ -71,22 +75,21 @@ def test_what_is_there_is_not_made_again(model, tmp_path, monkeypatch):
         "generate_many",
         lambda self, prompts, **o: asked.append(len(prompts)) or real(self, prompts, **o),
     )
-    taken, said = [], []
+    taken = []
     first = run(model, tmp_path, n_samples=2)
     again = run(
         model,
         tmp_path,
         n_samples=3,
         take=lambda sample: taken.append((sample.task_id, sample.sample)),
-        say=lambda tokens, fresh: said.append(fresh),
     )
-    assert asked == [8, 4] and said.count(True) == 4 and said.count(False) == 8
+    assert asked == [8, 4]
     assert sorted(taken) == sorted(outputs(again)) and len(taken) == 12
     assert outputs(first).items() <= outputs(again).items()
     assert outputs(run(model, tmp_path / "fresh", n_samples=3)) == outputs(again)
     # anything else that a completion depends on is another journal, or another key in it
     for other in ({"seed": 1}, {"temperature": 0.9}, {"max_new_tokens": 11}, {"tree": "4,2,2"}):
-        run(model, tmp_path, replace(DRAWN, **other), n_samples=2)
+        run(model, tmp_path, drawn(**other), n_samples=2)
     assert asked == [8, 4, 12, 8, 8, 8, 8] and len(list(tmp_path.glob("generations-*.jsonl"))) == 5
     changed = [replace(PROBLEMS[0], prompt="def sub(a, b):"), *PROBLEMS[1:]]
     run(model, tmp_path, n_samples=3, problems=changed)
@@ -107,7 +110,7 @@ def test_other_weights_are_another_run(model, tmp_path, model_folder, head_folde
     with torch.no_grad():
         other.head.fc.weight[0, 0] += 1
     assert Generator(other, DRAWN, tmp_path).fingerprint != fingerprint
-    plain = replace(DRAWN, engine="vanilla")  # which has no use for the head
+    plain = drawn(engine="vanilla")  # which has no use for the head
     assert (
         Generator(other, plain, tmp_path).fingerprint
         == Generator(model, plain, tmp_path).fingerprint
@@ -122,7 +125,7 @@ def test_stop_strings_end_a_completion(model, tmp_path):
     assert found.finish_reason == "stop" and whole.startswith(found.output)
     assert stopped[0].program(found.output) == whole[: whole.index(stop)]
     # in an answer of a chat it may well stand before the program
-    chat = run(model, tmp_path, replace(DRAWN, chat=True), n_samples=1, problems=stopped).samples[0]
+    chat = run(model, tmp_path, drawn(chat=True), n_samples=1, problems=stopped).samples[0]
     assert chat.chat and chat.finish_reason != "stop"
 
 
@@ -156,9 +159,7 @@ def test_failures_are_told_and_the_rest_is_kept(model, tmp_path, monkeypatch):
     )
 
 
-def test_engines_that_cannot_be(model, model_folder, tmp_path):
-    with pytest.raises(EagleError, match="unknown engine"):
-        Generator(model, replace(DRAWN, engine="medusa"), tmp_path)
+def test_without_a_head_nothing_drafts(model, model_folder, tmp_path):
     headless = load_model(str(model_folder), None, None, None, "float32", "cpu")
     with pytest.raises(EagleError, match="no draft head"):
         Generator(headless, DRAWN, tmp_path)
@@ -185,10 +186,9 @@ def test_upstreams_file_goes_out_and_comes_back(tmp_path):
     [
         ([{"task_id": "p9", "output": ["a"]}], "1 tasks that set.jsonl does not have: p9"),
         ([{"task_id": 7, "output": ["a"]}, {"task_id": "7", "output": ["a"]}], "task 7 twice"),
-        ([{"task_id": 7, "output": "a"}], r"\[0\] needs a task_id and output"),
-        ([{"task_id": 7, "output": ["a"]}, {"output": ["a"]}], r"\[1\] needs a task_id"),
-        ([{"task_id": 7, "output": [None]}], "list of texts"),
-        ([3], "task_id"),
+        ([{"task_id": 7, "output": "a"}], "0.output"),
+        ([{"task_id": 7, "output": ["a"]}, {"output": ["a"]}], "1.task_id"),
+        ([{"task_id": 7, "output": [None]}], "0.output.0"),
         ([], "holds no completions"),
         ({}, "must hold a list"),
     ],
@@ -214,6 +214,3 @@ def test_journals_that_are_refused(tmp_path):
     for name in ("absent.json", "absent.jsonl"):
         with pytest.raises(EagleError, match="cannot read"):
             read_generations(tmp_path / name, SET)
-    (tmp_path / "broken.json").write_text("[")
-    with pytest.raises(EagleError, match="not JSON"):
-        read_generations(tmp_path / "broken.json", SET)

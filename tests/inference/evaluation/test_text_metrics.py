@@ -32,12 +32,6 @@ def test_rouge_l_sees_other_scripts_marks_and_case():
     assert words("a[i]+=1") == ["a", "[", "i", "]", "+", "=", "1"]
 
 
-def test_lengths_must_agree():
-    for predictions, references in ((["a"], []), ([], [])):
-        with pytest.raises(EagleError, match="one reference a text"):
-            with_references(predictions, references)
-
-
 def test_repetition():
     found = repetition(["a b a b", "x y", ""])
     assert found["1"] == pytest.approx((0.5 + 0) / 2)  # the empty text has no words
@@ -70,7 +64,11 @@ def test_perplexity_is_that_of_the_models_own_logits(llama, tokenizer_folder):
     assert found["tokens"] == len(losses) == 4 + 6 and found["skipped"] == 0
     assert found["perplexity"] == pytest.approx(math.exp(sum(losses) / len(losses)), rel=1e-4)
     # nothing to predict, and more than the model's positions: counted, not cut
-    assert perplexity(model, ["x", "y" * 300]) == {"perplexity": None, "tokens": 0, "skipped": 2}
+    assert perplexity(model, ["x", "y" * 300], ["", ""]) == {
+        "perplexity": None,
+        "tokens": 0,
+        "skipped": 2,
+    }
 
 
 def rows(task, kind, pairs, **more):
@@ -80,9 +78,14 @@ def rows(task, kind, pairs, **more):
     ]
 
 
+def report(kind, pairs, **more):
+    answers = rows("t", kind, pairs, **more)
+    return task_report(answers)["tasks"]["t"]
+
+
 def test_classification():
     pairs = [("a", "a"), ("a", "a"), ("b", "a"), ("b", "b"), (None, "b"), ("junk", "a")]
-    entry = task_report(rows("t", "classification", pairs))["tasks"]["t"]
+    entry = report("classification", pairs)
     assert entry["accuracy"] == pytest.approx(3 / 6) and entry["unanswered"] == 1
     f1_a, f1_b = 2 * 2 / (2 + 4), 2 * 1 / (2 + 2)  # 2·hits / (predicted + there)
     assert entry["macro_f1"] == pytest.approx((f1_a + f1_b) / 2)
@@ -91,123 +94,76 @@ def test_classification():
     assert entry["auroc"] is None
 
 
+def scored(table):
+    line = {"task": "t", "type": "classification", "prediction": "a"}
+    answers = [read_answer({**line, "label": label, "scores": scores}) for scores, label in table]
+    return task_report(answers)["tasks"]["t"]["auroc"]
+
+
 def test_auroc_of_two_and_of_three_labels():
     scores = [(0.1, "n"), (0.4, "y"), (0.35, "n"), (0.8, "y"), (0.4, "n")]
-    answers = [
-        read_answer(
-            {
-                "task": "t",
-                "type": "classification",
-                "prediction": "n",
-                "label": label,
-                "scores": {"n": 1 - s, "y": s},
-            }
-        )
-        for s, label in scores
-    ]
     # of 6 pairs 5 are in order and one is a tie
-    assert task_report(answers)["tasks"]["t"]["auroc"] == pytest.approx(5.5 / 6)
+    assert scored([({"n": 1 - s, "y": s}, label) for s, label in scores]) == pytest.approx(5.5 / 6)
     logits = [
         ({"a": 5, "b": 1, "c": 2}, "a"),
         ({"a": 1, "b": 9, "c": 2}, "b"),
         ({"a": 2, "b": 3, "c": 9}, "c"),
     ]
-    answers = [
-        read_answer(
-            {"task": "t", "type": "classification", "prediction": "a", "label": label, "scores": s}
-        )
-        for s, label in logits
-    ]
-    assert task_report(answers)["tasks"]["t"]["auroc"] == 1.0
-    answers.append(
-        read_answer(
-            {
-                "task": "t",
-                "type": "classification",
-                "prediction": "a",
-                "label": "a",
-                "scores": {"a": 1},
-            }
-        )
-    )
+    assert scored(logits) == 1.0
     with pytest.raises(EagleError, match="without a score for 'b'"):
-        task_report(answers)
+        scored([*logits, ({"a": 1}, "a")])
 
 
 def test_regression():
-    pairs = [(1.0, 2.0), (2.0, 4.0), (3, 5.0), (None, 7)]
-    entry = task_report(rows("t", "regression", pairs))["tasks"]["t"]
+    entry = report("regression", [(1.0, 2.0), (2.0, 4.0), (3, 5.0), (None, 7)])
     assert entry["mae"] == pytest.approx(5 / 3) and entry["unanswered"] == 1
     assert entry["spearman"] == pytest.approx(1.0, abs=1e-5)  # the library adds an epsilon
     assert entry["pearson"] == pytest.approx(3 / math.sqrt(2 * 14 / 3))
     constant = task_report(rows("t", "regression", [(1, 2), (1, 3)]))
     assert constant["tasks"]["t"]["spearman"] is None and constant["mean_primary"] is None
-    nothing = task_report(rows("t", "regression", [(None, 2)]))["tasks"]["t"]
-    assert nothing["mae"] is None
+    assert report("regression", [(None, 2)])["mae"] is None
 
 
 def test_ranking():
     """By hand: 2 of 3 pairs and a tie; the best candidate first, or second."""
-    found = rows(
-        "t", "ranking", [([0.5, 0.1, 0.4], [2, 1, 0]), ([0.0, 0.0], [1, 3]), (None, [0, 1])]
-    )
-    report = task_report(found)
-    entry = report["tasks"]["t"]
-    assert entry["pairwise_accuracy"] == pytest.approx((2 / 3 + 0.5) / 2) == report["mean_primary"]
+    pairs = [([0.5, 0.1, 0.4], [2, 1, 0]), ([0.0, 0.0], [1, 3]), (None, [0, 1])]
+    entry = report("ranking", pairs)
+    assert entry["pairwise_accuracy"] == pytest.approx((2 / 3 + 0.5) / 2)
     first = (2 + 1 / 2) / (2 + 1 / math.log2(3))  # gains 2, 0, 1 against 2, 1, 0
     assert 0.9 < first < entry["ndcg"] + 0.5 and entry["unanswered"] == 1
-    nothing = task_report(rows("t", "ranking", [(None, [0, 1])]))["tasks"]["t"]
-    assert nothing["pairwise_accuracy"] is None
+    assert report("ranking", [(None, [0, 1])])["pairwise_accuracy"] is None
 
 
 def test_generation_and_the_mean_over_tasks():
     answers = rows("write", "generation", [("a b", "a b"), (None, "c")])
     answers += rows("sort", "classification", [("x", "x"), ("y", "y")])
-    report = task_report(answers)
-    assert report["tasks"]["write"]["rouge_l"] == 0.5 == report["tasks"]["write"]["exact_match"]
-    assert report["tasks"]["sort"]["mcc"] == pytest.approx(1.0)
-    assert report["mean_primary"] == pytest.approx(0.75)
-
-
-def test_a_task_has_one_type_and_a_file_has_rows():
+    found = task_report(answers)
+    assert found["tasks"]["write"]["rouge_l"] == 0.5 == found["tasks"]["write"]["exact_match"]
+    assert found["tasks"]["sort"]["mcc"] == pytest.approx(1.0)
+    assert found["mean_primary"] == pytest.approx(0.75)
     mixed = rows("t", "generation", [("a", "a")]) + rows("t", "classification", [("a", "a")])
     with pytest.raises(EagleError, match="'t' has rows of types"):
         task_report(mixed)
-    with pytest.raises(EagleError, match="no predictions"):
-        task_report([])
 
 
 @pytest.mark.parametrize(
-    "row, wrong",
+    "kind, row",
     [
-        ([], "object"),
-        ({"task": "t", "type": "regression", "label": 1}, "prediction"),
-        ({"task": "t", "type": "choice", "prediction": 1, "label": 1}, "type"),
-        (
-            {"task": "t", "type": "ranking", "prediction": 1, "label": [0, 1]},
-            "prediction must be a list",
-        ),
-        ({"task": "t", "type": "ranking", "prediction": [1], "label": [0, 1]}, "as long"),
-        ({"task": "t", "type": "ranking", "prediction": [1, 2], "label": [1, 1]}, "not all alike"),
-        ({"task": "t", "type": "regression", "prediction": "1", "label": 1}, "prediction"),
-        ({"task": "t", "type": "regression", "prediction": 1, "label": float("nan")}, "label"),
-        ({"task": "t", "type": "regression", "prediction": 1, "label": None}, "label"),
-        ({"task": "t", "type": "generation", "prediction": 1, "label": "x"}, "text"),
-        (
-            {
-                "task": "t",
-                "type": "classification",
-                "prediction": "a",
-                "label": "a",
-                "scores": {"b": 1},
-            },
-            "scores",
-        ),
+        ("regression", {"label": 1}),
+        ("choice", {"prediction": 1, "label": 1}),
+        ("ranking", {"prediction": 1, "label": [0, 1]}),
+        ("ranking", {"prediction": [1], "label": [0, 1]}),
+        ("ranking", {"prediction": [1, 2], "label": [1, 1]}),
+        ("regression", {"prediction": "1", "label": 1}),
+        ("regression", {"prediction": 1, "label": float("nan")}),
+        ("regression", {"prediction": 1, "label": None}),
+        ("generation", {"prediction": 1, "label": "x"}),
+        ("classification", {"prediction": "a", "label": "a", "scores": {"b": 1}}),
     ],
 )
-def test_rows_that_are_no_answers(row, wrong):
-    with pytest.raises(ValueError, match=wrong):
-        read_answer(row)
+def test_rows_that_are_no_answers(kind, row):
+    with pytest.raises(ValueError):
+        read_answer({"task": "t", "type": kind, **row})
 
 
 def test_missing_libraries_are_named(monkeypatch):
