@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from types import SimpleNamespace
 
 from eagle.errors import EagleError
 from inference.bench.cases import COMPILED, ENGINES, PLAIN, Sweep, with_context
@@ -63,19 +62,17 @@ def bench(
     --json FILE, --report FILE.md and --plots DIR keep the result.
     """
     asked = dict(locals())
-    require_counts(num_prompts=num_prompts, repeats=repeats, max_new_tokens=max_new_tokens)
-    sweep = sweep_of(asked)
     from inference.bench.engines_page import require_matplotlib, sections, title, write_plots
-    from inference.bench.record import command_line, hand_over, require_files
+    from inference.bench.record import command_line, hand_over, require
     from inference.generate import load_model
     from records.prompts import load_prompts
 
-    require_files(json, report, plots and f"{plots}/plot.png")
+    require(asked, "num_prompts", "repeats", "max_new_tokens")
+    sweep = sweep_of(**asked)
     if plots is not None:
-        require_matplotlib()
-    model = load_model(
-        base, head, adapter, sweep.trees[0], dtype, device, quantization=quantization
-    )
+        require_matplotlib(Path(plots))
+    first = sweep.trees[0]
+    model = load_model(base, head, adapter, first, dtype, device, quantization=quantization)
     if model.drafter is None and any(engine.startswith("eagle") for engine in sweep.engines):
         raise EagleError("no draft head to measure: give --head PATH, or --engines hf,vanilla")
     ids = [p.ids for p in load_prompts(prompts, model.tokenizer, num_prompts)]
@@ -88,40 +85,44 @@ def bench(
     options = dict(max_new_tokens=max_new_tokens, top_p=top_p, top_k=top_k, seed=seed)
     command = command_line("", bench, asked)
     result = measure(model, ids, sweep, options, repeats, quiet, command)
-    hand_over(result, title(result), sections(result), json, report, quiet)
+    hand_over(result, title(result), sections(result), asked)
     if plots is not None:
         write_plots(result, Path(plots))
 
 
-def require_counts(**values: int) -> None:
-    for name, value in values.items():
-        if value < 1:
-            raise EagleError(f"{name} must be at least 1, not {value}")
-
-
-def sweep_of(asked: dict) -> Sweep:
+def sweep_of(
+    *,
+    engines: str | None,
+    batch_sizes: str,
+    tree: str | None,
+    trees: str | None,
+    context_lengths: str | None,
+    capacities: str | None,
+    temperature: float,
+    temperatures: str | None,
+    forced_acceptance: int | None,
+    **_,
+) -> Sweep:
     """What the flags of `bench` ask to be measured."""
-    given = SimpleNamespace(**asked)
-    forced = given.forced_acceptance
-    if forced is not None and forced < 0:
-        raise EagleError(f"forced_acceptance must be at least 0, not {forced}")
-    if given.tree and given.trees:
-        raise EagleError("give --tree for one tree or --trees for several, not both")
-    if given.temperature and given.temperatures:
-        raise EagleError("give --temperature for one or --temperatures for several, not both")
-    trees = parse_trees(given.trees or given.tree)
-    engines = parse_engines(given.engines, own_tree=not trees and forced is None)
-    if forced is not None and "eagle_auto" in engines:
+    if forced_acceptance is not None and forced_acceptance < 0:
+        raise EagleError(f"forced_acceptance must be at least 0, not {forced_acceptance}")
+    if (tree and trees) or (temperature and temperatures):
+        raise EagleError(
+            "give --tree for one tree or --trees for several, --temperature for one or "
+            "--temperatures for several, not both"
+        )
+    wanted = parse_trees(trees or tree)
+    chosen = parse_engines(engines, own_tree=not wanted and forced_acceptance is None)
+    if forced_acceptance is not None and "eagle_auto" in chosen:
         raise EagleError("eagle_auto picks no tree where acceptance is forced; leave it out")
-    temperatures = parse_numbers("temperatures", given.temperatures, float)
     sweep = Sweep(
-        engines=engines,
-        batch_sizes=parse_numbers("batch_sizes", given.batch_sizes),
-        trees=trees or (None,),
-        context_lengths=parse_numbers("context_lengths", given.context_lengths) or (None,),
-        capacities=parse_numbers("capacities", given.capacities) or (None,),
-        temperatures=temperatures or (given.temperature,),
-        forced_acceptance=forced,
+        chosen,
+        batch_sizes=parse_numbers("batch_sizes", batch_sizes),
+        trees=wanted or (None,),
+        context_lengths=parse_numbers("context_lengths", context_lengths) or (None,),
+        capacities=parse_numbers("capacities", capacities) or (None,),
+        temperatures=parse_numbers("temperatures", temperatures, float) or (temperature,),
+        forced_acceptance=forced_acceptance,
     )
     if not sweep.groups():
         raise EagleError(f"nothing is left to measure: {' '.join(sweep.notes())}")

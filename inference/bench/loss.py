@@ -5,6 +5,7 @@ S unrolled steps, U positions, H hidden, V vocabulary.
 
 from __future__ import annotations
 
+import functools
 import statistics
 from collections.abc import Callable
 
@@ -13,28 +14,22 @@ import torch
 from inference.bench.timing import peak_bytes, race
 from kernels.draft_loss import Objective, draft_loss, draft_loss_reference
 
-LOSSES = {"fused": draft_loss, "naive": draft_loss_reference}
-
 
 def losses(
     steps: int, positions: int, hidden: int, vocab: int, repeats: int, device: torch.device
 ) -> list[dict]:
     """A row an implementation: milliseconds and peak bytes above what the inputs hold."""
     run = problem(steps, positions, hidden, vocab, device)
-    works = {name: lambda loss=loss: run(loss) for name, loss in LOSSES.items()}
+    works = {"fused": draft_loss, "naive": draft_loss_reference}
+    works = {name: functools.partial(run, loss) for name, loss in works.items()}
     peaks = {name: peak_bytes(work, device) for name, work in works.items()}
-    seconds, _ = race(works, repeats, device, warm_up=False)
+    seconds, _ = race(works, repeats, device)
     sizes = {"steps": steps, "positions": positions, "hidden": hidden, "vocab": vocab}
-    return [
-        {
-            "kind": "draft_loss",
-            "which": name,
-            **sizes,
-            "ms": 1e3 * statistics.median(seconds[name]),
-            "peak_bytes": peaks[name],
-        }
-        for name in works
-    ]
+    rows = []
+    for which, spent in seconds.items():
+        found = {"ms": 1e3 * statistics.median(spent), "peak_bytes": peaks[which]}
+        rows.append({"kind": "draft_loss", "which": which, **sizes, **found})
+    return rows
 
 
 def problem(S: int, U: int, H: int, V: int, device: torch.device) -> Callable[[Callable], None]:

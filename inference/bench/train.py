@@ -56,13 +56,11 @@ def train(
         raise ConfigError(f"--loss_tokens={loss_tokens}: 0 leaves the loss out")
     import torch
 
-    from inference.bench.engines import require_counts
     from inference.bench.loss import losses
-    from inference.bench.record import hand_over, record_of, require_files
+    from inference.bench.record import hand_over, record_of, require
     from inference.bench.report import Section, tabulate
 
-    require_counts(steps=steps, repeats=repeats, loss_vocab=loss_vocab, loss_hidden=loss_hidden)
-    require_files(json, report)
+    require(asked, "steps", "repeats", "loss_vocab", "loss_hidden")
     flags = {"data.format": data_format, "model.base": base, "data.path": data}
     cfg = load_config(HeadTrainConfig, config, overrides, flags)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -75,13 +73,13 @@ def train(
     columns |= {"tokens/s": "tokens_per_second:.0f", "slower than the first": "ratio:.2f"}
     sections = [Section("Training", tabulate(record.runs, **columns))]
     title = f"{cfg.train.batch_size * cfg.train.grad_accum} rows, {cfg.train.ttt_steps} steps of "
-    hand_over(record.result(), f"{title}training-time test", sections, json, report)
+    hand_over(record.result(), f"{title}training-time test", sections, asked)
 
 
 def measure_steps(
     cfg: HeadTrainConfig, arms: list[str], steps: int, repeats: int, device
 ) -> list[dict]:
-    """A row an arm: real tokens per second, median seconds of a step's parts, losses."""
+    """A row an arm: tokens per second, median seconds of a step's parts, losses."""
     from inference.bench.timing import say, turns
     from train.head.distributed import join_world
 
