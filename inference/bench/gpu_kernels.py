@@ -27,7 +27,7 @@ def copy_bandwidth(size: int, device: torch.device, repeats: int) -> float:
 
 
 def attention(
-    shape: dict, rows: int, context: int, nodes: int, device: torch.device, repeats: int
+    shape: dict, device: torch.device, repeats: int, rows: int, context: int, nodes: int
 ) -> dict:
     """Ours, told nothing of the mask in advance, and masked SDPA, which is given it."""
     B, N, D = rows, nodes, shape["head_dim"]

@@ -10,7 +10,6 @@ import torch
 
 from eagle.draft import HeadDrafter
 from eagle.heads.head import Eagle3Head, HeadConfig
-from eagle.model import EaModel
 from eagle.static_cycle import StaticCycle, StaticPlain
 from eagle.target import Target
 from eagle.tree import TreeShape
@@ -92,21 +91,6 @@ class Graphs:
                 cache.lengths.copy_(at)
 
         return milliseconds(capture(step, self.device), self.device, self.repeats)
-
-
-def graphed_tokens(model: EaModel, prompts: list[list[int]], new: int) -> list[list[int]]:
-    """What the speculative cycle in a CUDA graph generates, greedily."""
-    static = StaticCycle(model.target, model.drafter, len(prompts), 200 + 2 * new, None)
-    static.begin(prompts)
-    step = capture(static.step, model.target.device)
-    static.begin(prompts)  # the warm-up moved on
-    rows = [[token] for token in static.root.tolist()]
-    while min(map(len, rows)) < new:
-        step()
-        gained = zip(static.num_accepted.tolist(), static.tokens.tolist(), strict=True)
-        for row, (count, tokens) in zip(rows, gained, strict=True):
-            row += tokens[: count + 1] if len(row) < new else []
-    return [row[:new] for row in rows]
 
 
 def random_target(shape: dict, device: torch.device) -> Target:

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import statistics
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -172,42 +171,6 @@ def fit(runs: list[dict], model: Model) -> Device:
     return Device(bandwidth, flops, 1.0, 0.0, rest, 0.0, draft_s, draft_token_s)
 
 
-def from_suite(runs: list[dict]) -> tuple[Model, Device]:
-    """Model and device of the GPU suite's engine.json: the copy's bandwidth, and what a plain step
-    costs beyond it. Products are taken to be as fast as on an H200.
-    """
-    try:
-        facts = next(run for run in runs if run["kind"] == "model" and "layers" in run)
-        plain = next(run for run in runs if run["kind"] == "plain" and run.get("ms"))
-    except StopIteration:
-        raise EagleError("the file has no plain step that ran; run --stage engine again") from None
-    layers, kv = facts["layers"], facts["kv_bytes_per_token"]
-    model = Model(facts["target_bytes"] / 2, facts["head_bytes"] / 2, layers, kv)
-    bandwidth = facts["copy_bytes_per_second"]
-    read = (facts["target_bytes"] + plain["rows"] * plain["context"] * kv) / bandwidth
-    rest = max(1e-3 * plain["ms"] - read, 0.0)
-    return model, replace(H200, bandwidth=bandwidth, layer_s=rest / layers, plain_s=0.0)
-
-
-def compare(runs: list[dict], model: Model, device: Device) -> list[dict]:
-    """A cycle in plain steps of the same file, batch and settings, measured and predicted, of each
-    compiled run that drafts. A ratio: the same machine is faster on one day than on another."""
-
-    def settings(run: dict) -> tuple:
-        return run["batch_size"], run["temperature"], run["capacity"]
-
-    plain = {settings(r): r["cycle_ms"] for r in runs if r["engine"] == "vanilla_compiled"}
-    found = []
-    for run in runs:
-        if run["engine"] == "eagle_compiled" and settings(run) in plain:
-            rows, tau, tree = run["batch_size"], run["tau"], run["tree"]
-            measured = run["cycle_ms"] / plain[settings(run)]
-            predicted = predict(model, device, tree, tau, rows, 128)["pays_from"]
-            row = {"batch": rows, "tree": tree, "tau": tau, "measured": measured}
-            found.append({**row, "predicted": predicted, "error": predicted / measured - 1})
-    return found
-
-
 def read_runs(path: str) -> list[dict]:
     try:
         return json.loads(Path(path).read_text("utf-8"))["runs"]
@@ -233,16 +196,14 @@ def model(
     tau: float | None = None,
     acceptance: str | None = None,
     calibrate: str | None = None,
-    check: str | None = None,
     json: str | None = None,
     report: str | None = None,
 ) -> None:
     """Calculate what a cycle costs and from which acceptance length on speculation pays.
 
     --device h200, h100, a100, b200 or h200-eager. --batch and --context take lists. --tau, or
-    conditional rates by depth: --acceptance 0.8,0.75,0.7. --calibrate: the device's constants from
-    bench JSON files of the embedded model, a,b,…, or from one engine.json of the GPU suite.
-    --check: compare with bench JSON files.
+    conditional rates by depth: --acceptance 0.8,0.75,0.7. --calibrate: this machine, from bench
+    JSON files a,b,… of the embedded model's compiled engines.
     """
     asked = dict(locals())
     import torch
@@ -258,32 +219,18 @@ def model(
     constants = DEVICES[device]
     if calibrate:
         runs = [run for path in calibrate.split(",") for run in read_runs(path)]
-        suite = any(run.get("kind") == "model" for run in runs)
-        target, constants = from_suite(runs) if suite else (EMBEDDED, fit(runs, EMBEDDED))
+        target, constants = EMBEDDED, fit(runs, EMBEDDED)
+    if (tau is None) == (acceptance is None):
+        raise EagleError("give --tau, or --acceptance by depth, one of them")
+    gained = tau or tau_of(parse_numbers("acceptance", acceptance, float))
     record = record_of("model", model, asked, torch.device("cpu"))
-    if check:
-        for path in check.split(","):
-            found = compare(read_runs(path), target, constants)
-            record.runs += [{"file": Path(path).name, **row} for row in found]
-        if not record.runs:
-            raise EagleError("no run to check: a file needs vanilla_compiled and eagle_compiled")
-        errors = [abs(run["error"]) for run in record.runs]
-        note = f"mean error {statistics.mean(errors):.0%}, largest {max(errors):.0%}"
-        columns = {"file": "file", "batch": "batch", "tree": "tree", "measured": "measured:.2f"}
-        columns |= {"predicted": "predicted:.2f", "error": "error:+.0%"}
-        title = "A cycle in plain steps"
-    else:
-        if (tau is None) == (acceptance is None):
-            raise EagleError("give --tau, or --acceptance by depth, one of them")
-        gained = tau or tau_of(parse_numbers("acceptance", acceptance, float))
-        sizes = parse_numbers("batch", batch), parse_numbers("context", context)
-        for rows, length in itertools.product(*sizes):
-            made = predict(target, constants, tree, gained, rows, length)
-            record.runs.append({"batch": rows, "context": length, "tau": gained, **made})
-        columns = {"batch": "batch", "context": "context", "plain ms": "plain_ms:.3f"}
-        columns |= {"cycle ms": "cycle_ms:.3f", "pays from tau": "pays_from:.2f"}
-        columns |= {"speedup": "speedup:.2f", "tokens/s": "tokens_per_second:.0f"}
-        title, note = "Prediction", ""
-    sections = [Section(title, tabulate(record.runs, **columns), note)]
+    sizes = parse_numbers("batch", batch), parse_numbers("context", context)
+    for rows, length in itertools.product(*sizes):
+        made = predict(target, constants, tree, gained, rows, length)
+        record.runs.append({"batch": rows, "context": length, "tau": gained, **made})
+    columns = {"batch": "batch", "context": "context", "plain ms": "plain_ms:.3f"}
+    columns |= {"cycle ms": "cycle_ms:.3f", "pays from tau": "pays_from:.2f"}
+    columns |= {"speedup": "speedup:.2f", "tokens/s": "tokens_per_second:.0f"}
     result = record.result(modelled=device, constants=asdict(constants))
+    sections = [Section("Prediction", tabulate(record.runs, **columns))]
     hand_over(result, f"cost model of {device}", sections, asked)

@@ -7,7 +7,6 @@ from __future__ import annotations
 import json
 import os
 import shlex
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -19,6 +18,7 @@ from eagle.checkpoint import atomic_write_text
 from eagle.errors import EagleError
 from inference.bench.environment import describe, load
 from inference.bench.report import Section, markdown, terminal
+from inference.bench.timing import say
 
 # files of the person who ran it, or where results went: they do not reproduce anything
 UNREPORTED = ("json", "report", "plots", "quiet", "out")
@@ -29,7 +29,7 @@ MEASURED = ("device",)  # the record has what was found
 class Record:
     """settings: what was asked. runs: one row a measurement. command: what to type for the same.
 
-    file: where the record is kept after each `attempt`; budget_s: when attempts end.
+    file: where the record is kept after each `attempt`.
     """
 
     device: torch.device
@@ -37,7 +37,6 @@ class Record:
     command: str = ""
     runs: list[dict] = field(default_factory=list)
     file: Path | None = None
-    budget_s: float = float("inf")
 
     def __post_init__(self) -> None:
         self.environment = describe(self.device)
@@ -62,23 +61,18 @@ class Record:
         }
 
     def attempt(self, kind: str, settings: dict, work: Callable[[], dict]) -> dict:
-        """Add a row: what `work` returned, its error, or why it was left out. Never raises for a
-        case that fails, and keeps the record so far."""
+        """Add a row: what `work` returned, or its error; and keep the record so far."""
         row, started = {"kind": kind, **settings}, self.spent
-        if started > self.budget_s:
-            row["skipped"] = f"the budget of {self.budget_s:g} s is used up"
-        else:
-            try:
-                row |= work()
-            except Exception as error:  # it says so, and the others go on
-                row["error"] = f"{type(error).__name__}: {' '.join(str(error).split())[:600]}"
-            row["seconds"] = round(self.spent - started, 3)
+        try:
+            row |= work()
+        except Exception as error:  # it says so, and the others go on
+            row["error"] = f"{type(error).__name__}: {' '.join(str(error).split())[:600]}"
+        row["seconds"] = round(self.spent - started, 3)
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
         self.runs.append(row)
         told = " ".join(f"{name}={value}" for name, value in settings.items())
-        trouble = row.get("error") or row.get("skipped", "")
-        print(f"[{self.spent:6.1f} s] {kind} {told} {trouble}", file=sys.stderr, flush=True)
+        say(f"[{self.spent:6.1f} s] {kind} {told} {row.get('error', '')}")
         if self.file is not None:
             atomic_write_text(self.file, json.dumps(self.result(), indent=1) + "\n")
         return row
