@@ -154,9 +154,7 @@ def split_overrides(overrides: tuple[str, ...]) -> dict[str, list[str]]:
     for override in overrides:
         part, _, rest = override.partition(".")
         if part not in given or "=" not in rest:
-            raise EagleError(
-                f"{override!r} is for neither stage: write sft.KEY=VALUE or head.KEY=VALUE"
-            )
+            raise EagleError(f"{override!r}: write sft.KEY=VALUE or head.KEY=VALUE")
         given[part].append(rest)
     return given
 
@@ -170,19 +168,15 @@ def require_rows(data: Path, heldout: Path, base: str | None) -> None:
                 "kind and none of them in both"
             )
     load_prompts(heldout, load_tokenizer(base))
-    shared = sorted(set(read_lines(data)) & set(read_lines(heldout)))
-    if shared:
+    if shared := set(read_lines(data)) & set(read_lines(heldout)):
         raise EagleError(
-            f"{len(shared)} rows of --heldout {heldout} stand in --data too; take them out of one "
-            "of the two"
+            f"{len(shared)} rows of --heldout {heldout} stand in --data too; take them out of one"
         )
 
 
 def read_lines(path: Path) -> list[str]:
-    try:
-        return [line for line in path.read_text("utf-8").split("\n") if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise EagleError(f"cannot read {path}: {error}; a data file is UTF-8 JSONL") from error
+    lines = path.read_text("utf-8", errors="replace").split("\n")
+    return [line for line in lines if line.strip()]
 
 
 if __name__ == "__main__":
