@@ -68,7 +68,7 @@ def bench(
     from records.prompts import load_prompts
 
     require(asked, "num_prompts", "repeats", "max_new_tokens")
-    sweep = sweep_of(**asked)
+    sweep = sweep_of(asked)
     if plots is not None:
         require_matplotlib(Path(plots))
     first = sweep.trees[0]
@@ -90,39 +90,30 @@ def bench(
         write_plots(result, Path(plots))
 
 
-def sweep_of(
-    *,
-    engines: str | None,
-    batch_sizes: str,
-    tree: str | None,
-    trees: str | None,
-    context_lengths: str | None,
-    capacities: str | None,
-    temperature: float,
-    temperatures: str | None,
-    forced_acceptance: int | None,
-    **_,
-) -> Sweep:
+def sweep_of(asked: dict) -> Sweep:
     """What the flags of `bench` ask to be measured."""
-    if forced_acceptance is not None and forced_acceptance < 0:
-        raise EagleError(f"forced_acceptance must be at least 0, not {forced_acceptance}")
-    if (tree and trees) or (temperature and temperatures):
-        raise EagleError(
-            "give --tree for one tree or --trees for several, --temperature for one or "
-            "--temperatures for several, not both"
-        )
-    wanted = parse_trees(trees or tree)
-    chosen = parse_engines(engines, own_tree=not wanted and forced_acceptance is None)
-    if forced_acceptance is not None and "eagle_auto" in chosen:
+    forced = asked["forced_acceptance"]
+    if forced is not None and forced < 0:
+        raise EagleError(f"forced_acceptance must be at least 0, not {forced}")
+    for one, several in (("tree", "trees"), ("temperature", "temperatures")):
+        if asked[one] and asked[several]:
+            raise EagleError(f"give --{one} for one or --{several} for several, not both")
+    trees = parse_trees(asked["trees"] or asked["tree"])
+    engines = parse_engines(asked["engines"], own_tree=not trees and forced is None)
+    if forced is not None and "eagle_auto" in engines:
         raise EagleError("eagle_auto picks no tree where acceptance is forced; leave it out")
+    temperatures = parse_numbers("temperatures", asked["temperatures"], float)
+    sizes = {
+        name: parse_numbers(name, asked[name]) or (None,)
+        for name in ("batch_sizes", "context_lengths", "capacities")
+    }
+    temperatures = temperatures or (asked["temperature"],)
     sweep = Sweep(
-        chosen,
-        batch_sizes=parse_numbers("batch_sizes", batch_sizes),
-        trees=wanted or (None,),
-        context_lengths=parse_numbers("context_lengths", context_lengths) or (None,),
-        capacities=parse_numbers("capacities", capacities) or (None,),
-        temperatures=parse_numbers("temperatures", temperatures, float) or (temperature,),
-        forced_acceptance=forced_acceptance,
+        engines,
+        trees=trees or (None,),
+        temperatures=temperatures,
+        forced_acceptance=forced,
+        **sizes,
     )
     if not sweep.groups():
         raise EagleError(f"nothing is left to measure: {' '.join(sweep.notes())}")
@@ -207,7 +198,10 @@ def measure(
     with torch.inference_mode():
         for engine in sweep.engines:
             tell(f"preparing {engine}")
-            settings["warm_up_s"][engine] = prepare(model, engine)
+            parts = {}
+            if engine in COMPILED:
+                parts = model.prepare(compile="max", draft=engine not in PLAIN)
+            settings["warm_up_s"][engine] = {part: round(s, 2) for part, s in parts.items()}
         for number, group in enumerate(groups, 1):
             prompts = with_context(ids, group[0].context_length)
             where = f"group {number}/{len(groups)}, batch size {group[0].batch_size}: "
@@ -225,11 +219,3 @@ def measure(
         **overall([record.runs[runs.index(run)] for run in main]),
         explain={str(r.case.batch_size): r.explain for r in main if r.explain is not None},
     )
-
-
-def prepare(model, engine: str) -> dict[str, float]:
-    """Compile what the engine needs: seconds a part, {} where nothing is to be done."""
-    if engine not in COMPILED:
-        return {}
-    seconds = model.prepare(compile="max", draft=engine not in PLAIN)
-    return {part: round(value, 2) for part, value in seconds.items()}

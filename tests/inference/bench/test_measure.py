@@ -147,19 +147,6 @@ def test_on_a_gpu_phases_come_from_a_run_of_their_own(monkeypatch):
     assert run.batch_seconds == [[2.0, 2.0]] and set(run.phases.values()) == {7.0}
 
 
-def test_a_compiled_engine_is_warmed_up_at_every_number_of_rows_to_the_end(monkeypatch):
-    seen = []
-    monkeypatch.setattr(measure, "run_case", lambda case, model, *rest: seen.append(rest))
-    batches = [[[1], [2]], [[1, 1, 1], [2]], [[3]]]
-    measure.warm_up(None, Case("eagle_auto", 2, tree="auto"), batches, OPTIONS)
-    assert [batch for batch, _ in seen] == batches  # it measures costs by context: all of them
-    seen.clear()
-    measure.warm_up(None, Case("eagle_compiled", 2), batches, OPTIONS)
-    assert sorted(seen, key=lambda s: len(s[0])) == [
-        (batch, OPTIONS) for batch in ([[3]], [[1, 1, 1], [2]])
-    ]
-
-
 def test_tau_and_rates_of_a_perfect_drafter(llama):
     prompts = make_prompts((5, 9))
     answers = plain(llama, prompts, max_new_tokens=19)

@@ -46,12 +46,6 @@ def test_speculation_stops_paying_with_rows_and_pays_again_with_context():
     assert speedup("16,4,4", 4, 64, 32768) > 2 * speedup("16,4,4", 4, 64, 512)
 
 
-def test_reading_and_multiplying_in_turns_costs_their_sum():
-    turns, both = (Device(1e12, 1e12, overlap=p, layer_s=0) for p in (1, 50))
-    assert costs.pass_s(turns, 1e9, 2, 4, 0, 1) == pytest.approx(2e-3 + 8e-3)
-    assert costs.pass_s(both, 1e9, 2, 4, 0, 1) == pytest.approx(8e-3, rel=1e-3)
-
-
 def test_the_measured_tau_follows_from_the_measured_rates():
     assert tau_of([0.8, 0.5]) == pytest.approx(1 + 0.8 + 0.4) and tau_of([]) == 1
     with pytest.raises(EagleError, match="0 … 1"):

@@ -2,8 +2,6 @@
 
 import random
 
-import pytest
-
 from inference.bench.cases import Case
 from inference.bench.measure import Run
 from inference.bench.speedup import against_baselines, baseline, headline, interval
@@ -78,14 +76,6 @@ def test_the_baseline_has_the_runs_own_settings():
     assert found["vs_hf"] == 3.0 and found["vs_best_vanilla"] == 2.0
 
 
-def test_interval_of_equal_batches_is_the_ratio_and_of_one_batch_nothing():
-    fast, slow = run("eagle", 1.0), run("hf", 3.0)
-    assert interval(fast, slow) == [3.0, 3.0]
-    assert interval(run("eagle", 1.0, batches=1), run("hf", 3.0, batches=1)) is None
-    own = against_baselines(slow, [slow])
-    assert own["vs_hf"] == 1.0 and own["vs_hf_ci95"] is None
-
-
 def test_interval_is_reproducible_and_pairs_the_batches():
     rng = random.Random(0)
     tokens = [rng.randrange(10, 200) for _ in range(20)]
@@ -93,14 +83,8 @@ def test_interval_is_reproducible_and_pairs_the_batches():
     # twice as fast on every batch: what varies between batches cancels
     fast = Run(Case("eagle"), tokens, [[0.005 * n] for n in tokens])
     assert interval(fast, slow) == [2.0, 2.0]
+    assert interval(run("eagle", 1.0, batches=1), run("hf", 3.0, batches=1)) is None
     noisy = Run(Case("eagle"), tokens, [[0.005 * n * rng.uniform(0.7, 1.4)] for n in tokens])
     low, high = interval(noisy, slow)
     assert low < noisy.tokens_per_second / slow.tokens_per_second < high
     assert interval(noisy, slow) == [low, high] != interval(noisy, slow, seed=1)
-
-
-def test_medians_enter_the_interval():
-    fast = Run(Case("eagle"), [10, 10], [[1.0, 1.0, 50.0], [1.0, 0.01, 1.0]])
-    slow = Run(Case("hf"), [10, 10], [[2.0], [2.0]])
-    assert interval(fast, slow) == [2.0, 2.0]
-    assert fast.tokens_per_second == pytest.approx(10.0)
