@@ -9,7 +9,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from inference.bench.timing import peak_bytes
+from inference.bench.train import peak_bytes
 from kernels.draft_loss import (
     Objective,
     draft_loss,

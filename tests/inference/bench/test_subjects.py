@@ -25,7 +25,9 @@ def test_every_subject_is_a_command(command):
 
 def test_slots(in_process, model_folder, head_folder, tmp_path):
     flags = "--num_prompts 5 --slots 2 --max_new_tokens 8 --compile off --repeats 1 --device cpu"
-    base = ["--base", model_folder, "--head", head_folder]
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(f'{{"prompt": "def f{i}():"}}\n' for i in range(5)))
+    base = ["--base", model_folder, "--head", head_folder, "--prompts", prompts]
     code, out, err = in_process(measure_slots, *base, *flags.split())
     assert code == 0, err
     queue, batches = last(out)["runs"]
