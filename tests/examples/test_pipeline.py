@@ -125,15 +125,14 @@ def test_overrides_name_their_stage_and_rows_are_held_out(files, tmp_path):
 def work(tmp_path, monkeypatch):
     """work(code, resume=…): run it as a step that writes tmp_path/out, in the folder steps/."""
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    start = "import sys\nfrom pathlib import Path\nout, count = map(Path, sys.argv[1:3])\n"
-    start += "count.open('a').write('x')\nprint('to the log')\n"
+    start = "import sys\nfrom pathlib import Path\nout = Path(sys.argv[1])\n"
+    start += "out.with_name('count').open('a').write('x')\nprint('to the log')\n"
 
     def run_step(code, *more, resume=None):
         (tmp_path / "job.py").write_text(start + code)
-        out, count = tmp_path / "out", tmp_path / "count"
-        command = ["job", str(out), str(count), *more]
-        Steps(tmp_path / "steps").run("work", command, out, resume=resume)
-        return len(count.read_text())
+        out = tmp_path / "out"
+        Steps(tmp_path / "steps").run("work", ["job", str(out), *more], out, resume=resume)
+        return len((tmp_path / "count").read_text())
 
     return run_step
 

@@ -33,10 +33,11 @@ def table(result):
 def test_table_for_the_terminal(result):
     lines = table(result)
     assert "hf_prompt_lookup is left out" in lines[-1] and "embedded on" in lines[0]
-    eagle = next(line for line in lines if " eagle " in line)
+    eagle, vanilla = (
+        next(line for line in lines[2:] if f" {engine} " in line) for engine in ("eagle", "vanilla")
+    )
     for part in ("294.3", "4.25", "2.24 [2.00, 2.46]", "0.69", "13.55", "yes (5)", "25%"):
         assert part in eagle
-    vanilla = next(line for line in lines if " vanilla " in line)
     assert "yes" not in vanilla and vanilla.index("135.5") == eagle.index("294.3")
     result["runs"][4]["identical"] = False
     assert any("NO (5)" in line for line in table(result))
@@ -50,7 +51,7 @@ def test_table_for_the_terminal(result):
 def test_markdown_tells_everything(result):
     page = markdown(title(result), result, sections(result))
     for part in (
-        "| 1 | eagle | 294.3 | 4.25 | 2.24 [2.00, 2.46] | 0.69 | 13.55 | yes (5) | 25% |",
+        "| 1 | eagle | 294.3 | 4.25 | 2.24 [2.00, 2.46] | 0.69 [0.63, 0.75] | 13.55 | yes (5) | 25% |",
         "| 1 | eagle | vanilla_compiled | 2 | 1 | 1 |",
         "| vanilla_compiled | target | 1.2 |",
         "| `vs_hf` | 2.24 | 1.32 |",
