@@ -23,6 +23,7 @@ from eagle.model import EMBEDDED_HEAD
 from eagle.tree import TreeShape
 from examples import pipeline_report
 from examples.steps import Steps, words, write_once
+from inference.bench.record import require
 from records.prompts import load_prompts
 
 FORMATS = ("chat", "instruction", "fim")
@@ -59,48 +60,39 @@ def pipeline(
     last line is one JSON object, the content of report.json. Exit status 1 where an output is not
     the tuned target's own.
     """
-    counts = {"num_answers": num_answers, "num_prompts": num_prompts}
-    for name, value in (counts | {"max_new_tokens": max_new_tokens, "repeats": repeats}).items():
-        if value < 1:
-            raise EagleError(f"{name} must be at least 1, not {value}")
+    require(locals(), "num_answers", "num_prompts", "max_new_tokens", "repeats")
     if data_format not in FORMATS:
         raise EagleError(f"data_format={data_format!r} has no prompts; use {', '.join(FORMATS)}")
     embedded = base is None
-    tree = tree or ("16,4,4" if embedded else "60,7,10")
-    TreeShape.parse(tree)
+    tree = str(TreeShape.parse(tree or ("16,4,4" if embedded else "60,7,10")))
     given = find_folder(head, "head") if head else EMBEDDED_HEAD if embedded else None
     settings = split_overrides(overrides)
     sft_config = sft_config or ("pipeline" if embedded else None)
     head_config = head_config or ("pipeline_head" if embedded else None)
-    load_config(HeadTrainConfig, head_config, settings["head"])
+    load_config(
+        HeadTrainConfig, head_config, settings["head"], {"model.quantization": quantization}
+    )
     folder = Path(output).expanduser()
-    cards = folder / "data"
+    steps, cards = Steps(folder), folder / "data"
     shipped = data is None and heldout is None and data_format == "chat"
     rows = cards / "cards.jsonl" if shipped else Path(data or "").expanduser()
     held = cards / "heldout_cards.jsonl" if shipped else Path(heldout or "").expanduser()
-    if not shipped:
+    if shipped:  # a card of each standard function as JSON
+        steps.run("data", words("train.finetune data", output=cards), rows, held)
+    else:
         require_rows(rows, held, base)
-
-    steps = Steps(folder)
-    if shipped:
-        command = words("train.finetune data", output=cards)
-        steps.run("data", "data: a card of each standard function as JSON", command, rows, held)
-    prompts = write_prompts(held, num_prompts, folder / "prompts.jsonl")
+    lines = read_lines(held)  # at even distances, what is generated and measured
+    count = min(num_prompts, len(lines))
+    text = "".join(lines[n * len(lines) // count] + "\n" for n in range(count))
+    prompts = write_once(folder / "prompts.jsonl", text)
 
     sft, adapter = folder / "sft", folder / "sft" / "adapter"
-    command = words(
-        "train.finetune sft",
-        f"data.eval_path={held}",
-        f"model.quantization={quantization}",
-        *settings["sft"],
-        base=base,
-        data_format=data_format,
-        data=rows,
-        output=sft,
-        config=sft_config,
-    )
-    steps.run("sft", "QLoRA fine-tuning", command, sft, adapter, resume=["--resume"])
+    more = [f"data.eval_path={held}", f"model.quantization={quantization}", *settings["sft"]]
+    same = {"base": base, "data_format": data_format}
+    command = words("train.finetune sft", *more, **same, data=rows, output=sft, config=sft_config)
+    steps.run("sft", command, sft, adapter, resume=["--resume"])
 
+    # answers of the tuned model, for the head to learn from
     tuned = {"base": base, "adapter": adapter, "quantization": quantization}
     answers = folder / "answers" / "answers.jsonl"
     command = words(
@@ -112,68 +104,48 @@ def pipeline(
         limit=num_answers,
         max_new_tokens=max_new_tokens,
     )
-    title = "answers of the tuned model, for the head to learn from"
-    steps.run("answers", title, command, answers.parent, answers, resume=[])
+    steps.run("answers", command, answers.parent, answers, resume=[])
 
     adapted = folder / "head" / "head"
-    command = words(
-        "train.main",
-        f"data.eval_path={held}",
-        *settings["head"],
-        **tuned,
-        data_format=data_format,
-        data=answers,
-        init_head=given,
-        output=adapted.parent,
-        config=head_config,
-    )
-    title = "draft head, adapted to the tuned target" if given else "draft head from scratch"
-    steps.run("head", title, command, adapted.parent, adapted, resume=["--resume"])
+    more = {"data": answers, "init_head": given, "output": adapted.parent, "config": head_config}
+    more["data_format"] = data_format
+    command = words("train.main", f"data.eval_path={held}", *settings["head"], **tuned, **more)
+    steps.run("head", command, adapted.parent, adapted, resume=["--resume"])
 
     same = {"tree": tree, "max_new_tokens": max_new_tokens, "prompts": prompts}
     out = folder / "generations.jsonl"
     command = words("inference.generate --batch_size 4", **tuned, head=adapted, output=out, **same)
-    steps.run("generate", "eagenerate on held-out prompts", command, out)
-
+    steps.run("generate", command, out)
     untuned = {"base": base, "quantization": quantization}
-    for name, target, drafter in (
-        ("bench_base", untuned, given),
-        ("bench_given", tuned, given),
-        ("bench_adapted", tuned, adapted),
-        ("exact_given", tuned, given),
-        ("exact_adapted", tuned, adapted),
+    speed = f"inference.bench --engines hf,vanilla,eagle --repeats {repeats}"
+    # does stock `generate` say the same, token for token?
+    exact = "inference.bench --engines hf,eagle --dtype float32 --repeats 1"
+    for name, bench, target, drafter in (
+        ("bench_base", speed, untuned, given),
+        ("bench_given", speed, tuned, given),
+        ("bench_adapted", speed, tuned, adapted),
+        ("exact_given", exact, tuned, given),
+        ("exact_adapted", exact, tuned, adapted),
     ):
-        if drafter is None:
-            continue
-        out = folder / f"{name}.json"
-        how = f"--engines hf,vanilla,eagle --repeats {repeats}"
-        if name.startswith("exact"):  # does stock `generate` say the same, token for token?
-            how = "--engines hf,eagle --dtype float32 --repeats 1"
-        command = words(
-            f"inference.bench {how}",
-            **target,
-            head=drafter,
-            num_prompts=num_prompts,
-            json=out,
-            **same,
-        )
-        steps.run(name, f"benchmark: {name}", command, out)
+        if drafter is not None:
+            out = folder / f"{name}.json"
+            more = {"head": drafter, "num_prompts": num_prompts, "json": out}
+            steps.run(name, words(bench, **target, **more, **same), out)
 
     plan = {
         "base": "embedded" if embedded else Path(base).name,
         "given_head": None if given is None else given.name,
         "quantization": quantization,
-        "data": {"format": data_format, "files": [rows.name], "heldout_files": [held.name]},
+        "data_format": data_format,
+        "num_prompts": count,
         "max_new_tokens": max_new_tokens,
         "tree": tree,
     }
     report = pipeline_report.summarise(folder, steps.spent, plan)
-    page = pipeline_report.markdown(report)
+    page, text = pipeline_report.markdown(report), json.dumps(report, ensure_ascii=False)
     atomic_write_text(folder / "report.md", page)
-    text = json.dumps(report, indent=2, ensure_ascii=False)
     atomic_write_text(folder / "report.json", text + "\n")
-    print(page)
-    print(json.dumps(report, ensure_ascii=False))
+    print(page, text, sep="\n")
     return 0 if report["identical"] else 1
 
 
@@ -182,9 +154,7 @@ def split_overrides(overrides: tuple[str, ...]) -> dict[str, list[str]]:
     for override in overrides:
         part, _, rest = override.partition(".")
         if part not in given or "=" not in rest:
-            raise EagleError(
-                f"{override!r} is for neither stage: write sft.KEY=VALUE or head.KEY=VALUE"
-            )
+            raise EagleError(f"{override!r}: write sft.KEY=VALUE or head.KEY=VALUE")
         given[part].append(rest)
     return given
 
@@ -198,26 +168,15 @@ def require_rows(data: Path, heldout: Path, base: str | None) -> None:
                 "kind and none of them in both"
             )
     load_prompts(heldout, load_tokenizer(base))
-    shared = sorted(set(read_lines(data)) & set(read_lines(heldout)))
-    if shared:
+    if shared := set(read_lines(data)) & set(read_lines(heldout)):
         raise EagleError(
-            f"{len(shared)} rows of --heldout {heldout} stand in --data too; take them out of one "
-            "of the two"
+            f"{len(shared)} rows of --heldout {heldout} stand in --data too; take them out of one"
         )
 
 
 def read_lines(path: Path) -> list[str]:
-    try:
-        return [line for line in path.read_text("utf-8").split("\n") if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise EagleError(f"cannot read {path}: {error}; a data file is UTF-8 JSONL") from error
-
-
-def write_prompts(heldout: Path, count: int, path: Path) -> Path:
-    """Held-out rows at even distances: what is generated and measured."""
-    lines = read_lines(heldout)
-    count = min(count, len(lines))
-    return write_once(path, "".join(lines[n * len(lines) // count] + "\n" for n in range(count)))
+    lines = path.read_text("utf-8", errors="replace").split("\n")
+    return [line for line in lines if line.strip()]
 
 
 if __name__ == "__main__":

@@ -62,14 +62,17 @@ class Steps:
         self.spent: dict[str, dict[str, float]] = {}
 
     def run(
-        self, name: str, title: str, command: list[str], *outputs: Path, resume: list | None = None
+        self, name: str, command: list[str], *outputs: Path, resume: list | None = None
     ) -> None:
         """Exits with the command's code where that is not 0. outputs: files or folders that it
         writes; resume: words with which it goes on after an interruption, None: it begins again."""
-        self.console.rule(title)
+        self.console.rule(name)
         mark = self.folder / "stages" / f"{name}.json"
         identity = {"command": command, "inputs": inputs_of(command, outputs)}
-        before = _read(mark)
+        try:
+            before = json.loads(mark.read_text("utf-8"))
+        except (OSError, ValueError):  # it never began, or its mark is torn
+            before = {}
         same = all(before.get(key) == value for key, value in identity.items())
         if same and before["done"] and all(path.exists() for path in outputs):
             self.spent[name] = before["spent"]
@@ -81,10 +84,10 @@ class Steps:
         else:
             for path in outputs:
                 shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-        started = _clocks()
+        started = clocks()
 
         def note(done: bool) -> None:
-            took = {key: spent[key] + value - started[key] for key, value in _clocks().items()}
+            took = {key: spent[key] + value - started[key] for key, value in clocks().items()}
             self.spent[name] = took
             text = json.dumps({**identity, "spent": took, "done": done}, indent=1)
             atomic_write_text(mark, text + "\n")
@@ -110,15 +113,7 @@ def inputs_of(command: list[str], outputs: tuple[Path, ...]) -> dict[str, list]:
     return found
 
 
-def _read(mark: Path) -> dict:
-    """{} for a step that never began, or whose mark cannot be read: then it is done again."""
-    try:
-        return json.loads(mark.read_text("utf-8"))
-    except (OSError, ValueError):
-        return {}
-
-
-def _clocks() -> dict[str, float]:
+def clocks() -> dict[str, float]:
     """Of the wall, and of the processors in all commands that have ended."""
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     return {"seconds": time.monotonic(), "cpu_seconds": used.ru_utime + used.ru_stime}

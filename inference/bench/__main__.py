@@ -8,6 +8,7 @@ from configs import cli
 SUBJECTS = {
     "engines": ("engines", "bench"),
     "cycle": ("cycle", "cycle"),
+    "profile": ("cycle", "cycle"),
     "slots": ("slots", "measure_slots"),
     "train": ("train", "train"),
     "sandbox": ("sandbox", "sandbox"),

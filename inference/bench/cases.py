@@ -6,12 +6,11 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-ENGINES = tuple(
-    "hf hf_prompt_lookup vanilla vanilla_compiled eagle eagle_compiled eagle_auto".split()
-)
 STOCK = ("hf", "hf_prompt_lookup")
+VANILLA = ("vanilla", "vanilla_compiled")
+ENGINES = (*STOCK, *VANILLA, "eagle", "eagle_compiled", "eagle_auto")
 # one token a pass: what speculation is measured against, and what its output must equal
-PLAIN = ("hf", "vanilla", "vanilla_compiled")
+PLAIN = ("hf", *VANILLA)
 COMPILED = ("vanilla_compiled", "eagle_compiled", "eagle_auto")
 
 
@@ -70,14 +69,12 @@ class Sweep:
         setting that matters to it: stock `generate` has no tree and no capacity, plain decoding no
         tree."""
         found = []
-        for temperature, context, size in itertools.product(
-            self.temperatures, self.context_lengths, self.batch_sizes
-        ):
+        outer = itertools.product(self.temperatures, self.context_lengths, self.batch_sizes)
+        for temperature, context, size in outer:
             common = dict(batch_size=size, temperature=temperature, context_length=context)
             group: dict[Case, None] = {}  # an ordered set
-            for engine, tree, capacity in itertools.product(
-                self.engines, self.trees, self.capacities
-            ):
+            inner = itertools.product(self.engines, self.trees, self.capacities)
+            for engine, tree, capacity in inner:
                 if engine == "hf_prompt_lookup" and size > 1:
                     continue
                 case = Case(engine, **common)

@@ -21,8 +21,6 @@ from eagle.errors import EagleError
 OURS = tuple(str(Path(__file__).parents[2] / folder) for folder in ("eagle", "kernels"))
 # what makes the host wait for a tensor's values
 READS = set("tolist item cpu numpy nonzero unique __bool__ __int__ __float__ __index__".split())
-# two sizes of one depth: what a cycle does more often for the larger one runs over nodes
-TREES = ("16,4,4", "60,4,10")
 TOP = 25
 
 
@@ -51,40 +49,31 @@ def cycle(
     asked = dict(locals())
     # the profiler's library says on stderr when it starts and stops
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")
-    from eagle.model import MODES
-    from inference.bench.engines import require_counts
-    from inference.bench.record import hand_over, record_of, require_files
+    from inference.bench.record import hand_over, record_of, require
     from inference.generate import load_model
     from records.prompts import load_prompts
 
-    require_counts(batch_size=batch_size)
+    require(asked, "batch_size")
     if max_new_tokens < 8:
         raise EagleError(f"max_new_tokens {max_new_tokens} leaves no cycle to see; give 8 or more")
-    if compile not in MODES:
-        raise EagleError(f"unknown compile {compile!r}; use {', '.join(MODES)}")
-    require_files(json, report)
     model = load_model(base, head, adapter, tree, dtype, device, compile, quantization=quantization)
     if model.drafter is None:
         raise EagleError("no draft head to profile: give --head PATH")
-    ids = [p.ids for p in load_prompts(None, model.tokenizer)]
-    record = record_of("cycle", cycle, asked, model.target.device)
-    summary = measure(model, some_prompts(ids, batch_size, model, max_new_tokens), max_new_tokens)
-    record.runs = summary.pop("phases")
-    result = record.result(model=model.target.name, **summary)
-    title = f"{result['model']}, {batch_size} rows, tree {model.tree}, tau {result['tau']}"
-    hand_over(result, title, sections(result), json, report)
-
-
-def some_prompts(ids: list[list[int]], rows: int, model, new: int) -> list[list[int]]:
-    """`rows` prompts of differing lengths, as requests have, that leave room for `new` tokens."""
-    limit = model.target.max_positions
-    room = limit - new - rows
+    room = model.target.max_positions - max_new_tokens - batch_size
     if room < 1:
         raise EagleError(
-            f"{rows} rows of {new} new tokens do not fit the model's {limit} positions; "
-            "lower max_new_tokens"
+            f"{batch_size} rows of {max_new_tokens} new tokens do not fit the model's "
+            f"{model.target.max_positions} positions; lower max_new_tokens"
         )
-    return [ids[i % len(ids)][-(room + i) :] for i in range(rows)]
+    ids = [p.ids for p in load_prompts(None, model.tokenizer)]
+    # of differing lengths, as requests have
+    prompts = [ids[i % len(ids)][-(room + i) :] for i in range(batch_size)]
+    record = record_of("cycle", cycle, asked, model.target.device)
+    found = measure(model, prompts, max_new_tokens)
+    record.runs = found.pop("phases")
+    result = record.result(model=model.target.name, **found)
+    title = f"{result['model']}, {batch_size} rows, tree {model.tree}, tau {result['tau']}"
+    hand_over(result, title, sections(result), asked)
 
 
 def measure(model, prompts: list[list[int]], new: int) -> dict:
@@ -96,18 +85,13 @@ def measure(model, prompts: list[list[int]], new: int) -> dict:
     model.prepare()
     generate()  # warm-up; with tree "auto" it also measures what passes cost
     phases, tau = time_phases(generate, len(prompts))
-    calls = count_calls(lambda hook: generate(on_cache=hook), len(prompts))
-    at_sizes = {
-        tree: count_calls(lambda hook, t=tree: generate(tree=t, on_cache=hook), len(prompts))
-        for tree in TREES
-    }
+    calls = count_calls(generate, len(prompts))
     return {
         "tau": round(tau, 2),
         "phases": phases,
         "operators": operators(generate),
-        "host_reads": {name[1]: n for name, n in calls.items() if name[0] == "read"},
-        "torch_calls": {tree: total(found, "call") for tree, found in at_sizes.items()},
-        "explain": model.explain() if str(model.tree) == "auto" else None,
+        "host_reads": {name: n for (kind, name), n in calls.items() if kind == "read"},
+        "torch_calls": sum(n for (kind, _), n in calls.items() if kind == "call"),
     }
 
 
@@ -141,9 +125,8 @@ def time_phases(generate: Callable, rows: int) -> tuple[list[dict], float]:
     tau = generate(on_cache=marks, timings=timings, synchronise=True).tau
     names = ("commit", "draft", "verify")
     ms = {name: 1e3 * statistics.fmean(c[name] for c in marks.cycles) for name in names}
-    whole = sum(ms.values())
-    rows = [{"phase": name, "ms": ms[name], "share": ms[name] / whole} for name in names]
-    return [*rows, {"phase": "cycle", "ms": whole, "share": 1.0}], tau
+    ms["cycle"] = whole = sum(ms.values())
+    return [{"phase": name, "ms": t, "share": t / whole} for name, t in ms.items()], tau
 
 
 class Calls(TorchFunctionMode):
@@ -167,19 +150,15 @@ class Calls(TorchFunctionMode):
 
 
 def count_calls(generate: Callable, rows: int) -> dict[tuple[str, str], float]:
-    """("call" or "read", name) -> the median over cycles. generate(hook): runs a generation of
-    `rows` rows whose commits the hook sees."""
+    """("call" or "read", name) -> the median over cycles of a generation of `rows` rows."""
     calls = Calls()
     marks = Marks(rows, lambda: calls.counter)
     with calls:
-        generate(marks)
-    names = {name for found in marks.cycles for name in found}
-    typical = {name: statistics.median(c[name] for c in marks.cycles) for name in sorted(names)}
+        generate(on_cache=marks)
+    cycles = marks.cycles
+    names = sorted({name for found in cycles for name in found})
+    typical = {name: statistics.median(c[name] for c in cycles) for name in names}
     return {name: number for name, number in typical.items() if number}
-
-
-def total(found: dict[tuple[str, str], float], kind: str) -> float:
-    return sum(number for (of, _), number in found.items() if of == kind)
 
 
 def operators(generate: Callable) -> list[dict]:
@@ -188,46 +167,26 @@ def operators(generate: Callable) -> list[dict]:
 
     with profile() as profiler:
         generate()
-    found = [
-        {
-            "operator": event.key,
-            "host_ms": event.self_cpu_time_total / 1e3,
-            "device_ms": event.self_device_time_total / 1e3,
-            "calls": event.count,
-        }
-        for event in profiler.key_averages()
-    ]
+    found = []
+    for event in profiler.key_averages():
+        host, device = event.self_cpu_time_total / 1e3, event.self_device_time_total / 1e3
+        row = {"operator": event.key, "host_ms": host, "device_ms": device}
+        found.append({**row, "calls": event.count})
     return sorted(found, key=lambda row: -max(row["host_ms"], row["device_ms"]))[:TOP]
 
 
 def sections(result: dict) -> list:
     from inference.bench.report import Section, tabulate
 
-    reads = [{"where": name, "reads": number} for name, number in result["host_reads"].items()]
-    sizes = [{"tree": tree, "calls": number} for tree, number in result["torch_calls"].items()]
-    found = [
-        Section(
-            "Milliseconds a cycle",
-            tabulate(result["runs"], phase="phase", ms="ms:.3f", share="share:.1%"),
-            f"{sum(result['host_reads'].values()):g} host reads a cycle",
-        ),
-        Section(
-            "Operators of a whole generation, self time",
-            tabulate(
-                result["operators"],
-                operator="operator",
-                host_ms="host_ms:.3f",
-                device_ms="device_ms:.3f",
-                calls="calls",
-            ),
-        ),
-        Section("Host reads a cycle", tabulate(reads, where="where", reads="reads:g")),
-        Section(
-            "Torch calls a cycle",
-            tabulate(sizes, tree="tree", calls="calls:g"),
-            "Alike for both sizes: no Python loop over the nodes of a tree.",
-        ),
+    phases = tabulate(result["runs"], phase="phase", ms="ms:.3f", share="share:.1%")
+    columns = {name: f"{name}:.3f" for name in ("host_ms", "device_ms")}
+    top = tabulate(result["operators"], operator="operator", **columns, calls="calls")
+    reads = [[name, f"{number:g}"] for name, number in result["host_reads"].items()]
+    note = (
+        f"{sum(result['host_reads'].values()):g} host reads, {result['torch_calls']:g} torch calls"
+    )
+    return [
+        Section("Milliseconds a cycle", phases, f"{note} a cycle"),
+        Section("Operators of a whole generation, self time", top),
+        Section("Host reads a cycle", [["where", "reads"], *reads]),
     ]
-    if result["explain"]:
-        found.append(Section("The tree chosen", [], f"```\n{result['explain']}\n```"))
-    return found

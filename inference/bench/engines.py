@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from types import SimpleNamespace
 
 from eagle.errors import EagleError
 from inference.bench.cases import COMPILED, ENGINES, PLAIN, Sweep, with_context
@@ -63,19 +62,17 @@ def bench(
     --json FILE, --report FILE.md and --plots DIR keep the result.
     """
     asked = dict(locals())
-    require_counts(num_prompts=num_prompts, repeats=repeats, max_new_tokens=max_new_tokens)
-    sweep = sweep_of(asked)
     from inference.bench.engines_page import require_matplotlib, sections, title, write_plots
-    from inference.bench.record import command_line, hand_over, require_files
+    from inference.bench.record import command_line, hand_over, require
     from inference.generate import load_model
     from records.prompts import load_prompts
 
-    require_files(json, report, plots and f"{plots}/plot.png")
+    require(asked, "num_prompts", "repeats", "max_new_tokens")
+    sweep = sweep_of(asked)
     if plots is not None:
-        require_matplotlib()
-    model = load_model(
-        base, head, adapter, sweep.trees[0], dtype, device, quantization=quantization
-    )
+        require_matplotlib(Path(plots))
+    first = sweep.trees[0]
+    model = load_model(base, head, adapter, first, dtype, device, quantization=quantization)
     if model.drafter is None and any(engine.startswith("eagle") for engine in sweep.engines):
         raise EagleError("no draft head to measure: give --head PATH, or --engines hf,vanilla")
     ids = [p.ids for p in load_prompts(prompts, model.tokenizer, num_prompts)]
@@ -88,40 +85,35 @@ def bench(
     options = dict(max_new_tokens=max_new_tokens, top_p=top_p, top_k=top_k, seed=seed)
     command = command_line("", bench, asked)
     result = measure(model, ids, sweep, options, repeats, quiet, command)
-    hand_over(result, title(result), sections(result), json, report, quiet)
+    hand_over(result, title(result), sections(result), asked)
     if plots is not None:
         write_plots(result, Path(plots))
 
 
-def require_counts(**values: int) -> None:
-    for name, value in values.items():
-        if value < 1:
-            raise EagleError(f"{name} must be at least 1, not {value}")
-
-
 def sweep_of(asked: dict) -> Sweep:
     """What the flags of `bench` ask to be measured."""
-    given = SimpleNamespace(**asked)
-    forced = given.forced_acceptance
+    forced = asked["forced_acceptance"]
     if forced is not None and forced < 0:
         raise EagleError(f"forced_acceptance must be at least 0, not {forced}")
-    if given.tree and given.trees:
-        raise EagleError("give --tree for one tree or --trees for several, not both")
-    if given.temperature and given.temperatures:
-        raise EagleError("give --temperature for one or --temperatures for several, not both")
-    trees = parse_trees(given.trees or given.tree)
-    engines = parse_engines(given.engines, own_tree=not trees and forced is None)
+    for one, several in (("tree", "trees"), ("temperature", "temperatures")):
+        if asked[one] and asked[several]:
+            raise EagleError(f"give --{one} for one or --{several} for several, not both")
+    trees = parse_trees(asked["trees"] or asked["tree"])
+    engines = parse_engines(asked["engines"], own_tree=not trees and forced is None)
     if forced is not None and "eagle_auto" in engines:
         raise EagleError("eagle_auto picks no tree where acceptance is forced; leave it out")
-    temperatures = parse_numbers("temperatures", given.temperatures, float)
+    temperatures = parse_numbers("temperatures", asked["temperatures"], float)
+    sizes = {
+        name: parse_numbers(name, asked[name]) or (None,)
+        for name in ("batch_sizes", "context_lengths", "capacities")
+    }
+    temperatures = temperatures or (asked["temperature"],)
     sweep = Sweep(
-        engines=engines,
-        batch_sizes=parse_numbers("batch_sizes", given.batch_sizes),
+        engines,
         trees=trees or (None,),
-        context_lengths=parse_numbers("context_lengths", given.context_lengths) or (None,),
-        capacities=parse_numbers("capacities", given.capacities) or (None,),
-        temperatures=temperatures or (given.temperature,),
+        temperatures=temperatures,
         forced_acceptance=forced,
+        **sizes,
     )
     if not sweep.groups():
         raise EagleError(f"nothing is left to measure: {' '.join(sweep.notes())}")
@@ -206,7 +198,10 @@ def measure(
     with torch.inference_mode():
         for engine in sweep.engines:
             tell(f"preparing {engine}")
-            settings["warm_up_s"][engine] = prepare(model, engine)
+            parts = {}
+            if engine in COMPILED:
+                parts = model.prepare(compile="max", draft=engine not in PLAIN)
+            settings["warm_up_s"][engine] = {part: round(s, 2) for part, s in parts.items()}
         for number, group in enumerate(groups, 1):
             prompts = with_context(ids, group[0].context_length)
             where = f"group {number}/{len(groups)}, batch size {group[0].batch_size}: "
@@ -224,11 +219,3 @@ def measure(
         **overall([record.runs[runs.index(run)] for run in main]),
         explain={str(r.case.batch_size): r.explain for r in main if r.explain is not None},
     )
-
-
-def prepare(model, engine: str) -> dict[str, float]:
-    """Compile what the engine needs: seconds a part, {} where nothing is to be done."""
-    if engine not in COMPILED:
-        return {}
-    seconds = model.prepare(compile="max", draft=engine not in PLAIN)
-    return {part: round(value, 2) for part, value in seconds.items()}

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from eagle.errors import EagleError
-from inference.bench.report import Lines, Section, show, tabulate
+from inference.bench.report import Section, show, tabulate
 
 # settings of a run that are shown where the runs differ in them
 SETTINGS = {
@@ -50,36 +50,32 @@ def sections(result: dict) -> list[Section]:
         "looping": "looping:.0%",
     }
     phases = {p: f"{p}_ms:.2f" for p in ("draft", "verify", "commit", "cycle", "prefill")}
-    pairs = [
-        {**run, "against": other, **counts}
-        for run in result["runs"]
-        for other, counts in (run["divergences"] or {}).items()
-    ]
+    phases["peak memory MB"] = "peak_memory_mb:.1f"
+    pairs, compiled = [], [["engine", "part", "seconds"]]
+    for run in result["runs"]:
+        for other, counts in (run["divergences"] or {}).items():
+            pairs.append({**run, "against": other, **counts})
+    for engine, parts in result["warm_up_s"].items():
+        compiled += [[engine, part, f"{seconds:.1f}"] for part, seconds in parts.items()]
     counted = {"rows that differ": "rows", "near ties": "near_ties", "real": "real"}
-    compiled = [
-        {"engine": engine, "part": part, "seconds": seconds}
-        for engine, parts in result["warm_up_s"].items()
-        for part, seconds in parts.items()
-    ]
-    memory = {"peak memory MB": "peak_memory_mb:.1f"}
-    found = [
+    sizes = list(dict.fromkeys(str(run["batch_size"]) for run in result["runs"]))
+    ratios = [["ratio", *(f"batch {size}" for size in sizes)]]
+    efficiency = {name: result[name] for name in ("efficiency", "efficiency_best")}
+    for name, values in {**result["speedup"], **efficiency}.items():
+        ratios.append([f"`{name}`", *(show(values.get(size), ".2f") for size in sizes)])
+    pairs = tabulate(pairs, **own, against="against", **counted)
+    ms = "Milliseconds; prefill is per batch of prompts."
+    return [
         Section("Throughput", tabulate(runs, **own, **speed), "\n".join(result["notes"])),
-        Section("Ratios", ratio_lines(result), "Efficiency is a ratio over tau."),
-        Section(
-            "Where a cycle's time goes",
-            tabulate(runs, **own, **phases, **memory),
-            "Milliseconds; prefill is per batch of prompts.",
-        ),
-        Section(
-            "Divergences", tabulate(pairs, **own, against="against", **counted), "First ones only."
+        Section("Ratios", ratios, "Efficiency is a ratio over tau."),
+        Section("Where a cycle's time goes", tabulate(runs, **own, **phases), ms),
+        Section("Divergences", pairs, "First ones only."),
+        Section("Compiling", compiled, "Not part of the times above."),
+        *(
+            Section(f"Tree chosen at batch size {size}", [], f"```\n{text.strip()}\n```")
+            for size, text in result["explain"].items()
         ),
     ]
-    if compiled:
-        lines = tabulate(compiled, engine="engine", part="part", seconds="seconds:.1f")
-        found.append(Section("Compiling", lines, "Not part of the times above."))
-    for size, text in result["explain"].items():
-        found.append(Section(f"Tree chosen at batch size {size}", [], f"```\n{text.strip()}\n```"))
-    return found
 
 
 def readable(run: dict) -> dict:
@@ -96,17 +92,11 @@ def readable(run: dict) -> dict:
     return {**run, **shown, "same": f"{same} ({ties})" if same and ties else same}
 
 
-def ratio_lines(result: dict) -> Lines:
-    named = {**result["speedup"], **{k: result[k] for k in ("efficiency", "efficiency_best")}}
-    sizes = list(dict.fromkeys(str(run["batch_size"]) for run in result["runs"]))
-    lines = [["ratio", *(f"batch {size}" for size in sizes)]]
-    return lines + [
-        [f"`{name}`", *(show(values.get(size), ".2f") for size in sizes)]
-        for name, values in named.items()
-    ]
+def require_matplotlib(folder: Path) -> None:
+    """Refuse before the work."""
+    from inference.generate import require_writable
 
-
-def require_matplotlib() -> None:
+    require_writable(folder / "plot.png")
     try:
         import matplotlib.figure  # noqa: F401
     except ImportError as error:
@@ -115,14 +105,13 @@ def require_matplotlib() -> None:
 
 def write_plots(result: dict, folder: Path) -> None:
     """A PNG file for each question that there is data for, whole or not at all."""
-    require_matplotlib()
     from matplotlib.figure import Figure
 
     folder.mkdir(parents=True, exist_ok=True)
-    for name, draw in PLOTS.items():
+    for name, (draw, *words) in PLOTS.items():
         figure = Figure(figsize=(9, 4.5), layout="constrained")
         axes = figure.subplots()
-        if not draw(result, axes):
+        if not draw(result, axes, *words):
             continue
         axes.set_title(f"{result['model']}, {result['dtype']}, {result['device']}", fontsize=9)
         figure.legend(fontsize=7, loc="outside right upper")
@@ -133,54 +122,35 @@ def write_plots(result: dict, folder: Path) -> None:
 
 def label(result: dict, run: dict, without: str = "") -> str:
     """The engine and the settings in which runs differ: "eagle, batch 8, tree 16,4,4"."""
-    sizes = {r["batch_size"] for r in result["runs"]}
-    names = {**({"batch": "batch_size"} if len(sizes) > 1 else {}), **varied(result)}
-    told = [
-        f"{name} {run[setting]}"
-        for name, setting in names.items()
-        if setting != without and run[setting] is not None
-    ]
+    names = {**varied(result), "batch": "batch_size"}
+    told = [f"{n} {run[s]}" for n, s in names.items() if s != without and run[s] is not None]
     return ", ".join([run["engine"], *told])
 
 
-def draw_curves(result: dict, axes, x: str, y: str, titles: tuple[str, str]) -> bool:
+def curves(result: dict, axes, x: str, y: str, below: str, beside: str) -> bool:
     """A curve for all runs that differ in `x` alone; single points are left out."""
-    curves: dict[str, list[tuple]] = {}
+    found: dict[str, list[tuple]] = {}
     for run in result["runs"]:
         if run[x] is not None and run[y] is not None:
-            curves.setdefault(label(result, run, without=x), []).append((run[x], run[y]))
-    curves = {name: sorted(points) for name, points in curves.items() if len(points) > 1}
-    for name, points in curves.items():
+            found.setdefault(label(result, run, without=x), []).append((run[x], run[y]))
+    found = {name: sorted(points) for name, points in found.items() if len(points) > 1}
+    for name, points in found.items():
         axes.plot(*zip(*points, strict=True), marker="o", label=name)
-    axes.set_xticks(sorted({place for points in curves.values() for place, _ in points}))
-    axes.set_ylim(bottom=0)
-    axes.set_xlabel(titles[0])
-    axes.set_ylabel(titles[1])
-    return bool(curves)
+    axes.set_xticks(sorted({place for points in found.values() for place, _ in points}))
+    axes.set(ylim=(0, None), xlabel=below, ylabel=beside)
+    return bool(found)
 
 
-def speedup_by_batch(result: dict, axes) -> bool:
-    titles = ("batch size", "speedup over stock generate")
-    return draw_curves(result, axes, "batch_size", "vs_hf", titles)
-
-
-def cost_by_context(result: dict, axes) -> bool:
-    titles = ("tokens of prompt", "milliseconds a cycle")
-    return draw_curves(result, axes, "context_length", "cycle_ms", titles)
-
-
-def acceptance_by_depth(result: dict, axes) -> bool:
-    runs = [r for r in result["runs"] if r["acceptance_by_depth"]]
+def acceptance(result: dict, axes) -> bool:
+    runs = [run for run in result["runs"] if run["acceptance_by_depth"]]
     for run in runs:
         rates = run["acceptance_by_depth"]
         axes.plot(range(1, len(rates) + 1), rates, marker="o", label=label(result, run))
-    axes.set_ylim(0, 1.02)
-    axes.set_xlabel("depth")
-    axes.set_ylabel("conditional acceptance rate")
+    axes.set(ylim=(0, 1.02), xlabel="depth", ylabel="conditional acceptance rate")
     return bool(runs)
 
 
-def cycle_breakdown(result: dict, axes) -> bool:
+def breakdown(result: dict, axes) -> bool:
     runs = [run for run in result["runs"] if run["cycle_ms"] is not None]
     left = [0.0] * len(runs)
     for phase in ("draft", "verify", "commit"):
@@ -194,8 +164,8 @@ def cycle_breakdown(result: dict, axes) -> bool:
 
 
 PLOTS = {
-    "speedup_by_batch": speedup_by_batch,
-    "acceptance_by_depth": acceptance_by_depth,
-    "cycle_breakdown": cycle_breakdown,
-    "cost_by_context": cost_by_context,
+    "speedup_by_batch": (curves, "batch_size", "vs_hf", "batch size", "speedup over stock"),
+    "acceptance_by_depth": (acceptance,),
+    "cycle_breakdown": (breakdown,),
+    "cost_by_context": (curves, "context_length", "cycle_ms", "context", "milliseconds a cycle"),
 }

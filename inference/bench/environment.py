@@ -11,6 +11,8 @@ from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
 
+import torch
+
 CPUINFO = Path("/proc/cpuinfo")
 ROOT = Path(__file__).parents[2]
 # the instruction sets that decide how fast a matrix product is (x86, then ARM)
@@ -21,17 +23,17 @@ ISA = (
 PACKAGES = ("torch", "transformers", "triton", "numpy")
 
 
-def describe(device) -> dict:
+def describe(device: torch.device) -> dict:
     """The JSON's `environment`, but for the load at the end, which only the end knows."""
-    import torch
-
     cuda = device.type == "cuda"
     driver = ("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    flags = (cpu_field("flags", "Features") or "").split()
+    pinned = hasattr(os, "sched_getaffinity")  # fewer cores there, or in a container
     return {
         "cpu": cpu_field("model name") or platform.processor() or platform.machine(),
         "cores": os.cpu_count(),
-        "usable_cores": usable_cores(),
-        "isa": isa_flags(),
+        "usable_cores": len(os.sched_getaffinity(0)) if pinned else os.cpu_count(),
+        "isa": [name for name in ISA if name in flags],
         "threads": torch.get_num_threads(),
         "accelerator": torch.cuda.get_device_name(device) if cuda else None,
         "memory_bytes": torch.cuda.get_device_properties(device).total_memory if cuda else None,
@@ -62,16 +64,6 @@ def cpu_field(*names: str) -> str | None:
     return next((value.strip() for key, _, value in lines if key.strip() in names), None)
 
 
-def isa_flags() -> list[str]:
-    flags = (cpu_field("flags", "Features") or "").split()
-    return [name for name in ISA if name in flags]
-
-
-def usable_cores() -> int | None:
-    """Fewer than there are where the process is pinned or in a container."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-
-
 def load() -> list[float] | None:
     """Load averages over 1, 5 and 15 minutes: on a shared machine the reader needs them."""
     return [round(x, 2) for x in os.getloadavg()] if hasattr(os, "getloadavg") else None
@@ -79,10 +71,8 @@ def load() -> list[float] | None:
 
 def said(*command: str) -> str | None:
     """The first line that a program prints; None where it is missing or fails."""
+    options = {"cwd": ROOT, "capture_output": True, "text": True, "timeout": 30, "check": True}
     try:
-        done = subprocess.run(
-            command, cwd=ROOT, capture_output=True, text=True, timeout=30, check=True
-        )
+        return subprocess.run(command, **options).stdout.split("\n")[0].strip() or None
     except (OSError, subprocess.SubprocessError):
         return None
-    return done.stdout.split("\n")[0].strip() or None

@@ -88,15 +88,14 @@ class Run:
         return (self.new_tokens - len(self.rows)) / cycles if cycles else 0.0
 
     def to_json(self) -> dict:
-        ms = dict.fromkeys(("cycle_ms", "draft_ms", "verify_ms", "commit_ms", "prefill_ms"))
+        ms = dict.fromkeys(["cycle", *PHASES])
         rates = None
         if self.rows:
             rates = acceptance_by_depth([row.accepted for row in self.rows])
             rates = [round(rate, 3) for rate in rates]
-            cycle = {name: 1e3 * self.phases[name] / max(self.cycles, 1) for name in PHASES[1:]}
-            ms.update({f"{name}_ms": round(value, 3) for name, value in cycle.items()})
-            ms["cycle_ms"] = round(sum(cycle.values()), 3)
-            ms["prefill_ms"] = round(1e3 * self.phases["prefill"] / len(self.batch_tokens), 3)
+            ms = {name: 1e3 * self.phases[name] / max(self.cycles, 1) for name in PHASES[1:]}
+            ms["cycle"] = sum(ms.values())
+            ms["prefill"] = 1e3 * self.phases["prefill"] / len(self.batch_tokens)
         return {
             **vars(self.case),
             "new_tokens": self.new_tokens,
@@ -104,7 +103,7 @@ class Run:
             "tokens_per_second": round(self.tokens_per_second, 2),
             "tau": round(self.tau, 3) if self.rows else None,
             "acceptance_by_depth": rates,
-            **ms,
+            **{f"{name}_ms": v if v is None else round(v, 3) for name, v in ms.items()},
             "peak_memory_mb": round(self.peak_bytes / 2**20, 1),
             "looping": round(sum(map(loops, self.outputs)) / max(len(self.outputs), 1), 3),
             "batch_tokens": self.batch_tokens,
@@ -178,23 +177,19 @@ def warm_up(model, case: Case, batches: list[list[list[int]]], options: dict) ->
 def run_case(
     case: Case, model, batch: list[list[int]], options: dict, synchronised: bool = False
 ) -> Lap:
-    memory, timings, device = PeakMemory(model.target.device), Timings(), model.target.device
     if case.stock:
-        return run_stock(case, model, batch, options, memory)
-    memory.start()
-    spent, made = timed(
-        lambda: model.generate(
-            batch, timings=timings, synchronise=synchronised, **options, **case.options
-        ),
-        device,
-    )
+        return run_stock(case, model, batch, options)
+    timings, device = Timings(), model.target.device
+    more = {"timings": timings, "synchronise": synchronised, **options, **case.options}
+    memory = PeakMemory(device)
+    spent, made = timed(lambda: model.generate(batch, **more), device)
     lap = Lap(spent, [row.tokens for row in made.rows], made.rows, timings, memory.bytes())
     if case.tree == "auto" and lap.cycles:
         lap.explain = str(model.explain())
     return lap
 
 
-def run_stock(case: Case, model, batch, options: dict, memory: PeakMemory) -> Lap:
+def run_stock(case: Case, model, batch: list[list[int]], options: dict) -> Lap:
     """transformers' own `generate` on the same weights: left padding, its own cache and
     attention.
     """
@@ -211,12 +206,10 @@ def run_stock(case: Case, model, batch, options: dict, memory: PeakMemory) -> La
     if case.engine == "hf_prompt_lookup":
         more["prompt_lookup_num_tokens"] = LOOKUP_TOKENS
     more.update(eos_token_id=eos or None, pad_token_id=pad)
-    new = options["max_new_tokens"]
+    more.update(attention_mask=real, max_new_tokens=options["max_new_tokens"])
     with model.target.stock() as stock:
-        memory.start()
-        spent, out = timed(
-            lambda: stock.generate(ids, attention_mask=real, max_new_tokens=new, **more), device
-        )
+        memory = PeakMemory(device)
+        spent, out = timed(lambda: stock.generate(ids, **more), device)
     outputs = []
     for row in out[:, width:].tolist():
         ends = [i for i, token in enumerate(row) if token in eos]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from inference.bench.cases import PLAIN, STOCK
+from inference.bench.cases import PLAIN, VANILLA
 from inference.bench.measure import Run
 from kernels.choose import gumbel_noise, process_logits
 
@@ -20,11 +20,8 @@ def judge_group(model, prompts: list[list[int]], found: list[Run], options: dict
     """
     first, exact = found[0].case, model.target.dtype == torch.float32
     options = {**options, "temperature": first.temperature}
-    plain = [
-        r
-        for r in found
-        if r.case.engine in PLAIN and (first.temperature == 0.0 or r.case.engine not in STOCK)
-    ]
+    compared = PLAIN if first.temperature == 0.0 else VANILLA
+    plain = [run for run in found if run.case.engine in compared]
     verdicts = []
     for run in found:
         verdict: dict = {"identical": None, "divergences": None}

@@ -1,5 +1,5 @@
 """What every subject of the bench leaves: where it was measured, what was asked, a row a
-measurement.
+measurement; one JSON object, one table for the terminal, one page.
 """
 
 from __future__ import annotations
@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,8 +15,10 @@ from pathlib import Path
 import torch
 
 from eagle.checkpoint import atomic_write_text
+from eagle.errors import EagleError
 from inference.bench.environment import describe, load
 from inference.bench.report import Section, markdown, terminal
+from inference.bench.timing import say
 
 # files of the person who ran it, or where results went: they do not reproduce anything
 UNREPORTED = ("json", "report", "plots", "quiet", "out")
@@ -24,15 +27,24 @@ MEASURED = ("device",)  # the record has what was found
 
 @dataclass
 class Record:
-    """settings: what was asked. runs: one row a measurement. command: what to type for the same."""
+    """settings: what was asked. runs: one row a measurement. command: what to type for the same.
+
+    file: where the record is kept after each `attempt`.
+    """
 
     device: torch.device
-    settings: dict
-    command: str
+    settings: dict = field(default_factory=dict)
+    command: str = ""
     runs: list[dict] = field(default_factory=list)
+    file: Path | None = None
 
     def __post_init__(self) -> None:
         self.environment = describe(self.device)
+        self.started = time.perf_counter()
+
+    @property
+    def spent(self) -> float:
+        return time.perf_counter() - self.started
 
     def result(self, **summary) -> dict:
         """The JSON object; summary: what follows from the rows."""
@@ -48,6 +60,23 @@ class Record:
             "command": self.command,
         }
 
+    def attempt(self, kind: str, settings: dict, work: Callable[[], dict]) -> dict:
+        """Add a row: what `work` returned, or its error; and keep the record so far."""
+        row, started = {"kind": kind, **settings}, self.spent
+        try:
+            row |= work()
+        except Exception as error:  # it says so, and the others go on
+            row["error"] = f"{type(error).__name__}: {' '.join(str(error).split())[:600]}"
+        row["seconds"] = round(self.spent - started, 3)
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        self.runs.append(row)
+        told = " ".join(f"{name}={value}" for name, value in settings.items())
+        say(f"[{self.spent:6.1f} s] {kind} {told} {row.get('error', '')}")
+        if self.file is not None:
+            atomic_write_text(self.file, json.dumps(self.result(), indent=1) + "\n")
+        return row
+
 
 def record_of(subject: str, function: Callable, asked: dict, device: torch.device) -> Record:
     """asked: the function's arguments as they were given."""
@@ -60,9 +89,7 @@ def record_of(subject: str, function: Callable, asked: dict, device: torch.devic
 
 
 def command_line(subject: str, function: Callable, asked: dict) -> str:
-    """What to type for the same measurement. Of a path on this machine only the last part is
-    told.
-    """
+    """What to type for the same. Of a path on this machine only the last part is told."""
     threads = os.environ.get("OMP_NUM_THREADS")
     words = [f"OMP_NUM_THREADS={threads}"] if threads else []
     words += ["python", "-m", "inference.bench", *([subject] if subject else [])]
@@ -78,29 +105,24 @@ def portable(text: str) -> str:
     return Path(text).name if outside else text
 
 
-def require_files(*files: str | None) -> None:
-    """Refuse what could not be written, before the work is done."""
+def require(asked: dict, *counts: str) -> None:
+    """Refuse before the work is done: counts below 1, and files that could not be written."""
     from inference.generate import require_writable
 
-    for file in files:
-        if file is not None:
-            require_writable(Path(file))
+    for name in counts:
+        if asked[name] < 1:
+            raise EagleError(f"{name} must be at least 1, not {asked[name]}")
+    for name in ("json", "report"):
+        if asked.get(name) is not None:
+            require_writable(Path(asked[name]))
 
 
-def hand_over(
-    result: dict,
-    title: str,
-    sections: list[Section],
-    json_file: str | None,
-    report: str | None = None,
-    quiet: bool = False,
-) -> None:
+def hand_over(result: dict, title: str, sections: list[Section], asked: dict) -> None:
     """Print the first section and, as the last line, the JSON; keep what was asked for."""
-    if not quiet:
+    if not asked.get("quiet"):
         print(terminal(title, sections[0]))
     line = json.dumps(result)
-    for file, text in ((json_file, line + "\n"), (report, markdown(title, result, sections))):
-        if file is not None:
-            Path(file).parent.mkdir(parents=True, exist_ok=True)
-            atomic_write_text(file, text)
+    for name, text in (("json", line + "\n"), ("report", markdown(title, result, sections))):
+        if asked.get(name) is not None:
+            atomic_write_text(asked[name], text)
     print(line)

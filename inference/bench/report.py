@@ -35,16 +35,11 @@ def grid(lines: Lines) -> str:
 
 def aligned(lines: Lines) -> str:
     """Numbers to the right, words to the left."""
-    columns = list(zip(*lines, strict=True))
-    words = [any(cell[:1].isalpha() for cell in column[1:]) for column in columns]
-    widths = [max(map(len, column)) for column in columns]
-    return "\n".join(
-        "  ".join(
-            cell.ljust(width) if word else cell.rjust(width)
-            for cell, width, word in zip(line, widths, words, strict=True)
-        ).rstrip()
-        for line in lines
-    )
+    columns = []
+    for column in zip(*lines, strict=True):
+        words, width = any(cell[:1].isalpha() for cell in column[1:]), max(map(len, column))
+        columns.append([cell.ljust(width) if words else cell.rjust(width) for cell in column])
+    return "\n".join("  ".join(line).rstrip() for line in zip(*columns, strict=True))
 
 
 def terminal(title: str, section: Section) -> str:

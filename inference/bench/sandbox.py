@@ -4,7 +4,10 @@ machine reaches.
 
 from __future__ import annotations
 
+import functools
 import statistics
+
+import torch
 
 from eagle.errors import EagleError
 
@@ -31,22 +34,17 @@ def sandbox(
     started by root, its programs run as user 65534, who must be able to read the interpreter.
     """
     asked = dict(locals())
-    import torch
-
-    from inference.bench.engines import require_counts
-    from inference.bench.record import hand_over, record_of, require_files
+    from inference.bench.record import hand_over, record_of, require
     from inference.bench.report import Section, tabulate
     from inference.evaluation.sandbox import Sandbox
 
-    require_counts(tests=tests, repeats=repeats)
-    require_files(json)
+    require(asked, "tests", "repeats")
     record = record_of("sandbox", sandbox, asked, torch.device("cpu"))
+    options = {"workers": workers, "allow_code_execution": True}
     for level in levels.split(","):
         interpreter = rlimits_python if level == "rlimits" and rlimits_python else python
         try:
-            box = Sandbox(
-                workers=workers, level=level, allow_code_execution=True, python=interpreter
-            )
+            box = Sandbox(level=level, python=interpreter, **options)
         except EagleError as error:
             if "," not in levels:
                 raise
@@ -56,13 +54,11 @@ def sandbox(
             record.runs += rates(box, level, tests, repeats)
     names = ("level", "program", "workers", "tests_per_second", "unavailable")
     lines = tabulate(record.runs, **{name: name for name in names})
-    hand_over(record.result(), "trivial programs", [Section("Sandbox", lines)], json)
+    hand_over(record.result(), "trivial programs", [Section("Sandbox", lines)], asked)
 
 
 def rates(box, level: str, tests: int, repeats: int) -> list[dict]:
     """Tests per second of each program."""
-    import torch
-
     from inference.bench.timing import race
     from inference.evaluation.sandbox import Job, Program
 
@@ -72,19 +68,14 @@ def rates(box, level: str, tests: int, repeats: int) -> list[dict]:
         jobs = [Job(Program(code, name), [given] * (tests // count)) for _ in range(count)]
         return [outcome for _, outcomes in box.map(jobs) for outcome in outcomes]
 
-    works = {name: lambda program=program: run(*program) for name, program in PROGRAMS.items()}
+    works = {name: functools.partial(run, *program) for name, program in PROGRAMS.items()}
     seconds, outcomes = race(works, repeats, torch.device("cpu"))
-    for outcome in (o for found in outcomes.values() for o in found):
-        if outcome.status != "ok":
-            raise EagleError(f"a trivial program ended with {outcome.status}: {outcome.detail}")
-    return [
-        {
-            "level": level,
-            "isolation": box.isolation,
-            "workers": count,
-            "program": name,
-            "tests_per_second": round(len(outcomes[name]) / statistics.median(spent), 1),
-            "rates": [round(len(outcomes[name]) / s, 1) for s in spent],
-        }
-        for name, spent in seconds.items()
-    ]
+    found = []
+    for name, spent in seconds.items():
+        for outcome in outcomes[name]:
+            if outcome.status != "ok":
+                raise EagleError(f"a trivial program ended with {outcome.status}: {outcome.detail}")
+        rates = [round(len(outcomes[name]) / s, 1) for s in spent]
+        where = {"level": level, "isolation": box.isolation, "workers": count, "program": name}
+        found.append({**where, "tests_per_second": statistics.median(rates), "rates": rates})
+    return found

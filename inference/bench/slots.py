@@ -34,17 +34,15 @@ def measure_slots(
     length of its own between a quarter and seven quarters of --max_new_tokens, as requests do.
     """
     asked = dict(locals())
-    from inference.bench.engines import require_counts
-    from inference.bench.record import hand_over, record_of, require_files
+    from inference.bench.record import hand_over, record_of, require
     from inference.bench.report import Section, tabulate
     from inference.bench.timing import race
     from inference.generate import load_model
     from records.prompts import load_prompts
 
-    require_counts(num_prompts=num_prompts, slots=slots, repeats=repeats)
+    require(asked, "num_prompts", "slots", "repeats")
     if max_new_tokens < 4:
         raise EagleError(f"max_new_tokens must be at least 4, not {max_new_tokens}")
-    require_files(json, report)
     model = load_model(base, head, adapter, tree, dtype, device, quantization=quantization)
     record = record_of("slots", measure_slots, asked, model.target.device)
     rng, quarter = random.Random(0), max_new_tokens // 4
@@ -65,13 +63,10 @@ def measure_slots(
     for way, spent in seconds.items():
         tokens = sum(len(row.tokens) for row in rows[way])
         rate = round(tokens / statistics.median(spent), 2)
-        record.runs.append(
-            {"way": way, "seconds": spent, "new_tokens": tokens, "tokens_per_second": rate}
-        )
+        run = {"way": way, "seconds": spent, "new_tokens": tokens, "tokens_per_second": rate}
+        record.runs.append(run)
     over, fixed = (run["tokens_per_second"] for run in record.runs)
     result = record.result(model=model.target.name, slots_vs_batches=round(over / fixed, 3))
     lines = tabulate(record.runs, way="way", tokens="new_tokens", tokens_s="tokens_per_second")
     note = f"slots / batches: {result['slots_vs_batches']}"
-    hand_over(
-        result, "a queue over slots", [Section("Slots and batches", lines, note)], json, report
-    )
+    hand_over(result, "a queue over slots", [Section("Slots and batches", lines, note)], asked)

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from inference.bench.cases import Case
+from inference.bench.cases import VANILLA, Case
 from inference.bench.measure import Run
 
 RESAMPLES = 2000
-VANILLA = ("vanilla", "vanilla_compiled")
 
 
 def fastest(runs: list[Run]) -> Run | None:
@@ -21,15 +20,8 @@ def baseline(run: Run, runs: list[Run], engines: tuple[str, ...]) -> Run | None:
     def settings(case: Case) -> tuple:
         return case.batch_size, case.context_length, case.temperature
 
-    return fastest(
-        [
-            r
-            for r in runs
-            if r.case.engine in engines
-            and settings(r.case) == settings(run.case)
-            and (r.case.stock or r.case.capacity == run.case.capacity)
-        ]
-    )
+    same = [r for r in runs if r.case.engine in engines and settings(r.case) == settings(run.case)]
+    return fastest([r for r in same if r.case.stock or r.case.capacity == run.case.capacity])
 
 
 def ratio(run: Run, base: Run) -> float:
@@ -77,28 +69,25 @@ def headline(runs: list[Run]) -> dict[str, dict]:
     tau of that engine. At 1 a cycle would cost no more than the plain step that it is measured
     against.
     """
-    names = "vs_hf vs_vanilla vs_vanilla_compiled best_vs_hf best_vs_best_vanilla".split()
+    names = ("vs_hf", "vs_vanilla", "vs_vanilla_compiled", "best_vs_hf", "best_vs_best_vanilla")
     speedup: dict[str, dict[str, float]] = {name: {} for name in names}
     found = {"speedup": speedup, "efficiency": {}, "efficiency_best": {}}
+    of_efficiency = {"vs_vanilla": "efficiency", "best_vs_best_vanilla": "efficiency_best"}
     for size in dict.fromkeys(run.case.batch_size for run in runs):
         of = {run.case.engine: run for run in runs if run.case.batch_size == size}
         best = fastest([run for run in of.values() if run.case.speculative])
-        best_plain = fastest([of[engine] for engine in VANILLA if engine in of])
-        eagle, hf = of.get("eagle"), of.get("hf")
-        pairs = (
-            (eagle, hf),
-            (eagle, of.get("vanilla")),
-            (of.get("eagle_compiled"), of.get("vanilla_compiled")),
-            (best, hf),
-            (best, best_plain),
-        )
-        for name, (run, base) in zip(names, pairs, strict=True):
+        plain = fastest([of[engine] for engine in VANILLA if engine in of])
+        pairs = {
+            "vs_hf": (of.get("eagle"), of.get("hf")),
+            "vs_vanilla": (of.get("eagle"), of.get("vanilla")),
+            "vs_vanilla_compiled": (of.get("eagle_compiled"), of.get("vanilla_compiled")),
+            "best_vs_hf": (best, of.get("hf")),
+            "best_vs_best_vanilla": (best, plain),
+        }
+        for name, (run, base) in pairs.items():
             if run and base:
                 speedup[name][str(size)] = ratio(run, base)
-        for name, over, run in (
-            ("efficiency", "vs_vanilla", eagle),
-            ("efficiency_best", "best_vs_best_vanilla", best),
-        ):
-            if str(size) in speedup[over] and run.tau:
-                found[name][str(size)] = round(speedup[over][str(size)] / run.tau, 3)
+                if name in of_efficiency and run.tau:
+                    efficiency = round(ratio(run, base) / run.tau, 3)
+                    found[of_efficiency[name]][str(size)] = efficiency
     return found

@@ -16,6 +16,11 @@ import torch
 Work = Callable[[], object]
 
 
+def say(text: str) -> None:
+    """Progress, for people."""
+    print(text, file=sys.stderr, flush=True)
+
+
 def wait(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -41,12 +46,11 @@ def turns(names: list, repeats: int, shift: int = 0) -> Iterator:
 
 
 def race(
-    works: dict[str, Work], repeats: int, device: torch.device, warm_up: bool = True
+    works: dict[str, Work], repeats: int, device: torch.device
 ) -> tuple[dict[str, list[float]], dict[str, object]]:
-    """Seconds of each repeat, and the last result, by name."""
-    if warm_up:
-        for work in works.values():
-            work()
+    """Seconds of each repeat, and the last result, by name, after a warm-up."""
+    for work in works.values():
+        work()
     seconds: dict[str, list[float]] = {name: [] for name in works}
     results: dict[str, object] = {}
     for name in turns(list(works), repeats):
@@ -55,36 +59,43 @@ def race(
     return seconds, results
 
 
-def milliseconds(work: Work, device: torch.device, repeats: int, host: bool = False) -> float:
-    """The median: of the device alone with a cold L2 cache, or with `host` what a caller waits for.
-    Off a GPU there is only the latter.
-    """
-    if host or device.type != "cuda":
+def milliseconds(work: Work, device: torch.device, repeats: int) -> float:
+    """The median: of a GPU alone with a cold L2 cache; elsewhere what a caller waits for."""
+    if device.type != "cuda":
         return 1e3 * statistics.median(race({"": work}, repeats, device)[0][""])
     from triton.testing import do_bench
 
     return do_bench(work, return_mode="median")
 
 
-def say(text: str) -> None:
-    """Progress, for people."""
-    print(text, file=sys.stderr, flush=True)
+def capture(work: Work, device: torch.device) -> Work:
+    """`work` as a CUDA graph, its replay; off a GPU `work` itself. It has run a few times before,
+    so whatever it changes must be put back."""
+    if device.type != "cuda":
+        return work
+    stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):
+        for _ in range(3):  # Triton compiles, libraries allocate: not in a capture
+            work()
+    wait(device)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        work()
+    return graph.replay
 
 
 class PeakMemory:
-    """Bytes needed at the most since `start`.
+    """Bytes needed at the most since it was made.
 
     On a GPU: what the allocator held at the most, weights included. On a CPU: how far the resident
-    set grew over its size at `start`; memory that the process freed earlier and uses again does not
-    show.
+    set grew; memory that the process freed earlier and uses again does not show.
     """
 
     def __init__(self, device: torch.device) -> None:
-        self.device, self.before = device, 0
-
-    def start(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.device)
+        self.device = device
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
             return
         try:
             Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again
@@ -114,10 +125,9 @@ def peak_bytes(work: Work, device: torch.device) -> int:
     """
     if device.type == "cuda":
         wait(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
+        before, memory = torch.cuda.memory_allocated(device), PeakMemory(device)
         timed(work, device)
-        return torch.cuda.max_memory_allocated(device) - before
+        return memory.bytes() - before
     activities = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
         work()

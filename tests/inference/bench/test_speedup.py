@@ -2,8 +2,6 @@
 
 import random
 
-import pytest
-
 from inference.bench.cases import Case
 from inference.bench.measure import Run
 from inference.bench.speedup import against_baselines, baseline, headline, interval
@@ -16,29 +14,29 @@ class Known:
         self.cycles = cycles
 
 
-def run(engine, seconds, tokens=100, batches=4, tau=None, **settings):
-    made = Run(
-        Case(engine, **settings), [tokens // batches] * batches, [[seconds / batches]] * batches
-    )
+def run(engine, seconds, tau=None, batches=4, **settings):
+    """100 tokens in so many seconds."""
+    tokens, spent = [100 // batches] * batches, [[seconds / batches]] * batches
+    made = Run(Case(engine, **settings), tokens, spent)
     if tau:
-        made.rows = [Known(0)] * batches
-        made.rows[0] = Known((tokens - batches) / tau)
+        made.rows = [Known((100 - batches) / tau), *(Known(0) for _ in range(batches - 1))]
     return made
 
 
 def test_headline_of_every_engine():
-    runs = [
-        run("hf", 4.0),
-        run("hf_prompt_lookup", 0.1),
-        run("vanilla", 3.0, tau=1.0),
-        run("vanilla_compiled", 2.0, tau=1.0),
-        run("eagle", 2.0, tau=3.0),
-        run("eagle_compiled", 1.0, tau=4.0),
-        run("eagle_auto", 0.8, tau=2.5),
-        run("hf", 8.0, batch_size=8),
-        run("eagle", 4.0, batch_size=8, tau=2.0),
-    ]
-    result = headline(runs)
+    result = headline(
+        [
+            run("hf", 4.0),
+            run("hf_prompt_lookup", 0.1),
+            run("vanilla", 3.0, tau=1.0),
+            run("vanilla_compiled", 2.0, tau=1.0),
+            run("eagle", 2.0, tau=3.0),
+            run("eagle_compiled", 1.0, tau=4.0),
+            run("eagle_auto", 0.8, tau=2.5),
+            run("hf", 8.0, batch_size=8),
+            run("eagle", 4.0, batch_size=8, tau=2.0),
+        ]
+    )
     assert result["speedup"] == {
         "vs_hf": {"1": 2.0, "8": 2.0},
         "vs_vanilla": {"1": 1.5},
@@ -58,12 +56,9 @@ def test_nothing_to_compare_with():
 
 
 def test_the_baseline_has_the_runs_own_settings():
-    mine = run(
-        "eagle", 1.0, batch_size=2, temperature=0.8, context_length=64, capacity=128, tree="8,4,2"
-    )
     same = dict(batch_size=2, temperature=0.8, context_length=64)
-    right = run("vanilla", 3.0, capacity=128, **same)
-    stock = run("hf", 3.0, **same)
+    mine = run("eagle", 1.0, capacity=128, tree="8,4,2", **same)
+    right, stock = run("vanilla", 3.0, capacity=128, **same), run("hf", 3.0, **same)
     others = [
         run("vanilla", 1.0, capacity=256, **same),
         run("vanilla", 1.0, capacity=128),
@@ -81,14 +76,6 @@ def test_the_baseline_has_the_runs_own_settings():
     assert found["vs_hf"] == 3.0 and found["vs_best_vanilla"] == 2.0
 
 
-def test_interval_of_equal_batches_is_the_ratio_and_of_one_batch_nothing():
-    fast, slow = run("eagle", 1.0), run("hf", 3.0)
-    assert interval(fast, slow) == [3.0, 3.0]
-    assert interval(run("eagle", 1.0, batches=1), run("hf", 3.0, batches=1)) is None
-    own = against_baselines(slow, [slow])
-    assert own["vs_hf"] == 1.0 and own["vs_hf_ci95"] is None
-
-
 def test_interval_is_reproducible_and_pairs_the_batches():
     rng = random.Random(0)
     tokens = [rng.randrange(10, 200) for _ in range(20)]
@@ -96,27 +83,8 @@ def test_interval_is_reproducible_and_pairs_the_batches():
     # twice as fast on every batch: what varies between batches cancels
     fast = Run(Case("eagle"), tokens, [[0.005 * n] for n in tokens])
     assert interval(fast, slow) == [2.0, 2.0]
+    assert interval(run("eagle", 1.0, batches=1), run("hf", 3.0, batches=1)) is None
     noisy = Run(Case("eagle"), tokens, [[0.005 * n * rng.uniform(0.7, 1.4)] for n in tokens])
     low, high = interval(noisy, slow)
-    ratio = noisy.tokens_per_second / slow.tokens_per_second
-    assert low < ratio < high and interval(noisy, slow) == [low, high]
-    assert interval(noisy, slow, seed=1) != [low, high]
-
-
-def test_interval_covers_the_truth_about_as_often_as_it_says():
-    rng = random.Random(1)
-    hits = 0
-    for _ in range(200):
-        factors = [rng.uniform(1.0, 3.0) for _ in range(30)]
-        slow = Run(Case("hf"), [10] * 30, [[1.0]] * 30)
-        fast = Run(Case("eagle"), [10] * 30, [[f] for f in factors])
-        low, high = interval(fast, slow, resamples=200)
-        hits += low <= 1 / 2.0 <= high  # the mean of the factors is 2
-    assert 0.88 <= hits / 200 <= 0.99
-
-
-def test_medians_enter_the_interval():
-    fast = Run(Case("eagle"), [10, 10], [[1.0, 1.0, 50.0], [1.0, 0.01, 1.0]])
-    slow = Run(Case("hf"), [10, 10], [[2.0], [2.0]])
-    assert interval(fast, slow) == [2.0, 2.0]
-    assert fast.tokens_per_second == pytest.approx(10.0)
+    assert low < noisy.tokens_per_second / slow.tokens_per_second < high
+    assert interval(noisy, slow) == [low, high] != interval(noisy, slow, seed=1)
