@@ -1,8 +1,5 @@
 """Forward and backward of one step's rows: what a rank adds to the gradient before it is shared.
 
-Knows micro-batches, target, head and what may go wrong between them; knows nothing of schedules,
-updates or checkpoints.
-
 B rows of a micro-batch, G sources, S unrolled steps, C columns of `train.head.metrics`.
 """
 
@@ -16,15 +13,13 @@ import torch
 from configs.schema import HeadTrainConfig
 from eagle.errors import EagleError
 from train.head import guards
-from train.head.compile import compile_errors_told
 from train.head.distributed import World
 from train.head.engine import Engine
 from train.head.loader import MicroBatch, Steps
-from train.head.losses import feature_noise
+from train.head.metrics import by_source
 from train.head.setup import Parts
-from train.head.sources import by_source
-from train.head.teacher import hidden_and_features, teach, with_noise
-from train.head.ttt import Plan, plan_unroll
+from train.head.teacher import Teacher, feature_noise, hidden_and_features, with_noise
+from train.head.ttt import Plan, compile_errors_told, plan_unroll
 from train.tracking.recorder import Recorder
 
 
@@ -57,9 +52,8 @@ class Accumulator:
         """Add the gradient of step number `step`'s rows -> this rank's sums [G, S, C] for the
         metrics.
 
-        When memory does not suffice, what was added is forgotten and the step begun again in
-          micro-batches
-        of half the rows: the same rows, the same gradient.
+        When memory does not suffice on some rank, what was added is forgotten and the step begun
+        again in micro-batches of half the rows: the same rows, the same gradient.
         """
         self.step = step
         while True:
@@ -73,7 +67,7 @@ class Accumulator:
                     raise
                 failure = " ".join(str(error).split())[:200]
             if failure and not self.engine.can_forget:
-                raise EagleError(guards.too_large(failure, self.cfg.train.zero))
+                raise guards.too_large(failure, self.cfg.train.zero)
             problem = self._not_finite(parts, done)
             lacking, bad = self.world.max([float(failure is not None), float(problem is not None)])
             if lacking:
@@ -111,37 +105,37 @@ class Accumulator:
                 f"rows {self._named(batch)} hold token ids outside the target's vocabulary of "
                 f"{self.parts.target.vocab_size}; the data was made with another tokenizer"
             )
-        mask = batch.attention_mask if self.cfg.loss.tokens == "all" else batch.loss_mask
-        return plan_unroll(mask, self.cfg.train.ttt_steps, batch.loss_weight)
+        real = batch.attention_mask
+        mask = real if self.cfg.loss.tokens == "all" else batch.loss_mask
+        return plan_unroll(mask, self.cfg.train.ttt_steps, batch.loss_weight, real.sum(1))
 
     def _forward(
         self, batch: MicroBatch, plan: Plan, totals: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        target, device = self.parts.target, self.world.device
+        device = self.world.device
         with self.seen.phase("target"), torch.no_grad():
             ids = batch.input_ids.to(device, non_blocking=True)
             mask = batch.attention_mask.to(device, non_blocking=True)
             plan = plan.to(device)
             hidden, features = hidden_and_features(self.parts.states, ids, mask)
-            features = with_noise(features, mask.sum(1), self.noise)
-            embeds = self.parts.embed(ids)
-            teacher = teach(target, hidden, plan, self.draft_ids)
+            features = with_noise(features, mask, self.noise)
+            embeds = self.parts.embed(ids[mask.bool()])
+            teacher = Teacher.of(self.parts.target, hidden[plan.sources], self.draft_ids)
+            del hidden
         with self.seen.phase("head"):
             return self.engine(features, embeds, plan, teacher, totals)
 
     def _cut_smaller(self, failure: str | None, parts: list[MicroBatch]) -> None:
-        """After a step that did not fit on some rank: forget it, and halve the micro-batches on
-        all.
-        """
         self.engine.forget()
         self.gradients.take()
         guards.free_memory(self.world.device)
         if not self.world.max([float(max(len(part.places) for part in parts) > 1)])[0]:
-            raise EagleError(guards.too_large(failure or "on another rank", self.cfg.train.zero))
+            raise guards.too_large(failure or "on another rank", self.cfg.train.zero)
         self.pieces *= 2
         self.warn(
-            f"out of memory at step {self.step}: micro batches are cut into {self.pieces} from here on, "
-            "which changes no gradient; train.max_tokens_per_batch bounds them from the start"
+            f"out of memory at step {self.step}: micro batches are cut into {self.pieces} from "
+            "here on, which changes no gradient; train.max_tokens_per_batch bounds them from the "
+            "start"
         )
 
     def _not_finite(self, parts: list[MicroBatch], done: list[tuple]) -> str | None:

@@ -1,25 +1,17 @@
 """What stops a run or warns about it: values that are not finite, a loss that jumps or stands
-still, too little data, too little disk, no more progress.
-
-Knows numbers and names; knows nothing of models, batches or the order of a run.
-"""
+still, too little data, too little memory, no more progress."""
 
 from __future__ import annotations
 
-import ctypes
 import gc
-import shutil
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch import nn
 
 from eagle.errors import EagleError
-
-TRIM_EVERY = 10  # steps; at each, it would take a tenth of a small head's step
 
 
 class GradientWatch:
@@ -77,8 +69,8 @@ class LossWatch:
             high = jump > self.SPIKE * self.spread and jump > 0.1 * self.usual
             if high and not self.spiking:
                 said.append(
-                    f"loss spike at step {step}: {self.smooth:.4g} smoothed, {self.usual:.4g} usual; lower "
-                    "train.lr or train.grad_clip if it stays"
+                    f"loss spike at step {step}: {self.smooth:.4g} smoothed, {self.usual:.4g} "
+                    "usual; lower train.lr or train.grad_clip if it stays"
                 )
             self.spiking = high
         rate = max(0.01, 1 / self.steps)
@@ -88,39 +80,26 @@ class LossWatch:
             self.best, self.best_step = min(self.smooth, self.best), self.steps
         elif self.steps - self.best_step == self.PLATEAU:
             said.append(
-                f"loss plateau at step {step}: no {self.GAIN:.0%} gain on {self.best:.4g} in {self.PLATEAU} "
-                "steps; more data, another train.lr or an earlier end may serve better"
+                f"loss plateau at step {step}: no {self.GAIN:.0%} gain on {self.best:.4g} in "
+                f"{self.PLATEAU} steps; more data, another train.lr or an earlier end may serve "
+                "better"
             )
             self.best_step = self.steps
         return said
 
-    def state(self) -> dict:
-        return asdict(self)
-
 
 def evaluations_without_gain(taus: list[float]) -> int:
     """How many evaluations in a row, up to the last, have not raised the best acceptance length."""
-    if not taus:
-        return 0
-    return len(taus) - 1 - taus.index(max(taus))
+    return len(taus) - 1 - taus.index(max(taus)) if taus else 0
 
 
 def require_supervised(tokens: int, minimum: int) -> None:
     """Refuse data that cannot teach anything."""
     if tokens < minimum:
         raise EagleError(
-            f"the training data supervises {tokens} tokens, fewer than data.min_supervised_tokens={minimum}: "
-            "add data, check what is masked with python -m train.inspect, or lower the limit"
-        )
-
-
-def require_space(folder: Path, size: int) -> None:
-    """Refuse a disk that cannot hold one checkpoint of `size` bytes."""
-    free = shutil.disk_usage(folder).free
-    if free < size:
-        raise EagleError(
-            f"a checkpoint needs about {size / 1e6:.0f} MB and {folder} has {free / 1e6:.0f} MB left: free some "
-            "space or choose another --output"
+            f"the training data supervises {tokens} tokens, fewer than data.min_supervised_tokens="
+            f"{minimum}: add data, check what is masked with python -m train.inspect, or lower the "
+            "limit"
         )
 
 
@@ -128,10 +107,8 @@ def out_of_memory(error: BaseException) -> bool:
     """Whether `error` says that a device, or the allocator of the CPU, had no memory left."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
-    text = str(error)
-    return isinstance(error, RuntimeError) and (
-        "can't allocate memory" in text or "CUBLAS_STATUS_ALLOC_FAILED" in text
-    )
+    said = ("can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in said)
 
 
 def free_memory(device: torch.device) -> None:
@@ -141,33 +118,23 @@ def free_memory(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
-def trim_heap(step: int, device: torch.device) -> None:
-    """Now and then after a step on a CPU: what glibc keeps of freed tensors goes back to the
-    system. Rows differ in length, so later tensors do not fit the holes, and a run would grow for
-    hundreds of steps. Other systems do without.
-    """
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None and device.type == "cpu" and step % TRIM_EVERY == 0:
-        trim(0)
-
-
-def too_large(failure: str, zero: int) -> str:
-    """What to say when a step does not fit and cannot be cut any smaller."""
+def too_large(failure: str, zero: int) -> EagleError:
+    """When a step does not fit and cannot be cut any smaller."""
     remedy = "lower data.max_length or train.ttt_steps, or set train.checkpoint_activations=true"
     if zero >= 2:
         remedy = (
-            f"with train.zero={zero} a step cannot be begun again in smaller micro batches: use train.zero=1 "
-            "or set train.max_tokens_per_batch"
+            f"with train.zero={zero} a step cannot be begun again in smaller micro batches: use "
+            "train.zero=1 or set train.max_tokens_per_batch"
         )
-    return f"out of memory ({failure}); {remedy}"
+    return EagleError(f"out of memory ({failure}); {remedy}")
 
 
 def not_finite(what: str, place: str, rows: str | None = None) -> str:
     """What to say of a value that is not finite; the weights have not taken it in."""
     of = f", rows {rows}" if rows else ""
     return (
-        f"the {what} at {place}{of}; lower train.lr, or look at those rows with train.inspect; the last "
-        "checkpoint is whole"
+        f"the {what} at {place}{of}; lower train.lr, or look at those rows with train.inspect; the "
+        "last checkpoint is whole"
     )
 
 

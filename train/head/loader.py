@@ -1,7 +1,8 @@
-"""Batches of a step, read and padded ahead of time by worker processes.
+"""Which rows a step sees, how they are cut into micro-batches, and reading them ahead of time.
 
-What a step holds is a function of its first row alone, so nothing here needs to be saved or
-restored, and the number of workers changes nothing but the time a step waits for its data.
+The rows of a step are a function of the seed and of how many rows were seen before: a run can be
+resumed at another world size, two ranks equal one, and a token budget or a smaller micro-batch
+changes what a step costs but not what it learns. Nothing here needs to be saved.
 
 B rows, T tokens of the longest row, rounded up.
 """
@@ -10,18 +11,64 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
 from records import Collator, TokenizedData
-from train.head.order import RowOrder, cut_step
 
 WIDTH = 8  # batches are as wide as a multiple of it
 MAX_WORKERS = 4  # a step's rows take a few milliseconds to read: more would only wait
+
+
+class RowOrder:
+    """An endless sequence of row numbers: one permutation an epoch."""
+
+    def __init__(self, rows: int, seed: int) -> None:
+        assert rows > 0, rows
+        self.rows, self.seed = rows, seed
+        self._epoch, self._permutation = -1, np.empty(0, dtype=np.int64)
+
+    def take(self, start: int, count: int) -> list[tuple[int, int]]:
+        """(epoch, row) number start, …, start + count - 1 of the sequence."""
+        out = []
+        for n in range(start, start + count):
+            epoch, place = divmod(n, self.rows)
+            if epoch != self._epoch:
+                self._epoch = epoch
+                self._permutation = np.random.default_rng((self.seed, epoch)).permutation(self.rows)
+            out.append((epoch, int(self._permutation[place])))
+        return out
+
+
+def cut_step(
+    lengths: Sequence[int], world: int, batch_size: int, max_tokens: int | None = None
+) -> list[list[int]]:
+    """Token counts of a step's rows -> micro-batches of places in it; rank r's are number r, r +
+    world, …
+
+    Rows of like length stand together, the longest first, so that padding is least and what does
+    not fit into memory is met at once. Without `max_tokens`, `batch_size` rows each; with it, as
+    few as keep padded rows x longest row within it, and equally many a rank.
+    """
+    assert len(lengths) % world == 0, (len(lengths), world)
+    order = sorted(range(len(lengths)), key=lambda n: (-lengths[n], n))
+    if max_tokens is None:
+        return [order[n : n + batch_size] for n in range(0, len(order), batch_size)]
+    parts: list[list[int]] = []
+    for n in order:
+        if parts and lengths[parts[-1][0]] * (len(parts[-1]) + 1) <= max_tokens:
+            parts[-1].append(n)
+        else:
+            parts.append([n])
+    while len(parts) % world:
+        largest = max(range(len(parts)), key=lambda i: len(parts[i]))
+        half = (len(parts[largest]) + 1) // 2
+        parts[largest : largest + 1] = [parts[largest][:half], parts[largest][half:]]
+    return parts
 
 
 @dataclass(frozen=True)
@@ -42,13 +89,11 @@ class MicroBatch:
         """The rows in at most `pieces` parts, each as wide as its longest row."""
         if pieces == 1:
             return [self]
-        rows = len(self.places)
-        size = -(-rows // pieces)
+        size = -(-len(self.places) // pieces)
         parts = []
-        for start in range(0, rows, size):
+        for start in range(0, len(self.places), size):
             part = {name: value[start : start + size] for name, value in self._tensors().items()}
-            longest = int(part["attention_mask"].sum(1).max())
-            width = -(-longest // WIDTH) * WIDTH
+            width = -(-int(part["attention_mask"].sum(1).max()) // WIDTH) * WIDTH
             for name in ("input_ids", "attention_mask", "loss_mask"):
                 part[name] = part[name][:, :width]
             parts.append(MicroBatch(**part, places=self.places[start : start + size]))
@@ -102,27 +147,28 @@ class Steps(Dataset):
         return read(row)
 
 
-class Loader:
-    """Iterates over the steps from row `start` on, without end."""
-
-    def __init__(self, steps: Steps, device: torch.device, num_workers: int | None) -> None:
-        self.steps = steps
-        self.num_workers = choose_workers(device) if num_workers is None else num_workers
-        self.pinned = device.type == "cuda"
-
-    def from_row(self, start: int) -> Iterator[list[MicroBatch]]:
-        ahead = {"prefetch_factor": 2} if self.num_workers else {}
-        loader = DataLoader(
-            self.steps,
-            batch_size=None,
-            sampler=range(start, 2**62, self.steps.rows),
-            num_workers=self.num_workers,
-            pin_memory=self.pinned,
-            generator=torch.Generator(),  # of its own: the run's is not to be drawn from
-            **ahead,
-        )
-        with without_signals():
-            return iter(loader)
+def read_ahead(
+    steps: Steps, start: int, device: torch.device, num_workers: int | None = None
+) -> Iterator[list[MicroBatch]]:
+    """The steps from row `start` on, without end; worker processes end with the iterator."""
+    workers = choose_workers(device) if num_workers is None else num_workers
+    ahead = {"prefetch_factor": 2} if workers else {}
+    loader = DataLoader(
+        steps,
+        batch_size=None,
+        sampler=range(start, 2**62, steps.rows),
+        num_workers=workers,
+        pin_memory=device.type == "cuda",
+        generator=torch.Generator(),  # of its own: the run's is not to be drawn from
+        **ahead,
+    )
+    # A Ctrl-C reaches every process of the terminal. The run decides, and needs its data until
+    # then: workers inherit deafness.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
+    try:
+        return iter(loader)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def choose_workers(device: torch.device) -> int:
@@ -133,15 +179,3 @@ def choose_workers(device: torch.device) -> int:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", "1")))
     return max(0, min(MAX_WORKERS, cores // processes - 1))
-
-
-@contextmanager
-def without_signals():
-    """Processes started here are deaf to signals from their first instruction on. A Ctrl-C reaches
-    every process of the
-    terminal: the run decides, and needs its data until then."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)

@@ -189,11 +189,10 @@ def compute(
         )
         ids, mask = (batch[name].to(target.device) for name in ("input_ids", "attention_mask"))
         hidden, features = hidden_and_features(target, ids, mask)
-        for place, n in enumerate(chosen):
-            found[n] = [
-                tensor[place, : len(rows[n])].to("cpu", target.dtype)
-                for tensor in (features, hidden)
-            ]
+        lengths = [len(rows[n]) for n in chosen]
+        parts = (x.to("cpu", target.dtype).split(lengths) for x in (features, hidden))
+        for n, *both in zip(chosen, *parts, strict=True):
+            found[n] = both
         meter.add(len(chosen), sum(len(rows[n]) for n in chosen))
     ordered = zip(*(found[n] for n in range(len(rows))), strict=True)
     features, hidden = map(torch.cat, ordered)

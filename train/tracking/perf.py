@@ -58,7 +58,7 @@ class FlopCount:
         """target_runs: False where features come from disk."""
         c, h = target.config, head.config
         used = weights_of(target.layers, c) if target_runs else 0
-        trained = weights_of(head.fc, h) + weights_of(head.decoder_layers, h)
+        trained = sum(weights_of(part, h) for part in (head.fc, *head.decoder_layers))
         logits = steps * h.hidden_size * h.draft_vocab_size
         teacher = target.vocab_size * c.hidden_size
         return cls(2 * used + 6 * trained, 2 * teacher + 6 * ((steps - 1) * trained + logits))
