@@ -96,21 +96,21 @@ def require_writable(path: Path) -> None:
         ) from error
 
 
-def require_space(folder: Path, size: int) -> None:
-    """Refuse a disk that cannot hold one checkpoint of `size` bytes."""
-    free = shutil.disk_usage(folder).free
-    if free < size:
-        raise EagleError(
-            f"a checkpoint needs about {size / 1e6:.0f} MB and {folder} has {free / 1e6:.0f} MB "
-            "left: free some space or choose another --output"
-        )
-
-
 def write_config(output: Path, cfg) -> None:
     """The whole config, defaults included: `--config OUTPUT/config.yaml` repeats the run."""
     values = cfg.model_dump(mode="json")
     values["train"].pop("resume", None)
     atomic_write_text(output / "config.yaml", yaml.safe_dump(values, sort_keys=False))
+
+
+def require_supervised(tokens: int, minimum: int) -> None:
+    """Refuse data that cannot teach anything."""
+    if tokens < minimum:
+        raise EagleError(
+            f"the training data supervises {tokens} tokens, fewer than data.min_supervised_tokens="
+            f"{minimum}: add data, check what is masked with python -m train.inspect, or lower the "
+            "limit"
+        )
 
 
 # checkpoints

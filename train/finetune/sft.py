@@ -18,7 +18,7 @@ from configs.finetune_schema import SftConfig
 from records import Collator, load_dataset_for
 from train.finetune.run import Run
 from train.finetune.trainer import RunTrainer, arguments, pad_id, shares, token_losses
-from train.head.guards import require_supervised
+from train.runs import require_supervised
 
 
 def sft(run: Run) -> int:

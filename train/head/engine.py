@@ -78,34 +78,17 @@ class Engine:
     def _trained(self) -> list[tuple[str, nn.Parameter]]:
         return [(n, p) for n, p in self.head.named_parameters() if p.requires_grad]
 
-    @property
-    def can_forget(self) -> bool:
-        """Whether a step can be begun again: ZeRO 2 and 3 share gradients as they come."""
-        return self.zero < 2
-
     def backward(self, loss: torch.Tensor, last: bool) -> None:
         """Add a micro-batch's gradients. `loss` is this rank's share of a global sum (DeepSpeed
-        takes means over ranks, which is undone here); `last`: of the step. In ZeRO 0 and 1 nothing
-        leaves the rank."""
-        self.engine.set_gradient_accumulation_boundary(last and not self.can_forget)
+        takes means over ranks, which is undone here); `last`: of the step."""
+        self.engine.set_gradient_accumulation_boundary(last)
         self.engine.backward(loss * self.world.size, scale_wrt_gas=False)
 
-    def forget(self) -> None:
-        """Drop the gradients added since the last update."""
-        assert self.can_forget, self.zero
-        for p in self.head.parameters():
-            p.grad = p.grad_accum = None
-        if hasattr(self.engine.optimizer, "exit_backward"):  # ZeRO: it may have been cut short
-            self.engine.optimizer.exit_backward()
-
     def update(self) -> float:
-        """Share the gradients, clip, update. Returns the gradient's norm before clipping."""
+        """Clip and update. Returns the gradient's norm before clipping."""
         from deepspeed.utils import safe_get_full_grad
 
         norm = None
-        if self.can_forget:
-            self.engine.set_gradient_accumulation_boundary(True)
-            self.engine.allreduce_gradients()
         if self.zero == 0:  # DeepSpeed keeps no norm there
             grads = [safe_get_full_grad(p) for _, p in self._trained()]
             norm = torch.nn.utils.get_total_norm([g for g in grads if g is not None])

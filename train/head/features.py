@@ -90,10 +90,7 @@ class Index:
         return hashlib.sha256(text.encode()).hexdigest()[:32]
 
     def to_json(self) -> str:
-        head = {"version": VERSION, **asdict(self)}
-        rows = head.pop("rows")
-        lines = ",\n".join(f"{json.dumps(key)}: {json.dumps(place)}" for key, place in rows.items())
-        return json.dumps(head, indent=1)[:-2] + ',\n "rows": {\n' + lines + "\n}}\n"
+        return json.dumps({"version": VERSION, **asdict(self)})
 
     @classmethod
     def read(cls, folder: Path) -> Index:
@@ -182,8 +179,9 @@ class FeatureStore:
         if not all(known):
             raise EagleError(
                 f"the features in {self.folder} lack {known.count(False)} of the {len(known)} rows "
-                f"of this run's data{_told_apart(self.index.data, data_settings(cfg, data))}; train "
-                "on the data they were made of, or prepare features of this data in another folder"
+                f"of this run's data{_told_apart(self.index.data, data_settings(cfg, data))}; "
+                "train on the data they were made of, or prepare features of this data in another "
+                "folder"
             )
 
     def hidden_and_features(

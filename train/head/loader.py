@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -82,26 +82,10 @@ class MicroBatch:
     loss_weight: torch.Tensor
     places: list[tuple[int, int]]
 
-    def _tensors(self) -> dict[str, torch.Tensor]:
-        return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "places"}
-
-    def cut(self, pieces: int) -> list[MicroBatch]:
-        """The rows in at most `pieces` parts, each as wide as its longest row."""
-        if pieces == 1:
-            return [self]
-        size = -(-len(self.places) // pieces)
-        parts = []
-        for start in range(0, len(self.places), size):
-            part = {name: value[start : start + size] for name, value in self._tensors().items()}
-            width = -(-int(part["attention_mask"].sum(1).max()) // WIDTH) * WIDTH
-            for name in ("input_ids", "attention_mask", "loss_mask"):
-                part[name] = part[name][:, :width]
-            parts.append(MicroBatch(**part, places=self.places[start : start + size]))
-        return parts
-
     def pin_memory(self) -> MicroBatch:
-        pinned = {name: value.pin_memory() for name, value in self._tensors().items()}
-        return MicroBatch(**pinned, places=self.places)
+        values = vars(self).items()
+        pinned = {k: v.pin_memory() for k, v in values if isinstance(v, torch.Tensor)}
+        return replace(self, **pinned)
 
 
 class Steps(Dataset):

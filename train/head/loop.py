@@ -6,10 +6,10 @@ from __future__ import annotations
 import copy
 import json
 import logging
+import math
 import time
 import warnings
 from collections.abc import Iterator
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -18,9 +18,8 @@ from configs.schema import HeadTrainConfig
 from eagle.checkpoint import atomic_write_text, load_head, save_head
 from eagle.heads.head import DraftHead
 from eagle.meter import clock
-from train.head import guards
 from train.head import state as disk
-from train.head.accumulate import Accumulator
+from train.head.accumulate import Accumulator, not_finite
 from train.head.distributed import World
 from train.head.engine import Engine
 from train.head.evaluate import acceptance
@@ -36,7 +35,6 @@ from train.runs import (
     pointed,
     prune,
     require_same_run,
-    require_space,
     step_of,
     trim_heap,
 )
@@ -97,19 +95,16 @@ class Trainer:
             [s.loss_weight for s in parts.data.sources],
             self.module.depth_weights,
         )
-        self.loss_watch, self.signals = guards.LossWatch(), StopSignals()
+        self.signals = StopSignals()
         self.step, self.rows_seen, self.elapsed_before = 0, 0, 0.0
         self.evaluations: list[dict] = []
-        self.warnings: list[str] = []
         self.row: dict = {}
         runs = parts.states is parts.target
         flops = FlopCount.of(parts.target, self.blank, t.ttt_steps, target_runs=runs)
         self.seen = Recorder(
             cfg, output, world, total=self.schedule.total, quiet=quiet, flops=flops
         )
-        self.accumulate = Accumulator(
-            cfg, world, parts, self.engine, self.steps, self.seen, self._warn
-        )
+        self.accumulate = Accumulator(cfg, world, parts, self.engine, self.steps, self.seen)
         if resumed is not None:
             self._restore(resumed)
 
@@ -117,21 +112,18 @@ class Trainer:
         """The checkpoint to go on from, which the first rank chooses."""
         if not resume:
             return None
-        found: list[disk.TrainState | None] = []
 
         def find() -> Path | None:
-            found.append(disk.find_checkpoint(self.output, resume))
-            return found[0].path if found[0] else None
+            state = disk.find_checkpoint(self.output, resume)
+            return state and state.path
 
         path = self.world.first_does(find)
-        return found[0] if found else path and disk.load_checkpoint(path)
+        return path and disk.load_checkpoint(path)
 
     def _restore(self, resumed: disk.TrainState) -> None:
         info = resumed.info
         self.step, self.rows_seen = info["step"], info["rows_seen"]
         self.elapsed_before, self.evaluations = info["elapsed"], info["evaluations"]
-        self.warnings, self.accumulate.pieces = info["warnings"], info["pieces"]
-        self.loss_watch = guards.LossWatch(**info["loss_watch"])
         self.sources.sums.copy_(torch.tensor(info["source_sums"], dtype=torch.float64))
         self.row = info["row"]
         if resumed.optimizer:
@@ -161,7 +153,8 @@ class Trainer:
         sums = self.accumulate(batches, self.step + 1)
         with self.seen.phase("optimizer"):
             norm = self.engine.update()
-        self.accumulate.require_finite_norm(norm)
+        if not math.isfinite(norm):
+            raise not_finite(f"gradient norm is {norm}", f"step {self.step + 1}")
         tokens = torch.tensor([sum(int(batch.attention_mask.sum()) for batch in batches)])
         sums, tokens = self.world.sum(sums), int(self.world.sum(tokens))
         self.step += 1
@@ -195,9 +188,6 @@ class Trainer:
         dtype = self.cfg.train.dtype
         card = self.world.first_does(lambda: {**run_card(self.parts), "dtype": dtype})
         with self.signals, full_disk_told(self.output), self.seen.running(self.step, card):
-            if self.world.first:
-                weights = sum(p.numel() for p in self.blank.parameters())
-                require_space(self.output, 16 * weights)  # fp32 weights, two moments, the head
             for note in self.parts.notes:
                 self.seen.note(note)
             return self._fit()
@@ -245,8 +235,8 @@ class Trainer:
         """Whether the acceptance length has not risen for so many evaluations that the run is to
         end."""
         patience = self.cfg.train.early_stopping_patience
-        trained = [e["tau"] for e in self.evaluations if e["step"] > 0]
-        if not patience or guards.evaluations_without_gain(trained) < patience:
+        taus = [e["tau"] for e in self.evaluations if e["step"] > 0]
+        if not patience or not taus or len(taus) - 1 - taus.index(max(taus)) < patience:
             return False
         self.seen.note(
             f"no better acceptance length in {patience} evaluations: the run ends at step "
@@ -255,22 +245,12 @@ class Trainer:
         return True
 
     def _report(self, row: dict, done: float, elapsed: float, last: bool) -> None:
-        warned = self.loss_watch.see(self.step, row["loss"]) if row["targets"] else []
-        for text in warned:
-            self._warn(text)
-        row["loss_smoothed"] = self.loss_watch.smooth
-        if warned:
-            row["warnings"] = warned
         logged = last or self.step == 1 or self.step % self.cfg.train.log_every == 0
         if logged and (sources := self.sources.take()):
             row["sources"] = sources
         self.row = row
         eta = elapsed * (1 - done) / done if 0 < done < 1 else 0.0
-        self.seen.step(row, min(done, 1.0), eta, elapsed, keep=bool(logged or warned))
-
-    def _warn(self, text: str) -> None:
-        self.warnings.append(text)
-        self.seen.warn(text)
+        self.seen.step(row, min(done, 1.0), eta, elapsed, keep=logged)
 
     def _publish(self) -> None:
         best = pointed(self.output, "best") or pointed(self.output, "latest")
@@ -286,7 +266,6 @@ class Trainer:
             "tau_after": taus[-1] if taus else None,
             "best": {"checkpoint": best.name, "tau": self._tau_at(step_of(best))},
             "evaluations": self.evaluations,
-            "warnings": self.warnings,
             "draft_vocabulary": self.parts.vocabulary,
             "data": self.parts.provenance["data"],
             "paths": {
@@ -372,11 +351,8 @@ class Trainer:
             "rows_seen": self.rows_seen,
             "elapsed": self.elapsed(),
             "evaluations": self.evaluations,
-            "warnings": self.warnings,
             "row": self.row,
-            "loss_watch": asdict(self.loss_watch),
             "source_sums": self.sources.sums.tolist(),
-            "pieces": self.accumulate.pieces,
             "identity": self.parts.identity,
             "rng": rng,
             "world": {"size": self.world.size, "global_batch": self.steps.rows},

@@ -22,8 +22,8 @@ from records.card import who_answered
 from records.tokens import tokenizer_hash
 from train.head.evaluate import Prompt, heldout_prompts
 from train.head.features import Belongs, FeatureStore
-from train.head.guards import require_supervised
 from train.head.vocab import choose_draft_vocab, coverage, describe, special_ids
+from train.runs import require_supervised
 
 
 @dataclass

@@ -17,8 +17,7 @@ supervised targets, S steps, F features, H hidden, D draft vocabulary, V target 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -26,9 +25,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from configs.schema import LossConfig
-from eagle.errors import EagleError
 from eagle.heads.head import DraftHead
-from train.head.attention import BLOCK, Block, UnrolledAttention
+from train.head.attention import BLOCK, Block, Queries, UnrolledAttention
 from train.head.losses import FeatureProjection, Projection, depth_weights
 from train.head.metrics import COLUMNS
 from train.head.teacher import Teacher
@@ -46,8 +44,9 @@ class Plan:
     of the last token of their rows. keys, key_positions [K]: place and position of the tokens up to
     each row's last chain; chain_keys [C]: the chains among them. chains [S, U]: the chain that is
     taught target u at step i; taught [S, U] bool: there is one. weights [B] fp32: how much a row's
-    targets count. counts [S]: targets that step i has, each counted by its row's weight. blocks,
-    key_blocks: the chains, and all K tokens, as attention takes them.
+    targets count. counts [S]: targets that step i has, each counted by its row's weight.
+    key_counts: keys of each row; blocks, key_blocks: the chains, and all K tokens, as attention
+    takes them.
     """
 
     rows: torch.Tensor
@@ -62,12 +61,13 @@ class Plan:
     taught: torch.Tensor
     weights: torch.Tensor
     counts: torch.Tensor
+    key_counts: list[int]
     blocks: list[Block]
     key_blocks: list[Block]
 
     def to(self, device: torch.device) -> Plan:
         moved = {k: v.to(device) for k, v in vars(self).items() if isinstance(v, torch.Tensor)}
-        return Plan(**moved, blocks=self.blocks, key_blocks=self.key_blocks)
+        return replace(self, **moved)
 
 
 def plan_unroll(
@@ -111,18 +111,19 @@ def plan_unroll(
         taught=taught,
         weights=weights,
         counts=(taught * weights[rows]).sum(1),
-        blocks=_blocks(chain.sum(1).tolist(), first_keys.tolist(), positions.tolist()),
-        key_blocks=_blocks(reach.tolist(), first_keys.tolist(), key_positions.tolist()),
+        key_counts=reach.tolist(),
+        blocks=_blocks(chain.sum(1).tolist(), positions.tolist()),
+        key_blocks=_blocks(reach.tolist(), key_positions.tolist()),
     )
 
 
-def _blocks(counts: list[int], first_keys: list[int], positions: list[int]) -> list[Block]:
-    """counts: queries of each row; first_keys: of each row."""
+def _blocks(counts: list[int], positions: list[int]) -> list[Block]:
+    """counts: queries of each row; positions of all of them."""
     blocks, start = [], 0
-    for count, key in zip(counts, first_keys, strict=True):
-        for first in range(start, start + count, BLOCK):
-            stop = min(first + BLOCK, start + count)
-            blocks.append(Block(first, stop, key, positions[stop - 1] + 1, positions[first] + 1))
+    for row, count in enumerate(counts):
+        for first in range(0, count, BLOCK):
+            size = min(BLOCK, count - first)
+            blocks.append(Block(size, row, positions[start + first + size - 1] + 1))
         start += count
     return blocks
 
@@ -187,9 +188,10 @@ class UnrolledHead(nn.Module):
         """features [N, F], embeds [N, H] of the rows' tokens -> yields, for each step, the head's
         output [C, H] for the chains."""
         dtype, layers = self.head.fc.weight.dtype, self.head.config.num_layers
-        every = plan.key_blocks, plan.key_positions  # below the last layer all tokens go on
+        chains = Queries(plan.blocks, plan.positions)
+        every = Queries(plan.key_blocks, plan.key_positions)  # below the last layer all go on
         attention = [
-            self.attention(plan.blocks, plan.positions, every if n + 1 < layers else None)
+            self.attention(plan.key_counts, chains, every if n + 1 < layers else None)
             for n in range(layers)
         ]
 
@@ -205,12 +207,12 @@ class UnrolledHead(nn.Module):
             partial(attend, 0),
         )
         yield hidden[0]
-        chains = plan.keys[plan.chain_keys]
+        places = plan.keys[plan.chain_keys]
         for i in range(1, self.steps):
             # past the row's end there is no token, and nothing that is supervised
-            token = embeds[torch.minimum(chains + 1 + i, plan.last)][None].to(dtype)
-            place = plan.positions[None] + i
-            hidden = self._pass(self.head, hidden, token, place, partial(attend, i))
+            token = embeds[torch.minimum(places + 1 + i, plan.last)][None].to(dtype)
+            rotary = plan.positions[None] + i
+            hidden = self._pass(self.head, hidden, token, rotary, partial(attend, i))
             yield hidden[0]
 
     def forward(
@@ -257,19 +259,3 @@ def row_sums(
     sums = torch.cat([by_row, by_chain], -1).transpose(0, 1)
     assert sums.shape[-1] == len(COLUMNS)
     return sums
-
-
-@contextmanager
-def compile_errors_told(compiled: bool) -> Iterator[None]:
-    """A compiler that fails ends the run: going on without it would only look like success."""
-    try:
-        yield
-    except Exception as error:
-        known = type(error).__module__.startswith(("torch._dynamo", "torch._inductor"))
-        if not compiled or not known:
-            raise
-        reason = " ".join(str(error).split())[:300]
-        raise EagleError(
-            f"train.compile=true: the head's layer could not be compiled ({reason}); install a C++ "
-            "compiler (g++) or, for a GPU, triton, or leave train.compile out"
-        ) from error
