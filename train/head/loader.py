@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from configs.schema import TrainConfig
 from records import Collator, TokenizedData
 
 WIDTH = 8  # batches are as wide as a multiple of it
@@ -92,27 +93,17 @@ class Steps(Dataset):
     """Item n: the micro-batches that one rank takes of the step that begins with row number n."""
 
     def __init__(
-        self,
-        data: TokenizedData,
-        order: RowOrder,
-        pad_id: int,
-        rank: int,
-        world: int,
-        *,
-        batch_size: int,
-        grad_accum: int,
-        max_tokens: int | None = None,
+        self, data: TokenizedData, cfg: TrainConfig, pad_id: int, rank: int, world: int
     ) -> None:
-        self.data, self.order, self.collate = data, order, Collator(pad_id, WIDTH)
-        self.rank, self.world = rank, world
-        self.batch_size, self.max_tokens = batch_size, max_tokens
-        self.rows = world * batch_size * grad_accum
+        self.data, self.cfg, self.rank, self.world = data, cfg, rank, world
+        self.order, self.collate = RowOrder(len(data), cfg.seed), Collator(pad_id, WIDTH)
+        self.rows = world * cfg.batch_size * cfg.grad_accum
         self._epoch = 0
 
     def __getitem__(self, start: int) -> list[MicroBatch]:
         places = self.order.take(start, self.rows)
         lengths = [self.collate.padded(self._at(place, self.data.length)) for place in places]
-        parts = cut_step(lengths, self.world, self.batch_size, self.max_tokens)
+        parts = cut_step(lengths, self.world, self.cfg.batch_size, self.cfg.max_tokens_per_batch)
         return [self._batch([places[n] for n in part]) for part in parts[self.rank :: self.world]]
 
     def where(self, place: tuple[int, int]) -> str:

@@ -10,11 +10,12 @@ import math
 import time
 import warnings
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from configs.schema import HeadTrainConfig
+from configs.schema import HeadTrainConfig, TrainConfig
 from eagle.checkpoint import atomic_write_text, load_head, save_head
 from eagle.heads.head import DraftHead
 from eagle.meter import clock
@@ -23,9 +24,8 @@ from train.head.accumulate import Accumulator, not_finite
 from train.head.distributed import World
 from train.head.engine import Engine
 from train.head.evaluate import acceptance
-from train.head.loader import MicroBatch, RowOrder, Steps, read_ahead
+from train.head.loader import MicroBatch, Steps, read_ahead
 from train.head.metrics import SourceMetrics
-from train.head.schedule import Schedule
 from train.head.setup import build, output_rows, settle, with_dtypes
 from train.head.ttt import UnrolledHead
 from train.runs import (
@@ -41,6 +41,38 @@ from train.runs import (
 from train.tracking.card import run_card
 from train.tracking.perf import FlopCount
 from train.tracking.recorder import Recorder
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Linear warmup, then cosine, over the true length of the run.
+
+    total: optimizer steps, None when only the clock ends the run. budget: seconds, None when only
+    steps do.
+    """
+
+    cfg: TrainConfig
+    total: int | None
+    budget: float | None
+
+    @classmethod
+    def of(cls, cfg: TrainConfig, rows: int, rows_a_step: int) -> Schedule:
+        minutes, total = cfg.time_budget_minutes, cfg.max_steps
+        if total is None and minutes is None:
+            total = max(1, math.ceil(rows * cfg.epochs / rows_a_step))
+        return cls(cfg, total, minutes * 60 if minutes else None)
+
+    def fraction(self, steps: int, elapsed: float) -> float:
+        """0 … 1: `steps` done after `elapsed` seconds; whatever ends the run first counts."""
+        by_steps = steps / self.total if self.total else 0.0
+        return max(by_steps, elapsed / self.budget if self.budget else 0.0)
+
+    def lr(self, fraction: float) -> float:
+        peak, low, warm = self.cfg.lr, self.cfg.lr * self.cfg.min_lr_ratio, self.cfg.warmup_ratio
+        fraction = min(max(fraction, 0.0), 1.0)
+        if fraction < warm:
+            return peak * fraction / warm
+        return low + (peak - low) * 0.5 * (1 + math.cos(math.pi * (fraction - warm) / (1 - warm)))
 
 
 class Trainer:
@@ -78,16 +110,7 @@ class Trainer:
         if t.compile:
             self.module.compile_layers()
         self.engine = Engine(self.module, cfg, world)
-        self.steps = Steps(
-            parts.data,
-            RowOrder(len(parts.data), t.seed),
-            parts.pad_id,
-            world.rank,
-            world.size,
-            batch_size=t.batch_size,
-            grad_accum=t.grad_accum,
-            max_tokens=t.max_tokens_per_batch,
-        )
+        self.steps = Steps(parts.data, t, parts.pad_id, world.rank, world.size)
         self.batches: Iterator[list[MicroBatch]] | None = None
         self.schedule = Schedule.of(t, len(parts.data), self.steps.rows)
         self.sources = SourceMetrics(
@@ -128,7 +151,7 @@ class Trainer:
         self.row = info["row"]
         if resumed.optimizer:
             self.engine.load_optimizer_state(resumed.optimizer, prime=self._prime)
-        disk.set_rng_state(resumed.rng, info["rng"])
+        disk.set_rng_state(resumed.rng)
         self._point_best()
         self.parts.notes.append(f"continues {resumed.path}")
         before, now = info["world"]["global_batch"], self.steps.rows
@@ -334,9 +357,8 @@ class Trainer:
         optimizer = self.engine.optimizer_state() if self.step else {}
 
         def write() -> Path:
-            rng, rest = disk.rng_state()
             vocabulary = {"draft_ids": self.blank.draft_token_ids().cpu()}
-            state = disk.TrainState(self._info(rest), weights, optimizer, rng, vocabulary)
+            state = disk.TrainState(self._info(), weights, optimizer, disk.rng_state(), vocabulary)
             path = disk.save_checkpoint(self.output, state, head, self._provenance())
             safe = (pointed(self.output, name) for name in ("best", "latest"))
             prune(self.output, self.cfg.train.save_total_limit, *safe)
@@ -344,7 +366,7 @@ class Trainer:
 
         return self.world.first_does(write)
 
-    def _info(self, rng: dict) -> dict:
+    def _info(self) -> dict:
         """state.json: what a resumed run needs besides tensors."""
         return {
             "step": self.step,
@@ -354,7 +376,6 @@ class Trainer:
             "row": self.row,
             "source_sums": self.sources.sums.tolist(),
             "identity": self.parts.identity,
-            "rng": rng,
             "world": {"size": self.world.size, "global_batch": self.steps.rows},
             "config": self.cfg.model_dump(mode="json"),
         }

@@ -12,12 +12,10 @@ import hashlib
 import json
 import logging
 import os
-import random
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -31,7 +29,7 @@ from train.runs import NAME, checkpoints, full_disk_told, point, run_of, step_of
 logger = logging.getLogger("train.head")
 
 PARTS = ("weights", "optimizer", "rng", "vocabulary")
-NEEDED = ("step", "identity", "rng", "digest")
+NEEDED = ("step", "identity", "digest")
 
 
 @dataclass
@@ -150,27 +148,13 @@ def _set_aside(path: Path, word: str, why: str) -> None:
     logger.warning("%s; %s is now %s", why, path.name, aside)
 
 
-def rng_state() -> tuple[dict[str, torch.Tensor], dict]:
-    """Generator states of torch, its CUDA device, numpy and python: tensors, and the rest as
-    JSON."""
-    kind, keys, pos, has_gauss, cached = np.random.get_state()
-    version, internal, gauss = random.getstate()
-    tensors = {
-        "torch": torch.get_rng_state(),
-        "numpy": torch.from_numpy(keys.astype(np.int64)),
-        "python": torch.tensor(internal, dtype=torch.int64),
-    }
-    if torch.cuda.is_available():
-        tensors["cuda"] = torch.cuda.get_rng_state()
-    numpy = [kind, int(pos), int(has_gauss), float(cached)]
-    return tensors, {"numpy": numpy, "python": [version, gauss]}
+def rng_state() -> dict[str, torch.Tensor]:
+    """Of the generators that training draws from: torch's, and its CUDA device's."""
+    cuda = {"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {}
+    return {"torch": torch.get_rng_state(), **cuda}
 
 
-def set_rng_state(tensors: dict[str, torch.Tensor], rest: dict) -> None:
-    torch.set_rng_state(tensors["torch"])
-    if "cuda" in tensors and torch.cuda.is_available():
-        torch.cuda.set_rng_state(tensors["cuda"])
-    kind, pos, has_gauss, cached = rest["numpy"]
-    np.random.set_state((kind, tensors["numpy"].numpy().astype(np.uint32), pos, has_gauss, cached))
-    version, gauss = rest["python"]
-    random.setstate((version, tuple(tensors["python"].tolist()), gauss))
+def set_rng_state(states: dict[str, torch.Tensor]) -> None:
+    torch.set_rng_state(states["torch"])
+    if "cuda" in states and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states["cuda"])
