@@ -331,7 +331,7 @@ def test_activations_are_what_autograd_keeps(amp, recompute):
     module = UnrolledHead(head, steps, 0.8, LossConfig(), amp, recompute=recompute)
     plan = plan_unroll(torch.ones(B, T, dtype=torch.bool), steps)
     dtype = torch.bfloat16 if amp else torch.float32
-    features, embeds = torch.randn(B, T, 192, dtype=dtype), torch.randn(B, T, 64, dtype=dtype)
+    features, embeds = torch.randn(B * T, 192, dtype=dtype), torch.randn(B * T, 64, dtype=dtype)
     given = {x.untyped_storage().data_ptr() for x in (*module.parameters(), features, embeds)}
     kept = {}
 

@@ -10,12 +10,10 @@ import torch
 from head_helpers import config, losses_of, rows_of
 from safetensors.torch import load_file
 
-from configs.schema import DataConfig
-from eagle.errors import EagleError
+from configs.schema import DataConfig, TrainConfig
 from records import load_dataset_for
 from train.head import loader as loading
-from train.head.loader import Loader, Steps, choose_workers
-from train.head.order import RowOrder, cut_step
+from train.head.loader import RowOrder, Steps, choose_workers, cut_step, read_ahead
 from train.main import run
 
 CPU = torch.device("cpu")
@@ -59,9 +57,11 @@ def rows(tmp_path, base, data):
     return load_dataset_for(cfg, load_tokenizer(str(base)))
 
 
-def steps_of(rows, **more):
-    more = {"batch_size": 3, "grad_accum": 2, **more}
-    return Steps(rows, RowOrder(len(rows), 5), 0, more.pop("rank", 0), more.pop("world", 1), **more)
+def steps_of(rows, rank=0, world=1, max_tokens=None, batch_size=3, grad_accum=2):
+    cfg = TrainConfig(
+        batch_size=batch_size, grad_accum=grad_accum, seed=5, max_tokens_per_batch=max_tokens
+    )
+    return Steps(rows, cfg, 0, rank, world)
 
 
 def contents(batches):
@@ -98,22 +98,12 @@ def test_rows_of_like_length_stand_together(rows):
     assert real <= grouped < mixed
 
 
-def test_a_batch_is_cut_by_rows_and_made_narrower(rows):
-    [batch, _] = steps_of(rows, batch_size=5)[0]
-    assert batch.cut(1) == [batch]
-    parts = batch.cut(2)
-    assert [len(part.places) for part in parts] == [3, 2]
-    assert contents(parts) == contents([batch])
-    assert parts[1].input_ids.shape[1] < batch.input_ids.shape[1]
-    assert [len(part.places) for part in batch.cut(64)] == [1] * 5
-
-
 @pytest.mark.parametrize("workers", [1, 2])
 def test_reading_ahead_gives_the_same_steps(rows, workers):
     steps = steps_of(rows)
     state = torch.get_rng_state()
-    ahead = Loader(steps, CPU, workers).from_row(66)
-    now = Loader(steps, CPU, 0).from_row(66)
+    ahead = read_ahead(steps, 66, CPU, workers)
+    now = read_ahead(steps, 66, CPU, 0)
     for start in range(66, 66 + 5 * steps.rows, steps.rows):
         expected = contents(steps[start])
         assert contents(next(now)) == contents(next(ahead)) == expected
@@ -121,7 +111,7 @@ def test_reading_ahead_gives_the_same_steps(rows, workers):
 
 
 def test_readers_leave_signals_to_the_run(rows):
-    batches = Loader(steps_of(rows), CPU, 2).from_row(0)
+    batches = read_ahead(steps_of(rows), 0, CPU, 2)
     for worker in batches._workers:  # as early as can be
         os.kill(worker.pid, signal.SIGINT)
         os.kill(worker.pid, signal.SIGTERM)
@@ -137,7 +127,6 @@ def test_workers_follow_the_cores_where_there_is_a_gpu(monkeypatch):
         monkeypatch.setattr(loading.os, "sched_getaffinity", lambda pid, n=cores: range(n))
         monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
         assert choose_workers(gpu) == expected
-    assert Loader(None, gpu, 0).pinned and not Loader(None, CPU, 0).pinned
 
 
 def test_a_run_with_readers_and_a_token_budget_learns_the_same(base, data, tmp_path):
@@ -157,33 +146,3 @@ def test_a_run_with_readers_and_a_token_budget_learns_the_same(base, data, tmp_p
 def test_a_budget_below_the_longest_row_is_refused(base, data, tmp_path):
     with pytest.raises(ValueError, match="max_tokens_per_batch=40 .* set at least 96"):
         config(base, data, tmp_path / "run", max_tokens_per_batch=40)
-
-
-def test_token_ids_outside_the_target_s_vocabulary_name_their_rows(base, tmp_path, tokenizer):
-    """A tokenizer may hold more ids than the model has embeddings."""
-    from data_helpers import write_jsonl
-
-    beyond = len(tokenizer) + 30
-    tokenizer.add_tokens([f"<extra{n}>" for n in range(40)])
-    import shutil
-
-    other = tmp_path / "base"
-    shutil.copytree(base, other)
-    tokenizer.save_pretrained(other)
-    ids = list(range(20))
-    good = [{"input_ids": ids, "loss_mask": [0] + [1] * 19} for _ in range(20)]
-    bad = {"input_ids": [*ids, beyond], "loss_mask": [0] + [1] * 20}
-    path = write_jsonl(tmp_path / "rows.jsonl", [*good, bad])
-    cfg = config(
-        other,
-        path,
-        tmp_path / "run",
-        batch_size=7,
-        grad_accum=3,
-        eval={"num_prompts": 0},
-        data_more={"format": "tokenized", "heldout_fraction": 0.0},
-    )
-    with pytest.raises(
-        EagleError, match=r"rows .*rows.jsonl:21\).*outside the target's vocabulary"
-    ):
-        run(cfg, quiet=True)

@@ -20,6 +20,7 @@ from eagle.checkpoint import load_head
 from eagle.errors import EagleError
 from eagle.model import EaModel
 from eagle.target import Target
+from train import runs
 from train.head import state as disk
 from train.main import run
 
@@ -34,11 +35,6 @@ def plain_run(base, data, tmp_path_factory):
     cfg = config(base, data, output, max_steps=40, save_every=5, lr=3e-3, eval={"num_prompts": 3})
     assert run(cfg, quiet=True) == 0
     return output
-
-
-def same_tensors(a, b):
-    a, b = load_file(a), load_file(b)
-    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
 def test_a_run_leaves_head_metrics_and_summary(plain_run, base):
@@ -64,7 +60,7 @@ def test_a_run_leaves_head_metrics_and_summary(plain_run, base):
     summary = json.loads((plain_run / "summary.json").read_text())
     assert summary["steps"] == 40 and summary["draft_vocabulary"]["coverage"] > 0.9
     assert [e["step"] for e in summary["evaluations"]] == [0, 40] and summary["tau_after"] >= 1
-    assert [p.name for p in disk.checkpoints(plain_run)] == ["step-35", "step-40"]
+    assert [p.name for p in runs.checkpoints(plain_run)] == ["step-35", "step-40"]
     assert (plain_run / "checkpoints" / "best").read_text().strip() == "step-40"
 
 
@@ -78,37 +74,16 @@ def test_training_is_deterministic_and_resumes_after_a_kill(plain_run, base, dat
     file.write_text(yaml.safe_dump(cfg.model_dump(mode="json")))
     process = Command("train.main", "--config", file)
     deadline = time.monotonic() + 120
-    while disk.pointed(output, "latest") is None and process.poll() is None:
+    while runs.pointed(output, "latest") is None and process.poll() is None:
         assert time.monotonic() < deadline
         time.sleep(0.002)
     assert process.kill() == -signal.SIGKILL, "the run ended before it could be killed"
-    reached = disk.load_checkpoint(disk.pointed(output, "latest")).info["step"]
+    reached = disk.load_checkpoint(runs.pointed(output, "latest")).info["step"]
     assert 5 <= reached < 40
     resumed = cfg.model_copy(update={"train": cfg.train.model_copy(update={"resume": "auto"})})
     assert run(resumed, quiet=True) == 0
     assert losses_of(output) == pytest.approx(losses_of(plain_run), rel=1e-6)
     assert [r["step"] for r in rows_of(output)] == list(range(1, 41))
-
-
-def test_resume_in_one_process_is_bit_equal(base, data, tmp_path):
-    whole, cut = tmp_path / "whole", tmp_path / "cut"
-    more = {
-        "save_every": 3,
-        "save_total_limit": 9,
-        "max_steps": 7,
-        "grad_accum": 2,
-        "batch_size": 2,
-    }
-    assert run(config(base, data, whole, **more), quiet=True) == 0
-    assert (
-        run(
-            config(base, data, cut, resume=str(whole / "checkpoints" / "step-3"), **more),
-            quiet=True,
-        )
-        == 0
-    )
-    assert same_tensors(whole / "head" / "model.safetensors", cut / "head" / "model.safetensors")
-    assert losses_of(cut) == losses_of(whole)[3:]
 
 
 def drafts_of(head_folder, base):
@@ -223,14 +198,15 @@ def test_two_ranks_equal_one(base, data, tmp_path):
         )
 
 
-@pytest.mark.parametrize("zero", [0, 1, 2, 3])
-def test_without_clipping_the_norm_is_still_told(base, data, tmp_path, zero):
+def test_without_clipping_the_norm_is_still_told(base, data, tmp_path):
     more = {"max_steps": 2, "lr": 1e-6}
-    for name, clip in (("clipped", 0.1), ("free", 0.0)):
+    for name, clip, zero in (("clipped", 0.1, 0), ("free", 0.0, 0), ("free2", 0.0, 2)):
         cfg = config(base, data, tmp_path / name, zero=zero, grad_clip=clip, **more)
         assert run(cfg, quiet=True) == 0
-    norms = [[row["grad_norm"] for row in rows_of(tmp_path / x)] for x in ("clipped", "free")]
-    assert norms[0] == pytest.approx(norms[1], rel=1e-3) and min(norms[0]) > 0.1
+    clipped, *free = (
+        [row["grad_norm"] for row in rows_of(tmp_path / x)] for x in ("clipped", "free", "free2")
+    )
+    assert min(clipped) > 0.1 and all(norms == pytest.approx(clipped, rel=1e-3) for norms in free)
 
 
 def test_a_time_budget_ends_the_run(base, data, tmp_path):
@@ -248,10 +224,10 @@ def test_folders_are_never_mixed_up(plain_run, base, data, tmp_path, monkeypatch
     with pytest.raises(EagleError, match="no checkpoint there"):
         run(config(base, data, tmp_path / "x", resume=str(tmp_path)), quiet=True)
     monkeypatch.chdir(tmp_path)
-    assert disk.choose_output(None, "fim", None) == Path("runs/head-fim")
+    assert runs.choose_output(None, "head-fim", None) == Path("runs/head-fim")
     (tmp_path / "runs/head-fim/head").mkdir(parents=True)
-    assert disk.choose_output(None, "fim", None) == Path("runs/head-fim-2")
-    assert disk.choose_output(None, "fim", "auto") == Path("runs/head-fim")
+    assert runs.choose_output(None, "head-fim", None) == Path("runs/head-fim-2")
+    assert runs.choose_output(None, "head-fim", "auto") == Path("runs/head-fim")
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,7 @@ import torch
 from data_helpers import chat, write_jsonl
 from head_helpers import config, losses_of, rows_of, write_fim
 
-from train.head.metrics import COLUMNS
-from train.head.sources import SourceMetrics, by_source
+from train.head.metrics import COLUMNS, SourceMetrics, by_source
 from train.main import run
 
 
