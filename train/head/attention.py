@@ -3,8 +3,8 @@ later steps.
 
 A chain is a position that is unrolled. Chain c of a row, at position t, attends to the row's step-0
 keys 0 … t and, at step i, to its own keys of steps 1 … i: one softmax over both kinds. Rows are
-packed, and each is worked on in blocks of chains; the backward pass makes a block's scores again,
-so that they are held for one block at a time.
+packed, and each is worked on in blocks of chains; of long rows the backward pass makes a block's
+scores again, so that they are held for one block at a time.
 
 C chains of all rows, K tokens of all rows that serve as keys, c chains and n keys of one block, Hkv
 key/value heads, G query heads a key/value head, hd head_dim.
@@ -65,9 +65,15 @@ class UnrolledAttention:
             queries, blocks, positions.split(counts), *own, strict=True
         ):
             known = (x[block.row][:, : block.n] for x in rows)
-            given = query, place, *known, *later
-            out.append(checkpoint(attend, *given, use_reentrant=False, preserve_rng_state=False))
+            out.append(_attend(query, place, *known, *later))
         return torch.cat(out, 2).flatten(0, 1).transpose(0, 1)[None]
+
+
+def _attend(*given: torch.Tensor) -> torch.Tensor:
+    """`attend`. Scores of many keys are made again in the backward pass; few cost less to keep."""
+    if given[2].shape[1] <= BLOCK:
+        return attend(*given)
+    return checkpoint(attend, *given, use_reentrant=False, preserve_rng_state=False)
 
 
 def attend(
