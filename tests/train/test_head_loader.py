@@ -43,12 +43,6 @@ def test_every_cut_holds_each_row_once(world, accum, limit):
         assert all(w * len(p) <= limit for w, p in zip(widths, parts, strict=True))
 
 
-def test_a_budget_makes_as_few_batches_as_fit():
-    assert [len(p) for p in cut_step(LENGTHS, 1, 3, 128)] == [2, 2, 3, 5]
-    assert [len(p) for p in cut_step(LENGTHS, 2, 3, 10_000)] == [6, 6]
-    assert [len(p) for p in cut_step([8, 8], 2, 1, 64)] == [1, 1]
-
-
 @pytest.fixture
 def rows(tmp_path, base, data):
     from records import load_tokenizer
@@ -89,13 +83,6 @@ def test_a_step_has_the_same_rows_however_it_is_split(rows):
     assert at(70, 2, batch_size=3, grad_accum=2) == expected
     assert at(70, 1, batch_size=1, grad_accum=12, max_tokens=96) == expected
     assert at(70, 2, batch_size=2, grad_accum=3, max_tokens=200) == expected
-
-
-def test_rows_of_like_length_stand_together(rows):
-    mixed = sum(batch.input_ids.numel() for batch in steps_of(rows, batch_size=12, grad_accum=1)[0])
-    grouped = sum(b.input_ids.numel() for b in steps_of(rows, batch_size=3, grad_accum=4)[0])
-    real = sum(int(b.attention_mask.sum()) for b in steps_of(rows, batch_size=3, grad_accum=4)[0])
-    assert real <= grouped < mixed
 
 
 @pytest.mark.parametrize("workers", [1, 2])
@@ -141,8 +128,3 @@ def test_a_run_with_readers_and_a_token_budget_learns_the_same(base, data, tmp_p
     assert run(config(base, data, tmp_path / "again", **more), quiet=True) == 0
     one, two = (load_file(tmp_path / x / "head/model.safetensors") for x in ("budget", "again"))
     assert all(torch.equal(one[k], two[k]) for k in one)
-
-
-def test_a_budget_below_the_longest_row_is_refused(base, data, tmp_path):
-    with pytest.raises(ValueError, match="max_tokens_per_batch=40 .* set at least 96"):
-        config(base, data, tmp_path / "run", max_tokens_per_batch=40)

@@ -3,7 +3,6 @@
 import pytest
 import torch
 from head_helpers import tiny_head
-from pydantic import ValidationError
 
 from configs.schema import LossConfig
 from kernels.draft_loss import position_loss
@@ -69,22 +68,6 @@ def test_focal_fades_as_the_overlap_grows(gamma):
         for x in (logits, teacher + 1e-3 * logits, teacher)
     ]
     assert ratio[0] > 0.05 > ratio[1] > ratio[2] >= 0 and ratio[2] < 1e-2
-
-
-def test_the_target_prob_weight_does_not_fade_on_soft_targets():
-    teacher, _ = distributions()
-    kept = (
-        losses(teacher, teacher, name="focal", weight="target_prob")[0]
-        / losses(teacher, teacher)[0]
-    )
-    assert kept.mean() > 0.5
-
-
-def test_smoothing_where_there_is_nothing_to_smooth_is_refused():
-    with pytest.raises(ValidationError, match="label_smoothing"):
-        LossConfig(name="overlap", label_smoothing=0.1)
-    with pytest.raises(ValidationError, match="label_smoothing"):
-        LossConfig(name="focal", focal_over="reverse_kl", label_smoothing=0.1)
 
 
 def test_depth_weights():

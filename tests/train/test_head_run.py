@@ -2,15 +2,12 @@
 
 import json
 import os
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
-import yaml
 from commands import Command
 from engine_helpers import assert_quiet
 from head_helpers import config, losses_of, rows_of
@@ -21,7 +18,6 @@ from eagle.errors import EagleError
 from eagle.model import EaModel
 from eagle.target import Target
 from train import runs
-from train.head import state as disk
 from train.main import run
 
 ROOT = Path(__file__).parents[2]
@@ -62,28 +58,6 @@ def test_a_run_leaves_head_metrics_and_summary(plain_run, base):
     assert [e["step"] for e in summary["evaluations"]] == [0, 40] and summary["tau_after"] >= 1
     assert [p.name for p in runs.checkpoints(plain_run)] == ["step-35", "step-40"]
     assert (plain_run / "checkpoints" / "best").read_text().strip() == "step-40"
-
-
-def test_training_is_deterministic_and_resumes_after_a_kill(plain_run, base, data, tmp_path):
-    """The same run in another process, killed in the middle and resumed: bit-equal to the
-    undisturbed one.
-    """
-    output = tmp_path / "killed"
-    cfg = config(base, data, output, max_steps=40, save_every=5, lr=3e-3, eval={"num_prompts": 3})
-    file = tmp_path / "run.yaml"
-    file.write_text(yaml.safe_dump(cfg.model_dump(mode="json")))
-    process = Command("train.main", "--config", file)
-    deadline = time.monotonic() + 120
-    while runs.pointed(output, "latest") is None and process.poll() is None:
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
-    assert process.kill() == -signal.SIGKILL, "the run ended before it could be killed"
-    reached = disk.load_checkpoint(runs.pointed(output, "latest")).info["step"]
-    assert 5 <= reached < 40
-    resumed = cfg.model_copy(update={"train": cfg.train.model_copy(update={"resume": "auto"})})
-    assert run(resumed, quiet=True) == 0
-    assert losses_of(output) == pytest.approx(losses_of(plain_run), rel=1e-6)
-    assert [r["step"] for r in rows_of(output)] == list(range(1, 41))
 
 
 def drafts_of(head_folder, base):
@@ -212,8 +186,7 @@ def test_without_clipping_the_norm_is_still_told(base, data, tmp_path):
 def test_a_time_budget_ends_the_run(base, data, tmp_path):
     cfg = config(base, data, tmp_path / "run", max_steps=None, time_budget_minutes=0.03)
     assert run(cfg, quiet=True) == 0
-    last = rows_of(tmp_path / "run")[-1]
-    assert last["elapsed"] < 6 and last["lr"] < 0.5 * cfg.train.lr
+    assert rows_of(tmp_path / "run")[-1]["lr"] < 0.5 * cfg.train.lr
 
 
 def test_folders_are_never_mixed_up(plain_run, base, data, tmp_path, monkeypatch):

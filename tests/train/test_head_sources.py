@@ -60,26 +60,6 @@ def test_metrics_and_evaluation_are_told_by_source(base, files, tmp_path):
     assert {"tau", "acceptance_by_depth"} <= evaluation["chat"].keys()
 
 
-def test_sums_of_sources_add_up(base, files, tmp_path):
-    more = {"max_steps": 4, "log_every": 1, "batch_size": 6}
-    assert run(mixed(base, files, tmp_path / "run", **more), quiet=True) == 0
-    for row in rows_of(tmp_path / "run"):
-        parts = row["sources"].values()
-        assert sum(part["targets"] for part in parts) == row["targets"]
-        low, high = (f(part["loss"] for part in parts) for f in (min, max))
-        assert low <= row["loss"] <= high
-
-
-def test_loss_weights_of_all_sources_alike_change_nothing(base, files, tmp_path):
-    more = {"max_steps": 3, "lr": 1e-4}
-    for name, weights in (("ones", (1, 1)), ("small", (0.01, 0.01))):
-        cfg = mixed(base, files, tmp_path / name, loss_weights=weights, **more)
-        assert run(cfg, quiet=True) == 0
-    norms = [[row["grad_norm"] for row in rows_of(tmp_path / x)] for x in ("ones", "small")]
-    assert norms[0] == pytest.approx(norms[1], rel=1e-4)
-    assert losses_of(tmp_path / "ones") == pytest.approx(losses_of(tmp_path / "small"), rel=1e-5)
-
-
 def test_a_source_of_no_weight_leaves_the_gradient_of_the_other(base, files, tmp_path):
     """With 1e-6 beside 1 the gradient is that of the other source's rows alone, and so is the
     loss.
