@@ -1,9 +1,6 @@
 """Which rows a step holds, how they are cut, and that reading ahead changes nothing."""
 
 import itertools
-import os
-import signal
-import time
 
 import pytest
 import torch
@@ -12,8 +9,7 @@ from safetensors.torch import load_file
 
 from configs.schema import DataConfig, TrainConfig
 from records import load_dataset_for
-from train.head import loader as loading
-from train.head.loader import RowOrder, Steps, choose_workers, cut_step, read_ahead
+from train.head.loader import RowOrder, Steps, cut_step, read_ahead
 from train.main import run
 
 CPU = torch.device("cpu")
@@ -85,41 +81,18 @@ def test_a_step_has_the_same_rows_however_it_is_split(rows):
     assert at(70, 2, batch_size=2, grad_accum=3, max_tokens=200) == expected
 
 
-@pytest.mark.parametrize("workers", [1, 2])
-def test_reading_ahead_gives_the_same_steps(rows, workers):
-    steps = steps_of(rows)
-    state = torch.get_rng_state()
-    ahead = read_ahead(steps, 66, CPU, workers)
-    now = read_ahead(steps, 66, CPU, 0)
+def test_reading_ahead_gives_the_same_steps(rows):
+    steps, state = steps_of(rows), torch.get_rng_state()
+    ahead = read_ahead(steps_of(rows), 66, torch.device("cpu"))
     for start in range(66, 66 + 5 * steps.rows, steps.rows):
-        expected = contents(steps[start])
-        assert contents(next(now)) == contents(next(ahead)) == expected
+        assert contents(next(ahead)) == contents(steps[start])
     assert torch.equal(state, torch.get_rng_state())  # else a resumed run would differ
 
 
-def test_readers_leave_signals_to_the_run(rows):
-    batches = read_ahead(steps_of(rows), 0, CPU, 2)
-    for worker in batches._workers:  # as early as can be
-        os.kill(worker.pid, signal.SIGINT)
-        os.kill(worker.pid, signal.SIGTERM)
-    time.sleep(0.2)
-    assert [contents(next(batches)) for _ in range(6)]
-    assert all(worker.is_alive() for worker in batches._workers)
-
-
-def test_workers_follow_the_cores_where_there_is_a_gpu(monkeypatch):
-    gpu = torch.device("cuda", 0)
-    assert choose_workers(CPU) == 0
-    for cores, processes, expected in [(64, 1, 4), (8, 2, 3), (2, 1, 1), (1, 1, 0), (8, 8, 0)]:
-        monkeypatch.setattr(loading.os, "sched_getaffinity", lambda pid, n=cores: range(n))
-        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
-        assert choose_workers(gpu) == expected
-
-
-def test_a_run_with_readers_and_a_token_budget_learns_the_same(base, data, tmp_path):
+def test_a_run_with_a_token_budget_learns_the_same(base, data, tmp_path):
     more = {"max_steps": 4, "batch_size": 8, "lr": 1e-4, "save_every": 2, "save_total_limit": 9}
     assert run(config(base, data, tmp_path / "plain", **more), quiet=True) == 0
-    more |= {"max_tokens_per_batch": 130, "data_more": {"num_workers": 2}}
+    more |= {"max_tokens_per_batch": 130}
     assert run(config(base, data, tmp_path / "budget", **more), quiet=True) == 0
     assert losses_of(tmp_path / "plain") == pytest.approx(losses_of(tmp_path / "budget"), rel=1e-5)
     norms = [[r["grad_norm"] for r in rows_of(tmp_path / x)] for x in ("plain", "budget")]

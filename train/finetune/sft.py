@@ -33,7 +33,6 @@ def sft(run: Run) -> int:
         run,
         max_length=None,  # rows are cut by the data layer, which says so
         dataset_kwargs={"skip_prepare_dataset": True},
-        dataloader_num_workers=cfg.data.num_workers or 0,
     )
     run.build_model()
     names = ("rows", "records", "bad", "truncated", "tokens", "supervised_tokens")

@@ -139,26 +139,16 @@ class FeatureStore:
         self.folder = Path(folder).expanduser()
         self.index = Index.read(self.folder)
         self._shard = lru_cache(OPEN_SHARDS)(self._open)
-        files = [shard["file"] for shard in self.index.shards]
-        missing = [file for file in files if not (self.folder / file).exists()]
-        if missing:
-            raise EagleError(
-                f"{self.folder} lacks {len(missing)} of {len(files)} shards (first {missing[0]}); "
-                f"go on writing them with: {self.repair}"
-            )
-        for number in range(len(files)):
+        for number in range(len(self.index.shards)):
             self._shard(number)
 
-    @property
-    def repair(self) -> str:
-        return f"{self.index.command} --output {self.folder}"
-
     def _open(self, number: int):
-        """EagleError where the shard is cut short or belongs to another index."""
+        """EagleError where the shard is missing, cut short or of another index."""
         path = self.folder / self.index.shards[number]["file"]
         reason = damage(path, self.index, number)
         if reason:
-            raise EagleError(f"{path} {reason}; write it again with: {self.repair}")
+            repair = f"{self.index.command} --output {self.folder}"
+            raise EagleError(f"{path} {reason}; write it again with: {repair}")
         return safe_open(path, "pt")
 
     def require_fit(self, run: Belongs, data, cfg) -> None:
@@ -219,6 +209,8 @@ def damage(path: Path, index: Index, number: int) -> str | None:
     """What is wrong with a shard's file, None when it is whole (its length and header are looked
     at).
     """
+    if not path.exists():
+        return "is missing"
     tokens, H = index.shards[number]["tokens"], index.belongs.hidden_size
     try:
         with safe_open(path, "pt") as file:

@@ -9,20 +9,17 @@ B rows, T tokens of the longest row, rounded up.
 
 from __future__ import annotations
 
-import os
-import signal
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
 
 from configs.schema import TrainConfig
 from records import Collator, TokenizedData
 
 WIDTH = 8  # batches are as wide as a multiple of it
-MAX_WORKERS = 4  # a step's rows take a few milliseconds to read: more would only wait
 
 
 class RowOrder:
@@ -83,13 +80,13 @@ class MicroBatch:
     loss_weight: torch.Tensor
     places: list[tuple[int, int]]
 
-    def pin_memory(self) -> MicroBatch:
+    def pinned(self) -> MicroBatch:
         values = vars(self).items()
         pinned = {k: v.pin_memory() for k, v in values if isinstance(v, torch.Tensor)}
         return replace(self, **pinned)
 
 
-class Steps(Dataset):
+class Steps:
     """Item n: the micro-batches that one rank takes of the step that begins with row number n."""
 
     def __init__(
@@ -122,35 +119,13 @@ class Steps(Dataset):
         return read(row)
 
 
-def read_ahead(
-    steps: Steps, start: int, device: torch.device, num_workers: int | None = None
-) -> Iterator[list[MicroBatch]]:
-    """The steps from row `start` on, without end; worker processes end with the iterator."""
-    workers = choose_workers(device) if num_workers is None else num_workers
-    ahead = {"prefetch_factor": 2} if workers else {}
-    loader = DataLoader(
-        steps,
-        batch_size=None,
-        sampler=range(start, 2**62, steps.rows),
-        num_workers=workers,
-        pin_memory=device.type == "cuda",
-        generator=torch.Generator(),  # of its own: the run's is not to be drawn from
-        **ahead,
-    )
-    # A Ctrl-C reaches every process of the terminal. The run decides, and needs its data until
-    # then: workers inherit deafness.
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
-    try:
-        return iter(loader)
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def choose_workers(device: torch.device) -> int:
-    """Cores beyond one for each process of this machine, up to four. Without a GPU the cores have
-    the model to compute, and a step's data takes a thousandth of its time: none."""
-    if device.type == "cpu":
-        return 0
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", "1")))
-    return max(0, min(MAX_WORKERS, cores // processes - 1))
+def read_ahead(steps: Steps, start: int, device: torch.device) -> Iterator[list[MicroBatch]]:
+    """The steps from row `start` on, without end; a thread, which ends with the iterator, reads the
+    next one while a step is computed."""
+    with ThreadPoolExecutor(1) as reader:
+        coming = reader.submit(steps.__getitem__, start)
+        while True:
+            batches = coming.result()
+            start += steps.rows
+            coming = reader.submit(steps.__getitem__, start)
+            yield [batch.pinned() for batch in batches] if device.type == "cuda" else batches

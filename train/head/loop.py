@@ -170,8 +170,7 @@ class Trainer:
         self.engine.set_lr(lr)
         with self.seen.phase("data"):
             if self.batches is None:
-                workers = self.cfg.data.num_workers
-                self.batches = read_ahead(self.steps, self.rows_seen, self.world.device, workers)
+                self.batches = read_ahead(self.steps, self.rows_seen, self.world.device)
             batches = next(self.batches)
         sums = self.accumulate(batches, self.step + 1)
         with self.seen.phase("optimizer"):
@@ -239,7 +238,7 @@ class Trainer:
                 saved = self._save()
             if done >= 1:
                 break
-        self.batches = None  # ends the loader's processes
+        self.batches = None  # ends the reader
         self.seen.progress.close()
         if number:
             saved = saved or self._save()

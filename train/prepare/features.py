@@ -144,7 +144,7 @@ def find_todo(output: Path, index: Index) -> list[int]:
     for stale in output.glob(".shard-*.tmp"):  # of a run that was killed
         stale.unlink()
     paths = [output / shard["file"] for shard in index.shards]
-    return [n for n, path in enumerate(paths) if not path.exists() or damage(path, index, n)]
+    return [n for n, path in enumerate(paths) if damage(path, index, n)]
 
 
 def require_room(output: Path, index: Index, todo: list[int], quiet: bool) -> None:
