@@ -2,20 +2,16 @@
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from commands import Command
-from engine_helpers import assert_quiet
-from head_helpers import config, losses_of, rows_of
+from head_helpers import config, drafts_of, losses_of, rows_of
 from safetensors.torch import load_file
 
 from eagle.checkpoint import load_head
 from eagle.errors import EagleError
-from eagle.model import EaModel
 from eagle.target import Target
 from train import runs
 from train.main import run
@@ -58,17 +54,6 @@ def test_a_run_leaves_head_metrics_and_summary(plain_run, base):
     assert [e["step"] for e in summary["evaluations"]] == [0, 40] and summary["tau_after"] >= 1
     assert [p.name for p in runs.checkpoints(plain_run)] == ["step-35", "step-40"]
     assert (plain_run / "checkpoints" / "best").read_text().strip() == "step-40"
-
-
-def drafts_of(head_folder, base):
-    """What a saved head drafts in the engine: tokens of three prompts, and how many it had
-    accepted.
-    """
-    target = Target.from_pretrained(base, dtype="float32")
-    head, _ = load_head(head_folder, target, dtype="float32")
-    model = EaModel(target, head=head, tree="8,3,2")
-    rows = model.generate([[5, 6, 7, 8], [9, 10, 11], [40, 41]], max_new_tokens=24).rows
-    return [row.tokens for row in rows], [row.accepted for row in rows]
 
 
 def test_zero_stages_agree_and_resume(base, data, tmp_path):
@@ -117,59 +102,6 @@ def test_bf16_focal_muon_warm_start(plain_run, base, data, tmp_path):
     with pytest.raises(EagleError, match="train.zero=0"):
         run(config(base, data, tmp_path / "no", optimizer="muon", zero=2), quiet=True)
     assert not (tmp_path / "no").exists()
-
-
-RANKS = """
-import json, sys, os
-from configs.schema import HeadTrainConfig
-from train.main import run
-for path in sys.argv[1:]:
-    assert run(HeadTrainConfig.model_validate(json.load(open(path))), quiet=True) == 0
-"""
-
-
-@pytest.mark.slow
-def test_two_ranks_equal_one(base, data, tmp_path):
-    """Each ZeRO stage, and a checkpoint of two ranks that goes on with one."""
-    files, more = [], {"max_steps": 5, "save_every": 2, "save_total_limit": 9, "lr": 1e-4}
-    for zero in range(4):
-        cfg = config(base, data, tmp_path / f"two{zero}", zero=zero, batch_size=2, **more)
-        files.append(tmp_path / f"two{zero}.json")
-        files[-1].write_text(cfg.model_dump_json())
-    script = tmp_path / "ranks.py"
-    script.write_text(RANKS)
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node",
-        "2",
-        str(script),
-        *map(str, files),
-    ]
-    done = subprocess.run(command, env=ENV, cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert_quiet(done)
-    assert run(config(base, data, tmp_path / "one", batch_size=4, **more), quiet=True) == 0
-    one = load_file(tmp_path / "one" / "head" / "model.safetensors")
-    for zero in range(4):
-        two = tmp_path / f"two{zero}"
-        assert losses_of(two) == pytest.approx(losses_of(tmp_path / "one"), rel=1e-4)
-        weights = load_file(two / "head" / "model.safetensors")
-        # AdamW's first steps have the size of the learning rate wherever a gradient is nearly zero
-        assert max((one[k].float() - weights[k].float()).abs().mean().item() for k in one) < 1e-5
-        assert drafts_of(two / "head", base) == drafts_of(tmp_path / "one" / "head", base)
-        start = two / "checkpoints" / "step-2"
-        resumed = config(
-            base, data, tmp_path / f"more{zero}", batch_size=4, resume=str(start), **more
-        )
-        assert run(resumed, quiet=True) == 0
-        rows = rows_of(tmp_path / f"more{zero}")
-        assert [row["step"] for row in rows] == [3, 4, 5]
-        assert [row["loss"] for row in rows] == pytest.approx(
-            losses_of(tmp_path / "one")[2:], rel=1e-4
-        )
 
 
 def test_without_clipping_the_norm_is_still_told(base, data, tmp_path):
