@@ -85,7 +85,7 @@ def test_noise_is_uniform_and_scaled_by_length():
     for row, length in zip(noise.split([64, 32]), (64, 32), strict=True):
         limit = 0.1 * 512 / length
         assert limit * 0.98 < row.abs().max() <= limit
-        assert row.std() == pytest.approx(limit / 3**0.5, rel=0.03) and abs(row.mean()) < 0.02
+        assert row.std() == pytest.approx(limit / 3**0.5, rel=0.03) and abs(row.mean()) < 0.06
     assert with_noise(features, mask, 0.0) is features
     plain = HeadTrainConfig.model_validate({})
     assert feature_noise(plain, "eagle1") == 0.1 and feature_noise(plain, "eagle3") == 0.0

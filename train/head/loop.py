@@ -160,6 +160,7 @@ class Trainer:
 
     def _prime(self) -> None:
         """One update at learning rate 0, which makes the optimizer's state and changes nothing."""
+        self.seen.begin(self.step + 1)
         self.accumulate(self.steps[self.rows_seen], self.step + 1)
         self.engine.update()
 
