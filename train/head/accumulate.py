@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 
@@ -25,22 +26,20 @@ NO_MEMORY = ("can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
 MOST_NAMED = 8
 
 
+@dataclass
 class Accumulator:
     """Call it with a step's micro-batches, then `engine.update()`."""
 
-    def __init__(
-        self,
-        cfg: HeadTrainConfig,
-        world: World,
-        parts: Parts,
-        engine: Engine,
-        steps: Steps,
-        seen: Recorder,
-    ) -> None:
-        self.cfg, self.world, self.parts, self.engine = cfg, world, parts, engine
-        self.steps, self.seen = steps, seen
-        self.draft_ids = parts.head.draft_token_ids().to(world.device)
-        self.noise = feature_noise(cfg, parts.head.config.method)
+    cfg: HeadTrainConfig
+    world: World
+    parts: Parts
+    engine: Engine
+    steps: Steps
+    seen: Recorder
+
+    def __post_init__(self) -> None:
+        self.draft_ids = self.parts.head.draft_token_ids().to(self.world.device)
+        self.noise = feature_noise(self.cfg, self.parts.head.config.method)
 
     def __call__(self, batches: list[MicroBatch], step: int) -> torch.Tensor:
         """Add the gradient of step number `step`'s rows -> this rank's sums [G, S, C] for the

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -15,12 +15,9 @@ from records import TokenizedData
 from train.head.distributed import World
 
 
-@dataclass(frozen=True)
-class Prompt:
-    """Token ids, and the name of the source that they come from."""
-
+class Prompt(NamedTuple):
     ids: list[int]
-    source: str
+    source: str  # its name
 
 
 def heldout_prompts(data: TokenizedData, count: int, limit: int) -> list[Prompt]:
