@@ -82,7 +82,8 @@ class Accumulator:
             plan = plan.to(device)
             hidden, features = hidden_and_features(self.parts.states, ids, mask)
             features = with_noise(features, mask, self.noise)
-            embeds = self.parts.embed(ids[mask.bool()])
+            real = batch.input_ids[batch.attention_mask.bool()]  # picked without a wait
+            embeds = self.parts.embed(real.to(device, non_blocking=True))
             teacher = Teacher.of(self.parts.target, hidden[plan.sources], self.draft_ids)
             del hidden
         with self.seen.phase("head"):
