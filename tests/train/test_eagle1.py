@@ -208,10 +208,8 @@ def test_a_start_of_another_kind_is_refused(base, data, tmp_path, trained):
         run(cfg, quiet=True)
 
 
-@pytest.mark.parametrize("by", ["method", "start"])
-def test_features_on_disk_are_not_for_eagle1(base, data, tmp_path, trained, by):
-    model = ONE if by == "method" else {"init_head": str(trained / "head")}
-    cfg = config(base, data, tmp_path, model=model)
+def test_features_on_disk_are_not_for_eagle1(base, data, tmp_path, trained):
+    cfg = config(base, data, tmp_path, model={"init_head": str(trained / "head")})
     with pytest.raises(EagleError, match="leave this step out"):
         write_features(cfg, tmp_path / "features", "again")
 

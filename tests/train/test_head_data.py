@@ -7,7 +7,7 @@ import shutil
 
 import numpy as np
 import pytest
-from data_helpers import chat, write_jsonl
+from data_helpers import write_jsonl
 from head_helpers import WORDS, config, losses_of, rows_of
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
@@ -122,16 +122,6 @@ def test_special_tokens_are_always_in_the_draft_vocabulary(base, data, tmp_path)
         run(cfg, quiet=True)
 
 
-def test_fewer_distinct_tokens_than_the_draft_vocabulary_holds(base, tmp_path):
-    rows = [{"prefix": f"a{n}", "middle": "b b b", "suffix": ""} for n in range(60)]
-    path = write_jsonl(tmp_path / "few.jsonl", rows)
-    cfg = config(base, path, tmp_path / "run", max_steps=2, model={"draft_vocab_size": 200})
-    assert run(cfg, quiet=True) == 0
-    assert len(set(draft_ids(tmp_path / "run"))) == 200
-    report = json.loads((tmp_path / "run/summary.json").read_text())["draft_vocabulary"]
-    assert report["distinct_supervised"] < 10 and report["coverage"] == 1.0
-
-
 def test_a_warm_start_keeps_the_draft_vocabulary_on_other_data(base, data, tmp_path):
     """A draft id must mean what it meant, whatever the new data would choose."""
     rng = random.Random(0)
@@ -196,22 +186,6 @@ def test_too_little_supervision_is_refused(base, data, tmp_path):
     with pytest.raises(EagleError, match=r"supervises \d+ tokens, fewer than data.min_supervised"):
         run(cfg, quiet=True)
     assert not (tmp_path / "run").exists()
-
-
-def test_data_that_is_masked_all_over_is_refused(base, tmp_path):
-    rows = [{"input_ids": [5, 6, 7], "loss_mask": [0, 0, 0]} for _ in range(9)]
-    path = write_jsonl(tmp_path / "masked.jsonl", rows)
-    cfg = config(base, path, tmp_path / "run", data_more={"format": "tokenized"})
-    with pytest.raises(EagleError, match="all 9 rows are unusable: 9 x all-zero loss mask"):
-        run(cfg, quiet=True)
-    assert (tmp_path / "run/quarantine.jsonl").exists() and not (tmp_path / "run/head").exists()
-
-
-def test_a_file_of_several_formats_names_the_lines(base, tmp_path):
-    fim = [{"prefix": "a", "middle": "b c d", "suffix": "e"} for _ in range(8)]
-    path = write_jsonl(tmp_path / "both.jsonl", [*fim, chat("Hi?", "Yes."), *fim])
-    with pytest.raises(EagleError, match=r"1 of 17 .* missing field 'prefix'.*both.jsonl:9"):
-        run(config(base, path, tmp_path / "run"), quiet=True)
 
 
 @pytest.mark.parametrize("zero", [0, 1, 2, 3])

@@ -89,27 +89,6 @@ def test_the_cut_into_micro_batches_leaves_loss_weights_alone(base, files, tmp_p
     assert norms[0] == pytest.approx(norms[1], rel=1e-4)
 
 
-def test_shares_follow_weights_until_all_are_exhausted(base, files, tmp_path):
-    cfg = mixed(
-        base,
-        files,
-        tmp_path / "run",
-        weights=(3, 1),
-        max_steps=None,
-        epochs=1,
-        log_every=1,
-        batch_size=8,
-        lr=1e-6,
-    )
-    assert run(cfg, quiet=True) == 0
-    summary = json.loads((tmp_path / "run/summary.json").read_text())
-    fim, chats = 54, 36  # rows that are not held out, about
-    assert (
-        summary["rows_seen"] == pytest.approx(4 * chats, abs=30)
-        and summary["rows_seen"] > 3 * fim / 2
-    )
-
-
 def test_a_mixture_resumes_bit_for_bit(base, files, tmp_path):
     from safetensors.torch import load_file
 
