@@ -153,7 +153,6 @@ class DataConfig(RowsConfig):
     fim_tokens: FimTokens | None = Field(None, description="null = found in the tokenizer")
     min_supervised_tokens: int = Field(100, ge=1, description="below it a run is refused")
     num_proc: int | None = Field(None, ge=1, description="processes that tokenise; null = by cores")
-    num_workers: int | None = Field(None, ge=0, description="batch processes; null = by cores")
 
     @model_validator(mode="after")
     def _mixture_or_path(self) -> DataConfig:

@@ -117,3 +117,17 @@ def tiny_head(hidden=32, vocab=60, draft=24, heads=4, kv=2, seed=0, **options):
     head = make_head(c)
     head.set_draft_vocab(torch.randperm(vocab)[:draft])
     return head
+
+
+def drafts_of(head_folder, base):
+    """What a saved head drafts in the engine: tokens of three prompts, and how many it had
+    accepted."""
+    from eagle.checkpoint import load_head
+    from eagle.model import EaModel
+    from eagle.target import Target
+
+    target = Target.from_pretrained(base, dtype="float32")
+    head, _ = load_head(head_folder, target, dtype="float32")
+    model = EaModel(target, head=head, tree="8,3,2")
+    rows = model.generate([[5, 6, 7, 8], [9, 10, 11], [40, 41]], max_new_tokens=24).rows
+    return [row.tokens for row in rows], [row.accepted for row in rows]

@@ -19,6 +19,7 @@ import torch
 torch.set_num_threads(1)
 
 from configs.schema import HeadTrainConfig
+from train import runs
 from train.head import state as disk
 from train.head.distributed import import_deepspeed
 from train.main import run
@@ -51,7 +52,7 @@ def ended(pid: int) -> int:
 
 def require_newest_loads(output: Path) -> int:
     """Every checkpoint is whole, the newest one above all; returns its step, 0 without any."""
-    steps = [disk.load_checkpoint(path).info["step"] for path in disk.checkpoints(output)]
+    steps = [disk.load_checkpoint(path).info["step"] for path in runs.checkpoints(output)]
     pointer = output / "checkpoints" / "latest"
     if pointer.exists():
         assert disk.load_checkpoint(pointer.with_name(pointer.read_text().strip()))
@@ -66,7 +67,7 @@ def main() -> None:
 
     begun = time.monotonic()
     pid = start(values, whole, None)
-    while not disk.checkpoints(whole) and os.waitpid(pid, os.WNOHANG)[0] == 0:
+    while not runs.checkpoints(whole) and os.waitpid(pid, os.WNOHANG)[0] == 0:
         time.sleep(0.005)
     to_first = time.monotonic() - begun
     assert ended(pid) == 0

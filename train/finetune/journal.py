@@ -11,9 +11,7 @@ from transformers import TrainerCallback
 
 from eagle.meter import Bar, remaining
 from train.finetune.run import Run
-from train.head.guards import trim_heap
-from train.head.metrics import MetricsLog
-from train.head.signals import StopSignals
+from train.runs import MetricsLog, StopSignals, trim_heap
 
 
 class Journal(TrainerCallback):

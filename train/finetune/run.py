@@ -32,7 +32,7 @@ from train.finetune import checkpoints as disk
 from train.finetune.adapter import adapter_bytes
 from train.finetune.policy import base_fingerprint, base_name, build_policy
 from train.head.distributed import World, join_world
-from train.head.state import require_writable, write_config
+from train.runs import require_writable, write_config
 
 PREDICTIONS = "predictions.jsonl"
 # files of a checkpoint that are there to resume; the rest is the adapter folder

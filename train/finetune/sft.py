@@ -18,7 +18,7 @@ from configs.finetune_schema import SftConfig
 from records import Collator, load_dataset_for
 from train.finetune.run import Run
 from train.finetune.trainer import RunTrainer, arguments, pad_id, shares, token_losses
-from train.head.guards import require_supervised
+from train.runs import require_supervised
 
 
 def sft(run: Run) -> int:
@@ -33,7 +33,6 @@ def sft(run: Run) -> int:
         run,
         max_length=None,  # rows are cut by the data layer, which says so
         dataset_kwargs={"skip_prepare_dataset": True},
-        dataloader_num_workers=cfg.data.num_workers or 0,
     )
     run.build_model()
     names = ("rows", "records", "bad", "truncated", "tokens", "supervised_tokens")

@@ -144,7 +144,7 @@ def find_todo(output: Path, index: Index) -> list[int]:
     for stale in output.glob(".shard-*.tmp"):  # of a run that was killed
         stale.unlink()
     paths = [output / shard["file"] for shard in index.shards]
-    return [n for n, path in enumerate(paths) if not path.exists() or damage(path, index, n)]
+    return [n for n, path in enumerate(paths) if damage(path, index, n)]
 
 
 def require_room(output: Path, index: Index, todo: list[int], quiet: bool) -> None:
@@ -189,11 +189,10 @@ def compute(
         )
         ids, mask = (batch[name].to(target.device) for name in ("input_ids", "attention_mask"))
         hidden, features = hidden_and_features(target, ids, mask)
-        for place, n in enumerate(chosen):
-            found[n] = [
-                tensor[place, : len(rows[n])].to("cpu", target.dtype)
-                for tensor in (features, hidden)
-            ]
+        lengths = [len(rows[n]) for n in chosen]
+        parts = (x.to("cpu", target.dtype).split(lengths) for x in (features, hidden))
+        for n, *both in zip(chosen, *parts, strict=True):
+            found[n] = both
         meter.add(len(chosen), sum(len(rows[n]) for n in chosen))
     ordered = zip(*(found[n] for n in range(len(rows))), strict=True)
     features, hidden = map(torch.cat, ordered)

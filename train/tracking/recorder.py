@@ -25,7 +25,8 @@ from torch.profiler import profile, schedule
 from configs.schema import HeadTrainConfig
 from eagle.checkpoint import atomic_write_text
 from train.head.distributed import World
-from train.head.metrics import MetricsLog, Progress
+from train.head.metrics import Progress
+from train.runs import MetricsLog
 from train.tracking.card import environment
 from train.tracking.perf import FlopCount, PerfMeter, memory, peak_flops
 from train.tracking.report import write_report
