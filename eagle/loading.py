@@ -330,14 +330,9 @@ def target_fingerprint(model: torch.nn.Module) -> str:
     """
     config = model.config.get_text_config()
     names = (
-        "model_type",
-        "hidden_size",
-        "intermediate_size",
-        "num_hidden_layers",
-        "num_attention_heads",
-        "num_key_value_heads",
-        "vocab_size",
-    )
+        "model_type hidden_size intermediate_size num_hidden_layers num_attention_heads "
+        "num_key_value_heads vocab_size"
+    ).split()
     digest = hashlib.sha256(repr([(n, getattr(config, n, None)) for n in names]).encode())
     layers = decoder_layers(model.get_decoder())
     modules = [("embed", model.get_input_embeddings()), ("first", layers[0]), ("last", layers[-1])]
@@ -391,14 +386,8 @@ def resolve_device(device: str | torch.device | None) -> torch.device:
 def resolve_dtype(dtype: str | torch.dtype) -> torch.dtype | str:
     if isinstance(dtype, torch.dtype) or dtype == "auto":
         return dtype
-    names = {
-        "float32": torch.float32,
-        "fp32": torch.float32,
-        "bfloat16": torch.bfloat16,
-        "bf16": torch.bfloat16,
-        "float16": torch.float16,
-        "fp16": torch.float16,
-    }
+    full = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+    names = {name: getattr(torch, full.get(name, name)) for name in (*full, *full.values())}
     if dtype not in names:
         raise EagleError(f"unknown dtype {dtype!r}; use auto, float32, bfloat16 or float16")
     return names[dtype]

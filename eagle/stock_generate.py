@@ -15,27 +15,14 @@ from .options import refuse, top_p_of
 
 # no processor of such a call, or one that would have to come after the warpers
 ELSEWHERE = (
-    "num_beams",
-    "guidance_scale",
-    "typical_p",
-    "epsilon_cutoff",
-    "eta_cutoff",
-    "top_h",
-    "penalty_alpha",
-    "dola_layers",
-    "prompt_lookup_num_tokens",
-)
+    "num_beams guidance_scale typical_p epsilon_cutoff eta_cutoff top_h penalty_alpha dola_layers "
+    "prompt_lookup_num_tokens"
+).split()
 OUTPUTS = ("output_scores", "output_logits", "output_attentions", "output_hidden_states")
 # what stock `generate` prepares for every model; what these may say beyond that is looked at
-PREPARED = {
-    "use_cache",
-    "logits_to_keep",
-    "attention_mask",
-    "position_ids",
-    "cache",
-    "past_key_values",
-    "cache_position",
-}
+PREPARED = (
+    "use_cache logits_to_keep attention_mask position_ids cache past_key_values cache_position"
+).split()
 # ours to apply, or to end by
 WARPERS = ("TemperatureLogitsWarper", "TopKLogitsWarper", "TopPLogitsWarper", "MinPLogitsWarper")
 ENDS = ("MaxLengthCriteria", "EosTokenCriteria")

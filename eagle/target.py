@@ -123,22 +123,11 @@ class Target:
         cls,
         path: str | Path | None = None,
         *,
-        dtype: str | torch.dtype = "auto",
-        device: str | torch.device | None = None,
-        quantization: str = "none",
-        adapter_path: str | Path | None = None,
         feature_layers: tuple[int, ...] | None = None,
-        **hf_kwargs,
+        **options,
     ) -> Target:
-        """Load a model folder or hub id, as `eagle.loading.load_model` does."""
-        model, identity = load_model(
-            path,
-            dtype=dtype,
-            device=device,
-            quantization=quantization,
-            adapter_path=adapter_path,
-            **hf_kwargs,
-        )
+        """Load a model folder or hub id; options as of `eagle.loading.load_model`."""
+        model, identity = load_model(path, **options)
         model.eval().requires_grad_(False)
         return cls(model, identity["id"], feature_layers, identity)
 

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 
 from ..errors import EagleError
-from .head import FINAL, HeadConfig
+from .head import FINAL, SHAPE, HeadConfig
 from .layers import written_ids
 from .tables import EMBEDDING, Format, table
 
@@ -160,21 +160,10 @@ def _vllm(path: object, raw: dict, llama: dict, nested: bool) -> dict:
 
 def _flat(config: HeadConfig, dtype: torch.dtype) -> dict:
     """What every format says of the decoder layers."""
+    names = [n for n in SHAPE if n not in ("draft_vocab_size", "target_hidden_size")]
     return {
         "num_hidden_layers": config.num_layers,
-        "hidden_size": config.hidden_size,
-        "intermediate_size": config.intermediate_size,
-        "num_attention_heads": config.num_attention_heads,
-        "num_key_value_heads": config.num_key_value_heads,
-        "head_dim": config.head_dim,
-        "vocab_size": config.vocab_size,
-        "max_position_embeddings": config.max_position_embeddings,
-        "hidden_act": config.hidden_act,
-        "rms_norm_eps": config.rms_norm_eps,
-        "rope_theta": config.rope_theta,
-        "rope_scaling": config.rope_scaling,
-        "attention_bias": config.attention_bias,
-        "mlp_bias": config.mlp_bias,
+        **{name: getattr(config, name) for name in (*names, "attention_bias", "mlp_bias")},
         "tie_word_embeddings": False,
         "torch_dtype": DTYPES[dtype],
     }

@@ -11,25 +11,9 @@ import torch
 from ..errors import EagleError
 from ..files import weights_hash
 from .configs import written_layers
-from .head import OPTIONS
+from .head import OPTIONS, SHAPE
 from .read import Published
 from .tables import EMBEDDING
-
-SHAPE = (
-    "hidden_size",
-    "intermediate_size",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "vocab_size",
-    "draft_vocab_size",
-    "target_hidden_size",
-    "rms_norm_eps",
-    "rope_theta",
-    "rope_scaling",
-    "max_position_embeddings",
-    "hidden_act",
-)
 
 
 def describe(published: Published) -> dict:

@@ -215,6 +215,7 @@ def require_typed(cls: type, values: dict) -> None:
 
 NAMES = [f.name for f in fields(HeadConfig)]
 OPTIONS = NAMES[NAMES.index("method") :]  # in what published heads differ
+SHAPE = [name for name in NAMES if name not in ("feature_layers", *OPTIONS)]
 
 
 def mlp_width(config) -> int:
