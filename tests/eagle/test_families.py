@@ -1,4 +1,4 @@
-"""Every family of the README: drafted output is plain output is transformers' output; refusals say
+"""Every family of docs/families.md: drafted output is plain output is transformers' output; refusals say
 why.
 """
 
@@ -19,7 +19,7 @@ from engine_helpers import (
     plain,
     stock_greedy,
 )
-from families import REFUSED, ROOT, SERVED, Family, Refused, with_table
+from families import PAGE, REFUSED, SERVED, Family, with_table
 
 from eagle.errors import EagleError
 from eagle.model import EaModel
@@ -35,7 +35,7 @@ class Case:
     equal.
     """
 
-    def __init__(self, family: Family | Refused) -> None:
+    def __init__(self, family: Family) -> None:
         self.family = family
         self.target = Target(family.build(), name=family.name)
         self.prompts = make_prompts((9, 3, 14))
@@ -217,7 +217,7 @@ def test_refusals_name_the_family_the_reason_and_the_remedy(refused):
 
 
 def test_a_family_that_newly_works_is_reported():
-    works = Refused("Llama", "LlamaConfig", "LlamaForCausalLM", reason="none", match="none")
+    works = Family("Llama", "LlamaConfig", reason="none")
     with pytest.warns(UserWarning, match="Llama works now"):
         test_refusals_name_the_family_the_reason_and_the_remedy(works)
 
@@ -256,11 +256,11 @@ def test_the_probe_finds_attention_arguments_that_are_not_honoured():
         Target(model)
 
 
-def test_the_table_in_the_readme():
+def test_the_table_in_the_docs():
     if absent := [f.name for f in SERVED if not f.present]:
         pytest.skip(f"this transformers has no {', '.join(absent)}")
-    readme = (ROOT / "README.md").read_text("utf-8")
-    assert with_table(readme) == readme, "run: .venv/bin/python tests/eagle/families.py --write"
+    page = PAGE.read_text("utf-8")
+    assert with_table(page) == page, "run: .venv/bin/python tests/eagle/families.py --write"
 
 
 def test_family_names_are_told_once():
