@@ -173,23 +173,6 @@ def test_another_model_object_loads_what_is_there(model, compile_cache):
     )
 
 
-def test_streams_that_take_turns(model, target):
-    """The pass that runs is global to the operator; a pass begins and ends within one step."""
-    options = dict(max_new_tokens=NEW, compile="max")
-    streams = [model.stream(PROMPTS[:2], **options), model.stream(PROMPTS, slots=2, **options)]
-    got, running = [{}, {}], [0, 1]
-    while running:
-        for n in list(running):
-            span = next(streams[n], None)
-            if span is None:
-                running.remove(n)
-            else:
-                got[n].setdefault(span.index, []).extend(span.tokens)
-    expected = plain(target, PROMPTS, max_new_tokens=NEW, compile="off")
-    assert [got[0][i] for i in range(2)] == expected[:2]
-    assert [got[1][i] for i in range(5)] == expected
-
-
 def test_threads_take_turns_in_compiled_passes(model, target):
     """On one model, and on another whose target is another object."""
     other = make_target("llama")

@@ -307,15 +307,6 @@ def test_inspect_head_beside_a_target(tmp_path, llama, command, known):
     assert known or "differs: it was trained on trained on (weights 000000000000)" in shown
 
 
-def test_inspect_head_is_a_command_of_two_words(monkeypatch, capsys):
-    from inference.console import main
-
-    monkeypatch.setattr(sys, "argv", ["eagle", "inspect", "head", str(EMBEDDED_HEAD)])
-    with pytest.raises(SystemExit) as end:
-        main()
-    assert end.value.code == 0 and "3072 of 4096" in capsys.readouterr().out
-
-
 # --- folders for a hub
 
 

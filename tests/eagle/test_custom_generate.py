@@ -100,10 +100,10 @@ def test_the_streamer_and_the_result_are_the_calls_own(model, way, tmp_path):
 @pytest.mark.parametrize(
     "asked",
     [
+        {"num_beams": 3},
+        {"guidance_scale": 1.5},
         {"output_scores": True},
-        {"output_logits": True},
         {"output_attentions": True},
-        {"output_hidden_states": True},
         {"penalty_alpha": 0.6, "top_k": 4},
         {"prompt_lookup_num_tokens": 3},
         {"inputs_embeds": torch.zeros(1, 5, 32)},

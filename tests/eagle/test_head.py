@@ -12,10 +12,9 @@ from engine_helpers import make_prompts, make_target, stock_greedy
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from eagle.cache import StaticKVCache
 from eagle.draft import HeadDrafter
 from eagle.errors import EagleError
-from eagle.heads.head import FINAL, Eagle1Head, Eagle3Head, HeadConfig, make_head
+from eagle.heads.head import FINAL, HeadConfig, make_head
 from eagle.model import EaModel
 from eagle.tree import TreeShape
 
@@ -354,18 +353,6 @@ def test_bad_rope_scaling_is_refused(llama, scaling):
         make_head(HeadConfig.for_target(llama.config, rope_scaling=scaling))
 
 
-def test_heads_are_made_of_their_own_kind(llama):
-    three, one = (
-        HeadConfig.for_target(llama.config, method=method) for method in ("eagle3", "eagle1")
-    )
-    with pytest.raises(EagleError, match="use make_head"):
-        Eagle1Head(three)
-    with pytest.raises(EagleError, match="use make_head"):
-        Eagle3Head(one)
-    with pytest.raises(EagleError, match="give head_logits"):
-        HeadDrafter(make_head(one), llama.embed, TreeShape())
-
-
 def test_options_at_their_default_leave_a_config_as_it_was(llama):
     """Configs and resumed runs of before there were options."""
     plain = HeadConfig.for_target(llama.config).to_dict()
@@ -375,12 +362,6 @@ def test_options_at_their_default_leave_a_config_as_it_was(llama):
         values = config.to_dict()
         assert HeadConfig(**{**values, "feature_layers": tuple(values["feature_layers"])}) == config
     assert HeadConfig.for_target(llama.config, method="eagle1").to_dict()["method"] == "eagle1"
-
-
-def test_a_head_of_several_layers_has_as_many_in_its_cache(llama):
-    drafter = HeadDrafter(head_of(llama, "three-layers-qwen3"), llama.embed, TreeShape())
-    drafter.begin(2, 10)
-    assert isinstance(drafter.cache, StaticKVCache) and drafter.cache.buffer.shape[0] == 3
 
 
 @pytest.mark.slow

@@ -210,17 +210,3 @@ def test_seeds():
     for bad in ("1", 1.5, [1, 2, 3], ["a", "b"], True, [2**63, 0], 2**63 - 1, -(2**63) - 1):
         with pytest.raises(EagleError, match="seed"):
             row_seeds(bad, 2)
-
-
-def test_do_sample(llama):
-    model = EaModel(llama)
-    prompt = make_prompts((4,))
-    greedy = model.naivegenerate(prompt, max_new_tokens=6)
-    assert torch.equal(
-        model.naivegenerate(prompt, max_new_tokens=6, do_sample=False, temperature=1.3), greedy
-    )
-    sampled = model.naivegenerate(prompt, max_new_tokens=6, do_sample=True, seed=3)
-    again = model.naivegenerate(prompt, max_new_tokens=6, temperature=1.0, seed=3)
-    assert torch.equal(sampled, again)
-    with pytest.raises(EagleError, match="conflicts with temperature 0"):
-        model.naivegenerate(prompt, do_sample=True, temperature=0.0)

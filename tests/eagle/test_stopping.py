@@ -9,18 +9,11 @@ from engine_helpers import (
     make_prompts,
     make_target,
     make_tokenizer,
-    new_tokens,
     padded,
     plain,
     stock_greedy,
 )
-from transformers import (
-    BatchEncoding,
-    LogitsProcessorList,
-    NoRepeatNGramLogitsProcessor,
-    RepetitionPenaltyLogitsProcessor,
-    TextStreamer,
-)
+from transformers import BatchEncoding
 
 from eagle.errors import EagleError
 from eagle.model import EaModel
@@ -211,58 +204,6 @@ def test_log_and_statistics(llama, answer):
     assert (new, cycles) == (9, 8)
 
 
-class Collect(TextStreamer):
-    def __init__(self):
-        self.got, self.ended = [], False
-
-    def put(self, value):
-        self.got += value.flatten().tolist()
-
-    def end(self):
-        assert not self.ended
-        self.ended = True
-
-
-def test_streamer(llama, answer):
-    streamer = Collect()
-    out = head_model(llama).eagenerate(PROMPT, max_new_tokens=20, streamer=streamer)
-    assert streamer.got == out[0].tolist() == PROMPT[0] + answer[:20] and streamer.ended
-    with pytest.raises(EagleError, match="streamer"):
-        head_model(llama).eagenerate(PROMPT * 2, streamer=Collect())
-
-
-@pytest.mark.parametrize(
-    "sampling", [{}, {"temperature": 1.3, "seed": 4}], ids=["greedy", "sampled"]
-)
-def test_logits_processors(llama, sampling):
-    prompts = make_prompts((7, 3, 11))
-    processors = LogitsProcessorList(
-        [RepetitionPenaltyLogitsProcessor(1.8), NoRepeatNGramLogitsProcessor(2)]
-    )
-    options = dict(max_new_tokens=24, logits_processor=processors, **sampling)
-    slow = plain(llama, prompts, **options)
-    assert slow != plain(llama, prompts, max_new_tokens=24, **sampling)
-    for drafter in (None, ScriptedDrafter(slow, True, "16,4,4")):
-        model = head_model(llama, "16,4,4") if drafter is None else EaModel(llama, drafter=drafter)
-        result = model.generate(prompts, **options)
-        assert new_tokens(result) == slow
-    assert result.tau > 5
-    if not sampling:
-        with llama.stock() as stock:
-            for prompt, tokens in zip(prompts, slow, strict=True):
-                ids = torch.tensor([prompt])
-                out = stock.generate(
-                    ids,
-                    attention_mask=torch.ones_like(ids),
-                    max_new_tokens=24,
-                    do_sample=False,
-                    repetition_penalty=1.8,
-                    no_repeat_ngram_size=2,
-                    pad_token_id=0,
-                )
-                assert out[0, len(prompt) :].tolist() == tokens
-
-
 def test_one_prompt_in_every_form(llama):
     model = EaModel(llama)
     flat = [5, 9, 2]
@@ -336,31 +277,3 @@ def test_bad_prompts_are_refused(llama, name):
     ids, mask, message = BAD[name]
     with pytest.raises(EagleError, match=message):
         EaModel(llama).naivegenerate(ids, mask)
-
-
-@pytest.mark.parametrize(
-    "options",
-    [dict(max_new_tokens=0), dict(max_new_tokens=-3), dict(max_new_tokens=2.5), dict(max_length=0)],
-    ids=str,
-)
-def test_bad_limits_are_refused(llama, options):
-    with pytest.raises(EagleError, match=next(iter(options))):
-        EaModel(llama).naivegenerate(PROMPT, **options)
-
-
-def test_interleaved_calls_do_not_share_a_cache(llama):
-    model = head_model(llama)
-    first, second = make_prompts((6, 11))
-    options = dict(max_new_tokens=20, eos_token_id=-1)
-    calls = [model.ea_generate([first], **options), model.ea_generate([second, first], **options)]
-    shown = [None, None]
-    running = [0, 1]
-    while running:
-        for i in list(running):
-            step = next(calls[i], None)
-            if step is None:
-                running.remove(i)
-            else:
-                shown[i] = step
-    assert torch.equal(shown[0], model.naivegenerate([first], **options))
-    assert torch.equal(shown[1], model.naivegenerate([second, first], **options))

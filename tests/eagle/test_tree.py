@@ -304,22 +304,3 @@ def test_trees_have_distinct_children_and_falling_scores(llama):
     assert (
         tree.tokens[:, 0].tolist() == [3, 4] and (tree.parents[:, 1:] < torch.arange(1, 40)).all()
     )
-
-
-@torch.inference_mode()
-def test_incremental_ingest_equals_one_pass(llama):
-    """The prompt at once, or a few tokens at a time: same next prediction, same cache."""
-    head = make_head(llama)
-    features, tokens = torch.randn(1, 12, 96), torch.randint(0, 128, (1, 12))
-    whole = HeadDrafter(head, llama.embed, TreeShape(8, 3, 2))
-    whole.begin(1, 12)
-    whole.ingest(features, tokens, torch.tensor([12]), [12])
-    parts = HeadDrafter(head, llama.embed, TreeShape(8, 3, 2))
-    parts.begin(1, 12)
-    for start, end in ((0, 1), (1, 5), (5, 6), (6, 12)):
-        n = end - start
-        parts.ingest(features[:, start:end], tokens[:, start:end], torch.tensor([n]), [n])
-    assert torch.allclose(whole.last, parts.last, atol=1e-4)
-    assert torch.allclose(
-        whole.cache.buffer[..., :12, :], parts.cache.buffer[..., :12, :], atol=1e-4
-    )
