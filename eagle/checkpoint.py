@@ -17,6 +17,7 @@ from .files import atomic_dir as atomic_dir
 from .files import atomic_write_text as atomic_write_text
 from .files import read_json as read_json
 from .files import require_equal as require_equal
+from .files import tidy as tidy
 from .files import write_json as write_json
 from .heads.configs import DTYPES, own_config
 from .heads.head import FINAL, DraftHead, HeadConfig, build

@@ -142,7 +142,8 @@ def load(module: torch.nn.Module, example: tuple, name: str, seconds: dict[str, 
     size = sum(p.numel() * p.element_size() for p in module.parameters())
     if size > LARGEST:
         raise EagleError(
-            f"compile='max' keeps a second copy of the weights, and {size / 2**30:.1f} GiB is too much for that; "
+            f"compile='max' keeps a second copy of the weights, and {size / 2**30:.1f} GiB is too "
+            "much for that; "
             "use compile='off'"
         )
     started = time.perf_counter()
@@ -197,7 +198,8 @@ def package(module, example, path: Path, dynamic):
 def cannot_compile(error: Exception) -> EagleError:
     reason = next(iter(str(error).strip().splitlines()), "")
     return EagleError(
-        f"cannot compile this model ({type(error).__name__}: {reason}); use compile='off'. Compiling on a CPU "
+        f"cannot compile this model ({type(error).__name__}: {reason}); use compile='off'. "
+        "Compiling on a CPU "
         "needs a C++ compiler (g++) and ninja"
     )
 

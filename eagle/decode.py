@@ -14,11 +14,11 @@ from dataclasses import dataclass
 import torch
 
 from .cache import StaticKVCache
-from .draft import Drafter
+from .draft import Drafter, following
 from .plan import Plan
 from .request import Row
 from .sampling import Sampler
-from .target import Target
+from .target import Target, padded
 from .tree import DraftTree
 from .verify import Verdict, verify
 
@@ -133,11 +133,7 @@ class Batch:
         """
         order, self.free = self.free[: len(rows)], self.free[len(rows) :]
         cache, device = self.cache.empty_rows(order), self.target.device
-        host_lengths = [len(row.prompt) for row in rows]
-        ids = torch.zeros(len(rows), max(host_lengths), dtype=torch.int64)
-        for line, row in zip(ids, rows, strict=True):
-            line[: len(row.prompt)] = torch.tensor(row.prompt)
-        ids, lengths = ids.to(device), torch.tensor(host_lengths, device=device)
+        ids, lengths, host_lengths = padded([row.prompt for row in rows], device)
         draft = self.drafter is not None
         logits, features = self.target.prefill(ids, lengths, host_lengths, cache, features=draft)
         root = choose(rows, sampler_of(rows, device), logits, None, lengths[:, None])
@@ -148,16 +144,14 @@ class Batch:
         keep_logprobs(rows, logits, torch.zeros_like(root), root, counts)
         self.settle()
         if draft:
-            following = torch.cat([ids[:, 1:], ids[:, :1]], dim=1).scatter(
-                1, lengths[:, None] - 1, root
-            )
+            tokens = following(ids, lengths, root[:, 0])
             drafter = self.drafter.empty_rows(order)
             if self.plan is not None and self.plan.rests(len(self.rows) + len(rows)):
-                prompt = Pending(host_lengths, lengths, None, following, features)
+                prompt = Pending(host_lengths, lengths, None, tokens, features)
                 self.deferred.append((rows, prompt))
             else:
                 self.catch_up()
-                drafter.ingest(features, following, lengths, host_lengths)
+                drafter.ingest(features, tokens, lengths, host_lengths)
             self.drafter.join(drafter)
         self.cache.join(cache)
         self.rows = self.rows + rows

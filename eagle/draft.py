@@ -215,3 +215,9 @@ class HeadDrafter:
             self.shape.num_nodes,
             self.shape.levels,
         )
+
+
+def following(ids: torch.Tensor, lengths: torch.Tensor, root: torch.Tensor) -> torch.Tensor:
+    """Prompts [b, T] of lengths [b], and the roots [b] -> [b, T] the token that follows each."""
+    shifted = torch.cat([ids[:, 1:], ids[:, :1]], dim=1)
+    return shifted.scatter(1, lengths[:, None] - 1, root[:, None])

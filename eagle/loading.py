@@ -82,7 +82,8 @@ def find_folder(
             .split(". ")[0]
         )
         raise EagleError(
-            f"{said}, and the hub does not give it ({reason[:200]}); {give}, or make one where the hub can be "
+            f"{said}, and the hub does not give it ({reason[:200]}); {give}, or make one where "
+            "the hub can be "
             f"reached: hf download {hub_id} --local-dir FOLDER"
         ) from error
     return found
@@ -105,7 +106,8 @@ def load_tokenizer(name: str | Path | None = None) -> Any:
     except (OSError, ValueError, KeyError, TypeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise EagleError(
-            f"cannot load a tokenizer from {str(folder)!r}: {reason} (give a folder with tokenizer.json)"
+            f"cannot load a tokenizer from {str(folder)!r}: {reason} (give a folder with "
+            "tokenizer.json)"
         ) from error
 
 
@@ -193,7 +195,8 @@ def read_model(
     except (OSError, ValueError, TypeError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0]
         raise EagleError(
-            f"cannot load the {role} model {str(source)!r}: {reason} (give a folder with config.json and weights)"
+            f"cannot load the {role} model {str(source)!r}: {reason} (give a folder with "
+            "config.json and weights)"
         ) from error
 
 
@@ -235,7 +238,8 @@ def find_adapter(path: str | Path) -> Path:
         if (candidate / CONFIG).exists() and (candidate / WEIGHTS).exists():
             return candidate
     raise EagleError(
-        f"no adapter in {str(path)!r}: give a folder with {CONFIG} and {WEIGHTS}, or the run that made it"
+        f"no adapter in {str(path)!r}: give a folder with {CONFIG} and {WEIGHTS}, or the run that "
+        "made it"
     )
 
 
@@ -254,7 +258,8 @@ def require_base(folder: Path, record: dict, name: str, found: str) -> None:
     expected = base.get("fingerprint")
     if expected not in (None, found):
         raise EagleError(
-            f"the adapter {folder} was trained on {base.get('id', 'another model')} (weights {expected[:12]}), not on "
+            f"the adapter {folder} was trained on {base.get('id', 'another model')} (weights "
+            f"{expected[:12]}), not on "
             f"{name} (weights {found[:12]}); give that base"
         )
 
@@ -272,7 +277,8 @@ def attach(model: nn.Module, folder: Path, identity: dict) -> str:
     except (OSError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:300]
         raise EagleError(
-            f"the adapter {folder} does not fit {identity['id']}: {reason}; give the base it was trained on"
+            f"the adapter {folder} does not fit {identity['id']}: {reason}; give the base it was "
+            "trained on"
         ) from error
     # what does not match by name is only warned about by transformers, and left random
     held = {n.replace(".default", ""): p.shape for n, p in model.named_parameters() if "lora_" in n}
@@ -282,8 +288,10 @@ def attach(model: nn.Module, folder: Path, identity: dict) -> str:
     if not held or held != brought:
         strange = sorted(set(held.items()) ^ set(brought.items()))
         raise EagleError(
-            f"the adapter {folder} does not fit {identity['id']}: {len(strange)} of its weights and the model's do not "
-            f"match, {strange[0][0] if strange else 'no LoRA weight'} first; give the base it was trained on"
+            f"the adapter {folder} does not fit {identity['id']}: {len(strange)} of its weights "
+            "and the model's do not "
+            f"match, {strange[0][0] if strange else 'no LoRA weight'} first; give the base it was "
+            "trained on"
         )
     model.requires_grad_(False)
     return weights_hash(tensors)
@@ -357,7 +365,8 @@ def differences(recorded: dict, found: dict) -> list[str]:
     said = []
     if recorded.get("fingerprint") not in (None, found["fingerprint"]):
         said.append(
-            f"it was trained on {recorded.get('id', 'another model')} (weights {recorded['fingerprint'][:12]}), "
+            f"it was trained on {recorded.get('id', 'another model')} (weights "
+            f"{recorded['fingerprint'][:12]}), "
             f"this target is {found['id']} (weights {found['fingerprint'][:12]})"
         )
     if "adapter" in recorded and recorded["adapter"] != found["adapter"]:
@@ -369,7 +378,8 @@ def differences(recorded: dict, found: dict) -> list[str]:
     quantization = recorded.get("quantization") or "none"
     if quantization != found["quantization"]:
         said.append(
-            f"it was trained with quantization={quantization}, this target has {found['quantization']}"
+            f"it was trained with quantization={quantization}, this target has "
+            f"{found['quantization']}"
         )
     return said
 

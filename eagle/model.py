@@ -10,18 +10,21 @@ import copy
 import functools
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from numbers import Integral
 from pathlib import Path
 
 import torch
 
 from . import stock_generate
+from .checkpoint import load_head
 from .compile import CompiledHead, CompiledTarget, compiled_folder
 from .costs import CostTable
 from .decode import Timings, decode
 from .draft import Drafter, HeadDrafter
 from .errors import EagleError
+from .generation import Generation, Span, Start, raise_errors, require_room, show
+from .generation import acceptance_by_depth as acceptance_by_depth
 from .heads.head import DraftHead
 from .loading import EMBEDDED, load_tokenizer
 from .options import Options, Prompt, check_prompt, split_options
@@ -40,49 +43,6 @@ MODES = ("auto", "off", "max")
 def default_tree(target: Target) -> TreeShape:
     """Upstream's; for the embedded model a smaller one, which is faster there."""
     return EMBEDDED_TREE if target.name == "embedded" else TreeShape()
-
-
-@dataclass
-class Generation:
-    """What a call produced. `sequences` [B, L]: prompts as given and new tokens, right-padded; see
-    `eagenerate`.
-    """
-
-    rows: list[Row]
-    sequences: torch.Tensor
-    timings: Timings
-
-    @property
-    def new_tokens(self) -> int:
-        return sum(len(row.tokens) for row in self.rows)
-
-    @property
-    def cycles(self) -> int:
-        """Verifications, summed over rows."""
-        return sum(row.cycles for row in self.rows)
-
-    @property
-    def tau(self) -> float:
-        """Acceptance length: tokens gained per verification and row, `next_token` included."""
-        gained = self.new_tokens - len(self.rows)
-        return gained / self.cycles if self.cycles else 0.0
-
-    @property
-    def acceptance_by_depth(self) -> list[float]:
-        """Conditional: of the cycles that accepted depth d-1, the share that accepted depth d (d
-        from 1).
-        """
-        return acceptance_by_depth([row.accepted for row in self.rows])
-
-
-def acceptance_by_depth(histograms: Sequence[list[int]]) -> list[float]:
-    """histograms: [a] cycles with a accepted draft tokens -> conditional acceptance rate of depth
-    1, 2, …
-    """
-    depth = max((len(h) for h in histograms), default=0)
-    total = [sum(h[a] for h in histograms if a < len(h)) for a in range(depth)]
-    reached = [sum(total[a:]) for a in range(depth)]
-    return [reached[a + 1] / reached[a] for a in range(depth - 1) if reached[a]]
 
 
 class EaModel:
@@ -176,17 +136,14 @@ class EaModel:
         given = {k: v for k, v in given.items() if v is not None}
         if tree is not None and given:
             raise EagleError(
-                f"tree={str(tree)!r} and {', '.join(f'{k}={v}' for k, v in given.items())} say two things; give one"
+                f"tree={str(tree)!r} and {', '.join(f'{k}={v}' for k, v in given.items())} say "
+                "two things; give one"
             )
         if given == {"total_token": -1}:
             tree, given = "auto", {}
+        loading = {"dtype": dtype, "device": device, "adapter_path": adapter_path}
         target = Target.from_pretrained(
-            base_model_path,
-            dtype=dtype,
-            device=device,
-            adapter_path=adapter_path,
-            quantization=quantization,
-            **hf_kwargs,
+            base_model_path, quantization=quantization, **loading, **hf_kwargs
         )
         if given:
             tree = replace(default_tree(target), **{k: v for k, v in given.items() if v != -1})
@@ -198,14 +155,13 @@ class EaModel:
             ea_model_path = EMBEDDED_HEAD
         head = None
         if ea_model_path is not None:
-            from .checkpoint import load_head
-
             head, _ = load_head(ea_model_path, target, dtype=target.dtype, device=target.device)
             head.eval().requires_grad_(False)
             is_eagle3 = head.config.method == "eagle3"
             if use_eagle3 not in (None, is_eagle3):
                 raise EagleError(
-                    f"{ea_model_path} is an {'EAGLE-3' if is_eagle3 else 'EAGLE-1'} head; leave use_eagle3 unset, "
+                    f"{ea_model_path} is an {'EAGLE-3' if is_eagle3 else 'EAGLE-1'} head; leave "
+                    "use_eagle3 unset, "
                     f"or set it to {is_eagle3}"
                 )
         return cls(target, head, tree, compile=compile)
@@ -459,7 +415,7 @@ class EaModel:
             self._request(common, Prompt([0], [0]), 0)
         rows = []
         for i, (prompt, mine) in enumerate(zip(given.rows, own, strict=True)):
-            # processors of the call see a batch, as in stock `generate`; a request's own see it alone
+            # processors of the call see a batch, as in stock `generate`; a request's own do not
             batch = (i, 1 if slots or lenient else len(own))
             try:
                 rows.append(self._row(i, prompt, mine, common, seeds[i], batch))
@@ -605,36 +561,6 @@ class EaModel:
         return frozenset(i for i in ids if i >= 0)
 
 
-@dataclass
-class Span:
-    """tokens: what the row at `index` gained since its last span; empty when it ended without
-    any.
-    """
-
-    index: int
-    tokens: list[int]
-    row: Row
-
-
-@dataclass
-class Start:
-    """A generation about to run: `steps` yields after each cycle, `rows` grow meanwhile. tensor [B,
-    T]: what was given, where it was one."""
-
-    rows: list[Row]
-    steps: Iterator
-    pad: int
-    tensor: torch.Tensor | None
-    device: torch.device
-
-    def sequences(self) -> torch.Tensor:
-        """[B, L] int64: see `EaModel.eagenerate`."""
-        prompts = [r.prompt for r in self.rows] if self.tensor is None else self.tensor.tolist()
-        lines = [p + r.tokens for p, r in zip(prompts, self.rows, strict=True)]
-        width = max(map(len, lines))
-        return torch.tensor([x + [self.pad] * (width - len(x)) for x in lines], device=self.device)
-
-
 class Engines(dict):
     """What `engine_for` made of a model, kept with it; copies and pickles of the model go
     without.
@@ -651,39 +577,9 @@ def engine_for(model: torch.nn.Module, head: str, tree: str | None = None) -> Ea
     """The engine that runs a loaded transformers model with the head in this folder, made once a
     model.
     """
-    from .checkpoint import load_head
-
     engines = model.__dict__.setdefault("_eagle_engines", Engines())
     if (head, tree) not in engines:
         target = Target(model)
         loaded, _ = load_head(head, target, dtype=target.dtype, device=target.device)
         engines[head, tree] = EaModel(target, loaded, tree)
     return engines[head, tree]
-
-
-def require_room(i: int, row: Row, capacity: int) -> None:
-    needed = len(row.prompt) + row.budget
-    if needed > capacity:
-        raise EagleError(
-            f"request {i} needs {needed} tokens and a slot holds {capacity}; raise capacity, or "
-            "lower max_new_tokens"
-        )
-
-
-def raise_errors(rows: list[Row]) -> None:
-    for row in rows:
-        if row.error is not None:
-            raise row.error
-
-
-def show(steps: Iterator, row: Row, prompt: list[int], streamer, prompt_shown: bool) -> Iterator:
-    """Hand new tokens to a transformers streamer as they are accepted."""
-    if not prompt_shown:
-        streamer.put(torch.tensor([prompt]))
-    shown = 0
-    for step in steps:
-        for token in row.tokens[shown:]:
-            streamer.put(torch.tensor([token]))
-        shown = len(row.tokens)
-        yield step
-    streamer.end()

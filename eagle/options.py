@@ -388,7 +388,8 @@ def read_prompts(input_ids, attention_mask=None, pad: int | None = None, **besid
         return read_tensor(torch.tensor(prompts), torch.tensor(masks), pad)
     if not all(all(m) for m in masks):
         raise EagleError(
-            "attention_mask marks padding in lists of different lengths; pad them to one length, or "
+            "attention_mask marks padding in lists of different lengths; pad them to one length, "
+            "or "
             "leave padding and mask out"
         )
     return Prompts(rows)
@@ -453,7 +454,8 @@ def read_tensor(ids: torch.Tensor, attention_mask, pad: int | None) -> Prompts:
     if (begins.sum(1) > 1).any():
         raise EagleError(
             "attention_mask has holes, or the padding token stands between others; padding may "
-            "stand before or after a row's tokens only: pass an attention_mask that says which they "
+            "stand before or after a row's tokens only: pass an attention_mask that says which "
+            "they "
             "are"
         )
     rows = [Prompt(row[keep].tolist(), row.tolist()) for row, keep in zip(ids, mask, strict=True)]

@@ -35,7 +35,8 @@ class Stopping:
             raise EagleError("a prompt is empty; give at least one token")
         if prompt_length >= limit:
             raise EagleError(
-                f"the prompt has {prompt_length} tokens and the limit is {limit} with at least one new token; "
+                f"the prompt has {prompt_length} tokens and the limit is {limit} with at least "
+                "one new token; "
                 "shorten the prompt or raise max_length (never above the model's own limit)"
             )
         return min(self.max_new_tokens, limit - prompt_length)

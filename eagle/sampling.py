@@ -30,7 +30,8 @@ class SamplingParams:
     def __post_init__(self) -> None:
         if not 0.0 <= self.temperature <= LARGEST:
             raise EagleError(
-                f"temperature must be a number in [0, {LARGEST:.1e}] (0 is greedy), not {self.temperature}"
+                f"temperature must be a number in [0, {LARGEST:.1e}] (0 is greedy), not "
+                f"{self.temperature}"
             )
         if not 0 <= self.top_k < 2**63 or int(self.top_k) != self.top_k:
             raise EagleError(f"top_k must be a whole number >= 0 (0 is off), not {self.top_k}")

@@ -406,7 +406,8 @@ class Target:
         if context.layers_seen != L or len(updated) != L:
             raise unsupported(
                 self.config,
-                f"are not supported: of {L} layers, {context.layers_seen} calls reach transformers' "
+                f"are not supported: of {L} layers, {context.layers_seen} calls reach "
+                "transformers' "
                 f"attention interface with our arguments and {len(updated)} our cache",
             )
         if unread:
@@ -434,3 +435,12 @@ class Target:
                 expected = model(input_ids=ids, use_cache=False).logits.float()
         logits = torch.cat([logits, tree[:, [0, 2, 3]]], dim=1)
         return logits, torch.cat([expected, expected[:, 3:]], dim=1)
+
+
+def padded(prompts: list[list[int]], device) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
+    """What `prefill` takes: ids [b, T] right-padded, lengths [b], and these on the host."""
+    counts = [len(prompt) for prompt in prompts]
+    ids = torch.zeros(len(prompts), max(counts), dtype=torch.int64)
+    for line, prompt in zip(ids, prompts, strict=True):
+        line[: len(prompt)] = torch.tensor(prompt)
+    return ids.to(device), torch.tensor(counts, device=device), counts

@@ -49,7 +49,8 @@ def detect(path: object, raw: dict, keys: set[str]) -> Format:
         return table("modelopt" if wide else "sglang")
     if wide and IDS_CONVENTION not in raw:
         raise EagleError(
-            f"{path} names its tensors as vllm and modelopt do, and config.json says neither; give --from"
+            f"{path} names its tensors as vllm and modelopt do, and config.json says neither; "
+            "give --from"
         )
     return table("eagle")
 
@@ -146,7 +147,8 @@ def _vllm(path: object, raw: dict, llama: dict, nested: bool) -> dict:
     if nested and raw.get("norm_before_residual") is None:
         values["norm_before_residual"] = True
         warnings.warn(
-            f"{path}: config.json does not say norm_before_residual; vLLM takes true, and so is it read "
+            f"{path}: config.json does not say norm_before_residual; vLLM takes true, and so is "
+            "it read "
             "(speculators 0.9 would take false)",
             stacklevel=2,
         )

@@ -78,18 +78,22 @@ def lines(said: dict) -> list[str]:
     if said["method"] == "eagle1":
         ids = "the target's final hidden state"
     elif layers["written"] is not None:
-        ids = f"{layers['written']} ({layers['convention']}), states that enter layers {layers['entering']}"
+        ids = f"{layers['written']} ({layers['convention']}), "
+        ids += f"states that enter layers {layers['entering']}"
     options = ", ".join(f"{k}={v}" for k, v in said["options"].items()) or "none"
     reduced = vocabulary["size"] != vocabulary["of"]
     maps = f"reduced ({vocabulary['fingerprint'][:12]})" if reduced else "the target's own"
     training = said["training"] or {}
-    heads = f"{g['num_attention_heads']} heads, {g['num_key_value_heads']} key/value heads of {g['head_dim']}"
+    heads = f"{g['num_attention_heads']} heads, {g['num_key_value_heads']} key/value heads"
     rows = [
         ("head", said["path"]),
         ("format", f"{said['format']}, {said['method']}"),
         ("fingerprint", said["fingerprint"]),
         ("parameters", f"{said['parameters']:,} in {', '.join(said['dtypes'])}"),
-        ("geometry", f"hidden {g['hidden_size']}, MLP {g['intermediate_size']}, {heads}"),
+        (
+            "geometry",
+            f"hidden {g['hidden_size']}, MLP {g['intermediate_size']}, {heads} of {g['head_dim']}",
+        ),
         ("rotary", f"theta {g['rope_theta']:g}, scaling {g['rope_scaling']}"),
         ("options", options),
         ("layer ids", ids),
@@ -97,7 +101,8 @@ def lines(said: dict) -> list[str]:
         ("embedding", "its own" if vocabulary["own_embedding"] else "the target's"),
         (
             "target",
-            f"{target.get('id') or belongs['verifier'] or 'not recorded'}, hidden {g['target_hidden_size']}",
+            f"{target.get('id') or belongs['verifier'] or 'not recorded'}, hidden "
+            f"{g['target_hidden_size']}",
         ),
         ("weights", target.get("fingerprint") or "not recorded"),
         ("adapter", belongs["adapter"] or "none recorded"),
@@ -119,7 +124,8 @@ def require_bench_of(bench: dict, provenance: dict) -> list[dict]:
     target = (provenance.get("target") or {}).get("id")
     if target is not None and bench.get("model") != target:
         raise EagleError(
-            f"the bench file is of target {bench.get('model')!r}, the head belongs to {target!r}; measure this head"
+            f"the bench file is of target {bench.get('model')!r}, the head belongs to {target!r}; "
+            "measure this head"
         )
     drafted = [r for r in runs if str(r.get("engine", "")).startswith("eagle") and r.get("tau")]
     if not drafted:

@@ -103,12 +103,14 @@ class HeadConfig:
             raise EagleError(f"head_dim {self.head_dim} must be even: rotary positions turn pairs")
         if self.num_attention_heads % self.num_key_value_heads:
             raise EagleError(
-                f"{self.num_attention_heads} attention heads cannot share {self.num_key_value_heads} key/value "
+                f"{self.num_attention_heads} attention heads cannot share "
+                f"{self.num_key_value_heads} key/value "
                 "heads evenly; choose a divisor"
             )
         if self.draft_vocab_size > self.vocab_size:
             raise EagleError(
-                f"draft_vocab_size {self.draft_vocab_size} must lie in 1 … {self.vocab_size} (the target's)"
+                f"draft_vocab_size {self.draft_vocab_size} must lie in 1 … {self.vocab_size} (the "
+                "target's)"
             )
         if self.hidden_act not in ACT2FN:
             raise EagleError(f"transformers knows no activation {self.hidden_act!r}; use silu")
@@ -116,11 +118,13 @@ class HeadConfig:
             self._require_eagle1()
         elif len(self.feature_layers) != 3 or min(self.feature_layers) < 0:
             raise EagleError(
-                f"an EAGLE-3 head reads three layers, not {list(self.feature_layers)}; give three ids"
+                f"an EAGLE-3 head reads three layers, not {list(self.feature_layers)}; give three "
+                "ids"
             )
         if self.target_hidden_size != self.hidden_size and not self.own_embedding:
             raise EagleError(
-                f"a head of hidden size {self.hidden_size} cannot read the embedding of a target of "
+                f"a head of hidden size {self.hidden_size} cannot read the embedding of a target "
+                "of "
                 f"{self.target_hidden_size}; set own_embedding, or use the target's size"
             )
 
@@ -138,7 +142,8 @@ class HeadConfig:
             )
         if self.reduced_vocab or self.target_hidden_size != self.hidden_size:
             raise EagleError(
-                "an EAGLE-1 head has the target's hidden size and vocabulary: its output goes through the "
+                "an EAGLE-1 head has the target's hidden size and vocabulary: its output goes "
+                "through the "
                 "target's LM head; use method=eagle3 for a smaller one"
             )
 
@@ -209,7 +214,8 @@ def require_typed(cls: type, values: dict) -> None:
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         raise EagleError(
-            f"a head's {first['loc'][0]} cannot be {str(values[first['loc'][0]])[:60]}: {first['msg'].lower()}"
+            f"a head's {first['loc'][0]} cannot be {str(values[first['loc'][0]])[:60]}: "
+            f"{first['msg'].lower()}"
         ) from error
 
 

@@ -42,7 +42,8 @@ def written_ids(layers: Sequence[int], convention: str, name: str) -> list[int]:
     numbers = [i - SHIFT[convention] for i in layers]
     if min(numbers) < 0:
         raise EagleError(
-            f"the head reads the target's embedding (entering layer 0), which {name} has no id for; use --to vllm"
+            f"the head reads the target's embedding (entering layer 0), which {name} has no id "
+            "for; use --to vllm"
         )
     return numbers
 
@@ -57,6 +58,7 @@ def absent(path: object, name: str) -> EagleError:
     """No ids are written: what to do."""
     kinds = "; ".join(f"{kind}: i is {meaning}" for kind, meaning in MEANING.items())
     return EagleError(
-        f"{path} ({name}) names no feature layers. Give --layer_ids i,j,k with --convention, or find out with "
+        f"{path} ({name}) names no feature layers. Give --layer_ids i,j,k with --convention, or "
+        "find out with "
         f"--probe --target PATH, which measures acceptance under each. {kinds}"
     )

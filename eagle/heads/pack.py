@@ -95,7 +95,8 @@ tags:
 
 # Draft head for {base_model}
 
-A draft head for lossless speculative decoding: the target makes every decision, the head decides how fast it comes.
+A draft head for lossless speculative decoding: the target makes every decision, the head decides
+how fast it comes.
 
 | | |
 |---|---|
@@ -122,7 +123,8 @@ def measured(bench: dict | None, runs: list[dict] | None) -> str:
     """Acceptance length and speed as the bench file has them."""
     if bench is None or runs is None:
         return "Nothing was measured when this folder was made."
-    where = f"{bench.get('device', 'unknown device')}, {bench.get('dtype')}, torch {(bench.get('versions') or {}).get('torch')}"
+    torch = (bench.get("versions") or {}).get("torch")
+    where = f"{bench.get('device', 'unknown device')}, {bench.get('dtype')}, torch {torch}"
     rows = ["| " + " | ".join(COLUMNS) + " |", "|---" * len(COLUMNS) + "|"]
     for run in runs:
         cells = ("" if run.get(key) is None else str(run[key]) for key in COLUMNS.values())
@@ -130,6 +132,6 @@ def measured(bench: dict | None, runs: list[dict] | None) -> str:
     asked = f"{bench.get('num_prompts')} prompts, {bench.get('max_new_tokens')} new tokens"
     return (
         f"On {where}; {asked}, medians of {bench.get('repeats')} repeats (`bench.json`; "
-        f"`{bench.get('command', 'python -m inference.bench')}`). τ: tokens gained per verification.\n\n"
-        + "\n".join(rows)
+        f"`{bench.get('command', 'python -m inference.bench')}`). τ: tokens gained per "
+        "verification.\n\n" + "\n".join(rows)
     )

@@ -65,7 +65,8 @@ class Probed:
         if not self.clear:
             first, second = self.readings[:2]
             raise EagleError(
-                f"--probe cannot tell {first.convention} (acceptance rate {first.rate:.3f}) from {second.convention} "
+                f"--probe cannot tell {first.convention} (acceptance rate {first.rate:.3f}) from "
+                f"{second.convention} "
                 f"({second.rate:.3f}); give more prompts with --prompts and --num_prompts"
             )
         return self.best
@@ -90,7 +91,8 @@ def probe(
     possible = candidates(numbers, len(target.layers))
     if not possible:
         raise EagleError(
-            f"ids {list(numbers)} fit no target of {len(target.layers)} layers; give the head's own target"
+            f"ids {list(numbers)} fit no target of {len(target.layers)} layers; give the head's "
+            "own target"
         )
     config, state = published.parse(next(iter(possible.values())), target.embed.weight)
     readings, texts = [], None
@@ -164,13 +166,15 @@ def _sigmas(readings: list[Reading]) -> float:
 def describe(probed: Probed) -> list[str]:
     """Lines that say what was measured."""
     lines = [
-        f"{r.convention:<10} layers entered {list(r.layers)}: acceptance length {r.tau:.2f}, rate {r.rate:.3f}"
+        f"{r.convention:<10} layers entered {list(r.layers)}: acceptance length {r.tau:.2f}, rate "
+        f"{r.rate:.3f}"
         for r in probed.readings
     ]
     verdict = (
         f"{probed.best.convention} is right ({probed.sigmas:.1f} standard errors ahead)"
         if probed.clear
-        else f"the two best cannot be told apart ({probed.sigmas:.1f} standard errors); give more prompts"
+        else f"the two best cannot be told apart ({probed.sigmas:.1f} standard errors); "
+        "give more prompts"
     )
     tokens = probed.best.given.numel()
     return [

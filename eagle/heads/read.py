@@ -110,7 +110,8 @@ class Published:
         whole = isinstance(numbers, (list, tuple)) and all(type(i) is int for i in numbers)
         if not whole or len(numbers) != 3 or (convention or meant) not in SHIFT:
             raise EagleError(
-                f"{self.path}: feature layers {numbers!r} ({convention or meant}) must be three ids, their convention "
+                f"{self.path}: feature layers {numbers!r} ({convention or meant}) must be three "
+                "ids, their convention "
                 f"one of {', '.join(SHIFT)}"
             )
         return entering_ids(numbers, convention or meant)

@@ -157,7 +157,8 @@ def to_ours(
     said += [f"of another shape than config.json gives: {'; '.join(wrong)}"] if wrong else []
     if said:
         raise EagleError(
-            f"{path} is not an {config.method.upper().replace('EAGLE', 'EAGLE-')} head in the {fmt.name} format; "
+            f"{path} is not an {config.method.upper().replace('EAGLE', 'EAGLE-')} head in the "
+            f"{fmt.name} format; "
             f"{'; '.join(said)}"
         )
     out = {k: state[n] for k, n in names.items()}
@@ -168,7 +169,8 @@ def to_ours(
     ]
     if foreign:
         raise EagleError(
-            f"{path}: {', '.join(foreign)}: not of a dtype that a head has; the file is damaged or quantized"
+            f"{path}: {', '.join(foreign)}: not of a dtype that a head has; the file is damaged "
+            "or quantized"
         )
     if reduced:
         out["d2t"], out["t2d"] = out["d2t"].to(torch.int64), out["t2d"].bool()
@@ -192,12 +194,14 @@ def membership(path: object, config: HeadConfig, d2t: torch.Tensor) -> torch.Ten
     """d2t [D] of offsets -> t2d [V], which target tokens have a draft id."""
     if d2t.shape != (config.draft_vocab_size,):
         raise EagleError(
-            f"{path}: d2t {list(d2t.shape)} instead of {[config.draft_vocab_size]}; the file is damaged"
+            f"{path}: d2t {list(d2t.shape)} instead of {[config.draft_vocab_size]}; the file is "
+            "damaged"
         )
     ids = d2t.to(torch.int64) + torch.arange(config.draft_vocab_size)
     if ids.min() < 0 or ids.max() >= config.vocab_size or ids.unique().numel() != ids.numel():
         raise EagleError(
-            f"{path}: d2t does not give {config.draft_vocab_size} distinct tokens of {config.vocab_size}; d2t "
+            f"{path}: d2t does not give {config.draft_vocab_size} distinct tokens of "
+            f"{config.vocab_size}; d2t "
             "holds offsets (target id = draft id + d2t), the file is damaged or holds target ids"
         )
     t2d = torch.zeros(config.vocab_size, dtype=torch.bool)

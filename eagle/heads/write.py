@@ -74,7 +74,8 @@ def export_head(
     verifier = verifier or recorded(provenance)
     if fmt.name == "vllm" and not verifier["name_or_path"]:
         raise EagleError(
-            "speculators' config names the head's target, and speculators reads it: give --target or --base_model"
+            "speculators' config names the head's target, and speculators reads it: give --target "
+            "or --base_model"
         )
     expected = draft_outputs(head)
     written = write_config(fmt, config, head.fc.weight.dtype, verifier)
@@ -84,13 +85,15 @@ def export_head(
         again = build(*published.parse(published.layers()))
         if again.config != config:
             raise EagleError(
-                f"the {to} folder reads back as another head ({again.config} for {config}); nothing is written"
+                f"the {to} folder reads back as another head ({again.config} for {config}); "
+                "nothing is written"
             )
         state = again.state_dict()
         different = [k for k, v in head.state_dict().items() if not same_bits(v, state[k])]
         if different or not torch.equal(draft_outputs(again), expected):
             raise EagleError(
-                f"the {to} folder gives other logits ({', '.join(different) or 'equal weights'}); nothing is written"
+                f"the {to} folder gives other logits ({', '.join(different) or 'equal weights'}); "
+                "nothing is written"
             )
         if add is not None:
             add(folder)

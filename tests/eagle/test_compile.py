@@ -54,6 +54,14 @@ def packages(folder):
     }
 
 
+@pytest.fixture(scope="module", autouse=True)
+def quick_builds():
+    """The packages' wrappers unoptimised and their headers read once: a third of the time."""
+    options = {"compile_wrapper_opt_level": "O0", "precompile_headers": True}
+    with torch._inductor.config.patch({f"aot_inductor.{k}": v for k, v in options.items()}):
+        yield
+
+
 @pytest.fixture(scope="module")
 def target():
     return make_target("llama")

@@ -205,7 +205,7 @@ def test_slots_past_the_length_are_never_read(targets, inject, behaviour, sampli
 
         result = model.generate(prompts, max_new_tokens=NEW, on_cache=poison, **sampling)
         assert new_tokens(result) == answers and result.tau > 1.05
-        assert any(shapes) and None in shapes
+        assert any(shapes) and (None in shapes) == (behaviour in ("rests", "any"))
 
 
 def test_after_a_rest_the_head_drafts_as_before(llama, inject, check_heads):
@@ -244,7 +244,7 @@ def test_generate_many_with_few_slots(llama, inject, check_heads, behaviour, slo
     rows = model.generate_many(requests, slots=slots)
     assert [row.tokens for row in rows] == expected
     assert [len(row.tokens) for row in rows] == [9 + 5 * i for i in range(7)]
-    assert checked and None in shapes
+    assert checked and (None in shapes) == (behaviour in ("rests", "any"))
 
 
 @pytest.mark.parametrize("behaviour", ["wide", "rests", "any"])
@@ -373,7 +373,7 @@ def test_a_call_that_rests_from_end_to_end_never_runs_the_head(llama, inject, mo
     shapes.clear()
     monkeypatch.setattr(HeadDrafter, "ingest", None)
     prompts = make_prompts((9, 3))
-    for batch in (prompts[:1], prompts):  # and more rows gain less
+    for batch in (prompts[:1], prompts[1:]):
         expected = plain(llama, batch, max_new_tokens=30)
         assert new_tokens(model.generate(batch, max_new_tokens=30)) == expected
     assert not any(shapes)
