@@ -2,8 +2,7 @@
 
 >>> from eagle import EaModel
 >>> model = EaModel.from_pretrained()            # the embedded model and its head
->>> ids = model.eagenerate(model.tokenizer("def add(a, b):").input_ids, max_new_tokens=32)
-"""
+>>> ids = model.eagenerate(model.tokenizer("def add(a, b):").input_ids, max_new_tokens=32)"""
 
 import importlib
 from pathlib import Path

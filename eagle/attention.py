@@ -5,8 +5,7 @@ of them belong to which row of the cache. Layers that are called without a conte
 `generate`, training) fall through to transformers' own attention.
 
 b rows, N queries of the longest row, T = tokens of all rows, M tree slots, S live slots, D
-head_dim.
-"""
+head_dim."""
 
 from __future__ import annotations
 
@@ -41,8 +40,7 @@ class TreeContext:
     positions [b, N] int64: absolute, of the queries. mask [b, N, M] bool and tree_positions [b, M]:
     the tree's slots, the queries the last N of them, the first at slot length + 0; None for a
     causal pass over an empty cache. offset = M - N. counts: tokens of each row, on the host, where
-    rows differ; the pass then holds only the first counts[i] of row i's N.
-    """
+    rows differ; the pass then holds only the first counts[i] of row i's N."""
 
     def __init__(
         self,

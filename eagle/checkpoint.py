@@ -1,8 +1,7 @@
 """Heads on disk: a folder with `model.safetensors` (exactly the keys of the head's `state_dict()`),
 a flat `config.json`, and `eagle.json`, which says what the head belongs to.
 
-Other projects' folders are read as `eagle.heads` says.
-"""
+Other projects' folders are read as `eagle.heads` says."""
 
 from __future__ import annotations
 
@@ -53,8 +52,7 @@ def load_head(
     with EagleError, and one trained on other weights warned about; an embedding that equals the
     target's is left out. format: eagle, sglang, vllm or modelopt; detected by default. layer_ids
     and convention (entering, output, one-based) win over what the folder says of its feature
-    layers.
-    """
+    layers."""
     published = read_folder(find_folder(path, "head"), format)
     L = None if target is None else len(target.layers)
     layers = published.layers(L, layer_ids, convention)

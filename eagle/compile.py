@@ -6,8 +6,7 @@ pass knows nothing of batch sizes, tree shapes, context lengths or capacities, a
 recompiles it. Weights are folded into the package in the layout that oneDNN prefers; the plain
 engine runs on the same packages.
 
-T packed tokens, H hidden, D draft vocabulary, V vocabulary, F features.
-"""
+T packed tokens, H hidden, D draft vocabulary, V vocabulary, F features."""
 
 from __future__ import annotations
 
@@ -114,8 +113,7 @@ class CompiledTarget:
 
 class CompiledHead:
     """Passes of the head over packed tokens [1, T], returning hidden [1, ., H] and
-    log-probabilities [1, ., D].
-    """
+    log-probabilities [1, ., D]."""
 
     def __init__(self, drafter: HeadDrafter, seconds: dict[str, float]) -> None:
         ids, keep = torch.zeros(1, 8, dtype=torch.int64), torch.zeros(4, dtype=torch.int64)
@@ -137,8 +135,7 @@ class CompiledHead:
 
 def load(module: torch.nn.Module, example: tuple, name: str, seconds: dict[str, float]):
     """The module compiled for one token and for any number of tokens; from the disk where it is
-    there.
-    """
+    there."""
     size = sum(p.numel() * p.element_size() for p in module.parameters())
     if size > LARGEST:
         raise EagleError(
@@ -210,8 +207,7 @@ def compiled_folder() -> Path:
 
 def key(module: torch.nn.Module, example: tuple) -> str:
     """All that a package depends on: weights to the last bit, code, versions, processor,
-    threads.
-    """
+    threads."""
     import transformers
 
     digest = hashlib.sha256()

@@ -1,8 +1,7 @@
 """The decode loop: plain and speculative decoding, fixed batches and queues of requests are this
 one loop.
 
-b rows in flight, T prompt tokens, N tree nodes, K = 1 + longest path, F features, V vocabulary.
-"""
+b rows in flight, T prompt tokens, N tree nodes, K = 1 + longest path, F features, V vocabulary."""
 
 from __future__ import annotations
 
@@ -129,8 +128,7 @@ class Batch:
 
     def admit(self, rows: list[Row]) -> None:
         """The prompts' pass: the target writes its cache and chooses the roots, the head
-        follows.
-        """
+        follows."""
         order, self.free = self.free[: len(rows)], self.free[len(rows) :]
         cache, device = self.cache.empty_rows(order), self.target.device
         ids, lengths, host_lengths = padded([row.prompt for row in rows], device)
@@ -260,8 +258,7 @@ class Pending:
 
 def merge(parts: list[tuple[list[Row], Pending]], rows: list[Row]) -> Pending:
     """What `rows` gained in all parts, each row's without gaps; rows that have left are left
-    out.
-    """
+    out."""
     if len(parts) == 1 and parts[0][0] is rows:
         return parts[0][1]
     places: dict[int, list[int]] = {id(row): [] for row in rows}  # among the tokens of all parts

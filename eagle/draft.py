@@ -6,8 +6,7 @@ b rows, K ingested tokens, k beams, F features, H hidden, D draft vocabulary.
 
 Alignment: the head's position t pairs the target's feature at t with the token at t+1 and predicts
 the token at t+2. After ingesting up to the root's predecessor its last output therefore predicts
-the root's children, and a beam at tree depth d sits at head position length + d - 1.
-"""
+the root's children, and a beam at tree depth d sits at head position length + d - 1."""
 
 from __future__ import annotations
 
@@ -62,8 +61,7 @@ class HeadDrafter:
     """A draft head over a static cache of its layers.
 
     embed: the target's embedding, for a head without one. head_logits: the target's LM head, final
-    hidden [..., H] -> [..., V], for a head without an output layer (EAGLE-1).
-    """
+    hidden [..., H] -> [..., V], for a head without an output layer (EAGLE-1)."""
 
     def __init__(
         self,

@@ -1,7 +1,6 @@
 """What a generation is while it runs, and what it has produced.
 
-B rows, T prompt tokens.
-"""
+B rows, T prompt tokens."""
 
 from __future__ import annotations
 
@@ -18,8 +17,7 @@ from .request import Row
 @dataclass
 class Generation:
     """What a call produced. `sequences` [B, L]: prompts as given and new tokens, right-padded; see
-    `eagenerate`.
-    """
+    `eagenerate`."""
 
     rows: list[Row]
     sequences: torch.Tensor
@@ -43,15 +41,13 @@ class Generation:
     @property
     def acceptance_by_depth(self) -> list[float]:
         """Conditional: of the cycles that accepted depth d-1, the share that accepted depth d (d
-        from 1).
-        """
+        from 1)."""
         return acceptance_by_depth([row.accepted for row in self.rows])
 
 
 def acceptance_by_depth(histograms: Sequence[list[int]]) -> list[float]:
     """histograms: [a] cycles with a accepted draft tokens -> conditional acceptance rate of depth
-    1, 2, …
-    """
+    1, 2, …"""
     depth = max((len(h) for h in histograms), default=0)
     total = [sum(h[a] for h in histograms if a < len(h)) for a in range(depth)]
     reached = [sum(total[a:]) for a in range(depth)]
@@ -61,8 +57,7 @@ def acceptance_by_depth(histograms: Sequence[list[int]]) -> list[float]:
 @dataclass
 class Span:
     """tokens: what the row at `index` gained since its last span; empty when it ended without
-    any.
-    """
+    any."""
 
     index: int
     tokens: list[int]

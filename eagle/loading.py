@@ -126,8 +126,7 @@ def load_model(
     dtype "auto" is the checkpoint's, but float32 for a bf16 one on a CPU that would emulate bf16.
     quantization: "nf4" (double quantization, Dettmers et al. 2023, arXiv:2305.14314) or "int8", of
     the linear layers except the LM head, computing in the dtype. adapter_path: a LoRA folder, or a
-    run of train.finetune.
-    """
+    run of train.finetune."""
     device = resolve_device(device)
     embedded = path in (None, "embedded")
     if embedded and not (EMBEDDED / "model.safetensors").exists():
@@ -245,8 +244,7 @@ def find_adapter(path: str | Path) -> Path:
 
 def read_record(folder: Path) -> dict:
     """An adapter's `eagle.json`, or {} for one of another program, which does not say what it
-    belongs to.
-    """
+    belongs to."""
     from .heads.read import RecordFile
 
     return read_json(folder / RECORD, RecordFile) if (folder / RECORD).exists() else {}
@@ -323,8 +321,7 @@ def identity_of(model: nn.Module, name: str) -> dict:
 
 def decoder_layers(backbone: nn.Module) -> nn.ModuleList | None:
     """The decoder's blocks, under whatever name the family keeps them: Llama's layers, GPT-2's
-    h.
-    """
+    h."""
     for name in ("layers", "h", "blocks"):
         if isinstance(found := getattr(backbone, name, None), nn.ModuleList):
             return found
@@ -334,8 +331,7 @@ def decoder_layers(backbone: nn.Module) -> nn.ModuleList | None:
 @torch.no_grad()
 def target_fingerprint(model: torch.nn.Module) -> str:
     """A hash of the architecture and of sampled weights: equal for one checkpoint in fp32 and in
-    bf16.
-    """
+    bf16."""
     config = model.config.get_text_config()
     names = (
         "model_type hidden_size intermediate_size num_hidden_layers num_attention_heads "
@@ -360,8 +356,7 @@ def target_fingerprint(model: torch.nn.Module) -> str:
 
 def differences(recorded: dict, found: dict) -> list[str]:
     """Why a head that was trained for one target may draft worse for another, in words; empty for
-    the same.
-    """
+    the same."""
     said = []
     if recorded.get("fingerprint") not in (None, found["fingerprint"]):
         said.append(
@@ -405,8 +400,7 @@ def resolve_dtype(dtype: str | torch.dtype) -> torch.dtype | str:
 
 def resolve_compute(dtype: str, device: torch.device) -> str:
     """What training computes in: `dtype`, where it is "auto" "bf16" on a device that has it and
-    else "fp32".
-    """
+    else "fp32"."""
     if dtype != "auto":
         return dtype
     old = device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False)

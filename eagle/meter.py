@@ -1,8 +1,7 @@
 """How far a long job is: a bar on a terminal; elsewhere a plain line every half minute, whatever
 the job is at.
 
-Knows counts; knows nothing of what is counted.
-"""
+Knows counts; knows nothing of what is counted."""
 
 from __future__ import annotations
 
@@ -37,8 +36,7 @@ class Bar:
 
     def show(self, count: str, fraction: float | None, text: str, now: bool = False) -> None:
         """fraction: 0 … 1 of the job, None where that is not known. now: without a terminal, write
-        it at once.
-        """
+        it at once."""
         if self.quiet:
             return
         share = "" if fraction is None else f" {100 * min(fraction, 1):3.0f}%"
@@ -52,8 +50,7 @@ class Bar:
 
     def doing(self, what: str) -> None:
         """What takes the time now, where nothing can be counted; it is shown with its time if it
-        takes long.
-        """
+        takes long."""
         if not self.quiet and not self.live:
             self.line, self.began = what, time.monotonic()
             self._tick()
@@ -107,8 +104,7 @@ class Bar:
 class Meter(Bar):
     """`done` of `total` things, with a rate of what costs the time (`unit`, tokens mostly).
 
-    Rate and ETA are of this process: what was done before, `done` at the start, does not count.
-    """
+    Rate and ETA are of this process: what was done before, `done` at the start, does not count."""
 
     def __init__(
         self,

@@ -1,7 +1,6 @@
 """`EaModel`: the public face. A target, a head, and the decode loop behind upstream's method names.
 
-B rows, T prompt tokens.
-"""
+B rows, T prompt tokens."""
 
 from __future__ import annotations
 
@@ -47,8 +46,7 @@ def default_tree(target: Target) -> TreeShape:
 
 class EaModel:
     """A target with its draft head. Generation is lossless: the head changes the speed, never a
-    token.
-    """
+    token."""
 
     def __init__(
         self,
@@ -120,8 +118,7 @@ class EaModel:
         refused.
 
         A base model without ea_model_path generates plainly. Raises EagleError when the files
-        cannot be read, or the head does not fit the target.
-        """
+        cannot be read, or the head does not fit the target."""
         if hf_kwargs.pop("threshold", 1.0) != 1.0:
             raise EagleError(
                 "threshold is not used here; leave it out (tree='auto' finds how far to draft)"
@@ -259,8 +256,7 @@ class EaModel:
         repetition_penalty, no_repeat_ngram_size, bad_words_ids, suppress_tokens, generation_config
         (a transformers GenerationConfig; arguments win over it), is_llama3 (upstream's: end at
         <|eot_id|> too), and for this call tree, compile, draft, capacity. `generate` takes the same
-        arguments and returns statistics and log-probabilities too.
-        """
+        arguments and returns statistics and log-probabilities too."""
         result = self.generate(input_ids, attention_mask, **options)
         if log:
             return result.sequences, result.new_tokens, result.cycles
@@ -280,8 +276,7 @@ class EaModel:
 
     def ea_generate(self, input_ids, attention_mask=None, **kwargs) -> Iterator[torch.Tensor]:
         """Yields what `eagenerate` would return of the tokens so far, [B, L], each time tokens are
-        accepted.
-        """
+        accepted."""
         start = self._start(input_ids, attention_mask, **kwargs)
         for _ in start.steps:
             raise_errors(start.rows)
@@ -360,8 +355,7 @@ class EaModel:
 
         Returns the finished rows in the order of the prompts, or with as_completed=True an iterator
         of (index, row). A request that cannot be served has `row.error` set, and the others are not
-        touched by it.
-        """
+        touched by it."""
         done = (
             (span.index, span.row)
             for span in self.stream(prompts, slots=slots, **options)
@@ -522,8 +516,7 @@ class EaModel:
         """Compile, or load from the disk, what `compile` needs; returns the seconds spent on each
         part, and nothing for what was ready. Generation calls it when needed.
 
-        "off": eager. "max": on a CPU, AOTInductor packages kept on disk. "auto": off on a CPU.
-        """
+        "off": eager. "max": on a CPU, AOTInductor packages kept on disk. "auto": off on a CPU."""
         mode = self.compile if compile is None else compile
         if mode not in MODES:
             raise EagleError(f"unknown compile {mode!r}; use {', '.join(MODES)}")
@@ -541,8 +534,7 @@ class EaModel:
 
     def _compile(self, mode: str | None, drafter: Drafter | None) -> Target:
         """The target of one call; it and the drafter run compiled passes where the mode has
-        them.
-        """
+        them."""
         self.prepare(mode, drafter is not None)
         target = copy.copy(self.target).refresh()
         if (self.compile if mode is None else mode) == "max" and target.device.type == "cpu":
@@ -563,8 +555,7 @@ class EaModel:
 
 class Engines(dict):
     """What `engine_for` made of a model, kept with it; copies and pickles of the model go
-    without.
-    """
+    without."""
 
     def __deepcopy__(self, memo):
         return Engines()
@@ -575,8 +566,7 @@ class Engines(dict):
 
 def engine_for(model: torch.nn.Module, head: str, tree: str | None = None) -> EaModel:
     """The engine that runs a loaded transformers model with the head in this folder, made once a
-    model.
-    """
+    model."""
     engines = model.__dict__.setdefault("_eagle_engines", Engines())
     if (head, tree) not in engines:
         target = Target(model)

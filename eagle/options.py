@@ -1,7 +1,6 @@
 """From the arguments of a generation call to requests: one signature for every public method.
 
-B rows, T columns of the prompt as given, V vocabulary.
-"""
+B rows, T columns of the prompt as given, V vocabulary."""
 
 from __future__ import annotations
 
@@ -110,8 +109,7 @@ class Options(BaseModel):
     """What a request may ask for. temperature 0 is greedy; top_k 0, top_p 0 or 1 and min_p 0 are
     off.
 
-    do_sample=True alone samples at temperature 1. seed: an int; in a batch row i uses seed + i.
-    """
+    do_sample=True alone samples at temperature 1. seed: an int; in a batch row i uses seed + i."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
@@ -202,8 +200,7 @@ class Options(BaseModel):
 
     def _processor(self, length: int, eos: frozenset[int], device, place: int, rows: int):
         """transformers' own processors for what is asked, in its order, then those given; None
-        where nothing is.
-        """
+        where nothing is."""
         from transformers.generation import logits_process as hf
 
         steps = []
@@ -273,8 +270,7 @@ def checked(make, *args, **options):
 
 def read_config(config) -> dict:
     """The options that a transformers GenerationConfig asks for; what we do not honour is
-    refused.
-    """
+    refused."""
     if not hasattr(config, "max_new_tokens"):
         raise EagleError(
             f"generation_config must be a transformers GenerationConfig, not {config!r}"
@@ -341,8 +337,7 @@ class Prompt:
 @dataclass(frozen=True)
 class Prompts:
     """A row each: a Prompt, or why it is none. tensor [B, T]: what was given, where it was a
-    tensor.
-    """
+    tensor."""
 
     rows: list[Prompt | EagleError]
     tensor: torch.Tensor | None = None

@@ -1,6 +1,5 @@
 """A request and what has become of it. Knows token ids and stopping; knows nothing of models or
-text.
-"""
+text."""
 
 from __future__ import annotations
 
@@ -14,8 +13,7 @@ from .sampling import SamplingParams
 @dataclass(frozen=True)
 class Stopping:
     """When a row is done. `stop(tokens)`: how many of a row's new tokens to keep, or None to go
-    on.
-    """
+    on."""
 
     max_new_tokens: int = 512
     eos_token_ids: frozenset[int] = frozenset()

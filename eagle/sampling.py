@@ -53,8 +53,7 @@ class SamplingParams:
 
 class Sampler:
     """The sampling of rows in flight: each parameter is a number where all rows agree, else a
-    tensor [b].
-    """
+    tensor [b]."""
 
     def __init__(
         self, params: Sequence[SamplingParams], seeds: Sequence[int], device: torch.device

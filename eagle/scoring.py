@@ -1,7 +1,6 @@
 """How near texts and rankings are to what was wanted; torchmetrics computes.
 
-Knows values; knows nothing of what predicted them.
-"""
+Knows values; knows nothing of what predicted them."""
 
 from __future__ import annotations
 

@@ -6,8 +6,7 @@ The same passes as `eagle.decode`, without the host: lengths live on the device 
 tokens as a path can have, of which only the real ones count. Rows never end here: a caller that
 serves requests reads `num_accepted` and `tokens`.
 
-b rows, N nodes, K = 1 + longest path, F features.
-"""
+b rows, N nodes, K = 1 + longest path, F features."""
 
 from __future__ import annotations
 
@@ -58,8 +57,7 @@ class StaticCycle:
     """A greedy speculative cycle. accept: keep that many draft tokens, right or wrong; None:
     verify.
 
-    After `step`: num_accepted [b], and tokens [b, K], of which num_accepted + 1 are gained.
-    """
+    After `step`: num_accepted [b], and tokens [b, K], of which num_accepted + 1 are gained."""
 
     def __init__(
         self, target: Target, drafter: HeadDrafter, rows: int, capacity: int, accept: int | None
@@ -119,8 +117,7 @@ class StaticCycle:
 
     def _ingest(self, features, tokens, counts) -> None:
         """`HeadDrafter.ingest` at a fixed K: what follows a row's real tokens is run, and
-        overwritten by the next.
-        """
+        overwritten by the next."""
         drafter, cache = self.drafter, self.drafter.cache
         b, K = tokens.shape
         positions = cache.lengths[:, None] + torch.arange(K, device=tokens.device)

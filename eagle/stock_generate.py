@@ -1,8 +1,7 @@
 """Behind stock `model.generate(..., custom_generate=...)`: what that call asks for, in
 `EaModel.eagenerate`'s words.
 
-Knows what transformers prepares; knows nothing of decoding. B rows, T columns.
-"""
+Knows what transformers prepares; knows nothing of decoding. B rows, T columns."""
 
 from __future__ import annotations
 
@@ -37,8 +36,7 @@ def arguments(
     kwargs: dict,
 ) -> dict:
     """ids [B, T], and what a `generate` call of `model` hands to a custom one -> arguments of
-    `eagenerate`.
-    """
+    `eagenerate`."""
     refuse(config, ELSEWHERE)
     call = running_call(model)
     other = {name: getattr(config, name, None) for name in OUTPUTS}

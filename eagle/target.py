@@ -1,7 +1,6 @@
 """The target model: any stock causal LM of transformers, seen through one forward call.
 
-B rows, N queries, T tokens, F features (3 x hidden), V vocabulary.
-"""
+B rows, N queries, T tokens, F features (3 x hidden), V vocabulary."""
 
 from __future__ import annotations
 
@@ -43,8 +42,7 @@ _PROBING = threading.RLock()  # it registers an attention function of its own me
 
 class OutputLayer(nn.Module):
     """Final hidden [..., H] -> logits [..., V], with the scale or soft cap that some families
-    apply.
-    """
+    apply."""
 
     def __init__(self, model: nn.Module, config) -> None:
         super().__init__()
@@ -70,8 +68,7 @@ class Target:
 
     The model stays the caller's: hooks, our attention and eval mode are its own for the length of a
     pass, and it is then left as it was found. Passes over one model take turns, whatever thread or
-    Target they come from.
-    """
+    Target they come from."""
 
     def __init__(
         self,
@@ -171,8 +168,7 @@ class Target:
     @contextmanager
     def _lent(self, attention: str) -> Iterator[None]:
         """The model in eval mode and with this attention, for this thread alone; then as it was
-        found.
-        """
+        found."""
         with self.lock:
             training = [m for m in self._modules if m.training]
             found = [c._attn_implementation_internal for c in self._configs]
@@ -243,8 +239,7 @@ class Target:
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """One pass over packed tokens: ids [1, T] -> logits [1, T, V] and features [1, T, F].
 
-        keep [b]: logits of these tokens only, [1, b, V].
-        """
+        keep [b]: logits of these tokens only, [1, b, V]."""
         positions = context.pack(context.positions)
         if self.compiled is None or context.mask is None:
             return self.run(ids, positions, context, keep, features)
@@ -312,8 +307,7 @@ class Target:
         features: bool,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """tokens, depth [b, N], mask [b, N, N] -> logits [b, N, V] and features [b, N, F]; nothing
-        is committed.
-        """
+        is committed."""
         # a draft past the model's limit can never be kept, and must not ask for a position that
         # does not exist
         positions = (cache.lengths[:, None] + depth).clamp_max(self.max_positions - 1)
@@ -328,8 +322,7 @@ class Target:
         """For training: ids [B, T] -> final hidden [B, T, H] (after the norm) and features [B, T,
         F].
 
-        attention_mask [B, T]: 1 on real tokens. The stock attention is used.
-        """
+        attention_mask [B, T]: 1 on real tokens. The stock attention is used."""
         states: dict[int, torch.Tensor] = {}
         with self.stock(), self._tapped(states):
             out = self.backbone(input_ids=ids, attention_mask=attention_mask, use_cache=False)
@@ -339,8 +332,7 @@ class Target:
     @contextmanager
     def stock(self) -> Iterator[nn.Module]:
         """The model as transformers runs it, in eval mode, for `generate` baselines and for
-        training.
-        """
+        training."""
         eager = (
             getattr(self.config, "attn_logit_softcapping", None) or not self.model._supports_sdpa
         )
@@ -353,8 +345,7 @@ class Target:
         stock ones: same logits, or refuse.
 
         This finds models whose layers drop the context, see the future, keep state of their own, or
-        give the attention what ours does not read. Returns (kv_heads, head_dim).
-        """
+        give the attention what ours does not read. Returns (kv_heads, head_dim)."""
         # spread over the vocabulary: the first ids are often special tokens with degenerate
         # embeddings
         ids = (torch.arange(1, 7, device=self.device) * (self.vocab_size // 7))[None]

@@ -2,8 +2,7 @@
 
 Knows token ids, parents and scores; knows nothing of models.
 
-B rows, N nodes (node 0 is the root), P candidates.
-"""
+B rows, N nodes (node 0 is the root), P candidates."""
 
 from __future__ import annotations
 
@@ -23,8 +22,7 @@ class TreeShape:
     total_token: nodes verified in one pass, the root included. top_k: beams a level. depth: draft
       passes
     after the one that ingests the accepted tokens, as in upstream: that pass yields level 1, so the
-    longest path has depth + 1 draft tokens, and a cycle gains at most depth + 2 tokens.
-    """
+    longest path has depth + 1 draft tokens, and a cycle gains at most depth + 2 tokens."""
 
     total_token: int = 60
     depth: int = 7
@@ -119,8 +117,7 @@ def rerank(
 
     root [B]; tokens, parents, scores [B, P]; depth [P]. A parent is named by its candidate's place
     plus one, 0 being the root. Candidates are ordered by level, so with a stable sort a parent,
-    whose cumulative log-probability is never below its child's, is always picked before it.
-    """
+    whose cumulative log-probability is never below its child's, is always picked before it."""
     if fast(scores):
         return DraftTree(
             *torch.ops.eagle_cpu.keep_best(root, tokens, parents, scores, depth, num_nodes)

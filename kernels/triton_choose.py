@@ -25,8 +25,7 @@ Only top-k and top-p together need the k-th largest score itself, for the mass o
 NaN logits count as -inf here, so that a poisoned row yields some token of the vocabulary and always
 ends.
 
-B rows, N nodes, V vocabulary.
-"""
+B rows, N nodes, V vocabulary."""
 
 from __future__ import annotations
 
@@ -141,8 +140,7 @@ def _kth(logits, V, temperature, k, top, BLOCK: tl.constexpr):
     it.
 
     low: at least k scores are >= low. high: a score, and the k-th largest is <= high. Every look
-    moves one of them to a score of the row, so it ends.
-    """
+    moves one of them to a score of the row, so it ends."""
     lane = tl.arange(0, BLOCK)
     low, high, reach = tl.full((), float("-inf"), tl.float32), top, 1.0
     searching = top > float("-inf")

@@ -17,8 +17,7 @@ capacity nor on the rows beside it.
 The G query heads that share a key/value head are folded with the N queries into R = G * N tile
 rows: each key is read once for BLOCK_R of them.
 
-B rows, N queries, M tree slots, W words of mask, Hq and Hkv heads, C capacity, D head_dim.
-"""
+B rows, N queries, M tree slots, W words of mask, Hq and Hkv heads, C capacity, D head_dim."""
 
 from __future__ import annotations
 
@@ -188,8 +187,7 @@ def _attend_split(
     """Grid (splits x tiles, Hkv, B): BLOCK_R tile rows against one split of the keys.
 
     Writes, at [split, b, kv head, tile row]: the largest score (base 2), the weights' sum and the
-    weighted values' sum, both relative to it.
-    """
+    weighted values' sum, both relative to it."""
     kv, row = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     tiles = tl.cdiv(N * G, BLOCK_R)
     # tiles of one split run side by side and share its keys in the L2 cache
@@ -395,8 +393,7 @@ def tree_attention_triton(
 ) -> torch.Tensor:
     """`kernels.tree_attention.tree_attention` without host synchronisation. fp16, bf16 or fp32.
 
-    Scratch: min(MAX_SPLITS, ceil(C / MIN_SPLIT)) * B * Hq * N * (D + 2) floats.
-    """
+    Scratch: min(MAX_SPLITS, ceil(C / MIN_SPLIT)) * B * Hq * N * (D + 2) floats."""
     B, Hq, N, D = q.shape
     Hkv, C = k_cache.shape[1], k_cache.shape[2]
     M = tree_positions.shape[1]

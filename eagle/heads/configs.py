@@ -3,8 +3,7 @@
 Knows fields and defaults; knows nothing of files. Where an absent field means different things to
 different engines (norm_before_residual: vLLM takes true for a speculators config, false for a flat
 one; speculators 0.9.0 false), the default is that of the engine whose format it is, and what is
-written names every field.
-"""
+written names every field."""
 
 from __future__ import annotations
 
@@ -173,8 +172,7 @@ def _flat(config: HeadConfig, dtype: torch.dtype) -> dict:
 
 def own_config(config: HeadConfig, dtype: torch.dtype) -> dict:
     """The `eagle` format: flat fields, those of SafeAILab's configs among them, and every option
-    that is set.
-    """
+    that is set."""
     eagle1 = config.method == "eagle1"
     flat = {k: v for k, v in config.to_dict().items() if k != "feature_layers"}
     if not config.own_embedding:

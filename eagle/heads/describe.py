@@ -1,6 +1,5 @@
 """What a head's folder says of itself: format, geometry, layer ids, draft vocabulary, and what it
-belongs to.
-"""
+belongs to."""
 
 from __future__ import annotations
 
@@ -18,8 +17,7 @@ from .tables import EMBEDDING
 
 def describe(published: Published) -> dict:
     """JSON-ready; raises EagleError for a folder that cannot be loaded, except for absent layer
-    ids.
-    """
+    ids."""
     layers = feature_layers(published)
     # any three ids make the same tensors
     known = layers["entering"] is not None
@@ -116,8 +114,7 @@ def lines(said: dict) -> list[str]:
 
 def require_bench_of(bench: dict, provenance: dict) -> list[dict]:
     """The speculative runs of a bench JSON; refused where they are of another target, or were
-    forced to accept.
-    """
+    forced to accept."""
     runs = bench.get("runs")
     if not isinstance(runs, list) or not all(isinstance(r, dict) for r in runs):
         raise EagleError("the bench file has no runs; give what inference.bench --json wrote")

@@ -17,8 +17,7 @@ Names of tensors, and whose they are:
 - `fc, layers.N.*, embed_tokens` of EAGLE-1: SafeAILab's; layer 0 has no `input_layernorm`.
 
 B rows, T tokens, C of them kept, H hidden, D draft vocabulary, V target vocabulary, hd head_dim, F
-feature width.
-"""
+feature width."""
 
 from __future__ import annotations
 
@@ -65,8 +64,7 @@ class HeadConfig:
       fed the
     output after the last norm. attention_bias: of q, k, v and o; qkv_bias: of q, k and v alone.
       own_embedding:
-    [V, H], in place of the target's. qk_norm: RMSNorm of queries and keys over head_dim.
-    """
+    [V, H], in place of the target's. qk_norm: RMSNorm of queries and keys over head_dim."""
 
     hidden_size: Size
     intermediate_size: Size
@@ -207,8 +205,7 @@ def _typed(cls: type) -> type:
 
 def require_typed(cls: type, values: dict) -> None:
     """Refuse values that the annotations of a dataclass do not allow: they may come from files of
-    others.
-    """
+    others."""
     try:
         _typed(cls).model_validate(values)
     except ValidationError as error:
@@ -226,8 +223,7 @@ SHAPE = [name for name in NAMES if name not in ("feature_layers", *OPTIONS)]
 
 def mlp_width(config) -> int:
     """The width of the MLP under the names that families give it; GPT-2's default is four times the
-    hidden.
-    """
+    hidden."""
     for name in ("intermediate_size", "ffn_dim", "n_inner"):
         if getattr(config, name, None):
             return getattr(config, name)
@@ -236,8 +232,7 @@ def mlp_width(config) -> int:
 
 def default_feature_layers(num_layers: int) -> tuple[int, int, int]:
     """Entering-layer ids 2, L//2, L-3; on shallow models the nearest three distinct ids that
-    exist.
-    """
+    exist."""
     wanted = sorted({min(max(i, 0), num_layers) for i in (2, num_layers // 2, num_layers - 3)})
     spare = [i for i in range(num_layers, -1, -1) if i not in wanted]
     while len(wanted) < 3 and spare:
@@ -372,8 +367,7 @@ class DraftHead(nn.Module):
     follows.
 
     state_dict() has exactly the published keys of its kind. Without an embedding of its own, the
-    head is given the target's.
-    """
+    head is given the target's."""
 
     has_output = True  # whether `logits` is the head's own, or the target's LM head
     config: HeadConfig
@@ -406,8 +400,7 @@ class DraftHead(nn.Module):
     @torch.no_grad()
     def set_draft_vocab(self, token_ids: torch.Tensor) -> None:
         """token_ids [D] sorted, distinct target ids: d2t holds the offset to add, t2d the
-        membership.
-        """
+        membership."""
         c = self.config
         if not c.reduced_vocab:
             return
@@ -463,8 +456,7 @@ class DraftHead(nn.Module):
         """hidden [B, T, H] (`fuse` of target features, or this head's own output), embeds [B, T, H]
         of the tokens that follow, positions [B, T] -> hidden [B, T, H], the next pass's input.
 
-        keep [C]: keys and values of all T tokens, and the output of these alone, [B, C, H].
-        """
+        keep [C]: keys and values of all T tokens, and the output of these alone, [B, C, H]."""
         cos, sin = self.rotary(positions, hidden.dtype)
         *lower, last = self.decoder_layers
         for layer in lower:
@@ -474,8 +466,7 @@ class DraftHead(nn.Module):
 
 class Eagle3Head(DraftHead):
     """Three hidden states of the target, fused by `fc`; the output before the last norm is fed
-    back.
-    """
+    back."""
 
     def __init__(self, config: HeadConfig) -> None:
         super().__init__()
@@ -518,8 +509,7 @@ class Eagle3Head(DraftHead):
 
 class Eagle1Head(DraftHead):
     """The target's final hidden state, predicted one token ahead; logits are the target's LM head's
-    of it.
-    """
+    of it."""
 
     has_output = False
 

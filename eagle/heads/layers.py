@@ -13,8 +13,7 @@ states: outputs of
 "one-based" is the
   mistake that "output" does not cover: the numbers are one too high.
 
-L layers of the target.
-"""
+L layers of the target."""
 
 from __future__ import annotations
 

@@ -3,8 +3,7 @@ generate script.
 
 The card's numbers are copied from a bench file; without one it says that nothing was measured.
   Knows nothing of
-hubs: `hf upload ID FOLDER` does the rest.
-"""
+hubs: `hf upload ID FOLDER` does the rest."""
 
 from __future__ import annotations
 

@@ -4,8 +4,7 @@ accepted.
 A head that reads the states of neighbouring layers still drafts, only worse; nothing in the files
 tells. Knows token ids and heads; knows nothing of text.
 
-T tokens of a text, F features, H hidden.
-"""
+T tokens of a text, F features, H hidden."""
 
 from __future__ import annotations
 

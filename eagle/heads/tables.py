@@ -6,8 +6,7 @@ Sources, read in 2026-11: SafeAILab/EAGLE `eagle/model/cnets.py` (EAGLE-3) and `
 `transformers_utils/configs/speculators/algos.py`; speculators 0.9.0 `models/eagle3`; ModelOpt
 `torch/export/plugins/hf_spec_export.py` (LLAMA_EAGLE_SINGLE_LAYER) and `hf_spec_configs.py`.
 
-D draft vocabulary, V target vocabulary.
-"""
+D draft vocabulary, V target vocabulary."""
 
 from __future__ import annotations
 
@@ -181,8 +180,7 @@ def to_ours(
 
 def _identity(config: HeadConfig, state: dict) -> bool:
     """Do the maps, where there are any, leave every token at its place? Then nothing is lost
-    without them.
-    """
+    without them."""
     d2t, t2d = state.get("d2t"), state.get("t2d")
     full = (config.vocab_size,)
     return (d2t is None or d2t.shape == full and not d2t.any()) and (

@@ -67,8 +67,7 @@ def export_head(
     "architectures"} of the target, which speculators' config names. add: puts further files into
     the folder.
 
-    Raises EagleError where the format's engine would run another head than this one.
-    """
+    Raises EagleError where the format's engine would run another head than this one."""
     fmt, config = table(to), head.config
     require_expressible(config, fmt)
     verifier = verifier or recorded(provenance)

@@ -246,8 +246,7 @@ def stock_greedy(target, prompt, max_new_tokens, **options):
 
 def assert_quiet(done):
     """A finished process: neither Python's warnings nor those of a logger, torch's included, on its
-    streams.
-    """
+    streams."""
     lines = (done.stdout + done.stderr).splitlines()
     noise = r"Warning|warning:|WARN|(?i:deprecat)|^\[?W\d{4} "
     assert not [line for line in lines if re.search(noise, line)]

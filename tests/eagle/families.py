@@ -1,8 +1,7 @@
 """Model families as tiny random models: those that must be served losslessly, and those that must
 be refused. `families.yaml` lists them.
 
-docs/families.md is generated from here: `.venv/bin/python tests/eagle/families.py --write`.
-"""
+docs/families.md is generated from here: `.venv/bin/python tests/eagle/families.py --write`."""
 
 from __future__ import annotations
 

@@ -3,8 +3,7 @@ spelt out by hand.
 
 The geometry is that of the tiny Llama of engine_helpers: hidden 32, 4 heads of 8 (2 for keys and
 values), vocabulary 128, MLP 48, 4 layers; a draft vocabulary of 48 or of 128. Nothing here comes
-from the package's own writer.
-"""
+from the package's own writer."""
 
 import copy
 import json
@@ -30,21 +29,7 @@ EAGLE3 = {
     "norm.weight": (H,),
     "lm_head.weight": (D, H),
 }
-LAYERS_0 = {
-    "fc.weight": (H, 3 * H),
-    "layers.0.self_attn.q_proj.weight": (Q, 2 * H),
-    "layers.0.self_attn.k_proj.weight": (K, 2 * H),
-    "layers.0.self_attn.v_proj.weight": (K, 2 * H),
-    "layers.0.self_attn.o_proj.weight": (H, Q),
-    "layers.0.mlp.gate_proj.weight": (I, H),
-    "layers.0.mlp.up_proj.weight": (I, H),
-    "layers.0.mlp.down_proj.weight": (H, I),
-    "layers.0.hidden_norm.weight": (H,),
-    "layers.0.input_layernorm.weight": (H,),
-    "layers.0.post_attention_layernorm.weight": (H,),
-    "norm.weight": (H,),
-    "lm_head.weight": (D, H),
-}
+LAYERS_0 = {name.replace("midlayer.", "layers.0."): shape for name, shape in EAGLE3.items()}
 EAGLE1 = {
     "embed_tokens.weight": (V, H),
     "fc.weight": (H, 2 * H),
@@ -156,8 +141,7 @@ def without(config, *keys):
 
 def _older_vllm():
     """Speculators before the norms and the ids of other layers: rope_theta flat, no
-    target_hidden_size.
-    """
+    target_hidden_size."""
     config = copy.deepcopy(CONFIGS["vllm"])
     del config["transformer_layer_config"]["rope_parameters"]
     return without(

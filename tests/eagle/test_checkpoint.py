@@ -251,8 +251,7 @@ def test_a_kill_between_two_renames_is_read_in_place_and_repaired_by_the_writer(
 @pytest.mark.parametrize("swap", [True, False], ids=["exchange", "renames"])
 def test_another_machines_live_write_is_left_alone(saved, target, monkeypatch, swap):
     """A process id says nothing on a disk that is shared: 999999999 lives there, and 1 is not this
-    machine's.
-    """
+    machine's."""
     if not swap:
         monkeypatch.setattr(files, "exchange", lambda a, b: False)
     head, folder = saved

@@ -30,22 +30,6 @@ def test_equals_stock_generate(model, extra):
     assert torch.equal(ours, expected)
 
 
-def test_sampling_keeps_the_calls_settings(model):
-    ids = torch.tensor([[3, 1, 4, 1, 5]])
-    stock = model.target.model
-    torch.manual_seed(0)
-    kept = stock.generate(
-        ids,
-        custom_generate=model.custom_generate,
-        do_sample=True,
-        temperature=0.7,
-        top_k=1,
-        **OPTIONS,
-    )
-    greedy = model.eagenerate(ids, max_new_tokens=30, eos_token_id=-1)
-    assert torch.equal(kept, greedy)  # top_k=1 leaves one token
-
-
 def test_another_model_is_refused(model, targets):
     other = targets("qwen2").model
     with pytest.raises(EagleError, match="another model"):
@@ -66,8 +50,7 @@ class Collect:
 @pytest.mark.parametrize("way", ["callable", "folder"])
 def test_the_streamer_and_the_result_are_the_calls_own(model, way, tmp_path):
     """What stock `generate` would put into the streamer, once; a dict where one is asked for; stop
-    strings.
-    """
+    strings."""
     ids, stock = torch.tensor([[3, 1, 4, 1, 5]]), model.target.model
     how = dict(custom_generate=model.custom_generate)
     if way == "folder":

@@ -1,6 +1,5 @@
 """Speculative output equals plain output token for token, and plain greedy output equals
-transformers'.
-"""
+transformers'."""
 
 import itertools
 

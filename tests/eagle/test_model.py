@@ -1,6 +1,5 @@
 """`EaModel` as people handle models: it leaves the caller's as it found it, and serves several
-threads.
-"""
+threads."""
 
 import copy
 import io
@@ -110,8 +109,7 @@ def test_an_exception_in_a_pass_leaves_it_so_too():
 )
 def test_threads_take_turns(llama, sampling):
     """On one model, on another head over the same target that reads other layers, and on a bare
-    one.
-    """
+    one."""
     first, other = head_model(llama), EaModel(llama, make_head(llama, seed=5), "8,4,2")
     other.head.config = copy.copy(other.head.config)
     object.__setattr__(other.head.config, "feature_layers", (0, 1, 4))
@@ -207,8 +205,7 @@ def test_handled_as_models_are(llama):
 @pytest.mark.parametrize("masked", [True, False])
 def test_a_padded_tensor_gives_what_stock_generate_gives(llama, side, masked):
     """The input as given, and the answers from column T on. Without a mask the pad token marks the
-    padding.
-    """
+    padding."""
     prompts = [[t or 1 for t in p] for p in PROMPTS]
     ids, mask = padded(prompts, side)
     given = (ids, mask) if masked else (ids,)

@@ -1,6 +1,5 @@
 """tree="auto": lossless whatever it decides, and its decisions against what is best for known
-costs.
-"""
+costs."""
 
 import functools
 import itertools
@@ -281,8 +280,7 @@ def test_a_broken_head_costs_speed_only(llama, inject):
 
 class Schedule:
     """A plan that drafts in the cycles for which `drafts` says so; a rest puts prompts off or does
-    not.
-    """
+    not."""
 
     def __init__(self, drafts, put_off):
         self.drafts, self.put_off, self.cycle = drafts, put_off, 0

@@ -137,8 +137,7 @@ def test_a_free_slot_is_filled_at_once(llama):
 
 def test_drafts_that_are_always_right_in_refilled_slots(llama, answers):
     """The scripted drafter knows one answer a slot: with a single slot it is used again and
-    again.
-    """
+    again."""
     prompt, answer = PROMPTS[0], answers[0]
     drafter = ScriptedDrafter([answer], True, "6,4,1")
     rows = EaModel(llama, drafter=drafter).generate_many([prompt] * 4, slots=1, max_new_tokens=NEW)
@@ -497,8 +496,7 @@ def test_a_streamer(model, answers, way):
 
 def test_limits_of_the_model_and_of_the_slot(model):
     """The longest row that the model takes, beside a short one, in a slot that serves both in
-    turn.
-    """
+    turn."""
     long = make_prompts((250,), seed=4)[0]
     requests = [PROMPTS[3], long, PROMPTS[3], {"input_ids": long, "max_new_tokens": 1}]
     rows = model.generate_many(requests, slots=1, max_new_tokens=40)

@@ -1,6 +1,5 @@
 """Stock models behind our attention and cache: same logits, honest positions, and clear
-refusals.
-"""
+refusals."""
 
 import pytest
 import torch
@@ -33,8 +32,7 @@ def family(name, **changes):
 
 def entering(target, hidden_states):
     """The features below the last layer's output, of which transformers only gives the normed
-    form.
-    """
+    form."""
     assert target.feature_layers == (1, 2, 4)
     return torch.cat([hidden_states[i] for i in (1, 2)], dim=-1)
 
@@ -146,8 +144,7 @@ def test_tree_logits_equal_every_path_on_its_own(targets, name, lengths):
 
 def check_lossless(target, lengths=(9, 3, 14), new=60):
     """Up to the model's limit: plain, drafted and scripted output are one, and equal stock
-    generate.
-    """
+    generate."""
     prompts = make_prompts(lengths)
     slow = plain(target, prompts, max_new_tokens=new)
     assert new_tokens(head_model(target, "16,4,4").generate(prompts, max_new_tokens=new)) == slow

@@ -1,6 +1,5 @@
 """The draft tree: shape, growth, reranking, ancestors and verification, each against a slow
-reference.
-"""
+reference."""
 
 import random
 

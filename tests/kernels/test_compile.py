@@ -15,16 +15,10 @@ pytestmark = [
 
 FLOATS = {"scale", "softcap", "gamma", "smoothing", "least"}
 WORDS = {"bits", "part_token"}
-SINGLES = {
-    "part_acc",
-    "part_best",
-    "part_total",
-    "part_value",
-    "part_top",
-    "temperatures",
-    "top_ps",
-}
-SINGLES |= {"log_min_ps", "importance", "loss_out", "overlap_out"}
+SINGLES = set(
+    "part_acc part_best part_total part_value part_top temperatures top_ps log_min_ps importance "
+    "loss_out overlap_out".split()
+)
 LONGS = {"lengths", "rows", "positions", "path", "counts", "seeds", "top_ks", "choices", "best_out"}
 
 

@@ -1,6 +1,5 @@
 """The chunked draft loss equals its definition, values and gradients, and holds one tile at a
-time.
-"""
+time."""
 
 import pytest
 import torch
@@ -154,8 +153,7 @@ def test_unknown_and_unimportant_positions_have_no_gradient(loss, implementation
 @pytest.mark.parametrize("loss", LOSSES)
 def test_far_apart_and_equal_distributions_are_finite(loss):
     """Logits so far apart that probabilities are 0 in fp32; and q = p, where min(p, q) has a
-    kink.
-    """
+    kink."""
     t = torch.tensor([[0.0, 300.0, 0.0], [1.0, 2.0, 3.0], [-200.0, 0.0, 200.0]])
     x = torch.tensor([[300.0, 0.0, 0.0], [1.0, 2.0, 3.0], [200.0, 0.0, -200.0]])
     found, _, _, slope = tile_loss_reference(

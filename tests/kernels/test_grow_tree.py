@@ -1,6 +1,5 @@
 """The C++ bookkeeping of draft trees against the plain-PyTorch references, decision for
-decision.
-"""
+decision."""
 
 import pytest
 import torch
@@ -61,8 +60,7 @@ def test_best_beams(monkeypatch, b, m, k, M, dtype):
 
 def forest(b, k, depth, seed):
     """Candidates as a drafter makes them: levels of k beams, scores falling from parent to
-    child.
-    """
+    child."""
     g = torch.Generator().manual_seed(seed)
     parents, scores, levels = (
         [torch.zeros(b, k, dtype=torch.int64)],

@@ -31,8 +31,7 @@ def operator(compile_cache):
 @dataclass
 class Problem:
     """q [1, Hq, T, D], k and v [1, Hkv, T, D] of a pass over `context`; the same padded for the
-    reference.
-    """
+    reference."""
 
     context: TreeContext
     q: torch.Tensor

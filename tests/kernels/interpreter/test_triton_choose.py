@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from kernels.choose import choose, choose_reference, gumbel_noise
+from kernels.choose import choose_reference, gumbel_noise
 from kernels.triton_choose import choose_triton
 
 GRID = dict(
@@ -153,11 +153,3 @@ def test_noise_bits():
     logits = torch.zeros(4, 2, 1000)
     got = choose_triton(logits, seeds, positions, temperature=1.0)
     assert torch.equal(got, gumbel_noise(seeds, positions, 1000).argmax(-1))
-
-
-def test_the_public_function_dispatches(monkeypatch):
-    import kernels.triton_choose as module
-
-    monkeypatch.setattr(module, "choose_triton", lambda *a, **k: "the kernel")
-    seeds, positions = torch.zeros(1, dtype=torch.int64), torch.zeros(1, 1, dtype=torch.int64)
-    assert choose(torch.zeros(1, 1, 4), seeds, positions, top_k=3) == "the kernel"
