@@ -1,7 +1,5 @@
 """What is committed is what a fresh prefill writes; what is not committed can hold anything."""
 
-import copy
-
 import pytest
 import torch
 from engine_helpers import ScriptedDrafter, head_model, make_prompts, make_target, new_tokens, plain
@@ -48,33 +46,6 @@ def test_committed_slots_equal_a_fresh_prefill_after_50_cycles(targets, family):
     model = EaModel(target, drafter=ScriptedDrafter(mixed, True, "16,4,4"))
     assert new_tokens(model.generate(prompts, max_new_tokens=new, on_cache=watch)) == answers
     assert commits > 50
-
-
-@torch.inference_mode()
-def test_heads_cache_equals_a_fresh_ingest(llama):
-    prompts = make_prompts((6, 2))
-    model = head_model(llama, "8,4,2", draft_vocab=128)
-    drafters = []
-    result = model.generate(
-        prompts, max_new_tokens=30, on_cache=lambda _, d: drafters.append(copy.deepcopy(d.cache))
-    )
-    cache = drafters[-1]
-    used = cache.buffer.clone()
-    for place, row in enumerate(cache.order):
-        length, done = cache.host_lengths[place], result.rows[row]
-        tokens = done.prompt + done.tokens
-        assert length >= len(done.prompt)
-        ids = torch.tensor([tokens[:length]])
-        target_cache = llama.new_cache(1, length)
-        _, features = model.target.prefill(
-            ids, torch.tensor([length]), [length], target_cache, features=True
-        )
-        model.drafter.begin(1, length)
-        model.drafter.ingest(
-            features, torch.tensor([tokens[1 : length + 1]]), torch.tensor([length]), [length]
-        )
-        got = model.drafter.cache.buffer[:, :, 0, :, :length]
-        assert torch.allclose(used[:, :, row, :, :length], got, atol=1e-4)
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "gemma2"])

@@ -57,9 +57,8 @@ def packages(folder):
 
 @pytest.fixture(scope="module", autouse=True)
 def quick_builds():
-    """The packages' wrappers unoptimised and their headers read once: a third of the time."""
-    options = {"compile_wrapper_opt_level": "O0", "precompile_headers": True}
-    with torch._inductor.config.patch({f"aot_inductor.{k}": v for k, v in options.items()}):
+    """The packages' wrappers are not optimised: a third of the time."""
+    with torch._inductor.config.patch({"aot_inductor.compile_wrapper_opt_level": "O0"}):
         yield
 
 
@@ -296,26 +295,6 @@ def test_a_key_names_all_that_a_package_depends_on(target):
         torch.set_num_threads(1)
     everything = [first, changed, layers, theta, half, threads, *heads]
     assert len(set(everything)) == len(everything)
-
-
-def test_a_changed_weight_is_another_package(model, compile_cache, monkeypatch):
-    """Where a package is looked for, without building it: building is stopped."""
-    import eagle.compile
-
-    def stop(module, example, path, dynamic):
-        raise EagleError(f"would build {path}")
-
-    monkeypatch.setattr(eagle.compile, "package", stop)
-    target = make_target("llama")
-    folders = {Path(p).parent.name for p in packages(compile_cache)}
-    with pytest.raises(EagleError) as found:
-        EaModel(target, compile="max").prepare()
-    assert Path(str(found.value)).parent.name in folders
-    target.model.lm_head.weight.data[0, 0] += 1
-    with pytest.raises(EagleError) as found:
-        EaModel(target, compile="max").prepare()
-    name = Path(str(found.value)).parent.name
-    assert name.startswith("target-") and name not in folders
 
 
 def test_a_model_too_large_to_copy_is_refused(target, monkeypatch):

@@ -18,18 +18,6 @@ def model(llama):
     return head_model(llama)
 
 
-@pytest.mark.parametrize("extra", [{}, {"repetition_penalty": 1.4}], ids=["greedy", "processor"])
-def test_equals_stock_generate(model, extra):
-    ids = torch.tensor([[3, 1, 4, 1, 5]])
-    stock = model.target.model
-    ours = stock.generate(
-        ids, custom_generate=model.custom_generate, do_sample=False, **OPTIONS, **extra
-    )
-    with model.target.stock():
-        expected = stock.generate(ids, do_sample=False, **OPTIONS, **extra)
-    assert torch.equal(ours, expected)
-
-
 def test_another_model_is_refused(model, targets):
     other = targets("qwen2").model
     with pytest.raises(EagleError, match="another model"):

@@ -6,7 +6,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from engine_helpers import make_prompts, stock_greedy
+from engine_helpers import make_prompts, paths_of, stock_greedy
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
@@ -161,40 +161,90 @@ def test_a_head_computes_what_is_written(llama, kind):
     torch.testing.assert_close(kept, out[:, keep], rtol=1e-5, atol=1e-5)
 
 
-@kinds
-@torch.inference_mode()
-def test_drafts_are_those_of_whole_passes(llama, kind):
-    """A drafter with its cache and tree gives the log-probabilities of the head run over whole
-    paths."""
-    head, T = head_of(llama, kind, seed=2), 9
-    embed = embedding(head, llama)
-    drafter = HeadDrafter(head, llama.embed, TreeShape(14, 3, 3), llama.head_logits)
-    features, tokens = torch.randn(1, T, head.config.feature_size), torch.randint(0, V, (1, T))
-    drafter.begin(1, T)
-    drafter.ingest(features[:, :6], tokens[:, :6], torch.tensor([6]), [6])
-    drafter.ingest(features[:, 6:], tokens[:, 6:], torch.tensor([3]), [3])
-    tree = drafter.expand(torch.tensor([5]))
-    ids_of = head.draft_token_ids().tolist()
+class Reference:
+    """The head without a cache: every path is run whole, from the first position."""
 
-    def log_probs(path):
-        fused, ids = head.fuse(features), torch.cat([tokens[0], torch.tensor(path)]).long()
+    def __init__(self, head, target, features, tokens):
+        self.head, self.features, self.tokens = head, features, tokens
+        self.embed = embedding(head, target)
+        self.logits = head.logits if head.has_output else target.head_logits
+
+    def log_probs(self, path):
+        """Draft-vocabulary log-probabilities after the row's tokens and `path` (target ids)."""
+        head = self.head
+        hidden = head.fuse(self.features[None])
+        out = None
         for step in range(len(path) + 1):
-            n = T + step
-            out = head(fused, embed(ids[:n])[None], torch.arange(n)[None], causal)
-            fused = torch.cat([fused, out[:, -1:]], 1)
-        logits = head.logits(out[0, -1]) if head.has_output else llama.head_logits(out[0, -1])
-        return logits.log_softmax(-1)
+            ids = torch.tensor([self.tokens + path[:step]])
+            T = ids.shape[1]
+            out = head(hidden, self.embed(ids), torch.arange(T)[None], causal)
+            hidden = torch.cat([hidden, out[:, -1:]], dim=1)
+        return self.logits(out[0, -1]).log_softmax(-1)
 
-    paths, checked = {0: []}, 0
-    for n in range(1, tree.tokens.shape[1]):
-        parent = tree.parents[0, n].item()
-        token = tree.tokens[0, n].item()
-        step = log_probs(paths[parent])[ids_of.index(token)].item()
-        before = 0.0 if parent == 0 else tree.scores[0, parent].item()
-        assert tree.scores[0, n].item() == pytest.approx(before + step, abs=2e-3)
-        paths[n] = [*paths[parent], token]
-        checked += tree.depth[0, n].item() > 1
-    assert checked > 3
+    def tree(self, root, shape):
+        """EAGLE-2 by hand: {path: score} of all candidates, and the kept ones."""
+        head, k = self.head, shape.top_k
+        target_ids = head.draft_token_ids()
+
+        def children(path, score):
+            best = self.log_probs(list(path)).topk(k)
+            return {
+                (*path, target_ids[i].item()): score + s.item()
+                for s, i in zip(best.values, best.indices, strict=True)
+            }
+
+        every = children((), 0.0)
+        beams = dict(every)
+        for _ in range(shape.depth):
+            level = {}
+            for path, score in beams.items():
+                level.update(children(path, score))
+            every.update(level)
+            beams = dict(sorted(level.items(), key=lambda item: -item[1])[:k])
+        return dict(sorted(every.items(), key=lambda item: -item[1])[: shape.num_nodes - 1])
+
+
+EXPANDED = [("eagle3", shape) for shape in ("6,4,1", "8,4,2", "16,3,4", "40,2,5")]
+EXPANDED += [(kind, "14,3,3") for kind in KINDS]
+
+
+@pytest.mark.parametrize("kind, shape", EXPANDED)
+@torch.inference_mode()
+def test_expand_equals_the_slow_reference(llama, kind, shape):
+    """Ragged rows, after an ingest of the prompt and two of accepted tokens."""
+    head = head_of(llama, kind, seed=3)
+    F = head.config.feature_size
+    drafter = HeadDrafter(head, llama.embed, TreeShape.parse(shape), llama.head_logits)
+    lengths, steps = [7, 3, 10], [[2, 1, 4], [1, 0, 3]]
+    totals = [n + a + b for n, a, b in zip(lengths, *steps, strict=True)]
+    torch.manual_seed(5)
+    features = torch.randn(3, max(totals), F)
+    tokens = torch.tensor([p + [0] * (max(totals) - len(p)) for p in make_prompts(totals, seed=4)])
+    drafter.begin(3, max(totals))
+    drafter.ingest(features[:, :10], tokens[:, :10], torch.tensor(lengths), lengths)
+    done = lengths
+    for counts in steps:
+        drafter.expand(tokens[:, 0])  # what a tree leaves behind must not be seen later
+        width = max(counts)
+        at = torch.tensor(done)[:, None] + torch.arange(width)
+        at = at.clamp_max(max(totals) - 1)
+        drafter.ingest(
+            features.gather(1, at[..., None].expand(-1, -1, F)),
+            tokens.gather(1, at),
+            torch.tensor(counts),
+            counts,
+        )
+        done = [a + b for a, b in zip(done, counts, strict=True)]
+    tree = drafter.expand(torch.tensor([1, 2, 3]))
+    assert drafter.cache.host_lengths == totals == drafter.cache.lengths.tolist()
+    for b in range(3):
+        T = totals[b]
+        reference = Reference(head, llama, features[b, :T], tokens[b, :T].tolist())
+        expected = reference.tree(b + 1, drafter.shape)
+        got = paths_of(tree, b)
+        assert got.keys() == expected.keys()
+        for path, score in expected.items():
+            assert got[path] == pytest.approx(score, abs=2e-3)
 
 
 @kinds

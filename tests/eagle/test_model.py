@@ -144,27 +144,6 @@ def test_threads_take_turns(llama, sampling):
     assert got == expected
 
 
-def test_two_heads_over_one_target_stream_in_turn(llama):
-    """Which read different layers."""
-    config = make_head(llama).config
-    layers = tuple((i + 1) % 5 for i in config.feature_layers)
-    heads = [make_head(llama, seed=1), make_head(llama, seed=2)]
-    heads[1].config = type(config)(**{**vars(config), "feature_layers": layers})
-    models = [EaModel(llama, head, "8,4,2") for head in heads]
-    alone = [m.generate(PROMPTS, max_new_tokens=NEW) for m in models]
-    steps = [m.ea_generate(PROMPTS, max_new_tokens=NEW) for m in models]
-    last, running = [None, None], [0, 1]
-    while running:
-        for i in list(running):
-            step = next(steps[i], None)
-            if step is None:
-                running.remove(i)
-            else:
-                last[i] = step
-    for shown, result in zip(last, alone, strict=True):
-        assert torch.equal(shown, result.sequences)
-
-
 def test_handled_as_models_are(llama):
     model = head_model(llama)
     answer = model.eagenerate(PROMPTS, max_new_tokens=NEW)
