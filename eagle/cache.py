@@ -1,7 +1,5 @@
 """Static key/value cache: one preallocated buffer, a length per row.
 
-Knows slots and lengths; knows nothing of tokens, trees or models.
-
 L layers, B buffer rows, b rows in use, H key/value heads, C capacity (slots), D head_dim.
 
 Invariant: the context of the i-th row in use is slots 0 … lengths[i]-1 of buffer row order[i],

@@ -1,7 +1,5 @@
 """Drafting: the head over its own cache, grown into a tree.
 
-Knows features, tokens and trees; knows nothing of the target's weights, of sampling or of text.
-
 b rows, K ingested tokens, k beams, F features, H hidden, D draft vocabulary.
 
 Alignment: the head's position t pairs the target's feature at t with the token at t+1 and predicts

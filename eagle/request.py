@@ -1,5 +1,4 @@
-"""A request and what has become of it. Knows token ids and stopping; knows nothing of models or
-text."""
+"""A request and what has become of it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a request asks of the choice of tokens. Knows nothing of trees or models."""
+"""What a request asks of the choice of tokens."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Behind stock `model.generate(..., custom_generate=...)`: what that call asks for, in
 `EaModel.eagenerate`'s words.
 
-Knows what transformers prepares; knows nothing of decoding. B rows, T columns."""
+B rows, T columns."""
 
 from __future__ import annotations
 

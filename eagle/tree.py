@@ -1,7 +1,5 @@
 """The draft tree: its shape, its nodes, and which of many candidates become nodes.
 
-Knows token ids, parents and scores; knows nothing of models.
-
 B rows, N nodes (node 0 is the root), P candidates."""
 
 from __future__ import annotations
@@ -20,9 +18,8 @@ class TreeShape:
     """How far to expand and how much to keep (EAGLE-2, Li et al. 2024, arXiv:2406.16858).
 
     total_token: nodes verified in one pass, the root included. top_k: beams a level. depth: draft
-      passes
-    after the one that ingests the accepted tokens, as in upstream: that pass yields level 1, so the
-    longest path has depth + 1 draft tokens, and a cycle gains at most depth + 2 tokens."""
+      passes after the one that ingests the accepted tokens, as in upstream: that pass yields level
+      1, so the longest path has depth + 1 draft tokens, and a cycle gains at most depth + 2."""
 
     total_token: int = 60
     depth: int = 7

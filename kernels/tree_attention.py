@@ -1,7 +1,5 @@
 """Attention of tree nodes over a static cache: plain-PyTorch reference.
 
-Knows nothing of models or configs.
-
 B rows, N queries, M tree slots (the last N of them are the queries' own), W = ceil(M / 32) words of
 mask, Hq query heads, Hkv key/value heads, C capacity, S live slots, D head_dim.
 

@@ -1,9 +1,8 @@
 """config.json of each format <-> HeadConfig.
 
-Knows fields and defaults; knows nothing of files. Where an absent field means different things to
-different engines (norm_before_residual: vLLM takes true for a speculators config, false for a flat
-one; speculators 0.9.0 false), the default is that of the engine whose format it is, and what is
-written names every field."""
+Where an absent field means different things to different engines (norm_before_residual: vLLM takes
+true for a speculators config, false for a flat one; speculators 0.9.0 false), the default is that
+of the engine whose format it is, and what is written names every field."""
 
 from __future__ import annotations
 

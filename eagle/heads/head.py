@@ -2,14 +2,10 @@
 the same weights and a dynamic tree) and EAGLE-3 (Li et al. 2025, arXiv:2503.01840), in published
 tensor layouts.
 
-Knows hidden states, embeddings and draft-vocabulary ids; knows nothing of caches, trees or
-training.
-
 Names of tensors, and whose they are:
 - `fc, midlayer.*, norm, lm_head, d2t, t2d, embed_tokens`: SafeAILab/EAGLE's for EAGLE-3, and
   SpecForge's;
-- `layers.N.*` of an EAGLE-3 head with several layers: vLLM's and speculators' (SafeAILab has one
-  layer;
+- `layers.N.*` of an EAGLE-3 head with several layers: vLLM's and speculators' (SafeAILab has one;
   SGLang says `midlayer` and `additional_layers.N-1`, whose `hidden_norm` is our `input_layernorm`);
 - `input_norm` (norm_before_fc), `fc_norm.0 … fc_norm.2` (fc_norm): vLLM's and speculators';
 - `self_attn.q_norm, k_norm` (qk_norm): Qwen3's in transformers, as speculators' qwen3 heads have
@@ -56,15 +52,12 @@ class HeadConfig:
     in what published heads differ.
 
     feature_layers: of EAGLE-3 three entering-layer ids (hidden_states[i] of transformers is what
-      enters layer
-    i); of EAGLE-1 (FINAL,).
+      enters layer i); of EAGLE-1 (FINAL,).
     norm_before_residual: the first layer's residual is the normed hidden state. norm_before_fc,
-      fc_norm: an
-    RMSNorm over the concatenated features, over each of them. norm_output: the next draft step is
-      fed the
-    output after the last norm. attention_bias: of q, k, v and o; qkv_bias: of q, k and v alone.
-      own_embedding:
-    [V, H], in place of the target's. qk_norm: RMSNorm of queries and keys over head_dim."""
+      fc_norm: an RMSNorm over the concatenated features, over each of them. norm_output: the next
+      draft step is fed the output after the last norm. attention_bias: of q, k, v and o; qkv_bias:
+      of q, k and v alone. own_embedding: [V, H], in place of the target's. qk_norm: RMSNorm of
+      queries and keys over head_dim."""
 
     hidden_size: Size
     intermediate_size: Size

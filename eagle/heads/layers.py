@@ -7,11 +7,9 @@ enters layer i (i = 0: the embedding). What projects write:
   (`aux_hidden_state_layers`, a state taken before layer i runs) and speculators
   (`eagle_aux_hidden_state_layer_ids` beside it) count the same way: "entering";
 - SGLang, SpecForge and ModelOpt write `[1, L // 2 - 1, L - 4]` under `eagle_config` for the same
-states: outputs of
-  layer i (SGLang's `set_eagle3_layers_to_capture` adds one): "output";
-- the numbers of one kind copied into a config of the other kind are off by one, either way.
-"one-based" is the
-  mistake that "output" does not cover: the numbers are one too high.
+  states: outputs of layer i (SGLang's `set_eagle3_layers_to_capture` adds one): "output";
+- the numbers of one kind copied into a config of the other are off by one, either way. "one-based"
+  is the mistake that "output" does not cover: the numbers are one too high.
 
 L layers of the target."""
 

@@ -1,9 +1,7 @@
 """A folder that can be pushed to a model hub as it is: head, config, card with what was measured,
 generate script.
 
-The card's numbers are copied from a bench file; without one it says that nothing was measured.
-  Knows nothing of
-hubs: `hf upload ID FOLDER` does the rest."""
+The card's numbers are copied from a bench file; without one it says that nothing was measured."""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 accepted.
 
 A head that reads the states of neighbouring layers still drafts, only worse; nothing in the files
-tells. Knows token ids and heads; knows nothing of text.
+tells.
 
 T tokens of a text, F features, H hidden."""
 
