@@ -19,7 +19,8 @@ from .files import require_equal as require_equal
 from .files import tidy as tidy
 from .files import write_json as write_json
 from .heads.configs import DTYPES, own_config
-from .heads.head import FINAL, DraftHead, HeadConfig, build
+from .heads.head import DraftHead, build
+from .heads.head_config import FINAL, HeadConfig
 from .heads.read import read_folder
 from .heads.write import save_folder
 from .loading import differences, find_folder, resolve_dtype

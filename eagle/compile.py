@@ -228,7 +228,15 @@ def key(module: torch.nn.Module, example: tuple) -> str:
         digest.update(repr((target.config.to_json_string(), target.feature_layers)).encode())
     if isinstance(module, HeadPass):
         digest.update(repr(module.drafter[0].head.config).encode())
-    for name in ("attention", "cache", "compile", "draft", "heads/head", "target"):
+    for name in (
+        "attention",
+        "cache",
+        "compile",
+        "draft",
+        "heads/head",
+        "heads/head_config",
+        "target",
+    ):
         digest.update((Path(__file__).parent / f"{name}.py").read_bytes())
     for name, weight in [*module.named_parameters(), *module.named_buffers()]:
         digest.update(f"{name}{tuple(weight.shape)}{weight.dtype}".encode())

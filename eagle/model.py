@@ -26,8 +26,9 @@ from .generation import Generation, Span, Start, raise_errors, require_room, sho
 from .generation import acceptance_by_depth as acceptance_by_depth
 from .heads.head import DraftHead
 from .loading import EMBEDDED, load_tokenizer
-from .options import Options, Prompt, check_prompt, split_options
+from .options import Options
 from .plan import WIDEST, Experience, Plan
+from .prompts import Prompt, check_prompt, split_options
 from .request import Request, Row
 from .sampling import row_seeds
 from .target import Target

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from .attention import NAME, TreeContext
 from .cache import StaticKVCache
 from .errors import EagleError
-from .heads.head import FINAL, default_feature_layers
+from .heads.head_config import FINAL, default_feature_layers
 from .loading import decoder_layers, identity_of, load_model
 from .support import INSTEAD as INSTEAD
 from .support import (

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 
 from ..errors import EagleError
-from .head import FINAL, SHAPE, HeadConfig
+from .head_config import FINAL, SHAPE, HeadConfig
 from .layers import written_ids
 from .tables import EMBEDDING, Format, table
 

@@ -10,7 +10,7 @@ import torch
 from ..errors import EagleError
 from ..files import weights_hash
 from .configs import written_layers
-from .head import OPTIONS, SHAPE
+from .head_config import OPTIONS, SHAPE
 from .read import Published
 from .tables import EMBEDDING
 

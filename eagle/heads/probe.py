@@ -19,7 +19,8 @@ from ..errors import EagleError
 from ..model import EaModel
 from ..target import Target
 from .configs import written_layers
-from .head import DraftHead, build, default_feature_layers
+from .head import DraftHead, build
+from .head_config import default_feature_layers
 from .layers import candidates
 from .read import Published
 

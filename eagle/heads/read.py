@@ -12,7 +12,8 @@ from pydantic import BaseModel, ConfigDict
 from ..errors import EagleError
 from ..files import read_json, read_tensors
 from .configs import detect, is_eagle1, read_config, written_layers
-from .head import FINAL, HeadConfig, default_feature_layers, make_head
+from .head import make_head
+from .head_config import FINAL, HeadConfig, default_feature_layers
 from .layers import SHIFT, absent, entering_ids
 from .tables import EMBEDDING, Format, table, to_ours
 

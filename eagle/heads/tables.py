@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 
 from ..errors import EagleError
-from .head import OPTIONS, HeadConfig
+from .head_config import OPTIONS, HeadConfig
 
 EMBEDDING = "embed_tokens.weight"
 WEIGHTS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
