@@ -75,8 +75,8 @@ def require_fit(path: Path, config: HeadConfig, target: Target) -> None:
     ):
         if ours != theirs:
             raise EagleError(
-                f"the head {path} does not belong to {target.name}: its {what} is {ours}, "
-                f"the target's is {theirs}; use a head trained for this target"
+                f"the head {path} does not belong to {target.name}: its {what} is {ours}, the "
+                f"target's is {theirs}; use a head trained for this target"
             )
     L = len(target.layers)
     if any(not 0 <= i <= L and i != FINAL for i in config.feature_layers):

@@ -140,8 +140,7 @@ def load(module: torch.nn.Module, example: tuple, name: str, seconds: dict[str, 
     if size > LARGEST:
         raise EagleError(
             f"compile='max' keeps a second copy of the weights, and {size / 2**30:.1f} GiB is too "
-            "much for that; "
-            "use compile='off'"
+            "much for that; use compile='off'"
         )
     started = time.perf_counter()
     try:
@@ -196,8 +195,7 @@ def cannot_compile(error: Exception) -> EagleError:
     reason = next(iter(str(error).strip().splitlines()), "")
     return EagleError(
         f"cannot compile this model ({type(error).__name__}: {reason}); use compile='off'. "
-        "Compiling on a CPU "
-        "needs a C++ compiler (g++) and ninja"
+        "Compiling on a CPU needs a C++ compiler (g++) and ninja"
     )
 
 

@@ -69,9 +69,7 @@ class HeadDrafter:
         head_logits: Callable[[torch.Tensor], torch.Tensor] | None = None,
     ) -> None:
         if not head.has_output and head_logits is None:
-            raise EagleError(
-                "an EAGLE-1 head drafts through the target's LM head; give head_logits"
-            )
+            raise EagleError("an EAGLE-1 head needs the target's LM head; give head_logits")
         self.head, self.embed = head, head.embed_tokens if head.config.own_embedding else embed
         self.logits = head.logits if head.has_output else head_logits
         self._to_target = head.draft_token_ids()  # [D]

@@ -82,9 +82,8 @@ def find_folder(
             .split(". ")[0]
         )
         raise EagleError(
-            f"{said}, and the hub does not give it ({reason[:200]}); {give}, or make one where "
-            "the hub can be "
-            f"reached: hf download {hub_id} --local-dir FOLDER"
+            f"{said}, and the hub does not give it ({reason[:200]}); {give}, or make one where the "
+            f"hub can be reached: hf download {hub_id} --local-dir FOLDER"
         ) from error
     return found
 
@@ -130,9 +129,7 @@ def load_model(
     device = resolve_device(device)
     embedded = path in (None, "embedded")
     if embedded and not (EMBEDDED / "model.safetensors").exists():
-        raise EagleError(
-            "this installation has no embedded model; reinstall it, or give a model path"
-        )
+        raise EagleError("this installation has no embedded model; give a model path")
     if quantization not in QUANTIZATIONS:
         raise EagleError(f"unknown quantization {quantization!r}; use {', '.join(QUANTIZATIONS)}")
     revision = hf_kwargs.pop("revision", None)
@@ -157,9 +154,7 @@ def load_model(
             source, "auto", {k: v for k, v in hf_kwargs.items() if k != "device_map"}
         )
         if getattr(plain, "is_quantized", False):
-            raise EagleError(
-                f"{name} is stored quantized already; leave quantization={quantization!r} out"
-            )
+            raise EagleError(f"{name} is stored quantized; leave quantization={quantization!r} out")
         identity = identity_of(plain, name)
         if dtype == "auto":
             dtype = plain.dtype
@@ -188,9 +183,7 @@ def read_model(
     try:
         return AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **hf_kwargs)
     except ImportError as error:
-        raise EagleError(
-            f"quantized models need bitsandbytes: pip install 'eagle-heads[finetune]' ({error})"
-        ) from error
+        raise EagleError(f"{error}: pip install 'eagle-heads[finetune]'") from error
     except (OSError, ValueError, TypeError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0]
         raise EagleError(
@@ -257,8 +250,7 @@ def require_base(folder: Path, record: dict, name: str, found: str) -> None:
     if expected not in (None, found):
         raise EagleError(
             f"the adapter {folder} was trained on {base.get('id', 'another model')} (weights "
-            f"{expected[:12]}), not on "
-            f"{name} (weights {found[:12]}); give that base"
+            f"{expected[:12]}), not on {name} (weights {found[:12]}); give that base"
         )
 
 
@@ -287,9 +279,8 @@ def attach(model: nn.Module, folder: Path, identity: dict) -> str:
         strange = sorted(set(held.items()) ^ set(brought.items()))
         raise EagleError(
             f"the adapter {folder} does not fit {identity['id']}: {len(strange)} of its weights "
-            "and the model's do not "
-            f"match, {strange[0][0] if strange else 'no LoRA weight'} first; give the base it was "
-            "trained on"
+            f"and the model's do not match, {strange[0][0] if strange else 'no LoRA weight'} "
+            "first; give the base it was trained on"
         )
     model.requires_grad_(False)
     return weights_hash(tensors)
@@ -361,8 +352,8 @@ def differences(recorded: dict, found: dict) -> list[str]:
     if recorded.get("fingerprint") not in (None, found["fingerprint"]):
         said.append(
             f"it was trained on {recorded.get('id', 'another model')} (weights "
-            f"{recorded['fingerprint'][:12]}), "
-            f"this target is {found['id']} (weights {found['fingerprint'][:12]})"
+            f"{recorded['fingerprint'][:12]}), this target is {found['id']} (weights "
+            f"{found['fingerprint'][:12]})"
         )
     if "adapter" in recorded and recorded["adapter"] != found["adapter"]:
         ours, theirs = (

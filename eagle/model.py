@@ -121,9 +121,7 @@ class EaModel:
         A base model without ea_model_path generates plainly. Raises EagleError when the files
         cannot be read, or the head does not fit the target."""
         if hf_kwargs.pop("threshold", 1.0) != 1.0:
-            raise EagleError(
-                "threshold is not used here; leave it out (tree='auto' finds how far to draft)"
-            )
+            raise EagleError("threshold is not used here; leave it out, or use tree='auto'")
         hf_kwargs.pop("Type", None)
         for older, name in (("load_in_8bit", "int8"), ("load_in_4bit", "nf4")):
             if hf_kwargs.pop(older, False):
@@ -134,8 +132,8 @@ class EaModel:
         given = {k: v for k, v in given.items() if v is not None}
         if tree is not None and given:
             raise EagleError(
-                f"tree={str(tree)!r} and {', '.join(f'{k}={v}' for k, v in given.items())} say "
-                "two things; give one"
+                f"tree={str(tree)!r} and {', '.join(f'{k}={v}' for k, v in given.items())} say two "
+                "things; give one"
             )
         if given == {"total_token": -1}:
             tree, given = "auto", {}
@@ -159,8 +157,7 @@ class EaModel:
             if use_eagle3 not in (None, is_eagle3):
                 raise EagleError(
                     f"{ea_model_path} is an {'EAGLE-3' if is_eagle3 else 'EAGLE-1'} head; leave "
-                    "use_eagle3 unset, "
-                    f"or set it to {is_eagle3}"
+                    f"use_eagle3 unset, or set it to {is_eagle3}"
                 )
         return cls(target, head, tree, compile=compile)
 
@@ -312,9 +309,7 @@ class EaModel:
         `model` is this object's target (`ea_model.target.model`): the length, sampling, end tokens,
         processors and streamer of that call are kept; what cannot be is refused."""
         if model is not self.target.model:
-            raise EagleError(
-                "custom_generate belongs to another model; call generate on ea_model.target.model"
-            )
+            raise EagleError("custom_generate belongs to another model: ea_model.target.model")
         asked = stock_generate.arguments(
             model, input_ids, logits_processor, stopping_criteria, generation_config, kwargs
         )

@@ -214,8 +214,8 @@ class Options(BaseModel):
         if self.min_new_tokens:
             if self.min_new_tokens > self.max_new_tokens:
                 raise EagleError(
-                    f"min_new_tokens {self.min_new_tokens} is above "
-                    f"max_new_tokens {self.max_new_tokens}"
+                    f"min_new_tokens {self.min_new_tokens} is above max_new_tokens "
+                    f"{self.max_new_tokens}"
                 )
             if eos:
                 least = (length, self.min_new_tokens, sorted(eos))
@@ -267,9 +267,7 @@ def read_config(config) -> dict:
     """The options that a transformers GenerationConfig asks for; what we do not honour is
     refused."""
     if not hasattr(config, "max_new_tokens"):
-        raise EagleError(
-            f"generation_config must be a transformers GenerationConfig, not {config!r}"
-        )
+        raise EagleError(f"generation_config must be a GenerationConfig, not {config!r}")
     refuse(config, REFUSED)
     values = {name: getattr(config, name, None) for name in SAME}
     values = {k: v for k, v in values.items() if v is not None}

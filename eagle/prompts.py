@@ -78,9 +78,7 @@ def read_prompts(input_ids, attention_mask=None, pad: int | None = None, **besid
         return read_tensor(torch.tensor(prompts), torch.tensor(masks), pad)
     if not all(all(m) for m in masks):
         raise EagleError(
-            "attention_mask marks padding in lists of different lengths; pad them to one length, "
-            "or "
-            "leave padding and mask out"
+            "attention_mask marks padding in lists of different lengths; pad them to one length"
         )
     return Prompts(rows)
 
@@ -95,9 +93,7 @@ def split_options(input_ids, attention_mask, pad: int | None, beside: dict) -> t
         prompts = read_prompts(input_ids, attention_mask, pad, **beside)
         return prompts, [{} for _ in prompts.rows]
     if attention_mask is not None:
-        raise EagleError(
-            "attention_mask goes with a tensor of input_ids; requests carry no padding"
-        )
+        raise EagleError("attention_mask goes with a tensor; requests carry no padding")
     own = [dict(r) if isinstance(r, Mapping) else {"input_ids": r} for r in input_ids]
     missing = EagleError('a request given as a dict needs "input_ids", a list of token ids')
     rows = [read_list(plain(o.pop("input_ids"))) if "input_ids" in o else missing for o in own]
@@ -123,9 +119,7 @@ def read_tensor(ids: torch.Tensor, attention_mask, pad: int | None) -> Prompts:
     if ids.ndim == 1:
         ids = ids[None]
     if ids.ndim != 2 or ids.is_floating_point() or ids.dtype == torch.bool:
-        raise EagleError(
-            f"input_ids must be whole numbers [B, T], not {ids.dtype} {list(ids.shape)}"
-        )
+        raise EagleError(f"input_ids must be whole numbers [B, T], not {ids.dtype} {[*ids.shape]}")
     if not len(ids):
         raise EagleError("the batch is empty; give at least one prompt")
     if attention_mask is None and pad is not None:  # as stock `generate` does
@@ -136,17 +130,13 @@ def read_tensor(ids: torch.Tensor, attention_mask, pad: int | None) -> Prompts:
         mask = torch.as_tensor(attention_mask).to(ids.device).bool()
         mask = mask[None] if mask.ndim == 1 else mask
     if mask.shape != ids.shape:
-        raise EagleError(
-            f"attention_mask {list(mask.shape)} does not fit input_ids {list(ids.shape)}"
-        )
+        raise EagleError(f"attention_mask {[*mask.shape]} does not fit input_ids {[*ids.shape]}")
     # with a False put in front, one run of tokens begins once
     begins = mask & ~torch.cat([torch.zeros_like(mask[:, :1]), mask[:, :-1]], dim=1)
     if (begins.sum(1) > 1).any():
         raise EagleError(
-            "attention_mask has holes, or the padding token stands between others; padding may "
-            "stand before or after a row's tokens only: pass an attention_mask that says which "
-            "they "
-            "are"
+            "attention_mask has holes, or the padding token stands between others; it may stand "
+            "before or after a row's tokens only: pass an attention_mask"
         )
     rows = [Prompt(row[keep].tolist(), row.tolist()) for row, keep in zip(ids, mask, strict=True)]
     return Prompts(rows, ids)

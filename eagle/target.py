@@ -398,8 +398,8 @@ class Target:
             raise unsupported(
                 self.config,
                 f"are not supported: of {L} layers, {context.layers_seen} calls reach "
-                "transformers' "
-                f"attention interface with our arguments and {len(updated)} our cache",
+                f"transformers' attention interface with our arguments and {len(updated)} our "
+                "cache",
             )
         if unread:
             raise unsupported(

@@ -31,13 +31,9 @@ class TreeShape:
             if not isinstance(value, int) or isinstance(value, bool):
                 raise EagleError(f"{name} must be a whole number, not {value!r}")
         if self.total_token < 2:
-            raise EagleError(
-                f"total_token must be at least 2 (root and one draft), not {self.total_token}"
-            )
+            raise EagleError(f"total_token must be at least 2, not {self.total_token}")
         if self.depth < 0 or self.top_k < 1:
-            raise EagleError(
-                f"depth must be >= 0 and top_k >= 1, not {self.depth} and {self.top_k}"
-            )
+            raise EagleError(f"depth must be >= 0 and top_k >= 1, not {self.depth}, {self.top_k}")
 
     @classmethod
     def parse(cls, text: str | tuple | list | TreeShape) -> TreeShape:

@@ -47,8 +47,8 @@ def detect(path: object, raw: dict, keys: set[str]) -> Format:
         return table("modelopt" if wide else "sglang")
     if wide and IDS_CONVENTION not in raw:
         raise EagleError(
-            f"{path} names its tensors as vllm and modelopt do, and config.json says neither; "
-            "give --from"
+            f"{path} names its tensors as vllm and modelopt do, and config.json says neither; give "
+            "--from"
         )
     return table("eagle")
 
@@ -101,9 +101,7 @@ def _llama(path: object, raw: dict) -> dict:
     wanted = ("hidden_size", "intermediate_size", "num_attention_heads", "vocab_size")
     missing = [k for k in wanted if raw.get(k) is None]
     if missing:
-        raise EagleError(
-            f"{path}: config.json lacks {', '.join(missing)}; it is not a head's config"
-        )
+        raise EagleError(f"{path}: config.json lacks {', '.join(missing)}; it is no head's")
     names = HeadConfig.names() - {"feature_layers", "rope_scaling", "rope_theta"}
     values = {k: raw[k] for k in names & raw.keys() if raw[k] is not None}
     rope = dict(raw.get("rope_parameters") or raw.get("rope_scaling") or {})
@@ -145,16 +143,13 @@ def _vllm(path: object, raw: dict, llama: dict, nested: bool) -> dict:
     if nested and raw.get("norm_before_residual") is None:
         values["norm_before_residual"] = True
         warnings.warn(
-            f"{path}: config.json does not say norm_before_residual; vLLM takes true, and so is "
-            "it read "
-            "(speculators 0.9 would take false)",
+            f"{path}: config.json does not say norm_before_residual; vLLM takes true, and so is it "
+            "read (speculators 0.9 would take false)",
             stacklevel=2,
         )
     kind = llama.get("model_type", "llama")
     if kind not in ("llama", "qwen3"):
-        raise EagleError(
-            f"{path}: decoder layers of type {kind!r} cannot be read; llama or qwen3 can"
-        )
+        raise EagleError(f"{path}: layers of type {kind!r} cannot be read; llama or qwen3 can")
     return values | {"qk_norm": kind == "qwen3"}
 
 

@@ -126,13 +126,9 @@ def require_bench_of(bench: dict, provenance: dict) -> list[dict]:
         )
     drafted = [r for r in runs if str(r.get("engine", "")).startswith("eagle") and r.get("tau")]
     if not drafted:
-        raise EagleError(
-            "the bench file has no run of an eagle engine; measure with --engines hf,eagle"
-        )
+        raise EagleError("the bench file has no run of an eagle engine; use --engines hf,eagle")
     if any(r.get("forced_acceptance") is not None for r in drafted):
-        raise EagleError(
-            "the bench file has forced acceptance, which says nothing of the head; measure without"
-        )
+        raise EagleError("the bench file has forced acceptance; measure without")
     return drafted
 
 

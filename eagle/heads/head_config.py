@@ -80,8 +80,7 @@ class HeadConfig:
         if self.num_attention_heads % self.num_key_value_heads:
             raise EagleError(
                 f"{self.num_attention_heads} attention heads cannot share "
-                f"{self.num_key_value_heads} key/value "
-                "heads evenly; choose a divisor"
+                f"{self.num_key_value_heads} key/value heads evenly; choose a divisor"
             )
         if self.draft_vocab_size > self.vocab_size:
             raise EagleError(
@@ -100,17 +99,14 @@ class HeadConfig:
         if self.target_hidden_size != self.hidden_size and not self.own_embedding:
             raise EagleError(
                 f"a head of hidden size {self.hidden_size} cannot read the embedding of a target "
-                "of "
-                f"{self.target_hidden_size}; set own_embedding, or use the target's size"
+                f"of {self.target_hidden_size}; set own_embedding, or use the target's size"
             )
 
     def _require_eagle1(self) -> None:
         """What EAGLE-1 has no place for: its output goes through the target's LM head."""
         given = [name for name in EAGLE3_ONLY if getattr(self, name)]
         if given:
-            raise EagleError(
-                f"EAGLE-1 heads have no {', '.join(given)}; leave that out, or use method=eagle3"
-            )
+            raise EagleError(f"EAGLE-1 heads have no {', '.join(given)}; use method=eagle3")
         if self.feature_layers != (FINAL,):
             raise EagleError(
                 f"an EAGLE-1 head reads the target's final hidden state, ({FINAL},), not layers "
@@ -119,8 +115,7 @@ class HeadConfig:
         if self.reduced_vocab or self.target_hidden_size != self.hidden_size:
             raise EagleError(
                 "an EAGLE-1 head has the target's hidden size and vocabulary: its output goes "
-                "through the "
-                "target's LM head; use method=eagle3 for a smaller one"
+                "through the target's LM head; use method=eagle3 for a smaller one"
             )
 
     @property
@@ -218,7 +213,5 @@ def default_feature_layers(num_layers: int) -> tuple[int, int, int]:
     while len(wanted) < 3 and spare:
         wanted = sorted([*wanted, spare.pop(0)])
     if len(wanted) < 3:
-        raise EagleError(
-            f"EAGLE-3 needs three feature layers; a model of {num_layers} layers has too few"
-        )
+        raise EagleError(f"EAGLE-3 needs three feature layers; {num_layers} layers are too few")
     return tuple(wanted)

@@ -56,6 +56,5 @@ def absent(path: object, name: str) -> EagleError:
     kinds = "; ".join(f"{kind}: i is {meaning}" for kind, meaning in MEANING.items())
     return EagleError(
         f"{path} ({name}) names no feature layers. Give --layer_ids i,j,k with --convention, or "
-        "find out with "
-        f"--probe --target PATH, which measures acceptance under each. {kinds}"
+        f"find out with --probe --target PATH, which measures acceptance under each. {kinds}"
     )

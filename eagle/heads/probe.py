@@ -66,8 +66,8 @@ class Probed:
             first, second = self.readings[:2]
             raise EagleError(
                 f"--probe cannot tell {first.convention} (acceptance rate {first.rate:.3f}) from "
-                f"{second.convention} "
-                f"({second.rate:.3f}); give more prompts with --prompts and --num_prompts"
+                f"{second.convention} ({second.rate:.3f}); give more prompts with --prompts and "
+                "--num_prompts"
             )
         return self.best
 
@@ -83,9 +83,7 @@ def probe(
     EAGLE's default for this target). The text is the target's own in each; how many verifications
     it takes, and how well the head knows it, differs."""
     if published.eagle1:
-        raise EagleError(
-            f"{published.path} is an EAGLE-1 head; it reads the last state, there are no ids"
-        )
+        raise EagleError(f"{published.path} is an EAGLE-1 head: there are no ids")
     if numbers is None:
         numbers = written_numbers(published, len(target.layers))
     possible = candidates(numbers, len(target.layers))
@@ -105,9 +103,7 @@ def probe(
         texts = texts or [(len(row.prompt), row.prompt + row.tokens) for row in result.rows]
         given = [known(head, model.target, ids, start) for start, ids in texts]
         if not sum(map(len, given)):
-            raise EagleError(
-                "the target writes nothing after these prompts; give others with --prompts"
-            )
+            raise EagleError("the target writes nothing after these prompts; give others")
         readings.append(Reading(convention, layers, result.tau, torch.cat(given)))
     readings.sort(key=lambda r: -r.rate)
     return Probed(tuple(numbers), tuple(readings), _sigmas(readings))

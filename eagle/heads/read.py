@@ -112,8 +112,7 @@ class Published:
         if not whole or len(numbers) != 3 or (convention or meant) not in SHIFT:
             raise EagleError(
                 f"{self.path}: feature layers {numbers!r} ({convention or meant}) must be three "
-                "ids, their convention "
-                f"one of {', '.join(SHIFT)}"
+                f"ids, their convention one of {', '.join(SHIFT)}"
             )
         return entering_ids(numbers, convention or meant)
 
@@ -166,6 +165,4 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
         if not plain:
             raise EagleError(f"{binary} holds no dict of tensors; give the head's state_dict")
         return dict(tensors)
-    raise EagleError(
-        f"{path} has neither model.safetensors nor pytorch_model.bin; it is not a head folder"
-    )
+    raise EagleError(f"{path} has neither model.safetensors nor pytorch_model.bin; give a head")

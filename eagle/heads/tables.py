@@ -157,8 +157,7 @@ def to_ours(
     if said:
         raise EagleError(
             f"{path} is not an {config.method.upper().replace('EAGLE', 'EAGLE-')} head in the "
-            f"{fmt.name} format; "
-            f"{'; '.join(said)}"
+            f"{fmt.name} format; {'; '.join(said)}"
         )
     out = {k: state[n] for k, n in names.items()}
     foreign = [
@@ -168,8 +167,8 @@ def to_ours(
     ]
     if foreign:
         raise EagleError(
-            f"{path}: {', '.join(foreign)}: not of a dtype that a head has; the file is damaged "
-            "or quantized"
+            f"{path}: {', '.join(foreign)}: not of a dtype that a head has; the file is damaged or "
+            "quantized"
         )
     if reduced:
         out["d2t"], out["t2d"] = out["d2t"].to(torch.int64), out["t2d"].bool()
@@ -199,8 +198,8 @@ def membership(path: object, config: HeadConfig, d2t: torch.Tensor) -> torch.Ten
     if ids.min() < 0 or ids.max() >= config.vocab_size or ids.unique().numel() != ids.numel():
         raise EagleError(
             f"{path}: d2t does not give {config.draft_vocab_size} distinct tokens of "
-            f"{config.vocab_size}; d2t "
-            "holds offsets (target id = draft id + d2t), the file is damaged or holds target ids"
+            f"{config.vocab_size}; d2t holds offsets (target id = draft id + d2t), the file is "
+            "damaged or holds target ids"
         )
     t2d = torch.zeros(config.vocab_size, dtype=torch.bool)
     t2d[ids] = True
