@@ -62,10 +62,8 @@ def test_slots_past_the_length_are_never_read(targets, family, lengths):
                 each.buffer[:, :, row, :, length:] = float("nan")
 
     for drafting in (True, False):
-        assert (
-            new_tokens(model.generate(prompts, max_new_tokens=40, on_cache=poison, draft=drafting))
-            == clean
-        )
+        result = model.generate(prompts, max_new_tokens=40, on_cache=poison, draft=drafting)
+        assert new_tokens(result) == clean
     # accepted drafts must survive it too
     drafting = False
     scripted = EaModel(target, drafter=ScriptedDrafter(clean, True, "8,4,2"))
@@ -133,9 +131,8 @@ def test_finished_rows_are_not_computed(llama):
         pass
     assert checks > 5 and len(seen[0]) > len(seen[-1]) >= 1
     assert len({row.finish_reason for row in rows}) == 2
-    assert [r.tokens for r in rows] == plain(
-        llama, prompts, max_new_tokens=40, eos_token_id=list(eos)
-    )
+    expected = plain(llama, prompts, max_new_tokens=40, eos_token_id=list(eos))
+    assert [r.tokens for r in rows] == expected
 
 
 def test_the_cost_of_a_pass_follows_the_context(llama):

@@ -52,9 +52,8 @@ def test_the_streamer_and_the_result_are_the_calls_own(model, way, tmp_path):
         ids, do_sample=False, streamer=streamer, return_dict_in_generate=True, **how, **OPTIONS
     )
     assert torch.equal(out.sequences, expected)
-    assert (
-        streamer.got == theirs.got == expected[0].tolist() and streamer.ended == theirs.ended == 1
-    )
+    assert streamer.got == theirs.got == expected[0].tolist()
+    assert streamer.ended == theirs.ended == 1
     tokenizer = make_tokenizer()
     stop = tokenizer.decode(expected[0, 12:14])
     with model.target.stock():

@@ -42,15 +42,8 @@ def cases():
     vocab = itertools.cycle((48, 128, 3))
     for f, family in enumerate(FAMILIES):
         for i in range(6):
-            yield pytest.param(
-                family,
-                TREES[(f + i) % 4],
-                SAMPLING[i],
-                FORMS[(2 * f + i) % 4],
-                next(batch),
-                next(vocab),
-                id=f"{family}-{i}",
-            )
+            case = family, TREES[(f + i) % 4], SAMPLING[i], FORMS[(2 * f + i) % 4]
+            yield pytest.param(*case, next(batch), next(vocab), id=f"{family}-{i}")
 
 
 def give(prompts, form):
@@ -182,9 +175,8 @@ def test_embedded_model(embedded, sampling):
     assert new_tokens(fast) == new_tokens(slow)
     if not sampling:
         eos = sorted(embedded.eos_token_ids)
-        assert new_tokens(fast)[0] == stock_greedy(
-            embedded.target, prompts[0], 32, eos_token_id=eos
-        )
+        stock = stock_greedy(embedded.target, prompts[0], 32, eos_token_id=eos)
+        assert new_tokens(fast)[0] == stock
     if EMBEDDED_HEAD.exists() and not sampling:
         assert fast.tau > 2.0
 

@@ -126,14 +126,11 @@ def test_threads_take_turns(llama, sampling):
     def work(which):
         for i in which:
             model, prompt = jobs[i]
+            options = dict(max_new_tokens=NEW, draft=model is not bare, **sampling)
             if i % 2:
-                got[i] = model.eagenerate(
-                    [prompt], max_new_tokens=NEW, draft=model is not bare, **sampling
-                ).tolist()
+                got[i] = model.eagenerate([prompt], **options).tolist()
             else:
-                *_, last = model.ea_generate(
-                    [prompt], max_new_tokens=NEW, draft=model is not bare, **sampling
-                )
+                *_, last = model.ea_generate([prompt], **options)
                 got[i] = last.tolist()
 
     threads = [threading.Thread(target=work, args=(range(n, len(jobs), 5),)) for n in range(5)]
@@ -170,14 +167,10 @@ def test_handled_as_models_are(llama):
     assert torch.equal(model.eagenerate(PROMPTS, max_new_tokens=NEW), answer)
     moved = copy.deepcopy(model)
     assert moved.to(torch.bfloat16) is moved and moved.dtype == torch.bfloat16
-    assert (
-        moved.head.fc.weight.dtype == torch.bfloat16
-        and moved.target.identity["dtype"] == "bfloat16"
-    )
+    assert moved.head.fc.weight.dtype == torch.bfloat16
+    assert moved.target.identity["dtype"] == "bfloat16"
     assert new_tokens(moved.generate(PROMPTS, max_new_tokens=4))
-    assert torch.equal(
-        moved.cpu().float().to("cpu").half().dtype is torch.float16 and answer, answer
-    )
+    assert moved.cpu().float().to("cpu").half().dtype is torch.float16
 
 
 @pytest.mark.parametrize("side", ["left", "right", "both"])
@@ -192,46 +185,29 @@ def test_a_padded_tensor_gives_what_stock_generate_gives(llama, side, masked):
     eos = answers[0][4]
     expected = plain(llama, prompts, max_new_tokens=NEW, eos_token_id=eos)
     model, T = head_model(llama), ids.shape[1]
+    options = dict(max_new_tokens=NEW, eos_token_id=eos, pad_token_id=0, do_sample=False)
+    options["attention_mask"] = mask if masked else None
     for out in (
         model.eagenerate(*given, max_new_tokens=NEW, eos_token_id=eos),
         model.naivegenerate(*given, max_new_tokens=NEW, eos_token_id=eos),
         list(model.ea_generate(*given, max_new_tokens=NEW, eos_token_id=eos))[-1],
         model.generate(*given, max_length=T + NEW, eos_token_id=eos).sequences,
-        llama.model.generate(
-            ids,
-            attention_mask=mask if masked else None,
-            custom_generate=model.custom_generate,
-            max_new_tokens=NEW,
-            eos_token_id=eos,
-            pad_token_id=0,
-            do_sample=False,
-        ),
+        llama.model.generate(ids, custom_generate=model.custom_generate, **options),
     ):
         assert torch.equal(out[:, :T], ids)
         width = max(map(len, expected))
         assert out[:, T:].tolist() == [a + [0] * (width - len(a)) for a in expected]
     if side == "left":
         with llama.stock() as stock, torch.no_grad():
-            theirs = stock.generate(
-                ids,
-                attention_mask=mask if masked else None,
-                max_new_tokens=NEW,
-                eos_token_id=eos,
-                pad_token_id=0,
-                do_sample=False,
-            )
+            theirs = stock.generate(ids, **options)
         assert torch.equal(out, theirs)
 
 
 def test_a_pad_token_that_ends_a_text_marks_no_padding(llama):
     ids = torch.tensor([[0, 5, 9, 0]])
     out = head_model(llama).eagenerate(ids, max_new_tokens=6, eos_token_id=[0, 3])
-    assert (
-        out[0].tolist()
-        == head_model(llama)
-        .eagenerate(ids.tolist(), max_new_tokens=6, eos_token_id=[0, 3])[0]
-        .tolist()
-    )
+    lists = head_model(llama).eagenerate(ids.tolist(), max_new_tokens=6, eos_token_id=[0, 3])
+    assert out[0].tolist() == lists[0].tolist()
 
 
 def test_upstreams_arguments(llama):
@@ -265,6 +241,5 @@ def test_upstreams_arguments(llama):
     end = model.naivegenerate(PROMPTS[:1], max_new_tokens=9)[0, 9 + 4].item()
     model.tokenizer.get_vocab = lambda: {"<|eot_id|>": end}
     out = model.eagenerate(PROMPTS[:1], max_new_tokens=9, is_llama3=True)
-    assert out[0, -1] == end and torch.equal(
-        list(model.ea_generate(PROMPTS[:1], max_new_tokens=9, is_llama3=True))[-1], out
-    )
+    *_, last = model.ea_generate(PROMPTS[:1], max_new_tokens=9, is_llama3=True)
+    assert out[0, -1] == end and torch.equal(last, out)

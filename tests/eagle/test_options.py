@@ -118,9 +118,8 @@ def test_arguments_win_over_a_generation_config(llama, answers):
         return new_tokens(model.generate(PROMPTS, generation_config=given, **options))
 
     assert run(asked, max_new_tokens=NEW, repetition_penalty=1.0, eos_token_id=-1) == answers
-    assert run(asked, eos_token_id=[]) == stock(
-        llama, PROMPTS, config(max_new_tokens=5, repetition_penalty=1.7)
-    )
+    endless = config(max_new_tokens=5, repetition_penalty=1.7)
+    assert run(asked, eos_token_id=[]) == stock(llama, PROMPTS, endless)
     # as in transformers, a number of new tokens wins over a length of the whole
     longer = GenerationConfig(max_length=16, pad_token_id=0)
     assert run(longer, max_new_tokens=NEW) == answers
@@ -131,9 +130,8 @@ def test_arguments_win_over_a_generation_config(llama, answers):
     sampled = run(None, temperature=1.3, top_k=30, seed=3, max_new_tokens=NEW)
     assert run(sampling, seed=3) == sampled != answers
     assert run(sampling, seed=3, do_sample=False) == run(sampling, temperature=0.0) == answers
-    assert run(sampling, seed=3, temperature=0.4) == run(
-        None, temperature=0.4, top_k=30, seed=3, max_new_tokens=NEW
-    )
+    colder = run(None, temperature=0.4, top_k=30, seed=3, max_new_tokens=NEW)
+    assert run(sampling, seed=3, temperature=0.4) == colder
     silent = GenerationConfig(temperature=1.3, top_k=30, max_new_tokens=NEW)  # asks for no sampling
     assert run(silent) == answers
     assert run(silent, do_sample=True, seed=3) == run(silent, temperature=1.3, seed=3) == sampled
@@ -144,9 +142,9 @@ def test_sampling_with_context_dependent_options(llama, answers, name):
     asked = dict(configs(answers))[name]
     options = dict(generation_config=asked, temperature=1.1, top_p=0.95, seed=21)
     expected = plain(llama, PROMPTS, **options)
-    assert expected != plain(
-        llama, PROMPTS, max_new_tokens=NEW, temperature=1.1, top_p=0.95, seed=21
-    )
+    del options["generation_config"]
+    assert expected != plain(llama, PROMPTS, max_new_tokens=NEW, **options)
+    options["generation_config"] = asked
     for model, draft in engines(llama, expected):
         assert new_tokens(model.generate(PROMPTS, draft=draft, **options)) == expected
 
@@ -278,9 +276,8 @@ def test_processors_of_a_batch_do_what_they_do_in_stock_generate(llama, name):
     assert torch.equal(ours, expected)
     sampled = dict(temperature=1.2, seed=4, **options)
     slow = EaModel(llama).naivegenerate(ids, logits_processor=[make()], **sampled)
-    assert torch.equal(
-        head_model(llama).eagenerate(ids, logits_processor=[make()], **sampled), slow
-    )
+    fast = head_model(llama).eagenerate(ids, logits_processor=[make()], **sampled)
+    assert torch.equal(fast, slow)
 
 
 @pytest.mark.parametrize(
@@ -294,18 +291,16 @@ def test_processors_see_a_rows_padding_as_in_stock_generate(llama, name):
     options = dict(attention_mask=mask, max_new_tokens=12, eos_token_id=3, pad_token_id=0)
     with llama.stock() as stock_model, torch.no_grad():
         expected = stock_model.generate(ids, logits_processor=[make()], do_sample=False, **options)
-    assert torch.equal(
-        head_model(llama).eagenerate(ids, logits_processor=[make()], **options), expected
-    )
+    ours = head_model(llama).eagenerate(ids, logits_processor=[make()], **options)
+    assert torch.equal(ours, expected)
 
 
 def test_a_shared_constraint_knows_each_requests_number(llama):
     make = stock_processors(llama.model, torch.tensor(SAME_LENGTH))["PrefixConstrained"]
     model, options = head_model(llama), dict(max_new_tokens=12, logits_processor=[make()])
     rows = model.generate_many(SAME_LENGTH, slots=2, **options)
-    assert [row.tokens for row in rows] == new_tokens(
-        model.generate(SAME_LENGTH, draft=False, **options)
-    )
+    slow = model.generate(SAME_LENGTH, draft=False, **options)
+    assert [row.tokens for row in rows] == new_tokens(slow)
 
 
 def stock_logprobs(target, row):
@@ -336,9 +331,8 @@ def test_logprobs(targets, family, way):
         assert new_tokens(result) == expected
         for row in result.rows:
             assert len(row.logprobs) == len(row.tokens) == NEW
-            assert torch.allclose(
-                torch.tensor(row.logprobs), stock_logprobs(target, row), atol=1e-4
-            )
+            found = torch.tensor(row.logprobs)
+            assert torch.allclose(found, stock_logprobs(target, row), atol=1e-4)
 
 
 @pytest.mark.parametrize("cut", ["eos", "stop", "limit"])
@@ -435,12 +429,8 @@ def test_a_generation_config_means_what_it_means_in_transformers(llama, answers,
     assert torch.equal(ours, prepared) and (ours[0, 9:].tolist() == answers[0]) == greedy
     if greedy:
         assert stock(llama, PROMPTS[:1], asked) == answers[:1]
-        assert (
-            model.eagenerate(ids, temperature=1.0, top_p=0.0, seed=1, max_new_tokens=NEW)[
-                0, 9:
-            ].tolist()
-            != answers[0]
-        )
+        off = model.eagenerate(ids, temperature=1.0, top_p=0.0, seed=1, max_new_tokens=NEW)
+        assert off[0, 9:].tolist() != answers[0]
 
 
 def test_the_lengths_of_a_generation_config(llama, answers):
@@ -453,9 +443,8 @@ def test_the_lengths_of_a_generation_config(llama, answers):
         GenerationConfig(min_length=30, min_new_tokens=6, max_new_tokens=14, **ended),
     ):
         expected = stock(llama, PROMPTS[:1], asked)
-        assert (
-            new_tokens(head_model(llama).generate(PROMPTS[:1], generation_config=asked)) == expected
-        )
+        result = head_model(llama).generate(PROMPTS[:1], generation_config=asked)
+        assert new_tokens(result) == expected
     assert len(expected[0]) == 14 or expected[0][-1] == answers[0][2]
 
 

@@ -311,14 +311,8 @@ def bad_requests(vocab=128, limit=256):
         "negative": ([5, -1], "outside 0 … 127"),
         "too long": ([1] * limit, "shorten the prompt"),
         "unknown": ({"input_ids": p, "temprature": 1.0}, "unknown option temprature; use"),
-        "conflict": (
-            {"input_ids": p, "do_sample": True, "temperature": 0},
-            "conflicts with temperature 0",
-        ),
-        "min above max": (
-            {"input_ids": p, "min_new_tokens": NEW + 1},
-            f"min_new_tokens {NEW + 1} is above",
-        ),
+        "conflict": ({"input_ids": p, "do_sample": True, "temperature": 0}, "conflicts with temp"),
+        "min above max": ({"input_ids": p, "min_new_tokens": NEW + 1}, f"{NEW + 1} is above"),
         "min_p": ({"input_ids": p, "temperature": 1.0, "min_p": 1.5}, "min_p must lie in"),
         "top_p": ({"input_ids": p, "temperature": 1.0, "top_p": -0.1}, "top_p must lie in"),
         "top_k": ({"input_ids": p, "top_k": 2.5}, "top_k must be"),
@@ -332,10 +326,6 @@ def bad_requests(vocab=128, limit=256):
         "limit": ({"input_ids": p, "max_new_tokens": 0}, "max_new_tokens must be"),
         "stop": ({"input_ids": p, "stop_strings": [""]}, "stop_strings must"),
         "processor": ({"input_ids": p, "logits_processor": "greedy"}, "logits_processor must be"),
-        "beams": (
-            {"input_ids": p, "generation_config": GenerationConfig(num_beams=4)},
-            "num_beams=4",
-        ),
         "config": ({"input_ids": p, "generation_config": {"num_beams": 4}}, "GenerationConfig"),
         "text": ({"input_ids": "def f():"}, "tokenize"),
         "no input_ids": ({"prompt": [1]}, 'needs "input_ids"'),
@@ -455,9 +445,7 @@ def test_a_stopping_rule_that_fails(llama, answers):
     failed = rows.pop(1)
     assert tokens(rows) == [answers[0], *answers[2:5]]
     assert failed.finish_reason == "error" and isinstance(failed.error.__cause__, RuntimeError)
-    assert "stop_strings ['x'] with this tokenizer: RuntimeError: no such piece" in str(
-        failed.error
-    )
+    assert "['x'] with this tokenizer: RuntimeError: no such piece" in str(failed.error)
     with pytest.raises(EagleError, match="no such piece"):
         model.eagenerate(requests, max_new_tokens=NEW)
 

@@ -44,14 +44,8 @@ def test_each_position_follows_the_target(small, temperature, top_k, speculative
     """Many seeds of one prompt; at each position, given the commonest prefix, a chi-square test."""
     prompt, rows = [3, 7, 1], 6000
     model = head_model(small, "8,4,2", draft_vocab=V) if speculative else EaModel(small)
-    result = model.generate(
-        [prompt] * rows,
-        max_new_tokens=4,
-        temperature=temperature,
-        top_k=top_k,
-        seed=123,
-        draft=speculative,
-    )
+    options = dict(max_new_tokens=4, temperature=temperature, top_k=top_k, seed=123)
+    result = model.generate([prompt] * rows, draft=speculative, **options)
     outputs = torch.tensor([row.tokens for row in result.rows])
     prefix = torch.empty(0, dtype=torch.int64)
     for position in range(4):

@@ -91,9 +91,8 @@ def test_default_feature_layers():
 def test_shallow_models_work(layers):
     target = make_target("llama", num_hidden_layers=layers)
     prompts = make_prompts((5, 3))
-    assert new_tokens(head_model(target).generate(prompts, max_new_tokens=12)) == plain(
-        target, prompts, max_new_tokens=12
-    )
+    result = head_model(target).generate(prompts, max_new_tokens=12)
+    assert new_tokens(result) == plain(target, prompts, max_new_tokens=12)
 
 
 def ragged_cache(target, prompts, capacity):
@@ -188,11 +187,7 @@ def test_head_config_follows_the_target(targets):
     for name in FAMILIES:
         target = targets(name)
         config = HeadConfig.for_target(target.config, draft_vocab_size=40)
-        assert (
-            config.rope_theta == 10000.0
-            and config.head_dim == 8
-            and config.num_key_value_heads == 2
-        )
+        assert (config.rope_theta, config.head_dim, config.num_key_value_heads) == (1e4, 8, 2)
         assert config.feature_layers == target.feature_layers
     with pytest.raises(EagleError, match="divisor"):
         HeadConfig.for_target(target.config, num_attention_heads=4, num_key_value_heads=3)
