@@ -9,6 +9,7 @@ from engine_helpers import (
     make_prompts,
     make_target,
     make_tokenizer,
+    new_tokens,
     padded,
     plain,
     stock_greedy,
