@@ -69,61 +69,50 @@ HUGE = 10**12
 
 
 @pytest.mark.parametrize("with_target", [False, True], ids=["alone", "with-target"])
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"hidden_size": "32"},
-        {"hidden_size": 0},
-        {"hidden_size": None},
-        {"hidden_size": HUGE},
-        {"vocab_size": D - 1},
-        {"draft_vocab_size": 0},
-        {"draft_vocab_size": HUGE},
-        {"target_hidden_size": {}},
-        {"num_attention_heads": 0},
-        {"num_attention_heads": 0, "head_dim": None},
-        {"num_attention_heads": 3, "num_key_value_heads": 2},
-        {"head_dim": 7},
-        {"num_hidden_layers": 0, "num_layers": None},
-        {"max_position_embeddings": -1},
-        {"rms_norm_eps": "1e-6"},
-        {"rms_norm_eps": float("nan")},
-        {"rope_theta": float("inf")},
-        {"rope_theta": "10000"},
-        {"rope_scaling": "linear"},
-        {"rope_scaling": {"type": 3}},
-        {"rope_scaling": {"rope_type": "linear", "factor": "two"}},
-        {
-            "rope_scaling": {
-                "rope_type": "longrope",
-                "short_factor": [1.0] * 2,
-                "long_factor": [1.0] * 2,
-            }
-        },
-        {"rope_scaling": {"rope_type": "yarn", "factor": [2.0]}},
-        {"rope_scaling": {"factor": 2.0, "rope_type": ["linear"]}},
-        {"hidden_act": "abracadabra"},
-        {"method": "medusa"},
-        {"norm_output": "false"},
-        {"own_embedding": "no"},
-        {"architectures": [5]},
-        {"eagle_config": [1]},
-        {"speculators_config": [], "speculators_model_type": "eagle3"},
-        {"transformer_layer_config": 3, "speculators_model_type": "eagle3"},
-        {"tie_word_embeddings": "yes"},
-        {IDS: "1,2,3"},
-        {IDS: [1, 2, "3"]},
-        {IDS: [1, 2, HUGE]},
-        {IDS: [-1, 1, 2]},
-        {"eagle_aux_hidden_state_convention": ["entering"]},
-        {"eagle.json": []},
-        {"eagle.json": {"target": "me"}},
-        {"eagle.json": {"target": {"fingerprint": 5}}},
-        {"eagle.json": "{"},
-        {"config.json": "[" * 100_000},
+MALFORMED = {
+    "hidden_size": ["32", 0, None, HUGE],
+    "vocab_size": [D - 1],
+    "draft_vocab_size": [0, HUGE],
+    "target_hidden_size": [{}],
+    "num_attention_heads": [0, 3],
+    "head_dim": [7],
+    "max_position_embeddings": [-1],
+    "rms_norm_eps": ["1e-6", float("nan")],
+    "rope_theta": [float("inf"), "10000"],
+    "rope_scaling": [
+        "linear",
+        {"type": 3},
+        {"rope_type": "linear", "factor": "two"},
+        {"rope_type": "longrope", "short_factor": [1.0] * 2, "long_factor": [1.0] * 2},
+        {"rope_type": "yarn", "factor": [2.0]},
+        {"factor": 2.0, "rope_type": ["linear"]},
     ],
-    ids=lambda change: ",".join(f"{k}={str(v)[:20]}" for k, v in change.items()),
-)
+    "hidden_act": ["abracadabra"],
+    "method": ["medusa"],
+    "norm_output": ["false"],
+    "own_embedding": ["no"],
+    "architectures": [[5]],
+    "eagle_config": [[1]],
+    "tie_word_embeddings": ["yes"],
+    IDS: ["1,2,3", [1, 2, "3"], [1, 2, HUGE], [-1, 1, 2]],
+    "eagle_aux_hidden_state_convention": [["entering"]],
+    "eagle.json": [[], {"target": "me"}, {"target": {"fingerprint": 5}}, "{"],
+    "config.json": ["[" * 100_000],
+}
+CHANGES = [{field: value} for field, values in MALFORMED.items() for value in values]
+CHANGES += [
+    {"num_attention_heads": 0, "head_dim": None},
+    {"num_hidden_layers": 0, "num_layers": None},
+    {"speculators_config": [], "speculators_model_type": "eagle3"},
+    {"transformer_layer_config": 3, "speculators_model_type": "eagle3"},
+]
+
+
+def shown(change):
+    return ",".join(f"{k}={str(v)[:20]}" for k, v in change.items())
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=shown)
 def test_a_malformed_config_is_one_error_at_once(saved, target, change, with_target):
     """Whatever stands in the files, nothing is allocated for it and no other error comes of it."""
     folder, file = saved[1], "config.json"
@@ -150,16 +139,7 @@ def test_a_malformed_config_is_one_error_at_once(saved, target, change, with_tar
         lambda s: s.update({"fc.weight": s["fc.weight"].to(torch.int8)}),
         lambda s: s.update({"norm.weight": s["norm.weight"].to(torch.float8_e4m3fn)}),
     ],
-    ids=[
-        "beyond",
-        "before",
-        "far-beyond",
-        "float-d2t",
-        "float-t2d",
-        "t2d-of-another",
-        "int8",
-        "float8",
-    ],
+    ids="beyond before far-beyond float-d2t float-t2d t2d-of-another int8 float8".split(),
 )
 def test_tensors_that_no_head_has(saved, target, change):
     edit(saved[1], change)

@@ -99,27 +99,13 @@ def test_rows_and_context_are_rounded_up(table, llama):
     assert costs.calls[4:] == [(2, 128)]
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        "",
-        "{",
-        "null",
-        "[]",
-        '"x"',
-        "{}",
-        '{"1x128": null}',
-        '{"1x128": {}}',
-        '{"1x128": [1]}',
-        json.dumps({"1x128": fake()})[:-4],
-        json.dumps({"1x128": {"plain": 1.0}}),
-        json.dumps({"1x128": {"3,1,1": 1.0, "6,3,2": 2.0}}),
-        json.dumps({"1x128": {**fake(), "plain": "?"}}),
-        json.dumps({"1x128": {**fake(), "plain": 0.0}}),
-        json.dumps({"1x128": {**fake(), "3,1,1": float("nan")}}),
-        b"\xff\xfe\x00garbage",
-    ],
-)
+BAD_ENTRIES = [None, {}, [1], {"plain": 1.0}, {"3,1,1": 1.0, "6,3,2": 2.0}]
+BAD_ENTRIES += [{**fake(), "plain": ms} for ms in ("?", 0.0, float("nan"))]
+BAD_FILES = ["", "{", "null", "[]", "{}", b"\xff\xfe", json.dumps({"1x128": fake()})[:-4]]
+BAD_FILES += [json.dumps({"1x128": entry}) for entry in BAD_ENTRIES]
+
+
+@pytest.mark.parametrize("text", BAD_FILES)
 def test_a_corrupt_file_is_measured_anew(table, text):
     path = table().path
     path.parent.mkdir(parents=True)

@@ -102,21 +102,13 @@ def test_mix32_is_a_bijection_on_a_sample():
     assert y.unique().numel() == x.numel() and y.min() >= 0 and y.max() < 2**32
 
 
-@pytest.mark.parametrize(
-    "params",
-    [
-        dict(temperature=0.7),
-        dict(temperature=1.3, top_k=5),
-        dict(temperature=1.0, top_k=1),
-        dict(temperature=1.0, top_k=500),
-        dict(temperature=0.7, top_p=0.5),
-        dict(temperature=1.0, top_p=0.01),
-        dict(temperature=1.0, top_p=0.999),
-        dict(temperature=1.0, min_p=0.1),
-        dict(temperature=1.3, top_k=20, top_p=0.9, min_p=0.05),
-    ],
-    ids=str,
-)
+WARPERS = [dict(temperature=1.0, top_k=k) for k in (0, 1, 5, 500)]
+WARPERS += [dict(temperature=0.7, top_p=p) for p in (0.01, 0.5, 0.999)]
+WARPERS += [dict(temperature=1.0, min_p=0.1)]
+WARPERS += [dict(temperature=1.3, top_k=20, top_p=0.9, min_p=0.05)]
+
+
+@pytest.mark.parametrize("params", WARPERS, ids=str)
 def test_warpers_are_those_of_transformers(params):
     torch.manual_seed(0)
     logits = torch.randn(64, 90) * 3
