@@ -68,7 +68,6 @@ IDS = "eagle_aux_hidden_state_layer_ids"
 HUGE = 10**12
 
 
-@pytest.mark.parametrize("with_target", [False, True], ids=["alone", "with-target"])
 MALFORMED = {
     "hidden_size": ["32", 0, None, HUGE],
     "vocab_size": [D - 1],
@@ -112,6 +111,7 @@ def shown(change):
     return ",".join(f"{k}={str(v)[:20]}" for k, v in change.items())
 
 
+@pytest.mark.parametrize("with_target", [False, True], ids=["alone", "with-target"])
 @pytest.mark.parametrize("change", CHANGES, ids=shown)
 def test_a_malformed_config_is_one_error_at_once(saved, target, change, with_target):
     """Whatever stands in the files, nothing is allocated for it and no other error comes of it."""

@@ -205,7 +205,8 @@ class Reference:
 
 
 EXPANDED = [("eagle3", shape) for shape in ("6,4,1", "8,4,2", "16,3,4", "40,2,5")]
-EXPANDED += [(kind, "14,3,3") for kind in KINDS]
+# the base of "dynamic" depends on how long a pass is
+EXPANDED += [(kind, "14,3,3") for kind in KINDS if kind != "dynamic"]
 
 
 @pytest.mark.parametrize("kind, shape", EXPANDED)
