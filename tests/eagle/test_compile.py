@@ -373,23 +373,6 @@ def test_a_process_that_is_killed_leaves_no_package(tmp_path):
     assert not list(path.parent.glob("*.pt2"))
 
 
-def test_a_damaged_or_foreign_package_is_made_anew(tmp_path):
-    """Never loaded blind: not when it is cut short, another file, or of the name without a hash
-    that it once had."""
-    from eagle.compile import package
-
-    path, module, x = tmp_path / "linear" / "one.pt2", torch.nn.Linear(3, 5), torch.ones(1, 3)
-    path.parent.mkdir()
-    path.write_bytes(b"not a package")
-    assert torch.equal(package(module, (x,), path, [None])(x), module(x))
-    (made,) = path.parent.glob("one-*.pt2")
-    made.write_bytes(made.read_bytes()[:-1000])
-    assert torch.equal(package(module, (x,), path, [None])(x), module(x))
-    before = packages(tmp_path)
-    package(module, (x,), path, [None])
-    assert packages(tmp_path) == before
-
-
 @pytest.mark.parametrize("damage", [lambda b: b[:-1], lambda b: b"", lambda b: b + b"x"])
 def test_what_is_kept_on_disk_is_whole(tmp_path, damage):
     """The C++ extension's library too; two processes that make one at once both have a whole

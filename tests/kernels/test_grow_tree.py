@@ -80,9 +80,10 @@ def forest(b, k, depth, seed):
     return torch.arange(b), tokens, parents, scores, torch.tensor(levels)
 
 
-@pytest.mark.parametrize(
-    "b, k, depth, nodes", [(1, 1, 4, 6), (2, 4, 4, 16), (3, 10, 6, 60), (2, 3, 0, 3)]
-)
+FORESTS = [(1, 1, 4, 6), (2, 4, 4, 16), (3, 10, 6, 60), (2, 3, 0, 3)]
+
+
+@pytest.mark.parametrize("b, k, depth, nodes", FORESTS)
 def test_rerank(monkeypatch, b, k, depth, nodes):
     root, tokens, parents, scores, levels = forest(b, k, depth, b + k)
     fast, slow = both(
