@@ -314,11 +314,8 @@ def follow(
     parents, positions [N], logits [N, V]; writes into choices [N]."""
     request, seen = row.request, row.seen
     sampler = sampler_of([row], logits.device)
-    child = {
-        (p, t): n
-        for n, (p, t) in enumerate(zip(parents.tolist(), tokens.tolist(), strict=True))
-        if n
-    }
+    edges = zip(parents.tolist(), tokens.tolist(), strict=True)
+    child = {edge: n for n, edge in enumerate(edges) if n}
     node: int | None = 0
     left = row.budget - len(row.tokens)
     while node is not None:

@@ -89,14 +89,9 @@ class HeadDrafter:
 
     def begin(self, rows: int, capacity: int) -> None:
         c, weight = self.head.config, self.head.fc.weight
+        slots, kind = capacity + self.scratch, (weight.dtype, weight.device)
         self.cache = StaticKVCache(
-            c.num_layers,
-            rows,
-            c.num_key_value_heads,
-            capacity + self.scratch,
-            c.head_dim,
-            weight.dtype,
-            weight.device,
+            c.num_layers, rows, c.num_key_value_heads, slots, c.head_dim, *kind
         )
         self.last = weight.new_zeros(rows, c.hidden_size)
         self.first = weight.new_zeros(rows, c.draft_vocab_size, dtype=torch.float32)
@@ -170,10 +165,8 @@ class HeadDrafter:
         last, first = last[0], first[0]
         if not all(host_counts):
             gained = (counts > 0)[:, None]
-            last, first = (
-                torch.where(gained, last, self.last),
-                torch.where(gained, first, self.first),
-            )
+            last = torch.where(gained, last, self.last)
+            first = torch.where(gained, first, self.first)
         self.last, self.first = last, first
         cache.advance(counts, host_counts)
 
@@ -200,15 +193,8 @@ class HeadDrafter:
         # have to wait
         place = torch.arange(base - 1 + score.shape[1], device=root.device)
         depth = (place - k).div(k * k, rounding_mode="floor") + 2
-        return rerank(
-            root,
-            torch.cat(tokens, 1),
-            torch.cat(parents, 1),
-            torch.cat(scores, 1),
-            depth,
-            self.shape.num_nodes,
-            self.shape.levels,
-        )
+        every = (torch.cat(levels, 1) for levels in (tokens, parents, scores))
+        return rerank(root, *every, depth, self.shape.num_nodes, self.shape.levels)
 
 
 def following(ids: torch.Tensor, lengths: torch.Tensor, root: torch.Tensor) -> torch.Tensor:

@@ -76,11 +76,8 @@ def find_folder(
     except HFValidationError as error:
         raise EagleError(f"{said}; {give}, or a hub id ORG/NAME") from error
     except (OSError, ValueError, HfHubHTTPError) as error:
-        reason = (
-            (str(error.__cause__ or error).strip() or type(error).__name__)
-            .splitlines()[0]
-            .split(". ")[0]
-        )
+        reason = str(error.__cause__ or error).strip() or type(error).__name__
+        reason = reason.splitlines()[0].split(". ")[0]
         raise EagleError(
             f"{said}, and the hub does not give it ({reason[:200]}); {give}, or make one where the "
             f"hub can be reached: hf download {hub_id} --local-dir FOLDER"
@@ -292,14 +289,9 @@ def identity_of(model: nn.Module, name: str) -> dict:
     kind = "none"
     if config is not None:
         values = config if isinstance(config, dict) else config.to_dict()
-        kind = (
-            "nf4"
-            if values.get("bnb_4bit_quant_type") == "nf4" and values.get("load_in_4bit")
-            else None
-        )
-        kind = kind or (
-            "int8" if values.get("load_in_8bit") else str(values.get("quant_method", "other"))
-        )
+        kind = "int8" if values.get("load_in_8bit") else str(values.get("quant_method", "other"))
+        if values.get("bnb_4bit_quant_type") == "nf4" and values.get("load_in_4bit"):
+            kind = "nf4"
     lora = {n: p.detach() for n, p in model.named_parameters() if "lora_" in n}
     return {
         "id": name,
@@ -403,14 +395,10 @@ def fast_bf16(device: torch.device) -> bool:
     slowly, and so does a torch that is held to AVX2."""
     if device.type != "cpu":
         return True
+    if platform.machine() not in ("x86_64", "AMD64"):
+        return True
     if torch.backends.cpu.get_cpu_capability() in ("DEFAULT", "NO AVX", "AVX2"):
-        return platform.machine() not in ("x86_64", "AMD64")
-    probes = [
-        getattr(torch.cpu, n, None) for n in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-    ]
-    probes = [probe for probe in probes if probe is not None]
-    return (
-        not probes
-        or platform.machine() not in ("x86_64", "AMD64")
-        or any(probe() for probe in probes)
-    )
+        return False
+    names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    probes = [getattr(torch.cpu, name) for name in names if hasattr(torch.cpu, name)]
+    return not probes or any(probe() for probe in probes)

@@ -352,11 +352,8 @@ class EaModel:
         Returns the finished rows in the order of the prompts, or with as_completed=True an iterator
         of (index, row). A request that cannot be served has `row.error` set, and the others are not
         touched by it."""
-        done = (
-            (span.index, span.row)
-            for span in self.stream(prompts, slots=slots, **options)
-            if span.row.done
-        )
+        spans = self.stream(prompts, slots=slots, **options)
+        done = ((span.index, span.row) for span in spans if span.row.done)
         if as_completed:
             return done
         finished = dict(done)

@@ -278,10 +278,8 @@ class Target:
         for start in range(0, T, width):
             piece = ids[:, start : start + width]
             N = piece.shape[1]
-            counts, host_counts = (
-                (lengths - start).clamp(0, N),
-                [min(max(n - start, 0), N) for n in host_lengths],
-            )
+            counts = (lengths - start).clamp(0, N)
+            host_counts = [min(max(n - start, 0), N) for n in host_lengths]
             positions = torch.arange(start, start + N, device=ids.device).expand(b, N)
             mask = None
             if self.compiled is not None:  # which attend to the cache

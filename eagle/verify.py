@@ -31,11 +31,8 @@ def verify(tree: DraftTree, choices: torch.Tensor, levels: int) -> Verdict:
     ancestors are. Children of a node are distinct, so the accepted nodes form one path; its deepest
     node's choice is the next token."""
     if fast(choices):
-        return Verdict(
-            *torch.ops.eagle_cpu.longest_path(
-                tree.tokens, tree.parents, tree.depth, choices, levels
-            )
-        )
+        nodes = tree.tokens, tree.parents, tree.depth
+        return Verdict(*torch.ops.eagle_cpu.longest_path(*nodes, choices, levels))
     correct = tree.tokens == choices.gather(1, tree.parents)
     correct[:, 0].fill_(True)
     accepted = (correct[:, None] | ~tree.mask).all(-1)  # [B, N]

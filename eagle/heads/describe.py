@@ -23,6 +23,8 @@ def describe(published: Published) -> dict:
     known = layers["entering"] is not None
     config, state = published.parse(tuple(layers["entering"]) if known else (0, 1, 2))
     record = published.provenance
+    target = record.get("target") or {}
+    speculators = published.raw.get("speculators_config") or {}
     floats = {str(v.dtype).split(".")[-1] for v in state.values() if v.is_floating_point()}
     values = config.to_dict()
     return {
@@ -38,13 +40,10 @@ def describe(published: Published) -> dict:
         "draft_vocabulary": _vocabulary(config, state),
         "belongs_to": {
             "target": record.get("target"),
-            "adapter": record.get("adapter") or (record.get("target") or {}).get("adapter"),
-            "quantization": record.get("quantization")
-            or (record.get("target") or {}).get("quantization"),
+            "adapter": record.get("adapter") or target.get("adapter"),
+            "quantization": record.get("quantization") or target.get("quantization"),
             "tokenizer": record.get("tokenizer"),
-            "verifier": ((published.raw.get("speculators_config") or {}).get("verifier") or {}).get(
-                "name_or_path"
-            ),
+            "verifier": (speculators.get("verifier") or {}).get("name_or_path"),
         },
         "training": record.get("training"),
     }

@@ -37,6 +37,12 @@ from .head_config import mlp_width as mlp_width
 Attend = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
+def causal(layer, q, k, v) -> torch.Tensor:
+    """The `Attend` of a whole text at once."""
+    out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    return out.transpose(1, 2)
+
+
 def rotary_embedding(c: HeadConfig, device: torch.device) -> LlamaRotaryEmbedding:
     """transformers' rotary embedding of a head, scaled as `rope_scaling` says."""
     scaling = dict(c.rope_scaling or {})
@@ -46,15 +52,10 @@ def rotary_embedding(c: HeadConfig, device: torch.device) -> LlamaRotaryEmbeddin
         kind = "default"
     rope = {**scaling, "rope_type": kind, "rope_theta": c.rope_theta}
     with torch.device(device):
-        return LlamaRotaryEmbedding(
-            LlamaConfig(
-                hidden_size=c.head_dim,
-                num_attention_heads=1,
-                head_dim=c.head_dim,
-                max_position_embeddings=c.max_position_embeddings,
-                rope_parameters=rope,
-            )
-        ).to(device)
+        one = {"num_attention_heads": 1, "hidden_size": c.head_dim, "head_dim": c.head_dim}
+        limit = c.max_position_embeddings
+        config = LlamaConfig(**one, max_position_embeddings=limit, rope_parameters=rope)
+        return LlamaRotaryEmbedding(config).to(device)
 
 
 class RMSNorm(nn.Module):

@@ -13,13 +13,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 
 from ..errors import EagleError
 from ..model import EaModel
 from ..target import Target
 from .configs import written_layers
-from .head import DraftHead, build
+from .head import DraftHead, build, causal
 from .head_config import default_feature_layers
 from .layers import candidates
 from .read import Published
@@ -130,11 +129,6 @@ def known(head: DraftHead, target: Target, ids: list[int], start: int) -> torch.
         features.dtype
     )  # [1, T - 1, H]: the token that follows each feature
     positions = torch.arange(text.shape[1] - 1, device=target.device)[None]
-
-    def causal(layer, q, k, v):
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(
-            1, 2
-        )
 
     out = head(head.fuse(features[:, :-1]), embeds, positions, causal)
     draft = (

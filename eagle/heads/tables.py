@@ -43,36 +43,17 @@ class Format:
 
 
 MIDLAYER = (("midlayer.", "layers.0."),)
-TABLE = {
-    f.name: f
-    for f in (
-        Format(
-            "eagle",
-            "SafeAILab/EAGLE",
-            "entering",
-            (),
-            frozenset({"method", "num_layers", "qkv_bias", "fc_bias", "own_embedding"}),
-        ),
-        Format(
-            "sglang", "SGLang", "output", (), frozenset({"fc_bias", "own_embedding"}), maps="always"
-        ),
-        Format(
-            "vllm",
-            "vLLM",
-            "entering",
-            MIDLAYER,
-            frozenset(OPTIONS) - {"method", "fc_bias", "qkv_bias"},
-        ),
-        Format(
-            "modelopt",
-            "ModelOpt",
-            "output",
-            MIDLAYER,
-            frozenset({"num_layers", "attention_bias", "mlp_bias"}),
-            maps="d2t",
-        ),
-    )
-}
+EAGLE = frozenset({"method", "num_layers", "qkv_bias", "fc_bias", "own_embedding"})
+SGLANG = frozenset({"fc_bias", "own_embedding"})
+VLLM = frozenset(OPTIONS) - {"method", "fc_bias", "qkv_bias"}
+MODELOPT = frozenset({"num_layers", "attention_bias", "mlp_bias"})
+FORMATS = (
+    Format("eagle", "SafeAILab/EAGLE", "entering", (), EAGLE),
+    Format("sglang", "SGLang", "output", (), SGLANG, maps="always"),
+    Format("vllm", "vLLM", "entering", MIDLAYER, VLLM),
+    Format("modelopt", "ModelOpt", "output", MIDLAYER, MODELOPT, maps="d2t"),
+)
+TABLE = {f.name: f for f in FORMATS}
 
 
 def table(name: str) -> Format:

@@ -8,14 +8,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from safetensors.torch import save_file
 
 from ..errors import EagleError
 from ..files import atomic_dir, read_tensors, require_equal, same_bits, write_json
 from ..loading import EMBEDDED, split_revision
 from .configs import write_config
-from .head import DraftHead, build
+from .head import DraftHead, build, causal
 from .read import read_folder
 from .tables import require_expressible, table, to_theirs
 
@@ -123,13 +122,7 @@ def draft_outputs(head: DraftHead) -> torch.Tensor:
     if c.own_embedding:
         embeds = head.embed_tokens(torch.randint(c.vocab_size, (1, TOKENS), generator=random))
 
-    def causal(layer, q, k, v):
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(
-            1, 2
-        )
-
-    hidden = features if c.method == "eagle1" else head.fuse(features)
-    out = head(hidden, embeds, torch.arange(TOKENS)[None], causal)
+    out = head(head.fuse(features), embeds, torch.arange(TOKENS)[None], causal)
     return head.logits(out) if head.has_output else out
 
 
