@@ -21,16 +21,7 @@ from .errors import EagleError
 from .heads.head_config import FINAL, default_feature_layers
 from .loading import decoder_layers, identity_of, load_model
 from .support import INSTEAD as INSTEAD
-from .support import (
-    MISFITS,
-    refuse_encoder_decoder,
-    refuse_shapes,
-    refuse_unsupported,
-    relay_context,
-    short_windows,
-    unread_arguments,
-    unsupported,
-)
+from .support import probe, refuse_encoder_decoder, refuse_unsupported, relay_context
 
 CHUNK = 256
 
@@ -91,7 +82,7 @@ class Target:
         self._attention: dict[str, list] = {}
         self.refresh()
         with self.lock, _PROBING:
-            self.kv_heads, self.head_dim = self._probe()
+            probe(self)
         self._identity = identity
         self.head_logits = OutputLayer(model, self.config)
 
@@ -336,94 +327,6 @@ class Target:
         )
         with self._lent("eager" if eager else "sdpa"):
             yield self.model
-
-    @torch.inference_mode()
-    def _probe(self) -> tuple[int, int]:
-        """Run six tokens through our attention and cache, as a prompt and as a tree, and through
-        stock ones: same logits, or refuse.
-
-        This finds models whose layers drop the context, see the future, keep state of their own, or
-        give the attention what ours does not read. Returns (kv_heads, head_dim)."""
-        # spread over the vocabulary: the first ids are often special tokens with degenerate
-        # embeddings
-        ids = (torch.arange(1, 7, device=self.device) * (self.vocab_size // 7))[None]
-        found: list[tuple[int, int, int]] = []
-        try:
-            self._record_shapes(ids, found)
-            refuse_shapes(self.config, found)
-            self.kv_heads, self.head_dim, _ = found[0]
-            logits, expected = self._both_ways(ids)
-        except EagleError:
-            raise
-        except MISFITS as error:
-            refuse_shapes(self.config, found)  # the better reason, where it is the reason
-            said = f"do not take our attention and cache: {error}"
-            raise unsupported(self.config, said) from error
-        tolerance = {torch.float32: 1e-3, torch.float16: 5e-2}.get(self.dtype, 2e-1)
-        error = (logits.float() - expected).abs().max().item() / max(expected.std().item(), 1e-6)
-        if not error < tolerance:
-            raise unsupported(
-                self.config,
-                "are not supported: logits through our attention differ from transformers' by "
-                f"{error:.3g} standard deviations",
-            )
-        return self.kv_heads, self.head_dim
-
-    def _record_shapes(self, ids: torch.Tensor, found: list[tuple[int, int, int]]) -> None:
-        """Which (heads, key dim, value dim) each layer hands to our attention; refuses models whose
-        layers do not all do so, and those that hand in more than it reads."""
-        updated: list[int] = []
-
-        class Recorder(TreeContext):
-            """Takes note of shapes and attends to nothing."""
-
-            def attend(self, layer, q, k, v, *args):
-                self.layers_seen += 1
-                found.append((k.shape[1], k.shape[3], v.shape[3]))
-                return q.new_zeros(1, q.shape[2], q.shape[1], v.shape[3])
-
-        class Passing(StaticKVCache):
-            def update(self, key_states, value_states, layer_idx, *args, **kwargs):
-                updated.append(layer_idx)
-                return super().update(key_states, value_states, layer_idx)
-
-        cache = Passing(0, 1, 1, 6, 1, self.dtype, self.device)
-        context = Recorder(cache, torch.arange(6, device=self.device)[None])
-        with unread_arguments() as unread:
-            self.forward(ids, context, features=False)
-        L = len(self.layers)
-        if context.layers_seen != L or len(updated) != L:
-            raise unsupported(
-                self.config,
-                f"are not supported: of {L} layers, {context.layers_seen} calls reach "
-                f"transformers' attention interface with our arguments and {len(updated)} our "
-                "cache",
-            )
-        if unread:
-            raise unsupported(
-                self.config,
-                f"are not supported: their attention also needs {', '.join(sorted(unread))}, which "
-                "tree attention does not honour",
-            )
-
-    def _both_ways(self, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Logits [1, 9, V] of six tokens as a prompt and of the last three once more, as a chain of
-        tree nodes behind a prefix with a branch between; and the stock model's own. Sliding windows
-        are shortened meanwhile, so that they count."""
-        with short_windows(self.model, self.config, 3, below=self.max_positions):
-            positions = torch.arange(6, device=self.device)[None]
-            context = TreeContext(self.new_cache(1, 6), positions)
-            logits, _ = self.forward(ids, context, features=False)
-            cache, three = self.new_cache(1, 7), torch.full((1,), 3, device=self.device)
-            self.prefill(ids[:, :3], three, [3], cache, features=False)
-            depth = torch.tensor([[0, 1, 1, 2]], device=self.device)
-            mask = [[1, 0, 0, 0], [1, 1, 0, 0], [1, 0, 1, 0], [1, 0, 1, 1]]
-            mask = torch.tensor([mask], dtype=torch.bool, device=self.device)
-            tree, _ = self.verify_tree(ids[:, [3, 0, 4, 5]], depth, mask, cache, features=False)
-            with self.stock() as model:
-                expected = model(input_ids=ids, use_cache=False).logits.float()
-        logits = torch.cat([logits, tree[:, [0, 2, 3]]], dim=1)
-        return logits, torch.cat([expected, expected[:, 3:]], dim=1)
 
 
 def padded(prompts: list[list[int]], device) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
