@@ -1,5 +1,5 @@
-"""Every family of docs/families.md: drafted output is plain output is transformers' output; refusals say
-why."""
+"""Every family of docs/families.md: drafted output is plain output is transformers' output;
+refusals say why."""
 
 import re
 import warnings

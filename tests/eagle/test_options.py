@@ -103,7 +103,8 @@ def test_a_generation_config_gives_what_stock_generate_gives(llama, answers, nam
 def test_arguments_mean_what_a_generation_config_means(llama, answers, name):
     asked = dict(configs(answers))[name]
     names = (
-        "repetition_penalty min_new_tokens eos_token_id bad_words_ids no_repeat_ngram_size suppress_tokens"
+        "repetition_penalty min_new_tokens eos_token_id bad_words_ids no_repeat_ngram_size "
+        "suppress_tokens"
     ).split()
     options = {n: getattr(asked, n) for n in names if getattr(asked, n) is not None}
     result = head_model(llama, "8,4,2").generate(PROMPTS, max_new_tokens=NEW, **options)
