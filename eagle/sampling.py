@@ -35,10 +35,9 @@ class SamplingParams:
             )
         if not 0 <= self.top_k < 2**63 or int(self.top_k) != self.top_k:
             raise EagleError(f"top_k must be a whole number >= 0 (0 is off), not {self.top_k}")
-        if not 0.0 <= self.top_p <= 1.0:
-            raise EagleError(f"top_p must lie in [0, 1] (0 and 1 are off), not {self.top_p}")
-        if not 0.0 <= self.min_p <= 1.0:
-            raise EagleError(f"min_p must lie in [0, 1] (0 is off), not {self.min_p}")
+        for name, off in (("top_p", "0 and 1 are off"), ("min_p", "0 is off")):
+            if not 0.0 <= getattr(self, name) <= 1.0:
+                raise EagleError(f"{name} must lie in [0, 1] ({off}), not {getattr(self, name)}")
         if self.temperature < GREEDY:
             object.__setattr__(self, "temperature", 0.0)
         for name in ("temperature", "top_p", "min_p"):
