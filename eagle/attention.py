@@ -5,8 +5,7 @@ of them belong to which row of the cache. Layers that are called without a conte
 `generate`, training) fall through to transformers' own attention.
 
 b rows, N queries of the longest row, T = tokens of all rows, M tree slots, S live slots, D
-head_dim.
-"""
+head_dim."""
 
 from __future__ import annotations
 
@@ -41,8 +40,7 @@ class TreeContext:
     positions [b, N] int64: absolute, of the queries. mask [b, N, M] bool and tree_positions [b, M]:
     the tree's slots, the queries the last N of them, the first at slot length + 0; None for a
     causal pass over an empty cache. offset = M - N. counts: tokens of each row, on the host, where
-    rows differ; the pass then holds only the first counts[i] of row i's N.
-    """
+    rows differ; the pass then holds only the first counts[i] of row i's N."""
 
     def __init__(
         self,
@@ -101,15 +99,8 @@ class TreeContext:
         else:
             starts = torch.tensor([0, *itertools.accumulate(self.counts)])
         cache = self.cache
-        return (
-            cache.buffer,
-            cache.rows,
-            starts,
-            cache.lengths,
-            self.mask,
-            self.tree_positions,
-            self.offset,
-        )
+        slots = cache.buffer, cache.rows, starts, cache.lengths
+        return *slots, self.mask, self.tree_positions, self.offset
 
     def write(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> None:
         """k, v [1, Hkv, T, D] go to the slots of this pass."""
@@ -131,10 +122,8 @@ class TreeContext:
 
     def _padding_fits(self) -> bool:
         lengths = self.cache.host_lengths
-        return (
-            lengths is not None
-            and max(lengths) + self.offset + self.shape[1] <= self.cache.capacity
-        )
+        room = self.cache.capacity - self.offset - self.shape[1]
+        return lengths is not None and max(lengths) <= room
 
     def write_padding(self, layer: int) -> None:
         """Zeros to all N slots of every row."""
@@ -259,21 +248,12 @@ def tree_attention_forward(
 ) -> tuple[torch.Tensor, None]:
     """query [1, Hq, T, D], key and value [1, Hkv, T, D] -> [1, T, Hq, D]."""
     if tree is None:
+        given = module, query, key, value, attention_mask
+        scales = {"dropout": dropout, "scaling": scaling}
         if softcap is not None:
-            return eager_attention_forward(
-                module,
-                query,
-                key,
-                value,
-                attention_mask,
-                dropout=dropout,
-                scaling=scaling,
-                softcap=softcap,
-            )
+            return eager_attention_forward(*given, **scales, softcap=softcap)
         kwargs.pop("position_ids", None)
-        return sdpa_attention_forward(
-            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
-        )
+        return sdpa_attention_forward(*given, **scales, **kwargs)
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     out = tree.attend(
         tree.cache.updated_layer, query, key, value, scaling, sliding_window, softcap, s_aux

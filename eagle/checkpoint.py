@@ -1,8 +1,7 @@
 """Heads on disk: a folder with `model.safetensors` (exactly the keys of the head's `state_dict()`),
 a flat `config.json`, and `eagle.json`, which says what the head belongs to.
 
-Other projects' folders are read as `eagle.heads` says.
-"""
+Other projects' folders are read as `eagle.heads` says."""
 
 from __future__ import annotations
 
@@ -17,9 +16,11 @@ from .files import atomic_dir as atomic_dir
 from .files import atomic_write_text as atomic_write_text
 from .files import read_json as read_json
 from .files import require_equal as require_equal
+from .files import tidy as tidy
 from .files import write_json as write_json
 from .heads.configs import DTYPES, own_config
-from .heads.head import FINAL, DraftHead, HeadConfig, build
+from .heads.head import DraftHead, build
+from .heads.head_config import FINAL, HeadConfig
 from .heads.read import read_folder
 from .heads.write import save_folder
 from .loading import differences, find_folder, resolve_dtype
@@ -52,8 +53,7 @@ def load_head(
     with EagleError, and one trained on other weights warned about; an embedding that equals the
     target's is left out. format: eagle, sglang, vllm or modelopt; detected by default. layer_ids
     and convention (entering, output, one-based) win over what the folder says of its feature
-    layers.
-    """
+    layers."""
     published = read_folder(find_folder(path, "head"), format)
     L = None if target is None else len(target.layers)
     layers = published.layers(L, layer_ids, convention)
@@ -75,8 +75,8 @@ def require_fit(path: Path, config: HeadConfig, target: Target) -> None:
     ):
         if ours != theirs:
             raise EagleError(
-                f"the head {path} does not belong to {target.name}: its {what} is {ours}, "
-                f"the target's is {theirs}; use a head trained for this target"
+                f"the head {path} does not belong to {target.name}: its {what} is {ours}, the "
+                f"target's is {theirs}; use a head trained for this target"
             )
     L = len(target.layers)
     if any(not 0 <= i <= L and i != FINAL for i in config.feature_layers):

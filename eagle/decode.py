@@ -1,8 +1,7 @@
 """The decode loop: plain and speculative decoding, fixed batches and queues of requests are this
 one loop.
 
-b rows in flight, T prompt tokens, N tree nodes, K = 1 + longest path, F features, V vocabulary.
-"""
+b rows in flight, T prompt tokens, N tree nodes, K = 1 + longest path, F features, V vocabulary."""
 
 from __future__ import annotations
 
@@ -14,11 +13,11 @@ from dataclasses import dataclass
 import torch
 
 from .cache import StaticKVCache
-from .draft import Drafter
+from .draft import Drafter, following
 from .plan import Plan
 from .request import Row
 from .sampling import Sampler
-from .target import Target
+from .target import Target, padded
 from .tree import DraftTree
 from .verify import Verdict, verify
 
@@ -129,15 +128,10 @@ class Batch:
 
     def admit(self, rows: list[Row]) -> None:
         """The prompts' pass: the target writes its cache and chooses the roots, the head
-        follows.
-        """
+        follows."""
         order, self.free = self.free[: len(rows)], self.free[len(rows) :]
         cache, device = self.cache.empty_rows(order), self.target.device
-        host_lengths = [len(row.prompt) for row in rows]
-        ids = torch.zeros(len(rows), max(host_lengths), dtype=torch.int64)
-        for line, row in zip(ids, rows, strict=True):
-            line[: len(row.prompt)] = torch.tensor(row.prompt)
-        ids, lengths = ids.to(device), torch.tensor(host_lengths, device=device)
+        ids, lengths, host_lengths = padded([row.prompt for row in rows], device)
         draft = self.drafter is not None
         logits, features = self.target.prefill(ids, lengths, host_lengths, cache, features=draft)
         root = choose(rows, sampler_of(rows, device), logits, None, lengths[:, None])
@@ -148,16 +142,14 @@ class Batch:
         keep_logprobs(rows, logits, torch.zeros_like(root), root, counts)
         self.settle()
         if draft:
-            following = torch.cat([ids[:, 1:], ids[:, :1]], dim=1).scatter(
-                1, lengths[:, None] - 1, root
-            )
+            tokens = following(ids, lengths, root[:, 0])
             drafter = self.drafter.empty_rows(order)
             if self.plan is not None and self.plan.rests(len(self.rows) + len(rows)):
-                prompt = Pending(host_lengths, lengths, None, following, features)
+                prompt = Pending(host_lengths, lengths, None, tokens, features)
                 self.deferred.append((rows, prompt))
             else:
                 self.catch_up()
-                drafter.ingest(features, following, lengths, host_lengths)
+                drafter.ingest(features, tokens, lengths, host_lengths)
             self.drafter.join(drafter)
         self.cache.join(cache)
         self.rows = self.rows + rows
@@ -266,8 +258,7 @@ class Pending:
 
 def merge(parts: list[tuple[list[Row], Pending]], rows: list[Row]) -> Pending:
     """What `rows` gained in all parts, each row's without gaps; rows that have left are left
-    out.
-    """
+    out."""
     if len(parts) == 1 and parts[0][0] is rows:
         return parts[0][1]
     places: dict[int, list[int]] = {id(row): [] for row in rows}  # among the tokens of all parts
@@ -323,11 +314,8 @@ def follow(
     parents, positions [N], logits [N, V]; writes into choices [N]."""
     request, seen = row.request, row.seen
     sampler = sampler_of([row], logits.device)
-    child = {
-        (p, t): n
-        for n, (p, t) in enumerate(zip(parents.tolist(), tokens.tolist(), strict=True))
-        if n
-    }
+    edges = zip(parents.tolist(), tokens.tolist(), strict=True)
+    child = {edge: n for n, edge in enumerate(edges) if n}
     node: int | None = 0
     left = row.budget - len(row.tokens)
     while node is not None:

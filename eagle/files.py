@@ -29,8 +29,7 @@ def atomic_dir(path: str | Path) -> Iterator[Path]:
 
     A kill leaves the old folder or the new one. Where the file system cannot exchange two names,
     there is a moment between two renames: a kill then leaves the old folder under the name at which
-    `standing` looks, and the next writer puts it right. Readers change nothing.
-    """
+    `standing` looks, and the next writer puts it right. Readers change nothing."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     tidy(path)

@@ -76,14 +76,11 @@ def find_folder(
     except HFValidationError as error:
         raise EagleError(f"{said}; {give}, or a hub id ORG/NAME") from error
     except (OSError, ValueError, HfHubHTTPError) as error:
-        reason = (
-            (str(error.__cause__ or error).strip() or type(error).__name__)
-            .splitlines()[0]
-            .split(". ")[0]
-        )
+        reason = str(error.__cause__ or error).strip() or type(error).__name__
+        reason = reason.splitlines()[0].split(". ")[0]
         raise EagleError(
-            f"{said}, and the hub does not give it ({reason[:200]}); {give}, or make one where the hub can be "
-            f"reached: hf download {hub_id} --local-dir FOLDER"
+            f"{said}, and the hub does not give it ({reason[:200]}); {give}, or make one where the "
+            f"hub can be reached: hf download {hub_id} --local-dir FOLDER"
         ) from error
     return found
 
@@ -105,7 +102,8 @@ def load_tokenizer(name: str | Path | None = None) -> Any:
     except (OSError, ValueError, KeyError, TypeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise EagleError(
-            f"cannot load a tokenizer from {str(folder)!r}: {reason} (give a folder with tokenizer.json)"
+            f"cannot load a tokenizer from {str(folder)!r}: {reason} (give a folder with "
+            "tokenizer.json)"
         ) from error
 
 
@@ -124,14 +122,11 @@ def load_model(
     dtype "auto" is the checkpoint's, but float32 for a bf16 one on a CPU that would emulate bf16.
     quantization: "nf4" (double quantization, Dettmers et al. 2023, arXiv:2305.14314) or "int8", of
     the linear layers except the LM head, computing in the dtype. adapter_path: a LoRA folder, or a
-    run of train.finetune.
-    """
+    run of train.finetune."""
     device = resolve_device(device)
     embedded = path in (None, "embedded")
     if embedded and not (EMBEDDED / "model.safetensors").exists():
-        raise EagleError(
-            "this installation has no embedded model; reinstall it, or give a model path"
-        )
+        raise EagleError("this installation has no embedded model; give a model path")
     if quantization not in QUANTIZATIONS:
         raise EagleError(f"unknown quantization {quantization!r}; use {', '.join(QUANTIZATIONS)}")
     revision = hf_kwargs.pop("revision", None)
@@ -156,9 +151,7 @@ def load_model(
             source, "auto", {k: v for k, v in hf_kwargs.items() if k != "device_map"}
         )
         if getattr(plain, "is_quantized", False):
-            raise EagleError(
-                f"{name} is stored quantized already; leave quantization={quantization!r} out"
-            )
+            raise EagleError(f"{name} is stored quantized; leave quantization={quantization!r} out")
         identity = identity_of(plain, name)
         if dtype == "auto":
             dtype = plain.dtype
@@ -187,13 +180,12 @@ def read_model(
     try:
         return AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **hf_kwargs)
     except ImportError as error:
-        raise EagleError(
-            f"quantized models need bitsandbytes: pip install 'eagle-heads[finetune]' ({error})"
-        ) from error
+        raise EagleError(f"{error}: pip install 'eagle-heads[finetune]'") from error
     except (OSError, ValueError, TypeError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0]
         raise EagleError(
-            f"cannot load the {role} model {str(source)!r}: {reason} (give a folder with config.json and weights)"
+            f"cannot load the {role} model {str(source)!r}: {reason} (give a folder with "
+            "config.json and weights)"
         ) from error
 
 
@@ -235,14 +227,14 @@ def find_adapter(path: str | Path) -> Path:
         if (candidate / CONFIG).exists() and (candidate / WEIGHTS).exists():
             return candidate
     raise EagleError(
-        f"no adapter in {str(path)!r}: give a folder with {CONFIG} and {WEIGHTS}, or the run that made it"
+        f"no adapter in {str(path)!r}: give a folder with {CONFIG} and {WEIGHTS}, or the run that "
+        "made it"
     )
 
 
 def read_record(folder: Path) -> dict:
     """An adapter's `eagle.json`, or {} for one of another program, which does not say what it
-    belongs to.
-    """
+    belongs to."""
     from .heads.read import RecordFile
 
     return read_json(folder / RECORD, RecordFile) if (folder / RECORD).exists() else {}
@@ -254,8 +246,8 @@ def require_base(folder: Path, record: dict, name: str, found: str) -> None:
     expected = base.get("fingerprint")
     if expected not in (None, found):
         raise EagleError(
-            f"the adapter {folder} was trained on {base.get('id', 'another model')} (weights {expected[:12]}), not on "
-            f"{name} (weights {found[:12]}); give that base"
+            f"the adapter {folder} was trained on {base.get('id', 'another model')} (weights "
+            f"{expected[:12]}), not on {name} (weights {found[:12]}); give that base"
         )
 
 
@@ -272,7 +264,8 @@ def attach(model: nn.Module, folder: Path, identity: dict) -> str:
     except (OSError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:300]
         raise EagleError(
-            f"the adapter {folder} does not fit {identity['id']}: {reason}; give the base it was trained on"
+            f"the adapter {folder} does not fit {identity['id']}: {reason}; give the base it was "
+            "trained on"
         ) from error
     # what does not match by name is only warned about by transformers, and left random
     held = {n.replace(".default", ""): p.shape for n, p in model.named_parameters() if "lora_" in n}
@@ -282,8 +275,9 @@ def attach(model: nn.Module, folder: Path, identity: dict) -> str:
     if not held or held != brought:
         strange = sorted(set(held.items()) ^ set(brought.items()))
         raise EagleError(
-            f"the adapter {folder} does not fit {identity['id']}: {len(strange)} of its weights and the model's do not "
-            f"match, {strange[0][0] if strange else 'no LoRA weight'} first; give the base it was trained on"
+            f"the adapter {folder} does not fit {identity['id']}: {len(strange)} of its weights "
+            f"and the model's do not match, {strange[0][0] if strange else 'no LoRA weight'} "
+            "first; give the base it was trained on"
         )
     model.requires_grad_(False)
     return weights_hash(tensors)
@@ -295,14 +289,9 @@ def identity_of(model: nn.Module, name: str) -> dict:
     kind = "none"
     if config is not None:
         values = config if isinstance(config, dict) else config.to_dict()
-        kind = (
-            "nf4"
-            if values.get("bnb_4bit_quant_type") == "nf4" and values.get("load_in_4bit")
-            else None
-        )
-        kind = kind or (
-            "int8" if values.get("load_in_8bit") else str(values.get("quant_method", "other"))
-        )
+        kind = "int8" if values.get("load_in_8bit") else str(values.get("quant_method", "other"))
+        if values.get("bnb_4bit_quant_type") == "nf4" and values.get("load_in_4bit"):
+            kind = "nf4"
     lora = {n: p.detach() for n, p in model.named_parameters() if "lora_" in n}
     return {
         "id": name,
@@ -315,8 +304,7 @@ def identity_of(model: nn.Module, name: str) -> dict:
 
 def decoder_layers(backbone: nn.Module) -> nn.ModuleList | None:
     """The decoder's blocks, under whatever name the family keeps them: Llama's layers, GPT-2's
-    h.
-    """
+    h."""
     for name in ("layers", "h", "blocks"):
         if isinstance(found := getattr(backbone, name, None), nn.ModuleList):
             return found
@@ -326,18 +314,12 @@ def decoder_layers(backbone: nn.Module) -> nn.ModuleList | None:
 @torch.no_grad()
 def target_fingerprint(model: torch.nn.Module) -> str:
     """A hash of the architecture and of sampled weights: equal for one checkpoint in fp32 and in
-    bf16.
-    """
+    bf16."""
     config = model.config.get_text_config()
     names = (
-        "model_type",
-        "hidden_size",
-        "intermediate_size",
-        "num_hidden_layers",
-        "num_attention_heads",
-        "num_key_value_heads",
-        "vocab_size",
-    )
+        "model_type hidden_size intermediate_size num_hidden_layers num_attention_heads "
+        "num_key_value_heads vocab_size"
+    ).split()
     digest = hashlib.sha256(repr([(n, getattr(config, n, None)) for n in names]).encode())
     layers = decoder_layers(model.get_decoder())
     modules = [("embed", model.get_input_embeddings()), ("first", layers[0]), ("last", layers[-1])]
@@ -357,13 +339,13 @@ def target_fingerprint(model: torch.nn.Module) -> str:
 
 def differences(recorded: dict, found: dict) -> list[str]:
     """Why a head that was trained for one target may draft worse for another, in words; empty for
-    the same.
-    """
+    the same."""
     said = []
     if recorded.get("fingerprint") not in (None, found["fingerprint"]):
         said.append(
-            f"it was trained on {recorded.get('id', 'another model')} (weights {recorded['fingerprint'][:12]}), "
-            f"this target is {found['id']} (weights {found['fingerprint'][:12]})"
+            f"it was trained on {recorded.get('id', 'another model')} (weights "
+            f"{recorded['fingerprint'][:12]}), this target is {found['id']} (weights "
+            f"{found['fingerprint'][:12]})"
         )
     if "adapter" in recorded and recorded["adapter"] != found["adapter"]:
         ours, theirs = (
@@ -374,7 +356,8 @@ def differences(recorded: dict, found: dict) -> list[str]:
     quantization = recorded.get("quantization") or "none"
     if quantization != found["quantization"]:
         said.append(
-            f"it was trained with quantization={quantization}, this target has {found['quantization']}"
+            f"it was trained with quantization={quantization}, this target has "
+            f"{found['quantization']}"
         )
     return said
 
@@ -391,14 +374,8 @@ def resolve_device(device: str | torch.device | None) -> torch.device:
 def resolve_dtype(dtype: str | torch.dtype) -> torch.dtype | str:
     if isinstance(dtype, torch.dtype) or dtype == "auto":
         return dtype
-    names = {
-        "float32": torch.float32,
-        "fp32": torch.float32,
-        "bfloat16": torch.bfloat16,
-        "bf16": torch.bfloat16,
-        "float16": torch.float16,
-        "fp16": torch.float16,
-    }
+    full = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+    names = {name: getattr(torch, full.get(name, name)) for name in (*full, *full.values())}
     if dtype not in names:
         raise EagleError(f"unknown dtype {dtype!r}; use auto, float32, bfloat16 or float16")
     return names[dtype]
@@ -406,8 +383,7 @@ def resolve_dtype(dtype: str | torch.dtype) -> torch.dtype | str:
 
 def resolve_compute(dtype: str, device: torch.device) -> str:
     """What training computes in: `dtype`, where it is "auto" "bf16" on a device that has it and
-    else "fp32".
-    """
+    else "fp32"."""
     if dtype != "auto":
         return dtype
     old = device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False)
@@ -419,14 +395,10 @@ def fast_bf16(device: torch.device) -> bool:
     slowly, and so does a torch that is held to AVX2."""
     if device.type != "cpu":
         return True
+    if platform.machine() not in ("x86_64", "AMD64"):
+        return True
     if torch.backends.cpu.get_cpu_capability() in ("DEFAULT", "NO AVX", "AVX2"):
-        return platform.machine() not in ("x86_64", "AMD64")
-    probes = [
-        getattr(torch.cpu, n, None) for n in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-    ]
-    probes = [probe for probe in probes if probe is not None]
-    return (
-        not probes
-        or platform.machine() not in ("x86_64", "AMD64")
-        or any(probe() for probe in probes)
-    )
+        return False
+    names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    probes = [getattr(torch.cpu, name) for name in names if hasattr(torch.cpu, name)]
+    return not probes or any(probe() for probe in probes)

@@ -1,7 +1,6 @@
 """`EaModel`: the public face. A target, a head, and the decode loop behind upstream's method names.
 
-B rows, T prompt tokens.
-"""
+B rows, T prompt tokens."""
 
 from __future__ import annotations
 
@@ -10,22 +9,26 @@ import copy
 import functools
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from numbers import Integral
 from pathlib import Path
 
 import torch
 
 from . import stock_generate
+from .checkpoint import load_head
 from .compile import CompiledHead, CompiledTarget, compiled_folder
 from .costs import CostTable
 from .decode import Timings, decode
 from .draft import Drafter, HeadDrafter
 from .errors import EagleError
+from .generation import Generation, Span, Start, raise_errors, require_room, show
+from .generation import acceptance_by_depth as acceptance_by_depth
 from .heads.head import DraftHead
 from .loading import EMBEDDED, load_tokenizer
-from .options import Options, Prompt, check_prompt, split_options
+from .options import Options
 from .plan import WIDEST, Experience, Plan
+from .prompts import Prompt, check_prompt, split_options
 from .request import Request, Row
 from .sampling import row_seeds
 from .target import Target
@@ -42,53 +45,9 @@ def default_tree(target: Target) -> TreeShape:
     return EMBEDDED_TREE if target.name == "embedded" else TreeShape()
 
 
-@dataclass
-class Generation:
-    """What a call produced. `sequences` [B, L]: prompts as given and new tokens, right-padded; see
-    `eagenerate`.
-    """
-
-    rows: list[Row]
-    sequences: torch.Tensor
-    timings: Timings
-
-    @property
-    def new_tokens(self) -> int:
-        return sum(len(row.tokens) for row in self.rows)
-
-    @property
-    def cycles(self) -> int:
-        """Verifications, summed over rows."""
-        return sum(row.cycles for row in self.rows)
-
-    @property
-    def tau(self) -> float:
-        """Acceptance length: tokens gained per verification and row, `next_token` included."""
-        gained = self.new_tokens - len(self.rows)
-        return gained / self.cycles if self.cycles else 0.0
-
-    @property
-    def acceptance_by_depth(self) -> list[float]:
-        """Conditional: of the cycles that accepted depth d-1, the share that accepted depth d (d
-        from 1).
-        """
-        return acceptance_by_depth([row.accepted for row in self.rows])
-
-
-def acceptance_by_depth(histograms: Sequence[list[int]]) -> list[float]:
-    """histograms: [a] cycles with a accepted draft tokens -> conditional acceptance rate of depth
-    1, 2, …
-    """
-    depth = max((len(h) for h in histograms), default=0)
-    total = [sum(h[a] for h in histograms if a < len(h)) for a in range(depth)]
-    reached = [sum(total[a:]) for a in range(depth)]
-    return [reached[a + 1] / reached[a] for a in range(depth - 1) if reached[a]]
-
-
 class EaModel:
     """A target with its draft head. Generation is lossless: the head changes the speed, never a
-    token.
-    """
+    token."""
 
     def __init__(
         self,
@@ -160,12 +119,9 @@ class EaModel:
         refused.
 
         A base model without ea_model_path generates plainly. Raises EagleError when the files
-        cannot be read, or the head does not fit the target.
-        """
+        cannot be read, or the head does not fit the target."""
         if hf_kwargs.pop("threshold", 1.0) != 1.0:
-            raise EagleError(
-                "threshold is not used here; leave it out (tree='auto' finds how far to draft)"
-            )
+            raise EagleError("threshold is not used here; leave it out, or use tree='auto'")
         hf_kwargs.pop("Type", None)
         for older, name in (("load_in_8bit", "int8"), ("load_in_4bit", "nf4")):
             if hf_kwargs.pop(older, False):
@@ -176,17 +132,14 @@ class EaModel:
         given = {k: v for k, v in given.items() if v is not None}
         if tree is not None and given:
             raise EagleError(
-                f"tree={str(tree)!r} and {', '.join(f'{k}={v}' for k, v in given.items())} say two things; give one"
+                f"tree={str(tree)!r} and {', '.join(f'{k}={v}' for k, v in given.items())} say two "
+                "things; give one"
             )
         if given == {"total_token": -1}:
             tree, given = "auto", {}
+        loading = {"dtype": dtype, "device": device, "adapter_path": adapter_path}
         target = Target.from_pretrained(
-            base_model_path,
-            dtype=dtype,
-            device=device,
-            adapter_path=adapter_path,
-            quantization=quantization,
-            **hf_kwargs,
+            base_model_path, quantization=quantization, **loading, **hf_kwargs
         )
         if given:
             tree = replace(default_tree(target), **{k: v for k, v in given.items() if v != -1})
@@ -198,15 +151,13 @@ class EaModel:
             ea_model_path = EMBEDDED_HEAD
         head = None
         if ea_model_path is not None:
-            from .checkpoint import load_head
-
             head, _ = load_head(ea_model_path, target, dtype=target.dtype, device=target.device)
             head.eval().requires_grad_(False)
             is_eagle3 = head.config.method == "eagle3"
             if use_eagle3 not in (None, is_eagle3):
                 raise EagleError(
-                    f"{ea_model_path} is an {'EAGLE-3' if is_eagle3 else 'EAGLE-1'} head; leave use_eagle3 unset, "
-                    f"or set it to {is_eagle3}"
+                    f"{ea_model_path} is an {'EAGLE-3' if is_eagle3 else 'EAGLE-1'} head; leave "
+                    f"use_eagle3 unset, or set it to {is_eagle3}"
                 )
         return cls(target, head, tree, compile=compile)
 
@@ -303,8 +254,7 @@ class EaModel:
         repetition_penalty, no_repeat_ngram_size, bad_words_ids, suppress_tokens, generation_config
         (a transformers GenerationConfig; arguments win over it), is_llama3 (upstream's: end at
         <|eot_id|> too), and for this call tree, compile, draft, capacity. `generate` takes the same
-        arguments and returns statistics and log-probabilities too.
-        """
+        arguments and returns statistics and log-probabilities too."""
         result = self.generate(input_ids, attention_mask, **options)
         if log:
             return result.sequences, result.new_tokens, result.cycles
@@ -324,8 +274,7 @@ class EaModel:
 
     def ea_generate(self, input_ids, attention_mask=None, **kwargs) -> Iterator[torch.Tensor]:
         """Yields what `eagenerate` would return of the tokens so far, [B, L], each time tokens are
-        accepted.
-        """
+        accepted."""
         start = self._start(input_ids, attention_mask, **kwargs)
         for _ in start.steps:
             raise_errors(start.rows)
@@ -360,9 +309,7 @@ class EaModel:
         `model` is this object's target (`ea_model.target.model`): the length, sampling, end tokens,
         processors and streamer of that call are kept; what cannot be is refused."""
         if model is not self.target.model:
-            raise EagleError(
-                "custom_generate belongs to another model; call generate on ea_model.target.model"
-            )
+            raise EagleError("custom_generate belongs to another model: ea_model.target.model")
         asked = stock_generate.arguments(
             model, input_ids, logits_processor, stopping_criteria, generation_config, kwargs
         )
@@ -404,13 +351,9 @@ class EaModel:
 
         Returns the finished rows in the order of the prompts, or with as_completed=True an iterator
         of (index, row). A request that cannot be served has `row.error` set, and the others are not
-        touched by it.
-        """
-        done = (
-            (span.index, span.row)
-            for span in self.stream(prompts, slots=slots, **options)
-            if span.row.done
-        )
+        touched by it."""
+        spans = self.stream(prompts, slots=slots, **options)
+        done = ((span.index, span.row) for span in spans if span.row.done)
         if as_completed:
             return done
         finished = dict(done)
@@ -459,7 +402,7 @@ class EaModel:
             self._request(common, Prompt([0], [0]), 0)
         rows = []
         for i, (prompt, mine) in enumerate(zip(given.rows, own, strict=True)):
-            # processors of the call see a batch, as in stock `generate`; a request's own see it alone
+            # processors of the call see a batch, as in stock `generate`; a request's own do not
             batch = (i, 1 if slots or lenient else len(own))
             try:
                 rows.append(self._row(i, prompt, mine, common, seeds[i], batch))
@@ -566,8 +509,7 @@ class EaModel:
         """Compile, or load from the disk, what `compile` needs; returns the seconds spent on each
         part, and nothing for what was ready. Generation calls it when needed.
 
-        "off": eager. "max": on a CPU, AOTInductor packages kept on disk. "auto": off on a CPU.
-        """
+        "off": eager. "max": on a CPU, AOTInductor packages kept on disk. "auto": off on a CPU."""
         mode = self.compile if compile is None else compile
         if mode not in MODES:
             raise EagleError(f"unknown compile {mode!r}; use {', '.join(MODES)}")
@@ -585,8 +527,7 @@ class EaModel:
 
     def _compile(self, mode: str | None, drafter: Drafter | None) -> Target:
         """The target of one call; it and the drafter run compiled passes where the mode has
-        them.
-        """
+        them."""
         self.prepare(mode, drafter is not None)
         target = copy.copy(self.target).refresh()
         if (self.compile if mode is None else mode) == "max" and target.device.type == "cpu":
@@ -605,40 +546,9 @@ class EaModel:
         return frozenset(i for i in ids if i >= 0)
 
 
-@dataclass
-class Span:
-    """tokens: what the row at `index` gained since its last span; empty when it ended without
-    any.
-    """
-
-    index: int
-    tokens: list[int]
-    row: Row
-
-
-@dataclass
-class Start:
-    """A generation about to run: `steps` yields after each cycle, `rows` grow meanwhile. tensor [B,
-    T]: what was given, where it was one."""
-
-    rows: list[Row]
-    steps: Iterator
-    pad: int
-    tensor: torch.Tensor | None
-    device: torch.device
-
-    def sequences(self) -> torch.Tensor:
-        """[B, L] int64: see `EaModel.eagenerate`."""
-        prompts = [r.prompt for r in self.rows] if self.tensor is None else self.tensor.tolist()
-        lines = [p + r.tokens for p, r in zip(prompts, self.rows, strict=True)]
-        width = max(map(len, lines))
-        return torch.tensor([x + [self.pad] * (width - len(x)) for x in lines], device=self.device)
-
-
 class Engines(dict):
     """What `engine_for` made of a model, kept with it; copies and pickles of the model go
-    without.
-    """
+    without."""
 
     def __deepcopy__(self, memo):
         return Engines()
@@ -649,41 +559,10 @@ class Engines(dict):
 
 def engine_for(model: torch.nn.Module, head: str, tree: str | None = None) -> EaModel:
     """The engine that runs a loaded transformers model with the head in this folder, made once a
-    model.
-    """
-    from .checkpoint import load_head
-
+    model."""
     engines = model.__dict__.setdefault("_eagle_engines", Engines())
     if (head, tree) not in engines:
         target = Target(model)
         loaded, _ = load_head(head, target, dtype=target.dtype, device=target.device)
         engines[head, tree] = EaModel(target, loaded, tree)
     return engines[head, tree]
-
-
-def require_room(i: int, row: Row, capacity: int) -> None:
-    needed = len(row.prompt) + row.budget
-    if needed > capacity:
-        raise EagleError(
-            f"request {i} needs {needed} tokens and a slot holds {capacity}; raise capacity, or "
-            "lower max_new_tokens"
-        )
-
-
-def raise_errors(rows: list[Row]) -> None:
-    for row in rows:
-        if row.error is not None:
-            raise row.error
-
-
-def show(steps: Iterator, row: Row, prompt: list[int], streamer, prompt_shown: bool) -> Iterator:
-    """Hand new tokens to a transformers streamer as they are accepted."""
-    if not prompt_shown:
-        streamer.put(torch.tensor([prompt]))
-    shown = 0
-    for step in steps:
-        for token in row.tokens[shown:]:
-            streamer.put(torch.tensor([token]))
-        shown = len(row.tokens)
-        yield step
-    streamer.end()

@@ -4,8 +4,7 @@ What a cycle of each candidate costs is measured beforehand (costs.py). What it 
 running estimate of how often a draft is refused at each depth where all before it were accepted: a
 candidate's own record where there is one, else that of the others, scaled by what wider trees
 usually miss. Where plain decoding is best, speculation rests, and is tried again so seldom that
-trying costs next to nothing.
-"""
+trying costs next to nothing."""
 
 from __future__ import annotations
 
@@ -82,8 +81,7 @@ class Experience:
 class Plan:
     """One call's decisions. `costs(rows)` looks up the costs for that many rows.
 
-    A cycle is `begin`, which says what to draft, and `end`, which hears what came of it.
-    """
+    A cycle is `begin`, which says what to draft, and `end`, which hears what came of it."""
 
     def __init__(self, costs: Callable[[int], Costs], experience: Experience) -> None:
         self.costs, self.learnt = costs, experience

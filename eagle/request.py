@@ -1,6 +1,4 @@
-"""A request and what has become of it. Knows token ids and stopping; knows nothing of models or
-text.
-"""
+"""A request and what has become of it."""
 
 from __future__ import annotations
 
@@ -14,8 +12,7 @@ from .sampling import SamplingParams
 @dataclass(frozen=True)
 class Stopping:
     """When a row is done. `stop(tokens)`: how many of a row's new tokens to keep, or None to go
-    on.
-    """
+    on."""
 
     max_new_tokens: int = 512
     eos_token_ids: frozenset[int] = frozenset()
@@ -24,9 +21,7 @@ class Stopping:
 
     def __post_init__(self) -> None:
         if not (isinstance(self.max_new_tokens, int) and self.max_new_tokens >= 1):
-            raise EagleError(
-                f"max_new_tokens must be a whole number of at least 1, not {self.max_new_tokens}"
-            )
+            raise EagleError(f"max_new_tokens must be at least 1, not {self.max_new_tokens}")
 
     def budget(self, prompt_length: int, max_positions: int) -> int:
         """How many new tokens a row may have; raises when not even one fits."""
@@ -35,8 +30,8 @@ class Stopping:
             raise EagleError("a prompt is empty; give at least one token")
         if prompt_length >= limit:
             raise EagleError(
-                f"the prompt has {prompt_length} tokens and the limit is {limit} with at least one new token; "
-                "shorten the prompt or raise max_length (never above the model's own limit)"
+                f"the prompt has {prompt_length} tokens and the limit is {limit} with one new "
+                "token at least; shorten the prompt or raise max_length"
             )
         return min(self.max_new_tokens, limit - prompt_length)
 

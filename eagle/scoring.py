@@ -1,7 +1,4 @@
-"""How near texts and rankings are to what was wanted; torchmetrics computes.
-
-Knows values; knows nothing of what predicted them.
-"""
+"""How near texts and rankings are to what was wanted; torchmetrics computes."""
 
 from __future__ import annotations
 

@@ -6,8 +6,7 @@ The same passes as `eagle.decode`, without the host: lengths live on the device 
 tokens as a path can have, of which only the real ones count. Rows never end here: a caller that
 serves requests reads `num_accepted` and `tokens`.
 
-b rows, N nodes, K = 1 + longest path, F features.
-"""
+b rows, N nodes, K = 1 + longest path, F features."""
 
 from __future__ import annotations
 
@@ -16,8 +15,8 @@ import copy
 import torch
 
 from eagle.attention import TreeContext
-from eagle.draft import HeadDrafter
-from eagle.target import Target
+from eagle.draft import HeadDrafter, following
+from eagle.target import Target, padded
 from eagle.tree import DraftTree
 from eagle.verify import force, verify
 from kernels.choose import choose
@@ -58,8 +57,7 @@ class StaticCycle:
     """A greedy speculative cycle. accept: keep that many draft tokens, right or wrong; None:
     verify.
 
-    After `step`: num_accepted [b], and tokens [b, K], of which num_accepted + 1 are gained.
-    """
+    After `step`: num_accepted [b], and tokens [b, K], of which num_accepted + 1 are gained."""
 
     def __init__(
         self, target: Target, drafter: HeadDrafter, rows: int, capacity: int, accept: int | None
@@ -89,10 +87,8 @@ class StaticCycle:
         cache = self.cache.empty_rows(self.cache.order)
         logits, features = self.target.prefill(ids, lengths, counts, cache, features=True)
         self.root.copy_(choose(logits, self.seeds, lengths[:, None])[:, 0])
-        following = torch.cat([ids[:, 1:], ids[:, :1]], dim=1)
-        following = following.scatter(1, lengths[:, None] - 1, self.root[:, None])
         reader = self.drafter.empty_rows(self.drafter.cache.order)
-        reader.ingest(features, following, lengths, counts)
+        reader.ingest(features, following(ids, lengths, self.root), lengths, counts)
         self.cache.lengths.copy_(lengths)
         self.drafter.cache.lengths.copy_(lengths)
         self.drafter.last.copy_(reader.last)
@@ -121,8 +117,7 @@ class StaticCycle:
 
     def _ingest(self, features, tokens, counts) -> None:
         """`HeadDrafter.ingest` at a fixed K: what follows a row's real tokens is run, and
-        overwritten by the next.
-        """
+        overwritten by the next."""
         drafter, cache = self.drafter, self.drafter.cache
         b, K = tokens.shape
         positions = cache.lengths[:, None] + torch.arange(K, device=tokens.device)
@@ -136,12 +131,3 @@ class StaticCycle:
         drafter.last.copy_(last)
         drafter.first.copy_(drafter.log_probs(last))
         cache.lengths.add_(counts)
-
-
-def padded(prompts: list[list[int]], device) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
-    """ids [b, T] right-padded, lengths [b], and these on the host."""
-    counts = [len(prompt) for prompt in prompts]
-    ids = torch.zeros(len(prompts), max(counts), dtype=torch.int64)
-    for line, prompt in zip(ids, prompts, strict=True):
-        line[: len(prompt)] = torch.tensor(prompt)
-    return ids.to(device), torch.tensor(counts, device=device), counts

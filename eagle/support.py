@@ -1,4 +1,5 @@
-"""Which stock models can be served: what is read of their code and configuration, and refusals."""
+"""Which stock models can be served: what is read of their code and configuration, a probe, and
+refusals."""
 
 from __future__ import annotations
 
@@ -10,7 +11,8 @@ import torch
 from torch import nn
 from transformers import AttentionInterface
 
-from .attention import NAME, tree_attention_forward
+from .attention import NAME, TreeContext, tree_attention_forward
+from .cache import StaticKVCache
 from .errors import EagleError
 
 INSTEAD = "use a decoder-only causal language model such as Llama, Qwen, Mistral or Gemma"
@@ -151,3 +153,93 @@ def refuse_unsupported(model: nn.Module, config, backbone: nn.Module, layers) ->
             "do not take position_ids: they number tokens by their place in the cache, and the "
             "nodes of a tree need positions of their own",
         )
+
+
+@torch.inference_mode()
+def probe(target) -> None:
+    """Run six tokens through our attention and cache, as a prompt and as a tree, and through
+    stock ones: same logits, or refuse.
+
+    This finds models whose layers drop the context, see the future, keep state of their own, or
+    give the attention what ours does not read. Sets the target's kv_heads and head_dim."""
+    # spread over the vocabulary: the first ids are often special tokens with degenerate
+    # embeddings
+    ids = (torch.arange(1, 7, device=target.device) * (target.vocab_size // 7))[None]
+    found: list[tuple[int, int, int]] = []
+    try:
+        _record_shapes(target, ids, found)
+        refuse_shapes(target.config, found)
+        target.kv_heads, target.head_dim, _ = found[0]
+        logits, expected = _both_ways(target, ids)
+    except EagleError:
+        raise
+    except MISFITS as error:
+        refuse_shapes(target.config, found)  # the better reason, where it is the reason
+        said = f"do not take our attention and cache: {error}"
+        raise unsupported(target.config, said) from error
+    tolerance = {torch.float32: 1e-3, torch.float16: 5e-2}.get(target.dtype, 2e-1)
+    error = (logits.float() - expected).abs().max().item() / max(expected.std().item(), 1e-6)
+    if not error < tolerance:
+        raise unsupported(
+            target.config,
+            "are not supported: logits through our attention differ from transformers' by "
+            f"{error:.3g} standard deviations",
+        )
+
+
+def _record_shapes(target, ids: torch.Tensor, found: list[tuple[int, int, int]]) -> None:
+    """Which (heads, key dim, value dim) each layer hands to our attention; refuses models whose
+    layers do not all do so, and those that hand in more than it reads."""
+    updated: list[int] = []
+
+    class Recorder(TreeContext):
+        """Takes note of shapes and attends to nothing."""
+
+        def attend(self, layer, q, k, v, *args):
+            self.layers_seen += 1
+            found.append((k.shape[1], k.shape[3], v.shape[3]))
+            return q.new_zeros(1, q.shape[2], q.shape[1], v.shape[3])
+
+    class Passing(StaticKVCache):
+        def update(self, key_states, value_states, layer_idx, *args, **kwargs):
+            updated.append(layer_idx)
+            return super().update(key_states, value_states, layer_idx)
+
+    cache = Passing(0, 1, 1, 6, 1, target.dtype, target.device)
+    context = Recorder(cache, torch.arange(6, device=target.device)[None])
+    with unread_arguments() as unread:
+        target.forward(ids, context, features=False)
+    L = len(target.layers)
+    if context.layers_seen != L or len(updated) != L:
+        raise unsupported(
+            target.config,
+            f"are not supported: of {L} layers, {context.layers_seen} calls reach "
+            f"transformers' attention interface with our arguments and {len(updated)} our "
+            "cache",
+        )
+    if unread:
+        raise unsupported(
+            target.config,
+            f"are not supported: their attention also needs {', '.join(sorted(unread))}, which "
+            "tree attention does not honour",
+        )
+
+
+def _both_ways(target, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits [1, 9, V] of six tokens as a prompt and of the last three once more, as a chain of
+    tree nodes behind a prefix with a branch between; and the stock model's own. Sliding windows
+    are shortened meanwhile, so that they count."""
+    with short_windows(target.model, target.config, 3, below=target.max_positions):
+        positions = torch.arange(6, device=target.device)[None]
+        context = TreeContext(target.new_cache(1, 6), positions)
+        logits, _ = target.forward(ids, context, features=False)
+        cache, three = target.new_cache(1, 7), torch.full((1,), 3, device=target.device)
+        target.prefill(ids[:, :3], three, [3], cache, features=False)
+        depth = torch.tensor([[0, 1, 1, 2]], device=target.device)
+        mask = [[1, 0, 0, 0], [1, 1, 0, 0], [1, 0, 1, 0], [1, 0, 1, 1]]
+        mask = torch.tensor([mask], dtype=torch.bool, device=target.device)
+        tree, _ = target.verify_tree(ids[:, [3, 0, 4, 5]], depth, mask, cache, features=False)
+        with target.stock() as model:
+            expected = model(input_ids=ids, use_cache=False).logits.float()
+    logits = torch.cat([logits, tree[:, [0, 2, 3]]], dim=1)
+    return logits, torch.cat([expected, expected[:, 3:]], dim=1)

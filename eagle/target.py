@@ -1,7 +1,6 @@
 """The target model: any stock causal LM of transformers, seen through one forward call.
 
-B rows, N queries, T tokens, F features (3 x hidden), V vocabulary.
-"""
+B rows, N queries, T tokens, F features (3 x hidden), V vocabulary."""
 
 from __future__ import annotations
 
@@ -19,19 +18,10 @@ from transformers import PreTrainedModel
 from .attention import NAME, TreeContext
 from .cache import StaticKVCache
 from .errors import EagleError
-from .heads.head import FINAL, default_feature_layers
+from .heads.head_config import FINAL, default_feature_layers
 from .loading import decoder_layers, identity_of, load_model
 from .support import INSTEAD as INSTEAD
-from .support import (
-    MISFITS,
-    refuse_encoder_decoder,
-    refuse_shapes,
-    refuse_unsupported,
-    relay_context,
-    short_windows,
-    unread_arguments,
-    unsupported,
-)
+from .support import probe, refuse_encoder_decoder, refuse_unsupported, relay_context
 
 CHUNK = 256
 
@@ -43,8 +33,7 @@ _PROBING = threading.RLock()  # it registers an attention function of its own me
 
 class OutputLayer(nn.Module):
     """Final hidden [..., H] -> logits [..., V], with the scale or soft cap that some families
-    apply.
-    """
+    apply."""
 
     def __init__(self, model: nn.Module, config) -> None:
         super().__init__()
@@ -70,8 +59,7 @@ class Target:
 
     The model stays the caller's: hooks, our attention and eval mode are its own for the length of a
     pass, and it is then left as it was found. Passes over one model take turns, whatever thread or
-    Target they come from.
-    """
+    Target they come from."""
 
     def __init__(
         self,
@@ -94,7 +82,7 @@ class Target:
         self._attention: dict[str, list] = {}
         self.refresh()
         with self.lock, _PROBING:
-            self.kv_heads, self.head_dim = self._probe()
+            probe(self)
         self._identity = identity
         self.head_logits = OutputLayer(model, self.config)
 
@@ -123,22 +111,11 @@ class Target:
         cls,
         path: str | Path | None = None,
         *,
-        dtype: str | torch.dtype = "auto",
-        device: str | torch.device | None = None,
-        quantization: str = "none",
-        adapter_path: str | Path | None = None,
         feature_layers: tuple[int, ...] | None = None,
-        **hf_kwargs,
+        **options,
     ) -> Target:
-        """Load a model folder or hub id, as `eagle.loading.load_model` does."""
-        model, identity = load_model(
-            path,
-            dtype=dtype,
-            device=device,
-            quantization=quantization,
-            adapter_path=adapter_path,
-            **hf_kwargs,
-        )
+        """Load a model folder or hub id; options as of `eagle.loading.load_model`."""
+        model, identity = load_model(path, **options)
         model.eval().requires_grad_(False)
         return cls(model, identity["id"], feature_layers, identity)
 
@@ -182,8 +159,7 @@ class Target:
     @contextmanager
     def _lent(self, attention: str) -> Iterator[None]:
         """The model in eval mode and with this attention, for this thread alone; then as it was
-        found.
-        """
+        found."""
         with self.lock:
             training = [m for m in self._modules if m.training]
             found = [c._attn_implementation_internal for c in self._configs]
@@ -254,8 +230,7 @@ class Target:
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """One pass over packed tokens: ids [1, T] -> logits [1, T, V] and features [1, T, F].
 
-        keep [b]: logits of these tokens only, [1, b, V].
-        """
+        keep [b]: logits of these tokens only, [1, b, V]."""
         positions = context.pack(context.positions)
         if self.compiled is None or context.mask is None:
             return self.run(ids, positions, context, keep, features)
@@ -294,10 +269,8 @@ class Target:
         for start in range(0, T, width):
             piece = ids[:, start : start + width]
             N = piece.shape[1]
-            counts, host_counts = (
-                (lengths - start).clamp(0, N),
-                [min(max(n - start, 0), N) for n in host_lengths],
-            )
+            counts = (lengths - start).clamp(0, N)
+            host_counts = [min(max(n - start, 0), N) for n in host_lengths]
             positions = torch.arange(start, start + N, device=ids.device).expand(b, N)
             mask = None
             if self.compiled is not None:  # which attend to the cache
@@ -323,8 +296,7 @@ class Target:
         features: bool,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """tokens, depth [b, N], mask [b, N, N] -> logits [b, N, V] and features [b, N, F]; nothing
-        is committed.
-        """
+        is committed."""
         # a draft past the model's limit can never be kept, and must not ask for a position that
         # does not exist
         positions = (cache.lengths[:, None] + depth).clamp_max(self.max_positions - 1)
@@ -339,8 +311,7 @@ class Target:
         """For training: ids [B, T] -> final hidden [B, T, H] (after the norm) and features [B, T,
         F].
 
-        attention_mask [B, T]: 1 on real tokens. The stock attention is used.
-        """
+        attention_mask [B, T]: 1 on real tokens. The stock attention is used."""
         states: dict[int, torch.Tensor] = {}
         with self.stock(), self._tapped(states):
             out = self.backbone(input_ids=ids, attention_mask=attention_mask, use_cache=False)
@@ -350,98 +321,18 @@ class Target:
     @contextmanager
     def stock(self) -> Iterator[nn.Module]:
         """The model as transformers runs it, in eval mode, for `generate` baselines and for
-        training.
-        """
+        training."""
         eager = (
             getattr(self.config, "attn_logit_softcapping", None) or not self.model._supports_sdpa
         )
         with self._lent("eager" if eager else "sdpa"):
             yield self.model
 
-    @torch.inference_mode()
-    def _probe(self) -> tuple[int, int]:
-        """Run six tokens through our attention and cache, as a prompt and as a tree, and through
-        stock ones: same logits, or refuse.
 
-        This finds models whose layers drop the context, see the future, keep state of their own, or
-        give the attention what ours does not read. Returns (kv_heads, head_dim).
-        """
-        # spread over the vocabulary: the first ids are often special tokens with degenerate
-        # embeddings
-        ids = (torch.arange(1, 7, device=self.device) * (self.vocab_size // 7))[None]
-        found: list[tuple[int, int, int]] = []
-        try:
-            self._record_shapes(ids, found)
-            refuse_shapes(self.config, found)
-            self.kv_heads, self.head_dim, _ = found[0]
-            logits, expected = self._both_ways(ids)
-        except EagleError:
-            raise
-        except MISFITS as error:
-            refuse_shapes(self.config, found)  # the better reason, where it is the reason
-            said = f"do not take our attention and cache: {error}"
-            raise unsupported(self.config, said) from error
-        tolerance = {torch.float32: 1e-3, torch.float16: 5e-2}.get(self.dtype, 2e-1)
-        error = (logits.float() - expected).abs().max().item() / max(expected.std().item(), 1e-6)
-        if not error < tolerance:
-            raise unsupported(
-                self.config,
-                "are not supported: logits through our attention differ from transformers' by "
-                f"{error:.3g} standard deviations",
-            )
-        return self.kv_heads, self.head_dim
-
-    def _record_shapes(self, ids: torch.Tensor, found: list[tuple[int, int, int]]) -> None:
-        """Which (heads, key dim, value dim) each layer hands to our attention; refuses models whose
-        layers do not all do so, and those that hand in more than it reads."""
-        updated: list[int] = []
-
-        class Recorder(TreeContext):
-            """Takes note of shapes and attends to nothing."""
-
-            def attend(self, layer, q, k, v, *args):
-                self.layers_seen += 1
-                found.append((k.shape[1], k.shape[3], v.shape[3]))
-                return q.new_zeros(1, q.shape[2], q.shape[1], v.shape[3])
-
-        class Passing(StaticKVCache):
-            def update(self, key_states, value_states, layer_idx, *args, **kwargs):
-                updated.append(layer_idx)
-                return super().update(key_states, value_states, layer_idx)
-
-        cache = Passing(0, 1, 1, 6, 1, self.dtype, self.device)
-        context = Recorder(cache, torch.arange(6, device=self.device)[None])
-        with unread_arguments() as unread:
-            self.forward(ids, context, features=False)
-        L = len(self.layers)
-        if context.layers_seen != L or len(updated) != L:
-            raise unsupported(
-                self.config,
-                f"are not supported: of {L} layers, {context.layers_seen} calls reach transformers' "
-                f"attention interface with our arguments and {len(updated)} our cache",
-            )
-        if unread:
-            raise unsupported(
-                self.config,
-                f"are not supported: their attention also needs {', '.join(sorted(unread))}, which "
-                "tree attention does not honour",
-            )
-
-    def _both_ways(self, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Logits [1, 9, V] of six tokens as a prompt and of the last three once more, as a chain of
-        tree nodes behind a prefix with a branch between; and the stock model's own. Sliding windows
-        are shortened meanwhile, so that they count."""
-        with short_windows(self.model, self.config, 3, below=self.max_positions):
-            positions = torch.arange(6, device=self.device)[None]
-            context = TreeContext(self.new_cache(1, 6), positions)
-            logits, _ = self.forward(ids, context, features=False)
-            cache, three = self.new_cache(1, 7), torch.full((1,), 3, device=self.device)
-            self.prefill(ids[:, :3], three, [3], cache, features=False)
-            depth = torch.tensor([[0, 1, 1, 2]], device=self.device)
-            mask = [[1, 0, 0, 0], [1, 1, 0, 0], [1, 0, 1, 0], [1, 0, 1, 1]]
-            mask = torch.tensor([mask], dtype=torch.bool, device=self.device)
-            tree, _ = self.verify_tree(ids[:, [3, 0, 4, 5]], depth, mask, cache, features=False)
-            with self.stock() as model:
-                expected = model(input_ids=ids, use_cache=False).logits.float()
-        logits = torch.cat([logits, tree[:, [0, 2, 3]]], dim=1)
-        return logits, torch.cat([expected, expected[:, 3:]], dim=1)
+def padded(prompts: list[list[int]], device) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
+    """What `prefill` takes: ids [b, T] right-padded, lengths [b], and these on the host."""
+    counts = [len(prompt) for prompt in prompts]
+    ids = torch.zeros(len(prompts), max(counts), dtype=torch.int64)
+    for line, prompt in zip(ids, prompts, strict=True):
+        line[: len(prompt)] = torch.tensor(prompt)
+    return ids.to(device), torch.tensor(counts, device=device), counts

@@ -1,7 +1,6 @@
 """Which draft tokens the target agrees with. One comparison a node, one masked reduction.
 
-B rows, N nodes, K = 1 + longest path.
-"""
+B rows, N nodes, K = 1 + longest path."""
 
 from __future__ import annotations
 
@@ -30,14 +29,10 @@ def verify(tree: DraftTree, choices: torch.Tensor, levels: int) -> Verdict:
 
     A node is correct when its token is its parent's choice, and accepted when it and all its
     ancestors are. Children of a node are distinct, so the accepted nodes form one path; its deepest
-    node's choice is the next token.
-    """
+    node's choice is the next token."""
     if fast(choices):
-        return Verdict(
-            *torch.ops.eagle_cpu.longest_path(
-                tree.tokens, tree.parents, tree.depth, choices, levels
-            )
-        )
+        nodes = tree.tokens, tree.parents, tree.depth
+        return Verdict(*torch.ops.eagle_cpu.longest_path(*nodes, choices, levels))
     correct = tree.tokens == choices.gather(1, tree.parents)
     correct[:, 0].fill_(True)
     accepted = (correct[:, None] | ~tree.mask).all(-1)  # [B, N]

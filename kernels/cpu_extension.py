@@ -1,8 +1,7 @@
 """Builds the C++ files beside it with the machine's compiler, once, and loads them.
 
 Once `loaded`, `torch.ops.eagle.attend` on CPU tensors and the functions of grow_tree.py run
-compiled.
-"""
+compiled."""
 
 from __future__ import annotations
 
@@ -23,8 +22,7 @@ def load(folder: Path, machine: str) -> None:
     """Build into `folder` unless it is there. machine: what names the processor, as the code is
     made for it.
 
-    Needs g++ (or clang++) and ninja; raises what torch's extension loader raises.
-    """
+    Needs g++ (or clang++) and ninja; raises what torch's extension loader raises."""
     global loaded
     if loaded:
         return
@@ -53,8 +51,7 @@ def keep(path: Path, make: Callable[[Path], Path]) -> Path:
 
     A truncated or foreign file does not have the hash, and is made anew. Several processes may make
     one at once, each in a folder of its own (a build that was killed leaves a lock there, on which
-    torch's loader waits for ever); what has its name is whole.
-    """
+    torch's loader waits for ever); what has its name is whole."""
 
     def named(file: Path) -> Path:
         digest = hashlib.sha256()

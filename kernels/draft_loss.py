@@ -34,8 +34,7 @@ class DraftLoss:
     """total: sum of importance * loss where the target's choice is known; the rest has no gradient.
 
     loss, overlap [S, U] fp32: of each position, whatever its importance. right [S, U]: the head's
-    best token is the target's choice. known [U]: that choice is in the draft vocabulary.
-    """
+    best token is the target's choice. known [U]: that choice is in the draft vocabulary."""
 
     total: torch.Tensor
     loss: torch.Tensor
@@ -73,8 +72,7 @@ def draft_loss(
     DraftLoss.
 
     Products are in hidden's dtype, everything else in fp32. `total` can be differentiated once,
-    with respect to hidden and weight. tile: logits held at a time.
-    """
+    with respect to hidden and weight. tile: logits held at a time."""
     S, U, H = hidden.shape
     assert weight.shape[1] == H and importance.shape == (S, U)
     if tile is None:

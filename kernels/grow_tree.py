@@ -2,8 +2,7 @@
 them and the C++ of grow_tree_cpu.cpp, which is used on CPU tensors once the extension is loaded.
 
 b rows, n beams, k candidates a beam, and as many beams after it, P candidates a row, H hidden, D
-draft vocabulary, M beams so far.
-"""
+draft vocabulary, M beams so far."""
 
 from __future__ import annotations
 

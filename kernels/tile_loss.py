@@ -12,8 +12,7 @@ over the draft vocabulary; alpha = sum min(p, q), the chance that a sampled draf
     total_variation    1 - alpha
 
     focal: scale * (1 - inner)^gamma * any of them, inner = alpha or sum p q; this weight has no
-    gradient.
-"""
+    gradient."""
 
 from __future__ import annotations
 
@@ -47,8 +46,7 @@ def position_loss(
     teacher_logits: torch.Tensor, logits: torch.Tensor, objective: Objective
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The definition: teacher_logits, logits [..., D] -> loss [...] and overlap [...] (no
-    gradient), fp32.
-    """
+    gradient), fp32."""
     log_p = F.log_softmax(teacher_logits.float(), dim=-1)
     log_q = F.log_softmax(logits.float(), dim=-1)
     p, q = log_p.exp(), log_q.exp()

@@ -25,8 +25,7 @@ Only top-k and top-p together need the k-th largest score itself, for the mass o
 NaN logits count as -inf here, so that a poisoned row yields some token of the vocabulary and always
 ends.
 
-B rows, N nodes, V vocabulary.
-"""
+B rows, N nodes, V vocabulary."""
 
 from __future__ import annotations
 
@@ -141,8 +140,7 @@ def _kth(logits, V, temperature, k, top, BLOCK: tl.constexpr):
     it.
 
     low: at least k scores are >= low. high: a score, and the k-th largest is <= high. Every look
-    moves one of them to a score of the row, so it ends.
-    """
+    moves one of them to a score of the row, so it ends."""
     lane = tl.arange(0, BLOCK)
     low, high, reach = tl.full((), float("-inf"), tl.float32), top, 1.0
     searching = top > float("-inf")
@@ -291,41 +289,18 @@ def choose_triton(
     part_token = torch.empty((B * N, chunks), dtype=torch.int32, device=device)
     choices = torch.empty((B, N), dtype=torch.int64, device=device)
     temperatures = rows(temperature) if sample else part_value
-    _scan[(B * N, chunks)](
-        logits,
-        seeds,
-        positions,
-        temperatures,
-        part_value,
-        part_token,
-        part_top,
-        *logits.stride()[:2],
-        positions.stride(0),
-        N,
-        V,
-        chunk,
-        SAMPLE=sample,
-        BLOCK=BLOCK,
-        num_warps=4,
+    given, strides = (
+        (logits, seeds, positions, temperatures),
+        (*logits.stride()[:2], positions.stride(0)),
     )
-    none = part_value
+    parts = part_value, part_token, part_top
+    scan = {"SAMPLE": sample, "BLOCK": BLOCK, "num_warps": 4}
+    _scan[(B * N, chunks)](*given, *parts, *strides, N, V, chunk, **scan)
+    limits = (part_value,) * 3  # not looked at
+    if cut:
+        limits = rows(top_k, torch.int64), rows(top_p), rows(min_p).log()
     _settle[(B * N,)](
-        logits,
-        seeds,
-        positions,
-        temperatures,
-        rows(top_k, torch.int64) if cut else none,
-        rows(top_p) if cut else none,
-        rows(min_p).log() if cut else none,
-        part_value,
-        part_token,
-        part_top,
-        choices,
-        *logits.stride()[:2],
-        positions.stride(0),
-        N,
-        V,
-        chunks,
+        *(*given, *limits, *parts, choices, *strides, N, V, chunks),
         CUT=cut,
         CHUNKS=triton.next_power_of_2(chunks),
         BLOCK=SETTLE_BLOCK,

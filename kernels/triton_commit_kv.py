@@ -6,8 +6,7 @@
 One launch moves the keys and values of all layers. The specification is
 `kernels.commit_kv.commit_kv_reference`.
 
-L layers, B rows, H key/value heads, C capacity, D head_dim, K longest path.
-"""
+L layers, B rows, H key/value heads, C capacity, D head_dim, K longest path."""
 
 from __future__ import annotations
 

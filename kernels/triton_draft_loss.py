@@ -13,8 +13,7 @@ online (Milakov and Gimelshein 2018); the sums that the loss needs; the gradient
 logits. The specification is `kernels.tile_loss.tile_loss_reference`.
 
 S steps, R positions, D draft vocabulary. Row s * R + r of the logits goes with row r of the
-target's.
-"""
+target's."""
 
 from __future__ import annotations
 

@@ -17,8 +17,7 @@ capacity nor on the rows beside it.
 The G query heads that share a key/value head are folded with the N queries into R = G * N tile
 rows: each key is read once for BLOCK_R of them.
 
-B rows, N queries, M tree slots, W words of mask, Hq and Hkv heads, C capacity, D head_dim.
-"""
+B rows, N queries, M tree slots, W words of mask, Hq and Hkv heads, C capacity, D head_dim."""
 
 from __future__ import annotations
 
@@ -188,8 +187,7 @@ def _attend_split(
     """Grid (splits x tiles, Hkv, B): BLOCK_R tile rows against one split of the keys.
 
     Writes, at [split, b, kv head, tile row]: the largest score (base 2), the weights' sum and the
-    weighted values' sum, both relative to it.
-    """
+    weighted values' sum, both relative to it."""
     kv, row = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     tiles = tl.cdiv(N * G, BLOCK_R)
     # tiles of one split run side by side and share its keys in the L2 cache
@@ -395,8 +393,7 @@ def tree_attention_triton(
 ) -> torch.Tensor:
     """`kernels.tree_attention.tree_attention` without host synchronisation. fp16, bf16 or fp32.
 
-    Scratch: min(MAX_SPLITS, ceil(C / MIN_SPLIT)) * B * Hq * N * (D + 2) floats.
-    """
+    Scratch: min(MAX_SPLITS, ceil(C / MIN_SPLIT)) * B * Hq * N * (D + 2) floats."""
     B, Hq, N, D = q.shape
     Hkv, C = k_cache.shape[1], k_cache.shape[2]
     M = tree_positions.shape[1]
@@ -444,29 +441,15 @@ def tree_attention_triton(
         BLOCK_K=block_k,
         BLOCK_D=block_d,
     )
+    inputs = q, k_cache, v_cache, lengths if rows is None else rows, lengths, tree_bits
+    parts = part_acc, part_best, part_total
+    strides = (*q.stride()[:3], *k_cache.stride()[:3], *v_cache.stride()[:3])
+    strides = (*strides, *tree_bits.stride()[:2], tree_positions.stride(0))
+    scale = scaling * LOG2E if softcap is None else scaling / softcap
+    scales = scale, 0.0 if softcap is None else softcap * LOG2E
+    words = tree_bits.shape[2]
     _attend_split[(splits * triton.cdiv(N * G, block_r), Hkv, B)](
-        q,
-        k_cache,
-        v_cache,
-        lengths if rows is None else rows,
-        lengths,
-        tree_bits,
-        tree_positions,
-        part_acc,
-        part_best,
-        part_total,
-        *q.stride()[:3],
-        *k_cache.stride()[:3],
-        *v_cache.stride()[:3],
-        *tree_bits.stride()[:2],
-        tree_positions.stride(0),
-        N,
-        M,
-        tree_bits.shape[2],
-        C,
-        window,
-        scaling * LOG2E if softcap is None else scaling / softcap,
-        0.0 if softcap is None else softcap * LOG2E,
+        *(*inputs, tree_positions, *parts, *strides, N, M, words, C, window, *scales),
         SOFTCAP=softcap is not None,
         ROWS=rows is not None,
         PRECISION="tf32x3" if single else "tf32",
@@ -476,20 +459,10 @@ def tree_attention_triton(
         **shared,
     )
     block_r = min(8, triton.next_power_of_2(N * G))
+    ends = lengths, tree_positions, out if sinks is None else sinks, out
+    strides = (*out.stride()[:3], tree_positions.stride(0))
     _merge[(triton.cdiv(N * G, block_r), Hkv, B)](
-        part_acc,
-        part_best,
-        part_total,
-        lengths,
-        tree_positions,
-        out if sinks is None else sinks,
-        out,
-        *out.stride()[:3],
-        tree_positions.stride(0),
-        N,
-        M,
-        C,
-        window,
+        *(*parts, *ends, *strides, N, M, C, window),
         SINKS=sinks is not None,
         BLOCK_R=block_r,
         num_warps=4,

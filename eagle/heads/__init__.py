@@ -3,7 +3,6 @@ each engine.
 
 `eagle` is SafeAILab/EAGLE's (and this package's own), `sglang` SpecForge's, `vllm` speculators',
 `modelopt` NVIDIA ModelOpt's. Knows names, shapes and JSON fields; knows nothing of training or
-text.
-"""
+text."""
 
 FORMATS = ("eagle", "sglang", "vllm", "modelopt")

@@ -1,10 +1,8 @@
 """config.json of each format <-> HeadConfig.
 
-Knows fields and defaults; knows nothing of files. Where an absent field means different things to
-different engines (norm_before_residual: vLLM takes true for a speculators config, false for a flat
-one; speculators 0.9.0 false), the default is that of the engine whose format it is, and what is
-written names every field.
-"""
+Where an absent field means different things to different engines (norm_before_residual: vLLM takes
+true for a speculators config, false for a flat one; speculators 0.9.0 false), the default is that
+of the engine whose format it is, and what is written names every field."""
 
 from __future__ import annotations
 
@@ -14,7 +12,7 @@ from collections.abc import Sequence
 import torch
 
 from ..errors import EagleError
-from .head import FINAL, HeadConfig
+from .head_config import FINAL, SHAPE, HeadConfig
 from .layers import written_ids
 from .tables import EMBEDDING, Format, table
 
@@ -49,7 +47,8 @@ def detect(path: object, raw: dict, keys: set[str]) -> Format:
         return table("modelopt" if wide else "sglang")
     if wide and IDS_CONVENTION not in raw:
         raise EagleError(
-            f"{path} names its tensors as vllm and modelopt do, and config.json says neither; give --from"
+            f"{path} names its tensors as vllm and modelopt do, and config.json says neither; give "
+            "--from"
         )
     return table("eagle")
 
@@ -102,9 +101,7 @@ def _llama(path: object, raw: dict) -> dict:
     wanted = ("hidden_size", "intermediate_size", "num_attention_heads", "vocab_size")
     missing = [k for k in wanted if raw.get(k) is None]
     if missing:
-        raise EagleError(
-            f"{path}: config.json lacks {', '.join(missing)}; it is not a head's config"
-        )
+        raise EagleError(f"{path}: config.json lacks {', '.join(missing)}; it is no head's")
     names = HeadConfig.names() - {"feature_layers", "rope_scaling", "rope_theta"}
     values = {k: raw[k] for k in names & raw.keys() if raw[k] is not None}
     rope = dict(raw.get("rope_parameters") or raw.get("rope_scaling") or {})
@@ -146,35 +143,22 @@ def _vllm(path: object, raw: dict, llama: dict, nested: bool) -> dict:
     if nested and raw.get("norm_before_residual") is None:
         values["norm_before_residual"] = True
         warnings.warn(
-            f"{path}: config.json does not say norm_before_residual; vLLM takes true, and so is it read "
-            "(speculators 0.9 would take false)",
+            f"{path}: config.json does not say norm_before_residual; vLLM takes true, and so is it "
+            "read (speculators 0.9 would take false)",
             stacklevel=2,
         )
     kind = llama.get("model_type", "llama")
     if kind not in ("llama", "qwen3"):
-        raise EagleError(
-            f"{path}: decoder layers of type {kind!r} cannot be read; llama or qwen3 can"
-        )
+        raise EagleError(f"{path}: layers of type {kind!r} cannot be read; llama or qwen3 can")
     return values | {"qk_norm": kind == "qwen3"}
 
 
 def _flat(config: HeadConfig, dtype: torch.dtype) -> dict:
     """What every format says of the decoder layers."""
+    names = [n for n in SHAPE if n not in ("draft_vocab_size", "target_hidden_size")]
     return {
         "num_hidden_layers": config.num_layers,
-        "hidden_size": config.hidden_size,
-        "intermediate_size": config.intermediate_size,
-        "num_attention_heads": config.num_attention_heads,
-        "num_key_value_heads": config.num_key_value_heads,
-        "head_dim": config.head_dim,
-        "vocab_size": config.vocab_size,
-        "max_position_embeddings": config.max_position_embeddings,
-        "hidden_act": config.hidden_act,
-        "rms_norm_eps": config.rms_norm_eps,
-        "rope_theta": config.rope_theta,
-        "rope_scaling": config.rope_scaling,
-        "attention_bias": config.attention_bias,
-        "mlp_bias": config.mlp_bias,
+        **{name: getattr(config, name) for name in (*names, "attention_bias", "mlp_bias")},
         "tie_word_embeddings": False,
         "torch_dtype": DTYPES[dtype],
     }
@@ -182,8 +166,7 @@ def _flat(config: HeadConfig, dtype: torch.dtype) -> dict:
 
 def own_config(config: HeadConfig, dtype: torch.dtype) -> dict:
     """The `eagle` format: flat fields, those of SafeAILab's configs among them, and every option
-    that is set.
-    """
+    that is set."""
     eagle1 = config.method == "eagle1"
     flat = {k: v for k, v in config.to_dict().items() if k != "feature_layers"}
     if not config.own_embedding:

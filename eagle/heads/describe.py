@@ -1,6 +1,5 @@
 """What a head's folder says of itself: format, geometry, layer ids, draft vocabulary, and what it
-belongs to.
-"""
+belongs to."""
 
 from __future__ import annotations
 
@@ -11,36 +10,21 @@ import torch
 from ..errors import EagleError
 from ..files import weights_hash
 from .configs import written_layers
-from .head import OPTIONS
+from .head_config import OPTIONS, SHAPE
 from .read import Published
 from .tables import EMBEDDING
-
-SHAPE = (
-    "hidden_size",
-    "intermediate_size",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "vocab_size",
-    "draft_vocab_size",
-    "target_hidden_size",
-    "rms_norm_eps",
-    "rope_theta",
-    "rope_scaling",
-    "max_position_embeddings",
-    "hidden_act",
-)
 
 
 def describe(published: Published) -> dict:
     """JSON-ready; raises EagleError for a folder that cannot be loaded, except for absent layer
-    ids.
-    """
+    ids."""
     layers = feature_layers(published)
     # any three ids make the same tensors
     known = layers["entering"] is not None
     config, state = published.parse(tuple(layers["entering"]) if known else (0, 1, 2))
     record = published.provenance
+    target = record.get("target") or {}
+    speculators = published.raw.get("speculators_config") or {}
     floats = {str(v.dtype).split(".")[-1] for v in state.values() if v.is_floating_point()}
     values = config.to_dict()
     return {
@@ -56,13 +40,10 @@ def describe(published: Published) -> dict:
         "draft_vocabulary": _vocabulary(config, state),
         "belongs_to": {
             "target": record.get("target"),
-            "adapter": record.get("adapter") or (record.get("target") or {}).get("adapter"),
-            "quantization": record.get("quantization")
-            or (record.get("target") or {}).get("quantization"),
+            "adapter": record.get("adapter") or target.get("adapter"),
+            "quantization": record.get("quantization") or target.get("quantization"),
             "tokenizer": record.get("tokenizer"),
-            "verifier": ((published.raw.get("speculators_config") or {}).get("verifier") or {}).get(
-                "name_or_path"
-            ),
+            "verifier": (speculators.get("verifier") or {}).get("name_or_path"),
         },
         "training": record.get("training"),
     }
@@ -94,18 +75,22 @@ def lines(said: dict) -> list[str]:
     if said["method"] == "eagle1":
         ids = "the target's final hidden state"
     elif layers["written"] is not None:
-        ids = f"{layers['written']} ({layers['convention']}), states that enter layers {layers['entering']}"
+        ids = f"{layers['written']} ({layers['convention']}), "
+        ids += f"states that enter layers {layers['entering']}"
     options = ", ".join(f"{k}={v}" for k, v in said["options"].items()) or "none"
     reduced = vocabulary["size"] != vocabulary["of"]
     maps = f"reduced ({vocabulary['fingerprint'][:12]})" if reduced else "the target's own"
     training = said["training"] or {}
-    heads = f"{g['num_attention_heads']} heads, {g['num_key_value_heads']} key/value heads of {g['head_dim']}"
+    heads = f"{g['num_attention_heads']} heads, {g['num_key_value_heads']} key/value heads"
     rows = [
         ("head", said["path"]),
         ("format", f"{said['format']}, {said['method']}"),
         ("fingerprint", said["fingerprint"]),
         ("parameters", f"{said['parameters']:,} in {', '.join(said['dtypes'])}"),
-        ("geometry", f"hidden {g['hidden_size']}, MLP {g['intermediate_size']}, {heads}"),
+        (
+            "geometry",
+            f"hidden {g['hidden_size']}, MLP {g['intermediate_size']}, {heads} of {g['head_dim']}",
+        ),
         ("rotary", f"theta {g['rope_theta']:g}, scaling {g['rope_scaling']}"),
         ("options", options),
         ("layer ids", ids),
@@ -113,7 +98,8 @@ def lines(said: dict) -> list[str]:
         ("embedding", "its own" if vocabulary["own_embedding"] else "the target's"),
         (
             "target",
-            f"{target.get('id') or belongs['verifier'] or 'not recorded'}, hidden {g['target_hidden_size']}",
+            f"{target.get('id') or belongs['verifier'] or 'not recorded'}, hidden "
+            f"{g['target_hidden_size']}",
         ),
         ("weights", target.get("fingerprint") or "not recorded"),
         ("adapter", belongs["adapter"] or "none recorded"),
@@ -127,25 +113,21 @@ def lines(said: dict) -> list[str]:
 
 def require_bench_of(bench: dict, provenance: dict) -> list[dict]:
     """The speculative runs of a bench JSON; refused where they are of another target, or were
-    forced to accept.
-    """
+    forced to accept."""
     runs = bench.get("runs")
     if not isinstance(runs, list) or not all(isinstance(r, dict) for r in runs):
         raise EagleError("the bench file has no runs; give what inference.bench --json wrote")
     target = (provenance.get("target") or {}).get("id")
     if target is not None and bench.get("model") != target:
         raise EagleError(
-            f"the bench file is of target {bench.get('model')!r}, the head belongs to {target!r}; measure this head"
+            f"the bench file is of target {bench.get('model')!r}, the head belongs to {target!r}; "
+            "measure this head"
         )
     drafted = [r for r in runs if str(r.get("engine", "")).startswith("eagle") and r.get("tau")]
     if not drafted:
-        raise EagleError(
-            "the bench file has no run of an eagle engine; measure with --engines hf,eagle"
-        )
+        raise EagleError("the bench file has no run of an eagle engine; use --engines hf,eagle")
     if any(r.get("forced_acceptance") is not None for r in drafted):
-        raise EagleError(
-            "the bench file has forced acceptance, which says nothing of the head; measure without"
-        )
+        raise EagleError("the bench file has forced acceptance; measure without")
     return drafted
 
 

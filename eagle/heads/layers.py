@@ -7,14 +7,11 @@ enters layer i (i = 0: the embedding). What projects write:
   (`aux_hidden_state_layers`, a state taken before layer i runs) and speculators
   (`eagle_aux_hidden_state_layer_ids` beside it) count the same way: "entering";
 - SGLang, SpecForge and ModelOpt write `[1, L // 2 - 1, L - 4]` under `eagle_config` for the same
-states: outputs of
-  layer i (SGLang's `set_eagle3_layers_to_capture` adds one): "output";
-- the numbers of one kind copied into a config of the other kind are off by one, either way.
-"one-based" is the
-  mistake that "output" does not cover: the numbers are one too high.
+  states: outputs of layer i (SGLang's `set_eagle3_layers_to_capture` adds one): "output";
+- the numbers of one kind copied into a config of the other are off by one, either way. "one-based"
+  is the mistake that "output" does not cover: the numbers are one too high.
 
-L layers of the target.
-"""
+L layers of the target."""
 
 from __future__ import annotations
 
@@ -42,7 +39,8 @@ def written_ids(layers: Sequence[int], convention: str, name: str) -> list[int]:
     numbers = [i - SHIFT[convention] for i in layers]
     if min(numbers) < 0:
         raise EagleError(
-            f"the head reads the target's embedding (entering layer 0), which {name} has no id for; use --to vllm"
+            f"the head reads the target's embedding (entering layer 0), which {name} has no id "
+            "for; use --to vllm"
         )
     return numbers
 
@@ -57,6 +55,6 @@ def absent(path: object, name: str) -> EagleError:
     """No ids are written: what to do."""
     kinds = "; ".join(f"{kind}: i is {meaning}" for kind, meaning in MEANING.items())
     return EagleError(
-        f"{path} ({name}) names no feature layers. Give --layer_ids i,j,k with --convention, or find out with "
-        f"--probe --target PATH, which measures acceptance under each. {kinds}"
+        f"{path} ({name}) names no feature layers. Give --layer_ids i,j,k with --convention, or "
+        f"find out with --probe --target PATH, which measures acceptance under each. {kinds}"
     )

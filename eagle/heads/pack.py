@@ -1,10 +1,7 @@
 """A folder that can be pushed to a model hub as it is: head, config, card with what was measured,
 generate script.
 
-The card's numbers are copied from a bench file; without one it says that nothing was measured.
-  Knows nothing of
-hubs: `hf upload ID FOLDER` does the rest.
-"""
+The card's numbers are copied from a bench file; without one it says that nothing was measured."""
 
 from __future__ import annotations
 
@@ -17,6 +14,11 @@ from . import remote_generate
 from .describe import require_bench_of
 from .head import DraftHead
 from .write import export_head
+
+# of the card's table: title -> field of a run in the bench file
+COLUMNS = {name: name.replace(" ", "_") for name in ("engine", "batch size", "temperature", "tree")}
+COLUMNS |= {"τ": "tau", "tokens/s": "tokens_per_second", "vs stock `generate`": "vs_hf"}
+COLUMNS |= {"vs best plain": "vs_best_vanilla", "identical": "identical"}
 
 
 def pack_head(
@@ -90,7 +92,8 @@ tags:
 
 # Draft head for {base_model}
 
-A draft head for lossless speculative decoding: the target makes every decision, the head decides how fast it comes.
+A draft head for lossless speculative decoding: the target makes every decision, the head decides
+how fast it comes.
 
 | | |
 |---|---|
@@ -117,27 +120,15 @@ def measured(bench: dict | None, runs: list[dict] | None) -> str:
     """Acceptance length and speed as the bench file has them."""
     if bench is None or runs is None:
         return "Nothing was measured when this folder was made."
-    where = f"{bench.get('device', 'unknown device')}, {bench.get('dtype')}, torch {(bench.get('versions') or {}).get('torch')}"
-    rows = [
-        "| engine | batch | temperature | tree | τ | tokens/s | vs stock `generate` | vs best plain | identical |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
-    for r in runs:
-        cells = (
-            r.get("engine"),
-            r.get("batch_size"),
-            r.get("temperature"),
-            r.get("tree"),
-            r.get("tau"),
-            r.get("tokens_per_second"),
-            r.get("vs_hf"),
-            r.get("vs_best_vanilla"),
-            r.get("identical"),
-        )
-        rows.append("| " + " | ".join("" if c is None else str(c) for c in cells) + " |")
+    torch = (bench.get("versions") or {}).get("torch")
+    where = f"{bench.get('device', 'unknown device')}, {bench.get('dtype')}, torch {torch}"
+    rows = ["| " + " | ".join(COLUMNS) + " |", "|---" * len(COLUMNS) + "|"]
+    for run in runs:
+        cells = ("" if run.get(key) is None else str(run[key]) for key in COLUMNS.values())
+        rows.append("| " + " | ".join(cells) + " |")
     asked = f"{bench.get('num_prompts')} prompts, {bench.get('max_new_tokens')} new tokens"
     return (
         f"On {where}; {asked}, medians of {bench.get('repeats')} repeats (`bench.json`; "
-        f"`{bench.get('command', 'python -m inference.bench')}`). τ: tokens gained per verification.\n\n"
-        + "\n".join(rows)
+        f"`{bench.get('command', 'python -m inference.bench')}`). τ: tokens gained per "
+        "verification.\n\n" + "\n".join(rows)
     )

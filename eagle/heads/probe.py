@@ -2,10 +2,9 @@
 accepted.
 
 A head that reads the states of neighbouring layers still drafts, only worse; nothing in the files
-tells. Knows token ids and heads; knows nothing of text.
+tells.
 
-T tokens of a text, F features, H hidden.
-"""
+T tokens of a text, F features, H hidden."""
 
 from __future__ import annotations
 
@@ -14,13 +13,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 
 from ..errors import EagleError
 from ..model import EaModel
 from ..target import Target
 from .configs import written_layers
-from .head import DraftHead, build, default_feature_layers
+from .head import DraftHead, build, causal
+from .head_config import default_feature_layers
 from .layers import candidates
 from .read import Published
 
@@ -65,8 +64,9 @@ class Probed:
         if not self.clear:
             first, second = self.readings[:2]
             raise EagleError(
-                f"--probe cannot tell {first.convention} (acceptance rate {first.rate:.3f}) from {second.convention} "
-                f"({second.rate:.3f}); give more prompts with --prompts and --num_prompts"
+                f"--probe cannot tell {first.convention} (acceptance rate {first.rate:.3f}) from "
+                f"{second.convention} ({second.rate:.3f}); give more prompts with --prompts and "
+                "--num_prompts"
             )
         return self.best
 
@@ -82,15 +82,14 @@ def probe(
     EAGLE's default for this target). The text is the target's own in each; how many verifications
     it takes, and how well the head knows it, differs."""
     if published.eagle1:
-        raise EagleError(
-            f"{published.path} is an EAGLE-1 head; it reads the last state, there are no ids"
-        )
+        raise EagleError(f"{published.path} is an EAGLE-1 head: there are no ids")
     if numbers is None:
         numbers = written_numbers(published, len(target.layers))
     possible = candidates(numbers, len(target.layers))
     if not possible:
         raise EagleError(
-            f"ids {list(numbers)} fit no target of {len(target.layers)} layers; give the head's own target"
+            f"ids {list(numbers)} fit no target of {len(target.layers)} layers; give the head's "
+            "own target"
         )
     config, state = published.parse(next(iter(possible.values())), target.embed.weight)
     readings, texts = [], None
@@ -103,9 +102,7 @@ def probe(
         texts = texts or [(len(row.prompt), row.prompt + row.tokens) for row in result.rows]
         given = [known(head, model.target, ids, start) for start, ids in texts]
         if not sum(map(len, given)):
-            raise EagleError(
-                "the target writes nothing after these prompts; give others with --prompts"
-            )
+            raise EagleError("the target writes nothing after these prompts; give others")
         readings.append(Reading(convention, layers, result.tau, torch.cat(given)))
     readings.sort(key=lambda r: -r.rate)
     return Probed(tuple(numbers), tuple(readings), _sigmas(readings))
@@ -133,11 +130,6 @@ def known(head: DraftHead, target: Target, ids: list[int], start: int) -> torch.
     )  # [1, T - 1, H]: the token that follows each feature
     positions = torch.arange(text.shape[1] - 1, device=target.device)[None]
 
-    def causal(layer, q, k, v):
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(
-            1, 2
-        )
-
     out = head(head.fuse(features[:, :-1]), embeds, positions, causal)
     draft = (
         head.logits(out)[0].float().softmax(-1)
@@ -164,13 +156,15 @@ def _sigmas(readings: list[Reading]) -> float:
 def describe(probed: Probed) -> list[str]:
     """Lines that say what was measured."""
     lines = [
-        f"{r.convention:<10} layers entered {list(r.layers)}: acceptance length {r.tau:.2f}, rate {r.rate:.3f}"
+        f"{r.convention:<10} layers entered {list(r.layers)}: acceptance length {r.tau:.2f}, rate "
+        f"{r.rate:.3f}"
         for r in probed.readings
     ]
     verdict = (
         f"{probed.best.convention} is right ({probed.sigmas:.1f} standard errors ahead)"
         if probed.clear
-        else f"the two best cannot be told apart ({probed.sigmas:.1f} standard errors); give more prompts"
+        else f"the two best cannot be told apart ({probed.sigmas:.1f} standard errors); "
+        "give more prompts"
     )
     tokens = probed.best.given.numel()
     return [

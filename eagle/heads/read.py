@@ -12,7 +12,8 @@ from pydantic import BaseModel, ConfigDict
 from ..errors import EagleError
 from ..files import read_json, read_tensors
 from .configs import detect, is_eagle1, read_config, written_layers
-from .head import FINAL, HeadConfig, default_feature_layers, make_head
+from .head import make_head
+from .head_config import FINAL, HeadConfig, default_feature_layers
 from .layers import SHIFT, absent, entering_ids
 from .tables import EMBEDDING, Format, table, to_ours
 
@@ -110,8 +111,8 @@ class Published:
         whole = isinstance(numbers, (list, tuple)) and all(type(i) is int for i in numbers)
         if not whole or len(numbers) != 3 or (convention or meant) not in SHIFT:
             raise EagleError(
-                f"{self.path}: feature layers {numbers!r} ({convention or meant}) must be three ids, their convention "
-                f"one of {', '.join(SHIFT)}"
+                f"{self.path}: feature layers {numbers!r} ({convention or meant}) must be three "
+                f"ids, their convention one of {', '.join(SHIFT)}"
             )
         return entering_ids(numbers, convention or meant)
 
@@ -164,6 +165,4 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
         if not plain:
             raise EagleError(f"{binary} holds no dict of tensors; give the head's state_dict")
         return dict(tensors)
-    raise EagleError(
-        f"{path} has neither model.safetensors nor pytorch_model.bin; it is not a head folder"
-    )
+    raise EagleError(f"{path} has neither model.safetensors nor pytorch_model.bin; give a head")

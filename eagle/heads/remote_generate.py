@@ -2,8 +2,7 @@
 
     model.generate(**inputs, custom_generate=FOLDER, trust_remote_code=True)
 
-head: another folder or hub id of a head; tree: "total_token,depth,top_k" or "auto".
-"""
+head: another folder or hub id of a head; tree: "total_token,depth,top_k" or "auto"."""
 
 import copy
 import inspect

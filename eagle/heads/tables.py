@@ -6,8 +6,7 @@ Sources, read in 2026-11: SafeAILab/EAGLE `eagle/model/cnets.py` (EAGLE-3) and `
 `transformers_utils/configs/speculators/algos.py`; speculators 0.9.0 `models/eagle3`; ModelOpt
 `torch/export/plugins/hf_spec_export.py` (LLAMA_EAGLE_SINGLE_LAYER) and `hf_spec_configs.py`.
 
-D draft vocabulary, V target vocabulary.
-"""
+D draft vocabulary, V target vocabulary."""
 
 from __future__ import annotations
 
@@ -16,7 +15,7 @@ from dataclasses import dataclass
 import torch
 
 from ..errors import EagleError
-from .head import OPTIONS, HeadConfig
+from .head_config import OPTIONS, HeadConfig
 
 EMBEDDING = "embed_tokens.weight"
 WEIGHTS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -44,36 +43,17 @@ class Format:
 
 
 MIDLAYER = (("midlayer.", "layers.0."),)
-TABLE = {
-    f.name: f
-    for f in (
-        Format(
-            "eagle",
-            "SafeAILab/EAGLE",
-            "entering",
-            (),
-            frozenset({"method", "num_layers", "qkv_bias", "fc_bias", "own_embedding"}),
-        ),
-        Format(
-            "sglang", "SGLang", "output", (), frozenset({"fc_bias", "own_embedding"}), maps="always"
-        ),
-        Format(
-            "vllm",
-            "vLLM",
-            "entering",
-            MIDLAYER,
-            frozenset(OPTIONS) - {"method", "fc_bias", "qkv_bias"},
-        ),
-        Format(
-            "modelopt",
-            "ModelOpt",
-            "output",
-            MIDLAYER,
-            frozenset({"num_layers", "attention_bias", "mlp_bias"}),
-            maps="d2t",
-        ),
-    )
-}
+EAGLE = frozenset({"method", "num_layers", "qkv_bias", "fc_bias", "own_embedding"})
+SGLANG = frozenset({"fc_bias", "own_embedding"})
+VLLM = frozenset(OPTIONS) - {"method", "fc_bias", "qkv_bias"}
+MODELOPT = frozenset({"num_layers", "attention_bias", "mlp_bias"})
+FORMATS = (
+    Format("eagle", "SafeAILab/EAGLE", "entering", (), EAGLE),
+    Format("sglang", "SGLang", "output", (), SGLANG, maps="always"),
+    Format("vllm", "vLLM", "entering", MIDLAYER, VLLM),
+    Format("modelopt", "ModelOpt", "output", MIDLAYER, MODELOPT, maps="d2t"),
+)
+TABLE = {f.name: f for f in FORMATS}
 
 
 def table(name: str) -> Format:
@@ -157,8 +137,8 @@ def to_ours(
     said += [f"of another shape than config.json gives: {'; '.join(wrong)}"] if wrong else []
     if said:
         raise EagleError(
-            f"{path} is not an {config.method.upper().replace('EAGLE', 'EAGLE-')} head in the {fmt.name} format; "
-            f"{'; '.join(said)}"
+            f"{path} is not an {config.method.upper().replace('EAGLE', 'EAGLE-')} head in the "
+            f"{fmt.name} format; {'; '.join(said)}"
         )
     out = {k: state[n] for k, n in names.items()}
     foreign = [
@@ -168,7 +148,8 @@ def to_ours(
     ]
     if foreign:
         raise EagleError(
-            f"{path}: {', '.join(foreign)}: not of a dtype that a head has; the file is damaged or quantized"
+            f"{path}: {', '.join(foreign)}: not of a dtype that a head has; the file is damaged or "
+            "quantized"
         )
     if reduced:
         out["d2t"], out["t2d"] = out["d2t"].to(torch.int64), out["t2d"].bool()
@@ -179,8 +160,7 @@ def to_ours(
 
 def _identity(config: HeadConfig, state: dict) -> bool:
     """Do the maps, where there are any, leave every token at its place? Then nothing is lost
-    without them.
-    """
+    without them."""
     d2t, t2d = state.get("d2t"), state.get("t2d")
     full = (config.vocab_size,)
     return (d2t is None or d2t.shape == full and not d2t.any()) and (
@@ -192,13 +172,15 @@ def membership(path: object, config: HeadConfig, d2t: torch.Tensor) -> torch.Ten
     """d2t [D] of offsets -> t2d [V], which target tokens have a draft id."""
     if d2t.shape != (config.draft_vocab_size,):
         raise EagleError(
-            f"{path}: d2t {list(d2t.shape)} instead of {[config.draft_vocab_size]}; the file is damaged"
+            f"{path}: d2t {list(d2t.shape)} instead of {[config.draft_vocab_size]}; the file is "
+            "damaged"
         )
     ids = d2t.to(torch.int64) + torch.arange(config.draft_vocab_size)
     if ids.min() < 0 or ids.max() >= config.vocab_size or ids.unique().numel() != ids.numel():
         raise EagleError(
-            f"{path}: d2t does not give {config.draft_vocab_size} distinct tokens of {config.vocab_size}; d2t "
-            "holds offsets (target id = draft id + d2t), the file is damaged or holds target ids"
+            f"{path}: d2t does not give {config.draft_vocab_size} distinct tokens of "
+            f"{config.vocab_size}; d2t holds offsets (target id = draft id + d2t), the file is "
+            "damaged or holds target ids"
         )
     t2d = torch.zeros(config.vocab_size, dtype=torch.bool)
     t2d[ids] = True

@@ -8,14 +8,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from safetensors.torch import save_file
 
 from ..errors import EagleError
 from ..files import atomic_dir, read_tensors, require_equal, same_bits, write_json
 from ..loading import EMBEDDED, split_revision
 from .configs import write_config
-from .head import DraftHead, build
+from .head import DraftHead, build, causal
 from .read import read_folder
 from .tables import require_expressible, table, to_theirs
 
@@ -67,14 +66,14 @@ def export_head(
     "architectures"} of the target, which speculators' config names. add: puts further files into
     the folder.
 
-    Raises EagleError where the format's engine would run another head than this one.
-    """
+    Raises EagleError where the format's engine would run another head than this one."""
     fmt, config = table(to), head.config
     require_expressible(config, fmt)
     verifier = verifier or recorded(provenance)
     if fmt.name == "vllm" and not verifier["name_or_path"]:
         raise EagleError(
-            "speculators' config names the head's target, and speculators reads it: give --target or --base_model"
+            "speculators' config names the head's target, and speculators reads it: give --target "
+            "or --base_model"
         )
     expected = draft_outputs(head)
     written = write_config(fmt, config, head.fc.weight.dtype, verifier)
@@ -84,13 +83,15 @@ def export_head(
         again = build(*published.parse(published.layers()))
         if again.config != config:
             raise EagleError(
-                f"the {to} folder reads back as another head ({again.config} for {config}); nothing is written"
+                f"the {to} folder reads back as another head ({again.config} for {config}); "
+                "nothing is written"
             )
         state = again.state_dict()
         different = [k for k, v in head.state_dict().items() if not same_bits(v, state[k])]
         if different or not torch.equal(draft_outputs(again), expected):
             raise EagleError(
-                f"the {to} folder gives other logits ({', '.join(different) or 'equal weights'}); nothing is written"
+                f"the {to} folder gives other logits ({', '.join(different) or 'equal weights'}); "
+                "nothing is written"
             )
         if add is not None:
             add(folder)
@@ -121,13 +122,7 @@ def draft_outputs(head: DraftHead) -> torch.Tensor:
     if c.own_embedding:
         embeds = head.embed_tokens(torch.randint(c.vocab_size, (1, TOKENS), generator=random))
 
-    def causal(layer, q, k, v):
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(
-            1, 2
-        )
-
-    hidden = features if c.method == "eagle1" else head.fuse(features)
-    out = head(hidden, embeds, torch.arange(TOKENS)[None], causal)
+    out = head(head.fuse(features), embeds, torch.arange(TOKENS)[None], causal)
     return head.logits(out) if head.has_output else out
 
 

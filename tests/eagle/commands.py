@@ -20,8 +20,7 @@ _server.set_forkserver_preload(HEAVY)
 
 class Command:
     """`python -m WORDS` in `cwd`; `environment` is added to this process's, less what makes a rank
-    of it.
-    """
+    of it."""
 
     def __init__(self, *words, cwd=ROOT, stdin="", **environment):
         outside = {

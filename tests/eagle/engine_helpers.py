@@ -160,6 +160,14 @@ def make_tree(rows, levels):
     return DraftTree(tokens, parents, depth, ancestors(parents, levels), -depth.float())
 
 
+def paths_of(tree, b):
+    """{path of tokens: score} of row b."""
+    paths = [()]
+    for n in range(1, tree.tokens.shape[1]):
+        paths.append((*paths[tree.parents[b, n]], tree.tokens[b, n].item()))
+    return {p: tree.scores[b, n].item() for n, p in enumerate(paths) if n}
+
+
 class ScriptedDrafter:
     """Knows every row's plain output. right: the tree holds it as far as it reaches, among
     distractors that come before it; otherwise no child of the root is the target's choice."""
@@ -246,8 +254,7 @@ def stock_greedy(target, prompt, max_new_tokens, **options):
 
 def assert_quiet(done):
     """A finished process: neither Python's warnings nor those of a logger, torch's included, on its
-    streams.
-    """
+    streams."""
     lines = (done.stdout + done.stderr).splitlines()
     noise = r"Warning|warning:|WARN|(?i:deprecat)|^\[?W\d{4} "
     assert not [line for line in lines if re.search(noise, line)]

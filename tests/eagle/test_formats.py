@@ -1,6 +1,5 @@
 """Heads of other projects: names and fields as they write them, no bit lost, nothing read wrongly
-in silence.
-"""
+in silence."""
 
 import json
 import warnings
@@ -191,8 +190,7 @@ def test_a_pickle_is_never_executed(tmp_path, llama, capsys):
 @pytest.mark.parametrize("case", ["eagle", "sglang", "vllm", "modelopt"])
 def test_absent_layer_ids(tmp_path, llama, case):
     """One implementation defines the eagle format, and it knows one choice; elsewhere it is a
-    guess.
-    """
+    guess."""
     folder = published(tmp_path / case, case)
     config = json.loads((folder / "config.json").read_text())
     config = without(config, configs.IDS, configs.IDS_CONVENTION)

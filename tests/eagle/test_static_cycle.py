@@ -48,8 +48,7 @@ def test_the_static_step_makes_the_plain_tokens(llama):
 
 class HostBound(TorchDispatchMode):
     """Operators for which the host waits for the device, or sends it something: a graph cannot hold
-    them.
-    """
+    them."""
 
     NAMES = ("_local_scalar_dense", "nonzero", "repeat_interleave.Tensor", "unique", "lift_fresh")
 

@@ -30,7 +30,7 @@ def tile(S, R, D, dtype=torch.float32, seed=0):
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES, ids=str)
-@pytest.mark.parametrize("S, R, D", [(1, 1, 3), (2, 5, 37), (3, 2, 130)])
+@pytest.mark.parametrize("S, R, D", [(1, 1, 3), (2, 3, 130)])
 def test_against_the_reference(objective, S, R, D, monkeypatch):
     monkeypatch.setattr(module, "BLOCK", 64)  # several blocks a row
     logits, teacher, importance = tile(S, R, D)
