@@ -440,8 +440,8 @@ def test_activations_are_what_autograd_keeps(amp, recompute):
     module = UnrolledHead(head, steps, 0.8, LossConfig(), amp, recompute=recompute)
     plan = plan_unroll(torch.ones(B, T, dtype=torch.bool), steps)
     dtype = torch.bfloat16 if amp else torch.float32
-    features = torch.randn(B, T, 3 * head.config.target_hidden_size, dtype=dtype)
-    embeds = torch.randn(B, T, head.config.hidden_size, dtype=dtype)
+    features = torch.randn(B * T, 3 * head.config.target_hidden_size, dtype=dtype)
+    embeds = torch.randn(B * T, head.config.hidden_size, dtype=dtype)
     given = {x.untyped_storage().data_ptr() for x in (*module.parameters(), features, embeds)}
     kept = {}
 
