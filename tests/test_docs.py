@@ -24,19 +24,20 @@ SMALL = {
 
 
 def blocks(page, language):
-    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text("utf-8"), re.S | re.M)
+    """The fenced blocks of a language ("" for plain ones), in order."""
+    fenced = re.findall(r"^```(\w*)\n(.*?)^```$", page.read_text("utf-8"), re.S | re.M)
+    return [text for name, text in fenced if name == language]
 
 
 def commands(language, *pages):
     """Every `python -m …` of the pages' blocks, as words from the module on, each once."""
     found = {}
     for block in (block for page in pages for block in blocks(page, language)):
-        words = shlex.split(block.replace("\\\n", " "), comments=True)
-        starts = [
-            i
-            for i, word in enumerate(words)
-            if word in ("python", "torchrun", "deepspeed", "eagle")
-        ]
+        text = block.replace("\\\n", " ")
+        if not language:  # also formulas and tables
+            text = "\n".join(line for line in text.splitlines() if " -m " in line)
+        words = shlex.split(text, comments=True)
+        starts = [i for i, w in enumerate(words) if w in ("python", "torchrun", "deepspeed")]
         for a, b in zip(starts, [*starts, len(words)][1:], strict=True):
             command = words[a:b]
             module = next((i for i, w in enumerate(command) if w in ("-m", "--module")), None)
