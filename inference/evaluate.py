@@ -72,8 +72,7 @@ def code(flags: Code) -> int:
     upstream metrics file.
 
     In --output: report.json and report.md, generations.json and metrics.json (upstream's formats),
-    dataset.json (what verification found), and the journals from which a stopped run goes on.
-    """
+    dataset.json (what verification found), and the journals from which a stopped run goes on."""
     from inference.evaluation.generating import Generator
     from inference.generate import prepare
 
@@ -211,8 +210,7 @@ def tasks(flags: Rows) -> None:
 
     A line of --data: {"task", "type", "prediction", "label"}, type classification, regression,
     ranking (lists of numbers) or generation. A prediction of null is one that could not be read.
-    "scores": {label: number} of a classification gives AUROC.
-    """
+    "scores": {label: number} of a classification gives AUROC."""
     answers, bad = read_rows(flags.data, task_metrics.read_answer, flags.max_bad_fraction)
     result = {**task_metrics.task_report(answers), "bad_rows": bad}
     for name, entry in result["tasks"].items():
@@ -231,8 +229,7 @@ def text(flags: Texts) -> None:
     """Metrics of texts: ROUGE-L, chrF and exact match where all have references, repetition of
     n-grams, and with --perplexity what --base thinks of them. --output FILE.json keeps them.
 
-    A line of --data: {"prediction" or "completion", "reference"?, "context"?}.
-    """
+    A line of --data: {"prediction" or "completion", "reference"?, "context"?}."""
     rows, bad = read_rows(flags.data, text_metrics.read_text, flags.max_bad_fraction)
     predictions = [row.prediction for row in rows]
     references = [row.reference for row in rows]

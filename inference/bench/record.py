@@ -4,6 +4,7 @@ measurement; one JSON object, one table for the terminal, one page.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shlex
@@ -22,7 +23,6 @@ from inference.bench.timing import say
 
 # files of the person who ran it, or where results went: they do not reproduce anything
 UNREPORTED = ("json", "report", "plots", "quiet", "out")
-MEASURED = ("device",)  # the record has what was found
 
 
 @dataclass
@@ -69,7 +69,8 @@ class Record:
             row["error"] = f"{type(error).__name__}: {' '.join(str(error).split())[:600]}"
         row["seconds"] = round(self.spent - started, 3)
         if self.device.type == "cuda":
-            torch.cuda.empty_cache()
+            with contextlib.suppress(RuntimeError):  # of a device that an error has ended
+                torch.cuda.empty_cache()
         self.runs.append(row)
         told = " ".join(f"{name}={value}" for name, value in settings.items())
         say(f"[{self.spent:6.1f} s] {kind} {told} {row.get('error', '')}")
@@ -83,7 +84,7 @@ def record_of(subject: str, function: Callable, asked: dict, device: torch.devic
     settings = {
         name: portable(value) if isinstance(value, str) else value
         for name, value in asked.items()
-        if name not in (*UNREPORTED, *MEASURED)
+        if name not in (*UNREPORTED, "device")  # the record has the one that was found
     }
     return Record(device, settings, command_line(subject, function, asked))
 

@@ -22,8 +22,7 @@ def compare(
 
     agree: in float32, that every program is the same; in half precision, where passes of different
     widths round differently, that pass@k is. differ: the programs that are not the same, as
-    "task/sample".
-    """
+    "task/sample"."""
     plain, ours = ({s.name: s.output for s in made[e].samples} for e in (PLAIN, SPECULATIVE))
     assert plain.keys() == ours.keys(), "both engines were asked for the same samples"
     differ = [f"{task}/{n}" for task, n in plain if plain[task, n] != ours[task, n]]

@@ -64,8 +64,7 @@ class Executor:
     """Verdicts by key: those of the journal in `output`, and what `run` adds to them.
 
     A verdict that is there is not made again, and a program that is given twice runs once. Harness
-    errors do not count as there: the next run tries those programs again.
-    """
+    errors do not count as there: the next run tries those programs again."""
 
     def __init__(self, sandbox: Sandbox, output: Path, rules: Rules) -> None:
         self.sandbox, self.rules = sandbox, rules

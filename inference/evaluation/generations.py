@@ -123,8 +123,7 @@ def read_generations(path: str | Path, problems: ProblemSet) -> Generations:
     """A journal of ours (.jsonl), or upstream's [{"task_id", "prompt", "output": [...]}] (.json).
 
     Raises EagleError for completions of problems that `problems` does not have, for duplicates and
-    bad rows.
-    """
+    bad rows."""
     path = Path(path)
     if path.suffix == ".jsonl":
         found = from_records(journal.read(path), path)

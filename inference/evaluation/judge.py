@@ -44,8 +44,7 @@ class Suite:
 
     Without `fn_name` an input is standard input and an output is what to print: text, or a list of
     lines. With it an input is a list of arguments and an output the value to return, often wrapped
-    in a one-item list.
-    """
+    in a one-item list."""
 
     inputs: list
     outputs: list
@@ -92,8 +91,7 @@ def _text(item: str | list) -> str:
 
 def _restore_keys(arguments: list) -> list:
     """JSON makes every key of a dict a string; TACO's calls mean integers where their only argument
-    has nothing else.
-    """
+    has nothing else."""
     if len(arguments) == 1 and isinstance(arguments[0], dict):
         try:
             return [{int(key): value for key, value in arguments[0].items()}]
@@ -105,8 +103,7 @@ def _restore_keys(arguments: list) -> list:
 @dataclass(frozen=True)
 class SuiteResult:
     """A program on a suite: outcomes whose `status` is one of VERDICTS, and which have lost their
-    output. They may stop at the first failure; `tests` counts the whole suite.
-    """
+    output. They may stop at the first failure; `tests` counts the whole suite."""
 
     verdicts: list[Outcome]
     tests: int

@@ -35,8 +35,7 @@ def load_problems(
     "auto" is each problem's own. difficulties, skills: keep the problems that have one of them;
     limit: the first so many of what is left. checkers: a Python file whose CHECKERS is
     {task id: function(input, expected, got) -> bool}; it is run in this process. Rows that are no
-    problems are listed in `bad`; more than max_bad_fraction of them, and duplicate ids, raise.
-    """
+    problems are listed in `bad`; more than max_bad_fraction of them, and duplicate ids, raise."""
     if path is None:
         path, checkers = shipped.PROBLEMS, checkers or shipped.CHECKERS
 

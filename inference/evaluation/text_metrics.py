@@ -64,8 +64,7 @@ def perplexity(model, texts: Sequence[str], contexts: Sequence[str]) -> dict:
     stock model's.
 
     A text that does not fit the model, or has no token to predict, is counted in `skipped` and not
-    scored.
-    """
+    scored."""
     try:
         from torchmetrics.text import Perplexity
     except ImportError as error:

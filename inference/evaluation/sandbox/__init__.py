@@ -55,8 +55,7 @@ class Limits:
     """What one test may use.
 
     CPU time decides: load changes it little, and a near miss has a second try, alone. The wall
-    clock is there for programs that wait; what waits for a core has up to STRETCH times as long.
-    """
+    clock is there for programs that wait; what waits for a core has up to STRETCH times as long."""
 
     cpu_seconds: float = 4.0  # of the whole process tree
     wall_seconds: float = 12.0
@@ -77,8 +76,7 @@ class Limits:
 @dataclass(frozen=True)
 class Program:
     """Code that reads standard input, or whose function `fn_name` (or method of `Solution`) is
-    called. The trusted `prelude` runs before it in the same module.
-    """
+    called. The trusted `prelude` runs before it in the same module."""
 
     code: str
     fn_name: str | None = None
@@ -89,8 +87,7 @@ class Program:
 class Outcome:
     """What one test did. `status` is one of STATUSES; only "ok" comes with output.
 
-    `harness_error` is ours (no memory for a process, a worker that died), never the program's.
-    """
+    `harness_error` is ours (no memory for a process, a worker that died), never the program's."""
 
     status: str
     stdout: bytes = b""
@@ -105,8 +102,7 @@ class Outcome:
 @dataclass(eq=False)
 class Job:
     """A program and its tests. `observe(index, outcome)` sees each outcome; True ends the job. The
-    outcomes that `Sandbox.map` yields then have no output: it need not be held.
-    """
+    outcomes that `Sandbox.map` yields then have no output: it need not be held."""
 
     program: Program
     tests: Sequence[TestInput]
@@ -142,8 +138,7 @@ class Sandbox:
 
     `level`: "auto" takes "namespaces" where the kernel allows them, else "rlimits", and refuses
     where nothing would protect the caller's files; naming a level takes what it offers here.
-    `workers`: as many as there are cores to run on. `python`: the interpreter for the programs.
-    """
+    `workers`: as many as there are cores to run on. `python`: the interpreter for the programs."""
 
     def __init__(
         self,
@@ -259,8 +254,7 @@ class Sandbox:
 
         `jobs` is read as workers become free; a None in it means "none yet, ask again", so that a
         producer need not block the work under way. A test that ended just above its CPU limit, or
-        whose worker failed, is repeated once while nothing else runs here.
-        """
+        whose worker failed, is repeated once while nothing else runs here."""
         if self._in_use:
             raise EagleError(
                 "a sandbox serves one map or run at a time; finish or close the other first"

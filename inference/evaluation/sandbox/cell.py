@@ -283,8 +283,7 @@ def visible_folders() -> list[str]:
 
 def _continue_in_child() -> None:
     """Fork; the parent waits for the child and ends with it, the child goes on and ends with the
-    parent.
-    """
+    parent."""
     if pid := os.fork():
         os.closerange(3, 256)
         os._exit(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) & 255)

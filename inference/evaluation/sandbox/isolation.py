@@ -61,8 +61,7 @@ def enter_namespaces() -> bool:
 
     Root maps two ids, 0 and 65534, so that a program can run as the latter; the result says so.
     Anybody else has one id to map; what separates a program from its runner is then the PID
-    namespace and the missing capabilities.
-    """
+    namespace and the missing capabilities."""
     uid, gid = os.geteuid(), os.getegid()
     finish = _map_two_ids() if uid == 0 else lambda: False
     call("unshare", NEWUSER | NEWNS | NEWNET | NEWIPC | NEWPID)
@@ -76,8 +75,7 @@ def enter_namespaces() -> bool:
 
 def _map_two_ids() -> Callable[[], bool]:
     """Start a child that stays outside, from where alone two ids may be mapped; call the result,
-    inside, to have it done.
-    """
+    inside, to have it done."""
     target = os.getpid()
     wait, go = os.pipe()
     pid = os.fork()
@@ -113,8 +111,7 @@ def private_root(folders: Iterable[str], scratch: str) -> None:
 
     `scratch`, a folder below /, is left as a mount point. Ends in a chroot below the namespace's
     own root: there the kernel grants no further user namespaces, so nothing inside can gain the
-    right to mount.
-    """
+    right to mount."""
     mount(None, "/", None, MS_REC | MS_PRIVATE)
     sources, links = {}, {"/dev/stdin": f"..{scratch}/stdin", "/dev/shm": f"..{scratch}/work"}
     for path in [*folders, *DEVICES]:
@@ -194,8 +191,7 @@ def deny_system_calls(in_the_open: bool) -> None:
     others, mounts, namespaces.
 
     `in_the_open`: also no signals to other processes and no changes of owner, mode or time of a
-    file. For this process and what it starts; `drop_capabilities` comes first.
-    """
+    file. For this process and what it starts; `drop_capabilities` comes first."""
     machine = platform.machine()
     if machine not in _ARCHITECTURES:
         raise OSError(38, f"no table of system calls for {machine}")
@@ -237,8 +233,7 @@ def confine_files(readable: Iterable[str], writable: str) -> None:
     """From now on this process and its children read below `readable` and write below `writable`.
 
     Sets no_new_privs, without which an unprivileged process may not confine itself. Other users'
-    rights still count. `readable` may name what does not exist.
-    """
+    rights still count. `readable` may name what does not exist."""
     prctl(PR_SET_NO_NEW_PRIVS, 1)
     version = call("syscall", _CREATE_RULESET, None, 0, 1)
     rights = (1 << (13 + (version >= 2) + (version >= 3))) - 1  # refer, truncate

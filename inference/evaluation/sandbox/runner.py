@@ -68,8 +68,7 @@ class Test:
 
     def _fork_and_watch(self, control: socket.socket, started: float) -> tuple[int | None, Any]:
         """The program's wait status (None: its init was ended first) and what its tree used, of
-        which nothing is left.
-        """
+        which nothing is left."""
         with contextlib.ExitStack() as stack:
             streams, ends = {}, {}
             for name in ("out", "err", "report", "status"):

@@ -383,11 +383,12 @@ def test_score_wants_every_verdict(tmp_path, cli):
     assert code == 1 and "1 of 2 programs have no verdict" in err and "double1/0" in err
 
 
-def test_unknown_commands_and_help(command):
-    for arguments, code in (((), 1), (("sonnets",), 1), (("--help",), 0)):
-        done = command("inference.evaluate", *arguments)
-        assert done.returncode == code
-        assert "verify-dataset" in done.stdout + done.stderr
+@pytest.mark.parametrize("arguments", [[], ["sonnets"], ["--help"]])
+def test_unknown_commands_and_help(capsys, arguments):
+    with pytest.raises(SystemExit) as ended:
+        evaluate.main(arguments)
+    assert "verify-dataset" in capsys.readouterr().out + str(ended.value)
+    assert (ended.value.code == 0) == (arguments == ["--help"])
 
 
 def test_tasks_command(tmp_path, cli):
