@@ -33,15 +33,9 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from eagle.checkpoint import (
-    atomic_dir,
-    atomic_write_text,
-    require_equal,
-    save_head,
-    tidy,
-    write_json,
-)
+from eagle.checkpoint import atomic_dir, atomic_write_text, require_equal, save_head, write_json
 from eagle.errors import EagleError
+from eagle.files import tidy
 from eagle.heads.head import DraftHead
 
 logger = logging.getLogger("train.head")

@@ -16,7 +16,8 @@ from eagle.errors import EagleError
 from eagle.loading import WEIGHTS
 from records.rows import RowError
 from train.finetune import pairs as builder
-from train.finetune.preference import bare_length, fair_shares, load_pairs, render_pair
+from train.finetune.preference import bare_length, fair_shares, render_pair, renderer
+from train.finetune.rows import read_rows
 
 CFG = PreferenceData(max_length=96)
 PASSAGES = [" ".join(f"w{n}{k}" for n in range(40)) for k in "abc"]
@@ -110,7 +111,7 @@ def test_passages_are_cut_and_the_question_never(tokenizer, room):
         "rejected": {"text": "no"},
     }
     texts = ("the right answer", "no")
-    length = room + bare_length(record["query"], ["."] * 3, texts, tokenizer, CFG)
+    length = room + bare_length(record["query"], 3, texts, tokenizer, CFG)
     cfg = PreferenceData(max_length=length)
     pair = render_pair(record, tokenizer, cfg)
     assert max(len(pair.chosen.input_ids), len(pair.rejected.input_ids)) <= length
@@ -139,8 +140,8 @@ def test_bad_pairs_are_counted_written_and_limited(tokenizer, tmp_path):
         {"prompt": "a", "chosen": "", "rejected": "b"},
     ]
     path = write_lines(tmp_path / "pairs.jsonl", good + bad)
-    cfg = PreferenceData(max_length=96, max_bad_fraction=0.3)
-    found, card = load_pairs(cfg, tokenizer, [path], tmp_path / "q.jsonl")
+    render = renderer(tokenizer, CFG)
+    found, card = read_rows([path], render, 0.3, tmp_path / "q.jsonl")
     assert len(found) == 8 and card["bad"] == 2
     assert card["bad_by_reason"] == {"chosen and rejected are equal": 1, "chosen is empty": 1}
     assert [json.loads(x)["line"] for x in (tmp_path / "q.jsonl").read_text().splitlines()] == [
@@ -148,7 +149,7 @@ def test_bad_pairs_are_counted_written_and_limited(tokenizer, tmp_path):
         10,
     ]
     with pytest.raises(EagleError, match="2 of 10 rows are unusable"):
-        load_pairs(CFG, tokenizer, [path], None)
+        read_rows([path], render, 0.05, None)
 
 
 # pairs out of scored samples
@@ -266,11 +267,11 @@ def test_real_preferences_are_learned(tmp_path):
     """The embedded model in NF4 learns to prefer what a docstring says to the same with an error in
     it.
     """
-    from train.finetune.assistant import shipped_preferences
+    from train.finetune.assistant import shipped_file
 
     cfg, files = config("dpo", None, None, tmp_path / "run"), []
     for split, limit in (("train", 64), ("eval", 16)):
-        lines = shipped_preferences(cfg.data, split).read_text().splitlines()
+        lines = shipped_file(cfg.data, "preferences", split).read_text().splitlines()
         kept = sorted(
             (r for r in map(json.loads, lines) if "prompt" in r), key=lambda r: len(str(r))
         )

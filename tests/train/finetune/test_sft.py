@@ -279,7 +279,7 @@ def test_early_stopping_keeps_the_best(base, data, tmp_path):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_signals_save_and_stop(base, data, tmp_path, monkeypatch, number):
-    from train.finetune.training import Journal
+    from train.finetune.journal import Journal
 
     step_end = Journal.on_step_end
 
