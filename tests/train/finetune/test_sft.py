@@ -3,14 +3,15 @@ them.
 """
 
 import errno
+import itertools
 import json
 import os
 import random
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -411,30 +412,17 @@ def test_a_run_has_the_dtype_of_its_first_machine_and_says_so(
         go("sft", None, data, tmp_path / "no", train=more, model={"compute": other})
 
 
-def test_a_time_budget_ends_the_run_with_a_finished_schedule(base, data, tmp_path):
+def test_a_time_budget_ends_the_run_with_a_finished_schedule(base, data, tmp_path, monkeypatch):
+    """Half a minute of a clock that goes on by a second whenever it is read."""
+    clock = SimpleNamespace(monotonic=itertools.count().__next__)
+    monkeypatch.setattr("train.finetune.journal.time", clock)
     output = go(
         "sft",
         base,
         data,
         tmp_path / "run",
-        train={"max_steps": 10_000, "time_budget_minutes": 0.05, "schedule": "linear"},
+        train={"max_steps": 10_000, "time_budget_minutes": 0.5, "schedule": "linear"},
     )
     rows = rows_of(output)
-    assert 2 < len(rows) < 1000 and rows[-1]["learning_rate"] < 0.3 * rows[0]["learning_rate"]
+    assert 2 < len(rows) < 32 and rows[-1]["learning_rate"] < 0.3 * rows[0]["learning_rate"]
     assert summary_of(output)["heldout_after"] and (output / "adapter").is_dir()
-
-
-def test_progress_on_a_pipe_is_a_line_at_intervals_with_rate_and_eta(
-    base, data, tmp_path, monkeypatch, capsys
-):
-    monkeypatch.setattr("eagle.meter.Bar.__init__.__defaults__", (False, 0.1))
-    cfg = config("sft", base, data, tmp_path / "run", train={"max_steps": 30})
-    began = time.monotonic()
-    assert run("sft", cfg) == 0
-    intervals = (time.monotonic() - began) / 0.1
-    lines = [x for x in capsys.readouterr().err.splitlines() if x.startswith("step ")]
-    told = [x for x in lines if "steps/s  ETA 0:" in x]
-    assert (
-        told[0].startswith("step 1/30") and 3 <= len(told) <= intervals + 2 and "loss" in told[-1]
-    )
-    assert sum("eval_loss" in x for x in lines) == 2
