@@ -226,7 +226,8 @@ def test_the_example_tasks_are_facts(tokenizer):
 
 
 def test_cards_are_facts():
-    code = "    async def get(self, /, path, *rest, mode='r'):\n        return opened(self.find(path)).read(rest)"
+    code = "    async def get(self, /, path, *rest, mode='r'):\n"
+    code += "        return opened(self.find(path)).read(rest)"
     found = assistant.card({"code": code, "summary": "Read it."})
     assert found == {
         "name": "get",

@@ -149,9 +149,9 @@ def test_instructions(base, model, tmp_path, template):
         ends = [tokenizer.convert_tokens_to_ids("<|im_end|>")]
     else:
         text = (
-            "Below is an instruction that describes a task, paired with an input that gives it context. Write a "
-            "response that appropriately completes the request.\n\n### Instruction:\nWrite a function\n\n"
-            "### Input:\nadd\n\n### Response:\n"
+            "Below is an instruction that describes a task, paired with an input that gives it "
+            "context. Write a response that appropriately completes the request.\n\n"
+            "### Instruction:\nWrite a function\n\n### Input:\nadd\n\n### Response:\n"
         )
         ends = []
     said = continued(model, tokenizer(text, add_special_tokens=False).input_ids, ends)
@@ -207,25 +207,9 @@ def test_output_depends_on_seed_and_record_alone(base, tmp_path):
 
 
 def command(base, path, output):
-    words = [
-        "--base",
-        base,
-        "--data",
-        path,
-        "--data_format",
-        "fim",
-        "--output",
-        output,
-        "--slots",
-        1,
-        "--temperature",
-        "0,1",
-        "--max_new_tokens",
-        NEW,
-        "--dtype",
-        "float32",
-    ]
-    return ["train.prepare", "regenerate", *words]
+    given = f"--base {base} --data {path} --data_format fim --output {output} --slots 1"
+    given += f" --temperature 0,1 --max_new_tokens {NEW} --dtype float32"
+    return ["train.prepare", "regenerate", *given.split()]
 
 
 @pytest.mark.slow
@@ -479,7 +463,8 @@ def test_the_embedded_head_learns_from_answers_written_this_way(base, tmp_path):
     root.mkdir()
     for i in range(12):
         body = "".join(
-            f'def step_{i}_{j}(value):\n    """Return the value of step {j} in module {i}, scaled."""\n'
+            f"def step_{i}_{j}(value):\n"
+            f'    """Return the value of step {j} in module {i}, scaled."""\n'
             f"    scaled = value * {j}\n    return scaled\n\n\n"
             for j in range(3)
         )
