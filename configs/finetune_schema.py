@@ -127,32 +127,23 @@ class TaskConfig(Section):
             used = {name for _, name, _, _ in string.Formatter().parse(self.template) if name}
         except ValueError as error:
             raise ValueError(f"task {self.name}: template: {error}; write {{{{ for {{") from error
-        classes, metrics, losses = self.classes, METRICS[self.type], LOSSES[self.type]
-        for wrong, said in (
-            (
-                self.metric not in metrics,
-                f"metric {self.metric!r} does not measure a {self.type}; use {', '.join(metrics)}",
-            ),
-            (
-                self.loss_name not in losses,
-                f"loss {self.loss!r} does not fit a {self.type}; use {', '.join(losses)}",
-            ),
-            (
-                (self.type == "classification") != (classes is not None),
-                "classes are what a classification has, and only it",
-            ),
-            (
-                classes is not None and len(set(classes)) < max(2, len(classes)),
-                "give two or more distinct classes",
-            ),
-            (
-                used != set(self.fields),
-                f"the template reads {sorted(used)}, fields are {sorted(self.fields)}",
-            ),
-            (self.label in self.fields, f"the label {self.label!r} stands in the prompt"),
-        ):
-            if wrong:
-                raise ValueError(f"task {self.name}: {said}")
+        kind, classes = self.type, self.classes
+        metrics, losses = METRICS[kind], LOSSES[kind]
+        wrong = None
+        if self.metric not in metrics:
+            wrong = f"metric {self.metric!r} does not measure a {kind}; use {', '.join(metrics)}"
+        elif self.loss_name not in losses:
+            wrong = f"loss {self.loss!r} does not fit a {kind}; use {', '.join(losses)}"
+        elif (kind == "classification") != (classes is not None):
+            wrong = "classes are what a classification has, and only it"
+        elif classes is not None and len(set(classes)) < max(2, len(classes)):
+            wrong = "give two or more distinct classes"
+        elif used != set(self.fields):
+            wrong = f"the template reads {sorted(used)}, fields are {sorted(self.fields)}"
+        elif self.label in self.fields:
+            wrong = f"the label {self.label!r} stands in the prompt"
+        if wrong is not None:
+            raise ValueError(f"task {self.name}: {wrong}")
         return self
 
 

@@ -48,7 +48,7 @@ def split_rows(rows: list, fraction: float) -> tuple[list, list]:
     held = held_out_rows(np.array([row.key for row in rows]), fraction)
     sides: tuple[list, list] = ([], [])
     for row, out in zip(rows, held, strict=True):
-        sides[out].append(row)
+        sides[int(out)].append(row)
     return sides
 
 

@@ -149,7 +149,7 @@ def test_bad_pairs_are_counted_written_and_limited(tokenizer, tmp_path):
         10,
     ]
     with pytest.raises(EagleError, match="2 of 10 rows are unusable"):
-        read_rows([path], render, 0.0, None)
+        read_rows([path], render, 0.05, None)
 
 
 # pairs out of scored samples

@@ -17,19 +17,19 @@ from finetune_helpers import (
 )
 from safetensors.torch import load_file
 
-from configs.finetune_schema import LoraSection, MultitaskConfig, PolicyConfig, TaskConfig, TaskData
+from configs.finetune_schema import LoraSection, MultitaskConfig, PolicyConfig, TaskConfig
 from configs.load import load_config
 from eagle.errors import EagleError
 from eagle.loading import WEIGHTS
-from train.finetune.__main__ import find_preset
 from train.finetune.adapter import HEADS
 from train.finetune.adapter import TASKS as TASKS_FILE
-from train.finetune.assistant import shipped_tasks
+from train.finetune.assistant import shipped_file
 from train.finetune.multitask import TaskCollator
 from train.finetune.policy import build_policy
+from train.finetune.rows import read_rows
 from train.finetune.task_heads import TaskHeads, attach, ranking_loss, task_loss
 from train.finetune.task_metrics import lines_of, measure_task, reliability, skill
-from train.finetune.tasks import load_tasks
+from train.finetune.tasks import by_kind, render_record
 
 TASK_LIST = [TaskConfig.model_validate(t) for t in TASKS]
 ANSWER, KIND, SCORE, RANK = range(4)
@@ -65,9 +65,9 @@ def gradients(model, batch, counts=None):
 def rows(base, data):
     from records import load_tokenizer
 
-    cfg = TaskData(max_length=96)
-    kinds, _ = load_tasks(cfg, TASK_LIST, load_tokenizer(str(base)), [data], None)
-    return [row for kind in kinds for row in kind.rows[:3]]
+    tokenizer = load_tokenizer(str(base))
+    found, _ = read_rows([data], lambda r: render_record(r, TASK_LIST, tokenizer, 96), 0, None)
+    return [row for kind in by_kind(found) for row in kind[:3]]
 
 
 @pytest.mark.parametrize("learned", [False, True], ids=["fixed", "uncertainty"])
@@ -326,11 +326,13 @@ def test_real_tasks_are_learned(tmp_path):
     """
     cfg, files = config("multitask", None, None, tmp_path / "run"), []
     for split, limit in (("train", 48), ("eval", 20)):
-        records = [json.loads(x) for x in shipped_tasks(cfg.data, split).read_text().splitlines()]
+        records = [
+            json.loads(x) for x in shipped_file(cfg.data, "tasks", split).read_text().splitlines()
+        ]
         read = [r for r in records if r.get("readability") and len(r["text"]) < 90]
         written = [r for r in records if "summary" in r and len(r["code"]) < 160]
         files.append(write_lines(tmp_path / f"{split}.jsonl", read[:limit] + written[: limit // 2]))
-    preset = load_config(MultitaskConfig, find_preset("writing_assistant"))
+    preset = load_config(MultitaskConfig, "writing_assistant", folder="finetune")
     names = ("summary_generation", "readability")
     output = go(
         "multitask",

@@ -3,14 +3,15 @@ them.
 """
 
 import errno
+import itertools
 import json
 import os
 import random
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -279,7 +280,7 @@ def test_early_stopping_keeps_the_best(base, data, tmp_path):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_signals_save_and_stop(base, data, tmp_path, monkeypatch, number):
-    from train.finetune.training import Journal
+    from train.finetune.journal import Journal
 
     step_end = Journal.on_step_end
 
@@ -335,7 +336,7 @@ def test_folders_are_never_mixed_up(whole, base, data, tmp_path):
 
 
 def test_too_little_to_learn_from_is_refused(base, data, tmp_path):
-    with pytest.raises(EagleError, match="supervised tokens, fewer than"):
+    with pytest.raises(EagleError, match="supervises .* tokens, fewer than"):
         go("sft", base, data, tmp_path / "run", data={"min_supervised_tokens": 10**6})
     with pytest.raises(EagleError, match="exceeds the 256 positions"):
         go("sft", base, data, tmp_path / "run", data={"max_length": 500})
@@ -407,34 +408,21 @@ def test_a_run_has_the_dtype_of_its_first_machine_and_says_so(
     on = go("sft", None, data, tmp_path / "on", train=more)
     assert recorded(output) == recorded(on) == dtypes
     other = "fp32" if fast else "bf16"
-    with pytest.raises(EagleError, match=f"model.compute={dtypes[1]}, not {other}"):
+    with pytest.raises(EagleError, match=f"compute='{dtypes[1]}', this one has '{other}'"):
         go("sft", None, data, tmp_path / "no", train=more, model={"compute": other})
 
 
-def test_a_time_budget_ends_the_run_with_a_finished_schedule(base, data, tmp_path):
+def test_a_time_budget_ends_the_run_with_a_finished_schedule(base, data, tmp_path, monkeypatch):
+    """Half a minute of a clock that goes on by a second whenever it is read."""
+    clock = SimpleNamespace(monotonic=itertools.count().__next__)
+    monkeypatch.setattr("train.finetune.journal.time", clock)
     output = go(
         "sft",
         base,
         data,
         tmp_path / "run",
-        train={"max_steps": 10_000, "time_budget_minutes": 0.05, "schedule": "linear"},
+        train={"max_steps": 10_000, "time_budget_minutes": 0.5, "schedule": "linear"},
     )
     rows = rows_of(output)
-    assert 2 < len(rows) < 1000 and rows[-1]["learning_rate"] < 0.3 * rows[0]["learning_rate"]
+    assert 2 < len(rows) < 32 and rows[-1]["learning_rate"] < 0.3 * rows[0]["learning_rate"]
     assert summary_of(output)["heldout_after"] and (output / "adapter").is_dir()
-
-
-def test_progress_on_a_pipe_is_a_line_at_intervals_with_rate_and_eta(
-    base, data, tmp_path, monkeypatch, capsys
-):
-    monkeypatch.setattr("eagle.meter.Bar.__init__.__defaults__", (False, 0.1))
-    cfg = config("sft", base, data, tmp_path / "run", train={"max_steps": 30})
-    began = time.monotonic()
-    assert run("sft", cfg) == 0
-    intervals = (time.monotonic() - began) / 0.1
-    lines = [x for x in capsys.readouterr().err.splitlines() if x.startswith("step ")]
-    told = [x for x in lines if "steps/s  ETA 0:" in x]
-    assert (
-        told[0].startswith("step 1/30") and 3 <= len(told) <= intervals + 2 and "loss" in told[-1]
-    )
-    assert sum("eval_loss" in x for x in lines) == 2

@@ -28,13 +28,6 @@ def render(record, tokenizer, tasks=TASK_LIST, length=96):
     return {row.kind: row for row in render_record(record, tasks, tokenizer, length)}
 
 
-def read(path, tokenizer, max_bad_fraction=0.0, out=None):
-    def rows_of(record):
-        return render_record(record, TASK_LIST, tokenizer, 96)
-
-    return read_rows([path], rows_of, max_bad_fraction, out)
-
-
 def test_a_generation_is_a_chat_with_the_answer_supervised(tokenizer):
     row = render({"text": "a b", "answer": "the answer"}, tokenizer)["answer"]
     assert runs(tokenizer, (row.sequences[0], row.mask)) == ["the answer<|im_end|>"]
@@ -120,25 +113,31 @@ def test_bad_records_are_counted_written_and_limited(tokenizer, tmp_path):
     records = [*task_records(20), {"text": "a", "score": "high"}, {"text": "b"}]
     path = write_lines(tmp_path / "rows.jsonl", records)
     path.write_text(path.read_text() + "{torn\n")
-    rows, card = read(path, tokenizer, 0.5, tmp_path / "q.jsonl")
-    assert card["records"] == 23 and card["bad"] == 3 and len(rows) == 20
-    labels = count_labels(rows, TASK_LIST, "training")
+
+    def read(limit, out=None):
+        return read_rows([path], lambda r: render_record(r, TASK_LIST, tokenizer, 96), limit, out)
+
+    found, card = read(0.5, tmp_path / "q.jsonl")
+    assert card["records"] == 23 and card["bad"] == 3 and len(found) == 20
+    labels = count_labels(found, TASK_LIST, "training")
     assert labels["answer"] == 5 and labels["rank"] == 5
     lines = [json.loads(line)["line"] for line in (tmp_path / "q.jsonl").read_text().splitlines()]
     assert lines == [21, 22, 23]
     with pytest.raises(EagleError, match="3 of 23 rows are unusable"):
-        read(path, tokenizer)
+        read(0.05)
     with pytest.raises(EagleError, match="no training record has a label for rank"):
-        count_labels([row for row in rows if row.kind != "rank"], TASK_LIST, "training")
+        count_labels([row for row in found if row.kind != "rank"], TASK_LIST, "training")
 
 
 def test_records_are_held_out_whole(tokenizer, tmp_path):
     records = [{"text": f"row {n}", "answer": "x", "kind": "a"} for n in range(20)]
-    rows, _ = read(write_lines(tmp_path / "rows.jsonl", records), tokenizer)
-    train, held = split_rows(rows, 0.25)
-    keys = [{row.key for row in part} for part in (train, held)]
-    assert len(keys[0] | keys[1]) == 20 and keys[1] and not keys[0] & keys[1]
-    assert [len(kind) for kind in by_kind(train)] == [len(keys[0])] * 2
+    path = write_lines(tmp_path / "rows.jsonl", records)
+    found, _ = read_rows([path], lambda r: render_record(r, TASK_LIST, tokenizer, 96), 0, None)
+    sides = split_rows(found, 0.25)
+    keys = [{row.key for row in side} for side in sides]
+    assert len(keys[0] | keys[1]) == 20 and all(keys) and not keys[0] & keys[1]
+    assert all(len(side) == 2 * len(k) for side, k in zip(sides, keys, strict=True))
+    assert [len(kind) for kind in by_kind(sides[0])] == [len(keys[0])] * 2
 
 
 @pytest.mark.parametrize("temperature, share", [(1.0, 0.1), (2.0, 0.25), (1000.0, 0.5)])
@@ -175,7 +174,7 @@ def test_a_registry_that_is_wrong_is_refused(tmp_path, change, named):
 
 
 def test_presets_load():
-    tasks = load_config(MultitaskConfig, "writing_assistant", (), {}, "finetune").tasks
+    tasks = load_config(MultitaskConfig, "writing_assistant", folder="finetune").tasks
     assert [t.name for t in tasks] == [
         "summary_generation",
         "experiment_design",
@@ -183,10 +182,10 @@ def test_presets_load():
         "logic_consistency",
         "readability",
     ]
-    assert load_config(SftConfig, "qlora", (), {}, "finetune").lora.r == 64
-    assert load_config(DpoConfig, "dpo", (), {}, "finetune").train.lr == 5e-5
+    assert load_config(SftConfig, "qlora", folder="finetune").lora.r == 64
+    assert load_config(DpoConfig, "dpo", folder="finetune").train.lr == 5e-5
     with pytest.raises(ConfigError, match="presets: dpo, pipeline, qlora, writing_assistant"):
-        load_config(SftConfig, "nothing", (), {}, "finetune")
+        load_config(SftConfig, "nothing", folder="finetune")
 
 
 def test_settings_that_contradict_are_refused():
@@ -227,7 +226,8 @@ def test_the_example_tasks_are_facts(tokenizer):
 
 
 def test_cards_are_facts():
-    code = "    async def get(self, /, path, *rest, mode='r'):\n        return opened(self.find(path)).read(rest)"
+    code = "    async def get(self, /, path, *rest, mode='r'):\n"
+    code += "        return opened(self.find(path)).read(rest)"
     found = assistant.card({"code": code, "summary": "Read it."})
     assert found == {
         "name": "get",

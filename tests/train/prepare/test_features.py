@@ -124,25 +124,9 @@ def test_features_are_stored_once_and_found_by_their_tokens(base, tmp_path):
 
 
 def command(base, data, output):
-    words = [
-        "--data_format",
-        "fim",
-        "--base",
-        base,
-        "--data",
-        data,
-        "--output",
-        output,
-        "--shard_mb",
-        TINY,
-    ]
-    overrides = [
-        "data.max_length=96",
-        f"data.cache_dir={data.parent / 'cache'}",
-        "model.dtype=float32",
-        "data.heldout_fraction=0.1",
-    ]
-    return ["train.prepare", "features", *words, *overrides]
+    given = f"--data_format fim --base {base} --data {data} --output {output} --shard_mb {TINY}"
+    given += f" data.max_length=96 data.cache_dir={data.parent / 'cache'} model.dtype=float32"
+    return ["train.prepare", "features", *given.split(), "data.heldout_fraction=0.1"]
 
 
 @pytest.mark.slow

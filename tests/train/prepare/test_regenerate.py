@@ -21,7 +21,7 @@ from records import load_dataset_for, load_tokenizer
 from records.card import card_path, who_answered
 from train.prepare import regenerate as work
 from train.prepare.answering import Sampling
-from train.prepare.regenerate import Journal, regenerate
+from train.prepare.regenerate import regenerate
 
 ROOT = Path(__file__).parents[2]
 NEW = 12
@@ -149,9 +149,9 @@ def test_instructions(base, model, tmp_path, template):
         ends = [tokenizer.convert_tokens_to_ids("<|im_end|>")]
     else:
         text = (
-            "Below is an instruction that describes a task, paired with an input that gives it context. Write a "
-            "response that appropriately completes the request.\n\n### Instruction:\nWrite a function\n\n"
-            "### Input:\nadd\n\n### Response:\n"
+            "Below is an instruction that describes a task, paired with an input that gives it "
+            "context. Write a response that appropriately completes the request.\n\n"
+            "### Instruction:\nWrite a function\n\n### Input:\nadd\n\n### Response:\n"
         )
         ends = []
     said = continued(model, tokenizer(text, add_special_tokens=False).input_ids, ends)
@@ -207,25 +207,9 @@ def test_output_depends_on_seed_and_record_alone(base, tmp_path):
 
 
 def command(base, path, output):
-    words = [
-        "--base",
-        base,
-        "--data",
-        path,
-        "--data_format",
-        "fim",
-        "--output",
-        output,
-        "--slots",
-        1,
-        "--temperature",
-        "0,1",
-        "--max_new_tokens",
-        NEW,
-        "--dtype",
-        "float32",
-    ]
-    return ["train.prepare", "regenerate", *words]
+    given = f"--base {base} --data {path} --data_format fim --output {output} --slots 1"
+    given += f" --temperature 0,1 --max_new_tokens {NEW} --dtype float32"
+    return ["train.prepare", "regenerate", *given.split()]
 
 
 @pytest.mark.slow
@@ -235,14 +219,14 @@ def test_killed_and_started_again_it_writes_the_same_file(base, tmp_path):
     whole = write(base, settings("fim", path), tmp_path / "whole.jsonl", (0.0, 1.0))
     process = Command(*command(base, path, output))
     deadline = time.monotonic() + 100
-    while not (output.exists() and output.stat().st_size) and process.poll() is None:
-        assert time.monotonic() < deadline
+    journal = output.with_suffix(".journal")
+    while not (journal.exists() and journal.read_bytes().count(b"\n") > 3):
+        assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.001)
     assert process.kill() == -signal.SIGKILL, "it was done before the kill"
-    reached = json.loads(card_path(output).read_text())["counts"]["records"]
-    assert reached < 120
-    with open(output, "ab") as file:
-        file.write(b'{"prefix": "torn by the')
+    assert not output.exists() and not card_path(output).exists()
+    with open(journal, "ab") as file:
+        file.write(b'[[119, 0, 0], {"text": "torn by the')
     done = Command(*command(base, path, output)).output()
     assert done.returncode == 0, done.stderr
     assert output.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
@@ -280,7 +264,7 @@ def test_no_answer_is_asked_for_twice(base, tmp_path, monkeypatch):
     for stop in (2, 8):
         with pytest.raises(KeyboardInterrupt):
             write(base, cfg, output, (0.0, 1.0))
-        assert len(rows(journal)) == stop and not output.exists()
+        assert len(rows(journal)) == 1 + stop and not output.exists()
         with journal.open("a") as file:
             file.write('[[3, 0, 0], {"text": "cut by the k')
     things, tokens = next(told for told in progress if told[1])
@@ -291,44 +275,20 @@ def test_no_answer_is_asked_for_twice(base, tmp_path, monkeypatch):
     assert output.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
 
 
-def test_lines_without_their_card_entry_are_written_again(base, tmp_path, monkeypatch):
-    """A kill between the append and the card: nothing twice, nothing lost; bad rows too."""
-    path = write_jsonl(
-        tmp_path / "chat.jsonl", [chat("Hello", "x"), "{no json", *[chat("add", "x")] * 14]
-    )
-    cfg = settings("chat", path, max_bad_fraction=1)
-    write(base, cfg, tmp_path / "whole.jsonl", slots=1)
-    save, saves = Journal._save, []
-
-    def die(self):
-        saves.append(1)
-        if len(saves) == 3:
-            raise KeyboardInterrupt
-        save(self)
-
-    monkeypatch.setattr(Journal, "_save", die)
-    with pytest.raises(KeyboardInterrupt):
-        write(base, cfg, tmp_path / "cut.jsonl", slots=1)
-    assert len(rows(tmp_path / "cut.jsonl")) == 15
-    assert json.loads((tmp_path / "cut.card.json").read_text())["counts"]["records"] == 8
-    monkeypatch.setattr(Journal, "_save", save)
-    write(base, cfg, tmp_path / "cut.jsonl", slots=1)
-    for name in (".jsonl", ".quarantine.jsonl"):
-        assert (tmp_path / f"cut{name}").read_bytes() == (tmp_path / f"whole{name}").read_bytes()
-
-
 def test_a_disk_that_fills_up_can_be_made_room_on(base, tmp_path, monkeypatch):
     path = write_jsonl(tmp_path / "chat.jsonl", [chat("Hello", "x")] * 20)
-    cfg, output, synced = settings("chat", path), tmp_path / "new.jsonl", []
+    cfg, output, kept = settings("chat", path), tmp_path / "new.jsonl", []
+    keep = work.Journal.keep
 
-    def full(file):
-        synced.append(file)
-        if len(synced) == 2:
-            raise OSError(28, "No space left on device")
+    def full(self, key, answer):
+        if len(kept) == 9:
+            raise OSError(28, "No space left on device", str(self.path))
+        kept.append(key)
+        keep(self, key, answer)
 
-    monkeypatch.setattr(work, "sync", full)
+    monkeypatch.setattr(work.Journal, "keep", full)
     with pytest.raises(
-        EagleError, match="new.jsonl: No space left on device; make room, and run the same"
+        EagleError, match="new.journal: No space left on device; make room, and run the same"
     ):
         write(base, cfg, output, slots=1)
     monkeypatch.undo()
@@ -389,7 +349,7 @@ def test_what_does_not_belong_together_is_refused(base, tmp_path, tokenizer_dir)
     with pytest.raises(EagleError, match="plain has no answers to write"):
         write(base, settings("plain", path), tmp_path / "plain.jsonl")
     os.truncate(output, 10)
-    with pytest.raises(EagleError, match="has lost its end"):
+    with pytest.raises(EagleError, match="has changed since"):
         write(base, cfg, output)
 
 
@@ -399,7 +359,7 @@ def test_what_does_not_belong_together_is_refused(base, tmp_path, tokenizer_dir)
         (["--temperature", "hot"], "--temperature=hot"),
         (["--slots", "0"], "--slots=0"),
         (["--endpoint", "http://x/v1"], "--endpoint_model"),
-        (["--api_key_env", "KEY"], "goes with --endpoint"),
+        (["--api_key_env", "KEY"], "--api_key_env with them"),
         (["--data_format", "plain"], "data.format=plain has no answers"),
         (["--data", "nowhere.jsonl"], "nowhere.jsonl: no such data file"),
         (["--endpoint", "x", "--endpoint_model", "m"], "--endpoint x is no URL"),
@@ -503,7 +463,8 @@ def test_the_embedded_head_learns_from_answers_written_this_way(base, tmp_path):
     root.mkdir()
     for i in range(12):
         body = "".join(
-            f'def step_{i}_{j}(value):\n    """Return the value of step {j} in module {i}, scaled."""\n'
+            f"def step_{i}_{j}(value):\n"
+            f'    """Return the value of step {j} in module {i}, scaled."""\n'
             f"    scaled = value * {j}\n    return scaled\n\n\n"
             for j in range(3)
         )
