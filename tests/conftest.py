@@ -15,13 +15,13 @@ torch.set_num_threads(1)
 sys.path.append(str(Path(__file__).parent / "eagle"))
 
 
-SLOWEST = (
-    "test_readme.py",
-    "test_interpreter.py",
+SLOWEST = [
     "test_compile.py",
-    "test_ranks.py",
+    "test_interpreter.py",
+    "test_docs.py",
+    "test_families.py",
     "test_sft.py",
-)
+]
 
 
 def pytest_collection_modifyitems(items):
