@@ -450,35 +450,7 @@ def test_reasoning_that_the_template_opens_belongs_to_the_answer(base, tmp_path,
     )
     rewriter = Rewriter(DataConfig(format="chat"), tokenizer)
     (task,) = rewriter.tasks(chat("Hello", "OLD"))
-    ask = task.next()
+    ask = task.ask
     assert ask.opened == "<think>\n"
     task.take(Answer(ask.opened + "reason\n</think>\n\nWorld", [5], 1))
-    assert task.next() is None and rewriter.check(task) is not None
-
-
-def test_the_embedded_head_learns_from_answers_written_this_way(base, tmp_path):
-    from tools.embedded.heads import write_own_answers
-
-    root = tmp_path / "stdlib"
-    root.mkdir()
-    for i in range(12):
-        body = "".join(
-            f"def step_{i}_{j}(value):\n"
-            f'    """Return the value of step {j} in module {i}, scaled."""\n'
-            f"    scaled = value * {j}\n    return scaled\n\n\n"
-            for j in range(3)
-        )
-        (root / f"module_{i}.py").write_text(body)
-    out, options = (
-        tmp_path / "own.jsonl",
-        {"count": 12, "new_tokens": 5, "longest": 200, "root": str(root)},
-    )
-    written = write_own_answers(base, out, **options)
-    card = json.loads(card_path(out).read_text())
-    assert card["counts"]["records"] == 12 and card["sampling"]["temperatures"] == [0.0, 0.8]
-    # the tiny target may say tokens that its tokenizer does not have
-    assert 0 < written == len(rows(out)) == 12 - card["counts"]["failed"]
-    prompts = iter([row["input_ids"] for row in rows(tmp_path / "prompts.jsonl")])
-    for row in rows(out):
-        new = sum(row["loss_mask"])
-        assert 0 < new <= 5 and any(p == row["input_ids"][:-new] for p in prompts)
+    assert task.ask is None and rewriter.check(task) is not None
