@@ -43,6 +43,7 @@ setup(
         "regex>=2025.10.22",
         "ninja>=1.11",
         "packaging>=23",
+        "jinja2>=3.1",
         "psutil>=5.9",
         "tensorboardX>=2.6",
     ],
