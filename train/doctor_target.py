@@ -30,7 +30,7 @@ from records.rows import Row, RowError
 from records.shipped import SHIPPED_FORMATS, shipped
 from records.sources import read_records, resolve
 from records.tokens import load_tokenizer
-from train.doctor import Finding, folders, free_bytes, guarded, size
+from train.doctor_machine import Finding, folders, free_bytes, guarded, size
 from train.head.setup import fresh_config, settle
 from train.head.teacher import LOGITS
 from train.head.vocab import choose_draft_vocab, coverage, special_ids

@@ -313,6 +313,6 @@ def test_console():
 def test_every_command_is_there():
     import importlib.util
 
-    assert "profile" in COMMANDS
+    assert "bench" in COMMANDS
     for module, text in COMMANDS.values():
         assert importlib.util.find_spec(module) and text

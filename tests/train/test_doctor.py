@@ -14,8 +14,9 @@ from head_helpers import save_tiny_model, tiny_head, write_fim
 from configs.schema import DataConfig, HeadTrainConfig
 from eagle.checkpoint import save_head
 from eagle.errors import EagleError
-from train import doctor, doctor_target
-from train.doctor import Finding, guarded
+from train import doctor_machine as doctor
+from train import doctor_target
+from train.doctor_machine import Finding, guarded
 
 CHATML = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
 BARE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"

@@ -214,7 +214,7 @@ class MultitaskTrainer(RunTrainer, Trainer):
             for parts, value in ((prompts, pad), (masks, 0))
         )
         # the last token of an answer: with most templates, the one that ends the turn
-        ends = {row.sequences[0][max(np.flatnonzero(row.mask))] for row in rows}
+        ends = {row.sequences[0][max(np.flatnonzero(row.mask or []))] for row in rows}
         ends &= set(tokenizer.added_tokens_decoder)
         out = self.model.generate(
             input_ids=ids,
