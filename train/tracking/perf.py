@@ -41,11 +41,12 @@ def peak_flops(name: str, dtype: str) -> float | None:
 @dataclass(frozen=True)
 class FlopCount:
     """FLOPs that a token and a supervised token of a step need, an estimate: 2 for a weight that is
-    used, 6 for one that is trained. With S unrolled steps, H hidden, D draft vocabulary and V
-    vocabulary:
+    used, 6 for one that is trained (4 for the first, whose input needs no gradient). With S unrolled
+    steps, H hidden, D draft vocabulary, V vocabulary, W_fc the head's fusion of features and W its
+    decoder layers:
 
-        token       2·W_target + 6·W_head         no W_target where features come from disk
-        supervised  2·V·H_target + 6·(S-1)·W_head + 6·S·H·D
+        token       2·W_target + 4·W_fc + 6·W     no W_target where features come from disk
+        supervised  2·V·H_target + 6·(S-1)·W + 6·S·H·D
 
     Padding and what is recomputed do not count; attention scores and norms are left out.
     """
@@ -58,10 +59,13 @@ class FlopCount:
         """target_runs: False where features come from disk."""
         c, h = target.config, head.config
         used = weights_of(target.layers, c) if target_runs else 0
-        trained = sum(weights_of(part, h) for part in (head.fc, *head.decoder_layers))
+        layers = sum(weights_of(layer, h) for layer in head.decoder_layers)
         logits = steps * h.hidden_size * h.draft_vocab_size
         teacher = target.vocab_size * c.hidden_size
-        return cls(2 * used + 6 * trained, 2 * teacher + 6 * ((steps - 1) * trained + logits))
+        return cls(
+            2 * used + 4 * weights_of(head.fc, h) + 6 * layers,
+            2 * teacher + 6 * ((steps - 1) * layers + logits),
+        )
 
     def __call__(self, tokens: int, supervised: int) -> float:
         return float(tokens * self.token + supervised * self.supervised)
