@@ -21,10 +21,10 @@ $(STAMP): setup.py pyproject.toml $(LOCK)
 	@touch $(STAMP)
 
 demo: install
-	$(PY) -m inference.demo
+	$(PY) -m examples.demo
 
 pipeline: install
-	$(PY) -m inference.pipeline
+	$(PY) -m examples.pipeline
 
 # a process a core, one thread each: two that compute with two threads slow each other down tenfold
 test: install

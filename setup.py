@@ -1,4 +1,6 @@
-"""Package definition. Namespace discovery, so that `kernels/` adds files beside another package of that name."""
+"""Package definition. Namespace discovery, so that `kernels/` adds files beside another package of
+that name.
+"""
 
 import re
 from pathlib import Path
@@ -17,18 +19,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=find_namespace_packages(
-        include=[
-            "eagle",
-            "eagle.*",
-            "kernels",
-            "kernels.*",
-            "train",
-            "train.*",
-            "inference",
-            "inference.*",
-            "configs",
-            "configs.*",
-        ],
+        include=["configs*", "kernels*", "eagle*", "records*", "train*", "inference*"]
     ),
     include_package_data=False,
     package_data={
@@ -36,6 +27,7 @@ setup(
         "kernels": ["*.cpp"],
         "configs": ["presets/*.yaml", "presets/*/*.yaml", "deepspeed/*.json"],
         "inference.evaluation.shipped": ["*.jsonl"],
+        "train.tracking": ["*.html"],
     },
     install_requires=[
         "torch>=2.9,<2.14",
@@ -51,6 +43,7 @@ setup(
         "regex>=2025.10.22",
         "ninja>=1.11",
         "packaging>=23",
+        "jinja2>=3.1",
         "psutil>=5.9",
         "tensorboardX>=2.6",
     ],

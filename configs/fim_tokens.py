@@ -1,4 +1,4 @@
-"""The fill-in-the-middle tokens of the model families. Knows names of tokens; loads no tokenizer."""
+"""The fill-in-the-middle tokens of the model families."""
 
 from __future__ import annotations
 
@@ -6,14 +6,10 @@ from typing import Any, NamedTuple
 
 from configs.errors import ConfigError
 
+QWEN_ENDS = ("<|endoftext|>", "<|file_separator|>")
 # family -> (prefix, suffix, middle, candidates for the end token; the tokenizer's EOS comes last)
 FAMILIES = {
-    "qwen": (
-        "<|fim_prefix|>",
-        "<|fim_suffix|>",
-        "<|fim_middle|>",
-        ("<|endoftext|>", "<|file_separator|>"),
-    ),
+    "qwen": ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>", QWEN_ENDS),
     "starcoder": ("<fim_prefix>", "<fim_suffix>", "<fim_middle>", ("<|endoftext|>",)),
     "santacoder": ("<fim-prefix>", "<fim-suffix>", "<fim-middle>", ("<|endoftext|>",)),
     "codellama": ("▁<PRE>", "▁<SUF>", "▁<MID>", ("▁<EOT>",)),
@@ -36,10 +32,7 @@ def find_fim_tokens(tokenizer: Any, given: Any | None = None) -> FimIds:
         names = (given.prefix, given.suffix, given.middle, given.eot)
         absent = [name for name in names if name not in vocabulary]
         if absent:
-            raise ConfigError(
-                f"data.fim_tokens: {', '.join(map(repr, absent))} is not a token of this tokenizer; "
-                "give tokens that are in its vocabulary"
-            )
+            raise ConfigError(f"data.fim_tokens: {absent[0]!r} is not a token of this tokenizer")
         return FimIds(*(vocabulary[name] for name in names), family="config")
     for family, (prefix, suffix, middle, ends) in FAMILIES.items():
         if all(name in vocabulary for name in (prefix, suffix, middle)):

@@ -1,12 +1,9 @@
-"""Defaults <- YAML <- `key=value`: one merge, one validation, one-line errors.
-
-Knows nothing of what the values mean; that is `schema.py`.
-"""
+"""Defaults <- YAML <- `key=value`: one merge, one validation, one-line errors."""
 
 from __future__ import annotations
 
 import difflib
-import typing
+from collections.abc import Iterable
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,164 +16,123 @@ from yaml import YAMLError
 from configs.errors import ConfigError
 
 Config = TypeVar("Config", bound=BaseModel)
+_UNION_TAGS = {"str", "int", "float", "bool", "list", "tuple", "none"}
 
 
 def load_config(
     cls: type[Config],
     source: str | Path | None = None,
-    overrides: typing.Iterable[str] = (),
+    overrides: Iterable[str] = (),
     flags: dict[str, Any] | None = None,
+    folder: str = "",
 ) -> Config:
     """Build a `cls` from its defaults, a YAML file or preset name, and `key=value` strings.
 
     `flags` maps dotted keys to values taken as they are (what `--data PATH` was given); None means
-    not given. Order: defaults, file, flags, overrides; later ones win. Raises `ConfigError` (one
-    line) for an unknown key, a bad value or file.
+    not given. Order: defaults, file, flags, overrides; later ones win. `folder` of the presets has
+    the names. Raises `ConfigError` (one line) for an unknown key, a bad value or file.
     """
     merged = OmegaConf.create(cls().model_dump(mode="json"))
+    given = OmegaConf.create({}) if source is None else _read_yaml(str(source), folder)
     try:
-        if source is not None:
-            merged = OmegaConf.merge(merged, _read_yaml(cls, source))
+        merged = OmegaConf.merge(merged, given)
         for key, value in (flags or {}).items():
             if value is not None:
                 OmegaConf.update(merged, key, value, merge=False)
         for override in overrides:
-            merged = OmegaConf.merge(merged, _read_override(cls, override))
+            merged = OmegaConf.merge(merged, _read_override(override))
         values = OmegaConf.to_container(merged, resolve=True)
-    except OmegaConfBaseException as error:
+    except (OmegaConfBaseException, TypeError) as error:
         raise ConfigError(f"config: {_first_line(error)}") from error
     try:
         return cls.model_validate(values)
     except ValidationError as error:
-        raise ConfigError(_explain(cls, error)) from error
+        raise ConfigError(_explain(cls, error, str(source), given)) from error
 
 
-def preset_names() -> list[str]:
+def preset_names(folder: str = "") -> list[str]:
     """Names that `--config` takes besides files."""
-    found = (files("configs") / "presets").iterdir()
+    found = (files("configs") / "presets" / folder).iterdir()
     return sorted(item.name[: -len(".yaml")] for item in found if item.name.endswith(".yaml"))
 
 
-def _read_yaml(cls: type[BaseModel], source: str | Path) -> Any:
-    name = str(source)
+def _read_yaml(name: str, folder: str) -> Any:
     path = Path(name).expanduser()
-    if path.is_file():
-        try:
-            text = path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"{name}: cannot read this config: {_first_line(error)}") from error
-    elif name in preset_names():
-        text = (files("configs") / "presets" / f"{name}.yaml").read_text(encoding="utf-8")
-    else:
-        presets = ", ".join(preset_names())
-        raise ConfigError(f"config {name!r} is neither a file nor a preset (presets: {presets})")
+    if not path.is_file():
+        if name not in preset_names(folder):
+            known = ", ".join(preset_names(folder))
+            raise ConfigError(f"config {name!r} is neither a file nor a preset (presets: {known})")
+        path = files("configs") / "presets" / folder / f"{name}.yaml"
     try:
-        loaded = OmegaConf.create(text) if text.strip() else OmegaConf.create({})
-        tree = OmegaConf.to_container(loaded)
-    except (YAMLError, OmegaConfBaseException) as error:
+        loaded = OmegaConf.create(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, YAMLError, OmegaConfBaseException, AssertionError) as error:
         raise ConfigError(f"{name}: not valid YAML: {_first_line(error)}") from error
-    if not isinstance(tree, dict):
+    if not OmegaConf.is_dict(loaded):
         raise ConfigError(f"{name}: must hold sections such as 'train:', not a list or a word")
-    _reject_unknown(cls, tree, prefix="", where=f"{name}: ")
     return loaded
 
 
-def _read_override(cls: type[BaseModel], override: str) -> Any:
+def _read_override(override: str) -> Any:
     key, equals, _ = override.partition("=")
     if not equals or not key.strip():
         raise ConfigError(f"{override!r} is not an override: write section.key=value")
     try:
-        loaded = OmegaConf.from_dotlist([override])
-        tree = OmegaConf.to_container(loaded)
+        return OmegaConf.from_dotlist([override])
     except (YAMLError, OmegaConfBaseException, ValueError) as error:
-        reason = _first_line(error)
-        raise ConfigError(f"{override!r}: cannot read the value: {reason}") from error
-    _reject_unknown(cls, tree, prefix="", where="")
-    return loaded
+        raise ConfigError(f"{override!r}: cannot read the value: {_first_line(error)}") from error
 
 
-def _reject_unknown(cls: type[BaseModel], tree: dict, prefix: str, where: str) -> None:
-    """Walk `tree` beside the schema; the first key the schema lacks is the error."""
-    for key, value in tree.items():
-        field = cls.model_fields.get(str(key))
-        if field is None:
-            raise ConfigError(where + _unknown(cls, str(key), prefix))
-        section = field.annotation
-        if isinstance(section, type) and issubclass(section, BaseModel):
-            if not isinstance(value, dict):
-                keys = ", ".join(section.model_fields)
-                name = f"{where}{prefix}{key}"
-                raise ConfigError(f"{name} is a section: set one of its keys ({keys})")
-            _reject_unknown(section, value, f"{prefix}{key}.", where)
-        elif isinstance(value, dict) and not _takes_mapping(field.annotation):
-            raise ConfigError(f"{where}{prefix}{key} is a single value and has no keys below it")
-
-
-def _takes_mapping(annotation: Any) -> bool:
-    """True for `SomeModel | None`: a value that may be written as a mapping."""
-    inner = typing.get_args(annotation)
-    return any(isinstance(part, type) and issubclass(part, BaseModel) for part in inner)
-
-
-def _unknown(cls: type[BaseModel], key: str, prefix: str) -> str:
-    known = list(cls.model_fields)
-    near = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
-    if near:
-        hint = f"; did you mean {prefix}{near[0]}?"
-    else:
-        places = [f"{prefix}{s}.{key}" for s in known if key in _keys_of(cls, s)]
-        hint = f"; did you mean {' or '.join(places)}?" if places else ""
-    of = f"keys of {prefix[:-1]}" if prefix else "sections"
-    return f"unknown config key {prefix}{key}{hint} ({of}: {', '.join(known)})"
-
-
-def _keys_of(cls: type[BaseModel], name: str) -> list[str]:
-    section = cls.model_fields[name].annotation
-    is_section = isinstance(section, type) and issubclass(section, BaseModel)
-    return list(section.model_fields) if is_section else []
-
-
-def _explain(cls: type[BaseModel], error: ValidationError) -> str:
+def _explain(cls: type[BaseModel], error: ValidationError, source: str, given: Any) -> str:
     """First problem as `key=value: reason (what the key is)`, plus how many more there are."""
     problems = error.errors(include_url=False)
+    problems.sort(key=lambda problem: problem["type"] != "extra_forbidden")
     first = problems[0]
-    key, description = _locate(cls, first["loc"])
-    reason = first["msg"]
-    for prefix in ("Value error, ", "Input "):
-        reason = reason[len(prefix) :] if reason.startswith(prefix) else reason
-    if first["type"] in ("missing", "extra_forbidden"):
-        shown = key
-        reason = "unknown key" if first["type"] == "extra_forbidden" else "required, but not given"
-    elif isinstance(first["input"], (dict, BaseModel)) or not key:
-        shown = key or "config"
+    key, section, description = _locate(cls, first["loc"])
+    if first["type"] == "extra_forbidden":
+        said = _unknown(section, key)
+        if OmegaConf.select(given, key) is not None:
+            said = f"{source}: {said}"
     else:
-        shown = f"{key}={first['input']}"
+        whole = isinstance(first["input"], (dict, BaseModel))
+        shown = key or "config" if whole else f"{key}={first['input']}"
+        reason = first["msg"].removeprefix("Value error, ").removeprefix("Input ")
+        said = f"{shown}: {reason}" + (f" ({description})" if description else "")
     others = {_locate(cls, problem["loc"])[0] for problem in problems[1:]} - {key}
-    more = f"; {len(others)} more wrong: {', '.join(sorted(others))}" if others else ""
-    return f"{shown}: {reason}" + (f" ({description})" if description else "") + more
+    return said + (f"; {len(others)} more wrong: {', '.join(sorted(others))}" if others else "")
 
 
-def _locate(cls: type[BaseModel], loc: tuple) -> tuple[str, str]:
-    """Dotted key and description; drops the union tags that pydantic puts into `loc`."""
-    names, description, section = [], "", cls
+def _locate(cls: type[BaseModel], loc: tuple) -> tuple[str, type[BaseModel] | None, str]:
+    """Dotted key, the section in which its last part is, if any, and the key's description; drops
+    the union tags that pydantic puts into `loc`."""
+    names, description, inside, section = [], "", None, cls
     for part in loc:
-        if isinstance(part, int):
-            names.append(str(part))
-            continue
         field = section.model_fields.get(part) if section else None
-        if field is None:
-            if section is None and part.isidentifier() and part not in _UNION_TAGS:
-                names.append(part)
+        named = isinstance(part, int) or (part.isidentifier() and part not in _UNION_TAGS)
+        if not section and not named:
             continue
-        names.append(part)
-        annotation = field.annotation
-        is_section = isinstance(annotation, type) and issubclass(annotation, BaseModel)
-        section = annotation if is_section else None
-        description = "" if is_section else field.description or ""
-    return ".".join(names), description
+        names.append(str(part))
+        inside, section = section, _section(field)
+        description = "" if section or not field else field.description or ""
+    return ".".join(names), inside, description
 
 
-_UNION_TAGS = {"str", "int", "float", "bool", "list", "tuple", "none"}
+def _section(field: Any) -> type[BaseModel] | None:
+    kind = getattr(field, "annotation", None)
+    return kind if isinstance(kind, type) and issubclass(kind, BaseModel) else None
+
+
+def _unknown(section: type[BaseModel] | None, key: str) -> str:
+    if section is None:  # in a list of sections
+        return f"{key}: unknown key"
+    *above, name = key.split(".")
+    prefix, known = "".join(part + "." for part in above), list(section.model_fields)
+    near = [prefix + n for n in difflib.get_close_matches(name, known, n=1, cutoff=0.6)]
+    for place, field in section.model_fields.items() if not near else ():
+        if name in getattr(_section(field), "model_fields", ()):
+            near.append(f"{prefix}{place}.{name}")
+    hint = f"; did you mean {' or '.join(near)}?" if near else ""
+    of = f"keys of {prefix[:-1]}" if prefix else "sections"
+    return f"unknown config key {key}{hint} ({of}: {', '.join(known)})"
 
 
 def _first_line(error: Exception) -> str:

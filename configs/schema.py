@@ -1,7 +1,4 @@
-"""What can be configured when a draft head is trained: frozen, typed, unknown keys rejected.
-
-Knows nothing of torch, files or models; only of names, types and ranges.
-"""
+"""What can be configured when a draft head is trained: frozen, typed, unknown keys rejected."""
 
 from __future__ import annotations
 
@@ -17,8 +14,13 @@ from pydantic import (
     model_validator,
 )
 
-DataFormat = Literal["chat", "fim", "instruction", "plain", "tokenized", "mixed"]
 SourceFormat = Literal["chat", "fim", "instruction", "plain", "tokenized"]
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+Compute = Literal["auto", "bf16", "fp32"]
+Template = Literal["auto", "chat", "alpaca"]
+Paths = str | list[str] | None
+Quantization = Literal["none", "nf4", "int8"]
+Divergence = Literal["soft_ce", "kl", "reverse_kl", "overlap", "total_variation"]
 
 
 def _in_range(betas: tuple[float, float]) -> tuple[float, float]:
@@ -50,24 +52,15 @@ class Section(BaseModel):
 
 class ModelConfig(Section):
     base: str | None = Field(
-        None, description="target model: folder or hub id, ORG/NAME[@REVISION]; null = embedded"
+        None, description="target: folder or hub id, ORG/NAME[@REVISION]; null = embedded"
     )
-    init_head: str | None = Field(
-        None, description="head to start from (warm start): folder or hub id"
-    )
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "auto",
-        description="dtype of the frozen target; auto = the checkpoint's, float32 for bf16 on a CPU without it",
-    )
-    adapter: str | None = Field(
-        None, description="LoRA of the tuned target: folder or hub id; null = none"
-    )
+    init_head: str | None = Field(None, description="head to start from: folder or hub id")
+    dtype: Dtype = Field("auto", description="dtype of the frozen target; auto = as it is served")
+    adapter: str | None = Field(None, description="LoRA of the tuned target: folder or hub id")
     method: Literal["eagle3", "eagle1"] = Field(
         "eagle3", description="kind of head; an eagle1 head drafts EAGLE-2 trees"
     )
-    quantization: Literal["none", "nf4", "int8"] = Field(
-        "none", description="how the frozen target's linear layers are held"
-    )
+    quantization: Quantization = Field("none", description="of the target's linear layers")
     draft_vocab_size: int | None = Field(
         None, ge=1, description="head output vocabulary; null = min(32000, half the target's)"
     )
@@ -78,17 +71,11 @@ class ModelConfig(Section):
     num_heads: int | None = Field(None, ge=1, description="head query heads; null = target's")
     num_kv_heads: int | None = Field(None, ge=1, description="head kv heads; null = target's")
     num_layers: int | None = Field(None, ge=1, description="head layers; null = 1")
-    qk_norm: bool | None = Field(None, description="norm queries and keys, as Qwen3; null = no")
-    norm_before_residual: bool | None = Field(
-        None, description="the first layer's residual is the normed hidden state; null = no"
-    )
-    norm_before_fc: bool | None = Field(
-        None, description="norm the concatenated features; null = no"
-    )
-    fc_norm: bool | None = Field(None, description="norm each of the features; null = no")
-    norm_output: bool | None = Field(
-        None, description="feed the output after the last norm back; null = no"
-    )
+    qk_norm: bool | None = Field(None, description="norm queries and keys, as Qwen3")
+    norm_before_residual: bool | None = Field(None, description="norm what layer 1 is added to")
+    norm_before_fc: bool | None = Field(None, description="norm the concatenated features")
+    fc_norm: bool | None = Field(None, description="norm each of the features")
+    norm_output: bool | None = Field(None, description="feed back the output after the last norm")
 
     @field_validator("feature_layers")
     @classmethod
@@ -98,19 +85,12 @@ class ModelConfig(Section):
         return ids
 
     @model_validator(mode="after")
-    def _of_method(self) -> ModelConfig:
-        only = ("draft_vocab_size", "feature_layers", "norm_before_residual", "norm_before_fc", "fc_norm",
-                "norm_output")  # fmt: skip
-        given = [name for name in only if getattr(self, name)]
+    def _fits(self) -> ModelConfig:
+        of_eagle3 = ("draft_vocab_size", "feature_layers", "norm_before_residual")
+        of_eagle3 += ("norm_before_fc", "fc_norm", "norm_output")
+        given = [name for name in of_eagle3 if getattr(self, name)]
         if self.method == "eagle1" and given:
-            raise ValueError(
-                f"{', '.join(given)} is for eagle3: an eagle1 head reads the target's last hidden state and "
-                "drafts through its LM head; leave it out"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _grouped(self) -> ModelConfig:
+            raise ValueError(f"{', '.join(given)} is for eagle3, not eagle1: leave it out")
         if self.num_heads and self.num_kv_heads and self.num_heads % self.num_kv_heads:
             raise ValueError(
                 f"num_heads={self.num_heads} must be a multiple of num_kv_heads={self.num_kv_heads}"
@@ -125,86 +105,54 @@ class FimTokens(Section):
     eot: str = Field(description="token that ends the middle")
 
 
-class MixtureSource(Section):
+class Files(Section):
+    path: Paths = Field(None, description="data file(s), comma separated; null = shipped")
+    eval_path: Paths = Field(None, description="held-out files; null = shipped, or a share of path")
+
+    @property
+    def paths(self) -> list[str] | None:
+        return _paths(self.path)
+
+    @property
+    def eval_paths(self) -> list[str] | None:
+        return _paths(self.eval_path)
+
+
+class MixtureSource(Files):
     format: SourceFormat = Field(description="format of this source")
-    path: str | list[str] | None = Field(None, description="file(s); null = the shipped data set")
-    eval_path: str | list[str] | None = Field(
-        None, description="held-out file(s); null = shipped, or heldout_fraction of the source"
-    )
     name: str | None = Field(None, description="what metrics call it; null = its format")
     weight: float = Field(1.0, gt=0, description="relative share of this source's rows")
     loss_weight: float = Field(1.0, gt=0, description="factor on the loss of this source's rows")
 
-    @property
-    def paths(self) -> list[str] | None:
-        return _paths(self.path)
 
-    @property
-    def eval_paths(self) -> list[str] | None:
-        return _paths(self.eval_path)
+class RowsConfig(Files):
+    """What every reader of records is told."""
 
-
-class DataConfig(Section):
-    format: DataFormat = Field("fim", description="chat, fim, instruction, plain, tokenized, mixed")
-    path: str | list[str] | None = Field(
-        None, description="data file(s), comma separated; null = the shipped data set"
-    )
-    eval_path: str | list[str] | None = Field(
-        None, description="held-out file(s); null = shipped, or heldout_fraction of the data"
-    )
-    mixture: list[MixtureSource] | None = Field(
-        None, description="sources of format=mixed: [{format: fim, path: f.jsonl, weight: 2}, ...]"
-    )
-    on_policy: bool | None = Field(
-        None,
-        description="the answers were written by this target; recorded with the head; null = as the "
-        "data cards beside the files say",
-    )
-    features: str | None = Field(
-        None, description="folder of `train.prepare features`; null = the target computes them"
-    )
     max_length: int = Field(512, ge=8, description="tokens a row may have")
-    max_bad_fraction: float = Field(
-        0.05, ge=0, le=1, description="share of bad rows above which the run stops"
-    )
-    heldout_fraction: float = Field(
-        0.02, ge=0, lt=1, description="share of rows held out when no eval data is given"
-    )
+    max_bad_fraction: float = Field(0.05, ge=0, le=1, description="share of bad rows that is borne")
+    heldout_fraction: float = Field(0.02, ge=0, lt=1, description="held out without eval data")
     cache_dir: str | None = Field(
-        None,
-        description="folder for tokenised data; null = $EAGLE_CACHE, else $XDG_CACHE_HOME/eagle-heads, else ~/.cache/eagle-heads",
-    )
-    supervise: Literal["assistant", "last_assistant", "all"] = Field(
-        "assistant", description="which chat and instruction tokens are targets"
-    )
-    instruction_template: Literal["auto", "chat", "alpaca"] = Field(
-        "auto", description="auto = the tokenizer's chat template when it has one, else alpaca"
-    )
-    fim_spm_rate: float = Field(
-        0.0, ge=0, le=1, description="share of FIM rows written suffix-prefix-middle"
-    )
-    fim_spans_per_file: int = Field(4, ge=1, description="FIM rows cut out of each whole file")
-    fim_tokens: FimTokens | None = Field(
-        None, description="{prefix, suffix, middle, eot}; null = found in the tokenizer"
-    )
-    min_supervised_tokens: int = Field(
-        100, ge=1, description="supervised tokens below which a run is refused"
-    )
-    num_proc: int | None = Field(
-        None, ge=1, description="processes that tokenise; null = one a core, and 1 for less than 8 MB of files"
-    )
-    num_workers: int | None = Field(
-        None, ge=0, description="processes that prepare batches; null = by GPUs and cores, 0 = none"
+        None, description="null = $EAGLE_CACHE, $XDG_CACHE_HOME/eagle-heads or ~/.cache/eagle-heads"
     )
     seed: int = Field(0, ge=0, description="seed of FIM cuts, mixture and order")
 
-    @property
-    def paths(self) -> list[str] | None:
-        return _paths(self.path)
 
-    @property
-    def eval_paths(self) -> list[str] | None:
-        return _paths(self.eval_path)
+class DataConfig(RowsConfig):
+    format: Literal[SourceFormat, "mixed"] = Field("fim", description="what the records are")
+    mixture: list[MixtureSource] | None = Field(
+        None, description="sources of format=mixed: [{format: fim, path: f.jsonl, weight: 2}, ...]"
+    )
+    on_policy: bool | None = Field(None, description="this target wrote it; null = see its card")
+    features: str | None = Field(None, description="folder of `train.prepare features`")
+    supervise: Literal["assistant", "last_assistant", "all"] = Field(
+        "assistant", description="which chat and instruction tokens are targets"
+    )
+    instruction_template: Template = Field("auto", description="auto = chat where it is known")
+    fim_spm_rate: float = Field(0.0, ge=0, le=1, description="share of suffix-prefix-middle rows")
+    fim_spans_per_file: int = Field(4, ge=1, description="FIM rows cut out of each whole file")
+    fim_tokens: FimTokens | None = Field(None, description="null = found in the tokenizer")
+    min_supervised_tokens: int = Field(100, ge=1, description="below it a run is refused")
+    num_proc: int | None = Field(None, ge=1, description="processes that tokenise; null = by cores")
 
     @model_validator(mode="after")
     def _mixture_or_path(self) -> DataConfig:
@@ -220,68 +168,60 @@ class DataConfig(Section):
         return self
 
 
-class TrainConfig(Section):
-    output: str | None = Field(None, description="run folder; null = runs/head-FORMAT")
+class RunConfig(Section):
+    """What every training run is told."""
+
+    output: str | None = Field(None, description="run folder; null = one under runs/")
     max_steps: int | None = Field(None, ge=1, description="optimizer steps; null = from epochs")
     epochs: float = Field(1.0, gt=0, description="passes over the data when max_steps is null")
-    time_budget_minutes: float | None = Field(
-        None, gt=0, description="stop (with a finished schedule) after this long"
-    )
+    time_budget_minutes: float | None = Field(None, gt=0, description="end after so long, in order")
     batch_size: int = Field(8, ge=1, description="rows a process takes per micro batch")
     grad_accum: int = Field(1, ge=1, description="micro batches per optimizer step")
+    lr: float = Field(1e-3, gt=0, le=1, description="peak learning rate")
+    warmup_ratio: float = Field(0.03, ge=0, lt=1, description="share of steps that warm up")
+    weight_decay: float = Field(0.0, ge=0, description="AdamW weight decay")
+    betas: Betas = Field((0.9, 0.95), description="AdamW betas, each in [0, 1)")
+    grad_clip: float = Field(1.0, ge=0, description="gradient norm limit; 0 = off")
+    seed: int = Field(0, ge=0, description="seed of new weights, dropout and row order")
+    log_every: int = Field(10, ge=1, description="steps between metric rows")
+    eval_every: int | None = Field(None, ge=1, description="steps between evaluations; null = end")
+    early_stopping_patience: int | None = Field(None, ge=1, description="evaluations without gain")
+    save_every: int = Field(200, ge=1, description="steps between checkpoints")
+    save_total_limit: int = Field(2, ge=1, description="newest checkpoints kept, besides the best")
+    resume: Resume = Field(None, description="auto = newest checkpoint in output; or a folder")
+
+
+class TrainConfig(RunConfig):
     max_tokens_per_batch: int | None = Field(
-        None,
-        ge=8,
-        description="padded tokens a micro batch may have: a step's batch_size x grad_accum rows a "
-        "process are cut into as few as fit; null = batch_size rows each",
+        None, ge=8, description="padded tokens of a micro batch; null = batch_size rows each"
     )
     checkpoint_activations: bool = Field(
         False, description="compute the head's activations again in backward: saves memory"
     )
     compile: bool = Field(False, description="torch.compile the head's layer")
-    lr: float = Field(1e-3, gt=0, le=1, description="peak learning rate")
     min_lr_ratio: float = Field(0.1, ge=0, le=1, description="final over peak learning rate")
-    warmup_ratio: float = Field(0.03, ge=0, lt=1, description="share of steps that warm up")
-    weight_decay: float = Field(0.0, ge=0, description="AdamW weight decay")
-    betas: Betas = Field((0.9, 0.95), description="AdamW betas, each in [0, 1)")
-    grad_clip: float = Field(1.0, ge=0, description="gradient norm limit; 0 = off")
-    seed: int = Field(0, ge=0, description="seed of the head's weights and of the row order")
     optimizer: Literal["adamw", "muon"] = Field(
         "adamw", description="muon: for the matrices, AdamW for the rest; ZeRO 0 only"
     )
     zero: int = Field(0, ge=0, le=3, description="DeepSpeed ZeRO stage 0, 1, 2 or 3")
-    dtype: Literal["auto", "bf16", "fp32"] = Field(
-        "auto", description="dtype the head trains in; auto = bf16 where the device has it, else fp32"
-    )
+    dtype: Compute = Field("auto", description="of the head; auto = bf16 where the device has it")
     ttt_steps: int = Field(5, ge=1, le=16, description="unrolled steps of training-time test")
     ttt_decay: float = Field(0.8, gt=0, le=1, description="loss weight of step i is decay**i")
     feature_noise: float | None = Field(
-        None,
-        ge=0,
-        description="uniform noise of ± this x 512/length on the features; null = 0.1 with eagle1, else 0",
+        None, ge=0, description="uniform, ± this x 512/length; null = 0.1 for eagle1, else 0"
     )
-    log_every: int = Field(10, ge=1, description="steps between metric rows")
-    perf_every: int = Field(
-        50, ge=0, description="steps between rows of time, FLOP/s and memory; 0 = none"
-    )
+    perf_every: int = Field(50, ge=0, description="steps between rows of time and memory; 0 = none")
     report_to: list[Literal["tensorboard", "wandb", "trackio"]] | None = Field(
         None, description="trackers, comma separated, or none; null = tensorboard if installed"
     )
     profile: int = Field(0, ge=0, description="steps recorded by torch.profiler; 0 = none")
-    save_every: int = Field(200, ge=1, description="steps between checkpoints")
-    eval_every: int | None = Field(None, ge=1, description="steps between evaluations; null = end")
-    early_stopping_patience: int | None = Field(
-        None, ge=1, description="evaluations without a better acceptance length that end the run"
-    )
-    save_total_limit: int = Field(2, ge=1, description="newest checkpoints kept, besides the best")
-    resume: Resume = Field(None, description="auto = newest checkpoint in output; or a folder")
 
     @field_validator("report_to", mode="before")
     @classmethod
     def _names(cls, value: object) -> object:
         """`a,b` is a list; `none` is an empty one."""
         if isinstance(value, str):
-            value = [name.strip() for name in value.split(",") if name.strip()]
+            value = _paths(value)
         return [] if value == ["none"] else value
 
     @field_validator("profile", mode="before")
@@ -292,30 +232,19 @@ class TrainConfig(Section):
 
 
 class LossConfig(Section):
-    name: Literal["soft_ce", "kl", "reverse_kl", "overlap", "total_variation", "focal"] = Field(
+    name: Literal[Divergence, "focal"] = Field(
         "soft_ce", description="loss; overlap is the LK loss, -log of the acceptance rate"
     )
-    focal_over: Literal["soft_ce", "kl", "reverse_kl", "overlap", "total_variation"] = Field(
-        "soft_ce", description="loss that name=focal weights"
-    )
+    focal_over: Divergence = Field("soft_ce", description="loss that name=focal weights")
     gamma: float = Field(2.0, ge=0, description="focal exponent")
     alpha: float = Field(1.0, gt=0, description="focal scale")
-    weight: Literal["overlap", "target_prob"] = Field(
-        "overlap", description="inner term of the focal weight"
-    )
+    weight: Literal["overlap", "target_prob"] = Field("overlap", description="of the focal weight")
     tokens: Literal["supervised", "all"] = Field(
-        "supervised",
-        description="all: learn from every token of a row, whatever its loss mask says",
+        "supervised", description="all: learn from every token, whatever the loss mask says"
     )
-    label_smoothing: float = Field(
-        0.0, ge=0, lt=1, description="uniform share mixed into targets of soft_ce and kl"
-    )
-    feature_weight: float | None = Field(
-        None, ge=0, description="eagle1: weight of the smooth L1 loss on features; null = 1"
-    )
-    token_weight: float | None = Field(
-        None, ge=0, description="eagle1: weight of the loss that `name` names; null = 0.1"
-    )
+    label_smoothing: float = Field(0.0, ge=0, lt=1, description="uniform share of the targets")
+    feature_weight: float | None = Field(None, ge=0, description="eagle1: of smooth L1; null = 1")
+    token_weight: float | None = Field(None, ge=0, description="eagle1: of loss.name; null = 0.1")
     depth_weights: list[Annotated[float, Field(ge=0)]] | None = Field(
         None, description="loss weight of each unrolled step; null = train.ttt_decay**i"
     )
@@ -323,16 +252,10 @@ class LossConfig(Section):
     @model_validator(mode="after")
     def _applies(self) -> LossConfig:
         if self.focal_over != "soft_ce" and self.name != "focal":
-            raise ValueError(
-                f"focal_over={self.focal_over} needs name=focal, not {self.name}; set loss.name=focal or "
-                "leave loss.focal_over out"
-            )
+            raise ValueError(f"focal_over={self.focal_over} needs name=focal, not {self.name}")
         base = self.focal_over if self.name == "focal" else self.name
         if self.label_smoothing and base not in ("soft_ce", "kl"):
-            raise ValueError(
-                f"label_smoothing={self.label_smoothing} applies to soft_ce and kl, not to {base}, which "
-                "compares with the target's own distribution; set loss.label_smoothing=0"
-            )
+            raise ValueError(f"label_smoothing applies to soft_ce and kl, not to {base}: set it 0")
         if self.depth_weights is not None and not any(self.depth_weights):
             raise ValueError("depth_weights has no positive number: nothing would be learned")
         return self
@@ -345,13 +268,8 @@ class EvalConfig(Section):
 
     @field_validator("tree", mode="before")
     @classmethod
-    def _tree_text(cls, value: object) -> object:
-        return ",".join(map(str, value)) if isinstance(value, (list, tuple)) else value
-
-    @field_validator("tree")
-    @classmethod
-    def _tree(cls, text: str) -> str:
-        parts = text.strip("()[] ").split(",")
+    def _tree(cls, value: object) -> object:
+        parts = value if isinstance(value, (list, tuple)) else str(value).strip("()[] ").split(",")
         try:
             shape = [int(part) for part in parts]
         except ValueError:
@@ -370,43 +288,36 @@ class EvalConfig(Section):
 class HeadTrainConfig(Section):
     """Everything `python -m train.main` can be told."""
 
-    model: ModelConfig = Field(default_factory=ModelConfig, description="target and head")
-    data: DataConfig = Field(default_factory=DataConfig, description="training data")
-    train: TrainConfig = Field(default_factory=TrainConfig, description="optimisation and run")
-    loss: LossConfig = Field(default_factory=LossConfig, description="objective")
-    eval: EvalConfig = Field(default_factory=EvalConfig, description="held-out acceptance")
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    train: TrainConfig = TrainConfig()
+    loss: LossConfig = LossConfig()
+    eval: EvalConfig = EvalConfig()
 
     @model_validator(mode="after")
     def _agree(self) -> HeadTrainConfig:
-        t = self.train
-        if t.early_stopping_patience and not (t.eval_every and self.eval.num_prompts):
+        train, loss, eagle1 = self.train, self.loss, self.model.method == "eagle1"
+        parts, weights = [loss.feature_weight, loss.token_weight], loss.depth_weights
+        if train.early_stopping_patience and not (train.eval_every and self.eval.num_prompts):
             raise ValueError(
                 "train.early_stopping_patience counts evaluations: set train.eval_every and "
                 "eval.num_prompts"
             )
-        parts = [self.loss.feature_weight, self.loss.token_weight]
-        if self.model.method != "eagle1" and parts != [None, None]:
-            raise ValueError(
-                "loss.feature_weight and loss.token_weight are for model.method=eagle1; leave them out"
-            )
+        if not eagle1 and parts != [None, None]:
+            raise ValueError("loss.feature_weight and token_weight are for model.method=eagle1")
         if parts == [0, 0]:
+            raise ValueError("feature_weight and token_weight are 0: nothing would be learned")
+        if eagle1 and self.data.features:
+            raise ValueError("data.features is what EAGLE-3 heads read; leave it out for eagle1")
+        if weights is not None and len(weights) != train.ttt_steps:
             raise ValueError(
-                "loss.feature_weight and loss.token_weight are both 0: nothing would be learned"
-            )
-        if self.model.method == "eagle1" and self.data.features:
-            raise ValueError(
-                "data.features holds what EAGLE-3 heads read; train model.method=eagle1 without it"
-            )
-        weights = self.loss.depth_weights
-        if weights is not None and len(weights) != t.ttt_steps:
-            raise ValueError(
-                f"loss.depth_weights lists {len(weights)} weights for train.ttt_steps={t.ttt_steps}: give "
-                "one a step"
+                f"loss.depth_weights lists {len(weights)} weights for train.ttt_steps="
+                f"{train.ttt_steps}: give one a step"
             )
         longest = -(-self.data.max_length // 8) * 8
-        if t.max_tokens_per_batch and t.max_tokens_per_batch < longest:
+        if train.max_tokens_per_batch and train.max_tokens_per_batch < longest:
             raise ValueError(
-                f"train.max_tokens_per_batch={t.max_tokens_per_batch} cannot hold a row of "
+                f"train.max_tokens_per_batch={train.max_tokens_per_batch} cannot hold a row of "
                 f"data.max_length={self.data.max_length}: set at least {longest}"
             )
         return self

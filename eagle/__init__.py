@@ -2,39 +2,31 @@
 
 >>> from eagle import EaModel
 >>> model = EaModel.from_pretrained()            # the embedded model and its head
->>> ids = model.eagenerate(model.tokenizer("def add(a, b):").input_ids, max_new_tokens=32)
-"""
+>>> ids = model.eagenerate(model.tokenizer("def add(a, b):").input_ids, max_new_tokens=32)"""
 
+import importlib
 from pathlib import Path
 
 import kernels as _kernels
 
-# `kernels/` is a namespace portion: where Hugging Face's package of that name is installed, it wins the
-# import, and our folder is appended to its search path instead.
+# `kernels/` is a namespace portion: where Hugging Face's package of that name is installed, it wins
+# the import, and our folder is appended to its search path instead.
 _ours = str(Path(__file__).resolve().parent.parent / "kernels")
 if _ours not in map(str, _kernels.__path__):
     _kernels.__path__.append(_ours)
 
 __version__ = "0.1.0"
-__all__ = ["EaModel", "EagleError", "SamplingParams", "TreeShape", "__version__"]
+_WHERE = {
+    "EaModel": "model",
+    "EagleError": "errors",
+    "SamplingParams": "sampling",
+    "TreeShape": "tree",
+}
+__all__ = [*_WHERE, "__version__"]
 
 
 def __getattr__(name: str):
     """Import torch and transformers only when something that needs them is asked for."""
-    if name == "EaModel":
-        from .model import EaModel
-
-        return EaModel
-    if name == "EagleError":
-        from .errors import EagleError
-
-        return EagleError
-    if name == "SamplingParams":
-        from .sampling import SamplingParams
-
-        return SamplingParams
-    if name == "TreeShape":
-        from .tree import TreeShape
-
-        return TreeShape
-    raise AttributeError(f"module 'eagle' has no attribute {name!r}")
+    if name not in _WHERE:
+        raise AttributeError(f"module 'eagle' has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{_WHERE[name]}", __name__), name)

@@ -1,11 +1,11 @@
 """How a tree reaches stock attention layers: one function registered with transformers.
 
-Rows are packed: a pass is one row of T tokens to the model, [1, T], and a `TreeContext` says which of them
-belong to which row of the cache. Layers that are called without a context (stock `generate`, training)
-fall through to transformers' own attention.
+Rows are packed: a pass is one row of T tokens to the model, [1, T], and a `TreeContext` says which
+of them belong to which row of the cache. Layers that are called without a context (stock
+`generate`, training) fall through to transformers' own attention.
 
-b rows, N queries of the longest row, T = tokens of all rows, M tree slots, S live slots, D head_dim.
-"""
+b rows, N queries of the longest row, T = tokens of all rows, M tree slots, S live slots, D
+head_dim."""
 
 from __future__ import annotations
 
@@ -37,11 +37,10 @@ NAME = "eagle_tree"
 class TreeContext:
     """Where the tokens of one pass sit, and what they may see.
 
-    positions [b, N] int64: absolute, of the queries. mask [b, N, M] bool and tree_positions [b, M]: the
-    tree's slots, the queries the last N of them, the first at slot length + 0; None for a causal pass over
-    an empty cache. offset = M - N. counts: tokens of each row, on the host, where rows differ; the pass
-    then holds only the first counts[i] of row i's N.
-    """
+    positions [b, N] int64: absolute, of the queries. mask [b, N, M] bool and tree_positions [b, M]:
+    the tree's slots, the queries the last N of them, the first at slot length + 0; None for a
+    causal pass over an empty cache. offset = M - N. counts: tokens of each row, on the host, where
+    rows differ; the pass then holds only the first counts[i] of row i's N."""
 
     def __init__(
         self,
@@ -92,17 +91,16 @@ class TreeContext:
         return out.unflatten(0, (b, N))
 
     def packed(self) -> tuple:
-        """What the CPU kernel asks of a pass over a tree: buffer, rows, starts [b + 1] of each row's tokens
-        among the packed, lengths, mask, tree_positions, offset."""
+        """What the CPU kernel asks of a pass over a tree: buffer, rows, starts [b + 1] of each
+        row's tokens among the packed, lengths, mask, tree_positions, offset."""
         b, N = self.shape
         if self.counts is None:
             starts = torch.arange(0, b * N + 1, N)
         else:
             starts = torch.tensor([0, *itertools.accumulate(self.counts)])
         cache = self.cache
-        return (
-            cache.buffer, cache.rows, starts, cache.lengths, self.mask, self.tree_positions, self.offset
-        )  # fmt: skip
+        slots = cache.buffer, cache.rows, starts, cache.lengths
+        return *slots, self.mask, self.tree_positions, self.offset
 
     def write(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> None:
         """k, v [1, Hkv, T, D] go to the slots of this pass."""
@@ -124,10 +122,8 @@ class TreeContext:
 
     def _padding_fits(self) -> bool:
         lengths = self.cache.host_lengths
-        return (
-            lengths is not None
-            and max(lengths) + self.offset + self.shape[1] <= self.cache.capacity
-        )
+        room = self.cache.capacity - self.offset - self.shape[1]
+        return lengths is not None and max(lengths) <= room
 
     def write_padding(self, layer: int) -> None:
         """Zeros to all N slots of every row."""
@@ -151,8 +147,8 @@ class TreeContext:
         return k, v
 
     def bias(self, dtype: torch.dtype, window: int | None, groups: int) -> torch.Tensor | None:
-        """The additive bias, folded for `groups` query heads a key/value head; built once for all layers
-        that share a window. None: everything is visible."""
+        """The additive bias, folded for `groups` query heads a key/value head; built once for all
+        layers that share a window. None: everything is visible."""
         key = (dtype, window, groups)
         if key in self._bias:
             return self._bias[key]
@@ -222,10 +218,17 @@ class TreeContext:
             self._bits = pack_bits(self.mask)
         queries = self.unpack(q.transpose(1, 2)).transpose(1, 2)  # [b, Hq, N, D]
         out = tree_attention(
-            queries, *self.cache.layer(layer), self.cache.lengths, self._bits, self.tree_positions,
-            scaling=scaling, sliding_window=window, softcap=softcap, sinks=sinks,
+            queries,
+            *self.cache.layer(layer),
+            self.cache.lengths,
+            self._bits,
+            self.tree_positions,
+            scaling=scaling,
+            sliding_window=window,
+            softcap=softcap,
+            sinks=sinks,
             rows=None if self.cache.whole else self.cache.rows,
-        )  # fmt: skip
+        )
         return self.pack(out)
 
 
@@ -245,21 +248,12 @@ def tree_attention_forward(
 ) -> tuple[torch.Tensor, None]:
     """query [1, Hq, T, D], key and value [1, Hkv, T, D] -> [1, T, Hq, D]."""
     if tree is None:
+        given = module, query, key, value, attention_mask
+        scales = {"dropout": dropout, "scaling": scaling}
         if softcap is not None:
-            return eager_attention_forward(
-                module,
-                query,
-                key,
-                value,
-                attention_mask,
-                dropout=dropout,
-                scaling=scaling,
-                softcap=softcap,
-            )
+            return eager_attention_forward(*given, **scales, softcap=softcap)
         kwargs.pop("position_ids", None)
-        return sdpa_attention_forward(
-            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
-        )
+        return sdpa_attention_forward(*given, **scales, **kwargs)
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     out = tree.attend(
         tree.cache.updated_layer, query, key, value, scaling, sliding_window, softcap, s_aux

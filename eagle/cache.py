@@ -1,14 +1,12 @@
 """Static key/value cache: one preallocated buffer, a length per row.
 
-Knows slots and lengths; knows nothing of tokens, trees or models.
-
 L layers, B buffer rows, b rows in use, H key/value heads, C capacity (slots), D head_dim.
 
-Invariant: the context of the i-th row in use is slots 0 … lengths[i]-1 of buffer row order[i], contiguous.
-What lies past it is scratch for the tree being tried; it is never read once the tree is gone.
-`host_lengths` mirrors `lengths` without a device read, so the live range of a pass is known before it
-starts; in a captured graph, where the host knows nothing, it is None and passes see the whole capacity.
-"""
+Invariant: the context of the i-th row in use is slots 0 … lengths[i]-1 of buffer row order[i],
+contiguous. What lies past it is scratch for the tree being tried; it is never read once the tree is
+gone. `host_lengths` mirrors `lengths` without a device read, so the live range of a pass is known
+before it starts; in a captured graph, where the host knows nothing, it is None and passes see the
+whole capacity."""
 
 from __future__ import annotations
 
@@ -79,10 +77,10 @@ class StaticKVCache(Cache):
         return both[0], both[1]
 
     def commit(self, path: torch.Tensor, counts: torch.Tensor) -> None:
-        """Move the nodes path[i, :counts[i]] of the last tree into the prefix. path [b, K], counts [b].
+        """Move the nodes path[i, :counts[i]] of the last tree into the prefix. path [b, K], counts
+        [b].
 
-        `advance` must follow.
-        """
+        `advance` must follow."""
         if self.whole:
             commit_kv(self.buffer, self.lengths, path, counts)
             return

@@ -1,12 +1,12 @@
 """Compiled passes on a CPU: the target's and the head's forward through AOTInductor, kept on disk.
 
-A pass is exported once for any number of packed tokens T >= 2 and once for one token. Attention stays
-outside, as one opaque operator that looks up the pass that runs (`current`): so a compiled pass knows
-nothing of batch sizes, tree shapes, context lengths or capacities, and none of them recompiles it. Weights
-are folded into the package in the layout that oneDNN prefers; the plain engine runs on the same packages.
+A pass is exported once for any number of packed tokens T >= 2 and once for one token. Attention
+stays outside, as one opaque operator that looks up the pass that runs (`current`): so a compiled
+pass knows nothing of batch sizes, tree shapes, context lengths or capacities, and none of them
+recompiles it. Weights are folded into the package in the layout that oneDNN prefers; the plain
+engine runs on the same packages.
 
-T packed tokens, H hidden, D draft vocabulary, V vocabulary, F features.
-"""
+T packed tokens, H hidden, D draft vocabulary, V vocabulary, F features."""
 
 from __future__ import annotations
 
@@ -112,7 +112,8 @@ class CompiledTarget:
 
 
 class CompiledHead:
-    """Passes of the head over packed tokens [1, T], returning hidden [1, ., H] and log-probabilities [1, ., D]."""
+    """Passes of the head over packed tokens [1, T], returning hidden [1, ., H] and
+    log-probabilities [1, ., D]."""
 
     def __init__(self, drafter: HeadDrafter, seconds: dict[str, float]) -> None:
         ids, keep = torch.zeros(1, 8, dtype=torch.int64), torch.zeros(4, dtype=torch.int64)
@@ -133,12 +134,13 @@ class CompiledHead:
 
 
 def load(module: torch.nn.Module, example: tuple, name: str, seconds: dict[str, float]):
-    """The module compiled for one token and for any number of tokens; from the disk where it is there."""
+    """The module compiled for one token and for any number of tokens; from the disk where it is
+    there."""
     size = sum(p.numel() * p.element_size() for p in module.parameters())
     if size > LARGEST:
         raise EagleError(
-            f"compile='max' keeps a second copy of the weights, and {size / 2**30:.1f} GiB is too much for that; "
-            "use compile='off'"
+            f"compile='max' keeps a second copy of the weights, and {size / 2**30:.1f} GiB is too "
+            "much for that; use compile='off'"
         )
     started = time.perf_counter()
     try:
@@ -192,8 +194,8 @@ def package(module, example, path: Path, dynamic):
 def cannot_compile(error: Exception) -> EagleError:
     reason = next(iter(str(error).strip().splitlines()), "")
     return EagleError(
-        f"cannot compile this model ({type(error).__name__}: {reason}); use compile='off'. Compiling on a CPU "
-        "needs a C++ compiler (g++) and ninja"
+        f"cannot compile this model ({type(error).__name__}: {reason}); use compile='off'. "
+        "Compiling on a CPU needs a C++ compiler (g++) and ninja"
     )
 
 
@@ -202,23 +204,37 @@ def compiled_folder() -> Path:
 
 
 def key(module: torch.nn.Module, example: tuple) -> str:
-    """All that a package depends on: weights to the last bit, code, versions, processor, threads."""
+    """All that a package depends on: weights to the last bit, code, versions, processor,
+    threads."""
     import transformers
 
     digest = hashlib.sha256()
     facts = (
-        torch.__version__, transformers.__version__, platform.machine(), torch.get_num_threads(),
+        torch.__version__,
+        transformers.__version__,
+        platform.machine(),
+        torch.get_num_threads(),
         type(module).__name__,
-        torch.backends.cpu.get_cpu_capability(), cpu_flags(), str(module),
+        torch.backends.cpu.get_cpu_capability(),
+        cpu_flags(),
+        str(module),
         [(x.dtype, x.shape[2:]) for x in example],
-    )  # fmt: skip
+    )
     digest.update(repr(facts).encode())
     if isinstance(module, TargetPass):
         target = module.target[0]
         digest.update(repr((target.config.to_json_string(), target.feature_layers)).encode())
     if isinstance(module, HeadPass):
         digest.update(repr(module.drafter[0].head.config).encode())
-    for name in ("attention", "cache", "compile", "draft", "head", "target"):
+    for name in (
+        "attention",
+        "cache",
+        "compile",
+        "draft",
+        "heads/head",
+        "heads/head_config",
+        "target",
+    ):
         digest.update((Path(__file__).parent / f"{name}.py").read_bytes())
     for name, weight in [*module.named_parameters(), *module.named_buffers()]:
         digest.update(f"{name}{tuple(weight.shape)}{weight.dtype}".encode())

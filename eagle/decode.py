@@ -1,9 +1,7 @@
-"""The decode loop: plain and speculative decoding, fixed batches and queues of requests are this one loop.
+"""The decode loop: plain and speculative decoding, fixed batches and queues of requests are this
+one loop.
 
-Knows token ids; knows nothing of text.
-
-b rows in flight, T prompt tokens, N tree nodes, K = 1 + longest path, F features, V vocabulary.
-"""
+b rows in flight, T prompt tokens, N tree nodes, K = 1 + longest path, F features, V vocabulary."""
 
 from __future__ import annotations
 
@@ -14,11 +12,12 @@ from dataclasses import dataclass
 
 import torch
 
-from .draft import Drafter
+from .cache import StaticKVCache
+from .draft import Drafter, following
 from .plan import Plan
 from .request import Row
 from .sampling import Sampler
-from .target import Target
+from .target import Target, padded
 from .tree import DraftTree
 from .verify import Verdict, verify
 
@@ -60,11 +59,13 @@ def decode(
     verify: Callable[[DraftTree, torch.Tensor, int], Verdict] = verify,
     plan: Plan | None = None,
 ) -> Iterator[Sequence[Row]]:
-    """Runs `rows`, at most `slots` at a time, the next one entering as soon as one is done. Yields those in
-    flight after every prompt pass and every cycle; their tokens grow in place.
+    """Runs `rows`, at most `slots` at a time, the next one entering as soon as one is done. Yields
+    those in flight after every prompt pass and every cycle; their tokens grow in place.
 
-    capacity: tokens that a slot can hold, prompt and new ones; by default what the largest row needs.
-    plan: how much to draft, cycle by cycle; without one every cycle drafts the drafter's whole tree.
+    capacity: tokens that a slot can hold, prompt and new ones; by default what the largest row
+      needs.
+    plan: how much to draft, cycle by cycle; without one every cycle drafts the drafter's whole
+      tree.
     `on_cache(cache, drafter)` is called after each commit, to look at what the caches hold.
 
     Lossless: each token is the target's own choice at its position, whatever the drafter proposed.
@@ -94,8 +95,8 @@ def decode(
 
 
 class Batch:
-    """The rows in flight; lists and tensors are in the order of `rows`. What a verification gained is
-    `pending` until `settle` brings it into the caches: decided, and not yet run by anyone."""
+    """The rows in flight; lists and tensors are in the order of `rows`. What a verification gained
+    is `pending` until `settle` brings it into the caches: decided, and not yet run by anyone."""
 
     def __init__(
         self,
@@ -122,15 +123,15 @@ class Batch:
         self.drafting = drafter is not None
         self._sampler: Sampler | None = None
 
+    def caches(self) -> list[StaticKVCache]:
+        return [self.cache] + ([self.drafter.cache] if self.drafter is not None else [])
+
     def admit(self, rows: list[Row]) -> None:
-        """The prompts' pass: the target writes its cache and chooses the roots, the head follows."""
+        """The prompts' pass: the target writes its cache and chooses the roots, the head
+        follows."""
         order, self.free = self.free[: len(rows)], self.free[len(rows) :]
         cache, device = self.cache.empty_rows(order), self.target.device
-        host_lengths = [len(row.prompt) for row in rows]
-        ids = torch.zeros(len(rows), max(host_lengths), dtype=torch.int64)
-        for line, row in zip(ids, rows, strict=True):
-            line[: len(row.prompt)] = torch.tensor(row.prompt)
-        ids, lengths = ids.to(device), torch.tensor(host_lengths, device=device)
+        ids, lengths, host_lengths = padded([row.prompt for row in rows], device)
         draft = self.drafter is not None
         logits, features = self.target.prefill(ids, lengths, host_lengths, cache, features=draft)
         root = choose(rows, sampler_of(rows, device), logits, None, lengths[:, None])
@@ -141,24 +142,22 @@ class Batch:
         keep_logprobs(rows, logits, torch.zeros_like(root), root, counts)
         self.settle()
         if draft:
-            following = torch.cat([ids[:, 1:], ids[:, :1]], dim=1).scatter(
-                1, lengths[:, None] - 1, root
-            )
+            tokens = following(ids, lengths, root[:, 0])
             drafter = self.drafter.empty_rows(order)
             if self.plan is not None and self.plan.rests(len(self.rows) + len(rows)):
-                prompt = Pending(host_lengths, lengths, None, following, features)
+                prompt = Pending(host_lengths, lengths, None, tokens, features)
                 self.deferred.append((rows, prompt))
             else:
                 self.catch_up()
-                drafter.ingest(features, following, lengths, host_lengths)
+                drafter.ingest(features, tokens, lengths, host_lengths)
             self.drafter.join(drafter)
         self.cache.join(cache)
         self.rows = self.rows + rows
         self.root, self._sampler = torch.cat([self.root, root[:, 0]]), None
 
     def settle(self) -> None:
-        """Bring what was gained into the caches: accepted slots move to the front, the head ingests, now or
-        when it is next asked to draft."""
+        """Bring what was gained into the caches: accepted slots move to the front, the head
+        ingests, now or when it is next asked to draft."""
         pending, self.pending = self.pending, None
         if pending is None or not self.rows:
             return
@@ -200,7 +199,7 @@ class Batch:
         levels = self.drafter.shape.levels if self.drafting else 0
         verdict = self.verify(tree, choices, levels)
         outcome = torch.cat([verdict.num_accepted[:, None], verdict.tokens], dim=1).tolist()
-        counts = []
+        counts, kept = [], []
         for row, (accepted, *gained) in zip(self.rows, outcome, strict=True):
             if row.done:  # cancelled, or failed in this very pass
                 counts.append(0)
@@ -208,6 +207,7 @@ class Batch:
             row.cycles += 1
             row.accepted += [0] * (levels + 1 - len(row.accepted))
             row.accepted[accepted] += 1
+            kept.append(accepted)
             counts.append(row.take(gained[: accepted + 1]))
         keep_logprobs(self.rows, logits, verdict.path, verdict.tokens, counts)
         K = max(max(counts), 1)
@@ -216,8 +216,8 @@ class Batch:
             features = features.gather(1, path[..., None].expand(-1, -1, features.shape[-1]))
         count_tensor = torch.tensor(counts, device=self.target.device)
         self.pending = Pending(counts, count_tensor, path, verdict.tokens[:, :K], features)
-        if self.plan is not None:
-            self.plan.end(sum(counts))
+        if self.plan is not None and self.drafting:
+            self.plan.end(kept)
 
     def drop_finished(self) -> None:
         """Their slots become free; the others go on without them."""
@@ -241,8 +241,8 @@ class Batch:
 
 @dataclass
 class Pending:
-    """Tokens gained: counts [b]; path, tokens [b, K]; features [b, K, F] or None. path: None where they are of
-    no one tree."""
+    """Tokens gained: counts [b]; path, tokens [b, K]; features [b, K, F] or None. path: None where
+    they are of no one tree."""
 
     host_counts: list[int]
     counts: torch.Tensor
@@ -257,7 +257,8 @@ class Pending:
 
 
 def merge(parts: list[tuple[list[Row], Pending]], rows: list[Row]) -> Pending:
-    """What `rows` gained in all parts, each row's without gaps; rows that have left are left out."""
+    """What `rows` gained in all parts, each row's without gaps; rows that have left are left
+    out."""
     if len(parts) == 1 and parts[0][0] is rows:
         return parts[0][1]
     places: dict[int, list[int]] = {id(row): [] for row in rows}  # among the tokens of all parts
@@ -308,16 +309,13 @@ def follow(
     positions: torch.Tensor,
     choices: torch.Tensor,
 ) -> None:
-    """Choices of a row with processors: from the root on, only where they lead. So processors are called as plain
-    decoding calls them, once a token and in its order, and may keep state. tokens, parents, positions [N], logits
-    [N, V]; writes into choices [N]."""
+    """Choices of a row with processors: from the root on, only where they lead. So processors are
+    called as plain decoding calls them, once a token and in its order, and may keep state. tokens,
+    parents, positions [N], logits [N, V]; writes into choices [N]."""
     request, seen = row.request, row.seen
     sampler = sampler_of([row], logits.device)
-    child = {
-        (p, t): n
-        for n, (p, t) in enumerate(zip(parents.tolist(), tokens.tolist(), strict=True))
-        if n
-    }
+    edges = zip(parents.tolist(), tokens.tolist(), strict=True)
+    child = {edge: n for n, edge in enumerate(edges) if n}
     node: int | None = 0
     left = row.budget - len(row.tokens)
     while node is not None:

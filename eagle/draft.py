@@ -1,13 +1,10 @@
 """Drafting: the head over its own cache, grown into a tree.
 
-Knows features, tokens and trees; knows nothing of the target's weights, of sampling or of text.
-
 b rows, K ingested tokens, k beams, F features, H hidden, D draft vocabulary.
 
-Alignment: the head's position t pairs the target's feature at t with the token at t+1 and predicts the
-token at t+2. After ingesting up to the root's predecessor its last output therefore predicts the root's
-children, and a beam at tree depth d sits at head position length + d - 1.
-"""
+Alignment: the head's position t pairs the target's feature at t with the token at t+1 and predicts
+the token at t+2. After ingesting up to the root's predecessor its last output therefore predicts
+the root's children, and a beam at tree depth d sits at head position length + d - 1."""
 
 from __future__ import annotations
 
@@ -22,7 +19,7 @@ from kernels.grow_tree import best_beams, candidates
 from .attention import TreeContext
 from .cache import StaticKVCache
 from .errors import EagleError
-from .head import DraftHead
+from .heads.head import DraftHead
 from .tree import DraftTree, TreeShape, rerank
 
 CHUNK = 512  # tokens of a row that the head ingests in one pass
@@ -43,8 +40,8 @@ class Drafter(Protocol):
         counts: torch.Tensor,
         host_counts: list[int],
     ) -> None:
-        """features [b, K, F] of newly committed positions, tokens [b, K] that follow each; counts [b] say
-        how many of a row's K are real."""
+        """features [b, K, F] of newly committed positions, tokens [b, K] that follow each; counts
+        [b] say how many of a row's K are real."""
 
     def expand(self, root: torch.Tensor) -> DraftTree:
         """root [b] -> the tree to verify."""
@@ -61,9 +58,8 @@ class Drafter(Protocol):
 class HeadDrafter:
     """A draft head over a static cache of its layers.
 
-    embed: the target's embedding, for a head without one. head_logits: the target's LM head, final hidden
-    [..., H] -> [..., V], for a head without an output layer (EAGLE-1).
-    """
+    embed: the target's embedding, for a head without one. head_logits: the target's LM head, final
+    hidden [..., H] -> [..., V], for a head without an output layer (EAGLE-1)."""
 
     def __init__(
         self,
@@ -73,9 +69,7 @@ class HeadDrafter:
         head_logits: Callable[[torch.Tensor], torch.Tensor] | None = None,
     ) -> None:
         if not head.has_output and head_logits is None:
-            raise EagleError(
-                "an EAGLE-1 head drafts through the target's LM head; give head_logits"
-            )
+            raise EagleError("an EAGLE-1 head needs the target's LM head; give head_logits")
         self.head, self.embed = head, head.embed_tokens if head.config.own_embedding else embed
         self.logits = head.logits if head.has_output else head_logits
         self._to_target = head.draft_token_ids()  # [D]
@@ -95,14 +89,9 @@ class HeadDrafter:
 
     def begin(self, rows: int, capacity: int) -> None:
         c, weight = self.head.config, self.head.fc.weight
+        slots, kind = capacity + self.scratch, (weight.dtype, weight.device)
         self.cache = StaticKVCache(
-            c.num_layers,
-            rows,
-            c.num_key_value_heads,
-            capacity + self.scratch,
-            c.head_dim,
-            weight.dtype,
-            weight.device,
+            c.num_layers, rows, c.num_key_value_heads, slots, c.head_dim, *kind
         )
         self.last = weight.new_zeros(rows, c.hidden_size)
         self.first = weight.new_zeros(rows, c.draft_vocab_size, dtype=torch.float32)
@@ -126,8 +115,8 @@ class HeadDrafter:
     def _pass(
         self, hidden: torch.Tensor, tokens: torch.Tensor, context: TreeContext
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """One draft pass: hidden [b, N, H], tokens [b, N] -> the next pass's hidden [b, N, H] and log-probabilities
-        [b, N, D] float32 over the draft vocabulary."""
+        """One draft pass: hidden [b, N, H], tokens [b, N] -> the next pass's hidden [b, N, H] and
+        log-probabilities [b, N, D] float32 over the draft vocabulary."""
         inputs = (*map(context.pack, (hidden, tokens, context.positions)), context)
         if self.compiled is not None:
             out, log_probs = self.compiled(*inputs)
@@ -176,10 +165,8 @@ class HeadDrafter:
         last, first = last[0], first[0]
         if not all(host_counts):
             gained = (counts > 0)[:, None]
-            last, first = (
-                torch.where(gained, last, self.last),
-                torch.where(gained, first, self.first),
-            )
+            last = torch.where(gained, last, self.last)
+            first = torch.where(gained, first, self.first)
         self.last, self.first = last, first
         cache.advance(counts, host_counts)
 
@@ -202,10 +189,15 @@ class HeadDrafter:
             score, token = candidates(log_probs, beam_score, self._to_target, k)
             tokens.append(token)
             scores.append(score)
-        # k candidates at depth 1, k * k at each further one; found without the host, which would have to wait
+        # k candidates at depth 1, k * k at each further one; found without the host, which would
+        # have to wait
         place = torch.arange(base - 1 + score.shape[1], device=root.device)
         depth = (place - k).div(k * k, rounding_mode="floor") + 2
-        return rerank(
-            root, torch.cat(tokens, 1), torch.cat(parents, 1), torch.cat(scores, 1), depth,
-            self.shape.num_nodes, self.shape.levels,
-        )  # fmt: skip
+        every = (torch.cat(levels, 1) for levels in (tokens, parents, scores))
+        return rerank(root, *every, depth, self.shape.num_nodes, self.shape.levels)
+
+
+def following(ids: torch.Tensor, lengths: torch.Tensor, root: torch.Tensor) -> torch.Tensor:
+    """Prompts [b, T] of lengths [b], and the roots [b] -> [b, T] the token that follows each."""
+    shifted = torch.cat([ids[:, 1:], ids[:, :1]], dim=1)
+    return shifted.scatter(1, lengths[:, None] - 1, root[:, None])

@@ -1,16 +1,13 @@
-"""Where models, heads, adapters and tokenizers are found; a target's weights from there: base, quantization, adapter,
-and what they are called in a head's record.
+"""Where models, heads, adapters and tokenizers are found; a target's weights from there: base,
+quantization, adapter, and what they are called in a head's record.
 
-Knows files, the hub and transformers' loading; knows nothing of passes, caches or drafting.
-
-An identity is {"id": folder or hub id (with "@REVISION", if one was given), "fingerprint": of the base's weights as the checkpoint has them,
-"dtype", "quantization": "none", "nf4" or "int8", "adapter": None or a hash of the adapter's weights}: what decides
-the features a head learns from.
+An identity is {"id": folder or hub id (with "@REVISION", if one was given), "fingerprint": of the
+base's weights as the checkpoint has them, "dtype", "quantization": "none", "nf4" or "int8",
+"adapter": None or a hash of the adapter's weights}: what decides the features a head learns from.
 """
 
 from __future__ import annotations
 
-import glob
 import hashlib
 import logging
 import os
@@ -22,6 +19,8 @@ import torch
 from torch import nn
 
 from .errors import EagleError
+from .files import read_json, read_tensors, standing
+from .files import weights_hash as weights_hash
 
 EMBEDDED = Path(__file__).parent / "embedded"
 QUANTIZATIONS = ("none", "nf4", "int8")
@@ -30,8 +29,11 @@ CONFIG, WEIGHTS, RECORD = "adapter_config.json", "adapter_model.safetensors", "e
 # what is taken from a hub: never the weights twice, nor those of other programs
 TEXTS = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.py")
 TENSORS, PICKLED = ("model*.safetensors", WEIGHTS), ("pytorch_model*.bin",)
-NEEDS = {"model": "config.json and weights", "head": "config.json and model.safetensors",
-         "adapter": f"{CONFIG} and {WEIGHTS}"}  # fmt: skip
+NEEDS = {
+    "model": "config.json and weights",
+    "head": "config.json and model.safetensors",
+    "adapter": f"{CONFIG} and {WEIGHTS}",
+}
 HUB_OPTIONS = ("cache_dir", "token", "local_files_only", "force_download")
 
 
@@ -43,12 +45,18 @@ def cache_folder() -> Path:
 
 
 def find_folder(
-    name: str | Path | None, what: str = "model", *, weights: bool = True, revision: str | None = None,
-    files: tuple[str, ...] = (), **hub,
-) -> Path:  # fmt: skip
-    """The folder of a model, a head or an adapter (`what`): None and "embedded" are the embedded model, an existing
-    folder is itself, and everything else is a hub id, ORG/NAME or ORG/NAME@REVISION: its snapshot in the hub's
-    cache, downloaded where it is not there. weights: whether they are wanted; files: further ones."""
+    name: str | Path | None,
+    what: str = "model",
+    *,
+    weights: bool = True,
+    revision: str | None = None,
+    files: tuple[str, ...] = (),
+    **hub,
+) -> Path:
+    """The folder of a model, a head or an adapter (`what`): None and "embedded" are the embedded
+    model, an existing folder is itself, and everything else is a hub id, ORG/NAME or
+    ORG/NAME@REVISION: its snapshot in the hub's cache, downloaded where it is not there. weights:
+    whether they are wanted; files: further ones."""
     if what == "model" and name in (None, "embedded"):
         return EMBEDDED
     folder = standing(Path(name).expanduser())
@@ -68,14 +76,11 @@ def find_folder(
     except HFValidationError as error:
         raise EagleError(f"{said}; {give}, or a hub id ORG/NAME") from error
     except (OSError, ValueError, HfHubHTTPError) as error:
-        reason = (
-            (str(error.__cause__ or error).strip() or type(error).__name__)
-            .splitlines()[0]
-            .split(". ")[0]
-        )
+        reason = str(error.__cause__ or error).strip() or type(error).__name__
+        reason = reason.splitlines()[0].split(". ")[0]
         raise EagleError(
-            f"{said}, and the hub does not give it ({reason[:200]}); {give}, or make one where the hub can be "
-            f"reached: hf download {hub_id} --local-dir FOLDER"
+            f"{said}, and the hub does not give it ({reason[:200]}); {give}, or make one where the "
+            f"hub can be reached: hf download {hub_id} --local-dir FOLDER"
         ) from error
     return found
 
@@ -85,13 +90,6 @@ def split_revision(name: str) -> tuple[str, str | None]:
     if "@" not in name or Path(name).expanduser().exists():
         return name, None
     return tuple(name.split("@", 1))
-
-
-def standing(folder: Path) -> Path:
-    """`folder`, or, where a kill came between the two renames that replace it, what it was before: `atomic_dir`."""
-    if folder.exists():
-        return folder
-    return next(iter(sorted(folder.parent.glob(f".{glob.escape(folder.name)}.old-*"))), folder)
 
 
 def load_tokenizer(name: str | Path | None = None) -> Any:
@@ -104,7 +102,8 @@ def load_tokenizer(name: str | Path | None = None) -> Any:
     except (OSError, ValueError, KeyError, TypeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise EagleError(
-            f"cannot load a tokenizer from {str(folder)!r}: {reason} (give a folder with tokenizer.json)"
+            f"cannot load a tokenizer from {str(folder)!r}: {reason} (give a folder with "
+            "tokenizer.json)"
         ) from error
 
 
@@ -117,18 +116,17 @@ def load_model(
     adapter_path: str | Path | None = None,
     **hf_kwargs,
 ) -> tuple[nn.Module, dict]:
-    """A causal LM and its identity; the path is a folder or a hub id, none means the embedded model.
+    """A causal LM and its identity; the path is a folder or a hub id, none means the embedded
+    model.
 
-    dtype "auto" is the checkpoint's, but float32 for a bf16 one on a CPU that would emulate bf16. quantization:
-    "nf4" (double quantization, Dettmers et al. 2023, arXiv:2305.14314) or "int8", of the linear layers except
-    the LM head, computing in the dtype. adapter_path: a LoRA folder, or a run of train.finetune.
-    """
+    dtype "auto" is the checkpoint's, but float32 for a bf16 one on a CPU that would emulate bf16.
+    quantization: "nf4" (double quantization, Dettmers et al. 2023, arXiv:2305.14314) or "int8", of
+    the linear layers except the LM head, computing in the dtype. adapter_path: a LoRA folder, or a
+    run of train.finetune."""
     device = resolve_device(device)
     embedded = path in (None, "embedded")
     if embedded and not (EMBEDDED / "model.safetensors").exists():
-        raise EagleError(
-            "this installation has no embedded model; reinstall it, or give a model path"
-        )
+        raise EagleError("this installation has no embedded model; give a model path")
     if quantization not in QUANTIZATIONS:
         raise EagleError(f"unknown quantization {quantization!r}; use {', '.join(QUANTIZATIONS)}")
     revision = hf_kwargs.pop("revision", None)
@@ -153,9 +151,7 @@ def load_model(
             source, "auto", {k: v for k, v in hf_kwargs.items() if k != "device_map"}
         )
         if getattr(plain, "is_quantized", False):
-            raise EagleError(
-                f"{name} is stored quantized already; leave quantization={quantization!r} out"
-            )
+            raise EagleError(f"{name} is stored quantized; leave quantization={quantization!r} out")
         identity = identity_of(plain, name)
         if dtype == "auto":
             dtype = plain.dtype
@@ -184,13 +180,12 @@ def read_model(
     try:
         return AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **hf_kwargs)
     except ImportError as error:
-        raise EagleError(
-            f"quantized models need bitsandbytes: pip install 'eagle-heads[finetune]' ({error})"
-        ) from error
+        raise EagleError(f"{error}: pip install 'eagle-heads[finetune]'") from error
     except (OSError, ValueError, TypeError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0]
         raise EagleError(
-            f"cannot load the {role} model {str(source)!r}: {reason} (give a folder with config.json and weights)"
+            f"cannot load the {role} model {str(source)!r}: {reason} (give a folder with "
+            "config.json and weights)"
         ) from error
 
 
@@ -199,7 +194,8 @@ def quantization_config(quantization: str, compute: torch.dtype, double_quant: b
 
     quiet_bitsandbytes()
     if quantization == "int8":
-        # without the outliers' own product: which columns hold one would depend on a pass's other tokens
+        # without the outliers' own product: which columns hold one would depend on a pass's other
+        # tokens
         return BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=0.0)
     return BitsAndBytesConfig(
         load_in_4bit=True,
@@ -215,8 +211,9 @@ def quiet_bitsandbytes() -> None:
 
 
 def _restrain_repacking(model: nn.Module, compute: torch.dtype) -> None:
-    """On a CPU with AVX512-BF16, bitsandbytes repacks 4-bit weights in the first pass for a kernel that computes in
-    bf16, whatever was asked for, and fails where a layer's width is no multiple of 32."""
+    """On a CPU with AVX512-BF16, bitsandbytes repacks 4-bit weights in the first pass for a kernel
+    that computes in bf16, whatever was asked for, and fails where a layer's width is no multiple of
+    32."""
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             fits = compute == torch.bfloat16 and module.out_features % 32 == 0
@@ -230,13 +227,15 @@ def find_adapter(path: str | Path) -> Path:
         if (candidate / CONFIG).exists() and (candidate / WEIGHTS).exists():
             return candidate
     raise EagleError(
-        f"no adapter in {str(path)!r}: give a folder with {CONFIG} and {WEIGHTS}, or the run that made it"
+        f"no adapter in {str(path)!r}: give a folder with {CONFIG} and {WEIGHTS}, or the run that "
+        "made it"
     )
 
 
 def read_record(folder: Path) -> dict:
-    """An adapter's `eagle.json`, or {} for one of another program, which does not say what it belongs to."""
-    from .formats.read import RecordFile, read_json
+    """An adapter's `eagle.json`, or {} for one of another program, which does not say what it
+    belongs to."""
+    from .heads.read import RecordFile
 
     return read_json(folder / RECORD, RecordFile) if (folder / RECORD).exists() else {}
 
@@ -247,24 +246,14 @@ def require_base(folder: Path, record: dict, name: str, found: str) -> None:
     expected = base.get("fingerprint")
     if expected not in (None, found):
         raise EagleError(
-            f"the adapter {folder} was trained on {base.get('id', 'another model')} (weights {expected[:12]}), not on "
-            f"{name} (weights {found[:12]}); give that base"
+            f"the adapter {folder} was trained on {base.get('id', 'another model')} (weights "
+            f"{expected[:12]}), not on {name} (weights {found[:12]}); give that base"
         )
 
 
-def read_tensors(path: Path) -> dict[str, torch.Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        return load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise EagleError(f"{path} is missing or damaged ({error}); restore the file") from error
-
-
 def attach(model: nn.Module, folder: Path, identity: dict) -> str:
-    """Load the adapter into the model; returns a hash of its weights. One that was trained on another base, or
-    does not have this one's shapes, is refused."""
+    """Load the adapter into the model; returns a hash of its weights. One that was trained on
+    another base, or does not have this one's shapes, is refused."""
     require_base(folder, read_record(folder), identity["id"], identity["fingerprint"])
     tensors = read_tensors(folder / WEIGHTS)
     quiet_bitsandbytes()  # peft imports it
@@ -275,7 +264,8 @@ def attach(model: nn.Module, folder: Path, identity: dict) -> str:
     except (OSError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:300]
         raise EagleError(
-            f"the adapter {folder} does not fit {identity['id']}: {reason}; give the base it was trained on"
+            f"the adapter {folder} does not fit {identity['id']}: {reason}; give the base it was "
+            "trained on"
         ) from error
     # what does not match by name is only warned about by transformers, and left random
     held = {n.replace(".default", ""): p.shape for n, p in model.named_parameters() if "lora_" in n}
@@ -285,8 +275,9 @@ def attach(model: nn.Module, folder: Path, identity: dict) -> str:
     if not held or held != brought:
         strange = sorted(set(held.items()) ^ set(brought.items()))
         raise EagleError(
-            f"the adapter {folder} does not fit {identity['id']}: {len(strange)} of its weights and the model's do not "
-            f"match, {strange[0][0] if strange else 'no LoRA weight'} first; give the base it was trained on"
+            f"the adapter {folder} does not fit {identity['id']}: {len(strange)} of its weights "
+            f"and the model's do not match, {strange[0][0] if strange else 'no LoRA weight'} "
+            "first; give the base it was trained on"
         )
     model.requires_grad_(False)
     return weights_hash(tensors)
@@ -294,20 +285,13 @@ def attach(model: nn.Module, folder: Path, identity: dict) -> str:
 
 def identity_of(model: nn.Module, name: str) -> dict:
     """Of a model as it is: what was quantized before cannot be told from its checkpoint."""
-    from .checkpoint import target_fingerprint
-
     config = getattr(model.config, "quantization_config", None)
     kind = "none"
     if config is not None:
         values = config if isinstance(config, dict) else config.to_dict()
-        kind = (
-            "nf4"
-            if values.get("bnb_4bit_quant_type") == "nf4" and values.get("load_in_4bit")
-            else None
-        )
-        kind = kind or (
-            "int8" if values.get("load_in_8bit") else str(values.get("quant_method", "other"))
-        )
+        kind = "int8" if values.get("load_in_8bit") else str(values.get("quant_method", "other"))
+        if values.get("bnb_4bit_quant_type") == "nf4" and values.get("load_in_4bit"):
+            kind = "nf4"
     lora = {n: p.detach() for n, p in model.named_parameters() if "lora_" in n}
     return {
         "id": name,
@@ -318,22 +302,50 @@ def identity_of(model: nn.Module, name: str) -> dict:
     }
 
 
-def weights_hash(tensors: dict[str, torch.Tensor]) -> str:
-    """Of names, shapes and every value."""
-    digest = hashlib.sha256()
-    for name, value in sorted(tensors.items()):
-        digest.update(f"{name}{tuple(value.shape)}{value.dtype}".encode())
-        digest.update(value.contiguous().flatten().view(torch.uint8).cpu().numpy().tobytes())
+def decoder_layers(backbone: nn.Module) -> nn.ModuleList | None:
+    """The decoder's blocks, under whatever name the family keeps them: Llama's layers, GPT-2's
+    h."""
+    for name in ("layers", "h", "blocks"):
+        if isinstance(found := getattr(backbone, name, None), nn.ModuleList):
+            return found
+    return None
+
+
+@torch.no_grad()
+def target_fingerprint(model: torch.nn.Module) -> str:
+    """A hash of the architecture and of sampled weights: equal for one checkpoint in fp32 and in
+    bf16."""
+    config = model.config.get_text_config()
+    names = (
+        "model_type hidden_size intermediate_size num_hidden_layers num_attention_heads "
+        "num_key_value_heads vocab_size"
+    ).split()
+    digest = hashlib.sha256(repr([(n, getattr(config, n, None)) for n in names]).encode())
+    layers = decoder_layers(model.get_decoder())
+    modules = [("embed", model.get_input_embeddings()), ("first", layers[0]), ("last", layers[-1])]
+    for prefix, module in modules:
+        for name, weight in sorted(module.named_parameters()):
+            if "lora_" in name or not weight.is_floating_point():
+                continue
+            flat = weight.detach().reshape(weight.shape[0], -1)
+            rows = torch.linspace(0, flat.shape[0] - 1, 8).long().to(flat.device)
+            sample = flat[rows, :64].to(torch.bfloat16).cpu().contiguous()
+            digest.update(
+                f"{prefix}.{name.replace('base_layer.', '')}{tuple(weight.shape)}".encode()
+            )
+            digest.update(sample.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 
 def differences(recorded: dict, found: dict) -> list[str]:
-    """Why a head that was trained for one target may draft worse for another, in words; empty for the same."""
+    """Why a head that was trained for one target may draft worse for another, in words; empty for
+    the same."""
     said = []
     if recorded.get("fingerprint") not in (None, found["fingerprint"]):
         said.append(
-            f"it was trained on {recorded.get('id', 'another model')} (weights {recorded['fingerprint'][:12]}), "
-            f"this target is {found['id']} (weights {found['fingerprint'][:12]})"
+            f"it was trained on {recorded.get('id', 'another model')} (weights "
+            f"{recorded['fingerprint'][:12]}), this target is {found['id']} (weights "
+            f"{found['fingerprint'][:12]})"
         )
     if "adapter" in recorded and recorded["adapter"] != found["adapter"]:
         ours, theirs = (
@@ -344,7 +356,8 @@ def differences(recorded: dict, found: dict) -> list[str]:
     quantization = recorded.get("quantization") or "none"
     if quantization != found["quantization"]:
         said.append(
-            f"it was trained with quantization={quantization}, this target has {found['quantization']}"
+            f"it was trained with quantization={quantization}, this target has "
+            f"{found['quantization']}"
         )
     return said
 
@@ -361,15 +374,16 @@ def resolve_device(device: str | torch.device | None) -> torch.device:
 def resolve_dtype(dtype: str | torch.dtype) -> torch.dtype | str:
     if isinstance(dtype, torch.dtype) or dtype == "auto":
         return dtype
-    names = {"float32": torch.float32, "fp32": torch.float32, "bfloat16": torch.bfloat16,
-             "bf16": torch.bfloat16, "float16": torch.float16, "fp16": torch.float16}  # fmt: skip
+    full = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+    names = {name: getattr(torch, full.get(name, name)) for name in (*full, *full.values())}
     if dtype not in names:
         raise EagleError(f"unknown dtype {dtype!r}; use auto, float32, bfloat16 or float16")
     return names[dtype]
 
 
 def resolve_compute(dtype: str, device: torch.device) -> str:
-    """What training computes in: `dtype`, where it is "auto" "bf16" on a device that has it and else "fp32"."""
+    """What training computes in: `dtype`, where it is "auto" "bf16" on a device that has it and
+    else "fp32"."""
     if dtype != "auto":
         return dtype
     old = device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False)
@@ -377,18 +391,14 @@ def resolve_compute(dtype: str, device: torch.device) -> str:
 
 
 def fast_bf16(device: torch.device) -> bool:
-    """Does the device multiply bf16 natively? x86 CPUs without AVX512-BF16 or AMX emulate it, slowly, and so does a
-    torch that is held to AVX2."""
+    """Does the device multiply bf16 natively? x86 CPUs without AVX512-BF16 or AMX emulate it,
+    slowly, and so does a torch that is held to AVX2."""
     if device.type != "cpu":
         return True
+    if platform.machine() not in ("x86_64", "AMD64"):
+        return True
     if torch.backends.cpu.get_cpu_capability() in ("DEFAULT", "NO AVX", "AVX2"):
-        return platform.machine() not in ("x86_64", "AMD64")
-    probes = [
-        getattr(torch.cpu, n, None) for n in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-    ]
-    probes = [probe for probe in probes if probe is not None]
-    return (
-        not probes
-        or platform.machine() not in ("x86_64", "AMD64")
-        or any(probe() for probe in probes)
-    )
+        return False
+    names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    probes = [getattr(torch.cpu, name) for name in names if hasattr(torch.cpu, name)]
+    return not probes or any(probe() for probe in probes)

@@ -1,7 +1,5 @@
-"""How far a long job is: a bar on a terminal; elsewhere a plain line every half minute, whatever the job is at.
-
-Knows counts; knows nothing of what is counted.
-"""
+"""How far a long job is: a line kept up to date on a terminal; elsewhere a plain line every half
+minute, whatever the job is at."""
 
 from __future__ import annotations
 
@@ -9,10 +7,8 @@ import sys
 import threading
 import time
 
-import rich.progress
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, TaskProgressColumn, TextColumn
 
 EVERY = 30.0  # seconds between lines where there is no terminal
 
@@ -24,8 +20,8 @@ class Bar:
         self.quiet, self.every = quiet, every
         self.console = Console(stderr=True, highlight=False)
         self.live = self.console.is_terminal and not self.console.is_dumb_terminal
+        self.status = self.console.status("")
         self.line, self.began = "", 0.0
-        self.bar: rich.progress.Progress | None = None
         self.ticking: threading.Event | None = None
 
     def __enter__(self) -> Bar:
@@ -35,23 +31,17 @@ class Bar:
         self.close()
 
     def show(self, count: str, fraction: float | None, text: str, now: bool = False) -> None:
-        """fraction: 0 … 1 of the job, None where that is not known. now: without a terminal, write it at once."""
-        if self.quiet:
-            return
+        """fraction: 0 … 1 of the job, None where that is not known. now: without a terminal, write
+        it at once."""
         share = "" if fraction is None else f" {100 * min(fraction, 1):3.0f}%"
-        self.line, self.began = f"{count}{share}  {text}", 0.0
-        if self.live:
-            self._draw(count, fraction, text)
-            return
-        self._tick()
-        if now:
+        self._say(f"{count}{share}  {text}", 0.0)
+        if now and not (self.quiet or self.live):
             self._write()
 
     def doing(self, what: str) -> None:
-        """What takes the time now, where nothing can be counted; it is shown with its time if it takes long."""
-        if not self.quiet and not self.live:
-            self.line, self.began = what, time.monotonic()
-            self._tick()
+        """What takes the time now, where nothing can be counted; without a terminal it is shown,
+        with its time, if it takes long."""
+        self._say(what, time.monotonic())
 
     def note(self, text: str) -> None:
         if not self.quiet:
@@ -60,25 +50,17 @@ class Bar:
     def close(self) -> None:
         if self.ticking:
             self.ticking.set()
-        if self.bar is not None:
-            self.bar.stop()
-        self.bar = self.ticking = None
+        self.status.stop()
+        self.ticking = None
 
-    def _draw(self, count: str, fraction: float | None, text: str) -> None:
-        if self.bar is None:
-            columns = (
-                TextColumn("{task.fields[count]}"), BarColumn(20), TaskProgressColumn(),
-                TextColumn("{task.description}"),
-            )  # fmt: skip
-            self.bar = rich.progress.Progress(*columns, console=self.console, redirect_stdout=False)
-            self.task = self.bar.add_task("", total=1.0, count=count)
-            self.bar.start()
-        total = None if fraction is None else 1.0
-        self.bar.update(self.task, completed=min(fraction or 0, 1), total=total, count=count,
-                        description=escape(text))  # fmt: skip
-
-    def _tick(self) -> None:
-        if self.ticking is None:
+    def _say(self, line: str, began: float) -> None:
+        self.line, self.began = line, began
+        if self.quiet:
+            return
+        if self.live:
+            self.status.update(escape(line))
+            self.status.start()
+        elif self.ticking is None:
             self.ticking = stop = threading.Event()
 
             def write() -> None:
@@ -95,13 +77,17 @@ class Bar:
 class Meter(Bar):
     """`done` of `total` things, with a rate of what costs the time (`unit`, tokens mostly).
 
-    Rate and ETA are of this process: what was done before, `done` at the start, does not count.
-    """
+    Rate and ETA are of this process: what was done before, `done` at the start, does not count."""
 
     def __init__(
-        self, name: str, total: int, unit: str = "tokens", done: int = 0, every: float = EVERY,
+        self,
+        name: str,
+        total: int,
+        unit: str = "tokens",
+        done: int = 0,
+        every: float = EVERY,
         quiet: bool = False,
-    ) -> None:  # fmt: skip
+    ) -> None:
         super().__init__(quiet, every)
         self.name, self.total, self.unit = name, total, unit
         self.before, self.done, self.amount = done, done, 0

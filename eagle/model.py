@@ -1,7 +1,6 @@
 """`EaModel`: the public face. A target, a head, and the decode loop behind upstream's method names.
 
-B rows, T prompt tokens.
-"""
+B rows, T prompt tokens."""
 
 from __future__ import annotations
 
@@ -9,32 +8,27 @@ import collections
 import copy
 import functools
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from numbers import Integral
 from pathlib import Path
 
 import torch
 
 from . import stock_generate
+from .checkpoint import load_head
 from .compile import CompiledHead, CompiledTarget, compiled_folder
 from .costs import CostTable
 from .decode import Timings, decode
 from .draft import Drafter, HeadDrafter
 from .errors import EagleError
-from .head import DraftHead
+from .generation import Generation, Span, Start, raise_errors, require_room, show
+from .generation import acceptance_by_depth as acceptance_by_depth
+from .heads.head import DraftHead
 from .loading import EMBEDDED, load_tokenizer
-from .options import (
-    Options,
-    Prompt,
-    Prompts,
-    check_prompt,
-    end_tokens,
-    plain,
-    read_list,
-    read_prompts,
-)
+from .options import Options
 from .plan import WIDEST, Experience, Plan
+from .prompts import Prompt, check_prompt, split_options
 from .request import Request, Row
 from .sampling import row_seeds
 from .target import Target
@@ -51,45 +45,9 @@ def default_tree(target: Target) -> TreeShape:
     return EMBEDDED_TREE if target.name == "embedded" else TreeShape()
 
 
-@dataclass
-class Generation:
-    """What a call produced. `sequences` [B, L]: prompts as given and new tokens, right-padded; see `eagenerate`."""
-
-    rows: list[Row]
-    sequences: torch.Tensor
-    timings: Timings
-
-    @property
-    def new_tokens(self) -> int:
-        return sum(len(row.tokens) for row in self.rows)
-
-    @property
-    def cycles(self) -> int:
-        """Verifications, summed over rows."""
-        return sum(row.cycles for row in self.rows)
-
-    @property
-    def tau(self) -> float:
-        """Acceptance length: tokens gained per verification and row, `next_token` included."""
-        gained = self.new_tokens - len(self.rows)
-        return gained / self.cycles if self.cycles else 0.0
-
-    @property
-    def acceptance_by_depth(self) -> list[float]:
-        """Conditional: of the cycles that accepted depth d-1, the share that accepted depth d (d from 1)."""
-        return acceptance_by_depth([row.accepted for row in self.rows])
-
-
-def acceptance_by_depth(histograms: Sequence[list[int]]) -> list[float]:
-    """histograms: [a] cycles with a accepted draft tokens -> conditional acceptance rate of depth 1, 2, …"""
-    depth = max((len(h) for h in histograms), default=0)
-    total = [sum(h[a] for h in histograms if a < len(h)) for a in range(depth)]
-    reached = [sum(total[a:]) for a in range(depth)]
-    return [reached[a + 1] / reached[a] for a in range(depth - 1) if reached[a]]
-
-
 class EaModel:
-    """A target with its draft head. Generation is lossless: the head changes the speed, never a token."""
+    """A target with its draft head. Generation is lossless: the head changes the speed, never a
+    token."""
 
     def __init__(
         self,
@@ -117,7 +75,7 @@ class EaModel:
         self._costs: dict[str, CostTable] = {}
         self._experience: dict[tuple, Experience] = {}
         self._compiled: dict[str, tuple] = {}
-        self._criteria: dict[tuple[str, ...], Callable] = {}
+        self._criteria: Callable = functools.lru_cache(64)(self._stop_criteria)
 
     def __getstate__(self) -> dict:
         """For copies and pickles: without what `_forget` makes anew."""
@@ -147,24 +105,23 @@ class EaModel:
         quantization: str = "none",
         **hf_kwargs,
     ) -> EaModel:
-        """Load a target and its head, each a folder or a hub id (ORG/NAME, ORG/NAME@REVISION; revision=: the
-        target's); without paths, the embedded model and its head.
+        """Load a target and its head, each a folder or a hub id (ORG/NAME, ORG/NAME@REVISION;
+        revision=: the target's); without paths, the embedded model and its head.
 
-        total_token, depth, top_k: the draft tree, upstream's meaning (total_token counts the root; -1 alone is
-        tree="auto"). They default to 60, 7, 10, and to 16, 4, 4 for the embedded model, where the smaller tree is
-        faster. tree: the three in one, "60,7,10", or "auto"; not both. use_eagle3: False is for EAGLE-1 heads (and so
-        EAGLE-2's); None is whichever the files hold. dtype "auto" is the checkpoint's (float32 where a CPU would
-        emulate bf16). adapter_path: a LoRA folder; quantization: "none", "nf4" or "int8" (bitsandbytes).
-        Further arguments go to transformers' `from_pretrained`; of upstream's, `load_in_8bit` and `load_in_4bit` are
-        quantization, `Type` says nothing that the files do not, and a `threshold` other than 1 is refused.
+        total_token, depth, top_k: the draft tree, upstream's meaning (total_token counts the root;
+        -1 alone is tree="auto"). They default to 60, 7, 10, and to 16, 4, 4 for the embedded model,
+        where the smaller tree is faster. tree: the three in one, "60,7,10", or "auto"; not both.
+        use_eagle3: False is for EAGLE-1 heads (and so EAGLE-2's); None is whichever the files hold.
+        dtype "auto" is the checkpoint's (float32 where a CPU would emulate bf16). adapter_path: a
+        LoRA folder; quantization: "none", "nf4" or "int8" (bitsandbytes). Further arguments go to
+        transformers' `from_pretrained`; of upstream's, `load_in_8bit` and `load_in_4bit` are
+        quantization, `Type` says nothing that the files do not, and a `threshold` other than 1 is
+        refused.
 
-        A base model without ea_model_path generates plainly. Raises EagleError when the files cannot be
-        read, or the head does not fit the target.
-        """
+        A base model without ea_model_path generates plainly. Raises EagleError when the files
+        cannot be read, or the head does not fit the target."""
         if hf_kwargs.pop("threshold", 1.0) != 1.0:
-            raise EagleError(
-                "threshold is not used here; leave it out (tree='auto' finds how far to draft)"
-            )
+            raise EagleError("threshold is not used here; leave it out, or use tree='auto'")
         hf_kwargs.pop("Type", None)
         for older, name in (("load_in_8bit", "int8"), ("load_in_4bit", "nf4")):
             if hf_kwargs.pop(older, False):
@@ -175,14 +132,15 @@ class EaModel:
         given = {k: v for k, v in given.items() if v is not None}
         if tree is not None and given:
             raise EagleError(
-                f"tree={str(tree)!r} and {', '.join(f'{k}={v}' for k, v in given.items())} say two things; give one"
+                f"tree={str(tree)!r} and {', '.join(f'{k}={v}' for k, v in given.items())} say two "
+                "things; give one"
             )
         if given == {"total_token": -1}:
             tree, given = "auto", {}
+        loading = {"dtype": dtype, "device": device, "adapter_path": adapter_path}
         target = Target.from_pretrained(
-            base_model_path, dtype=dtype, device=device, adapter_path=adapter_path,
-            quantization=quantization, **hf_kwargs
-        )  # fmt: skip
+            base_model_path, quantization=quantization, **loading, **hf_kwargs
+        )
         if given:
             tree = replace(default_tree(target), **{k: v for k, v in given.items() if v != -1})
         if (
@@ -193,15 +151,13 @@ class EaModel:
             ea_model_path = EMBEDDED_HEAD
         head = None
         if ea_model_path is not None:
-            from .checkpoint import load_head
-
             head, _ = load_head(ea_model_path, target, dtype=target.dtype, device=target.device)
             head.eval().requires_grad_(False)
             is_eagle3 = head.config.method == "eagle3"
             if use_eagle3 not in (None, is_eagle3):
                 raise EagleError(
-                    f"{ea_model_path} is an {'EAGLE-3' if is_eagle3 else 'EAGLE-1'} head; leave use_eagle3 unset, "
-                    f"or set it to {is_eagle3}"
+                    f"{ea_model_path} is an {'EAGLE-3' if is_eagle3 else 'EAGLE-1'} head; leave "
+                    f"use_eagle3 unset, or set it to {is_eagle3}"
                 )
         return cls(target, head, tree, compile=compile)
 
@@ -282,44 +238,24 @@ class EaModel:
             self._tokenizer = load_tokenizer(self.target.model.name_or_path or self.target.name)
         return self._tokenizer
 
-    def eagenerate(
-        self,
-        input_ids,
-        attention_mask=None,
-        max_new_tokens: int | None = None,
-        max_length: int | None = None,
-        temperature: float | None = None,
-        top_p: float | None = None,
-        top_k: int | None = None,
-        do_sample: bool | None = None,
-        seed: int | Sequence[int] | None = None,
-        eos_token_id: int | Sequence[int] | None = None,
-        stop_strings: str | Sequence[str] | None = None,
-        logits_processor=None,
-        streamer=None,
-        log: bool = False,
-        **kwargs,
-    ):
+    def eagenerate(self, input_ids, attention_mask=None, *, log: bool = False, **options):
         """Prompts and new tokens, [B, L] int64; an end token is kept once.
 
-        input_ids: a tensor or array [B, T] (or [T]) with padding on either side marked by attention_mask, or by the
-        pad token where there is no mask; or a list of lists; or what a tokenizer returns. Of a tensor the result is
-        [B, T + new] as of stock `generate`: the input as given, and from column T on the answers, right-padded. Of
-        lists it is prompt and answer of each row, right-padded. max_length counts the row as given.
+        input_ids: a tensor or array [B, T] (or [T]) with padding on either side marked by
+        attention_mask, or by the pad token where there is no mask; or a list of lists; or what a
+        tokenizer returns. Of a tensor the result is [B, T + new] as of stock `generate`: the input
+        as given, and from column T on the answers, right-padded. Of lists it is prompt and answer
+        of each row, right-padded. With `log=True`: (ids, new tokens, cycles), summed over rows.
 
-        seed: an int (row i uses seed + i) or one a row. max_new_tokens is 512, temperature 0 (greedy) by default.
-        A logits_processor is called as stock `generate` calls it, once a token and in order. Further options: min_p,
-        min_length, min_new_tokens, repetition_penalty, no_repeat_ngram_size, bad_words_ids, suppress_tokens,
-        generation_config (a transformers GenerationConfig; arguments win over it); is_llama3 (upstream's: end at
-        <|eot_id|> too); tree, compile, draft, capacity for this call. With `log=True`: (ids, new tokens, cycles), summed over
-        rows. `generate` takes the same arguments and returns statistics and log-probabilities too.
-        """
-        result = self.generate(
-            input_ids, attention_mask, max_new_tokens=max_new_tokens, max_length=max_length,
-            temperature=temperature, top_p=top_p, top_k=top_k, do_sample=do_sample, seed=seed,
-            eos_token_id=eos_token_id, stop_strings=stop_strings, logits_processor=logits_processor,
-            streamer=streamer, **kwargs,
-        )  # fmt: skip
+        max_new_tokens is 512, temperature 0 (greedy) by default; max_length counts the row as
+        given. seed: an int (row i uses seed + i) or one a row. A logits_processor is called as
+        stock `generate` calls it, once a token and in order. Further options: top_p, top_k, min_p,
+        do_sample, eos_token_id, stop_strings, streamer, min_length, min_new_tokens,
+        repetition_penalty, no_repeat_ngram_size, bad_words_ids, suppress_tokens, generation_config
+        (a transformers GenerationConfig; arguments win over it), is_llama3 (upstream's: end at
+        <|eot_id|> too), and for this call tree, compile, draft, capacity. `generate` takes the same
+        arguments and returns statistics and log-probabilities too."""
+        result = self.generate(input_ids, attention_mask, **options)
         if log:
             return result.sequences, result.new_tokens, result.cycles
         return result.sequences
@@ -329,15 +265,16 @@ class EaModel:
         found = self.tokenizer.get_vocab().get("<|eot_id|>")
         if found is None:
             raise EagleError("is_llama3: this tokenizer has no <|eot_id|>; leave it out")
-        given = self.eos_token_ids if eos_token_id is None else end_tokens(eos_token_id)
-        return given | {found}
+        given = Options().over(eos_token_id=eos_token_id).eos_token_id
+        return (self.eos_token_ids if given is None else given) | {found}
 
     def naivegenerate(self, input_ids, attention_mask=None, **kwargs):
         """`eagenerate` without drafting: the same engine, one token a pass."""
         return self.eagenerate(input_ids, attention_mask, draft=False, **kwargs)
 
     def ea_generate(self, input_ids, attention_mask=None, **kwargs) -> Iterator[torch.Tensor]:
-        """Yields what `eagenerate` would return of the tokens so far, [B, L], each time tokens are accepted."""
+        """Yields what `eagenerate` would return of the tokens so far, [B, L], each time tokens are
+        accepted."""
         start = self._start(input_ids, attention_mask, **kwargs)
         for _ in start.steps:
             raise_errors(start.rows)
@@ -350,8 +287,9 @@ class EaModel:
     def generate(
         self, input_ids, attention_mask=None, *, timings: Timings | None = None, **kwargs
     ) -> Generation:
-        """As `eagenerate`, returning a `Generation` with per-row statistics. draft=False decodes plainly;
-        logprobs=True keeps `row.logprobs`, the target's own log-probability of each new token."""
+        """As `eagenerate`, returning a `Generation` with per-row statistics. draft=False decodes
+        plainly; logprobs=True keeps `row.logprobs`, the target's own log-probability of each new
+        token."""
         timings = timings or Timings()
         start = self._start(input_ids, attention_mask, timings=timings, **kwargs)
         collections.deque(start.steps, maxlen=0)  # run to the end
@@ -367,13 +305,11 @@ class EaModel:
         generation_config=None,
         **kwargs,
     ) -> torch.Tensor:
-        """For stock `model.generate(ids, custom_generate=ea_model.custom_generate, ...)`, where `model` is this
-        object's target (`ea_model.target.model`): the length, sampling, end tokens, processors and streamer of that
-        call are kept; what cannot be is refused."""
+        """For stock `model.generate(ids, custom_generate=ea_model.custom_generate, ...)`, where
+        `model` is this object's target (`ea_model.target.model`): the length, sampling, end tokens,
+        processors and streamer of that call are kept; what cannot be is refused."""
         if model is not self.target.model:
-            raise EagleError(
-                "custom_generate belongs to another model; call generate on ea_model.target.model"
-            )
+            raise EagleError("custom_generate belongs to another model: ea_model.target.model")
         asked = stock_generate.arguments(
             model, input_ids, logits_processor, stopping_criteria, generation_config, kwargs
         )
@@ -385,8 +321,8 @@ class EaModel:
         return GenerateDecoderOnlyOutput(sequences=ids)
 
     def stream(self, input_ids, attention_mask=None, **kwargs) -> Iterator[Span]:
-        """Yields spans of new tokens as they are accepted, of all rows. `span.row.cancel()` gives a row up;
-        closing the iterator gives all up. Takes what `generate_many` takes."""
+        """Yields spans of new tokens as they are accepted, of all rows. `span.row.cancel()` gives a
+        row up; closing the iterator gives all up. Takes what `generate_many` takes."""
         start = self._start(input_ids, attention_mask, lenient=True, **kwargs)
         index = {id(row): i for i, row in enumerate(start.rows)}
         shown = [0] * len(start.rows)
@@ -408,19 +344,16 @@ class EaModel:
     ) -> list[Row] | Iterator[tuple[int, Row]]:
         """Any number of requests over `slots` rows: a finished row's slot is refilled at once.
 
-        prompts: lists of token ids, or dicts {"input_ids": [...], "temperature": 0.7, ...} with options of
-        their own (those of `eagenerate`); other options hold for all. seed: an int (request i uses seed + i),
-        or one a request. capacity: tokens that a slot holds, prompt and new ones; by default what the
-        largest request needs.
+        prompts: lists of token ids, or dicts {"input_ids": [...], "temperature": 0.7, ...} with
+        options of their own (those of `eagenerate`); other options hold for all. seed: an int
+        (request i uses seed + i), or one a request. capacity: tokens that a slot holds, prompt and
+        new ones; by default what the largest request needs.
 
-        Returns the finished rows in the order of the prompts, or with as_completed=True an iterator of
-        (index, row). A request that cannot be served has `row.error` set, and the others are not touched by it.
-        """
-        done = (
-            (span.index, span.row)
-            for span in self.stream(prompts, slots=slots, **options)
-            if span.row.done
-        )
+        Returns the finished rows in the order of the prompts, or with as_completed=True an iterator
+        of (index, row). A request that cannot be served has `row.error` set, and the others are not
+        touched by it."""
+        spans = self.stream(prompts, slots=slots, **options)
+        done = ((span.index, span.row) for span in spans if span.row.done)
         if as_completed:
             return done
         finished = dict(done)
@@ -442,112 +375,109 @@ class EaModel:
         tree: TreeShape | str | None = None,
         compile: str | None = None,
         forced_acceptance: int | None = None,
-        timings: Timings | None = None,
-        synchronise: bool = False,
-        on_cache=None,
         lenient: bool = False,
         token_type_ids=None,
         is_llama3: bool = False,
+        timings: Timings | None = None,
+        synchronise: bool = False,
+        on_cache=None,
         **options,
     ) -> Start:
-        """lenient: a request that cannot be served gets its error and the others go on; else it is raised.
-        prompt_shown: the streamer has had it."""
-        if is_llama3:
-            options["eos_token_id"] = self._with_turn_end(options.get("eos_token_id"))
-        common = Options().over(generation_config, **options)
-        eos = self.eos_token_ids
-        pad, infer = self._padding(pad_token_id, generation_config, common.eos_token_id or eos)
-        beside = {} if token_type_ids is None else {"token_type_ids": token_type_ids}
-        given, own = split_options(input_ids, attention_mask, pad if infer else None, beside)
-        count = len(given.rows)
-        seeds = row_seeds(seed, count)
+        """lenient: a request that cannot be served gets its error and the others go on; else it is
+        raised. prompt_shown: the streamer has had it."""
         for name, value in (("slots", slots), ("capacity", capacity)):
             if value is not None and not (isinstance(value, int) and value >= 1):
                 raise EagleError(f"{name} must be a whole number of at least 1, not {value!r}")
-        if streamer is not None and count != 1:
+        if is_llama3:
+            options["eos_token_id"] = self._with_turn_end(options.get("eos_token_id"))
+        common, eos = Options().over(generation_config, **options), self.eos_token_ids
+        pad = self._pad_token(pad_token_id, generation_config)
+        marks = pad if pad not in (common.eos_token_id or eos) else None  # padding, without a mask
+        beside = {} if token_type_ids is None else {"token_type_ids": token_type_ids}
+        given, own = split_options(input_ids, attention_mask, marks, beside)
+        seeds = row_seeds(seed, len(own))
+        if streamer is not None and len(own) != 1:
             raise EagleError("a streamer shows one row; give it a batch of one")
-        vocab_size, device = self.target.vocab_size, self.target.device
         if lenient:  # a mistake that all requests would share is the caller's
-            common.request(Prompt([0], [0]), 0, eos, self._stop_criteria, device)
+            self._request(common, Prompt([0], [0]), 0)
         rows = []
-        for i, prompt in enumerate(given.rows):
-            ids = [] if isinstance(prompt, EagleError) else prompt.ids
-            row = Row(Request(ids), 0)
+        for i, (prompt, mine) in enumerate(zip(given.rows, own, strict=True)):
+            # processors of the call see a batch, as in stock `generate`; a request's own do not
+            batch = (i, 1 if slots or lenient else len(own))
             try:
-                if isinstance(prompt, EagleError):
-                    raise prompt
-                check_prompt(i, ids, vocab_size)
-                mine = dict(own[i])
-                row_seed = mine.pop("seed", None)
-                row_seed = seeds[i] if row_seed is None else row_seeds([row_seed], 1)[0]
-                # its own processors see it alone; those of the call see a batch, as in stock `generate`
-                alone = "logits_processor" in mine
-                batch = (0, 1) if alone else (i, 1) if slots or lenient else (i, count)
-                row.request = common.over(**mine).request(
-                    prompt, row_seed, eos, self._stop_criteria, device, *batch
-                )
-                row.budget = row.request.stopping.budget(len(ids), self.target.max_positions)
-                if capacity is not None and lenient and len(ids) + row.budget > capacity:
-                    raise EagleError(
-                        f"request {i} needs {len(ids) + row.budget} tokens and a slot holds {capacity}; "
-                        "raise capacity, or lower max_new_tokens"
-                    )
+                rows.append(self._row(i, prompt, mine, common, seeds[i], batch))
+                if capacity is not None and lenient:
+                    require_room(i, rows[-1], capacity)
             except Exception as error:
                 if not lenient:
                     raise
                 if not isinstance(error, EagleError):
                     error = EagleError(f"request {i}: {type(error).__name__}: {error}")
-                row.error, row.finish_reason = error, "error"
-            rows.append(row)
+                ids = [] if isinstance(prompt, EagleError) else prompt.ids
+                rows[i:] = [Row(Request(ids), 0, finish_reason="error", error=error)]
         live = [row for row in rows if not row.done]
         drafter = self._drafter(tree) if draft else None
         with self.target.lock:  # another thread may be about to compile the same
             target = self._compile(compile, drafter)
-        automatic = (self.tree if tree is None else tree) == "auto" and forced_acceptance is None
         plan = None
+        automatic = (self.tree if tree is None else tree) == "auto" and forced_acceptance is None
         if automatic and isinstance(drafter, HeadDrafter) and live:
-            longest = max(len(row.prompt) + row.budget // 2 for row in live)
-            plan = self._plan(target, drafter, compile, longest, live[0].request.sampling.greedy)
+            plan = self._plan(target, drafter, compile, live)
+        judge = verify
+        if forced_acceptance is not None:
+            judge = functools.partial(force, forced_acceptance)
         steps = decode(
-            target, live, slots=slots, capacity=capacity, drafter=drafter, plan=plan,
-            timings=timings, synchronise=synchronise, on_cache=on_cache,
-            verify=verify if forced_acceptance is None else functools.partial(force, forced_acceptance),
-        )  # fmt: skip
+            target,
+            live,
+            slots=slots,
+            capacity=capacity,
+            drafter=drafter,
+            plan=plan,
+            timings=timings,
+            synchronise=synchronise,
+            on_cache=on_cache,
+            verify=judge,
+        )
         if len(live) < len(rows):
             steps = itertools.chain([rows], steps if live else [])
         if streamer is not None:
             steps = show(steps, rows[0], given.rows[0].given, streamer, prompt_shown)
-        pad = pad if pad is not None else min(eos) if eos else 0
-        return Start(rows, steps, pad, given.tensor, device)
+        pad = pad if pad is not None else min(eos, default=0)
+        return Start(rows, steps, pad, given.tensor, self.target.device)
 
-    def _padding(self, asked: int | None, config, eos: frozenset[int]) -> tuple[int | None, bool]:
-        """The pad token, and whether it marks padding where no mask does: as stock `generate` has it, not where it
-        ends a text too."""
+    def _row(
+        self, i: int, prompt: Prompt | EagleError, mine: dict, common: Options, seed: int, batch
+    ) -> Row:
+        """Request i of a call: `mine` are its own options, over `common` ones."""
+        if isinstance(prompt, EagleError):
+            raise prompt
+        check_prompt(i, prompt.ids, self.target.vocab_size)
+        own_seed = mine.pop("seed", None)
+        seed = seed if own_seed is None else row_seeds([own_seed], 1)[0]
+        batch = (0, 1) if "logits_processor" in mine else batch
+        request = self._request(common.over(**mine), prompt, seed, *batch)
+        return Row(request, request.stopping.budget(len(prompt.ids), self.target.max_positions))
+
+    def _request(self, options: Options, prompt: Prompt, seed: int, *batch: int) -> Request:
+        eos, device = self.eos_token_ids, self.target.device
+        return options.request(prompt, seed, eos, self._criteria, device, *batch)
+
+    def _pad_token(self, asked: int | None, config) -> int | None:
+        """As in stock `generate`: what is asked for, else what the configurations say."""
         model = getattr(self.target.model, "generation_config", None)
-        pads = [
-            asked,
-            *(getattr(c, "pad_token_id", None) for c in (config, model, self.target.config)),
-        ]
-        pad = next((int(p) for p in pads if isinstance(p, Integral)), None)
-        return pad, pad is not None and pad not in eos
+        said = [getattr(c, "pad_token_id", None) for c in (config, model, self.target.config)]
+        return next((int(p) for p in (asked, *said) if isinstance(p, Integral)), None)
 
     def _stop_criteria(self, strings: tuple[str, ...]):
-        """transformers' own, kept: it looks at the whole vocabulary when it is made."""
+        """transformers' own, which looks at the whole vocabulary when it is made."""
         from transformers import StopStringCriteria
 
-        if strings not in self._criteria:
-            if len(self._criteria) >= 64:
-                self._criteria.clear()
-            try:
-                self._criteria[strings] = StopStringCriteria(self.tokenizer, list(strings))
-            except EagleError:
-                raise
-            except Exception as error:  # of whatever tokenizer it is
-                said = f"{type(error).__name__}: {error}"
-                raise EagleError(
-                    f"stop_strings {list(strings)} with this tokenizer: {said}"
-                ) from error
-        return self._criteria[strings]
+        tokenizer = self.tokenizer
+        try:
+            return StopStringCriteria(tokenizer, list(strings))
+        except Exception as error:  # of whatever tokenizer it is
+            said = f"{type(error).__name__}: {error}"
+            raise EagleError(f"stop_strings {list(strings)} with this tokenizer: {said}") from error
 
     def _drafter(self, tree: TreeShape | str | None) -> Drafter | None:
         """A drafter of its own for each call, so that interleaved calls do not share a cache."""
@@ -556,15 +486,16 @@ class EaModel:
             drafter.reshape(WIDEST if tree == "auto" else TreeShape.parse(tree))
         return drafter
 
-    def _plan(self, target, drafter, mode: str | None, context: int, greedy: bool) -> Plan:
+    def _plan(self, target, drafter, mode: str | None, rows: list[Row]) -> Plan:
         """A plan for one call; what was learnt is kept from call to call."""
         mode = self.compile if mode is None else mode
-        table = self._costs.get(mode)
-        if table is None:
-            table = self._costs[mode] = CostTable(target, drafter, mode, compiled_folder())
-        # greedy choices and samples accept differently, and a long context costs more
-        kind = mode, greedy, context.bit_length()
+        context = max(len(row.prompt) + row.budget // 2 for row in rows)
+        if mode not in self._costs:
+            self._costs[mode] = CostTable(target, drafter, mode, compiled_folder())
+        # greedy choices and samples accept differently
+        kind = mode, rows[0].request.sampling.greedy
         experience = self._experience.setdefault(kind, Experience())
+        table = self._costs[mode]
         self.plan = Plan(lambda rows: table(rows, context), experience)
         return self.plan
 
@@ -575,11 +506,10 @@ class EaModel:
         return self.plan.explain()
 
     def prepare(self, compile: str | None = None, draft: bool = True) -> dict[str, float]:
-        """Compile, or load from the disk, what `compile` needs; returns the seconds spent on each part, and
-        nothing for what was ready. Generation calls it when needed.
+        """Compile, or load from the disk, what `compile` needs; returns the seconds spent on each
+        part, and nothing for what was ready. Generation calls it when needed.
 
-        "off": eager. "max": on a CPU, AOTInductor packages kept on disk. "auto": off on a CPU.
-        """
+        "off": eager. "max": on a CPU, AOTInductor packages kept on disk. "auto": off on a CPU."""
         mode = self.compile if compile is None else compile
         if mode not in MODES:
             raise EagleError(f"unknown compile {mode!r}; use {', '.join(MODES)}")
@@ -596,7 +526,8 @@ class EaModel:
         return seconds
 
     def _compile(self, mode: str | None, drafter: Drafter | None) -> Target:
-        """The target of one call; it and the drafter run compiled passes where the mode has them."""
+        """The target of one call; it and the drafter run compiled passes where the mode has
+        them."""
         self.prepare(mode, drafter is not None)
         target = copy.copy(self.target).refresh()
         if (self.compile if mode is None else mode) == "max" and target.device.type == "cpu":
@@ -609,71 +540,15 @@ class EaModel:
     def eos_token_ids(self) -> frozenset[int]:
         """The model's own end tokens."""
         generation = getattr(self.target.model, "generation_config", None)
-        eos_token_id = getattr(generation, "eos_token_id", None)
-        if eos_token_id is None:
-            eos_token_id = self.target.config.eos_token_id
-        if eos_token_id is None:
-            return frozenset()
-        ids = [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id)
+        found = getattr(generation, "eos_token_id", None)
+        found = self.target.config.eos_token_id if found is None else found
+        ids = [] if found is None else [found] if isinstance(found, int) else found
         return frozenset(i for i in ids if i >= 0)
 
 
-@dataclass
-class Span:
-    """tokens: what the row at `index` gained since its last span; empty when it ended without any."""
-
-    index: int
-    tokens: list[int]
-    row: Row
-
-
-@dataclass
-class Start:
-    """A generation about to run: `steps` yields after each cycle, `rows` grow meanwhile. tensor [B, T]: what was given,
-    where it was one."""
-
-    rows: list[Row]
-    steps: Iterator
-    pad: int
-    tensor: torch.Tensor | None
-    device: torch.device
-
-    def sequences(self) -> torch.Tensor:
-        """[B, L] int64: see `EaModel.eagenerate`."""
-        prompts = [r.prompt for r in self.rows] if self.tensor is None else self.tensor.tolist()
-        lines = [p + r.tokens for p, r in zip(prompts, self.rows, strict=True)]
-        width = max(map(len, lines))
-        return torch.tensor([x + [self.pad] * (width - len(x)) for x in lines], device=self.device)
-
-
-def split_options(input_ids, attention_mask, pad: int | None, beside: dict) -> tuple[Prompts, list]:
-    """Prompts, and the options that each brings along. A request that cannot be read is an error of its own."""
-    if isinstance(input_ids, Iterator):
-        input_ids = list(input_ids)
-    requests = isinstance(input_ids, (list, tuple)) and any(
-        isinstance(p, Mapping) for p in input_ids
-    )
-    if not requests:
-        return read_prompts(input_ids, attention_mask, pad, **beside), collections.defaultdict(dict)
-    if attention_mask is not None:
-        raise EagleError(
-            "attention_mask goes with a tensor of input_ids; requests carry no padding"
-        )
-    rows, own = [], []
-    for request in input_ids:
-        options = dict(request) if isinstance(request, Mapping) else {"input_ids": request}
-        own.append(options)
-        if "input_ids" not in options:
-            rows.append(
-                EagleError('a request given as a dict needs "input_ids", a list of token ids')
-            )
-            continue
-        rows.append(read_list(plain(options.pop("input_ids"))))
-    return Prompts(rows), own
-
-
 class Engines(dict):
-    """What `engine_for` made of a model, kept with it; copies and pickles of the model go without."""
+    """What `engine_for` made of a model, kept with it; copies and pickles of the model go
+    without."""
 
     def __deepcopy__(self, memo):
         return Engines()
@@ -683,31 +558,11 @@ class Engines(dict):
 
 
 def engine_for(model: torch.nn.Module, head: str, tree: str | None = None) -> EaModel:
-    """The engine that runs a loaded transformers model with the head in this folder, made once a model."""
-    from .checkpoint import load_head
-
+    """The engine that runs a loaded transformers model with the head in this folder, made once a
+    model."""
     engines = model.__dict__.setdefault("_eagle_engines", Engines())
     if (head, tree) not in engines:
         target = Target(model)
         loaded, _ = load_head(head, target, dtype=target.dtype, device=target.device)
         engines[head, tree] = EaModel(target, loaded, tree)
     return engines[head, tree]
-
-
-def raise_errors(rows: list[Row]) -> None:
-    for row in rows:
-        if row.error is not None:
-            raise row.error
-
-
-def show(steps: Iterator, row: Row, prompt: list[int], streamer, prompt_shown: bool) -> Iterator:
-    """Hand new tokens to a transformers streamer as they are accepted."""
-    if not prompt_shown:
-        streamer.put(torch.tensor([prompt]))
-    shown = 0
-    for step in steps:
-        for token in row.tokens[shown:]:
-            streamer.put(torch.tensor([token]))
-        shown = len(row.tokens)
-        yield step
-    streamer.end()

@@ -1,4 +1,4 @@
-"""A request and what has become of it. Knows token ids and stopping; knows nothing of models or text."""
+"""A request and what has become of it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from .sampling import SamplingParams
 
 @dataclass(frozen=True)
 class Stopping:
-    """When a row is done. `stop(tokens)`: how many of a row's new tokens to keep, or None to go on."""
+    """When a row is done. `stop(tokens)`: how many of a row's new tokens to keep, or None to go
+    on."""
 
     max_new_tokens: int = 512
     eos_token_ids: frozenset[int] = frozenset()
@@ -20,9 +21,7 @@ class Stopping:
 
     def __post_init__(self) -> None:
         if not (isinstance(self.max_new_tokens, int) and self.max_new_tokens >= 1):
-            raise EagleError(
-                f"max_new_tokens must be a whole number of at least 1, not {self.max_new_tokens}"
-            )
+            raise EagleError(f"max_new_tokens must be at least 1, not {self.max_new_tokens}")
 
     def budget(self, prompt_length: int, max_positions: int) -> int:
         """How many new tokens a row may have; raises when not even one fits."""
@@ -31,16 +30,17 @@ class Stopping:
             raise EagleError("a prompt is empty; give at least one token")
         if prompt_length >= limit:
             raise EagleError(
-                f"the prompt has {prompt_length} tokens and the limit is {limit} with at least one new token; "
-                "shorten the prompt or raise max_length (never above the model's own limit)"
+                f"the prompt has {prompt_length} tokens and the limit is {limit} with one new "
+                "token at least; shorten the prompt or raise max_length"
             )
         return min(self.max_new_tokens, limit - prompt_length)
 
 
 @dataclass(frozen=True)
 class Request:
-    """What is asked for. processor(context, logits [V]) -> scores [V]; logprobs: keep the target's log-probability of
-    each new token; given: the prompt as processors see it, with the padding it came with."""
+    """What is asked for. processor(context, logits [V]) -> scores [V]; logprobs: keep the target's
+    log-probability of each new token; given: the prompt as processors see it, with the padding it
+    came with."""
 
     prompt: list[int]
     sampling: SamplingParams = field(default_factory=SamplingParams)
@@ -53,9 +53,10 @@ class Request:
 
 @dataclass
 class Row:
-    """A request in work. `tokens` are new tokens, an end token kept once; `accepted[a]` counts the cycles in
-    which a draft tokens were accepted, before any cut at an end token or limit. `error` is set when the
-    request's own processor or stopping failed; its neighbours are not touched by it."""
+    """A request in work. `tokens` are new tokens, an end token kept once; `accepted[a]` counts the
+    cycles in which a draft tokens were accepted, before any cut at an end token or limit. `error`
+    is set when the request's own processor or stopping failed; its neighbours are not touched by
+    it."""
 
     request: Request
     budget: int

@@ -1,4 +1,4 @@
-"""What a request asks of the choice of tokens. Knows nothing of trees or models."""
+"""What a request asks of the choice of tokens."""
 
 from __future__ import annotations
 
@@ -18,8 +18,9 @@ LARGEST, TINY = float(np.finfo(np.float32).max), float(np.finfo(np.float32).tiny
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """temperature 0 is greedy, and so is one below 1e-5, whose scores float32 cannot hold. top_k 0, top_p 0 or 1 and
-    min_p 0 are off. Numbers are kept as the float32 that kernels see, so that a row is the same alone and in company."""
+    """temperature 0 is greedy, and so is one below 1e-5, whose scores float32 cannot hold. top_k 0,
+    top_p 0 or 1 and min_p 0 are off. Numbers are kept as the float32 that kernels see, so that a
+    row is the same alone and in company."""
 
     temperature: float = 0.0
     top_k: int = 0
@@ -29,14 +30,14 @@ class SamplingParams:
     def __post_init__(self) -> None:
         if not 0.0 <= self.temperature <= LARGEST:
             raise EagleError(
-                f"temperature must be a number in [0, {LARGEST:.1e}] (0 is greedy), not {self.temperature}"
+                f"temperature must be a number in [0, {LARGEST:.1e}] (0 is greedy), not "
+                f"{self.temperature}"
             )
         if not 0 <= self.top_k < 2**63 or int(self.top_k) != self.top_k:
             raise EagleError(f"top_k must be a whole number >= 0 (0 is off), not {self.top_k}")
-        if not 0.0 <= self.top_p <= 1.0:
-            raise EagleError(f"top_p must lie in [0, 1] (0 and 1 are off), not {self.top_p}")
-        if not 0.0 <= self.min_p <= 1.0:
-            raise EagleError(f"min_p must lie in [0, 1] (0 is off), not {self.min_p}")
+        for name, off in (("top_p", "0 and 1 are off"), ("min_p", "0 is off")):
+            if not 0.0 <= getattr(self, name) <= 1.0:
+                raise EagleError(f"{name} must lie in [0, 1] ({off}), not {getattr(self, name)}")
         if self.temperature < GREEDY:
             object.__setattr__(self, "temperature", 0.0)
         for name in ("temperature", "top_p", "min_p"):
@@ -50,7 +51,8 @@ class SamplingParams:
 
 
 class Sampler:
-    """The sampling of rows in flight: each parameter is a number where all rows agree, else a tensor [b]."""
+    """The sampling of rows in flight: each parameter is a number where all rows agree, else a
+    tensor [b]."""
 
     def __init__(
         self, params: Sequence[SamplingParams], seeds: Sequence[int], device: torch.device

@@ -1,7 +1,7 @@
-"""Behind stock `model.generate(..., custom_generate=...)`: what that call asks for, in `EaModel.eagenerate`'s words.
+"""Behind stock `model.generate(..., custom_generate=...)`: what that call asks for, in
+`EaModel.eagenerate`'s words.
 
-Knows what transformers prepares; knows nothing of decoding. B rows, T columns.
-"""
+B rows, T columns."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from .options import refuse, top_p_of
 
 # no processor of such a call, or one that would have to come after the warpers
 ELSEWHERE = (
-    "num_beams", "guidance_scale", "typical_p", "epsilon_cutoff", "eta_cutoff", "top_h", "penalty_alpha",
-    "dola_layers", "prompt_lookup_num_tokens",
-)  # fmt: skip
+    "num_beams guidance_scale typical_p epsilon_cutoff eta_cutoff top_h penalty_alpha dola_layers "
+    "prompt_lookup_num_tokens"
+).split()
 OUTPUTS = ("output_scores", "output_logits", "output_attentions", "output_hidden_states")
 # what stock `generate` prepares for every model; what these may say beyond that is looked at
-PREPARED = {
-    "use_cache", "logits_to_keep", "attention_mask", "position_ids", "cache", "past_key_values", "cache_position",
-}  # fmt: skip
+PREPARED = (
+    "use_cache logits_to_keep attention_mask position_ids cache past_key_values cache_position"
+).split()
 # ours to apply, or to end by
 WARPERS = ("TemperatureLogitsWarper", "TopKLogitsWarper", "TopPLogitsWarper", "MinPLogitsWarper")
 ENDS = ("MaxLengthCriteria", "EosTokenCriteria")
@@ -35,7 +35,8 @@ def arguments(
     config,
     kwargs: dict,
 ) -> dict:
-    """ids [B, T], and what a `generate` call of `model` hands to a custom one -> arguments of `eagenerate`."""
+    """ids [B, T], and what a `generate` call of `model` hands to a custom one -> arguments of
+    `eagenerate`."""
     refuse(config, ELSEWHERE)
     call = running_call(model)
     other = {name: getattr(config, name, None) for name in OUTPUTS}
@@ -65,8 +66,8 @@ def arguments(
 
 
 def running_call(model: torch.nn.Module) -> dict:
-    """The arguments of the `generate` call that is running: transformers hands a function given as custom_generate
-    neither the streamer nor the assistant."""
+    """The arguments of the `generate` call that is running: transformers hands a function given as
+    custom_generate neither the streamer nor the assistant."""
     frame = inspect.currentframe()
     while frame is not None:
         if frame.f_code.co_name == "generate" and frame.f_locals.get("self") is model:

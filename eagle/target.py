@@ -1,9 +1,6 @@
 """The target model: any stock causal LM of transformers, seen through one forward call.
 
-Knows modules, hidden states and caches; knows nothing of drafting or text.
-
-B rows, N queries, T tokens, F features (3 x hidden), V vocabulary.
-"""
+B rows, N queries, T tokens, F features (3 x hidden), V vocabulary."""
 
 from __future__ import annotations
 
@@ -16,13 +13,15 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import AttentionInterface, PreTrainedModel
+from transformers import PreTrainedModel
 
-from .attention import NAME, TreeContext, tree_attention_forward
+from .attention import NAME, TreeContext
 from .cache import StaticKVCache
 from .errors import EagleError
-from .head import FINAL, default_feature_layers
-from .loading import identity_of, load_model
+from .heads.head_config import FINAL, default_feature_layers
+from .loading import decoder_layers, identity_of, load_model
+from .support import INSTEAD as INSTEAD
+from .support import probe, refuse_encoder_decoder, refuse_unsupported, relay_context
 
 CHUNK = 256
 
@@ -33,7 +32,8 @@ _PROBING = threading.RLock()  # it registers an attention function of its own me
 
 
 class OutputLayer(nn.Module):
-    """Final hidden [..., H] -> logits [..., V], with the scale or soft cap that some families apply."""
+    """Final hidden [..., H] -> logits [..., V], with the scale or soft cap that some families
+    apply."""
 
     def __init__(self, model: nn.Module, config) -> None:
         super().__init__()
@@ -57,9 +57,9 @@ class OutputLayer(nn.Module):
 class Target:
     """Wraps a loaded model; `forward` runs a tree or a prompt over a `StaticKVCache`.
 
-    The model stays the caller's: hooks, our attention and eval mode are its own for the length of a pass, and it is
-    then left as it was found. Passes over one model take turns, whatever thread or Target they come from.
-    """
+    The model stays the caller's: hooks, our attention and eval mode are its own for the length of a
+    pass, and it is then left as it was found. Passes over one model take turns, whatever thread or
+    Target they come from."""
 
     def __init__(
         self,
@@ -82,7 +82,7 @@ class Target:
         self._attention: dict[str, list] = {}
         self.refresh()
         with self.lock, _PROBING:
-            self.kv_heads, self.head_dim = self._probe()
+            probe(self)
         self._identity = identity
         self.head_logits = OutputLayer(model, self.config)
 
@@ -111,17 +111,11 @@ class Target:
         cls,
         path: str | Path | None = None,
         *,
-        dtype: str | torch.dtype = "auto",
-        device: str | torch.device | None = None,
-        quantization: str = "none",
-        adapter_path: str | Path | None = None,
         feature_layers: tuple[int, ...] | None = None,
-        **hf_kwargs,
+        **options,
     ) -> Target:
-        """Load a model folder or hub id, as `eagle.loading.load_model` does."""
-        model, identity = load_model(
-            path, dtype=dtype, device=device, quantization=quantization, adapter_path=adapter_path, **hf_kwargs
-        )  # fmt: skip
+        """Load a model folder or hub id; options as of `eagle.loading.load_model`."""
+        model, identity = load_model(path, **options)
         model.eval().requires_grad_(False)
         return cls(model, identity["id"], feature_layers, identity)
 
@@ -143,8 +137,8 @@ class Target:
         rope = getattr(self.config, "rope_parameters", None) or {}
         for values in (rope, *(v for v in rope.values() if isinstance(v, dict))):
             if values.get("rope_type") == "longrope":
-                # past this length longrope turns every key another way: what is cached would be wrong, and
-                # one long row, or a draft that looks ahead, would change the others
+                # past this length longrope turns every key another way: what is cached would be
+                # wrong, and one long row, or a draft that looks ahead, would change the others
                 limit = min(limit, values.get("original_max_position_embeddings") or limit)
         return limit
 
@@ -154,8 +148,8 @@ class Target:
         return self.model.get_input_embeddings()
 
     def set_feature_layers(self, layers: tuple[int, ...]) -> None:
-        """Three entering-layer ids, 0 … L; L is the last layer's output before the final norm. Or (FINAL,): what
-        enters the output embedding, as EAGLE-1 reads it."""
+        """Three entering-layer ids, 0 … L; L is the last layer's output before the final norm. Or
+        (FINAL,): what enters the output embedding, as EAGLE-1 reads it."""
         L = len(self.layers)
         final = tuple(layers) == (FINAL,)
         if not final and (len(layers) != 3 or any(not 0 <= i <= L for i in layers)):
@@ -164,7 +158,8 @@ class Target:
 
     @contextmanager
     def _lent(self, attention: str) -> Iterator[None]:
-        """The model in eval mode and with this attention, for this thread alone; then as it was found."""
+        """The model in eval mode and with this attention, for this thread alone; then as it was
+        found."""
         with self.lock:
             training = [m for m in self._modules if m.training]
             found = [c._attn_implementation_internal for c in self._configs]
@@ -186,8 +181,8 @@ class Target:
 
     @contextmanager
     def _tapped(self, states: dict[int, torch.Tensor] | None, keep=None) -> Iterator[None]:
-        """Hooks for one pass: put the states that enter the feature layers into `states`, and project only the tokens
-        `keep` [b] to the vocabulary, [1, T, H] -> [1, b, H]."""
+        """Hooks for one pass: put the states that enter the feature layers into `states`, and
+        project only the tokens `keep` [b] to the vocabulary, [1, T, H] -> [1, b, H]."""
 
         def entering(layer):
             def save(module, args, kwargs):
@@ -235,13 +230,12 @@ class Target:
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """One pass over packed tokens: ids [1, T] -> logits [1, T, V] and features [1, T, F].
 
-        keep [b]: logits of these tokens only, [1, b, V].
-        """
+        keep [b]: logits of these tokens only, [1, b, V]."""
         positions = context.pack(context.positions)
-        compiled = self.compiled if keep is None and context.mask is not None else None
-        if compiled is not None:
-            return compiled(ids, positions, context, features)
-        return self.run(ids, positions, context, keep, features)
+        if self.compiled is None or context.mask is None:
+            return self.run(ids, positions, context, keep, features)
+        logits, found = self.compiled(ids, positions, context, features)
+        return logits if keep is None else logits[:, keep], found
 
     def run(self, ids, positions, context, keep=None, features=True):
         """The stock model's forward with our context; also what is exported to be compiled."""
@@ -266,41 +260,31 @@ class Target:
         cache: StaticKVCache,
         features: bool,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """ids [b, T] right-padded, lengths [b], the cache's rows empty -> logits [b, 1, V] of each row's last
-        token, features [b, T, F]. Padding is not run."""
-        if self.compiled is not None:
-            return self._prefill_chunks(ids, lengths, host_lengths, cache, features)
+        """ids [b, T] right-padded, lengths [b], the cache's rows empty -> logits [b, 1, V] of each
+        row's last token, features [b, T, F]. Padding is not run. Compiled passes, which project
+        every token to the vocabulary, take the prompts in pieces of CHUNK tokens."""
         b, T = ids.shape
-        context = TreeContext(
-            cache, torch.arange(T, device=ids.device).expand(b, T), counts=host_lengths
-        )
-        keep = lengths.cumsum(0) - 1
-        logits, found = self.forward(context.pack(ids), context, keep, features)
-        cache.advance(lengths, host_lengths)
-        return logits.transpose(0, 1), context.unpack(found) if features else None
-
-    def _prefill_chunks(self, ids, lengths, host_lengths, cache, features):
-        """`prefill` through the compiled passes, at most CHUNK tokens at a time, as these project every token
-        to the vocabulary."""
-        b, T = ids.shape
-        width = max(CHUNK // b, 1)
+        width = T if self.compiled is None else max(CHUNK // b, 1)
         found, last = [], None
         for start in range(0, T, width):
             piece = ids[:, start : start + width]
             N = piece.shape[1]
-            counts = [min(max(n - start, 0), N) for n in host_lengths]
+            counts = (lengths - start).clamp(0, N)
+            host_counts = [min(max(n - start, 0), N) for n in host_lengths]
             positions = torch.arange(start, start + N, device=ids.device).expand(b, N)
-            mask = torch.ones(N, N, dtype=torch.bool, device=ids.device).tril().expand(b, N, N)
-            context = TreeContext(cache, positions, mask, positions, counts)
-            logits, states = self.forward(context.pack(piece), context, features=features)
-            logits = context.unpack(logits)
-            place = (lengths - 1 - start).clamp(0, N - 1)
-            at = logits.gather(1, place[:, None, None].expand(b, 1, logits.shape[-1]))
+            mask = None
+            if self.compiled is not None:  # which attend to the cache
+                mask = torch.ones(N, N, dtype=torch.bool, device=ids.device).tril().expand(b, N, N)
+            tree_positions = None if mask is None else positions
+            context = TreeContext(cache, positions, mask, tree_positions, host_counts)
+            keep = counts.cumsum(0) - 1  # the last of each row among the packed tokens
+            logits, states = self.forward(context.pack(piece), context, keep, features)
+            logits = logits.transpose(0, 1)
             here = (lengths > start)[:, None, None]
-            last = at if last is None else torch.where(here, at, last)
+            last = logits if last is None else torch.where(here, logits, last)
             if features:
                 found.append(context.unpack(states))
-            cache.advance((lengths - start).clamp(0, N), counts)
+            cache.advance(counts, host_counts)
         return last, torch.cat(found, 1) if features else None
 
     def verify_tree(
@@ -311,8 +295,10 @@ class Target:
         cache: StaticKVCache,
         features: bool,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """tokens, depth [b, N], mask [b, N, N] -> logits [b, N, V] and features [b, N, F]; nothing is committed."""
-        # a draft past the model's limit can never be kept, and must not ask for a position that does not exist
+        """tokens, depth [b, N], mask [b, N, N] -> logits [b, N, V] and features [b, N, F]; nothing
+        is committed."""
+        # a draft past the model's limit can never be kept, and must not ask for a position that
+        # does not exist
         positions = (cache.lengths[:, None] + depth).clamp_max(self.max_positions - 1)
         context = TreeContext(cache, positions, mask, positions)
         logits, found = self.forward(context.pack(tokens), context, features=features)
@@ -322,10 +308,10 @@ class Target:
     def hidden_and_features(
         self, ids: torch.Tensor, attention_mask: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """For training: ids [B, T] -> final hidden [B, T, H] (after the norm) and features [B, T, F].
+        """For training: ids [B, T] -> final hidden [B, T, H] (after the norm) and features [B, T,
+        F].
 
-        attention_mask [B, T]: 1 on real tokens. The stock attention is used.
-        """
+        attention_mask [B, T]: 1 on real tokens. The stock attention is used."""
         states: dict[int, torch.Tensor] = {}
         with self.stock(), self._tapped(states):
             out = self.backbone(input_ids=ids, attention_mask=attention_mask, use_cache=False)
@@ -334,242 +320,19 @@ class Target:
 
     @contextmanager
     def stock(self) -> Iterator[nn.Module]:
-        """The model as transformers runs it, in eval mode, for `generate` baselines and for training."""
+        """The model as transformers runs it, in eval mode, for `generate` baselines and for
+        training."""
         eager = (
             getattr(self.config, "attn_logit_softcapping", None) or not self.model._supports_sdpa
         )
         with self._lent("eager" if eager else "sdpa"):
             yield self.model
 
-    @torch.inference_mode()
-    def _probe(self) -> tuple[int, int]:
-        """Run six tokens through our attention and cache, as a prompt and as a tree, and through stock ones:
-        same logits, or refuse.
 
-        This finds models whose layers drop the context, see the future, keep state of their own, or give the
-        attention what ours does not read. Sliding windows are shortened meanwhile, so that they count.
-        Returns (kv_heads, head_dim).
-        """
-        found: list[tuple[int, int, int]] = []
-
-        class Recorder(TreeContext):
-            """Takes note of shapes and attends to nothing."""
-
-            def attend(self, layer, q, k, v, *args):
-                self.layers_seen += 1
-                found.append((k.shape[1], k.shape[3], v.shape[3]))
-                return q.new_zeros(1, q.shape[2], q.shape[1], v.shape[3])
-
-        updated: list[int] = []
-
-        class Passing(StaticKVCache):
-            def update(self, key_states, value_states, layer_idx, *args, **kwargs):
-                updated.append(layer_idx)
-                return super().update(key_states, value_states, layer_idx)
-
-        # spread over the vocabulary: the first ids are often special tokens with degenerate embeddings
-        ids = (torch.arange(1, 7, device=self.device) * (self.vocab_size // 7))[None]
-        positions = torch.arange(6, device=self.device)[None]
-        three = torch.full((1,), 3, device=self.device)
-        context = Recorder(Passing(0, 1, 1, 6, 1, self.dtype, self.device), positions)
-        kind = getattr(self.config, "model_type", "?")
-        refused = (TypeError, AttributeError, LookupError, RuntimeError, ValueError)
-        try:
-            with unread_arguments() as unread:
-                self.forward(ids, context, features=False)
-        except refused as error:
-            refuse_shapes(self.config, found)  # the better reason, where it is the reason
-            raise EagleError(
-                f"models of type {kind!r} do not take our attention and cache: {error}; {INSTEAD}"
-            ) from error
-        if context.layers_seen != len(self.layers) or len(updated) != len(self.layers):
-            raise EagleError(
-                f"models of type {kind!r} are not supported: of {len(self.layers)} layers, {context.layers_seen} "
-                f"calls reach transformers' attention interface with our arguments and {len(updated)} our cache; {INSTEAD}"
-            )
-        if unread:
-            raise EagleError(
-                f"models of type {kind!r} are not supported: their attention also needs {', '.join(sorted(unread))}, "
-                f"which tree attention does not honour; {INSTEAD}"
-            )
-        refuse_shapes(self.config, found)
-        self.kv_heads, self.head_dim, _ = found[0]
-        try:
-            with short_windows(self.model, self.config, 3, below=self.max_positions):
-                # all six as a prompt; then the last three once more, as a chain of tree nodes behind a
-                # prefix, with a branch between
-                context = TreeContext(self.new_cache(1, 6), positions)
-                logits, _ = self.forward(ids, context, features=False)
-                cache = self.new_cache(1, 7)
-                self.prefill(ids[:, :3], three, [3], cache, features=False)
-                tokens = ids[:, [3, 0, 4, 5]]
-                depth = torch.tensor([[0, 1, 1, 2]], device=self.device)
-                mask = torch.tensor(
-                    [[1, 0, 0, 0], [1, 1, 0, 0], [1, 0, 1, 0], [1, 0, 1, 1]], device=self.device
-                )
-                tree_logits, _ = self.verify_tree(
-                    tokens, depth, mask[None].bool(), cache, features=False
-                )
-                logits = torch.cat([logits, tree_logits[:, [0, 2, 3]]], dim=1)
-                with self.stock() as model:
-                    expected = model(input_ids=ids, use_cache=False).logits.float()
-                expected = torch.cat([expected, expected[:, 3:]], dim=1)
-        except refused as error:
-            raise EagleError(
-                f"models of type {kind!r} do not take our attention and cache: {error}; {INSTEAD}"
-            ) from error
-        tolerance = {torch.float32: 1e-3, torch.float16: 5e-2}.get(self.dtype, 2e-1)
-        error = (logits.float() - expected).abs().max().item() / max(expected.std().item(), 1e-6)
-        if not error < tolerance:
-            raise EagleError(
-                f"models of type {kind!r} are not supported: logits through our attention differ from "
-                f"transformers' by {error:.3g} standard deviations; {INSTEAD}"
-            )
-        return self.kv_heads, self.head_dim
-
-
-def decoder_layers(backbone: nn.Module) -> nn.ModuleList | None:
-    """The decoder's blocks, under whatever name the family keeps them: Llama's layers, GPT-2's h."""
-    for name in ("layers", "h", "blocks"):
-        if isinstance(found := getattr(backbone, name, None), nn.ModuleList):
-            return found
-    return None
-
-
-# whose decoder layers take keyword arguments and do not hand them to their attention (transformers 5.23)
-DROP_ARGUMENTS = ("nemotron", "stablelm")
-
-
-def relay_context(config, layers: nn.ModuleList) -> list:
-    """Hooks that carry the `tree` argument from a layer to its attention where the family's layers drop it."""
-    if getattr(config, "model_type", None) not in DROP_ARGUMENTS:
-        return []
-    current: list = [None]
-
-    def take(module, args, kwargs):
-        current[0] = kwargs.get("tree")
-
-    def give(module, args, kwargs):
-        tree, current[0] = current[0], None
-        return args, {**kwargs, "tree": tree}
-
-    pairs = [(m, h) for layer in layers for m, h in ((layer, take), (layer.self_attn, give))]
-    return [module.register_forward_pre_hook(hook, with_kwargs=True) for module, hook in pairs]
-
-
-@contextmanager
-def short_windows(model: nn.Module, config, window: int, below: int) -> Iterator[None]:
-    """Every sliding window that is shorter than `below` is `window` tokens, for masks (the config) and layers."""
-    owners = [
-        owner
-        for owner in (config, *model.modules())
-        if type(width := getattr(owner, "sliding_window", None)) is int and 0 < width < below
-    ]
-    before = [owner.sliding_window for owner in owners]
-    try:
-        for owner in owners:
-            owner.sliding_window = window
-        yield
-    finally:
-        for owner, value in zip(owners, before, strict=True):
-            owner.sliding_window = value
-
-
-@contextmanager
-def unread_arguments() -> Iterator[set[str]]:
-    """Collects what the layers give to our attention and it does not read: tensors by name, and a mask other
-    than the positions that `run` hands in."""
-    read = {*inspect.signature(tree_attention_forward).parameters, "position_ids"}
-    unread: set[str] = set()
-
-    def watch(module, query, key, value, attention_mask, *args, **kwargs):
-        unread.update(k for k, v in kwargs.items() if k not in read and isinstance(v, torch.Tensor))
-        if attention_mask is not None and attention_mask.dtype != torch.int64:
-            unread.add("a mask of its own")
-        return tree_attention_forward(module, query, key, value, attention_mask, *args, **kwargs)
-
-    AttentionInterface.register(NAME, watch)
-    try:
-        yield unread
-    finally:
-        AttentionInterface.register(NAME, tree_attention_forward)
-
-
-INSTEAD = "use a decoder-only causal language model such as Llama, Qwen, Mistral or Gemma"
-# layer types that see all of the context, or a sliding window of it ("attention" is an older name for the first)
-ATTENDING = {"full_attention", "sliding_attention", "attention"}
-RECURRENT = ("mamba", "linear_attention", "recurrent", "conv", "rwkv", "ssm")
-
-
-def refuse_encoder_decoder(model: nn.Module) -> None:
-    config = model.config
-    kind = getattr(config, "model_type", type(model).__name__)
-    if getattr(config, "is_encoder_decoder", False) or getattr(
-        config, "add_cross_attention", False
-    ):
-        raise EagleError(
-            f"models of type {kind!r} attend to an encoder (cross-attention); {INSTEAD}"
-        )
-
-
-def refuse_shapes(config, found: list[tuple[int, int, int]]) -> None:
-    """found: (key/value heads, key dim, value dim) of each layer that reached the cache."""
-    if len(set(found)) > 1 or any(key != value for _, key, value in found):
-        latent = ", of multi-head latent attention" if hasattr(config, "kv_lora_rank") else ""
-        raise EagleError(
-            f"models of type {getattr(config, 'model_type', '?')!r} are not supported: their key and value shapes "
-            f"differ, (heads, key dim, value dim) {sorted(set(found))}{latent}; use a model whose layers all cache "
-            "keys and values of one shape"
-        )
-
-
-def refuse_unsupported(model: nn.Module, config, backbone: nn.Module, layers) -> None:
-    """Models that cannot be served are refused with the reason, where the configuration or the code shows it."""
-    kind = getattr(config, "model_type", type(model).__name__)
-    types = {str(t) for t in getattr(config, "layer_types", None) or []}
-    recurrent = sorted(t for t in types if any(r in t for r in RECURRENT))
-    if getattr(model, "_is_stateful", False) or recurrent:
-        raise EagleError(
-            f"models of type {kind!r} keep a recurrent state{' (' + ', '.join(recurrent) + ')' if recurrent else ''} "
-            "that cannot be rolled back to an accepted token; use a model of attention layers only"
-        )
-    if "chunked_attention" in types:
-        raise EagleError(
-            f"models of type {kind!r} use chunked attention, which is not supported; {INSTEAD}"
-        )
-    if unknown := sorted(types - ATTENDING):
-        raise EagleError(
-            f"models of type {kind!r} have layers of type {', '.join(unknown)}, which tree attention does not know; "
-            f"{INSTEAD}"
-        )
-    if getattr(config, "num_kv_shared_layers", None):
-        raise EagleError(
-            f"models of type {kind!r} share keys and values between layers (num_kv_shared_layers = "
-            f"{config.num_kv_shared_layers}), and the cache holds one pair a layer; {INSTEAD}"
-        )
-    alibi = getattr(config, "alibi", False) or getattr(
-        getattr(config, "attn_config", None), "alibi", False
-    )
-    if alibi or kind == "bloom":
-        raise EagleError(
-            f"models of type {kind!r} add a bias to the attention scores by distance (ALiBi), which tree "
-            f"attention does not know; use a model with rotary or learned positions"
-        )
-    if layers is None and getattr(config, "is_decoder", None) is False:
-        raise EagleError(f"models of type {kind!r} attend in both directions; {INSTEAD}")
-    if layers is None or model.get_output_embeddings() is None:
-        raise EagleError(
-            f"models of type {kind!r} are not supported: their decoder shows no list of `layers` and an output "
-            f"embedding; {INSTEAD}"
-        )
-    interface = getattr(type(model), "_can_set_attn_implementation", None)
-    if interface is not None and not interface():
-        raise EagleError(
-            f"models of type {kind!r} do not take our attention: they compute attention in code of their own, not "
-            f"through transformers' attention interface; {INSTEAD}"
-        )
-    if "position_ids" not in inspect.signature(type(backbone).forward).parameters:
-        raise EagleError(
-            f"models of type {kind!r} do not take position_ids: they number tokens by their place in the cache, and "
-            f"the nodes of a tree need positions of their own; {INSTEAD}"
-        )
+def padded(prompts: list[list[int]], device) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
+    """What `prefill` takes: ids [b, T] right-padded, lengths [b], and these on the host."""
+    counts = [len(prompt) for prompt in prompts]
+    ids = torch.zeros(len(prompts), max(counts), dtype=torch.int64)
+    for line, prompt in zip(ids, prompts, strict=True):
+        line[: len(prompt)] = torch.tensor(prompt)
+    return ids.to(device), torch.tensor(counts, device=device), counts

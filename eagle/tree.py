@@ -1,9 +1,6 @@
 """The draft tree: its shape, its nodes, and which of many candidates become nodes.
 
-Knows token ids, parents and scores; knows nothing of models.
-
-B rows, N nodes (node 0 is the root), P candidates.
-"""
+B rows, N nodes (node 0 is the root), P candidates."""
 
 from __future__ import annotations
 
@@ -20,10 +17,9 @@ from .errors import EagleError
 class TreeShape:
     """How far to expand and how much to keep (EAGLE-2, Li et al. 2024, arXiv:2406.16858).
 
-    total_token: nodes verified in one pass, the root included. top_k: beams a level. depth: draft passes
-    after the one that ingests the accepted tokens, as in upstream: that pass yields level 1, so the
-    longest path has depth + 1 draft tokens, and a cycle gains at most depth + 2 tokens.
-    """
+    total_token: nodes verified in one pass, the root included. top_k: beams a level. depth: draft
+      passes after the one that ingests the accepted tokens, as in upstream: that pass yields level
+      1, so the longest path has depth + 1 draft tokens, and a cycle gains at most depth + 2."""
 
     total_token: int = 60
     depth: int = 7
@@ -35,13 +31,9 @@ class TreeShape:
             if not isinstance(value, int) or isinstance(value, bool):
                 raise EagleError(f"{name} must be a whole number, not {value!r}")
         if self.total_token < 2:
-            raise EagleError(
-                f"total_token must be at least 2 (root and one draft), not {self.total_token}"
-            )
+            raise EagleError(f"total_token must be at least 2, not {self.total_token}")
         if self.depth < 0 or self.top_k < 1:
-            raise EagleError(
-                f"depth must be >= 0 and top_k >= 1, not {self.depth} and {self.top_k}"
-            )
+            raise EagleError(f"depth must be >= 0 and top_k >= 1, not {self.depth}, {self.top_k}")
 
     @classmethod
     def parse(cls, text: str | tuple | list | TreeShape) -> TreeShape:
@@ -73,8 +65,9 @@ class TreeShape:
 
 @dataclass
 class DraftTree:
-    """tokens, parents, depth [B, N] int64; mask [B, N, N] bool (a node sees its ancestors and itself);
-    scores [B, N] float32, cumulative log-probability. Parents come before children; parents[:, 0] = 0."""
+    """tokens, parents, depth [B, N] int64; mask [B, N, N] bool (a node sees its ancestors and
+    itself); scores [B, N] float32, cumulative log-probability. Parents come before children;
+    parents[:, 0] = 0."""
 
     tokens: torch.Tensor
     parents: torch.Tensor
@@ -115,10 +108,9 @@ def rerank(
 ) -> DraftTree:
     """Keep the best num_nodes - 1 of P candidates, every one with its parent.
 
-    root [B]; tokens, parents, scores [B, P]; depth [P]. A parent is named by its candidate's place plus
-    one, 0 being the root. Candidates are ordered by level, so with a stable sort a parent, whose
-    cumulative log-probability is never below its child's, is always picked before it.
-    """
+    root [B]; tokens, parents, scores [B, P]; depth [P]. A parent is named by its candidate's place
+    plus one, 0 being the root. Candidates are ordered by level, so with a stable sort a parent,
+    whose cumulative log-probability is never below its child's, is always picked before it."""
     if fast(scores):
         return DraftTree(
             *torch.ops.eagle_cpu.keep_best(root, tokens, parents, scores, depth, num_nodes)

@@ -1,7 +1,6 @@
 """Which draft tokens the target agrees with. One comparison a node, one masked reduction.
 
-B rows, N nodes, K = 1 + longest path.
-"""
+B rows, N nodes, K = 1 + longest path."""
 
 from __future__ import annotations
 
@@ -16,8 +15,9 @@ from .tree import DraftTree
 
 @dataclass
 class Verdict:
-    """num_accepted [B]: draft tokens kept. path [B, K]: the accepted nodes, root first, then padding.
-    tokens [B, K]: what is gained, num_accepted draft tokens and then the target's next token."""
+    """num_accepted [B]: draft tokens kept. path [B, K]: the accepted nodes, root first, then
+    padding. tokens [B, K]: what is gained, num_accepted draft tokens and then the target's next
+    token."""
 
     num_accepted: torch.Tensor
     path: torch.Tensor
@@ -27,16 +27,12 @@ class Verdict:
 def verify(tree: DraftTree, choices: torch.Tensor, levels: int) -> Verdict:
     """choices [B, N]: the target's token at each node. levels: longest path of draft tokens.
 
-    A node is correct when its token is its parent's choice, and accepted when it and all its ancestors
-    are. Children of a node are distinct, so the accepted nodes form one path; its deepest node's choice
-    is the next token.
-    """
+    A node is correct when its token is its parent's choice, and accepted when it and all its
+    ancestors are. Children of a node are distinct, so the accepted nodes form one path; its deepest
+    node's choice is the next token."""
     if fast(choices):
-        return Verdict(
-            *torch.ops.eagle_cpu.longest_path(
-                tree.tokens, tree.parents, tree.depth, choices, levels
-            )
-        )
+        nodes = tree.tokens, tree.parents, tree.depth
+        return Verdict(*torch.ops.eagle_cpu.longest_path(*nodes, choices, levels))
     correct = tree.tokens == choices.gather(1, tree.parents)
     correct[:, 0].fill_(True)
     accepted = (correct[:, None] | ~tree.mask).all(-1)  # [B, N]
@@ -60,7 +56,8 @@ def along(tree: DraftTree, choices: torch.Tensor, deepest: torch.Tensor, levels:
 
 
 def force(accept: int, tree: DraftTree, choices: torch.Tensor, levels: int) -> Verdict:
-    """A verdict that accepts `accept` draft tokens whatever the target chose, or the deepest path where the
+    """A verdict that accepts `accept` draft tokens whatever the target chose, or the deepest path
+    where the
     tree is not that deep: for measuring a cycle apart from the head. Not lossless."""
     within = tree.depth <= accept
     goal = torch.where(within, tree.depth, -1).argmax(-1, keepdim=True)

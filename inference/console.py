@@ -7,26 +7,15 @@ import sys
 
 COMMANDS = {
     "generate": ("inference.generate", "generate from a prompt or a file"),
-    "bench": ("inference.bench", "measure against stock generate and the plain engine"),
+    "bench": ("inference.bench", "measure: engines, cycle, slots, train, sandbox, gpu, model"),
     "evaluate": ("inference.evaluate", "pass@k of programs, metrics of tasks and texts"),
-    "profile": ("inference.profile", "show where a cycle spends its time"),
-    "scaling": ("inference.scaling", "calculate what speculation gains by model, batch and GPU"),
-    "gpu-suite": ("inference.gpu_suite", "check and measure kernels, engine and loss on a GPU"),
-    "demo": ("inference.demo", "train a head for minutes and benchmark the shipped one"),
-    "pipeline": ("inference.pipeline", "fine-tune a base, adapt a head to it, and measure both"),
     "train": ("train.main", "train a draft head"),
     "finetune": ("train.finetune", "fine-tune a base model: sft, multitask, dpo, merge"),
     "inspect": ("train.inspect", "show training samples with the supervised tokens coloured"),
-    "doctor": ("train.doctor", "check the installation, devices, a target and data"),
+    "doctor": ("train.doctor", "check the installation, a target, data and a head"),
     "prepare": ("train.prepare", "write features or answers of the target before training"),
     "report": ("train.report", "write the page of a training run again"),
-    "train-bench": ("train.bench", "measure a training step and the draft loss"),
-    "ablation": ("train.ablation", "train heads that differ in one thing, and compare them"),
-    "embedded": ("train.embedded", "rebuild the embedded model and its data"),
-    "convert": (
-        "inference.convert",
-        "rewrite a head for another engine, or find out its layer ids",
-    ),
+    "convert": ("inference.convert", "rewrite a head for another engine, or probe its layer ids"),
     "inspect head": ("inference.inspect_head", "show what a head is and what it belongs to"),
 }
 

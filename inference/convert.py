@@ -1,4 +1,5 @@
-"""`eagle convert SRC DST --to FORMAT`: a head for another engine; `--probe`: what do its layer ids mean?
+"""`eagle convert SRC DST --to FORMAT`: a head for another engine; `--probe`: what do its layer ids
+mean?
 
 python -m inference.convert HEAD OUT --to vllm --target PATH
 python -m inference.convert HEAD --probe --target PATH
@@ -35,20 +36,22 @@ def convert(
 ) -> int:
     """Rewrite the head SRC as the folder DST.
 
-    --to, --from: eagle (SafeAILab), sglang (SpecForge), vllm (speculators) or modelopt; SRC's is detected. --target:
-    the model that the head drafts for (a folder, a hub id, or "embedded"): checks that the head fits, leaves an
-    embedding out that is the target's, names it in speculators' config.
+    --to, --from: eagle (SafeAILab), sglang (SpecForge), vllm (speculators) or modelopt; SRC's is
+    detected. --target: the model that the head drafts for (a folder, a hub id, or "embedded"):
+    checks that the head fits, leaves an embedding out that is the target's, names it in
+    speculators' config.
 
-    --layer_ids i,j,k and --convention entering|output|one-based win over what SRC says of its feature layers. --probe
-    generates with the head under each convention and says which is accepted most; with DST, that one is used.
+    --layer_ids i,j,k and --convention entering|output|one-based win over what SRC says of its
+    feature layers. --probe generates with the head under each convention and says which is accepted
+    most; with DST, that one is used.
 
-    --pack makes a folder for a model hub, with a card (--license, --base_model; --bench FILE of inference.bench
-    --json for its numbers) and custom_generate/ for stock generate.
+    --pack makes a folder for a model hub, with a card (--license, --base_model; --bench FILE of
+    inference.bench --json for its numbers) and custom_generate/ for stock generate.
     """
     from eagle.checkpoint import build, find_folder, require_fit
-    from eagle.formats.read import read_folder
-    from eagle.formats.tables import EMBEDDING, table
-    from eagle.formats.write import export_head, public_name, recorded, require_apart
+    from eagle.heads.read import read_folder
+    from eagle.heads.tables import EMBEDDING, table
+    from eagle.heads.write import export_head, public_name, recorded, require_apart
 
     source, destination = _folders(folders, to, probe)
     if to is not None:
@@ -84,7 +87,7 @@ def convert(
     elif base_model is not None:
         verifier["name_or_path"] = base_model
     if pack:
-        from eagle.formats.pack import pack_head
+        from eagle.heads.pack import pack_head
 
         name = base_model or verifier["name_or_path"]
         if license is None or name is None:
@@ -92,9 +95,15 @@ def convert(
                 "--pack needs --license (apache-2.0, mit, …) and --base_model, the target's hub id"
             )
         pack_head(
-            head, destination, to=to, license=license, base_model=name, provenance=record,
-            verifier=verifier, bench=_bench(bench),
-        )  # fmt: skip
+            head,
+            destination,
+            to=to,
+            license=license,
+            base_model=name,
+            provenance=record,
+            verifier=verifier,
+            bench=_bench(bench),
+        )
     else:
         export_head(head, destination, to, record, verifier)
     told = "" if config.method == "eagle1" else f", feature layers entered {list(layers)}"
@@ -129,9 +138,9 @@ def _ids(text: str | None) -> list[int] | None:
 
 
 def _probe(published, target, ids, prompts, num_prompts, max_new_tokens, destination):
-    from eagle.formats.probe import describe, probe
+    from eagle.heads.probe import describe, probe
     from eagle.loading import load_tokenizer
-    from inference.prompts import load_prompts
+    from records.prompts import load_prompts
 
     if target is None:
         raise EagleError("--probe generates: give --target PATH (or --target embedded)")
@@ -157,7 +166,7 @@ def load_target(path: str):
 
 
 def _bench(path: str | None) -> dict | None:
-    from eagle.formats.describe import bench_file
+    from eagle.heads.describe import bench_file
 
     if path is None:
         return None

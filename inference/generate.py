@@ -44,16 +44,17 @@ def generate(
 ) -> int:
     """Generate losslessly with a draft head. Text goes to stdout, statistics to stderr.
 
-    --prompt TEXT (with --chat through the chat template), or --prefix with --suffix to fill in the middle,
-    or --prompts FILE (JSONL; one completion a line goes to --output or stdout). "-" reads the prompt from
-    stdin. Without --base and --head the embedded model is used. --engine vanilla turns drafting off.
+    --prompt TEXT (with --chat through the chat template), or --prefix with --suffix to fill in the
+    middle, or --prompts FILE (JSONL; one completion a line goes to --output or stdout). "-" reads
+    the prompt from stdin. Without --base and --head the embedded model is used. --engine vanilla
+    turns drafting off.
 
-    With --prompts, --batch_size rows run at a time and the next prompt takes the place of one that is done;
-    line i uses seed + i. A prompt that cannot be served gets a record with its line and "error", the others
-    go on, and the exit status is 1.
+    With --prompts, --batch_size rows run at a time and the next prompt takes the place of one that
+    is done; line i uses seed + i. A prompt that cannot be served gets a record with its line and
+    "error", the others go on, and the exit status is 1.
 
-    --tree total_token,depth,top_k, or auto: in each cycle the tree that was seen to make most tokens a second.
-    --compile off, auto (off on a CPU) or max (compiled once, and kept on disk).
+    --tree total_token,depth,top_k, or auto: in each cycle the tree that was seen to make most
+    tokens a second. --compile off, auto (off on a CPU) or max (compiled once, and kept on disk).
     --adapter a LoRA folder on the base, --quantization none, nf4 or int8.
     """
     from eagle.errors import EagleError
@@ -83,16 +84,22 @@ def generate(
     if compile not in MODES:
         raise EagleError(f"unknown compile {compile!r}; use {', '.join(MODES)}")
 
-    from inference.prompts import Prompt, chat_prompt, fim_prompt, load_prompts, text_prompt
+    from records.prompts import Prompt, chat_prompt, fim_prompt, load_prompts, text_prompt
 
     model = load_model(base, head, adapter, tree, dtype, device, compile, quantization=quantization)
     if engine == "eagle" and model.drafter is None:
         raise EagleError("no draft head: give --head PATH, or --engine vanilla")
     tokenizer = model.tokenizer
     options = dict(
-        max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p,
-        seed=seed, stop_strings=stop, draft=engine == "eagle",
-    )  # fmt: skip
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        min_p=min_p,
+        seed=seed,
+        stop_strings=stop,
+        draft=engine == "eagle",
+    )
     if prompts is not None:
         loaded = load_prompts(prompts, tokenizer)
         prepare(model, engine)
@@ -116,10 +123,10 @@ def generate(
     return 0
 
 
-def load_model(
-    base, head, adapter, tree, dtype, device, compile="auto", quantization="none"
-):  # fmt: skip
-    """The EaModel that the command line asks for. tree: "total_token,depth,top_k", "auto" or None."""
+def load_model(base, head, adapter, tree, dtype, device, compile="auto", quantization="none"):
+    """The EaModel that the command line asks for. tree: "total_token,depth,top_k", "auto" or
+    None.
+    """
     from transformers.utils import logging
 
     from eagle import EaModel, TreeShape
@@ -128,9 +135,15 @@ def load_model(
         logging.disable_progress_bar()
     shape = TreeShape.parse(tree) if tree and tree != "auto" else tree or None
     return EaModel.from_pretrained(
-        base, head, adapter_path=adapter, quantization=quantization, dtype=dtype, device=device,
-        compile=compile, tree=shape,
-    )  # fmt: skip
+        base,
+        head,
+        adapter_path=adapter,
+        quantization=quantization,
+        dtype=dtype,
+        device=device,
+        compile=compile,
+        tree=shape,
+    )
 
 
 def prepare(model, engine: str) -> None:
@@ -147,7 +160,8 @@ def complete_file(
     """Completions are written in the order of the file, all or nothing. Returns the exit status."""
     from eagle.meter import Meter
 
-    # the longest first: rows in flight are of similar length, and what runs alone at the end is short
+    # the longest first: rows in flight are of similar length, and what runs alone at the end is
+    # short
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i].ids))
     records: dict[int, dict] = {}
     seed = options.pop("seed")
@@ -162,9 +176,10 @@ def complete_file(
             records[i] = {
                 "prompt": prompts[i].record,
                 "completion": model.tokenizer.decode(row.tokens, skip_special_tokens=True),
-                "new_tokens": len(row.tokens), "finish_reason": row.finish_reason,
+                "new_tokens": len(row.tokens),
+                "finish_reason": row.finish_reason,
                 "tau": round(row.tau, 3),
-            }  # fmt: skip
+            }
             if row.error is not None:
                 records[i]["error"] = str(row.error)
             tokens += len(row.tokens)
@@ -224,8 +239,9 @@ def report(result, seconds: float) -> None:
     row = result.rows[0]
     print(
         f"[{len(row.tokens)} tokens in {seconds:.2f} s, {len(row.tokens) / seconds:.1f} tokens/s, "
-        f"tau {row.tau:.2f}, ended by {row.finish_reason}]", file=sys.stderr,
-    )  # fmt: skip
+        f"tau {row.tau:.2f}, ended by {row.finish_reason}]",
+        file=sys.stderr,
+    )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,6 @@
-"""`eagle inspect head PATH`: format, geometry, layer ids, draft vocabulary, and what the head belongs to."""
+"""`eagle inspect head PATH`: format, geometry, layer ids, draft vocabulary, and what the head
+belongs to.
+"""
 
 from __future__ import annotations
 
@@ -16,11 +18,11 @@ def inspect_head(
     from_format: str | None = None,
     target: str | None = None,
 ) -> int:
-    """Describe the head in a folder, in any format. --json prints one JSON object. --target: also what differs from
-    what the head was trained for; the exit status is then 1."""
+    """Describe the head in a folder, in any format. --json prints one JSON object. --target: also
+    what differs from what the head was trained for; the exit status is then 1."""
     from eagle.checkpoint import find_folder, require_fit
-    from eagle.formats.describe import describe, lines
-    from eagle.formats.read import read_folder
+    from eagle.heads.describe import describe, lines
+    from eagle.heads.read import read_folder
     from eagle.loading import differences
 
     if len(folders) != 1:

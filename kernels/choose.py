@@ -5,8 +5,7 @@ B rows, N nodes, V vocabulary.
 Sampling is the Gumbel-max trick (Gumbel 1954; Maddison et al. 2014): argmax(log p + g) with g ~
 Gumbel(0, 1) is a sample of p. The noise is a hash of (seed, position, token id), counter-based as
 in Salmon et al. 2011: it does not depend on the tree, the slot or the batch, so the same request
-gives the same text whether its tokens are decoded one by one or verified as a tree.
-"""
+gives the same text whether its tokens are decoded one by one or verified as a tree."""
 
 from __future__ import annotations
 
@@ -32,8 +31,7 @@ def mix32(x: torch.Tensor) -> torch.Tensor:
 def gumbel_noise(seeds: torch.Tensor, positions: torch.Tensor, vocab_size: int) -> torch.Tensor:
     """Gumbel(0, 1) noise [B, N, V] float32, a pure function of (seed, position, token id).
 
-    seeds [B] int64 (all 64 bits count); positions [B, N] int64.
-    """
+    seeds [B] int64 (all 64 bits count); positions [B, N] int64."""
     low, high = seeds & MASK32, (seeds >> 32) & MASK32
     key = mix32(mix32(low ^ 0x9E3779B9) ^ high)[:, None]  # [B, 1]
     key = mix32(key ^ mix32((positions & MASK32) ^ 0x85EBCA6B))  # [B, N]
@@ -58,8 +56,7 @@ def process_logits(
     probable tokens); min-p, what has at least min_p of the largest probability.
 
     Each parameter is a number or a tensor [B], one a row of logits [B, ..., V]. Off: top_k <= 0 or
-    >= V, top_p <= 0 or >= 1, min_p 0. A row of temperature 0 keeps its logits' scale.
-    """
+    >= V, top_p <= 0 or >= 1, min_p 0. A row of temperature 0 keeps its logits' scale."""
     V = logits.shape[-1]
     temperature = per_row(temperature, logits)
     scores = logits.float() / torch.where(temperature == 0, 1.0, temperature)
@@ -97,8 +94,7 @@ def per_row(
     """A number or a tensor [B] as a tensor that broadcasts against logits [B, ..., V].
 
     A number becomes a tensor too: CUDA divides by a number as it multiplies by its reciprocal, and
-    a request must come out the same whether the others in its batch share its parameters or not.
-    """
+    a request must come out the same whether the others in its batch share its parameters or not."""
     if not isinstance(value, torch.Tensor):
         return torch.full((), value, dtype=dtype, device=logits.device)
     return value.to(dtype).reshape(-1, *[1] * (logits.dim() - 1))
@@ -120,8 +116,7 @@ def choose(
     Each parameter is a number, or a tensor [B] on the logits' device (float32; top_k int64), one a
     row; see `process_logits`. Rows of temperature 0 take the largest logit, the first of equals.
     Numbers tell the host what need not be done: pass temperature=0.0 when all rows are greedy,
-    top_p=1.0 when none cuts.
-    """
+    top_p=1.0 when none cuts."""
     implementation = choose_reference
     if use_triton(logits):
         from kernels.triton_choose import choose_triton as implementation

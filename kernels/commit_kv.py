@@ -1,7 +1,6 @@
 """Moving accepted key/value slots to the front: plain-PyTorch reference.
 
-L layers, B rows, H key/value heads, C capacity, D head_dim, K longest path.
-"""
+L layers, B rows, H key/value heads, C capacity, D head_dim, K longest path."""
 
 from __future__ import annotations
 
@@ -18,8 +17,7 @@ def commit_kv(
 
     buffer [L, 2, B, H, C, D] (keys and values of all layers); lengths, counts [B] int64; path [B,
     K] int64, tree nodes. Sources are read before anything is written, so overlapping moves are
-    safe. Slots at or past lengths[b] + counts[b] keep what they held.
-    """
+    safe. Slots at or past lengths[b] + counts[b] keep what they held."""
     implementation = commit_kv_reference
     if use_triton(buffer):
         from kernels.triton_commit_kv import commit_kv_triton as implementation

@@ -1,7 +1,7 @@
 """Builds the C++ files beside it with the machine's compiler, once, and loads them.
 
-Once `loaded`, `torch.ops.eagle.attend` on CPU tensors and the functions of grow_tree.py run compiled.
-"""
+Once `loaded`, `torch.ops.eagle.attend` on CPU tensors and the functions of grow_tree.py run
+compiled."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ loaded = False
 
 
 def load(folder: Path, machine: str) -> None:
-    """Build into `folder` unless it is there. machine: what names the processor, as the code is made for it.
+    """Build into `folder` unless it is there. machine: what names the processor, as the code is
+    made for it.
 
-    Needs g++ (or clang++) and ninja; raises what torch's extension loader raises.
-    """
+    Needs g++ (or clang++) and ninja; raises what torch's extension loader raises."""
     global loaded
     if loaded:
         return
@@ -33,9 +33,12 @@ def load(folder: Path, machine: str) -> None:
 
     def compile(scratch: Path) -> Path:
         build(
-            name, list(map(str, SOURCES)), extra_cflags=FLAGS, build_directory=str(scratch),
+            name,
+            list(map(str, SOURCES)),
+            extra_cflags=FLAGS,
+            build_directory=str(scratch),
             is_python_module=False,
-        )  # fmt: skip
+        )
         return scratch / f"{name}.so"
 
     torch.ops.load_library(str(keep(folder / f"{name}.so", compile)))
@@ -43,12 +46,12 @@ def load(folder: Path, machine: str) -> None:
 
 
 def keep(path: Path, make: Callable[[Path], Path]) -> Path:
-    """`path` with a hash of its bytes in its name: from the disk where it is whole, else as `make(scratch)` made it.
+    """`path` with a hash of its bytes in its name: from the disk where it is whole, else as
+    `make(scratch)` made it.
 
-    A truncated or foreign file does not have the hash, and is made anew. Several processes may make one at once, each
-    in a folder of its own (a build that was killed leaves a lock there, on which torch's loader waits for ever); what
-    has its name is whole.
-    """
+    A truncated or foreign file does not have the hash, and is made anew. Several processes may make
+    one at once, each in a folder of its own (a build that was killed leaves a lock there, on which
+    torch's loader waits for ever); what has its name is whole."""
 
     def named(file: Path) -> Path:
         digest = hashlib.sha256()

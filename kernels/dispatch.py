@@ -14,8 +14,7 @@ def use_triton(tensor: torch.Tensor) -> bool:
 
     EAGLE_TRITON=0 asks for the reference on CUDA too. On a CPU, EAGLE_TRITON=1 together with
     TRITON_INTERPRET=1 (both set before triton is first imported) runs the kernels in Triton's
-    interpreter, which is for tests: it is far slower than the reference.
-    """
+    interpreter, which is for tests: it is far slower than the reference."""
     wish = os.environ.get("EAGLE_TRITON")
     if tensor.is_cuda:
         return wish != "0" and _importable()

@@ -1,18 +1,7 @@
-"""What a draft head is taught: losses between its distribution and the target's, without ever
-holding all logits. Plain PyTorch.
+"""What a draft head is taught: a loss over all positions (`kernels.tile_loss`) without ever holding
+all logits.
 
-S unrolled steps, U positions, R positions of a tile, H hidden, D draft vocabulary. p: the target's
-distribution, q: the head's, both over the draft vocabulary; alpha = sum min(p, q), the chance that
-a sampled draft token is accepted (Leviathan et al. 2023).
-
-    soft_ce            -sum p log q
-    kl                 sum p log(p / q)
-    reverse_kl         sum q log(q / p)
-    overlap            -log alpha      (LK loss, Samarin et al. 2026, arXiv:2602.23881)
-    total_variation    1 - alpha
-
-    focal: scale * (1 - inner)^gamma * any of them, inner = alpha or sum p q; this weight has no
-    gradient.
+S unrolled steps, U positions, R positions of a tile, H hidden, D draft vocabulary.
 
 `draft_loss` cuts the positions into tiles. A tile's logits of all steps are one matrix product, its
 losses and their gradients are taken from them at once, and what remains of it is added to the
@@ -25,85 +14,33 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
-import torch.nn.functional as F
 
 from kernels.dispatch import use_triton
+from kernels.tile_loss import Loss as Loss
+from kernels.tile_loss import Objective, position_loss, tile_loss_reference
 
-Loss = Literal["soft_ce", "kl", "reverse_kl", "overlap", "total_variation"]
 # (start, stop) -> the target's logits [R, D] over the draft vocabulary and its choice [R] int64: a
 # draft id, or -1 where the target's best token is not in the draft vocabulary
 Teacher = Callable[[int, int], tuple[torch.Tensor, torch.Tensor]]
 
-LEAST = 1e-8  # alpha below which `overlap` is flat
 # logits of a tile; a tile has at least ROWS rows, since each is added to a gradient of [D, H]
 CPU_TILE, GPU_TILE, ROWS = 2**20, 2**26, 256
-
-
-@dataclass(frozen=True)
-class Objective:
-    """Which loss. gamma: focal exponent, None without focal. inner: "overlap" or "target_prob" (sum p q).
-    smoothing: uniform share that is mixed into p, of soft_ce and kl only."""
-
-    loss: Loss = "soft_ce"
-    gamma: float | None = None
-    scale: float = 1.0
-    inner: Literal["overlap", "target_prob"] = "overlap"
-    smoothing: float = 0.0
-
-    def __post_init__(self) -> None:
-        assert self.smoothing == 0 or self.loss in ("soft_ce", "kl"), self
 
 
 @dataclass(frozen=True)
 class DraftLoss:
     """total: sum of importance * loss where the target's choice is known; the rest has no gradient.
 
-    loss, overlap [S, U] fp32: of each position, whatever its importance. right [S, U]: the head's best
-    token is the target's choice. known [U]: that choice is in the draft vocabulary.
-    """
+    loss, overlap [S, U] fp32: of each position, whatever its importance. right [S, U]: the head's
+    best token is the target's choice. known [U]: that choice is in the draft vocabulary."""
 
     total: torch.Tensor
     loss: torch.Tensor
     overlap: torch.Tensor
     right: torch.Tensor
     known: torch.Tensor
-
-
-def position_loss(
-    teacher_logits: torch.Tensor, logits: torch.Tensor, objective: Objective
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The definition: teacher_logits, logits [..., D] -> loss [...] and overlap [...] (no gradient), fp32."""
-    log_p = F.log_softmax(teacher_logits.float(), dim=-1)
-    log_q = F.log_softmax(logits.float(), dim=-1)
-    p, q = log_p.exp(), log_q.exp()
-    alpha = torch.minimum(p, q).sum(-1)
-    taught = smooth(p, objective.smoothing)
-    if objective.loss == "soft_ce":
-        loss = -(taught * log_q).sum(-1)
-    elif objective.loss == "kl":
-        loss = -(taught * log_q).sum(-1) - torch.special.entr(taught).sum(-1)
-    elif objective.loss == "reverse_kl":
-        loss = (q * (log_q - log_p)).sum(-1)
-    elif objective.loss == "overlap":
-        loss = -alpha.clamp_min(LEAST).log()
-    else:
-        loss = 1 - alpha
-    if objective.gamma is not None:
-        inner = alpha if objective.inner == "overlap" else (p * q).sum(-1)
-        loss = focal_weight(inner.detach(), objective) * loss
-    return loss, alpha.detach()
-
-
-def smooth(p: torch.Tensor, share: float) -> torch.Tensor:
-    """Mix a uniform share into p."""
-    return p if share == 0 else (1 - share) * p + share / p.shape[-1]
-
-
-def focal_weight(inner: torch.Tensor, objective: Objective) -> torch.Tensor:
-    return objective.scale * (1 - inner).clamp(0, 1) ** objective.gamma
 
 
 def draft_loss_reference(
@@ -131,11 +68,11 @@ def draft_loss(
     objective: Objective,
     tile: int | None = None,
 ) -> DraftLoss:
-    """hidden [S, U, H] after the head's final norm, weight [D, H], importance [S, U] fp32 -> DraftLoss.
+    """hidden [S, U, H] after the head's final norm, weight [D, H], importance [S, U] fp32 ->
+    DraftLoss.
 
-    Products are in hidden's dtype, everything else in fp32. `total` can be differentiated once, with
-    respect to hidden and weight. tile: logits held at a time.
-    """
+    Products are in hidden's dtype, everything else in fp32. `total` can be differentiated once,
+    with respect to hidden and weight. tile: logits held at a time."""
     S, U, H = hidden.shape
     assert weight.shape[1] == H and importance.shape == (S, U)
     if tile is None:
@@ -209,53 +146,3 @@ def tile_loss(
     if use_triton(logits):
         from kernels.triton_draft_loss import tile_loss_triton as implementation
     return implementation(logits, teacher_logits, importance, objective, grad)
-
-
-def tile_loss_reference(
-    logits: torch.Tensor,
-    teacher_logits: torch.Tensor,
-    importance: torch.Tensor,
-    objective: Objective,
-    grad: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """`position_loss` with its gradient written out, few passes and few copies."""
-    kind = objective.loss
-    x = logits.float()
-    top, best = x.max(-1)
-    q = x.softmax(-1)
-    log_total = top - q.gather(-1, best[..., None]).squeeze(-1).log()
-    p = teacher_logits.float().softmax(-1)
-    lesser = torch.minimum(p, q)
-    alpha = lesser.sum(-1)
-    focal = None
-    if objective.gamma is not None:
-        inner = alpha if objective.inner == "overlap" else torch.mul(p, q, out=lesser).sum(-1)
-        focal = focal_weight(inner, objective)
-        importance = importance * focal
-    slope = None
-    if kind in ("soft_ce", "kl"):
-        p = smooth(p, objective.smoothing)
-        loss = log_total - torch.mul(p, x, out=lesser).sum(-1)
-        if kind == "kl":
-            loss = loss - torch.special.entr(p).sum(-1)
-        if grad:
-            slope = q.sub_(p)
-    elif kind == "reverse_kl":
-        log_p = F.log_softmax(teacher_logits.float(), dim=-1)
-        ratio = torch.sub(x, log_total[..., None], out=lesser).sub_(log_p)
-        loss = (q * ratio).sum(-1)
-        if grad:
-            slope = q.mul_(ratio.sub_(loss[..., None]))
-    else:
-        loss = 1 - alpha if kind == "total_variation" else -alpha.clamp_min(LEAST).log()
-        if grad:
-            # d alpha / d q: 1 where q is the lesser; a half where they are equal, as autograd has it
-            share = (q < p).to(q.dtype).add_(q == p, alpha=0.5).mul_(q)
-            slope = q.mul_(share.sum(-1, keepdim=True)).sub_(share)
-            if kind == "overlap":
-                importance = torch.where(alpha >= LEAST, importance / alpha, 0.0)
-    if focal is not None:
-        loss = focal * loss
-    if grad:
-        slope = slope.mul_(importance[..., None]).to(logits.dtype)
-    return loss, alpha, best, slope

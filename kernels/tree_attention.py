@@ -1,15 +1,12 @@
 """Attention of tree nodes over a static cache: plain-PyTorch reference.
 
-Knows nothing of models or configs.
-
 B rows, N queries, M tree slots (the last N of them are the queries' own), W = ceil(M / 32) words of
 mask, Hq query heads, Hkv key/value heads, C capacity, S live slots, D head_dim.
 
 Row b's keys are its prefix, slots 0 … lengths[b]-1 at positions 0 … lengths[b]-1, followed by M
 tree slots lengths[b] … lengths[b]+M-1 at positions `tree_positions[b]`. A query sees the whole
 prefix (inside its sliding window) and the tree slots that its mask names. Nothing else is read:
-slots past lengths[b]+M may hold anything, NaN included.
-"""
+slots past lengths[b]+M may hold anything, NaN included."""
 
 from __future__ import annotations
 
@@ -31,8 +28,7 @@ def attention_bias(
 
     lengths [B] int64; tree_mask [B, N, M] bool; tree_positions [B, M] int64 (absolute; the queries
     are the last N); live = S >= max(lengths) + M. A window of w sees the keys at positions > query
-    - w.
-    """
+    - w."""
     B, N, M = tree_mask.shape
     slot = torch.arange(live, device=lengths.device)
     offset = slot[None] - lengths[:, None]  # [B, S]; >= 0 inside the tree
@@ -62,8 +58,7 @@ def attend(
     bias may also come folded, [B, 1, G*N, S] with G = Hq / Hkv, when many layers share it, and be
     None when every query sees every slot. softcap: scores become softcap * tanh(scores / softcap)
     before the bias; sinks [Hq]: one extra logit a head that takes probability and gives nothing. A
-    query that sees nothing yields zeros.
-    """
+    query that sees nothing yields zeros."""
     B, Hq, N, D = q.shape
     Hkv = k.shape[1]
     G = Hq // Hkv
@@ -131,21 +126,29 @@ def tree_attention(
     """Attention of N tree nodes a row over its prefix and its tree; see the module's text.
 
     q [B, Hq, N, D] and k_cache, v_cache [B, Hkv, C, D] in one dtype (the caches may be strided
-    views of a larger buffer); rows [B] int64: the cache's row of each, where the cache holds others too or
-    another order; lengths [B] int64; tree_bits [B, N, W] int32 (`pack_bits`);
-    tree_positions [B, M] int64, absolute; sinks [Hq], any float dtype. Returns [B, N, Hq, D] in q's
-    dtype. No gradients.
+    views of a larger buffer); rows [B] int64: the cache's row of each, where the cache holds others
+    too or another order; lengths [B] int64; tree_bits [B, N, W] int32 (`pack_bits`); tree_positions
+    [B, M] int64, absolute; sinks [Hq], any float dtype. Returns [B, N, Hq, D] in q's dtype. No
+    gradients.
 
     A row's result depends on its own arguments alone, bit for bit on the Triton path: not on the
-    rows beside it, and not on C.
-    """
+    rows beside it, and not on C."""
     implementation = tree_attention_reference
     if use_triton(q):
         from kernels.triton_tree_attention import tree_attention_triton as implementation
     return implementation(
-        q, k_cache, v_cache, lengths, tree_bits, tree_positions,
-        scaling=scaling, sliding_window=sliding_window, softcap=softcap, sinks=sinks, rows=rows,
-    )  # fmt: skip
+        q,
+        k_cache,
+        v_cache,
+        lengths,
+        tree_bits,
+        tree_positions,
+        scaling=scaling,
+        sliding_window=sliding_window,
+        softcap=softcap,
+        sinks=sinks,
+        rows=rows,
+    )
 
 
 def tree_attention_reference(

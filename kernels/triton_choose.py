@@ -25,16 +25,13 @@ Only top-k and top-p together need the k-th largest score itself, for the mass o
 NaN logits count as -inf here, so that a poisoned row yields some token of the vocabulary and always
 ends.
 
-B rows, N nodes, V vocabulary.
-"""
+B rows, N nodes, V vocabulary."""
 
 from __future__ import annotations
 
 import torch
 import triton
 import triton.language as tl
-
-from kernels.choose import per_row
 
 BLOCK = 1024  # of _scan
 SETTLE_BLOCK = 4096
@@ -84,10 +81,22 @@ def _first_best(value, token):
 
 @triton.jit
 def _scan(
-    logits, seeds, positions, temperatures, part_value, part_token, part_top,
-    logits_b, logits_n, positions_b, N, V, chunk,
-    SAMPLE: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    logits,
+    seeds,
+    positions,
+    temperatures,
+    part_value,
+    part_token,
+    part_top,
+    logits_b,
+    logits_n,
+    positions_b,
+    N,
+    V,
+    chunk,
+    SAMPLE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """Grid (B * N, chunks). The first best of logits or of noisy scores in one chunk, and the top
     score."""
     node = tl.program_id(0)
@@ -131,8 +140,7 @@ def _kth(logits, V, temperature, k, top, BLOCK: tl.constexpr):
     it.
 
     low: at least k scores are >= low. high: a score, and the k-th largest is <= high. Every look
-    moves one of them to a score of the row, so it ends.
-    """
+    moves one of them to a score of the row, so it ends."""
     lane = tl.arange(0, BLOCK)
     low, high, reach = tl.full((), float("-inf"), tl.float32), top, 1.0
     searching = top > float("-inf")
@@ -160,11 +168,27 @@ def _kth(logits, V, temperature, k, top, BLOCK: tl.constexpr):
 
 @triton.jit
 def _settle(
-    logits, seeds, positions, temperatures, top_ks, top_ps, log_min_ps,
-    part_value, part_token, part_top, choices,
-    logits_b, logits_n, positions_b, N, V, chunks,
-    CUT: tl.constexpr, CHUNKS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    logits,
+    seeds,
+    positions,
+    temperatures,
+    top_ks,
+    top_ps,
+    log_min_ps,
+    part_value,
+    part_token,
+    part_top,
+    choices,
+    logits_b,
+    logits_n,
+    positions_b,
+    N,
+    V,
+    chunks,
+    CUT: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """Grid (B * N). Joins the chunks' candidates and, with CUT, settles on the best one that K
     holds."""
     node = tl.program_id(0)
@@ -252,7 +276,9 @@ def choose_triton(
     device = logits.device
 
     def rows(value: float | torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        return per_row(value, logits, dtype).reshape(-1).expand(B).contiguous()
+        if isinstance(value, torch.Tensor):
+            return value.to(dtype).expand(B).contiguous()
+        return torch.full((B,), value, dtype=dtype, device=device)
 
     # about a thousand programs, each with some blocks; the result does not depend on the chunks
     chunks = max(1, min(triton.cdiv(V, 4 * BLOCK), triton.cdiv(1024, B * N)))
@@ -263,20 +289,21 @@ def choose_triton(
     part_token = torch.empty((B * N, chunks), dtype=torch.int32, device=device)
     choices = torch.empty((B, N), dtype=torch.int64, device=device)
     temperatures = rows(temperature) if sample else part_value
-    _scan[(B * N, chunks)](
-        logits, seeds, positions, temperatures, part_value, part_token, part_top,
-        *logits.stride()[:2], positions.stride(0), N, V, chunk,
-        SAMPLE=sample, BLOCK=BLOCK, num_warps=4,
-    )  # fmt: skip
-    none = part_value
+    given, strides = (
+        (logits, seeds, positions, temperatures),
+        (*logits.stride()[:2], positions.stride(0)),
+    )
+    parts = part_value, part_token, part_top
+    scan = {"SAMPLE": sample, "BLOCK": BLOCK, "num_warps": 4}
+    _scan[(B * N, chunks)](*given, *parts, *strides, N, V, chunk, **scan)
+    limits = (part_value,) * 3  # not looked at
+    if cut:
+        limits = rows(top_k, torch.int64), rows(top_p), rows(min_p).log()
     _settle[(B * N,)](
-        logits, seeds, positions, temperatures,
-        rows(top_k, torch.int64) if cut else none,
-        rows(top_p) if cut else none,
-        rows(min_p).log() if cut else none,
-        part_value, part_token, part_top, choices,
-        *logits.stride()[:2], positions.stride(0), N, V, chunks,
-        CUT=cut, CHUNKS=triton.next_power_of_2(chunks), BLOCK=SETTLE_BLOCK,
+        *(*given, *limits, *parts, choices, *strides, N, V, chunks),
+        CUT=cut,
+        CHUNKS=triton.next_power_of_2(chunks),
+        BLOCK=SETTLE_BLOCK,
         num_warps=16 if cut else 1,
-    )  # fmt: skip
+    )
     return choices

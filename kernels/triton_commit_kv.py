@@ -6,8 +6,7 @@
 One launch moves the keys and values of all layers. The specification is
 `kernels.commit_kv.commit_kv_reference`.
 
-L layers, B rows, H key/value heads, C capacity, D head_dim, K longest path.
-"""
+L layers, B rows, H key/value heads, C capacity, D head_dim, K longest path."""
 
 from __future__ import annotations
 
@@ -18,10 +17,22 @@ import triton.language as tl
 
 @triton.jit
 def _move(
-    buffer, lengths, path, counts,
-    stride_l, stride_s, stride_b, stride_h, stride_c, path_b, H, D, K,
-    BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
+    buffer,
+    lengths,
+    path,
+    counts,
+    stride_l,
+    stride_s,
+    stride_b,
+    stride_h,
+    stride_c,
+    path_b,
+    H,
+    D,
+    K,
+    BLOCK_K: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
     """One program owns the slots of one (layer, key or value, row, head) in BLOCK_D channels, so
     nothing that it reads is written by another."""
     chunks = tl.cdiv(D, BLOCK_D)
@@ -40,9 +51,13 @@ def _move(
     channel = chunk * BLOCK_D + tl.arange(0, BLOCK_D)
     # 64-bit addresses throughout: the buffer of a large model has more than 2^31 elements
     front = (
-        buffer + layer * stride_l + side * stride_s + row * stride_b + head * stride_h
+        buffer
+        + layer * stride_l
+        + side * stride_s
+        + row * stride_b
+        + head * stride_h
         + tl.load(lengths + row) * stride_c
-    )  # fmt: skip
+    )
     mask = moves[:, None] & (channel < D)[None, :]
     source = front + node[:, None] * stride_c + channel[None, :]
     target = front + step.to(tl.int64)[:, None] * stride_c + channel[None, :]
@@ -68,7 +83,16 @@ def commit_kv_triton(
     block_d = min(triton.next_power_of_2(D), max(16, 4096 // block_k))
     grid = (L * 2 * H * triton.cdiv(D, block_d), B)
     _move[grid](
-        buffer, lengths, path, counts,
-        *buffer.stride()[:5], path.stride(0), H, D, K, BLOCK_K=block_k, BLOCK_D=block_d,
+        buffer,
+        lengths,
+        path,
+        counts,
+        *buffer.stride()[:5],
+        path.stride(0),
+        H,
+        D,
+        K,
+        BLOCK_K=block_k,
+        BLOCK_D=block_d,
         num_warps=4,
-    )  # fmt: skip
+    )

@@ -10,10 +10,10 @@
 
 A program does one row in three sweeps over the vocabulary: the two maxima and sums of exponentials,
 online (Milakov and Gimelshein 2018); the sums that the loss needs; the gradient, written over the
-logits. The specification is `kernels.draft_loss.tile_loss_reference`.
+logits. The specification is `kernels.tile_loss.tile_loss_reference`.
 
-S steps, R positions, D draft vocabulary. Row s * R + r of the logits goes with row r of the target's.
-"""
+S steps, R positions, D draft vocabulary. Row s * R + r of the logits goes with row r of the
+target's."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.draft_loss import LEAST, Objective
+from kernels.tile_loss import LEAST, Objective
 
 BLOCK = 4096
 
@@ -44,11 +44,26 @@ def _log_sum(top, total):
 
 @triton.jit
 def _row(
-    logits, teacher, importance, loss_out, overlap_out, best_out,
-    R, D, logits_row, teacher_row, gamma, scale, smoothing, least,
-    LOSS: tl.constexpr, FOCAL: tl.constexpr, INNER: tl.constexpr, GRAD: tl.constexpr,
+    logits,
+    teacher,
+    importance,
+    loss_out,
+    overlap_out,
+    best_out,
+    R,
+    D,
+    logits_row,
+    teacher_row,
+    gamma,
+    scale,
+    smoothing,
+    least,
+    LOSS: tl.constexpr,
+    FOCAL: tl.constexpr,
+    INNER: tl.constexpr,
+    GRAD: tl.constexpr,
     BLOCK: tl.constexpr,
-):  # fmt: skip
+):
     """Grid (S * R)."""
     row = tl.program_id(0)
     logits += row.to(tl.int64) * logits_row
@@ -153,10 +168,25 @@ def tile_loss_triton(
     focal = objective.gamma is not None
     if S * R:
         _row[(S * R,)](
-            logits, teacher_logits, importance.contiguous(), loss, overlap, best,
-            R, D, D, teacher_logits.stride(0),
-            objective.gamma if focal else 0.0, objective.scale, objective.smoothing, LEAST,
-            LOSS=objective.loss, FOCAL=focal, INNER=objective.inner, GRAD=grad,
-            BLOCK=min(BLOCK, triton.next_power_of_2(D)), num_warps=8,
-        )  # fmt: skip
+            logits,
+            teacher_logits,
+            importance.contiguous(),
+            loss,
+            overlap,
+            best,
+            R,
+            D,
+            D,
+            teacher_logits.stride(0),
+            objective.gamma if focal else 0.0,
+            objective.scale,
+            objective.smoothing,
+            LEAST,
+            LOSS=objective.loss,
+            FOCAL=focal,
+            INNER=objective.inner,
+            GRAD=grad,
+            BLOCK=min(BLOCK, triton.next_power_of_2(D)),
+            num_warps=8,
+        )
     return loss, overlap, best, logits if grad else None

@@ -17,8 +17,7 @@ capacity nor on the rows beside it.
 The G query heads that share a key/value head are folded with the N queries into R = G * N tile
 rows: each key is read once for BLOCK_R of them.
 
-B rows, N queries, M tree slots, W words of mask, Hq and Hkv heads, C capacity, D head_dim.
-"""
+B rows, N queries, M tree slots, W words of mask, Hq and Hkv heads, C capacity, D head_dim."""
 
 from __future__ import annotations
 
@@ -35,10 +34,20 @@ LOG2E = 1.4426950408889634
 
 @triton.jit
 def _span(
-    lengths, positions, positions_b, row, N, M, C, window,
-    WINDOW: tl.constexpr, SPLIT: tl.constexpr, SPLITS: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
+    lengths,
+    positions,
+    positions_b,
+    row,
+    N,
+    M,
+    C,
+    window,
+    WINDOW: tl.constexpr,
+    SPLIT: tl.constexpr,
+    SPLITS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
     """Row's prefix length, first reachable slot, end of its tree, and keys a split."""
     length = tl.load(lengths + row).to(tl.int32)
     end = tl.minimum(length + M, C)
@@ -56,11 +65,32 @@ def _span(
 
 @triton.jit
 def _visit(
-    q, best, total, acc, keys, values, stride_k, stride_v, start, stop, length,
-    words, W, seen_from, live, positions, scale, softcap,
-    TREE: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
+    q,
+    best,
+    total,
+    acc,
+    keys,
+    values,
+    stride_k,
+    stride_v,
+    start,
+    stop,
+    length,
+    words,
+    W,
+    seen_from,
+    live,
+    positions,
+    scale,
+    softcap,
+    TREE: tl.constexpr,
+    WINDOW: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    PRECISION: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
     """One block of slots start … start+BLOCK_K-1 (those < stop), all in the tree or all in the
     prefix; at most 32 in the tree."""
     index = tl.arange(0, BLOCK_K)
@@ -112,18 +142,52 @@ def _visit(
 
 @triton.jit
 def _attend_split(
-    q, k_cache, v_cache, rows, lengths, bits, positions, part_acc, part_best, part_total,
-    q_b, q_h, q_n, k_b, k_h, k_c, v_b, v_h, v_c, bits_b, bits_n, positions_b,
-    N, M, W, C, window, scale, softcap,
-    G: tl.constexpr, D: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, ROWS: tl.constexpr,
-    PRECISION: tl.constexpr, SPLIT: tl.constexpr, SPLITS: tl.constexpr,
-    BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
+    q,
+    k_cache,
+    v_cache,
+    rows,
+    lengths,
+    bits,
+    positions,
+    part_acc,
+    part_best,
+    part_total,
+    q_b,
+    q_h,
+    q_n,
+    k_b,
+    k_h,
+    k_c,
+    v_b,
+    v_h,
+    v_c,
+    bits_b,
+    bits_n,
+    positions_b,
+    N,
+    M,
+    W,
+    C,
+    window,
+    scale,
+    softcap,
+    G: tl.constexpr,
+    D: tl.constexpr,
+    WINDOW: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    ROWS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    SPLIT: tl.constexpr,
+    SPLITS: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
     """Grid (splits x tiles, Hkv, B): BLOCK_R tile rows against one split of the keys.
 
     Writes, at [split, b, kv head, tile row]: the largest score (base 2), the weights' sum and the
-    weighted values' sum, both relative to it.
-    """
+    weighted values' sum, both relative to it."""
     kv, row = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     tiles = tl.cdiv(N * G, BLOCK_R)
     # tiles of one split run side by side and share its keys in the L2 cache
@@ -174,17 +238,61 @@ def _attend_split(
     border = tl.minimum(tl.maximum(low, length), high)  # prefix below, tree from here
     for start in tl.range(low, border, BLOCK_K):
         best, total, acc = _visit(
-            q_tile, best, total, acc, keys, values, k_c, v_c, start, border, length,
-            words, W, seen_from, live, positions, scale, softcap,
-            False, WINDOW, SOFTCAP, PRECISION, D, BLOCK_D, BLOCK_K,
-        )  # fmt: skip
+            q_tile,
+            best,
+            total,
+            acc,
+            keys,
+            values,
+            k_c,
+            v_c,
+            start,
+            border,
+            length,
+            words,
+            W,
+            seen_from,
+            live,
+            positions,
+            scale,
+            softcap,
+            False,
+            WINDOW,
+            SOFTCAP,
+            PRECISION,
+            D,
+            BLOCK_D,
+            BLOCK_K,
+        )
     BLOCK_T: tl.constexpr = min(BLOCK_K, 32)
     for start in tl.range(border, high, BLOCK_T, num_stages=1):  # few blocks: no pipeline
         best, total, acc = _visit(
-            q_tile, best, total, acc, keys, values, k_c, v_c, start, high, length,
-            words, W, seen_from, live, positions, scale, softcap,
-            True, WINDOW, SOFTCAP, PRECISION, D, BLOCK_D, BLOCK_T,
-        )  # fmt: skip
+            q_tile,
+            best,
+            total,
+            acc,
+            keys,
+            values,
+            k_c,
+            v_c,
+            start,
+            high,
+            length,
+            words,
+            W,
+            seen_from,
+            live,
+            positions,
+            scale,
+            softcap,
+            True,
+            WINDOW,
+            SOFTCAP,
+            PRECISION,
+            D,
+            BLOCK_D,
+            BLOCK_T,
+        )
 
     R = N * G
     at = ((split * tl.num_programs(2) + row) * tl.num_programs(1) + kv) * R + r
@@ -199,12 +307,32 @@ def _attend_split(
 
 @triton.jit
 def _merge(
-    part_acc, part_best, part_total, lengths, positions, sinks, out,
-    out_b, out_n, out_h, positions_b, N, M, C, window,
-    G: tl.constexpr, D: tl.constexpr, WINDOW: tl.constexpr, SINKS: tl.constexpr,
-    SPLIT: tl.constexpr, SPLITS: tl.constexpr,
-    BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
+    part_acc,
+    part_best,
+    part_total,
+    lengths,
+    positions,
+    sinks,
+    out,
+    out_b,
+    out_n,
+    out_h,
+    positions_b,
+    N,
+    M,
+    C,
+    window,
+    G: tl.constexpr,
+    D: tl.constexpr,
+    WINDOW: tl.constexpr,
+    SINKS: tl.constexpr,
+    SPLIT: tl.constexpr,
+    SPLITS: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
     """Grid (tiles, Hkv, B): the splits of BLOCK_R tile rows, and the sinks, in one softmax."""
     kv, row = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     length, first, end, size = _span(
@@ -265,8 +393,7 @@ def tree_attention_triton(
 ) -> torch.Tensor:
     """`kernels.tree_attention.tree_attention` without host synchronisation. fp16, bf16 or fp32.
 
-    Scratch: min(MAX_SPLITS, ceil(C / MIN_SPLIT)) * B * Hq * N * (D + 2) floats.
-    """
+    Scratch: min(MAX_SPLITS, ceil(C / MIN_SPLIT)) * B * Hq * N * (D + 2) floats."""
     B, Hq, N, D = q.shape
     Hkv, C = k_cache.shape[1], k_cache.shape[2]
     M = tree_positions.shape[1]
@@ -305,23 +432,40 @@ def tree_attention_triton(
     out = torch.empty((B, N, Hq, D), dtype=q.dtype, device=q.device)
     window = 0 if sliding_window is None else sliding_window
     shared = dict(
-        G=G, D=D, WINDOW=sliding_window is not None, SPLIT=MIN_SPLIT, SPLITS=MAX_SPLITS,
-        BLOCK_N=1 if sliding_window is None else triton.next_power_of_2(N), BLOCK_K=block_k,
+        G=G,
+        D=D,
+        WINDOW=sliding_window is not None,
+        SPLIT=MIN_SPLIT,
+        SPLITS=MAX_SPLITS,
+        BLOCK_N=1 if sliding_window is None else triton.next_power_of_2(N),
+        BLOCK_K=block_k,
         BLOCK_D=block_d,
-    )  # fmt: skip
+    )
+    inputs = q, k_cache, v_cache, lengths if rows is None else rows, lengths, tree_bits
+    parts = part_acc, part_best, part_total
+    strides = (*q.stride()[:3], *k_cache.stride()[:3], *v_cache.stride()[:3])
+    strides = (*strides, *tree_bits.stride()[:2], tree_positions.stride(0))
+    scale = scaling * LOG2E if softcap is None else scaling / softcap
+    scales = scale, 0.0 if softcap is None else softcap * LOG2E
+    words = tree_bits.shape[2]
     _attend_split[(splits * triton.cdiv(N * G, block_r), Hkv, B)](
-        q, k_cache, v_cache, lengths if rows is None else rows, lengths, tree_bits, tree_positions,
-        part_acc, part_best, part_total, *q.stride()[:3], *k_cache.stride()[:3], *v_cache.stride()[:3],
-        *tree_bits.stride()[:2], tree_positions.stride(0), N, M, tree_bits.shape[2], C, window,
-        scaling * LOG2E if softcap is None else scaling / softcap,
-        0.0 if softcap is None else softcap * LOG2E,
-        SOFTCAP=softcap is not None, ROWS=rows is not None, PRECISION="tf32x3" if single else "tf32", BLOCK_R=block_r,
-        num_warps=4 if block_d <= 128 else 8, num_stages=2, **shared,
-    )  # fmt: skip
+        *(*inputs, tree_positions, *parts, *strides, N, M, words, C, window, *scales),
+        SOFTCAP=softcap is not None,
+        ROWS=rows is not None,
+        PRECISION="tf32x3" if single else "tf32",
+        BLOCK_R=block_r,
+        num_warps=4 if block_d <= 128 else 8,
+        num_stages=2,
+        **shared,
+    )
     block_r = min(8, triton.next_power_of_2(N * G))
+    ends = lengths, tree_positions, out if sinks is None else sinks, out
+    strides = (*out.stride()[:3], tree_positions.stride(0))
     _merge[(triton.cdiv(N * G, block_r), Hkv, B)](
-        part_acc, part_best, part_total, lengths, tree_positions,
-        out if sinks is None else sinks, out, *out.stride()[:3], tree_positions.stride(0),
-        N, M, C, window, SINKS=sinks is not None, BLOCK_R=block_r, num_warps=4, **shared,
-    )  # fmt: skip
+        *(*parts, *ends, *strides, N, M, C, window),
+        SINKS=sinks is not None,
+        BLOCK_R=block_r,
+        num_warps=4,
+        **shared,
+    )
     return out

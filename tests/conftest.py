@@ -15,7 +15,13 @@ torch.set_num_threads(1)
 sys.path.append(str(Path(__file__).parent / "eagle"))
 
 
-SLOWEST = ("test_readme.py", "test_interpreter.py", "test_compile.py", "test_ranks.py", "test_sft.py")
+SLOWEST = [
+    "test_compile.py",
+    "test_interpreter.py",
+    "test_docs.py",
+    "test_families.py",
+    "test_sft.py",
+]
 
 
 def pytest_collection_modifyitems(items):
@@ -26,8 +32,8 @@ def pytest_collection_modifyitems(items):
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
-    """A file stays in one process, and so do all files that run programs in the sandbox, which look for what is
-    left of them."""
+    """A file stays in one process, and so do all files that run programs in the sandbox, which look
+    for what is left of them."""
     from xdist.scheduler import LoadScopeScheduling
 
     class ByFile(LoadScopeScheduling):
@@ -61,8 +67,8 @@ def llama(targets):
 
 @pytest.fixture(scope="session")
 def compile_cache(tmp_path_factory):
-    """An EAGLE_CACHE that is empty when the tests begin, the same in all their processes: what is compiled is compiled
-    here and now, once."""
+    """An EAGLE_CACHE that is empty when the tests begin, the same in all their processes: what is
+    compiled is compiled here and now, once."""
     base = tmp_path_factory.getbasetemp()
     folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "eagle_cache"
     folder.mkdir(exist_ok=True)

@@ -1,4 +1,6 @@
-"""Imports go one way, our `kernels` lives beside the distribution of the same name, and Python 3.10 is enough."""
+"""Imports go one way, our `kernels` lives beside the distribution of the same name, and Python 3.10
+is enough.
+"""
 
 import ast
 import os
@@ -10,14 +12,18 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-# configs and kernels <- eagle <- train, inference
-MAY_IMPORT = {
-    "configs": {"configs"},
-    "kernels": {"kernels"},
-    "eagle": {"eagle", "kernels", "configs"},
-    "train": {"train", "eagle", "kernels", "configs"},
-    "inference": {"inference", "eagle", "kernels", "configs"},
+# configs, kernels <- eagle <- records <- train, inference <- examples, tools
+BELOW = {
+    "configs": set(),
+    "kernels": set(),
+    "eagle": {"kernels", "configs"},
+    "records": {"eagle", "kernels", "configs"},
+    "train": {"records", "eagle", "kernels", "configs"},
+    "inference": {"records", "eagle", "kernels", "configs"},
+    "examples": {"train", "inference", "records", "eagle", "kernels", "configs"},
+    "tools": {"train", "inference", "records", "eagle", "kernels", "configs"},
 }
+STEP = "inference/bench/train.py"  # the benchmark of a training step, and of nothing else of it
 # names of the other distribution's modules: a file of ours called so would shadow it or be shadowed
 THEIRS = set(
     "_rust _system _versions _windows archs backends benchmark benchmarks cli compat deps hf_hub importer "
@@ -29,69 +35,87 @@ def sources(folder):
     return sorted(p for p in (ROOT / folder).rglob("*.py") if "__pycache__" not in p.parts)
 
 
-def imported(path):
-    """Top-level names that a file imports, relative imports resolved, and strings given to import functions."""
-    package = path.relative_to(ROOT).parts[0]
-    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+def imports(path, text=None):
+    """Dotted names that a file imports, relative ones resolved, and what it gives to import functions."""
+    package = path.relative_to(ROOT).parts[:-1]
+    for node in ast.walk(ast.parse(text or path.read_text("utf-8"))):
         if isinstance(node, ast.Import):
-            yield from (alias.name.split(".")[0] for alias in node.names)
+            yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            depth = len(path.relative_to(ROOT).parts) - 1
-            if node.level:
-                assert node.level <= depth, f"{path}: a relative import leaves its package"
-                yield package
-            else:
-                yield node.module.split(".")[0]
-        elif isinstance(node, ast.Call) and getattr(node.func, "attr", getattr(node.func, "id", "")) in (
-            "import_module", "__import__",
-        ):  # fmt: skip
-            if node.args and isinstance(node.args[0], ast.Constant):
-                yield str(node.args[0].value).split(".")[0]
+            assert node.level <= len(package), f"{path}: a relative import leaves its package"
+            base = [*package[: len(package) - node.level + 1]] if node.level else []
+            base = ".".join([*base, *([node.module] if node.module else [])])
+            yield base
+            yield from (f"{base}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.Call):
+            name = getattr(node.func, "attr", getattr(node.func, "id", ""))
+            constant = node.args and isinstance(node.args[0], ast.Constant)
+            if name in ("import_module", "__import__") and constant:
+                yield str(node.args[0].value)
 
 
-@pytest.mark.parametrize("package", MAY_IMPORT)
-def test_imports_point_one_way(package):
-    files = sources(package)
+def imported(path, text=None):
+    return {name.split(".")[0] for name in imports(path, text)}
+
+
+@pytest.mark.parametrize("room", BELOW)
+def test_imports_point_one_way(room):
+    files = sources(room)
     assert files
     for path in files:
-        wrong = set(imported(path)) & MAY_IMPORT.keys() - MAY_IMPORT[package]
-        assert not wrong, f"{path.relative_to(ROOT)} imports {', '.join(sorted(wrong))}"
+        name = path.relative_to(ROOT).as_posix()
+        above = BELOW.keys() - BELOW[room] - {room} - ({"train"} if name == STEP else set())
+        assert not imported(path) & above, name
 
 
-def test_the_walk_sees_wrong_imports(tmp_path):
-    path = ROOT / "train" / "x.py"
-    for text in (
-        "import inference.bench",
+def test_no_circle_closes():
+    """Imports inside functions count. Repeatedly drop the files that import none that is left."""
+    files = {
+        p.relative_to(ROOT).with_suffix("").as_posix().replace("/", "."): p
+        for room in BELOW
+        for p in sources(room)
+    }
+    left = {name: {i for i in imports(p) if i in files and i != name} for name, p in files.items()}
+    while free := [name for name, needs in left.items() if not needs & left.keys()]:
+        for name in free:
+            del left[name]
+    assert not left, {name: needs & left.keys() for name, needs in left.items()}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "import inference.bench.engines",
         "def f():\n    from inference import prompts",
         "import_module('inference.x')",
-    ):
-        assert "inference" in set(_imported_text(path, text))
-
-
-def _imported_text(path, text):
-    class Fake(type(path)):
-        def read_text(self, *_):
-            return text
-
-    return imported(Fake(path))
+    ],
+)
+def test_the_walk_sees_wrong_imports(text):
+    assert "inference" in imported(ROOT / "train" / "x.py", text)
 
 
 def version_dependent(*paths):
-    """What a type checker, which knows the standard library of every Python, says of the oldest or the newest only."""
+    """What a type checker, which knows the standard library of every Python, says of the oldest or
+    the newest only.
+    """
     said = []
     for version in ("3.10", "3.13"):
         options = ["--python-version", version, "--output-format", "concise", "--no-progress"]
         done = subprocess.run(
             [sys.executable, "-m", "ty", "check", *options, *map(str, paths)],
-            cwd=ROOT, capture_output=True, text=True,
-        )  # fmt: skip
-        assert done.returncode in (0, 1), done.stderr  # 1: it has something to say, as of any untyped code
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode in (0, 1), (
+            done.stderr
+        )  # 1: it has something to say, as of any untyped code
         said.append({line for line in done.stdout.splitlines() if ": error[" in line})
     return sorted(said[0] ^ said[1])
 
 
 def test_the_oldest_and_the_newest_python_are_enough():
-    assert version_dependent(*MAY_IMPORT, "tests", "setup.py") == []
+    assert version_dependent(*BELOW, "tests", "setup.py") == []
 
 
 @pytest.mark.parametrize(
@@ -145,16 +169,16 @@ def test_distribution_discovery():
 
     text = (ROOT / "setup.py").read_text("utf-8")
     call = next(
-        node for node in ast.walk(ast.parse(text))
+        node
+        for node in ast.walk(ast.parse(text))
         if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "find_namespace_packages"
-    )  # fmt: skip
+    )
     (include,) = [ast.literal_eval(k.value) for k in call.keywords if k.arg == "include"]
     found = [
         p for p in find_namespace_packages(str(ROOT), include=include) if "__pycache__" not in p
     ]
-    assert {"configs", "kernels", "eagle", "train", "inference"} <= set(found)
-    assert {p.split(".")[0] for p in found} == set(MAY_IMPORT)
-    for name in ("eagle", "configs", "train", "inference"):
+    assert {p.split(".")[0] for p in found} == BELOW.keys() - {"examples", "tools"}
+    for name in ("configs", "eagle", "records", "train", "inference"):
         assert (ROOT / name / "__init__.py").exists()
 
 

@@ -12,7 +12,7 @@ from eagle.errors import EagleError
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from train.data import TokenizedData
+    from records import TokenizedData
 
 SUPERVISED = "bold green"
 CONTEXT = "dim"
@@ -44,7 +44,7 @@ def inspect(
     flags = {"data.format": data_format, "data.path": data, "model.base": base}
     cfg = load_config(HeadTrainConfig, config, overrides, flags)
 
-    from train.data import load_dataset_for, load_tokenizer
+    from records import load_dataset_for, load_tokenizer
 
     tokenizer = load_tokenizer(cfg.model.base)
     lenient = cfg.data.model_copy(update={"max_bad_fraction": 1.0})

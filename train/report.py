@@ -13,17 +13,14 @@ def report(*run: str, out: str | None = None) -> int:
 
     RUN: the folder that --output named.   out: another file to write.
     """
-    from train.head.seeing.report import write_report
+    from train.tracking.report import write_report
 
     if len(run) != 1:
         raise EagleError("give one run folder: python -m train.report runs/head-fim")
-    path = Path(out).expanduser() if out else None
     try:
-        print(write_report(Path(run[0]).expanduser(), path))
+        print(write_report(Path(run[0]).expanduser(), Path(out).expanduser() if out else None))
     except OSError as error:
-        raise EagleError(
-            f"cannot write {path or run[0]}: {error.strerror}; choose another --out"
-        ) from error
+        raise EagleError(f"cannot write {out or run[0]}: {error}; choose another --out") from error
     return 0
 
 

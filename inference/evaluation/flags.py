@@ -1,224 +1,160 @@
-"""The flags of `python -m inference.evaluate`, in groups that its commands share, and what they refuse.
-
-`command` turns a function of groups into one that `configs.cli` can run. Knows nothing of what the commands do.
-"""
+"""The flags of `python -m inference.evaluate`, in groups that its commands share, and what they
+refuse."""
 
 from __future__ import annotations
 
-import dataclasses
-import functools
 import inspect
 import typing
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from eagle.errors import EagleError
 
+from .comparators import POLICIES
+from .executing import Rules
+from .generations import Sampling
+from .problem import ProblemSet
+from .problems import READERS, load_problems
+from .report import read_metrics
+from .rows import reason
+from .sandbox import Sandbox
 
-def command(body: Callable[..., int | None]) -> Callable[..., int | None]:
-    """`body(data: Data, *, k: str | None = None)` as a function of the fields of Data and of k, all keyword-only."""
-    hints = typing.get_type_hints(body)
-    groups, parameters = {}, []
-    for name, parameter in inspect.signature(body).parameters.items():
-        kind = hints[name]
-        if not dataclasses.is_dataclass(kind):
-            parameters.append(parameter.replace(annotation=kind))
-            continue
-        groups[name], types = kind, typing.get_type_hints(kind)
-        for field in dataclasses.fields(kind):
-            parameters.append(
-                inspect.Parameter(
-                    field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=types[field.name]
-                )
-            )  # fmt: skip
 
-    @functools.wraps(body)
+def command(body: Callable[[typing.Any], int | None]) -> Callable[..., int | None]:
+    """`body(flags: SomeFlags)` as a function of keyword arguments, for `configs.cli`."""
+    [kind] = [hint for name, hint in typing.get_type_hints(body).items() if name != "return"]
+
     def run(**given):
-        made = {
-            name: kind(
-                **{f.name: given.pop(f.name) for f in dataclasses.fields(kind) if f.name in given}
-            )
-            for name, kind in groups.items()
-        }
-        return body(**made, **given)
+        try:
+            flags = kind(**given)
+        except ValidationError as error:
+            raise EagleError(reason(error)) from error
+        return body(flags)
 
-    del run.__wrapped__
-    run.__signature__ = inspect.Signature(parameters)
-    run.__annotations__ = {p.name: p.annotation for p in parameters}
+    run.__doc__ = body.__doc__
+    run.__annotations__ = {name: field.annotation for name, field in kind.model_fields.items()}
+    run.__signature__ = inspect.Signature(
+        inspect.Parameter(
+            name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=inspect.Parameter.empty if field.is_required() else field.default,
+            annotation=field.annotation,
+        )
+        for name, field in kind.model_fields.items()
+    )
     return run
 
 
-def at_least(least: float, **values: float | None) -> None:
-    for name, value in values.items():
-        if value is not None and not value >= least:
-            raise EagleError(f"{name} must be at least {least:g}, not {value:g}")
+class Flags(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-def need(**values: str | None) -> None:
-    for name, value in values.items():
-        if value is None:
-            raise EagleError(f"give --{name} FILE")
+class Output(Flags):
+    output: str = "runs/evaluate"
+
+    def folder(self) -> Path:
+        """Made, so that it can be written."""
+        Path(self.output).mkdir(parents=True, exist_ok=True)
+        return Path(self.output)
 
 
-def listed(text: str | None) -> list[str]:
-    return [part.strip() for part in text.split(",") if part.strip()] if text else []
-
-
-@dataclass(frozen=True)
-class Data:
+class Data(Flags):
     data: str | None = None
-    format: str = "auto"
+    format: Literal[("auto", *READERS)] = "auto"
     difficulties: str | None = None
     skills: str | None = None
-    limit: int | None = None
-    policy: str = "auto"
+    limit: int | None = Field(None, ge=1)
+    policy: Literal[("auto", *POLICIES)] = "auto"
     checkers: str | None = None
     max_bad_fraction: float = 0.05
 
-    def load(self):
-        """-> ProblemSet."""
-        from .problems import FORMATS, load_problems
+    def problems(self) -> ProblemSet:
+        def listed(text: str | None) -> list[str]:
+            return [part.strip() for part in (text or "").split(",") if part.strip()]
 
-        if self.format not in ("auto", *FORMATS):
-            raise EagleError(f"unknown format {self.format!r}; use auto, {', '.join(FORMATS)}")
-        at_least(1, limit=self.limit)
-        return load_problems(
-            self.data, format=None if self.format == "auto" else self.format, policy=self.policy,
-            difficulties=listed(self.difficulties), skills=listed(self.skills), limit=self.limit,
-            max_bad_fraction=self.max_bad_fraction, checkers=self.checkers,
-        )  # fmt: skip
+        given = {name: getattr(self, name) for name in Data.model_fields}
+        given |= {name: listed(given[name]) for name in ("difficulties", "skills")}
+        return load_problems(given.pop("data"), **given)
 
 
-@dataclass(frozen=True)
-class Model:
+class Model(Flags):
     base: str | None = None
     head: str | None = None
     adapter: str | None = None
     quantization: str = "none"
-    engine: str = "auto"
     tree: str | None = None
     compile: str = "auto"
     dtype: str = "auto"
     device: str | None = None
 
-    def __post_init__(self) -> None:
-        if self.engine not in ("auto", "eagle", "vanilla"):
-            raise EagleError(f"unknown engine {self.engine!r}; use auto, eagle or vanilla")
-
     def load(self):
         """-> EaModel."""
         from inference.generate import load_model
 
-        return load_model(
-            self.base, self.head, self.adapter, self.tree, self.dtype, self.device, self.compile,
-            self.quantization,
-        )  # fmt: skip
+        return load_model(**{name: getattr(self, name) for name in Model.model_fields})
+
+
+class Drawing(Model, Sampling):
+    n_samples: int = Field(20, ge=1)
+    slots: int = Field(16, ge=1)
+
+    @model_validator(mode="after")
+    def samples_differ(self):
+        if self.temperature == 0 and self.n_samples > 1:
+            raise ValueError(
+                f"at temperature 0 all {self.n_samples} samples are the same program; use "
+                "--n_samples 1, or a temperature"
+            )
+        return self
 
     def engine_of(self, model) -> str:
         """What "auto" means: to draft where there is a head."""
-        if self.engine != "auto":
-            return self.engine
-        return "eagle" if model.drafter is not None else "vanilla"
+        drafts = "eagle" if model.drafter is not None else "vanilla"
+        return drafts if self.engine == "auto" else self.engine
+
+    def sampling(self, engine: str) -> Sampling:
+        given = {name: getattr(self, name) for name in Sampling.model_fields}
+        return Sampling(**{**given, "engine": engine})
 
 
-@dataclass(frozen=True)
-class Drawing:
-    """How many samples, and how they are drawn."""
-
-    n_samples: int = 20
-    temperature: float = 0.2
-    top_p: float = 0.95
-    top_k: int = 0
-    min_p: float = 0.0
-    max_new_tokens: int = 512
-    seed: int = 0
-    chat: bool = False
-    slots: int = 16
-
-    def __post_init__(self) -> None:
-        at_least(1, n_samples=self.n_samples, max_new_tokens=self.max_new_tokens, slots=self.slots)
-        if self.temperature == 0 and self.n_samples > 1:
-            raise EagleError(
-                f"at temperature 0 all {self.n_samples} samples are the same program; use --n_samples 1, or a temperature"
-            )
-
-    def sampling(self, engine: str, model: Model):
-        """-> Sampling."""
-        from .generations import Sampling
-
-        return Sampling(
-            engine=engine, temperature=self.temperature, top_p=self.top_p, top_k=self.top_k, min_p=self.min_p,
-            max_new_tokens=self.max_new_tokens, seed=self.seed, tree=model.tree, compile=model.compile,
-            chat=self.chat,
-        )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Running:
+class Running(Flags):
     """How programs are run."""
 
-    seconds: float | None = None
-    memory_mb: int | None = None
+    seconds: float | None = Field(None, ge=0.1)
+    memory_mb: int | None = Field(None, ge=16)
     workers: int | None = None
     isolation: str = "auto"
     allow_code_execution: bool = False
 
-    def __post_init__(self) -> None:
-        at_least(0.1, seconds=self.seconds)
-        at_least(16, memory_mb=self.memory_mb)
-
-    def sandbox(self):
+    def sandbox(self) -> Sandbox:
         """Started, so that a refusal comes before hours of generation."""
-        from inference.sandbox import Sandbox
-
-        return Sandbox(
-            workers=self.workers,
-            level=self.isolation,
-            allow_code_execution=self.allow_code_execution,
-        )
+        allowed = self.allow_code_execution
+        return Sandbox(workers=self.workers, level=self.isolation, allow_code_execution=allowed)
 
     @property
-    def rules(self):
-        from .executing import Rules
-
+    def rules(self) -> Rules:
         return Rules(self.seconds, self.memory_mb)
 
 
-@dataclass(frozen=True)
-class Scoring:
+class Scoring(Flags):
     k: str | None = None
     against: str | None = None
     max_harness_errors: float = 0.01
 
-    def ks(self, n: int | None = None) -> list[int]:
-        """n: samples a problem, where it is known. Without --k, as many of 1, 5, 10 as n allows."""
-        from inference.bench import parse_numbers
+    def ks(self, n: int) -> list[int]:
+        """n: samples a problem. Without --k, as many of 1, 5, 10 as n allows."""
+        from inference.bench.engines import parse_numbers
 
-        if self.k is None:
-            return [k for k in (1, 5, 10) if k == 1 or n is None or k <= n]
-        ks = parse_numbers("k", self.k)
-        if n is not None and max(ks) > n:
+        ks = parse_numbers("k", self.k) or [k for k in (1, 5, 10) if k <= max(n, 1)]
+        if max(ks) > n:
             raise EagleError(
-                f"pass@{max(ks)} needs at least {max(ks)} programs a problem and n_samples is {n}; "
+                f"pass@{max(ks)} needs at least {max(ks)} programs a problem and there are {n}; "
                 "lower --k or raise --n_samples"
             )
         return ks
 
-    @property
     def published(self) -> dict | None:
-        from .report import read_metrics
-
         return read_metrics(self.against) if self.against else None
-
-
-def folder(output: str) -> Path:
-    """Made, so that it can be written."""
-    path = Path(output)
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise EagleError(
-            f"{path} cannot be made ({error.strerror}); choose another --output"
-        ) from error
-    return path

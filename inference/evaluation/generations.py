@@ -1,35 +1,39 @@
-"""Completions of problems: what is asked for, what is kept of it, and files of them, ours and upstream's.
-
-Knows prompts, seeds and files; what runs the model is in generating.py.
-"""
+"""Completions of problems: how they are drawn, what is kept of them, and files of them, ours and
+upstream's."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from typing_extensions import TypedDict
 
 from eagle.errors import EagleError
-from inference.generate import write_text
+from eagle.files import atomic_write_text
 
 from . import journal
-from .problems import Problem, ProblemSet, cut, fenced, some
+from .problem import Problem, ProblemSet, cut, fenced, some
+from .rows import reason
 
 TOO_LONG = "prompt_too_long"
 
 
-@dataclass(frozen=True)
-class Sampling:
-    """How completions are drawn. engine: "eagle" drafts, "vanilla" does not. chat: through the chat template."""
+class Sampling(BaseModel):
+    """engine: "eagle" drafts, "vanilla" does not. chat: through the chat template."""
 
-    engine: str = "eagle"
-    temperature: float = 0.2
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    engine: Literal["auto", "eagle", "vanilla"] = "auto"
+    temperature: float = Field(0.2, ge=0)
     top_p: float = 0.95
     top_k: int = 0
     min_p: float = 0.0
-    max_new_tokens: int = 512
+    max_new_tokens: int = Field(512, ge=1)
     seed: int = 0
     tree: str | None = None
     compile: str = "auto"
@@ -38,8 +42,8 @@ class Sampling:
 
 @dataclass
 class Sample:
-    """One completion. finish_reason: the engine's, or TOO_LONG; None where a file does not tell. cycles:
-    verifications. chat: the answer of a chat, with the program in a fenced block."""
+    """One completion. finish_reason: the engine's, or TOO_LONG; None where a file does not tell.
+    cycles: verifications. chat: the answer of a chat, with the program in a fenced block."""
 
     task_id: str
     sample: int
@@ -51,28 +55,28 @@ class Sample:
     key: str | None = None
     chat: bool | None = None
 
+    @property
+    def name(self) -> tuple[str, int]:
+        return self.task_id, self.sample
+
+    def record(self) -> dict:
+        return {k: v for k, v in asdict(self).items() if v is not None}
+
 
 def sample_seed(seed: int, task_id: str, sample: int) -> int:
-    """The seed of one completion: of nothing else in the run, so that neither order, batch nor the other problems
-    change it. 0 … 2^63 - 1."""
+    """The seed of one completion: of nothing else in the run, so that neither order, batch nor the
+    other problems change it. 0 … 2^63 - 1."""
     digest = hashlib.sha256(f"{seed}/{task_id}/{sample}".encode("utf-8", "surrogatepass")).digest()
     return int.from_bytes(digest[:8], "big") >> 1
 
 
-def sample_key(settings: str, ids: Sequence[int], stops: Sequence[str], seed: int) -> str:
-    """The fingerprint under which a completion is kept: model, head, adapter and sampling (`settings`), prompt,
-    seed."""
-    text = json.dumps([settings, list(ids), list(stops), seed])
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
 @dataclass
 class Generations:
-    """Completions read from a file. settings: of our journals; sessions: what was timed."""
+    """settings: of our journals; sessions: what was timed."""
 
     samples: list[Sample]
     settings: dict | None = None
-    sessions: list[dict] | None = None
+    sessions: Sequence[dict] = ()
 
     def by_task(self) -> dict[str, list[Sample]]:
         found: dict[str, list[Sample]] = {}
@@ -81,50 +85,48 @@ class Generations:
         return found
 
     def speed(self) -> dict:
-        """new_tokens, cycles and tau of all completions; seconds and the two rates of the sessions that ran to
-        their end, None where none did."""
-        tokens = sum(s.new_tokens or 0 for s in self.samples)
-        cycles = sum(s.cycles or 0 for s in self.samples)
-        gained = sum(s.new_tokens - 1 for s in self.samples if s.cycles)
-        seconds = sum(s["seconds"] for s in self.sessions or [])
-        timed = {
-            name: sum(s[name] for s in self.sessions or []) for name in ("samples", "new_tokens")
-        }
+        """new_tokens, cycles and tau of all completions; seconds and the two rates of the sessions
+        that ran to their end, None where none did."""
+        made = [s for s in self.samples if s.cycles]
+        cycles = sum(s.cycles for s in made)
+        names = ("samples", "new_tokens", "seconds")
+        timed = {name: sum(session[name] for session in self.sessions) for name in names}
+        seconds = timed["seconds"]
         return {
-            "samples": len(self.samples), "new_tokens": tokens, "cycles": cycles,
-            "tau": round(gained / cycles, 3) if cycles else None, "seconds": round(seconds, 3),
+            "samples": len(self.samples),
+            "new_tokens": sum(s.new_tokens or 0 for s in self.samples),
+            "cycles": cycles,
+            "tau": round(sum(s.new_tokens - 1 for s in made) / cycles, 3) if cycles else None,
+            "seconds": round(seconds, 3),
             "timed_samples": timed["samples"],
             "tokens_per_second": round(timed["new_tokens"] / seconds, 2) if seconds else None,
             "samples_per_second": round(timed["samples"] / seconds, 3) if seconds else None,
-        }  # fmt: skip
+        }
 
 
-def from_records(records: list[dict], where: str) -> Generations:
+def from_records(records: list[dict], where: Path) -> Generations:
     """The lines of one of our journals."""
-    samples, settings, sessions = [], None, []
-    fields = Sample.__dataclass_fields__.keys()
+    found = Generations([], None, [])
     for record in records:
         if "settings" in record:
-            settings = record["settings"]
+            found.settings = record["settings"]
         elif "session" in record:
-            sessions.append(record["session"])
-        elif {"task_id", "sample", "output"} <= record.keys():
-            samples.append(Sample(**{k: v for k, v in record.items() if k in fields}))
+            found.sessions.append(record["session"])
+        elif {"task_id", "sample", "output"} <= record.keys() <= set(Sample.__dataclass_fields__):
+            found.samples.append(Sample(**record))
         else:
-            raise EagleError(
-                f"{where} holds {some(list(record))}: that is no journal of completions"
-            )
-    return Generations(samples, settings, sessions)
+            raise EagleError(f"{where} holds {some(list(record))}: no journal of completions")
+    return found
 
 
 def read_generations(path: str | Path, problems: ProblemSet) -> Generations:
     """A journal of ours (.jsonl), or upstream's [{"task_id", "prompt", "output": [...]}] (.json).
 
-    Raises EagleError for completions of problems that `problems` does not have, for duplicates and bad rows.
-    """
+    Raises EagleError for completions of problems that `problems` does not have, for duplicates and
+    bad rows."""
     path = Path(path)
     if path.suffix == ".jsonl":
-        found = from_records(journal.read(path), str(path))
+        found = from_records(journal.read(path), path)
     else:
         found = Generations(read_upstream(path))
     if not found.samples:
@@ -132,55 +134,48 @@ def read_generations(path: str | Path, problems: ProblemSet) -> Generations:
     unknown = sorted({s.task_id for s in found.samples} - problems.by_id.keys())
     if unknown:
         raise EagleError(
-            f"{path} has completions of {len(unknown)} tasks that {problems.name} does not have: {some(unknown)}; "
-            "give the data they were generated from, unfiltered"
+            f"{path} has completions of {len(unknown)} tasks that {problems.name} does not have: "
+            f"{some(unknown)}; give the data they were generated from, unfiltered"
         )
-    seen = set()
-    for sample in found.samples:
-        if (sample.task_id, sample.sample) in seen:
-            raise EagleError(
-                f"{path} has completion {sample.sample} of task {sample.task_id} twice; each needs its own number"
-            )
-        seen.add((sample.task_id, sample.sample))
+    counts = Counter(sample.name for sample in found.samples)
+    if twice := [f"completion {n} of task {task}" for (task, n), c in counts.items() if c > 1]:
+        raise EagleError(
+            f"{path} has {some(twice)} twice; put a task's completions into one list, each with "
+            "its own number"
+        )
     return found
+
+
+class Upstream(TypedDict):
+    task_id: int | str
+    output: list[str]
 
 
 def read_upstream(path: Path) -> list[Sample]:
     try:
-        rows = json.loads(path.read_text("utf-8"))
+        rows = TypeAdapter(list[Upstream]).validate_json(path.read_bytes())
     except OSError as error:
         raise EagleError(f"cannot read {path}: {error.strerror}") from error
-    except ValueError as error:
-        raise EagleError(f"{path} is not JSON ({error}); restore the file") from error
-    if not isinstance(rows, list):
-        raise EagleError(f'{path} must hold a list of {{"task_id", "prompt", "output"}}')
-    samples, seen = [], set()
-    for number, row in enumerate(rows):
-        outputs = row.get("output") if isinstance(row, dict) else None
-        task = row.get("task_id") if isinstance(row, dict) else None
-        if (
-            task is None
-            or not isinstance(outputs, list)
-            or not all(isinstance(o, str) for o in outputs)
-        ):
-            raise EagleError(f"{path}[{number}] needs a task_id and output, a list of texts")
-        if str(task) in seen:
-            raise EagleError(f"{path} has task {task} twice; put its completions into one list")
-        seen.add(str(task))
-        samples += [Sample(str(task), i, output) for i, output in enumerate(outputs)]
-    return samples
+    except ValidationError as error:
+        raise EagleError(
+            f'{path} must hold a list of {{"task_id", "output": [text, …]}} ({reason(error)})'
+        ) from error
+    return [Sample(str(r["task_id"]), i, text) for r in rows for i, text in enumerate(r["output"])]
 
 
 def write_upstream(path: str | Path, problems: Sequence[Problem], found: Generations) -> None:
-    """[{"task_id", "prompt", "output": [...]}], of the problems that have completions; a number as id stays a number."""
+    """[{"task_id", "prompt", "output": [...]}], of the problems that have completions; a number as
+    id stays a number."""
     by_task = found.by_task()
     rows = [
-        {"task_id": int(p.task_id) if p.task_id.isdigit() else p.task_id, "prompt": p.prompt,
-         "output": [fenced(s.output) if s.chat else cut(s.output, p.stops) for s in by_task[p.task_id]]}
-        for p in problems if p.task_id in by_task
-    ]  # fmt: skip
-    write_text(Path(path), json.dumps(rows, indent=1) + "\n")
-
-
-def to_record(sample: Sample) -> dict:
-    return {k: v for k, v in asdict(sample).items() if v is not None}
+        {
+            "task_id": int(p.task_id) if p.task_id.isdigit() else p.task_id,
+            "prompt": p.prompt,
+            "output": [
+                fenced(s.output) if s.chat else cut(s.output, p.stops) for s in by_task[p.task_id]
+            ],
+        }
+        for p in problems
+        if p.task_id in by_task
+    ]
+    atomic_write_text(path, json.dumps(rows, indent=1) + "\n")

@@ -1,7 +1,7 @@
 """A file of JSON lines that only grows, and that a kill or a full disk cannot spoil.
 
-A line is there whole or not at all: what a kill left of the last one is cut off when the file is opened again, and
-a write that fails is taken back. One process at a time may have it open. Knows nothing of what the lines mean.
+A line is there whole or not at all: what a kill left of the last one is cut off when the file is
+opened again, and a write that fails is taken back. One process at a time may have it open.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ SYNC_SECONDS = 2.0
 
 
 class Journal:
-    """`records` holds what was in the file when it was opened; `append` adds to the file, from any thread."""
+    """`records` holds what was in the file when it was opened; `append` may be called from any
+    thread."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
@@ -29,31 +30,25 @@ class Journal:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             # unbuffered: a record that `append` has returned from survives a kill of this process
             self._file = open(self.path, "a+b", buffering=0)
-        except OSError as error:
-            raise EagleError(
-                f"{self.path} cannot be written ({error.strerror}); choose another --output folder"
-            ) from error
-        try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        except BlockingIOError as error:
             self._file.close()
             raise EagleError(
-                f"another run is writing to {self.path}; wait for it, or choose another --output folder"
+                f"another run is writing to {self.path}; wait for it, or choose another --output"
             ) from error
-        try:
-            self.records = self._read()
-        except BaseException:
-            self._file.close()
-            raise
-
-    def _read(self) -> list[dict]:
+        except OSError as error:
+            raise EagleError(
+                f"{self.path} cannot be written ({error.strerror}); choose another --output"
+            ) from error
         self._file.seek(0)
         data = self._file.read()
-        whole = data.rfind(b"\n") + 1
-        if whole < len(data):
-            self._file.truncate(whole)
-        self._size = whole
-        return parse(self.path, data[:whole])
+        self._size = data.rfind(b"\n") + 1
+        try:
+            self.records = parse(data, self.path)
+        except EagleError:
+            self._file.close()
+            raise
+        self._file.truncate(self._size)
 
     def append(self, record: dict) -> None:
         """Raises EagleError when the disk is full; the file is then as it was before."""
@@ -69,8 +64,8 @@ class Journal:
             except OSError as error:
                 self._file.truncate(self._size)
                 raise EagleError(
-                    f"{self.path} cannot be written ({error.strerror}); what it holds is kept: free some space "
-                    "and run the same command again"
+                    f"{self.path} cannot be written ({error.strerror}); what it holds is kept: "
+                    "free some space and run the same command again"
                 ) from error
             self._size += len(line)
 
@@ -88,25 +83,23 @@ class Journal:
 
 
 def read(path: str | Path) -> list[dict]:
-    """The records of a journal, which is left as it is; a last line that a kill cut short is left out."""
-    path = Path(path)
+    """The records of a journal, which is left as it is; a last line that a kill cut short is left
+    out."""
     try:
-        data = path.read_bytes()
+        return parse(Path(path).read_bytes(), path)
     except OSError as error:
         raise EagleError(f"cannot read {path}: {error.strerror}") from error
-    return parse(path, data[: data.rfind(b"\n") + 1])
 
 
-def parse(path: Path, data: bytes) -> list[dict]:
+def parse(data: bytes, path: str | Path) -> list[dict]:
     records = []
     for number, line in enumerate(data.split(b"\n")[:-1], 1):
         try:
-            record = json.loads(line)
+            records.append(json.loads(line))
+            if not isinstance(records[-1], dict):
+                raise ValueError("no JSON object")
         except ValueError as error:
             raise EagleError(
                 f"{path}:{number} is damaged ({error}); delete the line, and it is made again"
             ) from error
-        if not isinstance(record, dict):
-            raise EagleError(f"{path}:{number} must be a JSON object; delete the line")
-        records.append(record)
     return records

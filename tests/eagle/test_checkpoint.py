@@ -15,38 +15,27 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from eagle import checkpoint
+from eagle import files
 from eagle.checkpoint import load_head, save_head, target_fingerprint
 from eagle.errors import EagleError
-from eagle.head import Eagle3Head, HeadConfig
+from eagle.heads.head import Eagle3Head, HeadConfig
 from eagle.target import Target
 
 H, HD, I, V, D = 32, 8, 48, 90, 30
-SHAPES = {
-    "fc.weight": (H, 3 * H),
-    "midlayer.self_attn.q_proj.weight": (4 * HD, 2 * H),
-    "midlayer.self_attn.k_proj.weight": (2 * HD, 2 * H),
-    "midlayer.self_attn.v_proj.weight": (2 * HD, 2 * H),
-    "midlayer.self_attn.o_proj.weight": (H, 4 * HD),
-    "midlayer.mlp.gate_proj.weight": (I, H),
-    "midlayer.mlp.up_proj.weight": (I, H),
-    "midlayer.mlp.down_proj.weight": (H, I),
-    "midlayer.hidden_norm.weight": (H,),
-    "midlayer.input_layernorm.weight": (H,),
-    "midlayer.post_attention_layernorm.weight": (H,),
-    "norm.weight": (H,),
-    "lm_head.weight": (D, H),
-    "d2t": (D,),
-    "t2d": (V,),
-}
 
 
 def tiny_target(seed=0, hidden=H, vocab=V, layers=5):
     torch.manual_seed(seed)
     config = LlamaConfig(
-        vocab_size=vocab, hidden_size=hidden, intermediate_size=I, num_hidden_layers=layers,
-        num_attention_heads=4, num_key_value_heads=2, head_dim=HD, max_position_embeddings=64,
-    )  # fmt: skip
+        vocab_size=vocab,
+        hidden_size=hidden,
+        intermediate_size=I,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=HD,
+        max_position_embeddings=64,
+    )
     return Target(LlamaForCausalLM(config), name=f"tiny-{seed}")
 
 
@@ -75,115 +64,55 @@ def edit(folder, change):
     save_file(state, folder / "model.safetensors")
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_layout_is_the_published_one_and_reloads_bit_equal(tmp_path, target, dtype):
-    head = make_head(target).to(dtype)
-    folder = save_head(head, tmp_path / "head")
-    state = load_file(folder / "model.safetensors")
-    assert {k: tuple(v.shape) for k, v in state.items()} == SHAPES
-    assert {k: v.dtype for k, v in state.items()} == {
-        k: {"d2t": torch.int64, "t2d": torch.bool}.get(k, dtype) for k in SHAPES
-    }
-    again, _ = load_head(folder, target)
-    assert again.config == head.config
-    for key, value in head.state_dict().items():
-        assert torch.equal(again.state_dict()[key], value), key
-    config = json.loads((folder / "config.json").read_text())
-    assert (
-        config["architectures"] == ["LlamaForCausalLMEagle3"] and config["num_hidden_layers"] == 1
-    )
-    assert config["draft_vocab_size"] == D and config["tie_word_embeddings"] is False
-    assert config["eagle_aux_hidden_state_layer_ids"] == list(head.config.feature_layers)
-
-
-def test_full_vocabulary_has_no_map(tmp_path, target):
-    folder = save_head(make_head(target, V), tmp_path / "head")
-    assert not {"d2t", "t2d"} & load_file(folder / "model.safetensors").keys()
-    load_head(folder, target)
-
-
-@pytest.mark.parametrize("same", [True, False], ids=["the-targets", "its-own"])
-def test_published_bin_without_feature_ids_and_with_embedding(tmp_path, target, same):
-    head = make_head(target)
-    folder = save_head(head, tmp_path / "head")
-    embedding = target.embed.weight.detach().clone() if same else torch.randn(V, H)
-    state = {**load_file(folder / "model.safetensors"), "embed_tokens.weight": embedding}
-    torch.save(state, folder / "pytorch_model.bin")
-    (folder / "model.safetensors").unlink()
-    (folder / "eagle.json").unlink()
-    config = json.loads((folder / "config.json").read_text())
-    for key in (
-        "eagle_aux_hidden_state_layer_ids",
-        "eagle_aux_hidden_state_convention",
-        "head_dim",
-    ):
-        del config[key]
-    (folder / "config.json").write_text(json.dumps(config))
-    again, provenance = load_head(folder, target)
-    assert provenance == {} and again.config.feature_layers == target.feature_layers
-    assert torch.equal(again.fc.weight, head.fc.weight)
-    assert again.config.own_embedding is not same
-    assert same or torch.equal(again.embed_tokens.weight, embedding)
-
-
-def test_output_convention_is_shifted_by_one(tmp_path, target):
-    folder = save_head(make_head(target), tmp_path / "head")
-    config = json.loads((folder / "config.json").read_text())
-    config["eagle_config"] = {"eagle_aux_hidden_state_layer_ids": [0, 1, 2]}
-    del config["eagle_aux_hidden_state_layer_ids"]
-    (folder / "config.json").write_text(json.dumps(config))
-    assert load_head(folder, target)[0].config.feature_layers == (1, 2, 3)
-
-
-@pytest.mark.parametrize(
-    "change, named",
-    [
-        (lambda s: s.pop("norm.weight"), "missing: norm.weight"),
-        (lambda s: s.update(extra=torch.zeros(2)), "left over: extra"),
-        (lambda s: s.update({"fc.weight": torch.zeros(H, H)}), "fc.weight"),
-        (lambda s: s.update(d2t=s["d2t"] + 1), "d2t and t2d contradict"),
-    ],
-    ids=["missing", "left-over", "shape", "map"],
-)
-def test_wrong_keys_are_named(saved, target, change, named):
-    edit(saved[1], change)
-    with pytest.raises(EagleError, match=named):
-        load_head(saved[1], target)
-
-
 IDS = "eagle_aux_hidden_state_layer_ids"
 HUGE = 10**12
 
 
-@pytest.mark.parametrize("with_target", [False, True], ids=["alone", "with-target"])
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"hidden_size": "32"}, {"hidden_size": True}, {"hidden_size": 0}, {"hidden_size": -32}, {"hidden_size": 32.5},
-        {"hidden_size": None}, {"hidden_size": [32]}, {"hidden_size": HUGE}, {"intermediate_size": HUGE},
-        {"vocab_size": HUGE}, {"vocab_size": D - 1}, {"draft_vocab_size": 0}, {"draft_vocab_size": "all"},
-        {"draft_vocab_size": HUGE}, {"target_hidden_size": {}}, {"num_attention_heads": 0},
-        {"num_attention_heads": 0, "head_dim": None}, {"num_attention_heads": 3, "num_key_value_heads": 2},
-        {"num_attention_heads": HUGE, "num_key_value_heads": HUGE}, {"num_key_value_heads": 0}, {"head_dim": 7},
-        {"head_dim": HUGE}, {"num_hidden_layers": 0, "num_layers": None}, {"num_layers": HUGE}, {"num_layers": "one"},
-        {"max_position_embeddings": -1}, {"max_position_embeddings": HUGE}, {"rms_norm_eps": "1e-6"},
-        {"rms_norm_eps": float("nan")}, {"rms_norm_eps": 0}, {"rope_theta": float("inf")}, {"rope_theta": "10000"},
-        {"rope_theta": -1.0}, {"rope_scaling": "linear"}, {"rope_scaling": [1, 2]}, {"rope_scaling": {"type": 3}},
-        {"rope_scaling": {"rope_type": "linear", "factor": "two"}}, {"rope_parameters": 4},
-        {"rope_scaling": {"rope_type": "longrope", "short_factor": [1.0] * 2, "long_factor": [1.0] * 2}},
-        {"rope_scaling": {"rope_type": "yarn", "factor": [2.0]}}, {"rope_scaling": {"factor": 2.0, "rope_type": ["linear"]}},
-        {"hidden_act": ["silu"]},
-        {"hidden_act": "abracadabra"}, {"method": 3}, {"method": "medusa"}, {"norm_output": "false"}, {"fc_bias": 1},
-        {"own_embedding": "no"}, {"architectures": 5}, {"architectures": [5]}, {"eagle_config": [1]},
-        {"layer_types": 1}, {"speculators_config": [], "speculators_model_type": "eagle3"},
-        {"transformer_layer_config": 3, "speculators_model_type": "eagle3"}, {"tie_word_embeddings": "yes"},
-        {IDS: "1,2,3"}, {IDS: [1, 2]}, {IDS: [1, 2, "3"]}, {IDS: [1, 2, True]}, {IDS: [1, 2, HUGE]}, {IDS: [-1, 1, 2]},
-        {IDS: {"a": 1}}, {"eagle_aux_hidden_state_convention": ["entering"]}, {"eagle.json": []},
-        {"eagle.json": {"target": "me"}}, {"eagle.json": {"target": {"fingerprint": 5}}},
-        {"eagle.json": {"training": [1]}}, {"eagle.json": "{"}, {"config.json": "[" * 100_000},
+MALFORMED = {
+    "hidden_size": ["32", 0, None, HUGE],
+    "vocab_size": [D - 1],
+    "draft_vocab_size": [0, HUGE],
+    "target_hidden_size": [{}],
+    "num_attention_heads": [0, 3],
+    "head_dim": [7],
+    "max_position_embeddings": [-1],
+    "rms_norm_eps": ["1e-6", float("nan")],
+    "rope_theta": [float("inf"), "10000"],
+    "rope_scaling": [
+        "linear",
+        {"type": 3},
+        {"rope_type": "linear", "factor": "two"},
+        {"rope_type": "longrope", "short_factor": [1.0] * 2, "long_factor": [1.0] * 2},
+        {"rope_type": "yarn", "factor": [2.0]},
+        {"factor": 2.0, "rope_type": ["linear"]},
     ],
-    ids=lambda change: ",".join(f"{k}={str(v)[:20]}" for k, v in change.items()),
-)  # fmt: skip
+    "hidden_act": ["abracadabra"],
+    "method": ["medusa"],
+    "norm_output": ["false"],
+    "own_embedding": ["no"],
+    "architectures": [[5]],
+    "eagle_config": [[1]],
+    "tie_word_embeddings": ["yes"],
+    IDS: ["1,2,3", [1, 2, "3"], [1, 2, HUGE], [-1, 1, 2]],
+    "eagle_aux_hidden_state_convention": [["entering"]],
+    "eagle.json": [[], {"target": "me"}, {"target": {"fingerprint": 5}}, "{"],
+    "config.json": ["[" * 100_000],
+}
+CHANGES = [{field: value} for field, values in MALFORMED.items() for value in values]
+CHANGES += [
+    {"num_attention_heads": 0, "head_dim": None},
+    {"num_hidden_layers": 0, "num_layers": None},
+    {"speculators_config": [], "speculators_model_type": "eagle3"},
+    {"transformer_layer_config": 3, "speculators_model_type": "eagle3"},
+]
+
+
+def shown(change):
+    return ",".join(f"{k}={str(v)[:20]}" for k, v in change.items())
+
+
+@pytest.mark.parametrize("with_target", [False, True], ids=["alone", "with-target"])
+@pytest.mark.parametrize("change", CHANGES, ids=shown)
 def test_a_malformed_config_is_one_error_at_once(saved, target, change, with_target):
     """Whatever stands in the files, nothing is allocated for it and no other error comes of it."""
     folder, file = saved[1], "config.json"
@@ -201,14 +130,17 @@ def test_a_malformed_config_is_one_error_at_once(saved, target, change, with_tar
 @pytest.mark.parametrize(
     "change",
     [
-        lambda s: s["d2t"].__setitem__(-1, V), lambda s: s["d2t"].__setitem__(0, -1),
-        lambda s: s["d2t"].__setitem__(0, 2**62), lambda s: s.update(d2t=s["d2t"].float()),
-        lambda s: s.update(t2d=s["t2d"].float()), lambda s: s.update(d2t=s["d2t"] * 0),
+        lambda s: s["d2t"].__setitem__(-1, V),
+        lambda s: s["d2t"].__setitem__(0, -1),
+        lambda s: s["d2t"].__setitem__(0, 2**62),
+        lambda s: s.update(d2t=s["d2t"].float()),
+        lambda s: s.update(t2d=s["t2d"].float()),
+        lambda s: s.update(d2t=s["d2t"] * 0),
         lambda s: s.update({"fc.weight": s["fc.weight"].to(torch.int8)}),
         lambda s: s.update({"norm.weight": s["norm.weight"].to(torch.float8_e4m3fn)}),
     ],
-    ids=["beyond", "before", "far-beyond", "float-d2t", "float-t2d", "t2d-of-another", "int8", "float8"],
-)  # fmt: skip
+    ids="beyond before far-beyond float-d2t float-t2d t2d-of-another int8 float8".split(),
+)
 def test_tensors_that_no_head_has(saved, target, change):
     edit(saved[1], change)
     for known in (None, target):
@@ -241,10 +173,19 @@ def test_other_weights_warn_and_the_same_in_bf16_do_not(saved, target):
         load_head(saved[1], half)
 
 
+def test_a_text_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
+    path = tmp_path / "text"
+    files.atomic_write_text(path, "old")
+    monkeypatch.setattr(files.os, "replace", lambda *_: exec("raise KeyboardInterrupt"))
+    with pytest.raises(KeyboardInterrupt):
+        files.atomic_write_text(path, "new")
+    assert path.read_text() == "old"
+
+
 WRITER = """
 import sys, torch
 import eagle.checkpoint as c
-from eagle.head import Eagle3Head, HeadConfig
+from eagle.heads.head import Eagle3Head, HeadConfig
 head, _ = c.load_head(sys.argv[1])
 while True:
     with torch.no_grad():
@@ -277,11 +218,11 @@ def listing(folder):
 def test_a_kill_between_two_renames_is_read_in_place_and_repaired_by_the_writer(saved, target):
     """Of file systems that cannot exchange two names."""
     head, folder = saved
-    old = f".head.old-{checkpoint._machine()}-999999999"
+    old = f".head.old-{files._machine()}-999999999"
     folder.rename(folder.with_name(old))
     again, _ = load_head(folder, target)
     assert torch.equal(again.fc.weight, head.fc.weight) and listing(folder.parent) == [old]
-    with pytest.raises(RuntimeError), checkpoint.atomic_dir(folder):
+    with pytest.raises(RuntimeError), files.atomic_dir(folder):
         raise RuntimeError("a writer that fails")
     assert listing(folder.parent) == ["head"]
     load_head(folder, target)
@@ -289,9 +230,10 @@ def test_a_kill_between_two_renames_is_read_in_place_and_repaired_by_the_writer(
 
 @pytest.mark.parametrize("swap", [True, False], ids=["exchange", "renames"])
 def test_another_machines_live_write_is_left_alone(saved, target, monkeypatch, swap):
-    """A process id says nothing on a disk that is shared: 999999999 lives there, and 1 is not this machine's."""
+    """A process id says nothing on a disk that is shared: 999999999 lives there, and 1 is not this
+    machine's."""
     if not swap:
-        monkeypatch.setattr(checkpoint, "exchange", lambda a, b: False)
+        monkeypatch.setattr(files, "exchange", lambda a, b: False)
     head, folder = saved
     theirs = [
         f".head.{kind}-0123456789ab-{pid}" for kind in ("old", "tmp") for pid in (1, 999999999)
@@ -309,13 +251,13 @@ def test_a_folder_that_is_replaced_is_there_at_every_moment(tmp_path):
     pair = [tmp_path / "a", tmp_path / "b"]
     for path in pair:
         path.mkdir()
-    if not checkpoint.exchange(*pair):
+    if not files.exchange(*pair):
         pytest.skip("this file system cannot exchange two names")
     stop = threading.Event()
 
     def write():
         while not stop.is_set():
-            with checkpoint.atomic_dir(pair[0]) as folder:
+            with files.atomic_dir(pair[0]) as folder:
                 (folder / "file").touch()
 
     with ThreadPoolExecutor() as pool:

@@ -1,7 +1,6 @@
 """Compiled passes give the tokens of eager ones, are kept on disk, and fail with a remedy.
 
-Packages are built once for the whole file, in an empty cache: some 100 s of its time.
-"""
+Packages are built once for the whole file, in an empty cache: some 100 s of its time."""
 
 import dataclasses
 import os
@@ -24,9 +23,11 @@ from engine_helpers import (
     stock_greedy,
 )
 
+from eagle.compile import CompiledHead
 from eagle.draft import HeadDrafter
 from eagle.errors import EagleError
-from eagle.head import Eagle3Head
+from eagle.heads.head import Eagle3Head, HeadConfig
+from eagle.heads.head import make_head as build_head
 from eagle.model import EaModel
 from eagle.target import CHUNK
 from eagle.tree import TreeShape
@@ -54,6 +55,13 @@ def packages(folder):
     }
 
 
+@pytest.fixture(scope="module", autouse=True)
+def quick_builds():
+    """The packages' wrappers are not optimised: a third of the time."""
+    with torch._inductor.config.patch({"aot_inductor.compile_wrapper_opt_level": "O0"}):
+        yield
+
+
 @pytest.fixture(scope="module")
 def target():
     return make_target("llama")
@@ -61,7 +69,8 @@ def target():
 
 @pytest.fixture(scope="module")
 def model(compile_cache, target):
-    """Drafts well enough that trees are accepted to some depth: the target's own vocabulary and a fixed seed."""
+    """Drafts well enough that trees are accepted to some depth: the target's own vocabulary and a
+    fixed seed."""
     model = head_model(target, "16,4,4", draft_vocab=128)
     before = packages(compile_cache)
     seconds = model.prepare("max")
@@ -166,26 +175,8 @@ def test_another_model_object_loads_what_is_there(model, compile_cache):
     assert set(again.prepare()) == {"target", "head", "ingest"}
     assert again.prepare() == {}  # it is ready
     assert packages(compile_cache) == before
-    assert new_tokens(again.generate(PROMPTS, max_new_tokens=8)) == plain(
-        target, PROMPTS, max_new_tokens=8
-    )
-
-
-def test_streams_that_take_turns(model, target):
-    """The pass that runs is global to the operator; a pass begins and ends within one step."""
-    options = dict(max_new_tokens=NEW, compile="max")
-    streams = [model.stream(PROMPTS[:2], **options), model.stream(PROMPTS, slots=2, **options)]
-    got, running = [{}, {}], [0, 1]
-    while running:
-        for n in list(running):
-            span = next(streams[n], None)
-            if span is None:
-                running.remove(n)
-            else:
-                got[n].setdefault(span.index, []).extend(span.tokens)
-    expected = plain(target, PROMPTS, max_new_tokens=NEW, compile="off")
-    assert [got[0][i] for i in range(2)] == expected[:2]
-    assert [got[1][i] for i in range(5)] == expected
+    expected = plain(target, PROMPTS, max_new_tokens=8)
+    assert new_tokens(again.generate(PROMPTS, max_new_tokens=8)) == expected
 
 
 def test_threads_take_turns_in_compiled_passes(model, target):
@@ -208,16 +199,9 @@ def test_threads_take_turns_in_compiled_passes(model, target):
     assert got == [expected[i % 5] for i in range(12)]
 
 
-def test_logprobs_of_compiled_passes(model):
-    options = dict(max_new_tokens=NEW, logprobs=True)
-    eager = model.generate(PROMPTS, compile="off", **options)
-    compiled = model.generate(PROMPTS, compile="max", **options)
-    for one, other in zip(eager.rows, compiled.rows, strict=True):
-        assert torch.allclose(torch.tensor(one.logprobs), torch.tensor(other.logprobs), atol=1e-4)
-
-
 def test_windows_and_soft_caps(compile_cache):
-    """Gemma 2's alternate layers, and its two kinds of soft cap; contexts longer than the window."""
+    """Gemma 2's alternate layers, and its two kinds of soft cap; contexts longer than the
+    window."""
     target = make_target("gemma2", num_hidden_layers=2)
     assert {"sliding_attention", "full_attention"} == set(target.config.layer_types)
     model = EaModel(target, compile="max")
@@ -234,6 +218,22 @@ def test_windows_and_soft_caps(compile_cache):
         assert [r.tokens for r in rows] == plain(target, PROMPTS, compile="off", **options)
 
 
+def test_heads_of_several_layers_and_without_an_output_layer(compile_cache, target):
+    """EAGLE-1's goes through the target's LM head; here the target itself is not compiled."""
+    config = HeadConfig.for_target(target.config, method="eagle1", num_layers=2, qkv_bias=True)
+    torch.manual_seed(1)
+    head = build_head(config).eval()
+    for weight in head.parameters():
+        torch.nn.init.normal_(weight, mean=float(weight.ndim == 1), std=0.3)
+    model = EaModel(target, head, "8,3,2")
+    eager = model.generate(PROMPTS, max_new_tokens=NEW, compile="off")
+    compiled = CompiledHead(model.drafter, {})
+    model._compiled = {"target": (model.target.feature_layers, None), "head": (head, compiled)}
+    result = model.generate(PROMPTS, max_new_tokens=NEW, compile="max")
+    assert new_tokens(result) == [stock_greedy(target, p, NEW) for p in PROMPTS]
+    assert [row.accepted for row in result.rows] == [row.accepted for row in eager.rows]
+
+
 def test_the_mode_is_for_a_model_or_a_call(model, target, compile_cache, monkeypatch):
     before = packages(compile_cache)
     count = runs(model, monkeypatch)
@@ -247,17 +247,6 @@ def test_the_mode_is_for_a_model_or_a_call(model, target, compile_cache, monkeyp
     eager.generate(PROMPTS, max_new_tokens=4)
     assert count == [0, 0] and eager.drafter.compiled is None and target.compiled is None
     assert packages(compile_cache) == before
-
-
-def test_an_unknown_mode_is_refused(target):
-    for call in (
-        lambda: EaModel(target, compile="fast").prepare(),
-        lambda: EaModel(target).prepare("fast"),
-        lambda: EaModel(target, compile="fast").generate(PROMPTS, draft=False),
-        lambda: EaModel(target).naivegenerate(PROMPTS, compile="fast"),
-    ):
-        with pytest.raises(EagleError, match="unknown compile 'fast'; use auto, off, max"):
-            call()
 
 
 def test_a_key_names_all_that_a_package_depends_on(target):
@@ -305,26 +294,6 @@ def test_a_key_names_all_that_a_package_depends_on(target):
         torch.set_num_threads(1)
     everything = [first, changed, layers, theta, half, threads, *heads]
     assert len(set(everything)) == len(everything)
-
-
-def test_a_changed_weight_is_another_package(model, compile_cache, monkeypatch):
-    """Where a package is looked for, without building it: building is stopped."""
-    import eagle.compile
-
-    def stop(module, example, path, dynamic):
-        raise EagleError(f"would build {path}")
-
-    monkeypatch.setattr(eagle.compile, "package", stop)
-    target = make_target("llama")
-    folders = {Path(p).parent.name for p in packages(compile_cache)}
-    with pytest.raises(EagleError) as found:
-        EaModel(target, compile="max").prepare()
-    assert Path(str(found.value)).parent.name in folders
-    target.model.lm_head.weight.data[0, 0] += 1
-    with pytest.raises(EagleError) as found:
-        EaModel(target, compile="max").prepare()
-    name = Path(str(found.value)).parent.name
-    assert name.startswith("target-") and name not in folders
 
 
 def test_a_model_too_large_to_copy_is_refused(target, monkeypatch):
@@ -391,9 +360,11 @@ def test_a_process_that_is_killed_leaves_no_package(tmp_path):
     path = tmp_path / "linear" / "one.pt2"
     root = str(Path(__file__).parents[2])
     process = subprocess.Popen(
-        [sys.executable, "-c", KILLED, root, str(path)], stdout=subprocess.PIPE, text=True,
+        [sys.executable, "-c", KILLED, root, str(path)],
+        stdout=subprocess.PIPE,
+        text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    )
     try:
         assert "in its place" in process.stdout.readline()
     finally:
@@ -402,25 +373,10 @@ def test_a_process_that_is_killed_leaves_no_package(tmp_path):
     assert not list(path.parent.glob("*.pt2"))
 
 
-def test_a_damaged_or_foreign_package_is_made_anew(tmp_path):
-    """Never loaded blind: not when it is cut short, another file, or of the name without a hash that it once had."""
-    from eagle.compile import package
-
-    path, module, x = tmp_path / "linear" / "one.pt2", torch.nn.Linear(3, 5), torch.ones(1, 3)
-    path.parent.mkdir()
-    path.write_bytes(b"not a package")
-    assert torch.equal(package(module, (x,), path, [None])(x), module(x))
-    (made,) = path.parent.glob("one-*.pt2")
-    made.write_bytes(made.read_bytes()[:-1000])
-    assert torch.equal(package(module, (x,), path, [None])(x), module(x))
-    before = packages(tmp_path)
-    package(module, (x,), path, [None])
-    assert packages(tmp_path) == before
-
-
 @pytest.mark.parametrize("damage", [lambda b: b[:-1], lambda b: b"", lambda b: b + b"x"])
 def test_what_is_kept_on_disk_is_whole(tmp_path, damage):
-    """The C++ extension's library too; two processes that make one at once both have a whole one."""
+    """The C++ extension's library too; two processes that make one at once both have a whole
+    one."""
     made = []
 
     def make(scratch, text=b"code"):

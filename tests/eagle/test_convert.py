@@ -1,4 +1,4 @@
-"""`eagle convert`, `--probe`, `eagle inspect head`, folders for a hub, and heads that are always right."""
+"""`eagle convert`, `--probe`, `eagle inspect head`, and folders for a hub."""
 
 import json
 import runpy
@@ -7,20 +7,19 @@ import sys
 
 import pytest
 import torch
-from engine_helpers import make_head, make_prompts, stock_greedy
-from format_tables import CONFIGS, LLAMA, PUBLISHED, fill, publish, published, without
+from engine_helpers import make_head, make_prompts
+from format_tables import PUBLISHED, fill, publish, published, without
 from safetensors.torch import load_file
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 from eagle.checkpoint import load_head, save_head
 from eagle.errors import EagleError
-from eagle.formats.probe import probe
-from eagle.formats.read import read_folder
-from eagle.head import HeadConfig
-from eagle.head import make_head as new_head
-from eagle.model import EMBEDDED_HEAD, EaModel, load_tokenizer
+from eagle.heads.head import HeadConfig
+from eagle.heads.head import make_head as new_head
+from eagle.heads.probe import probe
+from eagle.heads.read import read_folder
+from eagle.model import EMBEDDED_HEAD, load_tokenizer
 from eagle.target import Target
-from eagle.tree import TreeShape
 
 
 @pytest.fixture
@@ -38,120 +37,6 @@ def command(monkeypatch, capsys):
     return run
 
 
-# --- heads that always propose what the target chooses
-
-
-N, FIRST = 16, 4  # tokens; of a reduced vocabulary, 4 … 15
-
-
-@pytest.fixture(scope="module")
-def successor():
-    """A target whose layers add nothing: after token t it writes the next of the cycle 4, 5, … 15."""
-    config = LlamaConfig(
-        vocab_size=N, hidden_size=N, intermediate_size=8, num_hidden_layers=4, num_attention_heads=1,
-        num_key_value_heads=1, head_dim=8, max_position_embeddings=256, tie_word_embeddings=False, eos_token_id=None,
-        bos_token_id=None,
-    )  # fmt: skip
-    model = LlamaForCausalLM(config)
-    with torch.no_grad():
-        for layer in model.model.layers:
-            layer.self_attn.o_proj.weight.zero_()
-            layer.mlp.down_proj.weight.zero_()
-        model.model.embed_tokens.weight.copy_(torch.eye(N))
-        model.lm_head.weight.copy_(next_of_cycle())
-    return Target(model, name="successor")
-
-
-def next_of_cycle():
-    """[N, N]: row v is 1 where v follows."""
-    follows = torch.zeros(N, N)
-    for token in range(N):
-        follows[FIRST + (token + 1 - FIRST) % (N - FIRST), token] = 1
-    return follows
-
-
-def always_right(case, reduced):
-    """Tensors, by the names of the case's format: attention finds the newest token, its embedding outweighs what the
-    hidden state held before, and the output layer gives its successor."""
-    hd, d = 2 * N, N - FIRST if reduced else N
-    # one-hot queries and keys over the first half: rotary positions turn none into another
-    pick = torch.zeros(hd, 2 * N)
-    pick[:N, :N] = torch.eye(N)
-    layer = "layers.0." if case in ("vllm", "modelopt") else "midlayer."
-    tensors = {
-        "fc.weight": torch.zeros(N, 3 * N),
-        "self_attn.q_proj.weight": 4 * pick,
-        "self_attn.k_proj.weight": 4 * pick,
-        "self_attn.v_proj.weight": torch.eye(hd),
-        # the embedding in, and what is left of the last step's out
-        "self_attn.o_proj.weight": torch.cat([torch.eye(N), -torch.eye(N)], dim=1),
-        "mlp.gate_proj.weight": torch.zeros(8, N),
-        "mlp.up_proj.weight": torch.zeros(8, N),
-        "mlp.down_proj.weight": torch.zeros(N, 8),
-        "hidden_norm.weight": torch.ones(N),
-        "input_layernorm.weight": torch.ones(N),
-        "post_attention_layernorm.weight": torch.ones(N),
-        "norm.weight": torch.ones(N),
-        "lm_head.weight": next_of_cycle()[-d:].clone(),
-    }
-    of_layer = ("self_attn", "mlp", "hidden_norm", "input_layernorm", "post_attention")
-    tensors = {(layer if k.startswith(of_layer) else "") + k: v for k, v in tensors.items()}
-    if reduced or case == "sglang":
-        tensors["d2t"] = torch.full((d,), FIRST if reduced else 0)
-        tensors["t2d"] = torch.arange(N) >= N - d
-        if case == "modelopt":
-            del tensors["t2d"]
-    return tensors, d
-
-
-SIZES = dict(
-    hidden_size=N,
-    intermediate_size=8,
-    num_attention_heads=1,
-    num_key_value_heads=1,
-    head_dim=2 * N,
-    vocab_size=N,
-)
-
-
-@pytest.mark.parametrize("reduced", [True, False], ids=["reduced", "full"])
-@pytest.mark.parametrize("case", ["eagle", "sglang", "vllm", "modelopt"])
-def test_an_always_right_head_reaches_the_longest_acceptance(tmp_path, successor, case, reduced):
-    tensors, d = always_right(case, reduced)
-    config = CONFIGS[case] | {"draft_vocab_size": d}
-    if "target_hidden_size" in config:
-        config |= {"target_hidden_size": N}
-    if case == "vllm":
-        config["transformer_layer_config"] = config["transformer_layer_config"] | SIZES
-    else:
-        config |= SIZES
-    head, _ = load_head(publish(tmp_path / case, tensors, config), successor)
-    require_longest(successor, head)
-
-
-def test_an_always_right_eagle1_head(tmp_path, successor):
-    """The embedding passes through; the target's output layer does the rest."""
-    shapes = {**PUBLISHED["eagle1-bin"][0]}
-    sized = {
-        k: torch.zeros([{32: N, 48: 8, 128: N, 64: 2 * N, 16: N}[n] for n in s]) for k, s in shapes.items()
-    }  # fmt: skip
-    sized["fc.weight"] = torch.eye(N, 2 * N)
-    sized["embed_tokens.weight"] = torch.eye(N)
-    sized["layers.0.post_attention_layernorm.weight"] = torch.ones(N)
-    config = without(LLAMA, "head_dim") | {**SIZES, "head_dim": N}
-    head, _ = load_head(publish(tmp_path / "head", sized, config, "bin"), successor)
-    require_longest(successor, head)
-
-
-def require_longest(target, head, shape="6,4,1"):
-    levels = TreeShape.parse(shape).levels
-    tokens = 1 + 5 * (levels + 1)
-    prompt = [2, 9, 9, 5]
-    (row,) = EaModel(target, head, shape).generate([prompt], max_new_tokens=tokens).rows
-    assert row.tokens == stock_greedy(target, prompt, tokens)
-    assert row.accepted == [0] * levels + [5] and row.cycles == 5
-
-
 # --- the command
 
 
@@ -163,10 +48,8 @@ def test_convert_between_all_formats(tmp_path, command):
         assert code == 0 and "feature layers entered [2, 8, 13]" in shown
         assert ("not for vLLM" in shown) == (name in ("sglang", "modelopt"))
         folder = to
-    assert (folder / "model.safetensors").read_bytes() == (
-        source / "model.safetensors"
-    ).read_bytes()
-    assert (folder / "config.json").read_text() == (source / "config.json").read_text()
+    for file in ("model.safetensors", "config.json"):
+        assert (folder / file).read_bytes() == (source / file).read_bytes()
 
 
 def test_convert_says_what_is_missing(tmp_path, command):
@@ -225,7 +108,7 @@ def embedded():
 @pytest.mark.slow
 def test_probe_finds_the_wrong_convention(tmp_path, embedded):
     """The shipped head in SGLang's format with the ids of EAGLE, which should be 1, 7, 12 there."""
-    from inference.prompts import load_prompts
+    from records.prompts import load_prompts
 
     config = json.loads((EMBEDDED_HEAD / "config.json").read_text())
     config = without(
@@ -294,27 +177,33 @@ def test_inspect_head_beside_a_target(tmp_path, llama, command, known):
     assert known or "differs: it was trained on trained on (weights 000000000000)" in shown
 
 
-def test_inspect_head_is_a_command_of_two_words(monkeypatch, capsys):
-    from inference.console import main
-
-    monkeypatch.setattr(sys, "argv", ["eagle", "inspect", "head", str(EMBEDDED_HEAD)])
-    with pytest.raises(SystemExit) as end:
-        main()
-    assert end.value.code == 0 and "3072 of 4096" in capsys.readouterr().out
-
-
 # --- folders for a hub
 
 
 BENCH = {
-    "model": "tiny-llama", "device": "a machine", "dtype": "float32", "versions": {"torch": "2.13"}, "repeats": 3,
-    "num_prompts": 8, "max_new_tokens": 96, "command": "python -m inference.bench --head HEAD",
+    "model": "tiny-llama",
+    "device": "a machine",
+    "dtype": "float32",
+    "versions": {"torch": "2.13"},
+    "repeats": 3,
+    "num_prompts": 8,
+    "max_new_tokens": 96,
+    "command": "python -m inference.bench --head HEAD",
     "runs": [
         {"engine": "hf", "batch_size": 1, "temperature": 0.0, "tokens_per_second": 132.0},
-        {"engine": "eagle", "batch_size": 1, "temperature": 0.0, "tree": "16,4,4", "tau": 4.254,
-         "tokens_per_second": 295.1, "vs_hf": 2.237, "vs_best_vanilla": 0.9, "identical": True},
+        {
+            "engine": "eagle",
+            "batch_size": 1,
+            "temperature": 0.0,
+            "tree": "16,4,4",
+            "tau": 4.254,
+            "tokens_per_second": 295.1,
+            "vs_hf": 2.237,
+            "vs_best_vanilla": 0.9,
+            "identical": True,
+        },
     ],
-}  # fmt: skip
+}
 
 
 @pytest.fixture

@@ -1,4 +1,5 @@
-"""Every family of the README: drafted output is plain output is transformers' output; refusals say why."""
+"""Every family of docs/families.md: drafted output is plain output is transformers' output;
+refusals say why."""
 
 import re
 import warnings
@@ -17,7 +18,7 @@ from engine_helpers import (
     plain,
     stock_greedy,
 )
-from families import REFUSED, ROOT, SERVED, Family, Refused, with_table
+from families import PAGE, REFUSED, SERVED, Family, with_table
 
 from eagle.errors import EagleError
 from eagle.model import EaModel
@@ -29,9 +30,10 @@ TREES = {"chain": "6,4,1", "branching": "16,4,4"}
 
 
 class Case:
-    """One family's model, its ragged prompts, and the plain answers that everything else must equal."""
+    """One family's model, its ragged prompts, and the plain answers that everything else must
+    equal."""
 
-    def __init__(self, family: Family | Refused) -> None:
+    def __init__(self, family: Family) -> None:
         self.family = family
         self.target = Target(family.build(), name=family.name)
         self.prompts = make_prompts((9, 3, 14))
@@ -100,7 +102,8 @@ def test_rows_do_not_depend_on_their_batch(case):
 
 @pytest.mark.parametrize("tree", TREES)
 def test_long_accepted_paths(case, tree):
-    """An always-right drafter: every path is accepted to its end, and the text is still the model's."""
+    """An always-right drafter: every path is accepted to its end, and the text is still the
+    model's."""
     levels = ScriptedDrafter([], True, TREES[tree]).shape.levels
     new = 1 + 3 * (levels + 1)  # the first token, then three whole cycles
     assert new <= NEW
@@ -114,7 +117,8 @@ def test_long_accepted_paths(case, tree):
 
 
 def differs(a, b):
-    """[…, N, X] -> [N]: where two passes differ by more than rounding (MoE layers group tokens by expert)."""
+    """[…, N, X] -> [N]: where two passes differ by more than rounding (MoE layers group tokens by
+    expert)."""
     a, b = a.flatten(0, -3), b.flatten(0, -3)
     return ((a - b).abs().amax((0, -1)) > 1e-6 * b.abs().max()).tolist()
 
@@ -151,7 +155,8 @@ def test_no_leak_between_branches(case):
 
 @torch.inference_mode()
 def test_what_training_sees(case):
-    """The features of a training pass are those of decoding, and `head_logits` gives the model's logits."""
+    """The features of a training pass are those of decoding, and `head_logits` gives the model's
+    logits."""
     (prompt,) = make_prompts((13,))
     ids = torch.tensor([prompt])
     _, features = case.prefill([prompt])
@@ -186,7 +191,8 @@ def test_learned_positions_end_where_the_model_ends(name):
 
 @pytest.mark.parametrize("refused", REFUSED, ids=lambda refused: refused.name)
 def test_refusals_name_the_family_the_reason_and_the_remedy(refused):
-    """Or, where a newer transformers lets it in, drafted output is plain output is transformers' output."""
+    """Or, where a newer transformers lets it in, drafted output is plain output is transformers'
+    output."""
     if not refused.present:
         pytest.skip(f"this transformers has no {refused.model}")
     model = refused.build()
@@ -205,13 +211,14 @@ def test_refusals_name_the_family_the_reason_and_the_remedy(refused):
 
 
 def test_a_family_that_newly_works_is_reported():
-    works = Refused("Llama", "LlamaConfig", "LlamaForCausalLM", reason="none", match="none")
+    works = Family("Llama", "LlamaConfig", reason="none")
     with pytest.warns(UserWarning, match="Llama works now"):
         test_refusals_name_the_family_the_reason_and_the_remedy(works)
 
 
 def test_the_probe_exercises_sliding_windows():
-    """transformers gives OLMoE's attention a window that its masks do not have: no window, or no such model."""
+    """transformers gives OLMoE's attention a window that its masks do not have: no window, or no
+    such model."""
     with pytest.raises(EagleError, match="standard deviations"):
         Target(family("OLMoE", sliding_window=200).build())
     target = Target(
@@ -242,11 +249,11 @@ def test_the_probe_finds_attention_arguments_that_are_not_honoured():
         Target(model)
 
 
-def test_the_table_in_the_readme():
+def test_the_table_in_the_docs():
     if absent := [f.name for f in SERVED if not f.present]:
         pytest.skip(f"this transformers has no {', '.join(absent)}")
-    readme = (ROOT / "README.md").read_text("utf-8")
-    assert with_table(readme) == readme, "run: .venv/bin/python tests/eagle/families.py --write"
+    page = PAGE.read_text("utf-8")
+    assert with_table(page) == page, "run: .venv/bin/python tests/eagle/families.py --write"
 
 
 def test_family_names_are_told_once():

@@ -1,4 +1,5 @@
-"""Heads of other projects: names and fields as they write them, no bit lost, nothing read wrongly in silence."""
+"""Heads of other projects: names and fields as they write them, no bit lost, nothing read wrongly
+in silence."""
 
 import json
 import warnings
@@ -25,11 +26,12 @@ from safetensors.torch import load_file
 
 from eagle.checkpoint import load_head, save_head
 from eagle.errors import EagleError
-from eagle.formats import FORMATS, configs
-from eagle.formats.read import read_folder
-from eagle.formats.write import export_head, same_bits
-from eagle.head import HeadConfig
-from eagle.head import make_head as new_head
+from eagle.files import same_bits
+from eagle.heads import FORMATS, configs
+from eagle.heads.head import HeadConfig
+from eagle.heads.head import make_head as new_head
+from eagle.heads.read import read_folder
+from eagle.heads.write import export_head
 from eagle.model import EMBEDDED_HEAD, EaModel
 
 VERIFIER = {"name_or_path": "some/target", "architectures": ["LlamaForCausalLM"]}
@@ -187,7 +189,8 @@ def test_a_pickle_is_never_executed(tmp_path, llama, capsys):
 
 @pytest.mark.parametrize("case", ["eagle", "sglang", "vllm", "modelopt"])
 def test_absent_layer_ids(tmp_path, llama, case):
-    """One implementation defines the eagle format, and it knows one choice; elsewhere it is a guess."""
+    """One implementation defines the eagle format, and it knows one choice; elsewhere it is a
+    guess."""
     folder = published(tmp_path / case, case)
     config = json.loads((folder / "config.json").read_text())
     config = without(config, configs.IDS, configs.IDS_CONVENTION)
@@ -225,11 +228,14 @@ OPTIONS = {
     "linear": {"rope_scaling": {"rope_type": "linear", "factor": 2.0}},
     "llama3": {
         "rope_scaling": {
-            "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+            "rope_type": "llama3",
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
             "original_max_position_embeddings": 64,
         }
     },
-}  # fmt: skip
+}
 RUN_BY = {
     "layers": {"vllm", "modelopt"},
     "biases": {"vllm", "modelopt"},
@@ -262,8 +268,8 @@ def test_an_option_is_kept_or_refused(tmp_path, llama, option):
 
 
 def test_what_upstream_eagle_reads_of_a_config(tmp_path, llama):
-    """Where target_hidden_size stands, its cnets.py leaves the embedding random unless the file holds one; its
-    config takes a rope_scaling of two fields alone."""
+    """Where target_hidden_size stands, its cnets.py leaves the embedding random unless the file
+    holds one; its config takes a rope_scaling of two fields alone."""
     for option, stands in (({}, False), ({"own_embedding": True}, True)):
         head = a_head(llama, **option)
         for folder in (
@@ -294,7 +300,7 @@ def test_eagle1_heads_keep_their_format(tmp_path, llama):
 
 
 def test_a_folder_that_reads_back_differently_is_not_written(tmp_path, llama, monkeypatch):
-    import eagle.formats.write as write
+    import eagle.heads.write as write
 
     def forgetful(*arguments):
         return configs.write_config(*arguments) | {"norm_before_residual": True}
@@ -306,7 +312,7 @@ def test_a_folder_that_reads_back_differently_is_not_written(tmp_path, llama, mo
 
 
 def test_equal_configs_with_other_logits_are_not_written(tmp_path, llama, monkeypatch):
-    import eagle.formats.write as write
+    import eagle.heads.write as write
 
     def scaled(config, state, fmt):
         return {k: v * 2 if k == "lm_head.weight" else v for k, v in state.items()}

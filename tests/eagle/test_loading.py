@@ -56,9 +56,12 @@ def test_generation_is_the_tuned_targets_own(base, adapter, quantization, tuned)
     if quantization == "int8" and not torch.cuda.is_available():
         pytest.importorskip("bitsandbytes", minversion="0.49")
     target = Target.from_pretrained(
-        base, dtype="float32", device="cpu", quantization=quantization,
+        base,
+        dtype="float32",
+        device="cpu",
+        quantization=quantization,
         adapter_path=adapter if tuned else None,
-    )  # fmt: skip
+    )
     model = EaModel(target, make_head(target, 64), "8,3,2")
     prompts = make_prompts((5, 9))
     ids = model.eagenerate(prompts, max_new_tokens=20)
@@ -70,18 +73,18 @@ def test_generation_is_the_tuned_targets_own(base, adapter, quantization, tuned)
     assert found["quantization"] == quantization and bare["quantization"] == "none"
     assert (found["adapter"] is not None) == tuned
     linear = type(target.layers[0].self_attn.q_proj).__name__
-    assert (quantization == "nf4") == ("4bit" in linear.lower()) and ("8bit" in linear.lower()) == (
-        quantization == "int8"
-    )
+    assert (quantization == "nf4") == ("4bit" in linear.lower())
+    assert (quantization == "int8") == ("8bit" in linear.lower())
 
 
 def test_an_adapter_changes_what_is_generated(base, adapter):
     prompt = make_prompts((9,))[0]
     outputs = [
         EaModel.from_pretrained(base, dtype="float32", device="cpu", adapter_path=path)
-        .naivegenerate([prompt], max_new_tokens=20).tolist()
+        .naivegenerate([prompt], max_new_tokens=20)
+        .tolist()
         for path in (None, adapter)
-    ]  # fmt: skip
+    ]
     assert outputs[0] != outputs[1]
 
 
@@ -105,9 +108,8 @@ def test_a_head_for_another_adapter_or_quantization_is_named(base, adapter, tmp_
 def test_what_an_old_record_does_not_say_is_no_difference():
     found = {"id": "b", "fingerprint": "f" * 64, "quantization": "none", "adapter": None}
     assert differences({"id": "a", "fingerprint": "f" * 64}, found) == []
-    assert (
-        differences({"fingerprint": "f" * 64, "adapter": None, "quantization": None}, found) == []
-    )
+    silent = {"fingerprint": "f" * 64, "adapter": None, "quantization": None}
+    assert differences(silent, found) == []
     assert len(differences({"fingerprint": "e" * 64}, found)) == 1
 
 

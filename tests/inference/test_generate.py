@@ -9,7 +9,7 @@ from transformers import AutoTokenizer
 from eagle.target import Target
 from inference.console import COMMANDS
 from inference.generate import generate, write_text
-from inference.prompts import text_prompt
+from records.prompts import text_prompt
 
 
 @pytest.fixture
@@ -228,9 +228,12 @@ BAD = {
 def one_error(err):
     """One line for the user, no traceback."""
     lines = [line for line in err.splitlines() if line.strip()]
-    return "Traceback" not in err and lines and lines[-1].startswith("error: ") and sum(
-        line.startswith("error:") for line in lines
-    ) == 1  # fmt: skip
+    return (
+        "Traceback" not in err
+        and lines
+        and lines[-1].startswith("error: ")
+        and sum(line.startswith("error:") for line in lines) == 1
+    )
 
 
 @pytest.mark.parametrize("name", BAD)
@@ -298,8 +301,9 @@ def test_console():
     for arguments, code in ((["--help"], 0), ([], 2), (["nonsense"], 1)):
         result = subprocess.run(
             [sys.executable, "-c", "from inference.console import main; main()", *arguments],
-            capture_output=True, text=True,
-        )  # fmt: skip
+            capture_output=True,
+            text=True,
+        )
         assert result.returncode == code and "Traceback" not in result.stderr
     assert result.stderr.startswith("error: unknown command 'nonsense'")
     for name in COMMANDS:
@@ -309,6 +313,6 @@ def test_console():
 def test_every_command_is_there():
     import importlib.util
 
-    assert "profile" in COMMANDS
+    assert "bench" in COMMANDS
     for module, text in COMMANDS.values():
         assert importlib.util.find_spec(module) and text

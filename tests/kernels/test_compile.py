@@ -15,16 +15,10 @@ pytestmark = [
 
 FLOATS = {"scale", "softcap", "gamma", "smoothing", "least"}
 WORDS = {"bits", "part_token"}
-SINGLES = {
-    "part_acc",
-    "part_best",
-    "part_total",
-    "part_value",
-    "part_top",
-    "temperatures",
-    "top_ps",
-}
-SINGLES |= {"log_min_ps", "importance", "loss_out", "overlap_out"}
+SINGLES = set(
+    "part_acc part_best part_total part_value part_top temperatures top_ps log_min_ps importance "
+    "loss_out overlap_out".split()
+)
 LONGS = {"lengths", "rows", "positions", "path", "counts", "seeds", "top_ks", "choices", "best_out"}
 
 
@@ -57,16 +51,19 @@ def compiled(kernel, dtype, constants, **options):
     return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
 
 
-ATTENTION = dict(
-    G=4, D=128, WINDOW=False, SOFTCAP=False, ROWS=False, PRECISION="tf32", SPLIT=256, SPLITS=16,
-    BLOCK_R=64, BLOCK_N=1, BLOCK_K=64, BLOCK_D=128,
-)  # fmt: skip
+ATTENTION = dict(G=4, D=128, WINDOW=False, SOFTCAP=False, ROWS=False, PRECISION="tf32")
+ATTENTION |= dict(SPLIT=256, SPLITS=16, BLOCK_R=64, BLOCK_N=1, BLOCK_K=64, BLOCK_D=128)
+CHANGES = [
+    {},
+    dict(WINDOW=True, BLOCK_N=64),
+    dict(SOFTCAP=True),
+    dict(N=1, G=1, W=1, M=1, BLOCK_R=16),
+    dict(D=256, BLOCK_D=256, BLOCK_K=32),
+    dict(ROWS=True, D=80),
+]
 
 
-@pytest.mark.parametrize("change", [
-    {}, dict(WINDOW=True, BLOCK_N=64), dict(SOFTCAP=True), dict(N=1, G=1, W=1, M=1, BLOCK_R=16),
-    dict(D=80), dict(D=256, BLOCK_D=256, BLOCK_K=32), dict(ROWS=True),
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize("change", CHANGES, ids=str)
 def test_attention(change):
     from kernels.triton_tree_attention import _attend_split
 

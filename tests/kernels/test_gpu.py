@@ -77,9 +77,14 @@ def test_a_row_does_not_depend_on_its_batch_or_the_capacity(dtype):
             for capacity in (length + 60, length + 3000):
                 one = slice(b, b + 1)
                 alone = tree_attention(
-                    q[one], k[one, :, :capacity], v[one, :, :capacity], lengths[one], bits[one],
-                    positions[one], **options,
-                )  # fmt: skip
+                    q[one],
+                    k[one, :, :capacity],
+                    v[one, :, :capacity],
+                    lengths[one],
+                    bits[one],
+                    positions[one],
+                    **options,
+                )
                 assert torch.equal(alone, together[one])
 
 
@@ -121,8 +126,10 @@ def test_addresses_beyond_32_bits():
     one = [x[7:].clone() for x in arguments]
     torch.testing.assert_close(
         tree_attention(*arguments, scaling=0.1)[7:],
-        tree_attention_reference(*one, scaling=0.1), atol=2e-2, rtol=2e-2,
-    )  # fmt: skip
+        tree_attention_reference(*one, scaling=0.1),
+        atol=2e-2,
+        rtol=2e-2,
+    )
 
 
 CUTS = {

@@ -1,4 +1,5 @@
-"""The C++ bookkeeping of draft trees against the plain-PyTorch references, decision for decision."""
+"""The C++ bookkeeping of draft trees against the plain-PyTorch references, decision for
+decision."""
 
 import pytest
 import torch
@@ -58,7 +59,8 @@ def test_best_beams(monkeypatch, b, m, k, M, dtype):
 
 
 def forest(b, k, depth, seed):
-    """Candidates as a drafter makes them: levels of k beams, scores falling from parent to child."""
+    """Candidates as a drafter makes them: levels of k beams, scores falling from parent to
+    child."""
     g = torch.Generator().manual_seed(seed)
     parents, scores, levels = (
         [torch.zeros(b, k, dtype=torch.int64)],
@@ -78,9 +80,10 @@ def forest(b, k, depth, seed):
     return torch.arange(b), tokens, parents, scores, torch.tensor(levels)
 
 
-@pytest.mark.parametrize(
-    "b, k, depth, nodes", [(1, 1, 4, 6), (2, 4, 4, 16), (3, 10, 6, 60), (2, 3, 0, 3)]
-)
+FORESTS = [(1, 1, 4, 6), (2, 4, 4, 16), (3, 10, 6, 60), (2, 3, 0, 3)]
+
+
+@pytest.mark.parametrize("b, k, depth, nodes", FORESTS)
 def test_rerank(monkeypatch, b, k, depth, nodes):
     root, tokens, parents, scores, levels = forest(b, k, depth, b + k)
     fast, slow = both(

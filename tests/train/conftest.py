@@ -16,7 +16,7 @@ TEXTS = [
 
 @pytest.fixture(scope="session")
 def tokenizer_dir(tmp_path_factory):
-    from train.embedded.tokenizer import train_tokenizer
+    from tools.embedded.tokenizer import train_tokenizer
 
     folder = tmp_path_factory.mktemp("tokenizer")
     train_tokenizer(TEXTS, 420, folder)

@@ -7,7 +7,7 @@ import shutil
 import torch
 
 from configs.schema import HeadTrainConfig
-from eagle.head import HeadConfig, make_head
+from eagle.heads.head import HeadConfig, make_head
 
 WORDS = "def class return self value index for in range len list item key print open path".split()
 
@@ -18,10 +18,19 @@ def save_tiny_model(folder, tokenizer_dir, seed=0, hidden=32):
     size = len(json.loads((tokenizer_dir / "tokenizer.json").read_text())["model"]["vocab"])
     torch.manual_seed(seed)
     config = LlamaConfig(
-        vocab_size=size + 16, hidden_size=hidden, intermediate_size=2 * hidden, num_hidden_layers=4,
-        num_attention_heads=2, num_key_value_heads=1, head_dim=16, max_position_embeddings=256,
-        initializer_range=0.2, eos_token_id=0, bos_token_id=None, pad_token_id=None,
-    )  # fmt: skip
+        vocab_size=size + 16,
+        hidden_size=hidden,
+        intermediate_size=2 * hidden,
+        num_hidden_layers=4,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+        max_position_embeddings=256,
+        initializer_range=0.2,
+        eos_token_id=0,
+        bos_token_id=None,
+        pad_token_id=None,
+    )
     LlamaForCausalLM(config).save_pretrained(folder)
     for file in tokenizer_dir.iterdir():
         if file.is_file() and file.name not in ("config.json", "model.safetensors"):
@@ -48,7 +57,9 @@ def write_fim(path, rows=80, seed=0):
 
 
 def config(base, data, output, **train):
-    """A small run; sections other than train as dicts: loss=..., eval=..., model=..., data_more=..."""
+    """A small run; sections other than train as dicts: loss=..., eval=..., model=...,
+    data_more=...
+    """
     sections = {name: train.pop(name, {}) for name in ("loss", "eval", "model", "data_more")}
     train = {
         "max_steps": 4,
@@ -60,14 +71,25 @@ def config(base, data, output, **train):
     }
     return HeadTrainConfig.model_validate(
         {
-            "model": {"base": str(base), "draft_vocab_size": 128, "dtype": "float32", **sections["model"]},
-            "data": {"format": "fim", "path": str(data), "max_length": 96,
-                     "cache_dir": str(data.parent / "cache"), "heldout_fraction": 0.1, **sections["data_more"]},
+            "model": {
+                "base": str(base),
+                "draft_vocab_size": 128,
+                "dtype": "float32",
+                **sections["model"],
+            },
+            "data": {
+                "format": "fim",
+                "path": str(data),
+                "max_length": 96,
+                "cache_dir": str(data.parent / "cache"),
+                "heldout_fraction": 0.1,
+                **sections["data_more"],
+            },
             "train": {"output": str(output), **train},
             "loss": sections["loss"],
             "eval": {"num_prompts": 0, "max_new_tokens": 8, "tree": "8,3,2", **sections["eval"]},
         }
-    )  # fmt: skip
+    )
 
 
 def rows_of(output):
@@ -81,10 +103,31 @@ def losses_of(output):
 def tiny_head(hidden=32, vocab=60, draft=24, heads=4, kv=2, seed=0, **options):
     torch.manual_seed(seed)
     c = HeadConfig(
-        hidden_size=hidden, intermediate_size=48, num_attention_heads=heads, num_key_value_heads=kv, head_dim=8,
-        vocab_size=vocab, draft_vocab_size=draft, target_hidden_size=hidden,
-        feature_layers=(-1,) if options.get("method") == "eagle1" else (1, 2, 3), **options,
-    )  # fmt: skip
+        hidden_size=hidden,
+        intermediate_size=48,
+        num_attention_heads=heads,
+        num_key_value_heads=kv,
+        head_dim=8,
+        vocab_size=vocab,
+        draft_vocab_size=draft,
+        target_hidden_size=hidden,
+        feature_layers=(-1,) if options.get("method") == "eagle1" else (1, 2, 3),
+        **options,
+    )
     head = make_head(c)
     head.set_draft_vocab(torch.randperm(vocab)[:draft])
     return head
+
+
+def drafts_of(head_folder, base):
+    """What a saved head drafts in the engine: tokens of three prompts, and how many it had
+    accepted."""
+    from eagle.checkpoint import load_head
+    from eagle.model import EaModel
+    from eagle.target import Target
+
+    target = Target.from_pretrained(base, dtype="float32")
+    head, _ = load_head(head_folder, target, dtype="float32")
+    model = EaModel(target, head=head, tree="8,3,2")
+    rows = model.generate([[5, 6, 7, 8], [9, 10, 11], [40, 41]], max_new_tokens=24).rows
+    return [row.tokens for row in rows], [row.accepted for row in rows]

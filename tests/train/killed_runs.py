@@ -1,7 +1,9 @@
-"""A run killed again and again, in forked processes: the imports are paid once. Not a test by itself.
+"""A run killed again and again, in forked processes: the imports are paid once. Not a test by
+itself.
 
-python killed_runs.py CONFIG.json KILLS SEED -> one JSON line: {"moments": […], "steps": […]}
-Trains CONFIG into its output without disturbance, and into OUTPUT-killed with KILLS kills at random moments.
+python killed_runs.py CONFIG.json KILLS SEED -> one JSON line: {"moments": […], "steps": […]} Trains
+CONFIG into its output without disturbance, and into OUTPUT-killed with KILLS kills at random
+moments.
 """
 
 import json
@@ -17,6 +19,7 @@ import torch
 torch.set_num_threads(1)
 
 from configs.schema import HeadTrainConfig
+from train import runs
 from train.head import state as disk
 from train.head.distributed import import_deepspeed
 from train.main import run
@@ -49,7 +52,7 @@ def ended(pid: int) -> int:
 
 def require_newest_loads(output: Path) -> int:
     """Every checkpoint is whole, the newest one above all; returns its step, 0 without any."""
-    steps = [disk.load_checkpoint(path).info["step"] for path in disk.checkpoints(output)]
+    steps = [disk.load_checkpoint(path).info["step"] for path in runs.checkpoints(output)]
     pointer = output / "checkpoints" / "latest"
     if pointer.exists():
         assert disk.load_checkpoint(pointer.with_name(pointer.read_text().strip()))
@@ -64,7 +67,7 @@ def main() -> None:
 
     begun = time.monotonic()
     pid = start(values, whole, None)
-    while not disk.checkpoints(whole) and os.waitpid(pid, os.WNOHANG)[0] == 0:
+    while not runs.checkpoints(whole) and os.waitpid(pid, os.WNOHANG)[0] == 0:
         time.sleep(0.005)
     to_first = time.monotonic() - begun
     assert ended(pid) == 0

@@ -1,21 +1,15 @@
 """Which rows a step holds, how they are cut, and that reading ahead changes nothing."""
 
 import itertools
-import os
-import signal
-import time
 
 import pytest
 import torch
 from head_helpers import config, losses_of, rows_of
 from safetensors.torch import load_file
 
-from configs.schema import DataConfig
-from eagle.errors import EagleError
-from train.data import load_dataset_for
-from train.head import loader as loading
-from train.head.loader import Loader, Steps, choose_workers
-from train.head.order import RowOrder, cut_step
+from configs.schema import DataConfig, TrainConfig
+from records import load_dataset_for
+from train.head.loader import RowOrder, Steps, cut_step, read_ahead
 from train.main import run
 
 CPU = torch.device("cpu")
@@ -45,23 +39,19 @@ def test_every_cut_holds_each_row_once(world, accum, limit):
         assert all(w * len(p) <= limit for w, p in zip(widths, parts, strict=True))
 
 
-def test_a_budget_makes_as_few_batches_as_fit():
-    assert [len(p) for p in cut_step(LENGTHS, 1, 3, 128)] == [2, 2, 3, 5]
-    assert [len(p) for p in cut_step(LENGTHS, 2, 3, 10_000)] == [6, 6]
-    assert [len(p) for p in cut_step([8, 8], 2, 1, 64)] == [1, 1]
-
-
 @pytest.fixture
 def rows(tmp_path, base, data):
-    from train.data import load_tokenizer
+    from records import load_tokenizer
 
     cfg = DataConfig(path=str(data), max_length=96, cache_dir=str(data.parent / "cache"))
     return load_dataset_for(cfg, load_tokenizer(str(base)))
 
 
-def steps_of(rows, **more):
-    more = {"batch_size": 3, "grad_accum": 2, **more}
-    return Steps(rows, RowOrder(len(rows), 5), 0, more.pop("rank", 0), more.pop("world", 1), **more)
+def steps_of(rows, rank=0, world=1, max_tokens=None, batch_size=3, grad_accum=2):
+    cfg = TrainConfig(
+        batch_size=batch_size, grad_accum=grad_accum, seed=5, max_tokens_per_batch=max_tokens
+    )
+    return Steps(rows, cfg, 0, rank, world)
 
 
 def contents(batches):
@@ -91,59 +81,18 @@ def test_a_step_has_the_same_rows_however_it_is_split(rows):
     assert at(70, 2, batch_size=2, grad_accum=3, max_tokens=200) == expected
 
 
-def test_rows_of_like_length_stand_together(rows):
-    mixed = sum(batch.input_ids.numel() for batch in steps_of(rows, batch_size=12, grad_accum=1)[0])
-    grouped = sum(b.input_ids.numel() for b in steps_of(rows, batch_size=3, grad_accum=4)[0])
-    real = sum(int(b.attention_mask.sum()) for b in steps_of(rows, batch_size=3, grad_accum=4)[0])
-    assert real <= grouped < mixed
-
-
-def test_a_batch_is_cut_by_rows_and_made_narrower(rows):
-    [batch, _] = steps_of(rows, batch_size=5)[0]
-    assert batch.cut(1) == [batch]
-    parts = batch.cut(2)
-    assert [len(part.places) for part in parts] == [3, 2]
-    assert contents(parts) == contents([batch])
-    assert parts[1].input_ids.shape[1] < batch.input_ids.shape[1]
-    assert [len(part.places) for part in batch.cut(64)] == [1] * 5
-
-
-@pytest.mark.parametrize("workers", [1, 2])
-def test_reading_ahead_gives_the_same_steps(rows, workers):
-    steps = steps_of(rows)
-    state = torch.get_rng_state()
-    ahead = Loader(steps, CPU, workers).from_row(66)
-    now = Loader(steps, CPU, 0).from_row(66)
+def test_reading_ahead_gives_the_same_steps(rows):
+    steps, state = steps_of(rows), torch.get_rng_state()
+    ahead = read_ahead(steps_of(rows), 66, torch.device("cpu"))
     for start in range(66, 66 + 5 * steps.rows, steps.rows):
-        expected = contents(steps[start])
-        assert contents(next(now)) == contents(next(ahead)) == expected
+        assert contents(next(ahead)) == contents(steps[start])
     assert torch.equal(state, torch.get_rng_state())  # else a resumed run would differ
 
 
-def test_readers_leave_signals_to_the_run(rows):
-    batches = Loader(steps_of(rows), CPU, 2).from_row(0)
-    for worker in batches._workers:  # as early as can be
-        os.kill(worker.pid, signal.SIGINT)
-        os.kill(worker.pid, signal.SIGTERM)
-    time.sleep(0.2)
-    assert [contents(next(batches)) for _ in range(6)]
-    assert all(worker.is_alive() for worker in batches._workers)
-
-
-def test_workers_follow_the_cores_where_there_is_a_gpu(monkeypatch):
-    gpu = torch.device("cuda", 0)
-    assert choose_workers(CPU) == 0
-    for cores, processes, expected in [(64, 1, 4), (8, 2, 3), (2, 1, 1), (1, 1, 0), (8, 8, 0)]:
-        monkeypatch.setattr(loading.os, "sched_getaffinity", lambda pid, n=cores: range(n))
-        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
-        assert choose_workers(gpu) == expected
-    assert Loader(None, gpu, 0).pinned and not Loader(None, CPU, 0).pinned
-
-
-def test_a_run_with_readers_and_a_token_budget_learns_the_same(base, data, tmp_path):
+def test_a_run_with_a_token_budget_learns_the_same(base, data, tmp_path):
     more = {"max_steps": 4, "batch_size": 8, "lr": 1e-4, "save_every": 2, "save_total_limit": 9}
     assert run(config(base, data, tmp_path / "plain", **more), quiet=True) == 0
-    more |= {"max_tokens_per_batch": 130, "data_more": {"num_workers": 2}}
+    more |= {"max_tokens_per_batch": 130}
     assert run(config(base, data, tmp_path / "budget", **more), quiet=True) == 0
     assert losses_of(tmp_path / "plain") == pytest.approx(losses_of(tmp_path / "budget"), rel=1e-5)
     norms = [[r["grad_norm"] for r in rows_of(tmp_path / x)] for x in ("plain", "budget")]
@@ -152,31 +101,3 @@ def test_a_run_with_readers_and_a_token_budget_learns_the_same(base, data, tmp_p
     assert run(config(base, data, tmp_path / "again", **more), quiet=True) == 0
     one, two = (load_file(tmp_path / x / "head/model.safetensors") for x in ("budget", "again"))
     assert all(torch.equal(one[k], two[k]) for k in one)
-
-
-def test_a_budget_below_the_longest_row_is_refused(base, data, tmp_path):
-    with pytest.raises(ValueError, match="max_tokens_per_batch=40 .* set at least 96"):
-        config(base, data, tmp_path / "run", max_tokens_per_batch=40)
-
-
-def test_token_ids_outside_the_target_s_vocabulary_name_their_rows(base, tmp_path, tokenizer):
-    """A tokenizer may hold more ids than the model has embeddings."""
-    from data_helpers import write_jsonl
-
-    beyond = len(tokenizer) + 30
-    tokenizer.add_tokens([f"<extra{n}>" for n in range(40)])
-    import shutil
-
-    other = tmp_path / "base"
-    shutil.copytree(base, other)
-    tokenizer.save_pretrained(other)
-    ids = list(range(20))
-    good = [{"input_ids": ids, "loss_mask": [0] + [1] * 19} for _ in range(20)]
-    bad = {"input_ids": [*ids, beyond], "loss_mask": [0] + [1] * 20}
-    path = write_jsonl(tmp_path / "rows.jsonl", [*good, bad])
-    cfg = config(other, path, tmp_path / "run", batch_size=7, grad_accum=3, eval={"num_prompts": 0},
-                 data_more={"format": "tokenized", "heldout_fraction": 0.0})  # fmt: skip
-    with pytest.raises(
-        EagleError, match=r"rows .*rows.jsonl:21\).*outside the target's vocabulary"
-    ):
-        run(cfg, quiet=True)

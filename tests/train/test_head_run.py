@@ -2,25 +2,18 @@
 
 import json
 import os
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
-import yaml
 from commands import Command
-from engine_helpers import assert_quiet
-from head_helpers import config, losses_of, rows_of
+from head_helpers import config, drafts_of, losses_of, rows_of
 from safetensors.torch import load_file
 
 from eagle.checkpoint import load_head
 from eagle.errors import EagleError
-from eagle.model import EaModel
 from eagle.target import Target
-from train.head import state as disk
+from train import runs
 from train.main import run
 
 ROOT = Path(__file__).parents[2]
@@ -36,11 +29,6 @@ def plain_run(base, data, tmp_path_factory):
     return output
 
 
-def same_tensors(a, b):
-    a, b = load_file(a), load_file(b)
-    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
-
-
 def test_a_run_leaves_head_metrics_and_summary(plain_run, base):
     head, provenance = load_head(plain_run / "head", Target.from_pretrained(base, dtype="float32"))
     assert head.config.draft_vocab_size == 128 and provenance["training"]["step"] == 40
@@ -49,65 +37,23 @@ def test_a_run_leaves_head_metrics_and_summary(plain_run, base):
     assert [r["step"] for r in rows] == list(range(1, 41))
     overlaps = [r["overlap_by_depth"][0] for r in rows]
     assert sum(overlaps[-5:]) > sum(overlaps[:5])
-    for name in ("loss", "accuracy_by_depth", "acceptance_by_depth", "tau_simulated", "lr", "grad_norm",
-                 "tokens_per_second", "seconds"):  # fmt: skip
+    for name in (
+        "loss",
+        "accuracy_by_depth",
+        "acceptance_by_depth",
+        "tau_simulated",
+        "lr",
+        "grad_norm",
+        "tokens_per_second",
+        "seconds",
+    ):
         assert name in rows[-1]
     assert rows[0]["lr"] < rows[1]["lr"] and rows[-1]["lr"] == pytest.approx(3e-4)
     summary = json.loads((plain_run / "summary.json").read_text())
     assert summary["steps"] == 40 and summary["draft_vocabulary"]["coverage"] > 0.9
     assert [e["step"] for e in summary["evaluations"]] == [0, 40] and summary["tau_after"] >= 1
-    assert [p.name for p in disk.checkpoints(plain_run)] == ["step-35", "step-40"]
+    assert [p.name for p in runs.checkpoints(plain_run)] == ["step-35", "step-40"]
     assert (plain_run / "checkpoints" / "best").read_text().strip() == "step-40"
-
-
-def test_training_is_deterministic_and_resumes_after_a_kill(plain_run, base, data, tmp_path):
-    """The same run in another process, killed in the middle and resumed: bit-equal to the undisturbed one."""
-    output = tmp_path / "killed"
-    cfg = config(base, data, output, max_steps=40, save_every=5, lr=3e-3, eval={"num_prompts": 3})
-    file = tmp_path / "run.yaml"
-    file.write_text(yaml.safe_dump(cfg.model_dump(mode="json")))
-    process = Command("train.main", "--config", file)
-    deadline = time.monotonic() + 120
-    while disk.pointed(output, "latest") is None and process.poll() is None:
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
-    assert process.kill() == -signal.SIGKILL, "the run ended before it could be killed"
-    reached = disk.load_checkpoint(disk.pointed(output, "latest")).info["step"]
-    assert 5 <= reached < 40
-    resumed = cfg.model_copy(update={"train": cfg.train.model_copy(update={"resume": "auto"})})
-    assert run(resumed, quiet=True) == 0
-    assert losses_of(output) == pytest.approx(losses_of(plain_run), rel=1e-6)
-    assert [r["step"] for r in rows_of(output)] == list(range(1, 41))
-
-
-def test_resume_in_one_process_is_bit_equal(base, data, tmp_path):
-    whole, cut = tmp_path / "whole", tmp_path / "cut"
-    more = {
-        "save_every": 3,
-        "save_total_limit": 9,
-        "max_steps": 7,
-        "grad_accum": 2,
-        "batch_size": 2,
-    }
-    assert run(config(base, data, whole, **more), quiet=True) == 0
-    assert (
-        run(
-            config(base, data, cut, resume=str(whole / "checkpoints" / "step-3"), **more),
-            quiet=True,
-        )
-        == 0
-    )
-    assert same_tensors(whole / "head" / "model.safetensors", cut / "head" / "model.safetensors")
-    assert losses_of(cut) == losses_of(whole)[3:]
-
-
-def drafts_of(head_folder, base):
-    """What a saved head drafts in the engine: tokens of three prompts, and how many it had accepted."""
-    target = Target.from_pretrained(base, dtype="float32")
-    head, _ = load_head(head_folder, target, dtype="float32")
-    model = EaModel(target, head=head, tree="8,3,2")
-    rows = model.generate([[5, 6, 7, 8], [9, 10, 11], [40, 41]], max_new_tokens=24).rows
-    return [row.tokens for row in rows], [row.accepted for row in rows]
 
 
 def test_zero_stages_agree_and_resume(base, data, tmp_path):
@@ -136,9 +82,17 @@ def test_zero_stages_agree_and_resume(base, data, tmp_path):
 
 def test_bf16_focal_muon_warm_start(plain_run, base, data, tmp_path):
     output = tmp_path / "warm"
-    cfg = config(base, data, output, dtype="bf16", optimizer="muon", max_steps=6, grad_accum=2,
-                 loss={"name": "focal", "gamma": 2.0}, model={"init_head": str(plain_run / "head"),
-                                                              "draft_vocab_size": None})  # fmt: skip
+    cfg = config(
+        base,
+        data,
+        output,
+        dtype="bf16",
+        optimizer="muon",
+        max_steps=6,
+        grad_accum=2,
+        loss={"name": "focal", "gamma": 2.0},
+        model={"init_head": str(plain_run / "head"), "draft_vocab_size": None},
+    )
     assert run(cfg, quiet=True) == 0
     before, after = (
         load_file(folder / "head" / "model.safetensors") for folder in (plain_run, output)
@@ -150,66 +104,21 @@ def test_bf16_focal_muon_warm_start(plain_run, base, data, tmp_path):
     assert not (tmp_path / "no").exists()
 
 
-RANKS = """
-import json, sys, os
-from configs.schema import HeadTrainConfig
-from train.main import run
-for path in sys.argv[1:]:
-    assert run(HeadTrainConfig.model_validate(json.load(open(path))), quiet=True) == 0
-"""
-
-
-@pytest.mark.slow
-def test_two_ranks_equal_one(base, data, tmp_path):
-    """Each ZeRO stage, and a checkpoint of two ranks that goes on with one."""
-    files, more = [], {"max_steps": 5, "save_every": 2, "save_total_limit": 9, "lr": 1e-4}
-    for zero in range(4):
-        cfg = config(base, data, tmp_path / f"two{zero}", zero=zero, batch_size=2, **more)
-        files.append(tmp_path / f"two{zero}.json")
-        files[-1].write_text(cfg.model_dump_json())
-    script = tmp_path / "ranks.py"
-    script.write_text(RANKS)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
-               str(script), *map(str, files)]  # fmt: skip
-    done = subprocess.run(command, env=ENV, cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert_quiet(done)
-    assert run(config(base, data, tmp_path / "one", batch_size=4, **more), quiet=True) == 0
-    one = load_file(tmp_path / "one" / "head" / "model.safetensors")
-    for zero in range(4):
-        two = tmp_path / f"two{zero}"
-        assert losses_of(two) == pytest.approx(losses_of(tmp_path / "one"), rel=1e-4)
-        weights = load_file(two / "head" / "model.safetensors")
-        # AdamW's first steps have the size of the learning rate wherever a gradient is nearly zero
-        assert max((one[k].float() - weights[k].float()).abs().mean().item() for k in one) < 1e-5
-        assert drafts_of(two / "head", base) == drafts_of(tmp_path / "one" / "head", base)
-        start = two / "checkpoints" / "step-2"
-        resumed = config(
-            base, data, tmp_path / f"more{zero}", batch_size=4, resume=str(start), **more
-        )
-        assert run(resumed, quiet=True) == 0
-        rows = rows_of(tmp_path / f"more{zero}")
-        assert [row["step"] for row in rows] == [3, 4, 5]
-        assert [row["loss"] for row in rows] == pytest.approx(
-            losses_of(tmp_path / "one")[2:], rel=1e-4
-        )
-
-
-@pytest.mark.parametrize("zero", [0, 1, 2, 3])
-def test_without_clipping_the_norm_is_still_told(base, data, tmp_path, zero):
+def test_without_clipping_the_norm_is_still_told(base, data, tmp_path):
     more = {"max_steps": 2, "lr": 1e-6}
-    for name, clip in (("clipped", 0.1), ("free", 0.0)):
+    for name, clip, zero in (("clipped", 0.1, 0), ("free", 0.0, 0), ("free2", 0.0, 2)):
         cfg = config(base, data, tmp_path / name, zero=zero, grad_clip=clip, **more)
         assert run(cfg, quiet=True) == 0
-    norms = [[row["grad_norm"] for row in rows_of(tmp_path / x)] for x in ("clipped", "free")]
-    assert norms[0] == pytest.approx(norms[1], rel=1e-3) and min(norms[0]) > 0.1
+    clipped, *free = (
+        [row["grad_norm"] for row in rows_of(tmp_path / x)] for x in ("clipped", "free", "free2")
+    )
+    assert min(clipped) > 0.1 and all(norms == pytest.approx(clipped, rel=1e-3) for norms in free)
 
 
 def test_a_time_budget_ends_the_run(base, data, tmp_path):
     cfg = config(base, data, tmp_path / "run", max_steps=None, time_budget_minutes=0.03)
     assert run(cfg, quiet=True) == 0
-    last = rows_of(tmp_path / "run")[-1]
-    assert last["elapsed"] < 6 and last["lr"] < 0.5 * cfg.train.lr
+    assert rows_of(tmp_path / "run")[-1]["lr"] < 0.5 * cfg.train.lr
 
 
 def test_folders_are_never_mixed_up(plain_run, base, data, tmp_path, monkeypatch):
@@ -220,10 +129,10 @@ def test_folders_are_never_mixed_up(plain_run, base, data, tmp_path, monkeypatch
     with pytest.raises(EagleError, match="no checkpoint there"):
         run(config(base, data, tmp_path / "x", resume=str(tmp_path)), quiet=True)
     monkeypatch.chdir(tmp_path)
-    assert disk.choose_output(None, "fim", None) == Path("runs/head-fim")
+    assert runs.choose_output(None, "head-fim", None) == Path("runs/head-fim")
     (tmp_path / "runs/head-fim/head").mkdir(parents=True)
-    assert disk.choose_output(None, "fim", None) == Path("runs/head-fim-2")
-    assert disk.choose_output(None, "fim", "auto") == Path("runs/head-fim")
+    assert runs.choose_output(None, "head-fim", None) == Path("runs/head-fim-2")
+    assert runs.choose_output(None, "head-fim", "auto") == Path("runs/head-fim")
 
 
 @pytest.mark.parametrize(

@@ -1,17 +1,17 @@
 """Unrolled training equals drafting one token at a time over a growing list of keys."""
 
-import numpy as np
 import pytest
 import torch
 from head_helpers import tiny_head
 
 from configs.schema import LossConfig
 from train.head.ttt import UnrolledHead, plan_unroll
-from train.head.vocab import choose_draft_vocab
 
 
 class GrowingKeys:
-    """The way of inference: every pass appends its keys and sees all that are there, in each layer."""
+    """The way of inference: every pass appends its keys and sees all that are there, in each
+    layer.
+    """
 
     def __init__(self):
         self.kept = {}
@@ -56,7 +56,7 @@ def test_unrolled_equals_incremental(options):
     plan = plan_unroll(mask, steps)
     module = UnrolledHead(head, steps, 0.8, LossConfig(), amp=False, output=torch.randn(60, H))
     with torch.no_grad():
-        unrolled = list(module.unroll(features, embeds, plan))
+        unrolled = list(module.unroll(features.flatten(0, 1), embeds.flatten(0, 1), plan))
         checked = 0
         for row in range(2):
             for t in sorted(
@@ -84,34 +84,50 @@ def test_no_position_sees_a_later_token():
     mask[0, 4:10] = True
     plan = plan_unroll(mask, 3)
     module = UnrolledHead(head, 3, 0.8, LossConfig(), amp=False)
-    features, embeds = torch.randn(1, T, 3 * H), torch.randn(1, T, H, requires_grad=True)
+    features, embeds = torch.randn(T, 3 * H), torch.randn(T, H, requires_grad=True)
     for i, hidden in enumerate(module.unroll(features, embeds, plan)):
         t = 4
         (grad,) = torch.autograd.grad(hidden[chain(plan, 0, t)].sum(), embeds, retain_graph=True)
-        seen = (grad[0].abs().sum(-1) > 0).nonzero()[:, 0].tolist()
+        seen = (grad.abs().sum(-1) > 0).nonzero()[:, 0].tolist()
         assert seen == list(range(1, t + 2 + i))
+
+
+@pytest.mark.parametrize("chains", [3, 256, 600])
+def test_blocks_of_a_long_row_are_one_attention(chains, monkeypatch):
+    """Gradients included."""
+    from train.head import attention
+
+    found = []
+    for size in (256, 10_000):
+        monkeypatch.setattr("train.head.ttt.BLOCK", size)
+        mask = torch.zeros(2, chains + 9, dtype=torch.bool)
+        mask[0, 4 : 4 + chains], mask[1, 5:8] = True, True
+        plan = plan_unroll(mask, 2)
+        torch.manual_seed(0)
+        head = tiny_head()
+        module = UnrolledHead(head, 2, 0.8, LossConfig(), amp=False)
+        features, embeds = torch.randn(mask.numel(), 96), torch.randn(mask.numel(), 32)
+        out = torch.stack(list(module.unroll(features, embeds, plan)))
+        out.pow(2).sum().backward()
+        found.append((out.detach(), head.midlayer.self_attn.k_proj.weight.grad))
+    assert len(plan.blocks) == 2 and attention.BLOCK == 256
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
+
+
+def test_rows_are_packed_by_their_lengths():
+    """Padding changes no place among the packed tokens."""
+    mask = torch.zeros(2, 12, dtype=torch.bool)
+    mask[0, 3:6], mask[1, 4:9] = True, True
+    plan = plan_unroll(mask, 3, lengths=torch.tensor([7, 10]))
+    starts = torch.tensor([0, 7])
+    assert torch.equal(plan.keys[plan.chain_keys], starts[plan.chain_rows] + plan.positions)
+    assert plan.last.unique().tolist() == [6, 16]
+    assert plan.sources.tolist() == [2, 3, 4, 10, 11, 12, 13, 14]
 
 
 def test_plan_holds_each_target_once_and_counts_steps():
     mask = torch.tensor([[0, 1, 1, 0, 1, 0], [0, 0, 0, 1, 1, 1]]).bool()
     plan = plan_unroll(mask, 3)
-    assert list(zip(plan.rows.tolist(), plan.sources.tolist(), strict=True)) == [
-        (0, 1),
-        (0, 3),
-        (1, 2),
-        (1, 3),
-        (1, 4),
-    ]
+    assert plan.rows.tolist() == [0, 0, 1, 1, 1]
+    assert plan.sources.tolist() == [1, 3, 6 + 2, 6 + 3, 6 + 4]
     assert plan.counts.tolist() == [5, 4, 3]
-
-
-def test_draft_vocabulary_keeps_specials_then_frequent_then_lowest():
-    counts = np.array([0, 5, 0, 9, 0, 0, 1, 0])
-    ids, report = choose_draft_vocab(counts, [7], 3)
-    assert ids.tolist() == [1, 3, 7] and report["coverage"] == pytest.approx(14 / 15)
-    ids, report = choose_draft_vocab(counts, [7], 6)
-    assert (
-        ids.tolist() == [0, 1, 2, 3, 6, 7]
-        and report["coverage"] == 1.0
-        and report["distinct_supervised"] == 3
-    )

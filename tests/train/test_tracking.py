@@ -1,15 +1,19 @@
-"""Trackers, the performance meter, the profiler, the progress line: alone, without a run."""
+"""What a run leaves to be seen: rows, events, trackers, a trace, and a page made of them; also of a
+run that was killed."""
 
 import json
+import logging
+import re
+import shutil
 import struct
 import sys
-import textwrap
 import time
 
+import commands
+import numpy as np
 import pytest
 import torch
-from head_helpers import tiny_head
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from head_helpers import config, rows_of, save_tiny_model, tiny_head, write_fim
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -17,27 +21,52 @@ from configs.load import load_config
 from configs.schema import HeadTrainConfig
 from eagle.errors import EagleError
 from eagle.target import Target
+from train.head.distributed import World
 from train.head.metrics import Progress
-from train.head.seeing.perf import (
-    FlopCount,
-    PerfMeter,
-    active_weights,
-    gpu_utilization,
-    memory,
-    peak_flops,
-)
-from train.head.seeing.profiler import SKIP, StepProfiler
-from train.head.seeing.trackers import OPEN, open_trackers, require_installed, scalars
+from train.main import run
+from train.report import report
+from train.tracking.card import mask_statistics
+from train.tracking.perf import FlopCount, PerfMeter, memory, peak_flops, weights_of
+from train.tracking.recorder import Recorder
+from train.tracking.report import RunFiles, render, write_report
+from train.tracking.trackers import PACKAGES, open_trackers, require_installed, scalars
 
 CPU = torch.device("cpu")
-ROW = {
-    "step": 3, "loss": 1.5, "loss_by_depth": [1.0, 0.5], "lr": 1e-3, "warnings": ["text"],
-    "sources": {"chat": {"loss": 2.0, "acceptance_by_depth": [0.25]}},
-}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory, tokenizer_dir):
+    folder = tmp_path_factory.mktemp("base")
+    save_tiny_model(folder, tokenizer_dir)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    path = tmp_path_factory.mktemp("data") / "fim.jsonl"
+    write_fim(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def finished(base, data, tmp_path_factory):
+    """12 steps of two sources, with TensorBoard, a profile and evaluations."""
+    output = tmp_path_factory.mktemp("runs") / "seen"
+    source = {"format": "fim", "path": str(data)}
+    mixed = {"format": "mixed", "path": None, "mixture": [source | {"name": "<code>"}, source]}
+    often = dict(max_steps=12, eval_every=6, perf_every=4, profile=2, log_every=2)
+    more = dict(report_to=["tensorboard"], eval={"num_prompts": 2}, data_more=mixed)
+    assert run(config(base, data, output, **often, **more), quiet=True) == 0
+    return output
+
+
+def lines_of(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def tensorboard_scalars(folder):
-    """(tag, step, value) of all event files: records are length, its checksum, bytes, their checksum."""
+    """(tag, step, value) of all event files: records are length, its checksum, bytes, their
+    checksum."""
     from tensorboardX.proto.event_pb2 import Event
 
     found = []
@@ -47,22 +76,221 @@ def tensorboard_scalars(folder):
             (size,) = struct.unpack_from("<Q", raw, place)
             event = Event.FromString(raw[place + 12 : place + 12 + size])
             place += 12 + size + 4
-            found += [
-                (v.tag, event.step, v.simple_value)
-                for v in event.summary.value
-                if v.HasField("simple_value")
-            ]
+            values = (v for v in event.summary.value if v.HasField("simple_value"))
+            found += [(v.tag, event.step, v.simple_value) for v in values]
             if event.session_log.status == event.session_log.START:
                 found.append(("purge", event.step, 0.0))
     return found
 
 
+def test_a_run_leaves_rows_at_their_own_frequencies(finished):
+    assert [row["step"] for row in rows_of(finished)] == [1, 2, 4, 6, 8, 10, 12]
+    perf = lines_of(finished / "perf.jsonl")
+    assert [row["step"] for row in perf] == [4, 8, 12]
+    for row in perf:
+        assert sum(row["ratio"].values()) == pytest.approx(1, abs=1e-4)
+        assert min(row["seconds"][k] for k in ("target", "head", "backward", "optimizer")) > 0
+        assert row["gflops_per_second"] > 0 and row["tokens_per_second"] > 0 and "mfu" not in row
+    events = [(e["kind"], e["step"]) for e in lines_of(finished / "events.jsonl")]
+    assert events == [("start", 0), *(("evaluation", s) for s in (0, 6, 12))]
+    trace = json.loads((finished / "profile" / "trace.json").read_text())["traceEvents"]
+    names = [event.get("name") for event in trace]
+    assert names.count("train.optimizer") == 2 and "train.target" in names
+
+
+def test_tensorboard_and_the_card_hold_what_the_files_hold(finished, data):
+    found = tensorboard_scalars(finished / "tensorboard")
+    row = rows_of(finished)[-1]
+    assert ("train/loss", 12, pytest.approx(row["loss"], rel=1e-5)) in found
+    tags = {tag for tag, _, _ in found}
+    assert {"train/sources/fim/loss", "train/acceptance_by_depth/3", "heldout/tau"} <= tags
+    assert {"perf/ratio/backward", "perf/memory/resident"} <= tags
+    card = json.loads((finished / "run.json").read_text())
+    assert card["environment"]["versions"]["torch"].startswith(torch.__version__.split("+")[0])
+    for stats in card["masks"].values():
+        assert 0 < stats["supervised_tokens"] < stats["tokens"]
+        assert sum(stats["row_length"]["counts"]) == stats["rows"] <= len(lines_of(data))
+    targets = sum(stats["supervised_tokens"] for stats in card["masks"].values())
+    assert card["data"]["supervised_tokens"] == targets
+    assert list(card["masks"]) == ["<code>", "fim"] and card["head"]["parameters"] > 1000
+
+
+def test_the_page_needs_nothing_else_and_shows_everything(finished, tmp_path):
+    html = (finished / "report.html").read_text()
+    assert "<script" not in html and "http" not in html and "<code>" not in html
+    captions = re.findall("<figcaption>(.*?)</figcaption>", html)
+    for text in ("loss, weighted sum", "loss by depth", "by source", "held-out", "learning rate"):
+        assert any(text in caption for caption in captions), text
+    assert len(captions) >= 12 and html.count("data:image/svg+xml") == len(captions)
+    for text in ("finished", "train.max_steps", "transformers", "&lt;code&gt;", "coverage"):
+        assert text in html
+    assert report(str(finished), out=str(tmp_path / "new" / "page.html")) == 0
+    assert "finished" in (tmp_path / "new" / "page.html").read_text()
+
+
+def test_a_killed_run_has_a_page_too(finished, tmp_path):
+    copy = tmp_path / "killed"
+    copy.mkdir()
+    for name in ("config.yaml", "run.json", "events.jsonl", "perf.jsonl"):
+        shutil.copy(finished / name, copy)
+    (copy / "metrics.jsonl").write_text((finished / "metrics.jsonl").read_text()[:-40])
+    done = commands.run("train.report", copy)
+    assert done.returncode == 0 and done.stdout.strip() == str(copy / "report.html"), done.stderr
+    html = (copy / "report.html").read_text()
+    assert "no summary: still running, stopped, or killed" in html
+    assert "1 lines of metrics.jsonl cannot be read" in html
+    shown = RunFiles(copy)
+    assert [row["step"] for row in shown.rows] == [1, 2, 4, 6, 8, 10]
+    assert len(shown.evaluations) == 3
+
+
+def test_the_report_command_says_what_is_wrong(finished, tmp_path):
+    (tmp_path / "file").touch()
+    for runs, out, text in (
+        ([tmp_path], None, "holds no training run"),
+        ([], None, "give one run folder"),
+        ([finished], tmp_path / "file" / "x", "choose another --out"),
+    ):
+        with pytest.raises(EagleError, match=text):
+            report(*map(str, runs), out=out and str(out))
+
+
+def test_a_resumed_run_repeats_nothing_and_counts_its_starts(base, data, tmp_path):
+    output = tmp_path / "run"
+    often = dict(save_every=3, log_every=1, perf_every=2, report_to=[], eval={"num_prompts": 2})
+    assert run(config(base, data, output, max_steps=5, **often), quiet=True) == 0
+    (output / "summary.json").unlink()
+    for name in ("metrics", "perf", "events"):  # as if the process had been killed within step 5
+        with open(output / f"{name}.jsonl", "a") as file:
+            file.write('{"step": 99, "kind": "warning", "text": "late"}\n{"st')
+    shutil.rmtree(output / "checkpoints" / "step-5")
+    assert run(config(base, data, output, max_steps=6, resume="auto", **often), quiet=True) == 0
+    assert [row["step"] for row in rows_of(output)] == list(range(1, 7))
+    shown = RunFiles(output)
+    assert [row["step"] for row in shown.perf] == [2, 4, 6] and shown.damaged == []
+    assert len(shown.of_kind("start")) == 2
+    assert [e["step"] for e in shown.evaluations] == [0, 6]
+
+
+# the recorder alone
+
+
+def recorder(output, rank=0):
+    cfg = config("base", output / "d.jsonl", output, report_to=[], log_every=1)
+    output.mkdir(exist_ok=True)
+    world = World(rank, rank + 1, CPU)
+    return Recorder(cfg, output, world, flops=FlopCount(1, 1), total=3)
+
+
+def metrics_row(step):
+    row = {"step": step, "loss": 1.0 / step, "acceptance_by_depth": [0.5], "tau_simulated": 1.5}
+    rates = {"targets": 4, "tokens": 9, "tokens_per_second": 9.0, "steps_per_second": 1.0}
+    return row | rates | {"seconds": {"data": 0.1}}
+
+
+def test_a_tracker_that_fails_is_dropped_and_the_run_goes_on(tmp_path, capsys):
+    class Failing:
+        calls = 0
+
+        def log(self, step, values):
+            Failing.calls += 1
+            raise ConnectionError("the server\nis gone")
+
+    seen = recorder(tmp_path)
+    with seen.running(0, {}):
+        seen.trackers["wandb"] = Failing()
+        for step in (1, 2):
+            seen.begin(step)
+            seen.step(metrics_row(step), step / 3, 1.0, 1.0, keep=True)
+    assert Failing.calls == 1
+    text = "wandb failed and gets nothing more of this run: the server is gone"
+    assert f"warning: {text}" in capsys.readouterr().err
+    assert RunFiles(tmp_path).warnings == [f"step 1: {text}"] and len(rows_of(tmp_path)) == 2
+
+
+def test_warnings_of_loggers_are_shown_and_kept(tmp_path, capsys):
+    seen = recorder(tmp_path)
+    with seen.running(0, {}):
+        seen.begin(2)
+        logging.getLogger("train").warning("%d rows were set aside", 3)
+        logging.getLogger("train").info("not this")
+        seen.warn("loss spike")
+    logging.getLogger("train").warning("after the run")
+    assert RunFiles(tmp_path).warnings == ["step 2: 3 rows were set aside", "step 2: loss spike"]
+    assert "warning: 3 rows were set aside" in capsys.readouterr().err
+
+
+def test_a_run_that_fails_and_a_full_disk_leave_what_they_can(tmp_path, monkeypatch, capsys):
+    seen = recorder(tmp_path)
+    with pytest.raises(EagleError, match="loss is nan"), seen.running(0, {}):
+        seen.step(metrics_row(1), 0.5, 1.0, 1.0, keep=True)
+        raise EagleError("loss is nan")
+    assert "killed" in (tmp_path / "report.html").read_text()
+
+    def full(path, text):
+        raise OSError(28, "No space left on device")
+
+    with recorder(tmp_path).running(0, {}):
+        monkeypatch.setattr("train.tracking.report.atomic_write_text", full)
+    assert f"make space and run python -m train.report {tmp_path}" in capsys.readouterr().err
+
+
+def test_other_ranks_write_nothing(tmp_path):
+    seen = recorder(tmp_path, rank=1)
+    with seen.running(0, {}):
+        seen.begin(1)
+        seen.step(metrics_row(1), 0.5, 1.0, 1.0, keep=True)
+        seen.evaluation({"step": 1, "tau": 2.0})
+        seen.warn("x")
+    assert list(tmp_path.iterdir()) == []
+
+
+# what the files themselves warn about
+
+
+def page_of(folder, **files):
+    folder.mkdir(exist_ok=True)
+    (folder / "metrics.jsonl").write_text("")
+    for name, value in files.items():
+        text = value if isinstance(value, str) else json.dumps(value)
+        (folder / re.sub("_(json|yaml)$", r".\1", name)).write_text(text)
+    return RunFiles(folder)
+
+
+def test_the_page_draws_conclusions(tmp_path):
+    counts = {"rows": 10, "truncated": 5, "bad": 2, "records": 12}
+    card = {"data": counts, "draft_vocabulary": {"coverage": 0.8}}
+    taus = [{"step": s, "tau": t} for s, t in ((0, 1.0), (5, 3.0), (10, 2.0))]
+    shown = page_of(tmp_path / "a", run_json=card, summary_json={"evaluations": taus})
+    joined = " ".join(shown.warnings)
+    for text in ("5 of 10 rows", "2 of 12 records", "holds 80.0%", "fell from 3.000 to 2.000"):
+        assert text in joined
+    assert "No warnings." in render(page_of(tmp_path / "b"))
+    shown = page_of(tmp_path / "c", run_json="{", summary_json="[1]", config_yaml="a: [")
+    assert len(shown.warnings) == 3 and all("cannot be read" in text for text in shown.warnings)
+    render(shown)
+    with pytest.raises(EagleError, match="holds no training run"):
+        write_report(tmp_path)
+
+
+def test_mask_statistics_count():
+    stats = mask_statistics(np.array([10, 20]), np.array([5, 5]))
+    assert (stats["rows"], stats["tokens"], stats["supervised_tokens"]) == (2, 30, 10)
+    assert stats["supervised_share"] == pytest.approx(1 / 3)
+    assert sum(stats["supervised_share_of_row"]["counts"]) == 2
+    assert mask_statistics(np.array([]), np.array([]))["row_length"] == {}
+
+
+# trackers
+
+
 def test_scalars_are_flat_and_numbers_only():
-    assert scalars(ROW, "train") == {
+    source = {"chat": {"loss": 2.0, "acceptance_by_depth": [0.25]}}
+    row = {"step": 3, "loss": 1.5, "loss_by_depth": [1.0, 0.5], "warnings": ["text"]}
+    assert scalars(row | {"sources": source}, "train") == {
         "train/loss": 1.5,
         "train/loss_by_depth/1": 1.0,
         "train/loss_by_depth/2": 0.5,
-        "train/lr": 1e-3,
         "train/sources/chat/loss": 2.0,
         "train/sources/chat/acceptance_by_depth/1": 0.25,
     }
@@ -76,11 +304,10 @@ def test_report_to_is_read_from_a_command_line():
     assert read("tensorboard,wandb") == read("[tensorboard,wandb]") == ["tensorboard", "wandb"]
     with pytest.raises(ValueError, match="report_to"):
         read("mlflow")
-    assert load_config(HeadTrainConfig, flags={"train.profile": True}).train.profile == 3
 
 
-def test_tensorboard_files_hold_the_values_and_hide_what_is_repeated(tmp_path):
-    for step in (0, 5):  # a run, and the same resumed at step 5
+def test_tensorboard_files_hide_what_a_resumed_run_repeats(tmp_path):
+    for step in (0, 5):
         (tracker,) = open_trackers(None, tmp_path, {"train": {"lr": 1}}, step).values()
         tracker.log(step + 1, {"train/loss": 0.5 + step})
         tracker.close()
@@ -91,10 +318,9 @@ def test_tensorboard_files_hold_the_values_and_hide_what_is_repeated(tmp_path):
 
 STUB = """
 import json, os
-CALLS = os.environ["STUB_CALLS"]
 
 def record(*call):
-    with open(CALLS, "a") as file:
+    with open(os.environ["STUB_CALLS"], "a") as file:
         file.write(json.dumps([__name__, *call]) + "\\n")
 
 class Run:
@@ -120,11 +346,11 @@ def stubs(tmp_path, monkeypatch):
     site = tmp_path / "site"
     site.mkdir()
     for name in ("wandb", "trackio"):
-        (site / f"{name}.py").write_text(textwrap.dedent(STUB))
+        (site / f"{name}.py").write_text(STUB)
         monkeypatch.delitem(sys.modules, name, raising=False)
     monkeypatch.syspath_prepend(site)
     monkeypatch.setenv("STUB_CALLS", str(tmp_path / "calls.jsonl"))
-    yield lambda: [json.loads(s) for s in (tmp_path / "calls.jsonl").read_text().splitlines()]
+    yield lambda: lines_of(tmp_path / "calls.jsonl")
     for name in ("wandb", "trackio"):
         sys.modules.pop(name, None)
 
@@ -145,63 +371,44 @@ def test_wandb_and_trackio_get_the_run(stubs, tmp_path):
     assert [call[0] for call in calls if call[1] == "finish"] == ["wandb", "trackio"] * 2
 
 
-def test_a_tracker_that_does_not_start_says_what_to_do(stubs, tmp_path, monkeypatch):
+def test_trackers_that_do_not_start_or_are_missing(stubs, base, data, tmp_path, monkeypatch):
     monkeypatch.setenv("STUB_FAILS", "1")
     with pytest.raises(EagleError, match="no API key configured; .*WANDB_MODE=offline"):
         open_trackers(["wandb"], tmp_path, {}, 0)
-    with pytest.raises(EagleError, match="trackio does not start"):
-        open_trackers(["trackio"], tmp_path, {}, 0)
-
-
-@pytest.mark.parametrize("name", OPEN)
-def test_a_missing_tracker_names_its_install_command(name, monkeypatch):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(
-        EagleError, match=f"names {name}, which is not installed: pip install {name}"
-    ):
-        require_installed([name])
-    require_installed(None)
-
-
-def test_no_tensorboard_by_default_is_no_error(tmp_path, monkeypatch):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    find = __import__("importlib.util").util.find_spec
+    hidden = PACKAGES.values()
+    monkeypatch.setattr(
+        "train.tracking.trackers.find_spec", lambda name: None if name in hidden else find(name)
+    )
+    for name, package in PACKAGES.items():
+        with pytest.raises(EagleError, match=f"{name}, which is not .*: pip install {package}"):
+            require_installed([name])
     assert open_trackers(None, tmp_path, {}, 0) == {}
+    with pytest.raises(EagleError, match="pip install wandb"):
+        run(config(base, data, tmp_path / "run", report_to=["wandb"]), quiet=True)
+    assert not (tmp_path / "run").exists()
 
 
 # performance
 
 
-def tiny_target(**changes):
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=60,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        max_position_embeddings=128,
-    )
-    return Target(LlamaForCausalLM(config), name="tiny")
-
-
-@pytest.mark.parametrize("layers", [1, 3])
-def test_flops_are_what_pytorch_counts(layers):
-    """All positions supervised, no padding. Of causal attention the formula counts the half that is needed."""
-    target, head, steps, B, T = tiny_target(), tiny_head(num_layers=layers), 3, 4, 40
+def test_flops_are_what_pytorch_counts():
+    """All positions supervised, no padding, and so short that attention scores do not count."""
+    shape = dict(vocab_size=60, hidden_size=32, intermediate_size=64, num_hidden_layers=4)
+    heads = dict(num_attention_heads=4, num_key_value_heads=2, head_dim=8)
+    target = Target(LlamaForCausalLM(LlamaConfig(**shape, **heads)), name="tiny")
+    head, steps, B, T = tiny_head(), 3, 16, 2
     target.set_feature_layers(head.config.feature_layers)
     ids, place = torch.randint(0, 60, (B, T)), torch.arange(T).expand(B, T)
 
     def attend(layer, q, k, v):
-        out = torch.nn.functional.scaled_dot_product_attention(
+        return torch.nn.functional.scaled_dot_product_attention(
             q, k, v, is_causal=True, enable_gqa=True
-        )
-        return out.transpose(1, 2)
+        ).transpose(1, 2)
 
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as of_target:
+    with FlopCounterMode(display=False) as of_target:
         _, features = target.hidden_and_features(ids, torch.ones(B, T, dtype=torch.int64))
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as of_head:
+    with FlopCounterMode(display=False) as of_head:
         hidden, loss = head.fc(features), 0.0
         for _ in range(steps):
             hidden = head(hidden, target.embed(ids), place, attend)
@@ -209,85 +416,55 @@ def test_flops_are_what_pytorch_counts(layers):
         loss.backward()
     whole, stored = (FlopCount.of(target, head, steps, target_runs=runs) for runs in (True, False))
     n = B * T
-    other_half = 6 * (4 * 8) * T * n * steps * layers
-    trained = stored(n, n, B) - n * 2 * 60 * 32  # without the teacher's logits
-    assert trained + other_half == of_head.get_total_flops()
-    other_half = 2 * (4 * 4 * 8) * T * n
-    assert whole(n, 0, B) - stored(n, 0, B) + other_half == of_target.get_total_flops()
+    teacher = n * 2 * 60 * 32
+    assert stored(n, n) - teacher == pytest.approx(of_head.get_total_flops(), rel=0.03)
+    in_target = whole(n, 0) - stored(n, 0)
+    assert in_target == pytest.approx(of_target.get_total_flops(), rel=0.03)
 
 
 def test_only_active_experts_count():
-    experts = torch.nn.ModuleDict(
-        {"experts": torch.nn.ParameterList([torch.ones(8, 10, 5)]), "gate": torch.nn.Linear(5, 8)}
-    )
+    experts = torch.nn.ParameterList([torch.ones(8, 10, 5)])
+    layer = torch.nn.ModuleDict({"experts": experts, "gate": torch.nn.Linear(5, 8)})
     config = LlamaConfig()
     config.num_experts, config.num_experts_per_tok = 8, 2
-    assert active_weights(torch.nn.ModuleList([experts]), config) == 2 * 50 + 40
+    assert weights_of(torch.nn.ModuleList([layer]), config) == 8 * 10 * 5 * 2 / 8 + 40
 
 
 @pytest.mark.parametrize(
     ("name", "dtype", "peak"),
     [
-        ("NVIDIA H200", "bf16", 989e12), ("NVIDIA H100 PCIe", "bf16", 756e12), ("NVIDIA L40S", "bf16", 362e12),
-        ("NVIDIA A100-SXM4-80GB", "bf16", 312e12), ("NVIDIA A100-SXM4-80GB", "fp32", None), ("Some CPU A100X", "bf16", None),
+        ("NVIDIA H200", "bf16", 989e12),
+        ("NVIDIA L40S", "bf16", 362e12),
+        ("NVIDIA A100-SXM4-80GB", "bf16", 312e12),
+        ("NVIDIA A100-SXM4-80GB", "fp32", None),
+        ("Some CPU A100X", "bf16", None),
     ],
-)  # fmt: skip
+)
 def test_peaks_by_device_name(name, dtype, peak):
     assert peak_flops(name, dtype) == peak
 
 
-def meter(every, peak=None):
-    return PerfMeter(CPU, FlopCount(100, 0, 0, 10, 10, 5, 0, 10, 1), every, peak=peak)
-
-
 def test_perf_rows_come_at_their_own_frequency_and_add_up():
-    perf, rows = meter(every=3, peak=1e9), []
+    perf, rows = PerfMeter(CPU, FlopCount(100, 10), 3, peak=1e9), []
+    spent = {"data": 0.001, "target": 0.002, "head": 0.003, "backward": 0.002, "optimizer": 0.001}
+    row = {"steps_per_second": 100.0, "tokens": 50, "targets": 10, "seconds": spent}
     for step in range(1, 7):
         perf.begin(step)
         with perf.phase("target"):
             time.sleep(0.002)
-        with perf.phase("backward"):
-            pass
-        rows.append(
-            perf.add(
-                {
-                    "step": step,
-                    "steps_per_second": 100.0,
-                    "tokens": 50,
-                    "targets": 10,
-                    "seconds": {
-                        "data": 0.001,
-                        "target": 0.002,
-                        "head": 0.003,
-                        "backward": 0.002,
-                        "step": 0.001,
-                    },
-                },
-                rows=5,
-            )
-        )
-        assert perf.times["target"] >= 0.002 and perf.times["backward"] < 0.002
+        rows.append(perf.add(row | {"step": step}))
+        assert perf.times["target"] >= 0.002 and perf.times["backward"] == 0
     assert [bool(row) for row in rows] == [False, False, True] * 2
     row = rows[-1]
     assert row["steps"] == 3 and row["seconds_per_step"] == pytest.approx(0.01)
-    assert row["ratio"]["forward"] == pytest.approx(0.5) and row["ratio"][
-        "optimizer"
-    ] == pytest.approx(0.1)
-    assert sum(v for k, v in row["ratio"].items() if k != "forward") == pytest.approx(1)
+    assert row["ratio"]["optimizer"] == pytest.approx(0.1)
+    assert sum(row["ratio"].values()) == pytest.approx(1)
     assert row["seconds"]["other"] == pytest.approx(0.001)
     assert row["tokens_per_second"] == pytest.approx(5000)
-    step_flops = 50 * 2 * 100 + 50 * (4 * 10 + 6 * 5) + 10 * 6 * 5 + 10 * 6 * 10
-    assert row["flops_per_step"] == step_flops
-    assert row["gflops_per_second"] == pytest.approx(step_flops * 100 / 1e9)
-    assert row["mfu"] == pytest.approx(step_flops * 100 / 1e9)
+    flops = 50 * 100 + 10 * 10
+    assert row["gflops_per_second"] == row["mfu"] == pytest.approx(flops * 100 / 1e9)
     assert row["memory"]["peak_resident"] >= row["memory"]["resident"] > 10 * 2**20
-    assert "gpu_utilization" not in row
-
-
-def test_no_mfu_without_a_known_peak_and_no_rows_when_off():
-    row = {"step": 1, "steps_per_second": 1.0, "tokens": 1, "targets": 1, "seconds": {"head": 0.5}}
-    assert "mfu" not in meter(every=1).add(row, 1)
-    assert meter(every=0).add(row, 1) is None
+    assert PerfMeter(CPU, FlopCount(1, 1), 0).add(row) is None
 
 
 def test_on_a_gpu_only_sampled_steps_wait_and_are_timed(monkeypatch):
@@ -295,25 +472,15 @@ def test_on_a_gpu_only_sampled_steps_wait_and_are_timed(monkeypatch):
     monkeypatch.setattr(torch.cuda, "synchronize", waited.append)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 5)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 7)
-    monkeypatch.setattr(torch.cuda, "utilization", lambda device: 83)
-    perf = PerfMeter(gpu, FlopCount(100, 0, 0, 10, 10, 5, 0, 10, 1), every=3)
+    perf = PerfMeter(gpu, FlopCount(100, 10), 3)
     for step in (1, 2, 3):
         perf.begin(step)
         with perf.phase("head"):
             assert len(waited) == (step == 3)
-        spent = {"head": 0.5 if step == 3 else 0.1}
-        row = perf.add(
-            {"step": step, "steps_per_second": 1.0, "tokens": 1, "targets": 1, "seconds": spent}, 1
-        )
-    assert len(waited) == 2 and row["seconds"]["head"] == 0.5 and row["ratio"]["head"] == 0.5
-    assert row["steps"] == 3 and row["seconds_per_step"] == 1.0
-    assert row["memory"] == {"allocated": 5, "peak_allocated": 7} and row["gpu_utilization"] == 83
-
-    def no_nvml(device):
-        raise ModuleNotFoundError("pynvml")
-
-    monkeypatch.setattr(torch.cuda, "utilization", no_nvml)
-    assert gpu_utilization(gpu) is None
+        rates = {"steps_per_second": 1.0, "tokens": 1, "targets": 1}
+        row = perf.add({"step": step, **rates, "seconds": {"head": 0.5 if step == 3 else 0.1}})
+    assert len(waited) == 2 and row["seconds"]["head"] == 0.5 and row["steps"] == 3
+    assert row["memory"] == {"allocated": 5, "peak_allocated": 7}
 
 
 def test_peak_memory_follows_what_is_held():
@@ -323,44 +490,12 @@ def test_peak_memory_follows_what_is_held():
     del held
 
 
-def test_the_profile_is_a_trace_of_the_steps_after_the_first(tmp_path):
-    profiler, perf = StepProfiler(tmp_path / "profile", 2), meter(every=0)
-    traces = []
-    for step in range(1, 7):
-        perf.begin(step)
-        profiler.before_step()
-        with perf.phase("head"):
-            torch.ones(8, 8) @ torch.ones(8, 8)
-        traces.append(profiler.after_step())
-    trace = tmp_path / "profile" / "trace.json"
-    assert [n for n, t in enumerate(traces, 1) if t] == [SKIP + 2] and traces[SKIP + 1] == trace
-    names = [event.get("name") for event in json.loads(trace.read_text())["traceEvents"]]
-    assert names.count("train.head") == 2 and "aten::mm" in names
-    assert "aten::mm" in (tmp_path / "profile" / "operators.txt").read_text()
-    assert profiler.close() is None
-
-
-def test_a_profile_cut_short_is_written_when_the_run_ends(tmp_path):
-    profiler = StepProfiler(tmp_path / "profile", 50)
-    for _ in range(SKIP + 1):
-        profiler.before_step()
-        torch.ones(2) + 1
-        profiler.after_step()
-    assert profiler.close().exists()
-    none = StepProfiler(tmp_path / "none", 50)
-    none.before_step()
-    assert none.close() is None and not (tmp_path / "none").exists()
+# the progress line
 
 
 def progress_row(**changes):
-    row = {
-        "loss": 1.25,
-        "acceptance_by_depth": [0.5, 0.25],
-        "tau_simulated": 1.62,
-        "tokens_per_second": 1234.5,
-        "steps_per_second": 2.5,
-    }
-    return {**row, **changes}
+    row = {"loss": 1.25, "acceptance_by_depth": [0.5, 0.25], "tau_simulated": 1.62}
+    return row | {"tokens_per_second": 1234.5, "steps_per_second": 2.5} | changes
 
 
 def test_progress_lines_on_a_pipe(capsys):
@@ -372,25 +507,23 @@ def test_progress_lines_on_a_pipe(capsys):
     progress.close()
     lines = capsys.readouterr().err.splitlines()
     assert lines[0] == (
-        "step 10/40  25%  loss 1.250  acceptance 0.50 0.25  tau~1.62  1234 tok/s  2.50 steps/s  ETA 1:15  3.0 GiB"
+        "step 10/40  25%  loss 1.250  acceptance 0.50 0.25  tau~1.62  1234 tok/s  2.50 steps/s  "
+        "ETA 1:15  3.0 GiB"
     )
     assert lines[1] == "[bold]a note[/]" and lines[2].startswith("step 40/40 100%  loss 1.000")
     assert len(lines) == 3
 
 
-def test_progress_is_a_bar_on_a_terminal(monkeypatch, capsys):
-    monkeypatch.setenv("FORCE_COLOR", "1")
-    monkeypatch.setenv("TERM", "xterm")
-    monkeypatch.setenv("COLUMNS", "200")
+def test_progress_is_one_line_on_a_terminal(monkeypatch, capsys):
+    for name, value in {"FORCE_COLOR": "1", "TERM": "xterm", "COLUMNS": "200"}.items():
+        monkeypatch.setenv(name, value)
     progress = Progress(40)
     assert progress.live
     progress.update(10, 0.25, 75.0, progress_row())
     progress.note("a note")
     progress.close()
     text = capsys.readouterr().err
-    assert (
-        "step 10/40" in text and "acceptance 0.50 0.25" in text and "━" in text and "a note" in text
-    )
+    assert all(t in text for t in ("step 10/40", "acceptance 0.50 0.25", "a note"))
     quiet = Progress(40, quiet=True)
     quiet.update(1, 1.0, 0.0, progress_row())
     quiet.note("hush")

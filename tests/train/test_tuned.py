@@ -34,15 +34,18 @@ def test_a_head_is_adapted_to_the_tuned_target(base, tuned, tmp_path):
     data = tuned / "fim.jsonl"
     assert run(config(base, data, tmp_path / "bare"), quiet=True) == 0
     model = {
-        "adapter": str(tuned / "adapter"), "quantization": "nf4", "init_head": str(tmp_path / "bare/head"),
+        "adapter": str(tuned / "adapter"),
+        "quantization": "nf4",
+        "init_head": str(tmp_path / "bare/head"),
         "draft_vocab_size": None,
-    }  # fmt: skip
+    }
     cfg = config(base, data, tmp_path / "tuned", model=model)
     with pytest.warns(UserWarning, match="no adapter.*quantization"):
         assert run(cfg, quiet=True) == 0
     bare, adapted = (
-        json.loads((tmp_path / name / "head/eagle.json").read_text())["target"] for name in ("bare", "tuned")
-    )  # fmt: skip
+        json.loads((tmp_path / name / "head/eagle.json").read_text())["target"]
+        for name in ("bare", "tuned")
+    )
     assert bare["adapter"] is None and bare["quantization"] == "none"
     assert adapted["quantization"] == "nf4" and len(adapted["adapter"]) == 64
     assert bare["fingerprint"] == adapted["fingerprint"]
@@ -62,8 +65,12 @@ def test_a_resumed_run_must_have_the_same_adapter(base, tuned, tmp_path):
     data = tuned / "fim.jsonl"
     assert run(config(base, data, tmp_path / "run", save_every=2), quiet=True) == 0
     again = config(
-        base, data, tmp_path / "run", resume="auto", max_steps=6,
+        base,
+        data,
+        tmp_path / "run",
+        resume="auto",
+        max_steps=6,
         model={"adapter": str(tuned / "adapter")},
-    )  # fmt: skip
+    )
     with pytest.raises(EagleError, match="belongs to a run with target"):
         run(again, quiet=True)

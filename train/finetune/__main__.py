@@ -10,18 +10,21 @@ python -m train.finetune data --output DIR
 
 from __future__ import annotations
 
+import importlib
+import logging
 import os
 import sys
-from importlib.resources import files
+import warnings
 from pathlib import Path
 from typing import Any
 
 from configs import cli
-from configs.errors import ConfigError
 from configs.finetune_schema import DpoConfig, MergeConfig, MultitaskConfig, SftConfig
 from configs.load import load_config
+from eagle.errors import EagleError
 
-PRESETS = {"sft": "qlora", "multitask": "writing_assistant", "dpo": "dpo"}
+METHODS = {"sft": SftConfig, "multitask": MultitaskConfig, "dpo": DpoConfig}
+LIBRARIES = ("peft", "trl", "bitsandbytes", "accelerate", "torchmetrics")
 
 
 def sft(
@@ -37,15 +40,12 @@ def sft(
 ) -> int:
     """Supervised fine-tuning; without arguments, of the embedded model on the shipped instructions.
 
-    --data_format chat|instruction|fim|mixed|plain|tokenized; --base and --data name the base model and the
-    data file(s); --adapter goes on from an adapter; --config takes a YAML file or a preset; --resume
-    continues the run in --output (or a checkpoint folder). Any setting is an override:
+    --data_format chat|instruction|fim|mixed|plain|tokenized; --base and --data name the base model
+    and the data file(s); --adapter goes on from an adapter; --config takes a YAML file or a preset;
+    --resume continues the run in --output (or a checkpoint folder). Any setting is an override:
     train.max_steps=20 model.quantization=none lora.r=32.
     """
-    flags = {"data.format": data_format, "model.base": base, "model.adapter": adapter, "data.path": data,
-             "train.output": output, "train.resume": resume}  # fmt: skip
-    cfg = load_config(SftConfig, find_preset(config), overrides, flags)
-    return command("sft", cfg, local_rank)
+    return command("sft", **locals())
 
 
 def multitask(
@@ -54,18 +54,16 @@ def multitask(
     adapter: str | None = None,
     data: str | None = None,
     output: str | None = None,
-    config: str | None = None,
+    config: str | None = "writing_assistant",
     resume: bool | str | None = None,
     local_rank: int | None = None,
 ) -> int:
     """Several tasks in one adapter; without arguments, the five of a scientific-writing assistant.
 
-    The tasks stand in --config, a YAML file or a preset (see docs/finetune.md); other flags as for sft.
+    The tasks stand in --config, a YAML file or a preset (see docs/finetune.md); other flags as for
+    sft.
     """
-    flags = {"model.base": base, "model.adapter": adapter, "data.path": data, "train.output": output,
-             "train.resume": resume}  # fmt: skip
-    source = find_preset(config or PRESETS["multitask"])
-    return command("multitask", load_config(MultitaskConfig, source, overrides, flags), local_rank)
+    return command("multitask", **locals())
 
 
 def dpo(
@@ -81,12 +79,10 @@ def dpo(
     """Preference optimisation (DPO) from an SFT adapter, which is also the reference.
 
     --adapter names the SFT adapter or its run; without one the base is the reference. --data holds
-    {prompt, chosen, rejected}, chat pairs, or {query, retrieval_result, chosen, rejected}; without it,
-    pairs are made of the shipped docstrings. Other flags as for sft.
+    {prompt, chosen, rejected}, chat pairs, or {query, retrieval_result, chosen, rejected}; without
+    it, pairs are made of the shipped docstrings. Other flags as for sft.
     """
-    flags = {"model.base": base, "model.adapter": adapter, "data.path": data, "train.output": output,
-             "train.resume": resume}  # fmt: skip
-    return command("dpo", load_config(DpoConfig, find_preset(config), overrides, flags), local_rank)
+    return command("dpo", **locals())
 
 
 def merge(
@@ -96,9 +92,9 @@ def merge(
     output: str | None = None,
     config: str | None = None,
 ) -> int:
-    """Merge an adapter into its base in full precision, and report how far the result differs from it."""
+    """Merge an adapter into its base in full precision, and report how far the result differs."""
     flags = {"adapter": adapter, "base": base, "output": output}
-    cfg = load_config(MergeConfig, find_preset(config), overrides, flags)
+    cfg = load_config(MergeConfig, config, overrides, flags, "finetune")
     require_libraries()
     from train.finetune.merge import merge as body
 
@@ -108,8 +104,8 @@ def merge(
 def pairs(*, data: str, output: str, margin: float = 0.0, per_prompt: int = 1) -> int:
     """Preferences out of scored samples: {prompt, samples: [{text, score}]} or a line a sample.
 
-    Of each prompt the best is set against the worst, then the next two, up to --per_prompt pairs; scores
-    that differ by no more than --margin are ties and give none.
+    Of each prompt the best is set against the worst, then the next two, up to --per_prompt pairs;
+    scores that differ by no more than --margin are ties and give none.
     """
     from train.finetune.pairs import build
 
@@ -117,8 +113,8 @@ def pairs(*, data: str, output: str, margin: float = 0.0, per_prompt: int = 1) -
 
 
 def data(*, output: str) -> int:
-    """Write the example data to --output: task records, summaries (chats) and preferences, made of the
-    docstrings that ship with the package, and the same held out."""
+    """Write the example data to --output: task records, summaries (chats) and preferences, made of
+    the docstrings that ship with the package, and the same held out."""
     from train.finetune.assistant import write_all
 
     counts = write_all(Path(output).expanduser())
@@ -126,31 +122,34 @@ def data(*, output: str) -> int:
     return 0
 
 
-def command(method: str, cfg: Any, local_rank: int | None) -> int:
-    if local_rank is not None:  # the deepspeed launcher's way
-        os.environ.setdefault("LOCAL_RANK", str(local_rank))
-    return run(method, cfg)
+def command(method: str, **given: Any) -> int:
+    if given["local_rank"] is not None:  # the deepspeed launcher's way
+        os.environ.setdefault("LOCAL_RANK", str(given["local_rank"]))
+    flags = {
+        "model.base": given["base"],
+        "model.adapter": given["adapter"],
+        "data.path": given["data"],
+        "data.format": given.get("data_format"),
+        "train.output": given["output"],
+        "train.resume": given["resume"],
+    }
+    overrides = given["overrides"]
+    return run(method, load_config(METHODS[method], given["config"], overrides, flags, "finetune"))
 
 
 def run(method: str, cfg: Any, quiet: bool = False) -> int:
     """Train as `cfg` says; returns the exit code."""
     require_libraries()
-    from importlib import import_module
-
     from train.finetune.run import execute
 
-    return execute(cfg, method, getattr(import_module(f"train.finetune.{method}"), method), quiet)
+    body = getattr(importlib.import_module(f"train.finetune.{method}"), method)
+    return execute(cfg, method, body, quiet)
 
 
 def require_libraries() -> None:
     """Import the trainers without their chatter: it is about options that the user cannot set."""
-    import logging
-    import warnings
-
     import torch
     from transformers.utils import logging as transformers_logging
-
-    from train.finetune.policy import require_finetune
 
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -160,25 +159,24 @@ def require_libraries() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
     # peft and TRL still ask by the old name
     warnings.filterwarnings("ignore", "`(is_)?gradient_checkpointing", FutureWarning)
-    require_finetune()
+    for name in LIBRARIES:
+        try:
+            importlib.import_module(name)
+        except ImportError as error:
+            raise EagleError(
+                f"fine-tuning needs {name}: pip install 'eagle-heads[finetune]' ({error})"
+            ) from error
     transformers_logging.disable_progress_bar()
 
 
-def find_preset(config: str | None) -> Path | str | None:
-    """A file, or one of `configs/presets/finetune` by name."""
-    if config is None or Path(config).expanduser().is_file():
-        return config
-    folder = files("configs") / "presets" / "finetune"
-    names = sorted(p.name.removesuffix(".yaml") for p in folder.iterdir())
-    if config not in names:
-        raise ConfigError(
-            f"config {config!r} is neither a file nor a preset (presets: {', '.join(names)})"
-        )
-    return Path(str(folder / f"{config}.yaml"))
-
-
-COMMANDS = {"sft": sft, "multitask": multitask, "dpo": dpo, "merge": merge, "pairs": pairs,
-            "data": data}  # fmt: skip
+COMMANDS = {
+    "sft": sft,
+    "multitask": multitask,
+    "dpo": dpo,
+    "merge": merge,
+    "pairs": pairs,
+    "data": data,
+}
 
 if __name__ == "__main__":
     given = sys.argv[1:]

@@ -6,7 +6,7 @@
     eagle.json                                       what it belongs to and was made of
     README.md                                        the same for people: the data card
 
-Knows nothing of training. Finding an adapter and whether it fits a base: `eagle.loading`.
+Finding an adapter and whether it fits a base: `eagle.loading`.
 """
 
 from __future__ import annotations
@@ -42,10 +42,9 @@ def write_adapter(
     lora = get_peft_model_state_dict(
         model, state_dict=state, adapter_name=ADAPTER, save_embedding_layers=False
     )
-    lora = {k: v.contiguous() for k, v in lora.items()}
-    task_heads = getattr(model.get_base_model(), "task_heads", None)
-    heads = {} if task_heads is None else {k: v.cpu() for k, v in task_heads.state_dict().items()}
-    files = {WEIGHTS: lora, HEADS: heads} if heads else {WEIGHTS: lora}
+    files = {WEIGHTS: {k: v.contiguous() for k, v in lora.items()}}
+    if (heads := getattr(model.get_base_model(), "task_heads", None)) is not None:
+        files[HEADS] = {k: v.cpu() for k, v in heads.state_dict().items()}
     for name, tensors in files.items():
         save_file(tensors, folder / name, metadata={"format": "pt"})
         require_equal(load_file(folder / name), tensors, folder)
@@ -56,7 +55,7 @@ def write_adapter(
     if tasks is not None:
         (folder / TASKS).write_text(json.dumps(tasks, indent=2) + "\n", encoding="utf-8")
     tokenizer.save_pretrained(str(folder))
-    record = {"kind": "adapter", **record, "fingerprint": weights_hash(lora)}
+    record = {"kind": "adapter", **record, "fingerprint": weights_hash(files[WEIGHTS])}
     write_json(folder / RECORD, record)
     (folder / "README.md").write_text(card(record), encoding="utf-8")
 
@@ -84,25 +83,15 @@ def adapter_bytes(folder: Path) -> int:
 
 def card(record: dict) -> str:
     """The record as a page: what the adapter belongs to, what it saw, what it reached."""
-    base, data, training = (record.get(k) or {} for k in ("base", "data", "training"))
-    rows = [
-        ("base", f"{base.get('id')} (weights {str(base.get('fingerprint'))[:12]})"),
-        ("quantization while training", record.get("quantization")),
-        ("method", record.get("method")),
-        ("trainable parameters", record.get("trainable_parameters")),
-        *((f"data: {key}", _short(value)) for key, value in data.items()),
-        *((f"training: {key}", _short(value)) for key, value in training.items()),
-    ]
-    lines = [f"| {key} | {value} |" for key, value in rows]
-    head = ["# Adapter", "", "| | |", "|---|---|"]
-    return "\n".join([*head, *lines, ""])
+    rows = {
+        f"{k}: {n}": v for k in ("base", "data", "training") for n, v in record.get(k, {}).items()
+    }
+    rows |= {k: record.get(k) for k in ("quantization", "method", "trainable_parameters")}
+    lines = [f"| {key} | {_short(value)} |" for key, value in rows.items()]
+    return "\n".join(["# Adapter", "", "| | |", "|---|---|", *lines, ""])
 
 
 def _short(value: Any) -> str:
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    if isinstance(value, list):
-        return ", ".join(map(str, value))
     if isinstance(value, dict):
         return ", ".join(f"{k}: {_short(v)}" for k, v in value.items())
-    return str(value)
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

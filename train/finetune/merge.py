@@ -1,8 +1,8 @@
 """An adapter merged into its base in full precision, and what that changes.
 
-Training ran on a base that was quantized; what ships is the base in full precision with the adapter in it. Two
-things differ: the base's weights (no longer rounded to 4 bit), and the sum of weight and update, rounded to the
-base's dtype. The report keeps them apart, on held-out rows:
+Training ran on a base that was quantized; what ships is the base in full precision with the adapter
+in it. Two things differ: the base's weights (no longer rounded to 4 bit), and the sum of weight and
+update, rounded to the base's dtype. The report keeps them apart, on held-out rows:
 
     trained   quantized base + adapter, as it was trained
     adapted   full-precision base + adapter
@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -23,10 +22,11 @@ from configs.errors import ConfigError
 from configs.finetune_schema import MergeConfig
 from eagle.checkpoint import atomic_dir, write_json
 from eagle.errors import EagleError
-from eagle.loading import find_adapter, read_record, require_base
-from train.data import load_dataset_for, load_tokenizer
-from train.finetune.policy import base_fingerprint, base_path, load_base
-from train.finetune.sft import LabelCollator, pad_id
+from eagle.loading import CONFIG, RECORD, find_adapter, read_record, require_base
+from records import load_dataset_for, load_tokenizer
+from train.finetune.policy import base_fingerprint, base_name, load_base
+
+WHY = {"adapted": "rounding of the merge", "trained": "quantized base left behind"}
 
 
 def merge(cfg: MergeConfig) -> int:
@@ -37,27 +37,27 @@ def merge(cfg: MergeConfig) -> int:
         raise EagleError(f"{output} is not empty; choose another --output")
     folder = find_adapter(cfg.adapter)
     record = read_record(folder)
-    base = cfg.base or (record.get("base") or {}).get("id") or declared_base(folder)
+    declared = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    named = (record.get("base") or {}).get("id") or declared.get("base_model_name_or_path")
+    base = cfg.base or named
     found = base_fingerprint(base)
-    require_base(folder, record, base_path(base), found)
+    require_base(folder, record, base_name(base), found)
     tokenizer = load_tokenizer(base)
-    batches = comparison_batches(cfg, tokenizer)
+    held = load_dataset_for(cfg.data, tokenizer, split="eval")
+    rows = [held[n] for n in range(min(cfg.rows, len(held)))]
     quantization = record.get("quantization") or "none"
 
-    trained = adapted_model(base, folder, quantization, cfg.dtype)
-    logits = {"trained": logits_of(trained, batches)}
-    del trained
+    logits = {"trained": logits_of(adapted_model(base, folder, quantization, cfg.dtype), rows)}
     model = adapted_model(base, folder, "none", cfg.dtype)
-    logits["adapted"] = logits_of(model, batches)
+    logits["adapted"] = logits_of(model, rows)
     merged = model.merge_and_unload(safe_merge=True)
-    logits["merged"] = logits_of(merged, batches)
+    logits["merged"] = logits_of(merged, rows)
     report = {
         "rows": cfg.rows,
-        "tokens": int(sum(len(part) for part in logits["merged"])),
+        "tokens": sum(len(part) for part in logits["merged"]),
         "quantization_of_trained": quantization,
-        "heldout_loss": {name: heldout_loss(part, batches) for name, part in logits.items()},
-        "merged_vs_adapted": difference(logits["merged"], logits["adapted"]),
-        "merged_vs_trained": difference(logits["merged"], logits["trained"]),
+        "heldout_loss": {name: heldout_loss(part, rows) for name, part in logits.items()},
+        **{f"merged_vs_{name}": difference(logits["merged"], logits[name]) for name in WHY},
     }
     provenance = {
         "kind": "merged",
@@ -69,51 +69,30 @@ def merge(cfg: MergeConfig) -> int:
     with atomic_dir(output) as staged:
         merged.save_pretrained(str(staged))
         tokenizer.save_pretrained(str(staged))
-        write_json(staged / "eagle.json", provenance)
+        write_json(staged / RECORD, provenance)
     tell(report, output)
     return 0
 
 
-def adapted_model(base: str, folder: Path, quantization: str, dtype: str) -> nn.Module:
+def adapted_model(base: str | None, folder: Path, quantization: str, dtype: str) -> nn.Module:
     from peft import PeftModel
 
     model = load_base(base, quantization=quantization, dtype=dtype)
     return PeftModel.from_pretrained(model, str(folder)).eval()
 
 
-def declared_base(folder: Path) -> str | None:
-    """The base in an adapter's own config, for adapters of other programs."""
-    config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-    return config.get("base_model_name_or_path")
-
-
-def comparison_batches(cfg: MergeConfig, tokenizer: Any) -> list[dict[str, torch.Tensor]]:
-    """One batch a row: padding would change what is compared."""
-    rows = load_dataset_for(cfg.data, tokenizer, split="eval")
-    collate = LabelCollator(pad_id(tokenizer))
-    return [collate([rows[n]]) for n in range(min(cfg.rows, len(rows)))]
-
-
 @torch.no_grad()
-def logits_of(model: nn.Module, batches: list[dict[str, torch.Tensor]]) -> list[torch.Tensor]:
-    """[T, V] fp32 for the tokens of each row that predict."""
-    device = next(model.parameters()).device
-    out = []
-    for batch in batches:
-        inputs = {k: batch[k].to(device) for k in ("input_ids", "attention_mask")}
-        length = int(batch["attention_mask"].sum())
-        out.append(model(**inputs, use_cache=False).logits[0, : length - 1].float().cpu())
-    return out
+def logits_of(model: nn.Module, rows: list[dict]) -> list[torch.Tensor]:
+    """[T-1, V] fp32 of each row's T tokens; one pass a row, as padding would change them."""
+    passes = (torch.tensor([row["input_ids"]], device=model.device) for row in rows)
+    return [model(input_ids=ids, use_cache=False).logits[0, :-1].float().cpu() for ids in passes]
 
 
-def heldout_loss(logits: list[torch.Tensor], batches: list[dict[str, torch.Tensor]]) -> float:
+def heldout_loss(logits: list[torch.Tensor], rows: list[dict]) -> float:
     """Nats a supervised token."""
-    total, tokens = 0.0, 0
-    for part, batch in zip(logits, batches, strict=True):
-        labels = batch["labels"][0, 1 : len(part) + 1]
-        total += float(F.cross_entropy(part, labels, ignore_index=-100, reduction="sum"))
-        tokens += int((labels != -100).sum())
-    return total / max(tokens, 1)
+    labels = torch.cat([torch.tensor(row["input_ids"][1:]) for row in rows])
+    kept = torch.cat([torch.tensor(row["loss_mask"][1:]) for row in rows]).bool()
+    return float(F.cross_entropy(torch.cat(logits)[kept], labels[kept]))
 
 
 def difference(ours: list[torch.Tensor], theirs: list[torch.Tensor]) -> dict[str, float]:
@@ -131,14 +110,11 @@ def difference(ours: list[torch.Tensor], theirs: list[torch.Tensor]) -> dict[str
 def tell(report: dict, output: Path) -> None:
     losses = ", ".join(f"{name} {loss:.4f}" for name, loss in report["heldout_loss"].items())
     print(f"held-out loss: {losses} ({report['quantization_of_trained']} base while training)")
-    for name, text in (
-        ("adapted", "rounding of the merge"),
-        ("trained", "quantized base left behind"),
-    ):
+    for name, text in WHY.items():
         found = report[f"merged_vs_{name}"]
         print(
-            f"merged against {name} ({text}): logits differ by {found['mean_abs_logit']:.3g} on average and "
-            f"{found['max_abs_logit']:.3g} at most, KL {found['kl']:.3g}, same top token "
-            f"{found['same_top_token']:.2%}"
+            f"merged against {name} ({text}): logits differ by {found['mean_abs_logit']:.3g} on "
+            f"average and {found['max_abs_logit']:.3g} at most, KL {found['kl']:.3g}, same top "
+            f"token {found['same_top_token']:.2%}"
         )
     print(f"merged model: {output}")

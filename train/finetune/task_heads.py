@@ -1,11 +1,12 @@
-"""Several tasks through one model: generation through its own output layer, the rest through small heads.
+"""Several tasks through one model: generation through its own output layer, the rest through small
+heads.
 
-S sequences of a batch, T tokens, H hidden, V vocabulary, N tasks, C classes.
+S sequences of a batch, T tokens, H hidden, N tasks, C classes.
 
     loss = sum over tasks of  weight * sum of its losses / labels of it in the whole step
 
-The step's labels are counted over micro batches and ranks, so the gradient is that of each task's mean,
-however rows are split; a missing label adds neither to the sum nor to the count.
+The step's labels are counted over micro batches and ranks, so the gradient is that of each task's
+mean, however rows are split; a missing label adds neither to the sum nor to the count.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from configs.finetune_schema import TaskConfig
+from train.finetune.trainer import token_losses
 
 INPUTS = ("input_ids", "attention_mask", "loss_mask", "targets", "group", "here", "counts")
 
@@ -25,8 +27,9 @@ INPUTS = ("input_ids", "attention_mask", "loss_mask", "targets", "group", "here"
 class TaskHeads(nn.Module):
     """A linear layer in fp32 for each task that predicts, and a log variance for each task.
 
-    center, spread [H]: of the states that the heads read, before training; they see standardised ones.
-    mean, std [N]: of a regression's training labels; its head works on the standardised scale.
+    center, spread [H]: of the states that the heads read, before training; they see standardised
+    ones. mean, std [N]: of a regression's training labels; its head works on the standardised
+    scale.
     """
 
     def __init__(self, tasks: list[TaskConfig], hidden: int, learned: bool) -> None:
@@ -36,9 +39,7 @@ class TaskHeads(nn.Module):
         for n, task in enumerate(tasks):
             if task.type != "generation":
                 # a ranking knows differences only, in which a bias would cancel
-                head = nn.Linear(
-                    hidden, len(task.classes) if task.classes else 1, bias=task.type != "ranking"
-                )
+                head = nn.Linear(hidden, len(task.classes or [0]), bias=task.type != "ranking")
                 for p in head.parameters():  # it begins with the mean, and with classes alike
                     nn.init.zeros_(p)
                 self.heads[str(n)] = head  # a name may hold a dot, which a module's may not
@@ -48,22 +49,21 @@ class TaskHeads(nn.Module):
         self.register_buffer("spread", torch.ones(hidden))
         self.register_buffer("mean", torch.zeros(len(tasks)))
         self.register_buffer("std", torch.ones(len(tasks)))
-        self.register_buffer(
-            "weight", torch.tensor([task.weight for task in tasks]), persistent=False
-        )
+        weights = torch.tensor([task.weight for task in tasks])
+        self.register_buffer("weight", weights, persistent=False)
 
     def forward(self, state: torch.Tensor) -> dict[int, torch.Tensor]:
         """state [S, H] -> outputs [S, C] or [S] by task number."""
-        # a step of Adam moves an output by up to lr * sum |state|: scaled so that wide models do not jump
+        # a step of Adam moves an output by up to lr * sum |state|: scaled, so that wide models do
+        # not jump
         state = (state.float() - self.center) / self.spread * state.shape[-1] ** -0.25
         with torch.autocast(state.device.type, enabled=False):
             out = {int(n): head(state) for n, head in self.heads.items()}
         return {n: o if self.tasks[n].classes else o[:, 0] for n, o in out.items()}
 
     def combine(self, sums: torch.Tensor, counts: torch.Tensor, here: torch.Tensor) -> torch.Tensor:
-        """sums [N] of losses and labels `here` [N] of a micro batch, `counts` [N] of the step -> its loss.
-
-        Learned weights are those of Kendall et al. (2018): exp(-s) * loss + s / 2.
+        """sums [N] of losses and labels `here` [N] of a micro batch, `counts` [N] of the step ->
+        its loss. Learned weights are those of Kendall et al. (2018): exp(-s) * loss + s / 2.
         """
         counts = counts.clamp_min(1)
         means = sums / counts
@@ -110,8 +110,8 @@ def task_forward(
     here: torch.Tensor,
     counts: torch.Tensor | None = None,
 ) -> dict[str, Any]:
-    """input_ids, attention_mask, loss_mask [S, T]; task [S], -1 for rows of heads; targets [S, N], NaN where
-    missing; group [S], the record of a ranking; here [N] labels of this batch.
+    """input_ids, attention_mask, loss_mask [S, T]; task [S], -1 for rows of heads; targets [S, N],
+    NaN where missing; group [S], the record of a ranking; here [N] labels of this batch.
 
     -> {loss, sums [N], outputs {task: [S', ...]}}, S' the rows with task -1, in order.
     """
@@ -121,26 +121,21 @@ def task_forward(
     outputs: dict[int, torch.Tensor] = {}
     if written.any():
         ids, mask = trim(input_ids[written], attention_mask[written])
-        logits = original(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1]
-        supervised = loss_mask[written][:, 1 : ids.shape[1]]
-        nll = F.cross_entropy(logits[supervised].float(), ids[:, 1:][supervised], reduction="none")
-        owner = task[written][:, None].expand_as(supervised)[supervised]
-        sums = sums.index_add(0, owner, nll)
+        supervised = loss_mask[written][:, : ids.shape[1]]
+        nll, _ = token_losses(original, ids, mask, supervised)
+        sums = sums.index_add(0, task[written], nll.sum(1))
     if read.any():
         outputs = heads(last_state(base, input_ids[read], attention_mask[read]))
-        found = [
-            task_loss(heads, n, outputs[n], targets[read][:, n], group[read])
-            if n in outputs
-            else sums.new_zeros(())
-            for n in range(len(heads.tasks))
-        ]
+        found = [sums.new_zeros(())] * len(heads.tasks)
+        for n, output in outputs.items():
+            found[n] = task_loss(heads, n, output, targets[read][:, n], group[read])
         sums = sums + torch.stack(found)
     loss = heads.combine(sums, here if counts is None else counts, here)
     return {"loss": loss, "sums": sums.detach(), "outputs": outputs}
 
 
 def last_state(base: nn.Module, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """ids, mask [S, T], padded on the right -> the final state of each row's last real token, [S, H]."""
+    """ids, mask [S, T], padded on the right -> each row's final state of its last token, [S, H]."""
     ids, mask = trim(ids, mask)
     hidden = base.get_decoder()(input_ids=ids, attention_mask=mask, use_cache=False)
     return hidden.last_hidden_state[torch.arange(len(ids), device=ids.device), mask.sum(1) - 1]
@@ -166,9 +161,8 @@ def task_loss(
     output, target, group = output[present], target[present], group[present]
     if config.type == "classification":
         nll = F.cross_entropy(output, target.long(), reduction="none")
-        return (
-            (nll * (1 - torch.exp(-nll)) ** 2).sum() if config.loss_name == "focal" else nll.sum()
-        )
+        focal = (1 - torch.exp(-nll)) ** 2 if config.loss_name == "focal" else 1
+        return (nll * focal).sum()
     if config.type == "regression":
         target = (target - heads.mean[n]) / heads.std[n]
         losses = {"mse": F.mse_loss, "huber": F.smooth_l1_loss, "mae": F.l1_loss}
@@ -179,22 +173,14 @@ def task_loss(
 def ranking_loss(
     output: torch.Tensor, target: torch.Tensor, group: torch.Tensor, name: str
 ) -> torch.Tensor:
-    """RankNet: over the pairs of one record whose labels differ, averaged within each record, summed over
-    records. output, target, group [S]."""
-    better = (group[:, None] == group[None]) & (target[:, None] > target[None])  # [S, S]
+    """RankNet: over the pairs of one record whose labels differ, averaged within each record,
+    summed over records. output, target, group [S]."""
+    same = group[:, None] == group[None]  # [S, S]
+    better = same & (target[:, None] > target[None])
     margin = output[:, None] - output[None]
     loss = F.softplus(-margin) if name == "logistic" else F.relu(1 - margin)
-    pairs = better.sum(1)
-    records = torch.zeros_like(output).index_put(
-        (index_of(group),), pairs.to(output), accumulate=True
-    )
-    share = 1 / records[index_of(group)].clamp_min(1)
-    return ((loss * better).sum(1) * share).sum()
-
-
-def index_of(group: torch.Tensor) -> torch.Tensor:
-    """The groups numbered from 0: [S] -> [S]."""
-    return torch.unique(group, return_inverse=True)[1]
+    pairs = (same * better.sum(1)).sum(1)  # [S]: of the record
+    return ((loss * better).sum(1) / pairs.clamp_min(1)).sum()
 
 
 def trim(ids: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

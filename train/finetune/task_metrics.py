@@ -1,15 +1,14 @@
 """How good predictions are, by torchmetrics, and one number for an assistant as a whole.
 
-Knows predictions and labels; knows nothing of models. A prediction is a line of `predictions.jsonl`:
-{task, type, prediction, label}, with `scores` {class: probability} for a classification.
+A prediction is a line of `predictions.jsonl`: {task, type, prediction, label}, with `scores`
+{class: probability} for a classification.
 """
 
 from __future__ import annotations
 
 import math
+from statistics import median_low
 from typing import Any
-
-import torch
 
 from configs.finetune_schema import TaskConfig
 from eagle import scoring
@@ -21,81 +20,42 @@ def measure_task(task: TaskConfig, lines: list[dict]) -> dict[str, float]:
     """All metrics of the task's type over its predictions; {} without any."""
     if not lines:
         return {}
-    return BY_TYPE[task.type](task, lines)
-
-
-def generation(task: TaskConfig, lines: list[dict]) -> dict[str, float]:
-    predictions = [line["prediction"].strip() for line in lines]
-    labels = [line["label"].strip() for line in lines]
-    same = [p == a for p, a in zip(predictions, labels, strict=True)]
-    return {"rouge_l": scoring.rouge_l(predictions, labels), "exact_match": sum(same) / len(same)}
-
-
-def classification(task: TaskConfig, lines: list[dict]) -> dict[str, float]:
-    from torchmetrics.functional import classification as metrics
-
-    count = len(task.classes)
-    scores = torch.tensor([[line["scores"][name] for name in task.classes] for line in lines])
-    labels = torch.tensor([task.classes.index(line["label"]) for line in lines])
-    chosen = torch.tensor([task.classes.index(line["prediction"]) for line in lines])
-    found = {
-        "accuracy": metrics.multiclass_accuracy(chosen, labels, count, average="micro"),
-        "macro_f1": metrics.multiclass_f1_score(chosen, labels, count, average="macro"),
-        "mcc": metrics.multiclass_matthews_corrcoef(chosen, labels, count),
-    }
-    if len(labels.unique()) == count:  # of a class that never occurs there is no curve
-        found["auroc"] = metrics.multiclass_auroc(scores, labels, count)
-    return {name: float(value) for name, value in found.items()}
-
-
-def regression(task: TaskConfig, lines: list[dict]) -> dict[str, float]:
-    from torchmetrics.functional import mean_absolute_error, pearson_corrcoef, spearman_corrcoef
-
-    predictions, labels = (
-        torch.tensor([float(line[k]) for line in lines]) for k in ("prediction", "label")
-    )
-    median = labels.median().expand_as(labels)
-    found = {
-        "mae": float(mean_absolute_error(predictions, labels)),
-        "mae_of_median": float(mean_absolute_error(median, labels)),
-    }
-    if labels.std(correction=0) > 0 and predictions.std(correction=0) > 0:
-        found["pearson"] = float(pearson_corrcoef(predictions, labels))
-        found["spearman"] = float(spearman_corrcoef(predictions, labels))
-    return found
-
-
-def ranking(task: TaskConfig, lines: list[dict]) -> dict[str, float]:
-    return scoring.ranking([(line["prediction"], line["label"]) for line in lines])
-
-
-BY_TYPE = {"generation": generation, "classification": classification, "regression": regression,
-           "ranking": ranking}  # fmt: skip
+    predictions, labels = ([line[key] for line in lines] for key in ("prediction", "label"))
+    if task.type == "classification":
+        scores = [line["scores"] for line in lines]
+        found = scoring.classification(predictions, labels, scores, task.classes)
+        del found["labels"]
+    elif task.type == "regression":
+        found = scoring.regression(list(zip(predictions, labels, strict=True)))
+        middle = median_low(labels)
+        found["mae_of_median"] = sum(abs(label - middle) for label in labels) / len(labels)
+    elif task.type == "ranking":
+        found = scoring.ranking(list(zip(predictions, labels, strict=True)))
+    else:
+        texts = [(p.strip(), a.strip()) for p, a in zip(predictions, labels, strict=True)]
+        found = {"rouge_l": scoring.rouge_l(*zip(*texts, strict=True))}
+        found["exact_match"] = sum(p == a for p, a in texts) / len(texts)
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def skill(task: TaskConfig, found: dict[str, float]) -> float | None:
-    """The task's metric between 0, what is had without looking at the input, and 1, perfection.
-
-    None where the metric could not be computed.
-    """
+    """The task's metric between 0, what is had without looking at the input, and 1, perfection;
+    None where the metric could not be computed."""
     value = found.get(task.metric)
     if value is None:
         return None
-    chance = {"accuracy": 1 / len(task.classes or [1]), "macro_f1": 1 / len(task.classes or [1]),
-              "auroc": 0.5, "pairwise_accuracy": 0.5}  # fmt: skip
     if task.metric == "mae":
         constant = found["mae_of_median"]
         value = 1 - value / constant if constant > 0 else float(value == 0)
-    elif task.metric in chance:
-        value = (value - chance[task.metric]) / (1 - chance[task.metric])
-    return min(max(value, 0.0), 1.0)
+    by_class = 1 / len(task.classes or [1])
+    chance = {"accuracy": by_class, "macro_f1": by_class, "auroc": 0.5, "pairwise_accuracy": 0.5}
+    floor = chance.get(task.metric, 0.0)
+    return min(max((value - floor) / (1 - floor), 0.0), 1.0)
 
 
 def reliability(tasks: list[TaskConfig], found: dict[str, dict[str, float]]) -> float | None:
-    """Our composite: the weighted geometric mean of the tasks' skills, none counting less than 0.01.
-
-    docs/finetune.md has the formula. None when a task has no value.
-    """
+    """Our composite: the weighted geometric mean of the tasks' skills, none counting less than
+    0.01 (docs/finetune.md). None when a task has no value."""
     skills = [skill(task, found.get(task.name, {})) for task in tasks]
     if not skills or any(s is None for s in skills):
         return None
@@ -105,15 +65,14 @@ def reliability(tasks: list[TaskConfig], found: dict[str, dict[str, float]]) -> 
 
 
 def lines_of(task: TaskConfig, found: list[tuple[Any, Any]]) -> list[dict]:
-    """(prediction, label) pairs as lines of `predictions.jsonl`."""
-    head = {"task": task.name, "type": task.type}
-    if task.type != "classification":
-        return [{**head, "prediction": p, "label": label} for p, label in found]
+    """(prediction, label) pairs as lines of `predictions.jsonl`; of a classification the prediction
+    is the probabilities and the label a number."""
     lines = []
-    for probabilities, label in found:
-        scores = dict(zip(task.classes, probabilities, strict=True))
-        best = max(scores, key=scores.__getitem__)
-        lines.append(
-            {**head, "prediction": best, "label": task.classes[int(label)], "scores": scores}
-        )
+    for prediction, label in found:
+        line = {"task": task.name, "type": task.type, "prediction": prediction, "label": label}
+        if task.classes:
+            scores = dict(zip(task.classes, prediction, strict=True))
+            line["prediction"] = max(scores, key=scores.__getitem__)
+            line |= {"label": task.classes[int(label)], "scores": scores}
+        lines.append(line)
     return lines

@@ -1,10 +1,8 @@
 """Records of several tasks -> rows: a prompt, and an answer to generate or labels to predict.
 
-A record belongs to every task whose fields and label it has; a label that is absent or null is missing, never
-zero. Tasks that predict (classification, regression, ranking) from the same template share a row, with one
-label each; a generation task has rows of its own.
-
-Knows tokenizers and the registry; knows nothing of models or batches.
+A record belongs to every task whose fields and label it has; a label that is absent or null is
+missing, never zero. Tasks that predict (classification, regression, ranking) from the same template
+share a row, with one label each; a generation task has rows of its own.
 """
 
 from __future__ import annotations
@@ -12,161 +10,127 @@ from __future__ import annotations
 import math
 from collections import Counter
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from configs.finetune_schema import TaskConfig, TaskData
+from configs.finetune_schema import TaskConfig
 from eagle.errors import EagleError
-from train.data.chat import render_chat
-from train.data.render import record_key
-from train.data.rows import RowError
-from train.data.tokens import encode, encode_with_spans, leading_ids, require_fast
-from train.finetune.records import each_record
-
-MISSING = math.nan
+from records.chat import render_chat
+from records.render import record_key
+from records.rows import RowError
+from records.tokens import encode, encode_with_spans, leading_ids
 
 
 @dataclass
 class TaskRow:
-    """One prompt. `sequences`: its token ids, one for each candidate of a ranking, else one. `targets` [tasks]
-    of each sequence: NaN where a label is missing. A generation row has `task` and `mask`, no targets."""
+    """One prompt. `sequences`: its token ids, one for each candidate of a ranking, else one.
+    `targets` [tasks] of each sequence: NaN where a label is missing. A generation row has `task`
+    and `mask`, no targets. Rows of one `kind` are of the same tasks."""
 
+    kind: str
+    key: int
     sequences: list[list[int]]
     targets: list[list[float]]
     task: int = -1
     mask: list[int] | None = None
-    prompt_length: int = 0
     answer: str | None = None
-    key: int = 0
+
+    def labelled(self, tasks: list[TaskConfig]) -> list[str]:
+        """Names of the tasks for which the row has a label."""
+        if self.task >= 0:
+            return [tasks[self.task].name]
+        return [t.name for t, x in zip(tasks, self.targets[0], strict=True) if not math.isnan(x)]
 
 
-class TaskRows:
-    """Rows of one kind (a generation task, or the tasks that share a template), for a mixture."""
-
-    def __init__(self, name: str, rows: list[TaskRow]) -> None:
-        self.name, self.rows = name, rows
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> TaskRow:
-        return self.rows[index]
-
-
-def load_tasks(
-    cfg: TaskData, tasks: list[TaskConfig], tokenizer: Any, files: list[Path], out: Path | None
-) -> tuple[list[TaskRows], dict]:
-    """The rows of `files` by kind, and what was counted. Bad records go to `out` and above
-    `data.max_bad_fraction` end the run."""
-    require_fast(tokenizer)
+def by_kind(rows: list[TaskRow]) -> list[list[TaskRow]]:
     kinds: dict[str, list[TaskRow]] = {}
-    labels: Counter = Counter()
-
-    def take(record: dict) -> None:
-        for kind, row in render_record(record, tasks, tokenizer, cfg.max_length):
-            row.key = record_key(record)
-            kinds.setdefault(kind, []).append(row)
-            labels.update(labelled(row, tasks))
-
-    card = each_record(files, cfg, out, take)
-    card |= {
-        "rows": sum(map(len, kinds.values())),
-        "labels": {task.name: labels[task.name] for task in tasks},
-    }
-    return [TaskRows(kind, rows) for kind, rows in sorted(kinds.items())], card
+    for row in rows:
+        kinds.setdefault(row.kind, []).append(row)
+    return [kinds[kind] for kind in sorted(kinds)]
 
 
-def labelled(row: TaskRow, tasks: list[TaskConfig]) -> set[str]:
-    """Names of the tasks for which a row has a label."""
-    if row.task >= 0:
-        return {tasks[row.task].name}
-    return {t.name for n, t in enumerate(tasks) if not math.isnan(row.targets[0][n])}
+def count_labels(rows: list[TaskRow], tasks: list[TaskConfig], split: str) -> dict[str, int]:
+    """Labels of each task; an error where a task has none."""
+    counts = Counter(name for row in rows for name in row.labelled(tasks))
+    if empty := [task for task in tasks if not counts[task.name]]:
+        raise EagleError(
+            f"no {split} record has a label for {', '.join(t.name for t in empty)}: add data with "
+            f"{', '.join(t.label for t in empty)}, or take the task out of the registry"
+        )
+    return {task.name: counts[task.name] for task in tasks}
 
 
 def render_record(
     record: dict, tasks: list[TaskConfig], tokenizer: Any, max_length: int
-) -> list[tuple[str, TaskRow]]:
-    """(kind, row) for each prompt that the record gives."""
+) -> list[TaskRow]:
+    """A row for each prompt that the record gives."""
+    key, rows = record_key(record), []
     shared: dict[tuple[str, str], list[int]] = {}
-    out = []
     for n, task in enumerate(tasks):
         if record.get(task.label) is None or any(record.get(f) is None for f in task.fields):
             continue
         if task.type == "generation":
-            out.append((task.name, render_generation(record, n, task, tokenizer, max_length)))
+            ids, mask = encode_answer(record, task, tokenizer)
+            rows.append(TaskRow(task.name, key, [ids], [], n, mask, record[task.label]))
         else:  # candidates of a ranking and single texts never share a row
             group = (task.template, task.label if task.type == "ranking" else "")
             shared.setdefault(group, []).append(n)
     for numbers in shared.values():
-        kind = "+".join(tasks[n].name for n in numbers)
-        out.append((kind, render_prediction(record, numbers, tasks, tokenizer, max_length)))
-    if not out:
+        task = tasks[numbers[0]]
+        variants = read_candidates(task, record) if task.type == "ranking" else [record]
+        sequences = [encode_prompt(fill(task, variant), tokenizer) for variant in variants]
+        targets = [[math.nan] * len(tasks) for _ in variants]
+        for row, variant in zip(targets, variants, strict=True):
+            for n in numbers:
+                row[n] = read_label(tasks[n], variant[tasks[n].label])
+        rows.append(TaskRow("+".join(tasks[n].name for n in numbers), key, sequences, targets))
+    if not rows:
         known = ", ".join(sorted({t.label for t in tasks}))
-        raise RowError("no task takes this record", f"give its fields and one label of: {known}",
-                       f"fields: {', '.join(map(str, record)) or 'none'}")  # fmt: skip
-    return out
+        remedy = f"give its fields and one label of: {known}"
+        fields = f"fields: {', '.join(map(str, record)) or 'none'}"
+        raise RowError("no task takes this record", remedy, fields)
+    if any(len(ids) > max_length for row in rows for ids in row.sequences):
+        remedy = f"raise data.max_length={max_length}, or shorten it"
+        raise RowError("longer than data.max_length", remedy)
+    return rows
 
 
-def render_generation(
-    record: dict, number: int, task: TaskConfig, tokenizer: Any, max_length: int
-) -> TaskRow:
-    answer = record[task.label]
+def encode_answer(record: dict, task: TaskConfig, tokenizer: Any) -> tuple[list[int], list[int]]:
+    """Ids of the prompt and the answer, and the mask of the answer."""
+    answer, prompt = record[task.label], fill(task, record)
     if not isinstance(answer, str) or not answer.strip():
         raise wrong_label(task, answer, "text")
-    prompt = fill(task, record)
-    messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
     if getattr(tokenizer, "chat_template", None):
-        row = render_chat({"messages": messages}, tokenizer, max_length)
-        if row.truncated:
-            raise too_long(max_length)
-        ids, mask = row.input_ids, row.loss_mask
-    else:
-        text = f"{prompt}\n{answer}"
-        ids, spans = encode_with_spans(tokenizer, text)
-        mask = [int(start > len(prompt)) for start, _ in spans]
-        end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-        first = leading_ids(tokenizer)
-        ids, mask = first + ids + end, [0] * len(first) + mask + [1] * len(end)
-        if len(ids) > max_length:
-            raise too_long(max_length)
-    return TaskRow([ids], [], number, mask, mask.index(1), answer)
+        turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
+        row = render_chat({"messages": turns}, tokenizer, 10**9)
+        return row.input_ids, row.loss_mask
+    ids, spans = encode_with_spans(tokenizer, f"{prompt}\n{answer}")
+    mask = [int(start > len(prompt)) for start, _ in spans]
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    first = leading_ids(tokenizer)
+    return first + ids + end, [0] * len(first) + mask + [1] * len(end)
 
 
-def render_prediction(
-    record: dict, numbers: list[int], tasks: list[TaskConfig], tokenizer: Any, max_length: int
-) -> TaskRow:
-    task = tasks[numbers[0]]
-    if task.type == "ranking":
-        return render_ranking(record, numbers[0], tasks, tokenizer, max_length)
-    targets = [MISSING] * len(tasks)
-    for n in numbers:
-        targets[n] = read_label(tasks[n], record[tasks[n].label])
-    ids = encode_prompt(fill(task, record), tokenizer, max_length)
-    return TaskRow([ids], [targets])
-
-
-def render_ranking(
-    record: dict, number: int, tasks: list[TaskConfig], tokenizer: Any, max_length: int
-) -> TaskRow:
-    """One field of a ranking is the list of candidates; the label is a list with a number for each."""
-    task, scores = tasks[number], record[tasks[number].label]
-    lists = [f for f in task.fields if isinstance(record[f], list)]
+def read_candidates(task: TaskConfig, record: dict) -> list[dict]:
+    """The record once for each candidate of a ranking: one of its fields is a list of them, and the
+    label a list with a number for each."""
+    lists, scores = [f for f in task.fields if isinstance(record[f], list)], record[task.label]
     if len(lists) != 1:
-        raise RowError(f"{task.name}: one field must be a list of candidates",
-                       f"fields are {', '.join(task.fields)}", f"{len(lists)} are lists")  # fmt: skip
-    candidates = record[lists[0]]
+        raise RowError(
+            f"{task.name}: one field must be a list of candidates",
+            f"fields are {', '.join(task.fields)}",
+            f"{len(lists)} are lists",
+        )
     if not isinstance(scores, list) or not all(_is_number(s) for s in scores):
         raise wrong_label(task, scores, "a list of numbers")
+    candidates = record[lists[0]]
     if len(scores) != len(candidates) or len(set(scores)) < 2:
-        raise RowError(f"{task.name}: labels do not rank the candidates",
-                       "give each candidate a number, and not all the same",
-                       f"{len(candidates)} candidates, labels {scores}"[:200])  # fmt: skip
-    sequences, targets = [], []
-    for candidate, score in zip(candidates, scores, strict=True):
-        text = fill(task, {**record, lists[0]: candidate})
-        sequences.append(encode_prompt(text, tokenizer, max_length))
-        targets.append([float(score) if n == number else MISSING for n in range(len(tasks))])
-    return TaskRow(sequences, targets)
+        raise RowError(
+            f"{task.name}: labels do not rank the candidates",
+            "give each candidate a number, and not all the same",
+            f"{len(candidates)} candidates, labels {scores}"[:200],
+        )
+    pairs = zip(candidates, scores, strict=True)
+    return [{**record, lists[0]: candidate, task.label: score} for candidate, score in pairs]
 
 
 def read_label(task: TaskConfig, value: Any) -> float:
@@ -184,62 +148,32 @@ def read_label(task: TaskConfig, value: Any) -> float:
 
 def fill(task: TaskConfig, record: dict) -> str:
     """The template with the record's fields, which must be text or numbers."""
-    values = {name: record[name] for name in task.fields}
-    for name, value in values.items():
+    for name in task.fields:
+        value = record[name]
         if not (isinstance(value, str) and value.strip()) and not _is_number(value):
-            raise RowError(f"{task.name}: field '{name}' is not text", "give it text, or leave it out",
-                           f"it is {type(value).__name__}")  # fmt: skip
-    return task.template.format_map(values)
+            detail = f"it is {type(value).__name__}"
+            remedy = "give it text, or leave it out"
+            raise RowError(f"{task.name}: field '{name}' is not text", remedy, detail)
+    return task.template.format_map({name: record[name] for name in task.fields})
 
 
-def encode_prompt(prompt: str, tokenizer: Any, max_length: int) -> list[int]:
-    """Token ids up to the last of the prompt's text, where a head reads: of what a chat template puts behind
-    it, a small model makes a worse summary than of the text (docs/finetune.md)."""
-    if getattr(tokenizer, "chat_template", None):
-        text = tokenizer.apply_chat_template([{"role": "user", "content": prompt}], tokenize=False)
-        place = text.rfind(prompt.strip())
-        if place < 0:
-            raise RowError("the chat template rewrites the prompt", "use a simpler chat template")
-        ids = encode(tokenizer, text[: place + len(prompt.strip())])
-    else:
-        ids = leading_ids(tokenizer) + encode(tokenizer, prompt.strip())
-    if len(ids) > max_length:
-        raise too_long(max_length)
-    return ids
-
-
-def split_heldout(kinds: list[TaskRows], heldout: Any) -> tuple[list[TaskRows], list[TaskRows]]:
-    """`heldout(keys) -> [bool]` decides by record, so that all rows of a record are on one side."""
-    keys = sorted({row.key for kind in kinds for row in kind.rows})
-    held = {key for key, out in zip(keys, heldout(keys), strict=True) if out}
-    parts = [[], []]
-    for kind in kinds:
-        for side in (0, 1):
-            rows = [row for row in kind.rows if (row.key in held) == bool(side)]
-            if rows:
-                parts[side].append(TaskRows(kind.name, rows))
-    return parts[0], parts[1]
-
-
-def require_labels(tasks: list[TaskConfig], card: dict, split: str) -> None:
-    empty = [name for name, count in card["labels"].items() if not count]
-    if empty:
-        raise EagleError(
-            f"no {split} record has a label for {', '.join(empty)}: add data with "
-            f"{', '.join(t.label for t in tasks if t.name in empty)}, or take the task out of the registry"
-        )
+def encode_prompt(prompt: str, tokenizer: Any) -> list[int]:
+    """Token ids up to the last of the prompt's text, where a head reads: of what a chat template
+    puts behind it, a small model makes a worse summary than of the text (docs/finetune.md)."""
+    prompt = prompt.strip()
+    if not getattr(tokenizer, "chat_template", None):
+        return leading_ids(tokenizer) + encode(tokenizer, prompt)
+    text = tokenizer.apply_chat_template([{"role": "user", "content": prompt}], tokenize=False)
+    place = text.rfind(prompt)
+    if place < 0:
+        raise RowError("the chat template rewrites the prompt", "use a simpler chat template")
+    return encode(tokenizer, text[: place + len(prompt)])
 
 
 def wrong_label(task: TaskConfig, value: Any, wanted: str) -> RowError:
-    return RowError(f"{task.name}: label '{task.label}' is not {wanted}",
-                    "repair the label, or leave it out: it is then missing",
-                    f"it is {value!r}"[:120])  # fmt: skip
-
-
-def too_long(max_length: int) -> RowError:
-    return RowError(
-        "longer than data.max_length", f"raise data.max_length={max_length}, or shorten it"
-    )
+    remedy = "repair the label, or leave it out: it is then missing"
+    reason = f"{task.name}: label '{task.label}' is not {wanted}"
+    return RowError(reason, remedy, f"it is {value!r}"[:120])
 
 
 def _is_number(value: Any) -> bool:

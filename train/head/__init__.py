@@ -1,1 +1,3 @@
-"""Training a draft head on a frozen target: unrolled loss, DeepSpeed engine, checkpoints, metrics."""
+"""Training a draft head on a frozen target: unrolled loss, DeepSpeed engine, checkpoints,
+metrics.
+"""

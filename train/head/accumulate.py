@@ -1,100 +1,65 @@
 """Forward and backward of one step's rows: what a rank adds to the gradient before it is shared.
 
-Knows micro-batches, target, head and what may go wrong between them; knows nothing of schedules, updates or
-checkpoints.
-
 B rows of a micro-batch, G sources, S unrolled steps, C columns of `train.head.metrics`.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 
 from configs.schema import HeadTrainConfig
 from eagle.errors import EagleError
-from train.head import guards
-from train.head.compile import compile_errors_told
 from train.head.distributed import World
 from train.head.engine import Engine
 from train.head.loader import MicroBatch, Steps
-from train.head.losses import feature_noise
-from train.head.seeing.recorder import Recorder
+from train.head.metrics import by_source
 from train.head.setup import Parts
-from train.head.sources import by_source
-from train.head.teacher import hidden_and_features, teach, with_noise
+from train.head.teacher import Teacher, feature_noise, hidden_and_features, with_noise
 from train.head.ttt import Plan, plan_unroll
+from train.tracking.recorder import Recorder
+
+NO_MEMORY = ("can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
+MOST_NAMED = 8
 
 
+@dataclass
 class Accumulator:
-    """Call it with a step's micro-batches, then `engine.update()`.
+    """Call it with a step's micro-batches, then `engine.update()`."""
 
-    pieces: into how many parts a micro-batch is cut so that it fits into memory; part of a checkpoint.
-    """
+    cfg: HeadTrainConfig
+    world: World
+    parts: Parts
+    engine: Engine
+    steps: Steps
+    seen: Recorder
 
-    def __init__(
-        self, cfg: HeadTrainConfig, world: World, parts: Parts, engine: Engine, steps: Steps,
-        seen: Recorder, warn: Callable[[str], None],
-    ) -> None:  # fmt: skip
-        self.cfg, self.world, self.parts, self.engine = cfg, world, parts, engine
-        self.steps, self.seen, self.warn = steps, seen, warn
-        self.draft_ids = parts.head.draft_token_ids().to(world.device)
-        self.gradients = guards.GradientWatch(parts.head, world.device)
-        self.noise = feature_noise(cfg, parts.head.config.method)
-        self.pieces = 1
-        self.step = 0  # number of the step that is worked on
+    def __post_init__(self) -> None:
+        self.draft_ids = self.parts.head.draft_token_ids().to(self.world.device)
+        self.noise = feature_noise(self.cfg, self.parts.head.config.method)
 
     def __call__(self, batches: list[MicroBatch], step: int) -> torch.Tensor:
-        """Add the gradient of step number `step`'s rows -> this rank's sums [G, S, C] for the metrics.
-
-        When memory does not suffice, what was added is forgotten and the step begun again in micro-batches
-        of half the rows: the same rows, the same gradient.
-        """
-        self.step = step
-        while True:
-            parts = [part for batch in batches for part in batch.cut(self.pieces)]
-            failure, done = None, []
-            try:
-                with compile_errors_told(self.cfg.train.compile):
-                    done = self._forward_backward(parts)
-            except (RuntimeError, MemoryError) as error:
-                if not guards.out_of_memory(error):
-                    raise
-                failure = " ".join(str(error).split())[:200]
-            if failure and not self.engine.can_forget:
-                raise EagleError(guards.too_large(failure, self.cfg.train.zero))
-            problem = self._not_finite(parts, done)
-            lacking, bad = self.world.max([float(failure is not None), float(problem is not None)])
-            if lacking:
-                self._cut_smaller(failure, parts)
-            elif bad:
-                raise EagleError(next(text for text in self.world.gather(problem) if text))
-            else:
-                count = len(self.parts.data.sources)
-                pairs = zip(parts, done, strict=True)
-                return sum(by_source(sums, part.source, count) for part, (_, sums, _) in pairs)
-
-    def require_finite_norm(self, norm: float) -> None:
-        """norm: of the gradient that all ranks share; each rank's own were finite."""
-        if not math.isfinite(norm):
-            place = f"step {self.step}, summed over {self.world.size} ranks"
-            raise EagleError(guards.not_finite(f"gradient norm is {norm}", place))
-
-    def _forward_backward(self, parts: list[MicroBatch]) -> list[tuple]:
-        """For each micro-batch its loss, its sums [B, S, C] and which gradients were not finite."""
+        """Add the gradient of step number `step`'s rows -> this rank's sums [G, S, C] for the
+        metrics."""
         with self.seen.phase("data"):
-            planned = [(part, self._plan(part)) for part in parts]
-            totals = self.world.sum(torch.stack([plan.counts for _, plan in planned]).sum(0))
+            plans = [self._plan(batch) for batch in batches]
+            totals = self.world.sum(torch.stack([plan.counts for plan in plans]).sum(0))
             totals = totals.to(self.world.device, torch.float32)
-        done = []
-        for n, (part, plan) in enumerate(planned):
-            loss, sums = self._forward(part, plan, totals)
-            with self.seen.phase("backward"):
-                self.engine.backward(loss, last=n + 1 == len(planned))
-            done.append((loss.detach(), sums.detach(), self.gradients.take()))
-        return done
+        losses, sums = [], []
+        with failures_told(self.cfg.train.compile):
+            for batch, plan in zip(batches, plans, strict=True):
+                loss, of_rows = self.forward(batch, plan, totals)
+                with self.seen.phase("backward"):
+                    self.engine.backward(loss, last=batch is batches[-1])
+                losses.append(loss.detach())
+                sums.append(of_rows.detach())
+        self._require_finite(batches, torch.stack(losses), sums, step)
+        count = len(self.parts.data.sources)
+        pairs = zip(batches, sums, strict=True)
+        return sum(by_source(of_rows, batch.source, count) for batch, of_rows in pairs)
 
     def _plan(self, batch: MicroBatch) -> Plan:
         if int(batch.input_ids.max()) >= self.parts.target.vocab_size:
@@ -102,56 +67,77 @@ class Accumulator:
                 f"rows {self._named(batch)} hold token ids outside the target's vocabulary of "
                 f"{self.parts.target.vocab_size}; the data was made with another tokenizer"
             )
-        mask = batch.attention_mask if self.cfg.loss.tokens == "all" else batch.loss_mask
-        return plan_unroll(mask, self.cfg.train.ttt_steps, batch.loss_weight)
+        real = batch.attention_mask
+        mask = real if self.cfg.loss.tokens == "all" else batch.loss_mask
+        return plan_unroll(mask, self.cfg.train.ttt_steps, batch.loss_weight, real.sum(1))
 
-    def _forward(
+    def forward(
         self, batch: MicroBatch, plan: Plan, totals: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        target, device = self.parts.target, self.world.device
+        """The batch's share of the global loss, and sums [B, S, C]."""
+        device = self.world.device
         with self.seen.phase("target"), torch.no_grad():
             ids = batch.input_ids.to(device, non_blocking=True)
             mask = batch.attention_mask.to(device, non_blocking=True)
             plan = plan.to(device)
             hidden, features = hidden_and_features(self.parts.states, ids, mask)
-            features = with_noise(features, mask.sum(1), self.noise)
-            embeds = self.parts.embed(ids)
-            teacher = teach(target, hidden, plan, self.draft_ids)
+            features = with_noise(features, mask, self.noise)
+            real = batch.input_ids[batch.attention_mask.bool()]  # picked without a wait
+            embeds = self.parts.embed(real.to(device, non_blocking=True))
+            teacher = Teacher.of(self.parts.target, hidden[plan.sources], self.draft_ids)
+            del hidden
         with self.seen.phase("head"):
             return self.engine(features, embeds, plan, teacher, totals)
 
-    def _cut_smaller(self, failure: str | None, parts: list[MicroBatch]) -> None:
-        """After a step that did not fit on some rank: forget it, and halve the micro-batches on all."""
-        self.engine.forget()
-        self.gradients.take()
-        guards.free_memory(self.world.device)
-        if not self.world.max([float(max(len(part.places) for part in parts) > 1)])[0]:
-            raise EagleError(guards.too_large(failure or "on another rank", self.cfg.train.zero))
-        self.pieces *= 2
-        self.warn(
-            f"out of memory at step {self.step}: micro batches are cut into {self.pieces} from here on, "
-            "which changes no gradient; train.max_tokens_per_batch bounds them from the start"
-        )
-
-    def _not_finite(self, parts: list[MicroBatch], done: list[tuple]) -> str | None:
-        """Which loss or gradient of this rank is not finite, with the rows that it came from."""
-        if not done:
-            return None
-        losses, flags = torch.stack([d[0] for d in done]), torch.stack([d[2] for d in done])
-        if bool(losses.isfinite().all() & ~flags.any()):
-            return None
-        for n, (part, (loss, sums, flag)) in enumerate(zip(parts, done, strict=True)):
-            of = f"micro batch {n + 1} of {len(parts)}"
-            place = f"step {self.step}, {of}, rank {self.world.rank}"
-            if not loss.isfinite():
-                rows = (~sums[..., 0].isfinite().all(1)).nonzero()[:, 0].tolist()
-                return guards.not_finite(f"loss is {float(loss)}", place, self._named(part, rows))
-            if flag.any():
-                what = f"gradient of {guards.listed(self.gradients.names_of(flag))} is not finite"
-                return guards.not_finite(what, place, self._named(part))
-        return None
+    def _require_finite(
+        self, batches: list[MicroBatch], losses: torch.Tensor, sums: list, step: int
+    ) -> None:
+        """All ranks stop where the loss of one is not finite, and name the rows that it came
+        from."""
+        problem = None
+        if not losses.isfinite().all():
+            n = int((~losses.isfinite()).nonzero()[0])
+            rows = (~sums[n][..., 0].isfinite().all(1)).nonzero()[:, 0].tolist()
+            place = f"step {step}, micro batch {n + 1} of {len(batches)}, rank {self.world.rank}"
+            place += f", rows {self._named(batches[n], rows)}"
+            problem = not_finite(f"loss is {float(losses[n])}", place)
+        if self.world.max([float(problem is not None)])[0]:
+            raise next(error for error in self.world.gather(problem) if error)
 
     def _named(self, batch: MicroBatch, rows: list[int] | None = None) -> str:
         """Row numbers of the data set, with the file and line of each."""
         places = [batch.places[n] for n in rows] if rows else batch.places
-        return guards.listed(f"{row} ({self.steps.where((epoch, row))})" for epoch, row in places)
+        named = [f"{row} ({self.steps.where((epoch, row))})" for epoch, row in places]
+        more = f" and {len(named) - MOST_NAMED} more" if len(named) > MOST_NAMED else ""
+        return ", ".join(named[:MOST_NAMED]) + more
+
+
+def not_finite(what: str, place: str) -> EagleError:
+    return EagleError(
+        f"the {what} at {place}; lower train.lr, or look at those rows with train.inspect; the "
+        "last checkpoint is whole"
+    )
+
+
+@contextmanager
+def failures_told(compiled: bool) -> Iterator[None]:
+    """A device without memory and a compiler that fails end the run with the remedy."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        reason = " ".join(str(error).split())[:300]
+        kind = type(error)
+        if issubclass(kind, (torch.OutOfMemoryError, MemoryError)) or any(
+            text in reason for text in NO_MEMORY
+        ):
+            raise EagleError(
+                f"out of memory ({reason}); set train.max_tokens_per_batch, lower data.max_length "
+                "or train.ttt_steps, or set train.checkpoint_activations=true; continue with "
+                "--resume"
+            ) from error
+        if compiled and kind.__module__.startswith(("torch._dynamo", "torch._inductor")):
+            raise EagleError(
+                f"train.compile=true: the head's layer could not be compiled ({reason}); install a "
+                "C++ compiler (g++) or, for a GPU, triton, or leave train.compile out"
+            ) from error
+        raise

@@ -3,29 +3,27 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
 from configs.schema import EvalConfig
-from eagle.head import DraftHead
+from eagle.heads.head import DraftHead
+from eagle.model import EaModel, acceptance_by_depth
 from eagle.target import Target
-from train.data import TokenizedData
+from records import TokenizedData
 from train.head.distributed import World
 
 
-@dataclass(frozen=True)
-class Prompt:
-    """Token ids, and the name of the source that they come from."""
-
+class Prompt(NamedTuple):
     ids: list[int]
-    source: str
+    source: str  # its name
 
 
 def heldout_prompts(data: TokenizedData, count: int, limit: int) -> list[Prompt]:
-    """`count` rows, as many of each source of `data`, spread over it: what precedes a row's first supervised
-    token, at most `limit` tokens (the end is kept). Rows that are supervised from the start, as plain text,
-    give their first half."""
+    """`count` rows, as many of each source of `data`, spread over it: what precedes a row's first
+    supervised token, at most `limit` tokens (the end is kept). Rows that are supervised from the
+    start, as plain text, give their first half."""
     sources, prompts = data.sources, []
     for n, source in enumerate(sources):
         share = (count + len(sources) - 1 - n) // len(sources)
@@ -39,14 +37,16 @@ def heldout_prompts(data: TokenizedData, count: int, limit: int) -> list[Prompt]
 
 
 def acceptance(
-    target: Target, head: DraftHead, prompts: list[Prompt], cfg: EvalConfig, world: World,
+    target: Target,
+    head: DraftHead,
+    prompts: list[Prompt],
+    cfg: EvalConfig,
+    world: World,
     batch: int = 8,
-) -> dict:  # fmt: skip
-    """Greedy decoding of every prompt -> tau (tokens a verification), acceptance by depth, counts, seconds;
-    and the same under `sources` by name where there are several. Every rank decodes its share of the prompts: all
-    must call it, and get the same."""
-    from eagle.model import EaModel
-
+) -> dict:
+    """Greedy decoding of every prompt -> tau (tokens a verification), acceptance by depth, counts,
+    seconds; and the same under `sources` by name where there are several. Every rank decodes its
+    share of the prompts: all must call it, and get the same."""
     started = time.monotonic()
     model = EaModel(target, head=head, tree=cfg.tree)
     mine, found = prompts[world.rank :: world.size], []
@@ -58,19 +58,16 @@ def acceptance(
     for rank, part in enumerate(world.gather(found)):
         rows[rank :: world.size] = part
     result = {**_counted(rows), "seconds": time.monotonic() - started}
-    names = list(dict.fromkeys(prompt.source for prompt in prompts))
-    if len(names) > 1:
-        result["sources"] = {
-            name: _counted([r for r, p in zip(rows, prompts, strict=True) if p.source == name])
-            for name in names
-        }
+    of: dict[str, list] = {}
+    for row, prompt in zip(rows, prompts, strict=True):
+        of.setdefault(prompt.source, []).append(row)
+    if len(of) > 1:
+        result["sources"] = {name: _counted(part) for name, part in of.items()}
     return result
 
 
 def _counted(rows: list[tuple]) -> dict:
     """rows: of each prompt its cycles, its new tokens, and how many drafts each cycle accepted."""
-    from eagle.model import acceptance_by_depth
-
     cycles = sum(cycles for cycles, _, _ in rows)
     gained = sum(tokens - 1 for _, tokens, _ in rows)
     return {

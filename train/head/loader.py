@@ -1,27 +1,72 @@
-"""Batches of a step, read and padded ahead of time by worker processes.
+"""Which rows a step sees, how they are cut into micro-batches, and reading them ahead of time.
 
-What a step holds is a function of its first row alone, so nothing here needs to be saved or restored, and
-the number of workers changes nothing but the time a step waits for its data.
+The rows of a step are a function of the seed and of how many rows were seen before: a run can be
+resumed at another world size, two ranks equal one, and a token budget or a smaller micro-batch
+changes what a step costs but not what it learns. Nothing here needs to be saved.
 
 B rows, T tokens of the longest row, rounded up.
 """
 
 from __future__ import annotations
 
-import os
-import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
 
-from train.data import Collator, TokenizedData
-from train.head.order import RowOrder, cut_step
+from configs.schema import TrainConfig
+from records import Collator, TokenizedData
 
 WIDTH = 8  # batches are as wide as a multiple of it
-MAX_WORKERS = 4  # a step's rows take a few milliseconds to read: more would only wait
+
+
+class RowOrder:
+    """An endless sequence of row numbers: one permutation an epoch."""
+
+    def __init__(self, rows: int, seed: int) -> None:
+        assert rows > 0, rows
+        self.rows, self.seed = rows, seed
+        self._epoch, self._permutation = -1, np.empty(0, dtype=np.int64)
+
+    def take(self, start: int, count: int) -> list[tuple[int, int]]:
+        """(epoch, row) number start, …, start + count - 1 of the sequence."""
+        out = []
+        for n in range(start, start + count):
+            epoch, place = divmod(n, self.rows)
+            if epoch != self._epoch:
+                self._epoch = epoch
+                self._permutation = np.random.default_rng((self.seed, epoch)).permutation(self.rows)
+            out.append((epoch, int(self._permutation[place])))
+        return out
+
+
+def cut_step(
+    lengths: Sequence[int], world: int, batch_size: int, max_tokens: int | None = None
+) -> list[list[int]]:
+    """Token counts of a step's rows -> micro-batches of places in it; rank r's are number r, r +
+    world, …
+
+    Rows of like length stand together, the longest first, so that padding is least and what does
+    not fit into memory is met at once. Without `max_tokens`, `batch_size` rows each; with it, as
+    few as keep padded rows x longest row within it, and equally many a rank.
+    """
+    assert len(lengths) % world == 0, (len(lengths), world)
+    order = sorted(range(len(lengths)), key=lambda n: (-lengths[n], n))
+    if max_tokens is None:
+        return [order[n : n + batch_size] for n in range(0, len(order), batch_size)]
+    parts: list[list[int]] = []
+    for n in order:
+        if parts and lengths[parts[-1][0]] * (len(parts[-1]) + 1) <= max_tokens:
+            parts[-1].append(n)
+        else:
+            parts.append([n])
+    while len(parts) % world:
+        largest = max(range(len(parts)), key=lambda i: len(parts[i]))
+        half = (len(parts[largest]) + 1) // 2
+        parts[largest : largest + 1] = [parts[largest][:half], parts[largest][half:]]
+    return parts
 
 
 @dataclass(frozen=True)
@@ -35,47 +80,27 @@ class MicroBatch:
     loss_weight: torch.Tensor
     places: list[tuple[int, int]]
 
-    def _tensors(self) -> dict[str, torch.Tensor]:
-        return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "places"}
-
-    def cut(self, pieces: int) -> list[MicroBatch]:
-        """The rows in at most `pieces` parts, each as wide as its longest row."""
-        if pieces == 1:
-            return [self]
-        rows = len(self.places)
-        size = -(-rows // pieces)
-        parts = []
-        for start in range(0, rows, size):
-            part = {name: value[start : start + size] for name, value in self._tensors().items()}
-            longest = int(part["attention_mask"].sum(1).max())
-            width = -(-longest // WIDTH) * WIDTH
-            for name in ("input_ids", "attention_mask", "loss_mask"):
-                part[name] = part[name][:, :width]
-            parts.append(MicroBatch(**part, places=self.places[start : start + size]))
-        return parts
-
-    def pin_memory(self) -> MicroBatch:
-        pinned = {name: value.pin_memory() for name, value in self._tensors().items()}
-        return MicroBatch(**pinned, places=self.places)
+    def pinned(self) -> MicroBatch:
+        values = vars(self).items()
+        pinned = {k: v.pin_memory() for k, v in values if isinstance(v, torch.Tensor)}
+        return replace(self, **pinned)
 
 
-class Steps(Dataset):
+class Steps:
     """Item n: the micro-batches that one rank takes of the step that begins with row number n."""
 
     def __init__(
-        self, data: TokenizedData, order: RowOrder, pad_id: int, rank: int, world: int, *,
-        batch_size: int, grad_accum: int, max_tokens: int | None = None,
-    ) -> None:  # fmt: skip
-        self.data, self.order, self.collate = data, order, Collator(pad_id, WIDTH)
-        self.rank, self.world = rank, world
-        self.batch_size, self.max_tokens = batch_size, max_tokens
-        self.rows = world * batch_size * grad_accum
+        self, data: TokenizedData, cfg: TrainConfig, pad_id: int, rank: int, world: int
+    ) -> None:
+        self.data, self.cfg, self.rank, self.world = data, cfg, rank, world
+        self.order, self.collate = RowOrder(len(data), cfg.seed), Collator(pad_id, WIDTH)
+        self.rows = world * cfg.batch_size * cfg.grad_accum
         self._epoch = 0
 
     def __getitem__(self, start: int) -> list[MicroBatch]:
         places = self.order.take(start, self.rows)
         lengths = [self.collate.padded(self._at(place, self.data.length)) for place in places]
-        parts = cut_step(lengths, self.world, self.batch_size, self.max_tokens)
+        parts = cut_step(lengths, self.world, self.cfg.batch_size, self.cfg.max_tokens_per_batch)
         return [self._batch([places[n] for n in part]) for part in parts[self.rank :: self.world]]
 
     def where(self, place: tuple[int, int]) -> str:
@@ -94,42 +119,13 @@ class Steps(Dataset):
         return read(row)
 
 
-class Loader:
-    """Iterates over the steps from row `start` on, without end."""
-
-    def __init__(self, steps: Steps, device: torch.device, num_workers: int | None) -> None:
-        self.steps = steps
-        self.num_workers = choose_workers(device) if num_workers is None else num_workers
-        self.pinned = device.type == "cuda"
-
-    def from_row(self, start: int) -> Iterator[list[MicroBatch]]:
-        ahead = {"prefetch_factor": 2} if self.num_workers else {}
-        loader = DataLoader(
-            self.steps, batch_size=None, sampler=range(start, 2**62, self.steps.rows),
-            num_workers=self.num_workers, pin_memory=self.pinned,
-            generator=torch.Generator(),  # of its own: the run's is not to be drawn from
-            **ahead,
-        )  # fmt: skip
-        with without_signals():
-            return iter(loader)
-
-
-def choose_workers(device: torch.device) -> int:
-    """Cores beyond one for each process of this machine, up to four. Without a GPU the cores have the model
-    to compute, and a step's data takes a thousandth of its time: none."""
-    if device.type == "cpu":
-        return 0
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", "1")))
-    return max(0, min(MAX_WORKERS, cores // processes - 1))
-
-
-@contextmanager
-def without_signals():
-    """Processes started here are deaf to signals from their first instruction on. A Ctrl-C reaches every process of the
-    terminal: the run decides, and needs its data until then."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+def read_ahead(steps: Steps, start: int, device: torch.device) -> Iterator[list[MicroBatch]]:
+    """The steps from row `start` on, without end; a thread, which ends with the iterator, reads the
+    next one while a step is computed."""
+    with ThreadPoolExecutor(1) as reader:
+        coming = reader.submit(steps.__getitem__, start)
+        while True:
+            batches = coming.result()
+            start += steps.rows
+            coming = reader.submit(steps.__getitem__, start)
+            yield [batch.pinned() for batch in batches] if device.type == "cuda" else batches

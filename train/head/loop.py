@@ -1,41 +1,78 @@
-"""The training loop: rows -> target -> unrolled head -> update, with evaluations and checkpoints.
-
-Knows the order of things; what each thing is, the modules beside it know.
-"""
+"""The training loop: rows -> target -> unrolled head -> update, with evaluations and
+checkpoints."""
 
 from __future__ import annotations
 
 import copy
 import json
 import logging
+import math
 import time
 import warnings
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from configs.schema import HeadTrainConfig
+from configs.schema import HeadTrainConfig, TrainConfig
 from eagle.checkpoint import atomic_write_text, load_head, save_head
-from eagle.head import DraftHead
+from eagle.heads.head import DraftHead
 from eagle.meter import clock
-from train.head import guards
 from train.head import state as disk
-from train.head.accumulate import Accumulator
-from train.head.compile import compile_layer
+from train.head.accumulate import Accumulator, not_finite
 from train.head.distributed import World
 from train.head.engine import Engine
 from train.head.evaluate import acceptance
-from train.head.loader import Loader, MicroBatch, Steps
-from train.head.order import RowOrder
-from train.head.schedule import Schedule
-from train.head.seeing.card import run_card
-from train.head.seeing.perf import FlopCount
-from train.head.seeing.recorder import Recorder
-from train.head.setup import Parts, build, output_rows, settle, with_dtypes
-from train.head.signals import StopSignals
-from train.head.sources import SourceMetrics
+from train.head.loader import MicroBatch, Steps, read_ahead
+from train.head.metrics import SourceMetrics
+from train.head.setup import build, output_rows, settle, with_dtypes
 from train.head.ttt import UnrolledHead
+from train.runs import (
+    StopSignals,
+    full_disk_told,
+    point,
+    pointed,
+    prune,
+    require_same_run,
+    step_of,
+    trim_heap,
+)
+from train.tracking.card import run_card
+from train.tracking.perf import FlopCount
+from train.tracking.recorder import Recorder
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Linear warmup, then cosine, over the true length of the run.
+
+    total: optimizer steps, None when only the clock ends the run. budget: seconds, None when only
+    steps do.
+    """
+
+    cfg: TrainConfig
+    total: int | None
+    budget: float | None
+
+    @classmethod
+    def of(cls, cfg: TrainConfig, rows: int, rows_a_step: int) -> Schedule:
+        minutes, total = cfg.time_budget_minutes, cfg.max_steps
+        if total is None and minutes is None:
+            total = max(1, math.ceil(rows * cfg.epochs / rows_a_step))
+        return cls(cfg, total, minutes * 60 if minutes else None)
+
+    def fraction(self, steps: int, elapsed: float) -> float:
+        """0 … 1: `steps` done after `elapsed` seconds; whatever ends the run first counts."""
+        by_steps = steps / self.total if self.total else 0.0
+        return max(by_steps, elapsed / self.budget if self.budget else 0.0)
+
+    def lr(self, fraction: float) -> float:
+        peak, low, warm = self.cfg.lr, self.cfg.lr * self.cfg.min_lr_ratio, self.cfg.warmup_ratio
+        fraction = min(max(fraction, 0.0), 1.0)
+        if fraction < warm:
+            return peak * fraction / warm
+        return low + (peak - low) * 0.5 * (1 + math.cos(math.pi * (fraction - warm) / (1 - warm)))
 
 
 class Trainer:
@@ -44,116 +81,108 @@ class Trainer:
     def __init__(
         self, cfg: HeadTrainConfig, output: Path, world: World, quiet: bool = False
     ) -> None:
-        self.cfg, self.output, self.world = cfg, output, world
-        resumed = self._find_checkpoint()
+        self.output, self.world = output, world
+        resumed = self._find_checkpoint(cfg.train.resume)
         cfg = settle(cfg, world.device, resumed.info.get("config") if resumed else None)
         t = cfg.train
         if not world.first:
-            logging.getLogger("train.data").setLevel(logging.ERROR)  # said once is enough
+            logging.getLogger("records").setLevel(logging.ERROR)  # said once is enough
         draft_ids = resumed.vocabulary["draft_ids"] if resumed else None
         parts = build(cfg, output if world.first else None, world.device, draft_ids)
-        self.parts: Parts = parts
+        self.parts = parts
         self.cfg = cfg = with_dtypes(cfg, parts.target.identity["dtype"], t.dtype)
         if resumed is not None:
-            disk.require_same_run(resumed, json.loads(json.dumps(parts.identity)))
+            now = json.loads(json.dumps(parts.identity))
+            require_same_run(resumed.path, resumed.info["identity"], now)
             with torch.no_grad():
                 for name, weight in resumed.weights.items():
                     parts.head.get_parameter(name).copy_(weight)
         self.blank = copy.deepcopy(parts.head)  # ZeRO splits the weights, not these
         self.module = UnrolledHead(
-            parts.head.to(world.device), t.ttt_steps, t.ttt_decay, cfg.loss, t.dtype == "bf16",
+            parts.head.to(world.device),
+            t.ttt_steps,
+            t.ttt_decay,
+            cfg.loss,
+            t.dtype == "bf16",
             recompute=t.checkpoint_activations,
             output=None if parts.head.has_output else output_rows(parts.target),
-        )  # fmt: skip
+        )
         if t.compile:
-            compile_layer(self.module)
+            self.module.compile_layers()
         self.engine = Engine(self.module, cfg, world)
-        self.steps = Steps(
-            parts.data, RowOrder(len(parts.data), t.seed), parts.pad_id, world.rank, world.size,
-            batch_size=t.batch_size, grad_accum=t.grad_accum, max_tokens=t.max_tokens_per_batch,
-        )  # fmt: skip
-        self.loader = Loader(self.steps, world.device, cfg.data.num_workers)
+        self.steps = Steps(parts.data, t, parts.pad_id, world.rank, world.size)
         self.batches: Iterator[list[MicroBatch]] | None = None
-        self.global_batch = self.steps.rows
-        self.schedule = Schedule.of(t, len(parts.data), self.global_batch)
-        sources = parts.data.sources
+        self.schedule = Schedule.of(t, len(parts.data), self.steps.rows)
         self.sources = SourceMetrics(
-            [s.name for s in sources],
-            [s.loss_weight for s in sources],
+            [s.name for s in parts.data.sources],
+            [s.loss_weight for s in parts.data.sources],
             self.module.depth_weights,
         )
-        self.loss_watch = guards.LossWatch()
+        self.signals = StopSignals()
         self.step, self.rows_seen, self.elapsed_before = 0, 0, 0.0
         self.evaluations: list[dict] = []
-        self.warnings: list[str] = []
         self.row: dict = {}
+        runs = parts.states is parts.target
+        flops = FlopCount.of(parts.target, self.blank, t.ttt_steps, target_runs=runs)
         self.seen = Recorder(
-            cfg, output, world, rows_per_step=self.global_batch, total=self.schedule.total, quiet=quiet,
-            flops=FlopCount.of(
-                parts.target, self.blank, t.ttt_steps, target_runs=parts.states is parts.target
-            ),
-        )  # fmt: skip
-        self.accumulate = Accumulator(
-            cfg, world, parts, self.engine, self.steps, self.seen, self._warn
+            cfg, output, world, total=self.schedule.total, quiet=quiet, flops=flops
         )
+        self.accumulate = Accumulator(cfg, world, parts, self.engine, self.steps, self.seen)
         if resumed is not None:
             self._restore(resumed)
-        self.signals = StopSignals()
 
-    def _find_checkpoint(self) -> disk.TrainState | None:
+    def _find_checkpoint(self, resume: str | None) -> disk.TrainState | None:
         """The checkpoint to go on from, which the first rank chooses."""
-        if not self.cfg.train.resume:
+        if not resume:
             return None
-        found: list[disk.TrainState | None] = []
 
         def find() -> Path | None:
-            found.append(disk.find_checkpoint(self.output, self.cfg.train.resume))
-            return found[0].path if found[0] else None
+            state = disk.find_checkpoint(self.output, resume)
+            return state and state.path
 
         path = self.world.first_does(find)
-        return found[0] if found else path and disk.load_checkpoint(path)
+        return path and disk.load_checkpoint(path)
 
     def _restore(self, resumed: disk.TrainState) -> None:
         info = resumed.info
         self.step, self.rows_seen = info["step"], info["rows_seen"]
         self.elapsed_before, self.evaluations = info["elapsed"], info["evaluations"]
-        self.warnings, self.accumulate.pieces = info["warnings"], info["pieces"]
-        self.loss_watch = guards.LossWatch(**info["loss_watch"])
         self.sources.sums.copy_(torch.tensor(info["source_sums"], dtype=torch.float64))
         self.row = info["row"]
         if resumed.optimizer:
             self.engine.load_optimizer_state(resumed.optimizer, prime=self._prime)
-        disk.set_rng_state(resumed.rng, info["rng"])
+        disk.set_rng_state(resumed.rng)
         self._point_best()
         self.parts.notes.append(f"continues {resumed.path}")
-        before = info["world"]["global_batch"]
-        if before != self.global_batch:
-            self.parts.notes.append(f"a step has {self.global_batch} rows, it had {before} before")
+        before, now = info["world"]["global_batch"], self.steps.rows
+        if before != now:
+            self.parts.notes.append(f"a step has {now} rows, it had {before} before")
 
     def _prime(self) -> None:
         """One update at learning rate 0, which makes the optimizer's state and changes nothing."""
+        self.seen.begin(self.step + 1)
         self.accumulate(self.steps[self.rows_seen], self.step + 1)
         self.engine.update()
 
-    # one step
-
     def train_step(self, lr: float) -> dict:
+        """One step -> its row of metrics."""
         self.seen.begin(self.step + 1)
         started = time.perf_counter()
         self.engine.set_lr(lr)
         with self.seen.phase("data"):
             if self.batches is None:
-                self.batches = self.loader.from_row(self.rows_seen)
+                self.batches = read_ahead(self.steps, self.rows_seen, self.world.device)
             batches = next(self.batches)
         sums = self.accumulate(batches, self.step + 1)
-        with self.seen.phase("step"):
+        with self.seen.phase("optimizer"):
             norm = self.engine.update()
-        self.accumulate.require_finite_norm(norm)
+        if not math.isfinite(norm):
+            raise not_finite(f"gradient norm is {norm}", f"step {self.step + 1}")
         tokens = torch.tensor([sum(int(batch.attention_mask.sum()) for batch in batches)])
         sums, tokens = self.world.sum(sums), int(self.world.sum(tokens))
         self.step += 1
-        self.rows_seen += self.global_batch
-        guards.trim_heap(self.step, self.world.device)
+        self.rows_seen += self.steps.rows
+        trim_heap(self.step, self.world.device)
         seconds = time.perf_counter() - started
         return {
             "step": self.step,
@@ -179,9 +208,11 @@ class Trainer:
 
     def fit(self) -> int:
         self.started = time.monotonic()
-        card = self.world.first_does(lambda: {**run_card(self.parts), "dtype": self.cfg.train.dtype})
-        with self.signals, disk.full_disk_told(self.output), self.seen.running(self.step, card):
-            self._introduce()
+        dtype = self.cfg.train.dtype
+        card = self.world.first_does(lambda: {**run_card(self.parts), "dtype": dtype})
+        with self.signals, full_disk_told(self.output), self.seen.running(self.step, card):
+            for note in self.parts.notes:
+                self.seen.note(note)
             return self._fit()
 
     def _fit(self) -> int:
@@ -208,7 +239,7 @@ class Trainer:
                 saved = self._save()
             if done >= 1:
                 break
-        self.batches = None  # ends the loader's processes
+        self.batches = None  # ends the reader
         self.seen.progress.close()
         if number:
             saved = saved or self._save()
@@ -216,80 +247,48 @@ class Trainer:
                 f"stopped by signal at step {self.step}; continue with --resume; saved {saved}"
             )
             return 128 + number
-        return self._finish()
+        if not self.evaluations or self.evaluations[-1]["step"] != self.step:
+            self._evaluate()
+        elif pointed(self.output, "latest") is None:
+            self._save()
+        self.world.first_does(self._publish)
+        return 0
 
     def _stalled(self) -> bool:
-        """Whether the acceptance length has not risen for so many evaluations that the run is to end."""
+        """Whether the acceptance length has not risen for so many evaluations that the run is to
+        end."""
         patience = self.cfg.train.early_stopping_patience
-        trained = [e["tau"] for e in self.evaluations if e["step"] > 0]
-        if not patience or guards.evaluations_without_gain(trained) < patience:
+        taus = [e["tau"] for e in self.evaluations if e["step"] > 0]
+        if not patience or not taus or len(taus) - 1 - taus.index(max(taus)) < patience:
             return False
         self.seen.note(
-            f"no better acceptance length in {patience} evaluations: the run ends at step {self.step}"
+            f"no better acceptance length in {patience} evaluations: the run ends at step "
+            f"{self.step}"
         )
         return True
 
-    def _introduce(self) -> None:
-        """What is to be known before the first step."""
-        if self.world.first:
-            weights = sum(p.numel() for p in self.blank.parameters())
-            guards.require_space(self.output, 16 * weights)  # fp32 weights, two moments, the head
-        for note in self.parts.notes:
-            self.seen.note(note)
-
     def _report(self, row: dict, done: float, elapsed: float, last: bool) -> None:
-        warned = self.loss_watch.see(self.step, row["loss"]) if row["targets"] else []
-        for text in warned:
-            self._warn(text)
-        row["loss_smoothed"] = self.loss_watch.smooth
-        if warned:
-            row["warnings"] = warned
         logged = last or self.step == 1 or self.step % self.cfg.train.log_every == 0
         if logged and (sources := self.sources.take()):
             row["sources"] = sources
         self.row = row
         eta = elapsed * (1 - done) / done if 0 < done < 1 else 0.0
-        self.seen.step(row, min(done, 1.0), eta, elapsed, keep=bool(logged or warned))
-
-    def _warn(self, text: str) -> None:
-        self.warnings.append(text)
-        self.seen.warn(text)
-
-    def _finish(self) -> int:
-        if not self.evaluations or self.evaluations[-1]["step"] != self.step:
-            self._evaluate()
-        elif disk.pointed(self.output, "latest") is None:
-            self._save()
-        self.world.first_does(self._publish)
-        return 0
+        self.seen.step(row, min(done, 1.0), eta, elapsed, keep=logged)
 
     def _publish(self) -> None:
-        best = disk.pointed(self.output, "best") or disk.pointed(self.output, "latest")
+        best = pointed(self.output, "best") or pointed(self.output, "latest")
         head, provenance = load_head(best / "head")
         save_head(head, self.output / "head", provenance)
-        summary = self._summary(best)
-        atomic_write_text(self.output / "summary.json", json.dumps(summary, indent=2) + "\n")
-        if self.evaluations:
-            first, final = self.evaluations[0]["tau"], self.evaluations[-1]["tau"]
-            self.seen.note(
-                f"acceptance length on held-out prompts: {first:.2f} before, {final:.2f} after"
-            )
-        self.seen.note(
-            f"{self.step} steps in {clock(self.elapsed())}; head: {self.output / 'head'}"
-        )
-
-    def _summary(self, best: Path) -> dict:
         taus = [e["tau"] for e in self.evaluations]
-        return {
+        summary = {
             "steps": self.step,
             "rows_seen": self.rows_seen,
             "seconds": self.elapsed(),
             "final": {k: v for k, v in self.row.items() if k != "seconds"},
             "tau_before": taus[0] if taus else None,
             "tau_after": taus[-1] if taus else None,
-            "best": {"checkpoint": best.name, "tau": self._tau_at(disk.step_of(best))},
+            "best": {"checkpoint": best.name, "tau": self._tau_at(step_of(best))},
             "evaluations": self.evaluations,
-            "warnings": self.warnings,
             "draft_vocabulary": self.parts.vocabulary,
             "data": self.parts.provenance["data"],
             "paths": {
@@ -298,6 +297,14 @@ class Trainer:
                 "checkpoints": str(self.output / "checkpoints"),
             },
         }
+        atomic_write_text(self.output / "summary.json", json.dumps(summary, indent=2) + "\n")
+        if taus:
+            self.seen.note(
+                f"acceptance length on held-out prompts: {taus[0]:.2f} before, {taus[-1]:.2f} after"
+            )
+        self.seen.note(
+            f"{self.step} steps in {clock(self.elapsed())}; head: {self.output / 'head'}"
+        )
 
     def _tau_at(self, step: int) -> float | None:
         return next((e["tau"] for e in self.evaluations if e["step"] == step), None)
@@ -311,7 +318,8 @@ class Trainer:
         return head.to(torch.bfloat16 if self.cfg.train.dtype == "bf16" else torch.float32)
 
     def _evaluate(self) -> Path | None:
-        """Measure, remember, and point `best` at the checkpoint of the highest acceptance length."""
+        """Measure, remember, and point `best` at the checkpoint of the highest acceptance
+        length."""
         head = self._export()
         if self.parts.prompts:
             target = self.parts.target
@@ -322,7 +330,8 @@ class Trainer:
                 result = acceptance(target, fit, self.parts.prompts, self.cfg.eval, self.world)
             depths = " ".join(f"{a:.2f}" for a in result["acceptance_by_depth"])
             self.seen.note(
-                f"held-out at step {self.step}: tau {result['tau']:.3f}, acceptance by depth {depths}"
+                f"held-out at step {self.step}: tau {result['tau']:.3f}, acceptance by depth "
+                f"{depths}"
             )
             self.evaluations.append({"step": self.step, **result})
             self.seen.evaluation(self.evaluations[-1])
@@ -333,41 +342,52 @@ class Trainer:
         return path
 
     def _point_best(self) -> None:
-        """Point `best` at the checkpoint of the highest acceptance length, the latest of equals. Also when
+        """At the checkpoint of the highest acceptance length, the latest of equals. Also when
         resumed: a kill may have come between a checkpoint and the pointer."""
         folder = self.output / "checkpoints"
         kept = [e for e in self.evaluations if (folder / f"step-{e['step']}").is_dir()]
         if self.world.first and kept:
             best = max(kept, key=lambda e: (e["tau"], e["step"]))
-            atomic_write_text(folder / "best", f"step-{best['step']}\n")
+            point(self.output, "best", f"step-{best['step']}")
 
     def _save(self, head: DraftHead | None = None) -> Path:
         """All ranks must call it; rank 0 writes."""
         head = head or self._export()
         weights = self.engine.weights()
         optimizer = self.engine.optimizer_state() if self.step else {}
-        path = self.output / "checkpoints" / f"step-{self.step}"
 
-        def write() -> None:
-            rng, rest = disk.rng_state()
-            info = {
-                "step": self.step, "rows_seen": self.rows_seen, "elapsed": self.elapsed(),
-                "evaluations": self.evaluations, "warnings": self.warnings, "row": self.row,
-                "loss_watch": self.loss_watch.state(), "source_sums": self.sources.sums.tolist(),
-                "pieces": self.accumulate.pieces, "identity": self.parts.identity, "rng": rest,
-                "world": {"size": self.world.size, "global_batch": self.global_batch},
-                "config": self.cfg.model_dump(mode="json"),
-            }  # fmt: skip
-            loss = self.row.get("loss")
-            tau = self._tau_at(self.step)
-            training = {"step": self.step, "rows_seen": self.rows_seen, "loss": loss, "tau": tau,
-                        "ttt_steps": self.cfg.train.ttt_steps, "loss_name": self.cfg.loss.name,
-                        "dtype": self.cfg.train.dtype}  # fmt: skip
-            provenance = {**self.parts.provenance, "training": training}
+        def write() -> Path:
             vocabulary = {"draft_ids": self.blank.draft_token_ids().cpu()}
-            state = disk.TrainState(info, weights, optimizer, rng, vocabulary)
-            disk.save_checkpoint(self.output, state, head, provenance)
-            disk.prune(self.output, self.cfg.train.save_total_limit)
+            state = disk.TrainState(self._info(), weights, optimizer, disk.rng_state(), vocabulary)
+            path = disk.save_checkpoint(self.output, state, head, self._provenance())
+            safe = (pointed(self.output, name) for name in ("best", "latest"))
+            prune(self.output, self.cfg.train.save_total_limit, *safe)
+            return path
 
-        self.world.first_does(write)
-        return path
+        return self.world.first_does(write)
+
+    def _info(self) -> dict:
+        """state.json: what a resumed run needs besides tensors."""
+        return {
+            "step": self.step,
+            "rows_seen": self.rows_seen,
+            "elapsed": self.elapsed(),
+            "evaluations": self.evaluations,
+            "row": self.row,
+            "source_sums": self.sources.sums.tolist(),
+            "identity": self.parts.identity,
+            "world": {"size": self.world.size, "global_batch": self.steps.rows},
+            "config": self.cfg.model_dump(mode="json"),
+        }
+
+    def _provenance(self) -> dict:
+        training = {
+            "step": self.step,
+            "rows_seen": self.rows_seen,
+            "loss": self.row.get("loss"),
+            "tau": self._tau_at(self.step),
+            "ttt_steps": self.cfg.train.ttt_steps,
+            "loss_name": self.cfg.loss.name,
+            "dtype": self.cfg.train.dtype,
+        }
+        return {**self.parts.provenance, "training": training}

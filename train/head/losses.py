@@ -1,16 +1,19 @@
-"""What a draft position is taught, and how much it counts: from the config to numbers.
+"""What a draft position is taught and how much it counts, and the loss at the head's output layer.
 
-Knows settings and tensors of hidden states; the losses between two distributions are defined in
-`kernels.draft_loss`, and positions and masks are known to `train.head.ttt`.
+The losses between two distributions are `kernels.draft_loss`'s.
+
+S unrolled steps, U supervised targets, H hidden, V target vocabulary.
 """
 
 from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
-from configs.schema import HeadTrainConfig, LossConfig
-from kernels.draft_loss import Objective
+from configs.schema import LossConfig
+from kernels.draft_loss import Objective, draft_loss
+from train.head.teacher import Teacher
 
 
 def objective_of(cfg: LossConfig) -> Objective:
@@ -28,25 +31,41 @@ def depth_weights(cfg: LossConfig, steps: int, decay: float) -> list[float]:
     return list(cfg.depth_weights)
 
 
-def feature_noise(cfg: HeadTrainConfig, method: str) -> float:
-    """Half the width of the noise on features of a row of 512 tokens."""
-    if cfg.train.feature_noise is not None:
-        return cfg.train.feature_noise
-    return 0.1 if method == "eagle1" else 0.0
-
-
-def part_weights(cfg: LossConfig) -> tuple[float, float]:
-    """How much EAGLE-1's loss on features counts, and the one on tokens."""
-    feature, token = cfg.feature_weight, cfg.token_weight
-    return 1.0 if feature is None else feature, 0.1 if token is None else token
-
-
 def feature_loss(predicted: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
-    """EAGLE-1's regression term (Li et al. 2024, arXiv:2401.15077, section 4.2): smooth L1 between the
-    head's predicted feature and the target's, [..., H] each -> [...] fp32, the mean over H.
-
-    0.5 d^2 where |d| < 1 and |d| - 0.5 elsewhere. The features are constants; `part_weights` says how much
-    it counts beside the soft cross-entropy.
-    """
+    """EAGLE-1's regression term (Li et al. 2024, arXiv:2401.15077, section 4.2): smooth L1 between
+    the head's predicted feature and the target's, a constant; [..., H] each -> [...] fp32, the mean
+    over H."""
     loss = F.smooth_l1_loss(predicted.float(), features.detach().float(), reduction="none")
     return loss.mean(-1)
+
+
+class Projection(nn.Module):
+    """The loss at the head's output layer. A module with a weight of its own name, as ZeRO-3
+    gathers the weights of a module when it is called."""
+
+    def __init__(self, weight: torch.Tensor, cfg: LossConfig, amp: bool) -> None:
+        super().__init__()
+        self.weight, self.objective, self.amp = weight, objective_of(cfg), amp
+        self.loss = draft_loss
+
+    def forward(self, hidden: torch.Tensor, teacher: Teacher, importance: torch.Tensor) -> tuple:
+        """hidden [S, U, H], importance [S, U] -> the fields of `DraftLoss`."""
+        hidden = hidden.bfloat16() if self.amp else hidden
+        found = self.loss(hidden, self.weight, teacher, importance, self.objective)
+        return found.total, found.loss, found.overlap, found.right, found.known
+
+
+class FeatureProjection(Projection):
+    """EAGLE-1's: the output is to be the target's hidden state, and what the target's LM head makes
+    of it the target's distribution. weight [V, H]: that LM head's, which is not trained."""
+
+    def __init__(self, weight: torch.Tensor, cfg: LossConfig, amp: bool) -> None:
+        super().__init__(weight.detach(), cfg, amp)
+        self.on_feature = 1.0 if cfg.feature_weight is None else cfg.feature_weight
+        self.on_token = 0.1 if cfg.token_weight is None else cfg.token_weight
+
+    def forward(self, hidden: torch.Tensor, teacher: Teacher, importance: torch.Tensor) -> tuple:
+        total, loss, *rest = super().forward(hidden, teacher, importance)
+        apart = feature_loss(hidden, teacher.hidden.expand_as(hidden))  # [S, U]
+        total = self.on_token * total + self.on_feature * (apart * importance).sum()
+        return total, self.on_token * loss + self.on_feature * apart.detach(), *rest

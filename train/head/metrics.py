@@ -1,29 +1,27 @@
-"""From sums to the numbers that are logged, and where they are written.
+"""From what a step sums to the numbers that are shown and logged, of all rows and by source.
 
-S unrolled steps; a depth of the metrics is a step.
+S unrolled steps; a depth of the metrics is a step. G sources, C columns.
 """
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-
 import torch
 
-from eagle.checkpoint import atomic_write_text
 from eagle.meter import Bar, clock
 
 # what a training step sums for each depth, over positions
 COLUMNS = ("loss", "targets", "known", "right", "overlap", "asked", "held")
+OF_SOURCES = ("loss", "accuracy_by_depth", "acceptance_by_depth", "tau_simulated", "targets")
 
 
 def depth_metrics(sums: torch.Tensor, depth_weights: list[float]) -> dict:
-    """sums [S, len(COLUMNS)] of the global batch, depth_weights [S] -> metrics.
+    """sums [S, C] of the global batch, depth_weights [S] -> metrics.
 
-    accuracy_by_depth: the head's best token is the target's, whatever came before (targets outside the
-    draft vocabulary count as wrong). acceptance_by_depth: the same, given that all earlier depths of the
-    same chain were right. overlap_by_depth: mean Σ min(p, q) where the target's token is in the draft
-    vocabulary. tau_simulated: 1 + Σ of the products of acceptance_by_depth, a chain's acceptance length.
+    accuracy_by_depth: the head's best token is the target's, whatever came before (targets outside
+    the draft vocabulary count as wrong). acceptance_by_depth: the same, given that all earlier
+    depths of the same chain were right. overlap_by_depth: mean Σ min(p, q) where the target's token
+    is in the draft vocabulary. tau_simulated: 1 + Σ of the products of acceptance_by_depth, a
+    chain's acceptance length.
     """
     column = {name: sums[:, i].double() for i, name in enumerate(COLUMNS)}
 
@@ -45,37 +43,44 @@ def depth_metrics(sums: torch.Tensor, depth_weights: list[float]) -> dict:
     }
 
 
-def rounded(value):
-    """Six significant digits: enough to plot, short enough to read. The loss itself is never rounded."""
-    if isinstance(value, float):
-        return float(f"{value:.6g}")
-    if isinstance(value, dict):
-        return {k: rounded(v) for k, v in value.items()}
-    if isinstance(value, list):
-        return [rounded(v) for v in value]
-    return value
+def by_source(sums: torch.Tensor, source: torch.Tensor, count: int) -> torch.Tensor:
+    """sums [B, S, C] of rows and their source [B] -> [count, S, C] fp64 on the CPU."""
+    out = torch.zeros(count, *sums.shape[1:], dtype=torch.float64)
+    return out.index_add_(0, source.cpu(), sums.detach().double().cpu())
 
 
-class MetricsLog:
-    """`metrics.jsonl`: a row a line, each flushed. On resume, rows after the resumed step are dropped."""
+class SourceMetrics:
+    """Metrics of a mixture's sources, summed over the steps between two rows of the log.
 
-    def __init__(self, path: Path, keep_to: int) -> None:
-        self.path = path
-        rows = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-        kept = [line for line in rows if _step_of(line) <= keep_to]
-        atomic_write_text(path, "".join(line + "\n" for line in kept))
+    names [G], weights [G]: how much a source's losses count; only their ratios matter.
+    """
 
-    def write(self, row: dict) -> None:
-        line = {k: v if k == "loss" else rounded(v) for k, v in row.items()}
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+    def __init__(self, names: list[str], weights: list[float], depth_weights: list[float]) -> None:
+        self.names, self.depth_weights = names, depth_weights
+        self.weights = torch.tensor(weights, dtype=torch.float64) / min(weights)
+        self.sums = torch.zeros(len(names), len(depth_weights), len(COLUMNS), dtype=torch.float64)
 
+    def step(self, sums: torch.Tensor) -> dict:
+        """A step's sums [G, S, C] -> its metrics; `loss` is what was minimised, so loss weights
+        count in it, and in nothing else."""
+        self.sums += sums
+        metrics = depth_metrics(sums.sum(0), self.depth_weights)
+        if len(set(self.weights.tolist())) > 1:
+            weighted = (sums * self.weights[:, None, None]).sum(0)
+            weighted = depth_metrics(weighted, self.depth_weights)
+            metrics |= {name: weighted[name] for name in ("loss", "loss_by_depth")}
+        return metrics
 
-def _step_of(line: str) -> float:
-    try:
-        return json.loads(line)["step"]
-    except (ValueError, KeyError, TypeError):
-        return float("inf")  # torn by a kill
+    def take(self) -> dict[str, dict]:
+        """Metrics by name since the last call, of sources that had a row; {} for a single
+        source."""
+        found = {}
+        for name, sums in zip(self.names, self.sums, strict=True):
+            if len(self.names) > 1 and sums.any():
+                metrics = depth_metrics(sums, self.depth_weights)
+                found[name] = {key: metrics[key] for key in OF_SOURCES}
+        self.sums.zero_()
+        return found
 
 
 class Progress(Bar):
@@ -96,12 +101,10 @@ class Progress(Bar):
 
 def describe(row: dict, eta: float, memory: int | None) -> str:
     """A step's metrics on one line. acceptance: conditional, by depth."""
-    acceptance = " ".join(f"{a:.2f}" for a in row["acceptance_by_depth"])
-    parts = [
-        f"loss {row['loss']:.3f}", f"acceptance {acceptance}", f"tau~{row['tau_simulated']:.2f}",
-        f"{row['tokens_per_second']:.0f} tok/s", f"{row['steps_per_second']:.2f} steps/s",
-        f"ETA {clock(eta)}",
-    ]  # fmt: skip
-    if memory:
-        parts.append(f"{memory / 2**30:.1f} GiB")
-    return "  ".join(parts)
+    text = (
+        f"loss {row['loss']:.3f}  "
+        f"acceptance {' '.join(f'{a:.2f}' for a in row['acceptance_by_depth'])}  "
+        f"tau~{row['tau_simulated']:.2f}  {row['tokens_per_second']:.0f} tok/s  "
+        f"{row['steps_per_second']:.2f} steps/s  ETA {clock(eta)}"
+    )
+    return f"{text}  {memory / 2**30:.1f} GiB" if memory else text

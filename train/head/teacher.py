@@ -1,9 +1,8 @@
-"""What the frozen target tells the head: features, final hidden states, and from these its distributions.
+"""What the frozen target tells the head: features, final hidden states, and from these its
+distributions. Rows are packed: their tokens lie end to end, padding is left out.
 
-Knows the target's passes; knows nothing of the head or of losses.
-
-B rows, T tokens, N real tokens of all rows, U supervised targets, R of a tile, H hidden, F features (3 x hidden),
-D draft vocabulary, V target vocabulary.
+B rows, T tokens of the longest, N tokens of all rows, U supervised targets, R of a tile, H hidden,
+F features (3 x hidden), D draft vocabulary, V target vocabulary.
 """
 
 from __future__ import annotations
@@ -13,6 +12,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from configs.schema import HeadTrainConfig
 from eagle.attention import TreeContext
 from eagle.cache import StaticKVCache
 from eagle.target import Target
@@ -23,15 +23,15 @@ LOGITS = 2**22  # of the target's vocabulary, held at a time on a CPU; 2^26 on a
 class PackedRows(TreeContext):
     """A causal pass over whole rows that keeps no keys: padding is not run.
 
-    On a CPU rows attend one by one, each over its own length; elsewhere they are padded for the attention.
+    On a CPU rows attend one by one, each over its own length; elsewhere they are padded for the
+    attention.
     """
 
     def __init__(self, target: Target, lengths: list[int], width: int) -> None:
         rows, device = len(lengths), target.device
         cache = StaticKVCache(0, rows, 1, width, 1, target.dtype, device)
-        super().__init__(
-            cache, torch.arange(width, device=device).expand(rows, width), counts=lengths
-        )
+        positions = torch.arange(width, device=device).expand(rows, width)
+        super().__init__(cache, positions, counts=lengths)
         self.lengths = lengths
 
     def write(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> None:
@@ -54,14 +54,13 @@ class PackedRows(TreeContext):
 def hidden_and_features(
     states, ids: torch.Tensor, mask: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`states.hidden_and_features`, by a pass over the real tokens alone where `states` is a target.
-
-    ids [B, T] with padding on the right, mask [B, T] 1 on real tokens -> hidden [B, T, H] (what enters the
-    target's output embedding) and features [B, T, F], zeros on padding.
-    """
+    """Of `states`, a `Target` or a `FeatureStore`: ids [B, T] with padding on the right, mask [B,
+    T] 1 on real tokens -> packed hidden [N, H] (what enters the target's output embedding) and
+    features [N, F]."""
+    lengths = mask.sum(1).tolist()
     if not isinstance(states, Target):
-        return states.hidden_and_features(ids, mask)
-    context = PackedRows(states, mask.sum(1).tolist(), ids.shape[1])
+        return states.hidden_and_features(ids, lengths)
+    context = PackedRows(states, lengths, ids.shape[1])
     entered = []
     output = states.model.get_output_embeddings()
     # before the target's own hook, which keeps one token so that hardly any logits are made here
@@ -74,25 +73,36 @@ def hidden_and_features(
         _, features = states.run(context.pack(ids), positions, context, keep=one)
     finally:
         hook.remove()
-    return context.unpack(entered[0]), context.unpack(features)
+    return entered[0][0], features[0]
 
 
-def with_noise(features: torch.Tensor, lengths: torch.Tensor, width: float) -> torch.Tensor:
-    """features [B, T, F] plus uniform noise of ± width · 512 / length, so that the head learns to draft from
-    features that are not exact, as its own are (Li et al. 2024, section 4.2; the scale by lengths [B] is that of
-    the authors' code)."""
+def feature_noise(cfg: HeadTrainConfig, method: str) -> float:
+    """Half the width of the noise on features of a row of 512 tokens."""
+    if cfg.train.feature_noise is not None:
+        return cfg.train.feature_noise
+    return 0.1 if method == "eagle1" else 0.0
+
+
+def with_noise(features: torch.Tensor, mask: torch.Tensor, width: float) -> torch.Tensor:
+    """features [N, F] of the tokens in mask [B, T], plus uniform noise of ± width · 512 / length,
+    so that the head learns to draft from features that are not exact, as its own are (Li et al.
+    2024, section 4.2; the scale by lengths is that of the authors' code)."""
     if width == 0:
         return features
+    real = mask.bool()
+    wide = torch.rand(*mask.shape, features.shape[-1], dtype=features.dtype, device=features.device)
+    lengths = real.sum(1)
     scale = (width * 512 / lengths.clamp_min(1)).to(features.device, features.dtype)
-    return features + (2 * torch.rand_like(features) - 1) * scale[:, None, None]
+    return features + (2 * wide[real] - 1) * scale.repeat_interleave(lengths)[:, None]
 
 
 @dataclass(frozen=True)
 class Teacher:
-    """The target's distributions at U positions, a `kernels.draft_loss.Teacher`: made tile by tile, when asked.
+    """The target's distributions at U positions, a `kernels.draft_loss.Teacher`: made tile by tile,
+    when asked.
 
-    hidden [U, H]: the target's, after its final norm. draft_ids [D]: target ids of the draft vocabulary.
-    to_draft [V]: draft id of each target id, -1 outside.
+    hidden [U, H]: the target's, after its final norm. draft_ids [D]: target ids of the draft
+    vocabulary. to_draft [V]: draft id of each target id, -1 outside.
     """
 
     target: Target
@@ -100,10 +110,16 @@ class Teacher:
     draft_ids: torch.Tensor
     to_draft: torch.Tensor
 
+    @classmethod
+    def of(cls, target: Target, hidden: torch.Tensor, draft_ids: torch.Tensor) -> Teacher:
+        to_draft = torch.full((target.vocab_size,), -1, dtype=torch.int64, device=draft_ids.device)
+        to_draft[draft_ids] = torch.arange(len(draft_ids), device=draft_ids.device)
+        return cls(target, hidden, draft_ids, to_draft)
+
     @torch.no_grad()
     def __call__(self, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Positions start … stop - 1 -> logits [R, D] over the draft vocabulary, and the draft id [R] of the
-        best token of all V: -1 where the head cannot propose it."""
+        """Positions start … stop - 1 -> logits [R, D] over the draft vocabulary, and the draft id
+        [R] of the best token of all V: -1 where the head cannot propose it."""
         V, cpu = len(self.to_draft), not self.hidden.is_cuda
         block = max(1, (LOGITS if cpu else 16 * LOGITS) // V)
         kept, best = [], []
@@ -113,11 +129,3 @@ class Teacher:
             best.append(logits.argmax(-1))
             kept.append(logits.index_select(-1, self.draft_ids))
         return torch.cat(kept), self.to_draft[torch.cat(best)]
-
-
-def teach(target: Target, hidden: torch.Tensor, plan, draft_ids: torch.Tensor) -> Teacher:
-    """hidden [B, T, H] (the target's, after its final norm), a `train.head.ttt.Plan` and draft_ids [D] ->
-    Teacher of the plan's targets."""
-    to_draft = torch.full((target.vocab_size,), -1, dtype=torch.int64, device=draft_ids.device)
-    to_draft[draft_ids] = torch.arange(len(draft_ids), device=draft_ids.device)
-    return Teacher(target, hidden[plan.rows, plan.sources], draft_ids, to_draft)

@@ -19,7 +19,8 @@ def choose_draft_vocab(
 ) -> tuple[torch.Tensor, dict]:
     """counts [V]: how often a token is supervised -> ids [size] int64 sorted, and a report.
 
-    `always` comes first, then the most frequent, then the lowest unused ids; ties go to the lower id.
+    `always` comes first, then the most frequent, then the lowest unused ids; ties go to the lower
+    id.
     """
     chosen = list(dict.fromkeys(always))[:size]
     taken = np.zeros(len(counts), dtype=bool)
@@ -33,7 +34,8 @@ def choose_draft_vocab(
 def coverage(
     counts: np.ndarray, ids: np.ndarray, always: Sequence[int] = (), sources: dict | None = None
 ) -> dict:
-    """How much of the supervised tokens the draft vocabulary can express. always: the special tokens.
+    """How much of the supervised tokens the draft vocabulary can express. always: the special
+    tokens.
     sources: [V] counts of each source, by name."""
     report = {
         "draft_vocab_size": len(ids),

@@ -1,6 +1,5 @@
-"""Writing features: plan all shards, estimate the disk, then one whole shard after the other.
-
-Knows data sets, targets and the disk; the format is train/head/features.py's.
+"""Writing features: plan all shards, estimate the disk, then one whole shard after the other. The
+format is train/head/features.py's.
 """
 
 from __future__ import annotations
@@ -19,85 +18,83 @@ from safetensors.torch import load_file, save_file
 from configs.schema import HeadTrainConfig
 from eagle.checkpoint import atomic_write_text, load_head, require_equal
 from eagle.errors import EagleError
-from eagle.head import FINAL
+from eagle.heads.head import FINAL
 from eagle.loading import resolve_device
 from eagle.meter import Meter
 from eagle.target import Target
-from train.data import Collator, load_dataset_for, load_tokenizer
-from train.head.features import (
-    DTYPES,
-    INDEX,
-    Belongs,
-    Index,
-    damage,
-    data_settings,
-    row_key,
-    token_rows,
-)
+from records import Collator, load_dataset_for, load_tokenizer
+from train.head.features import INDEX, Belongs, Index, damage, data_settings, row_key, token_rows
 from train.head.teacher import hidden_and_features
 
 SPARE = 64 << 20  # bytes that stay free
 
 
 def write_features(
-    cfg: HeadTrainConfig, output: Path, command: str, shard_mb: float = 256, batch_size: int = 8,
+    cfg: HeadTrainConfig,
+    output: Path,
+    command: str,
+    shard_mb: float = 256,
+    batch_size: int = 8,
     quiet: bool = False,
-) -> Index:  # fmt: skip
+) -> Index:
     """Features of every training row of `cfg`, in `output`; shards that are there already are kept.
 
     command: what to tell a user to run when a shard must be written again, without --output.
     """
     data = load_dataset_for(cfg.data, load_tokenizer(cfg.model.base), split="train")
-    m = cfg.model
-    target = Target.from_pretrained(
-        m.base, dtype=m.dtype, device=resolve_device(None), adapter_path=m.adapter, quantization=m.quantization
-    )  # fmt: skip
-    layers = cfg.model.feature_layers
-    if cfg.model.init_head:
-        layers = load_head(cfg.model.init_head, target)[0].config.feature_layers
-    if m.method == "eagle1" or layers == (FINAL,):
-        raise EagleError(
-            "EAGLE-1 heads are trained with the target at hand: its last hidden state is all that they read; "
-            "leave this step out"
-        )
-    if layers is not None:
-        target.set_feature_layers(layers)
-    belongs = Belongs.to(target)
-    index = Index(belongs, data_settings(cfg.data, data), command)
+    target = open_target(cfg)
+    index = Index(Belongs.to(target), data_settings(cfg.data, data), command)
     rows = plan_shards(index, data, round(shard_mb * 2**20))
-    longest, largest = max(map(len, rows)), max(int(ids.max()) for ids in rows)
-    if longest > target.max_positions:
-        raise EagleError(
-            f"a row has {longest} tokens and {target.name} {target.max_positions} positions; lower data.max_length"
-        )
-    if largest >= target.vocab_size:
-        raise EagleError(
-            f"a row holds token {largest}, outside the target's vocabulary of {target.vocab_size}; the data was "
-            "made with another tokenizer"
-        )
+    require_rows_fit(target, rows)
     todo = find_todo(output, index)
     require_room(output, index, todo, quiet)
+    done = len(rows) - sum(index.shards[n]["rows"] for n in todo)
+    start = np.cumsum([0, *(shard["rows"] for shard in index.shards)])
     try:
         output.mkdir(parents=True, exist_ok=True)
         if not (output / INDEX).exists():
             atomic_write_text(output / INDEX, index.to_json())
-        done = len(rows) - sum(index.shards[n]["rows"] for n in todo)
         with Meter("features", len(rows), done=done, quiet=quiet) as meter:
-            start = np.cumsum([0, *(shard["rows"] for shard in index.shards)])
             for number in todo:
                 part = rows[start[number] : start[number + 1]]
-                tensors = compute(target, part, index.shards[number]["tokens"], batch_size, meter)
+                tensors = compute(target, part, batch_size, meter)
                 write_shard(output / index.shards[number]["file"], tensors, index.id)
     except (OSError, SafetensorError) as error:
         raise EagleError(
-            f"cannot write features to {output}: {getattr(error, 'strerror', None) or error}; what is there stays "
-            "whole: make room and run the same command again, or choose another --output"
+            f"cannot write features to {output}: {getattr(error, 'strerror', None) or error}; what "
+            "is there stays whole: make room and run the same command again, or choose another "
+            "--output"
         ) from error
     return index
 
 
+def open_target(cfg: HeadTrainConfig) -> Target:
+    """The run's target, with the feature layers of its head."""
+    m = cfg.model
+    target = Target.from_pretrained(
+        m.base,
+        dtype=m.dtype,
+        device=resolve_device(None),
+        adapter_path=m.adapter,
+        quantization=m.quantization,
+    )
+    layers = m.feature_layers
+    if m.init_head:
+        layers = load_head(m.init_head, target)[0].config.feature_layers
+    if m.method == "eagle1" or layers == (FINAL,):
+        raise EagleError(
+            "EAGLE-1 heads are trained with the target at hand: its last hidden state is all that "
+            "they read; leave this step out"
+        )
+    if layers is not None:
+        target.set_feature_layers(layers)
+    return target
+
+
 def plan_shards(index: Index, data, shard_bytes: int) -> list[np.ndarray]:
-    """Fill `index.shards` and `index.rows`; returns the distinct rows in the order of their places."""
+    """Fill `index.shards` and `index.rows`; returns the distinct rows in the order of their
+    places.
+    """
     size = max(shard_bytes // index.belongs.bytes_per_token, 1)  # tokens
     kept: list[np.ndarray] = []
     for ids in token_rows(data):
@@ -105,9 +102,8 @@ def plan_shards(index: Index, data, shard_bytes: int) -> list[np.ndarray]:
         if key in index.rows:
             continue
         if not index.shards or index.shards[-1]["tokens"] + len(ids) > size:
-            index.shards.append(
-                {"file": f"shard-{len(index.shards):05d}.safetensors", "rows": 0, "tokens": 0}
-            )
+            name = f"shard-{len(index.shards):05d}.safetensors"
+            index.shards.append({"file": name, "rows": 0, "tokens": 0})
         shard = index.shards[-1]
         index.rows[key] = (len(index.shards) - 1, shard["tokens"], len(ids))
         shard["rows"] += 1
@@ -116,24 +112,39 @@ def plan_shards(index: Index, data, shard_bytes: int) -> list[np.ndarray]:
     return kept
 
 
+def require_rows_fit(target: Target, rows: list[np.ndarray]) -> None:
+    longest, largest = max(map(len, rows)), max(int(ids.max()) for ids in rows)
+    if longest > target.max_positions:
+        raise EagleError(
+            f"a row has {longest} tokens and {target.name} {target.max_positions} positions; lower "
+            "data.max_length"
+        )
+    if largest >= target.vocab_size:
+        raise EagleError(
+            f"a row holds token {largest}, outside the target's vocabulary of {target.vocab_size}; "
+            "the data was made with another tokenizer"
+        )
+
+
 def find_todo(output: Path, index: Index) -> list[int]:
     """Shards that are missing or damaged. Refuses a folder that holds anything else."""
-    if output.exists() and not output.is_dir():
-        raise EagleError(f"--output {output} is a file; name a folder")
     if (output / INDEX).exists():
         found = Index.read(output)
         if found.id != index.id:
-            changed = [k for k, v in asdict(index.belongs).items() if asdict(found.belongs)[k] != v]
-            what = ", ".join(changed) or "data or --shard_mb"
+            ours, theirs = asdict(index.belongs), asdict(found.belongs)
+            what = ", ".join(k for k in ours if ours[k] != theirs[k]) or "data or --shard_mb"
             raise EagleError(
-                f"{output} holds other features (another {what}); choose another --output, or delete it"
+                f"{output} holds other features (another {what}); choose another --output, or "
+                "delete it"
             )
-    elif output.is_dir() and any(output.iterdir()):
-        raise EagleError(f"{output} is not empty and holds no features; choose another --output")
+    elif output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise EagleError(
+            f"--output {output} is not empty and holds no features; choose another folder"
+        )
     for stale in output.glob(".shard-*.tmp"):  # of a run that was killed
         stale.unlink()
     paths = [output / shard["file"] for shard in index.shards]
-    return [n for n, path in enumerate(paths) if not path.exists() or damage(path, index, n)]
+    return [n for n, path in enumerate(paths) if damage(path, index, n)]
 
 
 def require_room(output: Path, index: Index, todo: list[int], quiet: bool) -> None:
@@ -143,17 +154,19 @@ def require_room(output: Path, index: Index, todo: list[int], quiet: bool) -> No
     free = shutil.disk_usage(there).free
     needed = sum(shards[n]["tokens"] for n in todo) * belongs.bytes_per_token
     if not quiet:
+        size = gigabytes(index.tokens * belongs.bytes_per_token)
         print(
             f"features: {len(index.rows)} rows, {index.tokens} tokens x {4 * belongs.hidden_size} "
-            f"{belongs.dtype} = {gigabytes(index.tokens * belongs.bytes_per_token)} in {len(shards)} shards; "
-            f"{len(shards) - len(todo)} are there; {gigabytes(free)} free at {there}",
+            f"{belongs.dtype} = {size} in {len(shards)} shards; {len(shards) - len(todo)} are "
+            f"there; {gigabytes(free)} free at {there}",
             file=sys.stderr,
-        )  # fmt: skip
+        )
     replaced = sum(p.stat().st_size for n in todo if (p := output / shards[n]["file"]).exists())
     if needed + SPARE > free + replaced:
         raise EagleError(
-            f"features need {gigabytes(needed)} and {there} has {gigabytes(free)} free: choose an --output on a "
-            "larger disk, make room, take fewer rows or a smaller data.max_length, or train without --features"
+            f"features need {gigabytes(needed)} and {there} has {gigabytes(free)} free: choose an "
+            "--output on a larger disk, make room, take fewer rows or a smaller data.max_length, "
+            "or train without --features"
         )
 
 
@@ -162,33 +175,28 @@ def gigabytes(size: float) -> str:
 
 
 def compute(
-    target: Target, rows: list[np.ndarray], tokens: int, batch_size: int, meter: Meter
+    target: Target, rows: list[np.ndarray], batch_size: int, meter: Meter
 ) -> dict[str, torch.Tensor]:
-    """rows -> features [tokens, F] and hidden [tokens, H], rows end to end, by the pass that training makes."""
-    H, dtype = target.config.hidden_size, target.dtype
-    assert dtype in DTYPES.values(), dtype
-    out = {
-        "features": torch.empty(tokens, 3 * H, dtype=dtype),
-        "hidden": torch.empty(tokens, H, dtype=dtype),
-    }
-    collate = Collator()
-    starts = np.cumsum([0, *map(len, rows)])
-    order = sorted(
-        range(len(rows)), key=lambda n: (len(rows[n]), n)
-    )  # alike in length: little padding
+    """rows -> features [tokens, F] and hidden [tokens, H], rows end to end, by the pass that
+    training makes.
+    """
+    found: dict[int, list[torch.Tensor]] = {}
+    order = sorted(range(len(rows)), key=lambda n: (len(rows[n]), n))  # little padding
     for first in range(0, len(order), batch_size):
         chosen = order[first : first + batch_size]
-        batch = collate(
+        batch = Collator()(
             [{"input_ids": rows[n].tolist(), "loss_mask": [0] * len(rows[n])} for n in chosen]
         )
         ids, mask = (batch[name].to(target.device) for name in ("input_ids", "attention_mask"))
         hidden, features = hidden_and_features(target, ids, mask)
-        for place, n in enumerate(chosen):
-            part = slice(starts[n], starts[n + 1])
-            out["features"][part] = features[place, : len(rows[n])].cpu()
-            out["hidden"][part] = hidden[place, : len(rows[n])].cpu()
+        lengths = [len(rows[n]) for n in chosen]
+        parts = (x.to("cpu", target.dtype).split(lengths) for x in (features, hidden))
+        for n, *both in zip(chosen, *parts, strict=True):
+            found[n] = both
         meter.add(len(chosen), sum(len(rows[n]) for n in chosen))
-    return out
+    ordered = zip(*(found[n] for n in range(len(rows))), strict=True)
+    features, hidden = map(torch.cat, ordered)
+    return {"features": features, "hidden": hidden}
 
 
 def write_shard(path: Path, tensors: dict[str, torch.Tensor], index_id: str) -> None:

@@ -1,6 +1,4 @@
-"""A small problem set of our own in the TACO schema; `python -m inference.evaluation.shipped` makes the file."""
-
-from __future__ import annotations
+"""A small problem set of our own in TACO's schema, and the checker of its one special problem."""
 
 from pathlib import Path
 

@@ -3,12 +3,12 @@
 import pytest
 import torch
 
-from kernels.choose import choose, choose_reference, gumbel_noise
+from kernels.choose import choose_reference, gumbel_noise
 from kernels.triton_choose import choose_triton
 
 GRID = dict(
     temperature=[0.7, 2.0], top_k=[0, 1, 5, 70, 2000], top_p=[0.0, 0.05, 0.7], min_p=[0.0, 0.1]
-)  # fmt: skip
+)
 
 
 @pytest.fixture(autouse=True)
@@ -45,7 +45,7 @@ def check(logits, seed=0, **parameters):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-@pytest.mark.parametrize("V", [1, 63, 1000, 9001])
+@pytest.mark.parametrize("V", [1, 63, 1500])
 def test_greedy(V, dtype):
     logits = logits_of("ties", 2, 3, V).to(dtype)
     got = check(logits)
@@ -55,13 +55,12 @@ def test_greedy(V, dtype):
     assert (check(logits_of("flat", 1, 2, V)) == 0).all()
 
 
-@pytest.mark.parametrize("V", [2, 63, 500, 9001])
+@pytest.mark.parametrize("V", [2, 63, 1500])
 def test_pure_sampling(V):
     check(logits_of("normal", 2, 2, V), temperature=0.8)
 
 
-@pytest.mark.parametrize("kind", ["normal", "ties", "few", "flat"])
-@pytest.mark.parametrize("V", [63, 500])
+@pytest.mark.parametrize("kind, V", [("normal", 63), ("ties", 500), ("few", 500), ("flat", 63)])
 def test_mixed_rows(kind, V):
     """Every combination of parameters, one a row, and a greedy row for each."""
     rows = torch.cartesian_prod(*(torch.tensor(values).float() for values in GRID.values()))
@@ -71,11 +70,14 @@ def test_mixed_rows(kind, V):
     check(logits_of(kind, len(rows), 1, V), **columns)
 
 
-@pytest.mark.parametrize("parameters", [
-    dict(temperature=0.7, top_k=20, top_p=0.95), dict(temperature=1.5, top_k=3),
-    dict(temperature=1.0, top_p=0.3), dict(temperature=1.0, min_p=0.2),
+CUTS = [
+    dict(temperature=0.7, top_k=20, top_p=0.95),
+    dict(temperature=1.0, min_p=0.2),
     dict(temperature=1.1, top_k=50, top_p=0.9, min_p=0.02),
-], ids=str)  # fmt: skip
+]
+
+
+@pytest.mark.parametrize("parameters", CUTS, ids=str)
 @pytest.mark.parametrize("kind", ["normal", "ties"])
 def test_numbers(parameters, kind):
     logits = logits_of(kind, 2, 2, 1000, seed=3)
@@ -116,10 +118,7 @@ def test_strided_logits():
         check(view)
 
 
-@pytest.mark.parametrize("parameters", [
-    {}, dict(temperature=1.0), dict(temperature=1.0, top_k=3),
-    dict(temperature=1.0, top_k=3, top_p=0.5), dict(temperature=1.0, top_p=0.5, min_p=0.1),
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize("parameters", [{}, dict(temperature=1.0), *CUTS], ids=str)
 def test_a_poisoned_row_ends_in_range_and_alone(parameters):
     logits = logits_of("normal", 5, 1, 63)
     seeds, positions = torch.arange(5), torch.arange(5)[:, None]
@@ -140,11 +139,3 @@ def test_noise_bits():
     logits = torch.zeros(4, 2, 1000)
     got = choose_triton(logits, seeds, positions, temperature=1.0)
     assert torch.equal(got, gumbel_noise(seeds, positions, 1000).argmax(-1))
-
-
-def test_the_public_function_dispatches(monkeypatch):
-    import kernels.triton_choose as module
-
-    monkeypatch.setattr(module, "choose_triton", lambda *a, **k: "the kernel")
-    seeds, positions = torch.zeros(1, dtype=torch.int64), torch.zeros(1, 1, dtype=torch.int64)
-    assert choose(torch.zeros(1, 1, 4), seeds, positions, top_k=3) == "the kernel"

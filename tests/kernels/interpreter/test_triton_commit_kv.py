@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from kernels.commit_kv import commit_kv, commit_kv_reference
+from kernels.commit_kv import commit_kv_reference
 from kernels.triton_commit_kv import commit_kv_triton
 
 
@@ -46,18 +46,3 @@ def test_a_strided_buffer_and_path():
     commit_kv_reference(expected[1:, :, 1:4, :, :30], lengths, path, counts)
     assert torch.equal(whole.nan_to_num(9), expected.nan_to_num(9))
     assert torch.equal(whole[1, 0, 3, 0, 2], expected[1, 0, 3, 0, 11])
-
-
-def test_the_public_function_dispatches(monkeypatch):
-    import kernels.triton_commit_kv as module
-
-    called = []
-    monkeypatch.setattr(module, "commit_kv_triton", lambda *arguments: called.append(arguments))
-    arguments = (
-        torch.zeros(1, 2, 1, 1, 4, 1),
-        torch.tensor([0]),
-        torch.tensor([[0]]),
-        torch.tensor([1]),
-    )
-    commit_kv(*arguments)
-    assert len(called) == 1

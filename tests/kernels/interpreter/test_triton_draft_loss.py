@@ -11,8 +11,15 @@ from kernels.triton_draft_loss import tile_loss_triton
 
 LOSSES = ("soft_ce", "kl", "reverse_kl", "overlap", "total_variation")
 OBJECTIVES = [Objective(name) for name in LOSSES]
-OBJECTIVES += [Objective(name, 2.0, 0.5, inner) for name, inner in itertools.product(LOSSES, ("overlap", "target_prob"))]  # fmt: skip
-OBJECTIVES += [Objective("soft_ce", 0.0), Objective("soft_ce", smoothing=0.2), Objective("kl", smoothing=0.1)]  # fmt: skip
+OBJECTIVES += [
+    Objective(name, 2.0, 0.5, inner)
+    for name, inner in itertools.product(LOSSES, ("overlap", "target_prob"))
+]
+OBJECTIVES += [
+    Objective("soft_ce", 0.0),
+    Objective("soft_ce", smoothing=0.2),
+    Objective("kl", smoothing=0.1),
+]
 
 
 def tile(S, R, D, dtype=torch.float32, seed=0):
@@ -23,7 +30,7 @@ def tile(S, R, D, dtype=torch.float32, seed=0):
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES, ids=str)
-@pytest.mark.parametrize("S, R, D", [(1, 1, 3), (2, 5, 37), (3, 2, 130)])
+@pytest.mark.parametrize("S, R, D", [(1, 1, 3), (2, 3, 130)])
 def test_against_the_reference(objective, S, R, D, monkeypatch):
     monkeypatch.setattr(module, "BLOCK", 64)  # several blocks a row
     logits, teacher, importance = tile(S, R, D)

@@ -11,21 +11,54 @@ from configs.finetune_schema import DpoConfig, MultitaskConfig, SftConfig
 from train.finetune.__main__ import run
 
 ROOT = Path(__file__).parents[3]
-ENV = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT),
-       "HF_HUB_OFFLINE": "1"}  # fmt: skip
+ENV = {
+    **os.environ,
+    "DS_ACCELERATOR": "cpu",
+    "OMP_NUM_THREADS": "1",
+    "PYTHONPATH": str(ROOT),
+    "HF_HUB_OFFLINE": "1",
+}
 WORDS = "def class return self value index for in range len list item key print open path".split()
 CONFIGS = {"sft": SftConfig, "multitask": MultitaskConfig, "dpo": DpoConfig}
 
 TASKS = [
-    {"name": "answer", "type": "generation", "fields": ["text"], "label": "answer",
-     "template": "Answer: {text}", "metric": "exact_match", "max_new_tokens": 4},
-    {"name": "kind", "type": "classification", "fields": ["text"], "label": "kind",
-     "template": "Judge: {text}", "classes": ["a", "b", "c"], "metric": "accuracy", "weight": 2.0},
-    {"name": "score", "type": "regression", "fields": ["text"], "label": "score",
-     "template": "Judge: {text}", "metric": "mae", "weight": 0.5},
-    {"name": "rank", "type": "ranking", "fields": ["text", "options"], "label": "order",
-     "template": "Rank {options} for {text}", "metric": "ndcg"},
-]  # fmt: skip
+    {
+        "name": "answer",
+        "type": "generation",
+        "fields": ["text"],
+        "label": "answer",
+        "template": "Answer: {text}",
+        "metric": "exact_match",
+        "max_new_tokens": 4,
+    },
+    {
+        "name": "kind",
+        "type": "classification",
+        "fields": ["text"],
+        "label": "kind",
+        "template": "Judge: {text}",
+        "classes": ["a", "b", "c"],
+        "metric": "accuracy",
+        "weight": 2.0,
+    },
+    {
+        "name": "score",
+        "type": "regression",
+        "fields": ["text"],
+        "label": "score",
+        "template": "Judge: {text}",
+        "metric": "mae",
+        "weight": 0.5,
+    },
+    {
+        "name": "rank",
+        "type": "ranking",
+        "fields": ["text", "options"],
+        "label": "order",
+        "template": "Rank {options} for {text}",
+        "metric": "ndcg",
+    },
+]
 
 
 def text(rng, n):
@@ -39,10 +72,13 @@ def write_lines(path, records):
 
 def instructions(path, rows=40, seed=0):
     rng = random.Random(seed)
-    return write_lines(path, [
-        {"instruction": f"say {text(rng, 4)}", "output": text(rng, rng.randint(2, 8))}
-        for _ in range(rows)
-    ])  # fmt: skip
+    return write_lines(
+        path,
+        [
+            {"instruction": f"say {text(rng, 4)}", "output": text(rng, rng.randint(2, 8))}
+            for _ in range(rows)
+        ],
+    )
 
 
 def task_records(rows=40, seed=0):
@@ -59,8 +95,10 @@ def task_records(rows=40, seed=0):
                 "order": [2, 0, rng.randint(0, 1)],
             }
         else:
-            record |= {"kind": rng.choice("abc") if n % 3 else None,
-                       "score": None if n % 5 == 0 else rng.random()}  # fmt: skip
+            record |= {
+                "kind": rng.choice("abc") if n % 3 else None,
+                "score": None if n % 5 == 0 else rng.random(),
+            }
             if record["kind"] is None and record["score"] is None:
                 record["score"] = 0.5
         out.append(record)
@@ -69,8 +107,16 @@ def task_records(rows=40, seed=0):
 
 def config(method, base, data, output, /, **sections):
     """A small run; other sections as dicts: train={...}, data={...}, model={...}, lora={...}."""
-    train = {"output": str(output), "max_steps": 4, "batch_size": 2, "grad_accum": 1, "log_every": 1,
-             "save_every": 100, "lr": 1e-3, "warmup_ratio": 0.0}  # fmt: skip
+    train = {
+        "output": str(output),
+        "max_steps": 4,
+        "batch_size": 2,
+        "grad_accum": 1,
+        "log_every": 1,
+        "save_every": 100,
+        "lr": 1e-3,
+        "warmup_ratio": 0.0,
+    }
     values = {
         "model": {"base": None if base is None else str(base), **sections.pop("model", {})},
         "lora": {"r": 4, "dropout": 0.0, **sections.pop("lora", {})},
@@ -79,8 +125,12 @@ def config(method, base, data, output, /, **sections):
     }
     values["data"]["cache_dir"] = str(Path(output).parent / "cache")
     if method == "sft":
-        values["data"] = {"format": "instruction", "heldout_fraction": 0.2, "min_supervised_tokens": 1,
-                          **values["data"]}  # fmt: skip
+        values["data"] = {
+            "format": "instruction",
+            "heldout_fraction": 0.2,
+            "min_supervised_tokens": 1,
+            **values["data"],
+        }
     if method == "multitask":
         values["tasks"] = sections.pop("tasks", TASKS)
     return CONFIGS[method].model_validate(values | sections)

@@ -1,4 +1,6 @@
-"""Preferences: what becomes a pair, that training begins at the reference, and that something is learned."""
+"""Preferences: what becomes a pair, that training begins at the reference, and that something is
+learned.
+"""
 
 import json
 import random
@@ -6,23 +8,16 @@ import random
 import pytest
 import torch
 from data_helpers import chat, runs
-from finetune_helpers import (
-    config,
-    go,
-    losses_of,
-    rows_of,
-    summary_of,
-    text,
-    write_lines,
-)
+from finetune_helpers import config, go, losses_of, rows_of, summary_of, text, write_lines
 from safetensors.torch import load_file
 
 from configs.finetune_schema import PreferenceData
 from eagle.errors import EagleError
 from eagle.loading import WEIGHTS
-from train.data.rows import RowError
+from records.rows import RowError
 from train.finetune import pairs as builder
-from train.finetune.preference import bare_length, fair_shares, load_pairs, render_pair
+from train.finetune.preference import bare_length, fair_shares, render_pair, renderer
+from train.finetune.rows import read_rows
 
 CFG = PreferenceData(max_length=96)
 PASSAGES = [" ".join(f"w{n}{k}" for n in range(40)) for k in "abc"]
@@ -42,9 +37,12 @@ def test_text_and_messages_give_the_same_pair(tokenizer):
         {"prompt": "is it?", "chosen": "yes", "rejected": "no"},
         {"prompt": chat("is it?")["messages"], "chosen": "yes", "rejected": {"content": "no"}},
         {"chosen": chat("is it?", "yes")["messages"], "rejected": chat("is it?", "no")["messages"]},
-        {"prompt": "is it?", "chosen": [{"role": "assistant", "content": "yes"}],
-         "rejected": [{"role": "assistant", "content": "no"}]},
-    ]  # fmt: skip
+        {
+            "prompt": "is it?",
+            "chosen": [{"role": "assistant", "content": "yes"}],
+            "rejected": [{"role": "assistant", "content": "no"}],
+        },
+    ]
     found = [answers(tokenizer, form) for form in forms]
     assert all(supervised == expected for supervised, _ in found)
     assert len({prompt for _, prompt in found}) == 1
@@ -75,14 +73,30 @@ def test_a_tokenizer_without_a_template_gets_alpaca(tokenizer):
         ({"chosen": "b", "rejected": "c"}, "missing field 'prompt'"),
         ({"prompt": "a", "chosen": "b " * 99, "rejected": "c"}, "longer than data.max_length"),
         ({"prompt": "a " * 99, "chosen": "b", "rejected": "c"}, "max_length"),
-        ({"chosen": chat("a", "x")["messages"], "rejected": chat("b", "y")["messages"]},
-         "answer different prompts"),
-        ({"query": "a", "retrieval_result": [], "chosen": {"text": "b"}, "rejected": {"text": "c"}},
-         "not a non-empty list"),
-        ({"query": "a " * 99, "retrieval_result": ["p"], "chosen": {"text": "b"},
-          "rejected": {"text": "c"}}, "question and answer are longer"),
+        (
+            {"chosen": chat("a", "x")["messages"], "rejected": chat("b", "y")["messages"]},
+            "answer different prompts",
+        ),
+        (
+            {
+                "query": "a",
+                "retrieval_result": [],
+                "chosen": {"text": "b"},
+                "rejected": {"text": "c"},
+            },
+            "not a non-empty list",
+        ),
+        (
+            {
+                "query": "a " * 99,
+                "retrieval_result": ["p"],
+                "chosen": {"text": "b"},
+                "rejected": {"text": "c"},
+            },
+            "question and answer are longer",
+        ),
     ],
-)  # fmt: skip
+)
 def test_pairs_that_prefer_nothing_are_set_aside(tokenizer, record, reason):
     with pytest.raises(RowError, match=reason):
         render_pair(record, tokenizer, CFG)
@@ -90,10 +104,14 @@ def test_pairs_that_prefer_nothing_are_set_aside(tokenizer, record, reason):
 
 @pytest.mark.parametrize("room", [30, 60, 120, 2000])
 def test_passages_are_cut_and_the_question_never(tokenizer, room):
-    record = {"query": "what is it for?", "retrieval_result": [PASSAGES[0], {"text": "short"}, PASSAGES[1]],
-              "chosen": {"text": "the right answer"}, "rejected": {"text": "no"}}  # fmt: skip
+    record = {
+        "query": "what is it for?",
+        "retrieval_result": [PASSAGES[0], {"text": "short"}, PASSAGES[1]],
+        "chosen": {"text": "the right answer"},
+        "rejected": {"text": "no"},
+    }
     texts = ("the right answer", "no")
-    length = room + bare_length(record["query"], ["."] * 3, texts, tokenizer, CFG)
+    length = room + bare_length(record["query"], 3, texts, tokenizer, CFG)
     cfg = PreferenceData(max_length=length)
     pair = render_pair(record, tokenizer, cfg)
     assert max(len(pair.chosen.input_ids), len(pair.rejected.input_ids)) <= length
@@ -122,8 +140,8 @@ def test_bad_pairs_are_counted_written_and_limited(tokenizer, tmp_path):
         {"prompt": "a", "chosen": "", "rejected": "b"},
     ]
     path = write_lines(tmp_path / "pairs.jsonl", good + bad)
-    cfg = PreferenceData(max_length=96, max_bad_fraction=0.3)
-    found, card = load_pairs(cfg, tokenizer, [path], tmp_path / "q.jsonl")
+    render = renderer(tokenizer, CFG)
+    found, card = read_rows([path], render, 0.3, tmp_path / "q.jsonl")
     assert len(found) == 8 and card["bad"] == 2
     assert card["bad_by_reason"] == {"chosen and rejected are equal": 1, "chosen is empty": 1}
     assert [json.loads(x)["line"] for x in (tmp_path / "q.jsonl").read_text().splitlines()] == [
@@ -131,7 +149,7 @@ def test_bad_pairs_are_counted_written_and_limited(tokenizer, tmp_path):
         10,
     ]
     with pytest.raises(EagleError, match="2 of 10 rows are unusable"):
-        load_pairs(CFG, tokenizer, [path], None)
+        read_rows([path], render, 0.05, None)
 
 
 # pairs out of scored samples
@@ -149,9 +167,10 @@ def test_the_best_is_set_against_the_worst_and_ties_give_nothing(tmp_path, capsy
         {"prompt": "p", "samples": samples},
         {"prompt": "tied", "samples": [{"text": "x", "score": 1}, {"text": "y", "score": 1}]},
         {"prompt": "one", "samples": [{"text": "x", "score": 1}]},
-        {"prompt": "flat", "text": "good", "score": 2}, {"prompt": "flat", "text": "bad", "score": 1},
+        {"prompt": "flat", "text": "good", "score": 2},
+        {"prompt": "flat", "text": "bad", "score": 1},
         {"prompt": "flat", "text": "no score"},
-    ]  # fmt: skip
+    ]
     found = build(tmp_path, records)
     assert [(p["prompt"], p["chosen"], p["rejected"]) for p in found] == [
         ("p", "a", "c"),
@@ -177,8 +196,10 @@ def test_one_text_scored_twice_counts_once(tmp_path):
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     rng = random.Random(0)
-    records = [{"prompt": f"say {text(rng, 3)}", "chosen": text(rng, 4), "rejected": text(rng, 3)}
-               for _ in range(40)]  # fmt: skip
+    records = [
+        {"prompt": f"say {text(rng, 3)}", "chosen": text(rng, 4), "rejected": text(rng, 3)}
+        for _ in range(40)
+    ]
     return write_lines(tmp_path_factory.mktemp("pairs") / "pairs.jsonl", records)
 
 
@@ -194,12 +215,20 @@ def tuned(base, tmp_path_factory):
 
 @pytest.mark.parametrize("quantization", ["nf4", "none"])
 def test_training_begins_at_the_sft_adapter(base, tuned, data, tmp_path, quantization):
-    """The first margin is 0 to the last bit, and moves from the adapter's answers, not from the base's."""
+    """The first margin is 0 to the last bit, and moves from the adapter's answers, not from the
+    base's.
+    """
     found = {}
     for name, adapter in (("tuned", str(tuned)), ("bare", None)):
-        output = go("dpo", base, data, tmp_path / name, data={"heldout_fraction": 0.2},
-                    model={"adapter": adapter, "quantization": quantization},
-                    train={"max_steps": 2, "batch_size": 4, "lr": 1e-2})  # fmt: skip
+        output = go(
+            "dpo",
+            base,
+            data,
+            tmp_path / name,
+            data={"heldout_fraction": 0.2},
+            model={"adapter": adapter, "quantization": quantization},
+            train={"max_steps": 2, "batch_size": 4, "lr": 1e-2},
+        )
         first, last = rows_of(output)[0], rows_of(output, evaluations=True)[-1]
         start = rows_of(output, evaluations=True)[0]
         assert first["rewards/margins"] == first["rewards/chosen"] == 0.0
@@ -235,21 +264,34 @@ def test_rows_with_identical_answers_stop_a_run(base, tmp_path):
 
 @pytest.mark.slow
 def test_real_preferences_are_learned(tmp_path):
-    """The embedded model in NF4 learns to prefer what a docstring says to the same with an error in it."""
-    from train.finetune.assistant import shipped_preferences
+    """The embedded model in NF4 learns to prefer what a docstring says to the same with an error in
+    it.
+    """
+    from train.finetune.assistant import shipped_file
 
     cfg, files = config("dpo", None, None, tmp_path / "run"), []
     for split, limit in (("train", 64), ("eval", 16)):
-        lines = shipped_preferences(cfg.data, split).read_text().splitlines()
+        lines = shipped_file(cfg.data, "preferences", split).read_text().splitlines()
         kept = sorted(
             (r for r in map(json.loads, lines) if "prompt" in r), key=lambda r: len(str(r))
         )
         start = len(kept) // 6  # short, but not the shortest
         files.append(write_lines(tmp_path / f"{split}.jsonl", kept[start : start + limit]))
-    output = go("dpo", None, files[0], tmp_path / "run", lora={"r": 8},
-                data={"eval_path": str(files[1]), "max_length": 256},
-                train={"max_steps": 6, "batch_size": 4, "lr": 5e-3, "grad_clip": 1.0,
-                       "gradient_checkpointing": False})  # fmt: skip
+    output = go(
+        "dpo",
+        None,
+        files[0],
+        tmp_path / "run",
+        lora={"r": 8},
+        data={"eval_path": str(files[1]), "max_length": 256},
+        train={
+            "max_steps": 6,
+            "batch_size": 4,
+            "lr": 5e-3,
+            "grad_clip": 1.0,
+            "gradient_checkpointing": False,
+        },
+    )
     before, after = (summary_of(output)[k] for k in ("heldout_before", "heldout_after"))
     assert before["reward_margin"] == 0 and before["loss"] == pytest.approx(0.693147, abs=1e-5)
     assert after["loss"] < 0.68 and after["reward_accuracy"] > 0.6 and after["reward_margin"] > 0.04

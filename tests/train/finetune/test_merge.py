@@ -1,4 +1,6 @@
-"""Merging: what is written is the base in full precision with the adapter in it, and says how it differs."""
+"""Merging: what is written is the base in full precision with the adapter in it, and says how it
+differs.
+"""
 
 import json
 
@@ -31,9 +33,18 @@ def tuned(base, data, tmp_path_factory):
 
 
 def config(data, tuned, output, **more):
-    values = {"adapter": str(tuned), "output": str(output), "rows": 3,
-              "data": {"format": "instruction", "path": str(data), "max_length": 96,
-                       "heldout_fraction": 0.2, "cache_dir": str(output.parent / "cache")}}  # fmt: skip
+    values = {
+        "adapter": str(tuned),
+        "output": str(output),
+        "rows": 3,
+        "data": {
+            "format": "instruction",
+            "path": str(data),
+            "max_length": 96,
+            "heldout_fraction": 0.2,
+            "cache_dir": str(output.parent / "cache"),
+        },
+    }
     return MergeConfig.model_validate(values | more)
 
 

@@ -17,25 +17,19 @@ from finetune_helpers import (
 )
 from safetensors.torch import load_file
 
-from configs.finetune_schema import (
-    LoraSection,
-    MultitaskConfig,
-    PolicyConfig,
-    TaskConfig,
-    TaskData,
-)
+from configs.finetune_schema import LoraSection, MultitaskConfig, PolicyConfig, TaskConfig
 from configs.load import load_config
 from eagle.errors import EagleError
 from eagle.loading import WEIGHTS
-from train.finetune.__main__ import find_preset
 from train.finetune.adapter import HEADS
 from train.finetune.adapter import TASKS as TASKS_FILE
-from train.finetune.assistant import shipped_tasks
+from train.finetune.assistant import shipped_file
 from train.finetune.multitask import TaskCollator
 from train.finetune.policy import build_policy
+from train.finetune.rows import read_rows
 from train.finetune.task_heads import TaskHeads, attach, ranking_loss, task_loss
 from train.finetune.task_metrics import lines_of, measure_task, reliability, skill
-from train.finetune.tasks import load_tasks
+from train.finetune.tasks import by_kind, render_record
 
 TASK_LIST = [TaskConfig.model_validate(t) for t in TASKS]
 ANSWER, KIND, SCORE, RANK = range(4)
@@ -69,16 +63,18 @@ def gradients(model, batch, counts=None):
 
 @pytest.fixture(scope="module")
 def rows(base, data):
-    from train.data import load_tokenizer
+    from records import load_tokenizer
 
-    cfg = TaskData(max_length=96)
-    kinds, _ = load_tasks(cfg, TASK_LIST, load_tokenizer(str(base)), [data], None)
-    return [row for kind in kinds for row in kind.rows[:3]]
+    tokenizer = load_tokenizer(str(base))
+    found, _ = read_rows([data], lambda r: render_record(r, TASK_LIST, tokenizer, 96), 0, None)
+    return [row for kind in by_kind(found) for row in kind[:3]]
 
 
 @pytest.mark.parametrize("learned", [False, True], ids=["fixed", "uncertainty"])
 def test_gradients_are_those_of_each_task_alone(base, rows, learned):
-    """A mixed batch with missing labels, against one batch a task with every other label taken out."""
+    """A mixed batch with missing labels, against one batch a task with every other label taken
+    out.
+    """
     model, collate = policy(base, learned), TaskCollator(0, TASK_LIST)
     if learned:
         with torch.no_grad():
@@ -149,9 +145,12 @@ def test_a_head_reads_the_last_real_token(base, rows):
 
 
 def test_without_a_task_the_model_is_what_it_was(base, rows):
-    model, plain = policy(base).eval(), build_policy(
-        PolicyConfig(base=str(base), compute="fp32"), LoraSection(r=4, dropout=0.0), 0, None
-    ).eval()  # fmt: skip
+    model, plain = (
+        policy(base).eval(),
+        build_policy(
+            PolicyConfig(base=str(base), compute="fp32"), LoraSection(r=4, dropout=0.0), 0, None
+        ).eval(),
+    )
     ids = torch.arange(5, 25)[None]
     with torch.no_grad(), model.disable_adapter(), plain.disable_adapter():
         assert torch.equal(model(input_ids=ids).logits, plain(input_ids=ids).logits)
@@ -208,8 +207,15 @@ def test_learned_weights_are_kendalls():
 
 
 def test_metrics_of_each_type():
-    kind = lines_of(TASK_LIST[KIND], [([0.7, 0.2, 0.1], 0.0), ([0.1, 0.8, 0.1], 1.0),
-                                      ([0.2, 0.4, 0.05], 2.0), ([0.6, 0.3, 0.1], 0.0)])  # fmt: skip
+    kind = lines_of(
+        TASK_LIST[KIND],
+        [
+            ([0.7, 0.2, 0.1], 0.0),
+            ([0.1, 0.8, 0.1], 1.0),
+            ([0.2, 0.4, 0.05], 2.0),
+            ([0.6, 0.3, 0.1], 0.0),
+        ],
+    )
     assert kind[2]["prediction"] == "b" and kind[2]["label"] == "c"
     found = measure_task(TASK_LIST[KIND], kind)
     assert found["accuracy"] == pytest.approx(0.75)
@@ -234,8 +240,12 @@ def test_metrics_of_each_type():
 
 
 def test_reliability_is_the_geometric_mean_of_skills_beyond_chance():
-    found = {"answer": {"exact_match": 0.5}, "kind": {"accuracy": 2 / 3},
-             "score": {"mae": 0.5, "mae_of_median": 1.0}, "rank": {"ndcg": 0.8}}  # fmt: skip
+    found = {
+        "answer": {"exact_match": 0.5},
+        "kind": {"accuracy": 2 / 3},
+        "score": {"mae": 0.5, "mae_of_median": 1.0},
+        "rank": {"ndcg": 0.8},
+    }
     skills = [skill(t, found[t.name]) for t in TASK_LIST]
     assert skills == pytest.approx([0.5, 0.5, 0.5, 0.8])
     weights = [1, 2, 0.5, 1]
@@ -251,9 +261,15 @@ def test_reliability_is_the_geometric_mean_of_skills_beyond_chance():
 
 
 def test_a_run_leaves_heads_predictions_and_metrics(base, data, tmp_path):
-    output = go("multitask", base, data, tmp_path / "run", data={"eval_path": str(data)},
-                train={"max_steps": 4, "batch_size": 6, "save_every": 2, "save_total_limit": 9},
-                balance={"weights": "uncertainty", "max_generations": 3})  # fmt: skip
+    output = go(
+        "multitask",
+        base,
+        data,
+        tmp_path / "run",
+        data={"eval_path": str(data)},
+        train={"max_steps": 4, "batch_size": 6, "save_every": 2, "save_total_limit": 9},
+        balance={"weights": "uncertainty", "max_generations": 3},
+    )
     adapter = output / "adapter"
     assert {WEIGHTS, HEADS, TASKS_FILE, "eagle.json"} <= {p.name for p in adapter.iterdir()}
     saved = json.loads((adapter / TASKS_FILE).read_text())
@@ -268,14 +284,29 @@ def test_a_run_leaves_heads_predictions_and_metrics(base, data, tmp_path):
     assert counted[ANSWER] == 3 and counted[RANK] == 12
     assert all({"task", "type", "prediction", "label"} <= line.keys() for line in lines)
     for evaluation in rows_of(output, evaluations=True):
-        assert {"eval_loss", "eval_kind/accuracy", "eval_score/mae", "eval_rank/ndcg",
-                "eval_answer/rouge_l"} <= evaluation.keys()  # fmt: skip
+        assert {
+            "eval_loss",
+            "eval_kind/accuracy",
+            "eval_score/mae",
+            "eval_rank/ndcg",
+            "eval_answer/rouge_l",
+        } <= evaluation.keys()
     assert {"kind/weight", "score/weight"} <= rows_of(output)[-1].keys()
     assert summary_of(output)["data"]["labels"]["answer"] == 12
 
-    again = go("multitask", base, data, tmp_path / "again", data={"eval_path": str(data)},
-               train={"max_steps": 4, "batch_size": 6, "resume": str(output / "checkpoints" / "checkpoint-2")},
-               balance={"weights": "uncertainty", "max_generations": 3})  # fmt: skip
+    again = go(
+        "multitask",
+        base,
+        data,
+        tmp_path / "again",
+        data={"eval_path": str(data)},
+        train={
+            "max_steps": 4,
+            "batch_size": 6,
+            "resume": str(output / "checkpoints" / "checkpoint-2"),
+        },
+        balance={"weights": "uncertainty", "max_generations": 3},
+    )
     for name in (WEIGHTS, HEADS):
         a, b = load_file(again / "adapter" / name), load_file(adapter / name)
         assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
@@ -290,20 +321,36 @@ def test_a_task_without_data_is_refused(base, tmp_path):
 
 @pytest.mark.slow
 def test_real_tasks_are_learned(tmp_path):
-    """The embedded model in NF4 learns how easy docstrings read, and to summarise code, in one adapter."""
+    """The embedded model in NF4 learns how easy docstrings read, and to summarise code, in one
+    adapter.
+    """
     cfg, files = config("multitask", None, None, tmp_path / "run"), []
     for split, limit in (("train", 48), ("eval", 20)):
-        records = [json.loads(x) for x in shipped_tasks(cfg.data, split).read_text().splitlines()]
+        records = [
+            json.loads(x) for x in shipped_file(cfg.data, "tasks", split).read_text().splitlines()
+        ]
         read = [r for r in records if r.get("readability") and len(r["text"]) < 90]
         written = [r for r in records if "summary" in r and len(r["code"]) < 160]
         files.append(write_lines(tmp_path / f"{split}.jsonl", read[:limit] + written[: limit // 2]))
-    preset = load_config(MultitaskConfig, find_preset("writing_assistant"))
+    preset = load_config(MultitaskConfig, "writing_assistant", folder="finetune")
     names = ("summary_generation", "readability")
-    output = go("multitask", None, files[0], tmp_path / "run", lora={"r": 8},
-                tasks=[t.model_dump() for t in preset.tasks if t.name in names],
-                data={"eval_path": str(files[1])}, balance={"max_generations": 0},
-                train={"max_steps": 6, "batch_size": 12, "lr": 3e-3, "grad_clip": 1.0,
-                       "gradient_checkpointing": False})  # fmt: skip
+    output = go(
+        "multitask",
+        None,
+        files[0],
+        tmp_path / "run",
+        lora={"r": 8},
+        tasks=[t.model_dump() for t in preset.tasks if t.name in names],
+        data={"eval_path": str(files[1])},
+        balance={"max_generations": 0},
+        train={
+            "max_steps": 6,
+            "batch_size": 12,
+            "lr": 3e-3,
+            "grad_clip": 1.0,
+            "gradient_checkpointing": False,
+        },
+    )
     before, after = (summary_of(output)[k] for k in ("heldout_before", "heldout_after"))
     assert after["readability/loss"] < before["readability/loss"]
     assert after["readability/pearson"] > 0.2  # before, every prediction is the mean

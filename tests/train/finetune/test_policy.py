@@ -9,13 +9,7 @@ from configs.finetune_schema import LoraSection, PolicyConfig, TaskConfig
 from eagle import loading
 from eagle.errors import EagleError
 from train.finetune import adapter
-from train.finetune.policy import (
-    base_fingerprint,
-    base_name,
-    build_policy,
-    parameter_counts,
-    trainable_state,
-)
+from train.finetune.policy import base_fingerprint, base_name, build_policy, trainable_state
 from train.finetune.task_heads import TaskHeads, attach
 
 IDS = torch.arange(5, 45).reshape(2, 20)
@@ -41,9 +35,9 @@ def test_the_base_is_in_4_bit_and_the_adapter_in_fp32(base):
     assert layers[0].weight.dtype == torch.uint8 and state.quant_type == "nf4" and state.nested
     trainable = {n: p for n, p in model.named_parameters() if p.requires_grad}
     assert all(p.dtype == torch.float32 and "lora_" in n for n, p in trainable.items())
-    counts = parameter_counts(model)
-    assert counts["trainable_parameters"] == sum(p.numel() for p in trainable.values())
-    stock = parameter_counts(policy(base, "none"))
+    counts = model.get_nb_trainable_parameters()
+    assert counts[0] == sum(p.numel() for p in trainable.values())
+    stock = policy(base, "none").get_nb_trainable_parameters()
     assert counts == stock  # a packed weight counts what it stands for
 
 
@@ -60,7 +54,9 @@ def test_every_adapter_matrix_learns(base, quantization):
 
 
 def test_an_evaluation_changes_no_gradient(base):
-    """On some CPUs a pass without gradients used to repack 4-bit weights into what cannot be trained."""
+    """On some CPUs a pass without gradients used to repack 4-bit weights into what cannot be
+    trained.
+    """
     model = policy(base)
     expected = gradients(model)
     model.eval()

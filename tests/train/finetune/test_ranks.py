@@ -1,4 +1,6 @@
-"""Two processes learn what one learns from batches of twice the size: every method, with ZeRO and without."""
+"""Two processes learn what one learns from batches of twice the size: every method, with ZeRO and
+without.
+"""
 
 import pytest
 from finetune_helpers import (
@@ -19,8 +21,11 @@ from eagle.loading import WEIGHTS
 from train.finetune.__main__ import run
 from train.finetune.adapter import HEADS
 
-KEYS = {"sft": ("eval_loss", "eval_token_accuracy"), "dpo": ("eval_loss", "eval_reward_margin"),
-        "multitask": ("eval_loss", "eval_score/mae", "eval_kind/accuracy", "eval_rank/ndcg")}  # fmt: skip
+KEYS = {
+    "sft": ("eval_loss", "eval_token_accuracy"),
+    "dpo": ("eval_loss", "eval_reward_margin"),
+    "multitask": ("eval_loss", "eval_score/mae", "eval_kind/accuracy", "eval_rank/ndcg"),
+}
 # stage 3 last: transformers keeps it for every model that the process loads afterwards
 KINDS = [("sft", 2), ("dpo", None), ("dpo", 2), ("multitask", None), ("multitask", 2), ("sft", 3)]
 
@@ -36,20 +41,34 @@ def runs(base, tmp_path_factory):
         "multitask": write_lines(folder / "tasks.jsonl", task_records(48)),
         "dpo": write_lines(
             folder / "pairs.jsonl",
-            [{"prompt": f"say {text(rng, 3)}", "chosen": text(rng, 4), "rejected": text(rng, 3)}
-             for _ in range(40)],
+            [
+                {"prompt": f"say {text(rng, 3)}", "chosen": text(rng, 4), "rejected": text(rng, 3)}
+                for _ in range(40)
+            ],
         ),
-    }  # fmt: skip
+    }
     tuned = go("sft", base, files["sft"], folder / "tuned", train={"max_steps": 2, "lr": 1e-2})
 
     def of(method, name, batch_size, **train):
-        more = {"sft": {"lora": {"dropout": 0.0}}, "dpo": {"data": {"heldout_fraction": 0.2}},
-                "multitask": {"data": {"eval_path": str(files["multitask"])},
-                              "balance": {"weights": "uncertainty", "max_generations": 4}}}[method]  # fmt: skip
+        more = {
+            "sft": {"lora": {"dropout": 0.0}},
+            "dpo": {"data": {"heldout_fraction": 0.2}},
+            "multitask": {
+                "data": {"eval_path": str(files["multitask"])},
+                "balance": {"weights": "uncertainty", "max_generations": 4},
+            },
+        }[method]
         model = {"compute": "fp32"} | ({"adapter": str(tuned)} if method == "dpo" else {})
         train = {"max_steps": 3, "batch_size": batch_size, **train}
-        return method, config(method, base, files[method], folder / f"{method}-{name}", model=model,
-                              train=train, **more)  # fmt: skip
+        return method, config(
+            method,
+            base,
+            files[method],
+            folder / f"{method}-{name}",
+            model=model,
+            train=train,
+            **more,
+        )
 
     methods = {"sft": 2, "dpo": 2, "multitask": 1}
     for method, size in methods.items():

@@ -13,31 +13,25 @@ from configs.errors import ConfigError
 from configs.finetune_schema import DpoConfig, MultitaskConfig, SftConfig, TaskConfig, TaskData
 from configs.load import load_config
 from eagle.errors import EagleError
-from train.data.rows import RowError
+from records.rows import RowError
 from train.finetune import assistant
-from train.finetune.__main__ import find_preset
 from train.finetune.multitask import mix
+from train.finetune.rows import read_rows, split_rows
 from train.finetune.task_metrics import measure_task
-from train.finetune.tasks import (
-    TaskRows,
-    load_tasks,
-    render_record,
-    require_labels,
-    split_heldout,
-)
+from train.finetune.tasks import by_kind, count_labels, render_record
 
 TASK_LIST = [TaskConfig.model_validate(t) for t in TASKS]
 ANSWER, KIND, SCORE, RANK = range(4)
 
 
 def render(record, tokenizer, tasks=TASK_LIST, length=96):
-    return dict(render_record(record, tasks, tokenizer, length))
+    return {row.kind: row for row in render_record(record, tasks, tokenizer, length)}
 
 
 def test_a_generation_is_a_chat_with_the_answer_supervised(tokenizer):
     row = render({"text": "a b", "answer": "the answer"}, tokenizer)["answer"]
     assert runs(tokenizer, (row.sequences[0], row.mask)) == ["the answer<|im_end|>"]
-    assert row.task == ANSWER and row.mask.index(1) == row.prompt_length and not row.targets
+    assert row.task == ANSWER and not row.targets
     tokenizer.chat_template = None
     row = render({"text": "a b", "answer": "the answer"}, tokenizer)["answer"]
     assert runs(tokenizer, (row.sequences[0], row.mask)) == ["the answer<|endoftext|>"]
@@ -57,10 +51,15 @@ def test_tasks_of_one_template_share_a_row_and_missing_labels_stay_missing(token
 
 @pytest.mark.parametrize(
     "text, other",
-    [("猫坐在垫子上", "猫睡在垫子上"), ("قطة على السجادة", "قطة تحت السجادة"), ("बिल्ली चटाई पर", "बिल्ली मेज़ पर"),
-     ("кот на ковре", "кот под ковром"), ("a cat", "a dog")],
+    [
+        ("猫坐在垫子上", "猫睡在垫子上"),
+        ("قطة على السجادة", "قطة تحت السجادة"),
+        ("बिल्ली चटाई पर", "बिल्ली मेज़ पर"),
+        ("кот на ковре", "кот под ковром"),
+        ("a cat", "a dog"),
+    ],
     ids=["chinese", "arabic", "hindi", "cyrillic", "latin"],
-)  # fmt: skip
+)
 def test_answers_in_any_script_are_measured_as_evaluation_does(text, other):
     from inference.evaluation.text_metrics import with_references
 
@@ -114,33 +113,37 @@ def test_bad_records_are_counted_written_and_limited(tokenizer, tmp_path):
     records = [*task_records(20), {"text": "a", "score": "high"}, {"text": "b"}]
     path = write_lines(tmp_path / "rows.jsonl", records)
     path.write_text(path.read_text() + "{torn\n")
-    cfg = TaskData(max_length=96, max_bad_fraction=0.5)
-    kinds, card = load_tasks(cfg, TASK_LIST, tokenizer, [path], tmp_path / "q.jsonl")
-    assert card["records"] == 23 and card["bad"] == 3 and card["rows"] == 20
-    assert card["labels"]["answer"] == 5 and card["labels"]["rank"] == 5
-    assert sum(map(len, kinds)) == 20
+
+    def read(limit, out=None):
+        return read_rows([path], lambda r: render_record(r, TASK_LIST, tokenizer, 96), limit, out)
+
+    found, card = read(0.5, tmp_path / "q.jsonl")
+    assert card["records"] == 23 and card["bad"] == 3 and len(found) == 20
+    labels = count_labels(found, TASK_LIST, "training")
+    assert labels["answer"] == 5 and labels["rank"] == 5
     lines = [json.loads(line)["line"] for line in (tmp_path / "q.jsonl").read_text().splitlines()]
     assert lines == [21, 22, 23]
     with pytest.raises(EagleError, match="3 of 23 rows are unusable"):
-        load_tasks(TaskData(max_length=96), TASK_LIST, tokenizer, [path], None)
+        read(0.05)
     with pytest.raises(EagleError, match="no training record has a label for rank"):
-        require_labels(TASK_LIST, {"labels": {**card["labels"], "rank": 0}}, "training")
+        count_labels([row for row in found if row.kind != "rank"], TASK_LIST, "training")
 
 
 def test_records_are_held_out_whole(tokenizer, tmp_path):
     records = [{"text": f"row {n}", "answer": "x", "kind": "a"} for n in range(20)]
     path = write_lines(tmp_path / "rows.jsonl", records)
-    kinds, _ = load_tasks(TaskData(max_length=96), TASK_LIST, tokenizer, [path], None)
-    train, held = split_heldout(kinds, lambda keys: [n % 4 == 0 for n in range(len(keys))])
-    keys = [{row.key for kind in part for row in kind.rows} for part in (train, held)]
-    assert len(keys[0]) == 15 and len(keys[1]) == 5 and not keys[0] & keys[1]
-    assert [len(kind) for kind in train] == [15, 15]
+    found, _ = read_rows([path], lambda r: render_record(r, TASK_LIST, tokenizer, 96), 0, None)
+    sides = split_rows(found, 0.25)
+    keys = [{row.key for row in side} for side in sides]
+    assert len(keys[0] | keys[1]) == 20 and all(keys) and not keys[0] & keys[1]
+    assert all(len(side) == 2 * len(k) for side, k in zip(sides, keys, strict=True))
+    assert [len(kind) for kind in by_kind(sides[0])] == [len(keys[0])] * 2
 
 
 @pytest.mark.parametrize("temperature, share", [(1.0, 0.1), (2.0, 0.25), (1000.0, 0.5)])
 def test_temperature_draws_rare_tasks_more_often(tmp_path, temperature, share):
     cfg = config("multitask", None, None, tmp_path, balance={"temperature": temperature})
-    mixture = mix(cfg, [TaskRows("many", list(range(900))), TaskRows("few", list(range(100)))])
+    mixture = mix(cfg, [list(range(900)), list(range(100))])
     assert mixture.counts[1] / len(mixture) == pytest.approx(share, abs=0.01)
     assert {mixture[n] for n in range(len(mixture)) if mixture.order[n] == 0} == set(range(900))
 
@@ -171,13 +174,18 @@ def test_a_registry_that_is_wrong_is_refused(tmp_path, change, named):
 
 
 def test_presets_load():
-    tasks = load_config(MultitaskConfig, find_preset("writing_assistant")).tasks
-    assert [t.name for t in tasks] == ["summary_generation", "experiment_design", "error_detection",
-                                       "logic_consistency", "readability"]  # fmt: skip
-    assert load_config(SftConfig, find_preset("qlora")).lora.r == 64
-    assert load_config(DpoConfig, find_preset("dpo")).train.lr == 5e-5
+    tasks = load_config(MultitaskConfig, "writing_assistant", folder="finetune").tasks
+    assert [t.name for t in tasks] == [
+        "summary_generation",
+        "experiment_design",
+        "error_detection",
+        "logic_consistency",
+        "readability",
+    ]
+    assert load_config(SftConfig, "qlora", folder="finetune").lora.r == 64
+    assert load_config(DpoConfig, "dpo", folder="finetune").train.lr == 5e-5
     with pytest.raises(ConfigError, match="presets: dpo, pipeline, qlora, writing_assistant"):
-        find_preset("nothing")
+        load_config(SftConfig, "nothing", folder="finetune")
 
 
 def test_settings_that_contradict_are_refused():
@@ -218,10 +226,15 @@ def test_the_example_tasks_are_facts(tokenizer):
 
 
 def test_cards_are_facts():
-    code = "    async def get(self, /, path, *rest, mode='r'):\n        return opened(self.find(path)).read(rest)"
+    code = "    async def get(self, /, path, *rest, mode='r'):\n"
+    code += "        return opened(self.find(path)).read(rest)"
     found = assistant.card({"code": code, "summary": "Read it."})
-    assert found == {"name": "get", "arguments": ["self", "path", "mode"],
-                     "calls": ["opened", "find", "read"], "summary": "Read it."}  # fmt: skip
+    assert found == {
+        "name": "get",
+        "arguments": ["self", "path", "mode"],
+        "calls": ["opened", "find", "read"],
+        "summary": "Read it.",
+    }
     assert assistant.card({"code": "x = 1", "summary": ""}) is None
     assert assistant.card({"code": "def f(:", "summary": ""}) is None
     for split, least in (("train", 2000), ("eval", 150)):
@@ -246,9 +259,11 @@ def test_reading_ease_is_flesch():
 
 def test_the_example_files_are_written_once(tmp_path):
     cfg = TaskData(cache_dir=str(tmp_path))
-    path = assistant.shipped_tasks(cfg, "train")
+    path = assistant.shipped_file(cfg, "tasks", "train")
     before = path.stat().st_mtime_ns
-    assert assistant.shipped_tasks(cfg, "train") == path and path.stat().st_mtime_ns == before
+    assert (
+        assistant.shipped_file(cfg, "tasks", "train") == path and path.stat().st_mtime_ns == before
+    )
     names = {p.name for p in path.parent.iterdir()}
     assert names == {f"{h}{k}.jsonl" for h in ("", "heldout_") for k in assistant.MAKERS}
     counts = assistant.write_all(tmp_path / "out")

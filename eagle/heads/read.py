@@ -1,0 +1,168 @@
+"""A head's folder in any format -> its HeadConfig and tensors under our names."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from pydantic import BaseModel, ConfigDict
+
+from ..errors import EagleError
+from ..files import read_json, read_tensors
+from .configs import detect, is_eagle1, read_config, written_layers
+from .head import make_head
+from .head_config import FINAL, HeadConfig, default_feature_layers
+from .layers import SHIFT, absent, entering_ids
+from .tables import EMBEDDING, Format, table, to_ours
+
+
+class Part(BaseModel):
+    model_config = ConfigDict(extra="allow", strict=True, allow_inf_nan=False)
+
+
+class Decoder(Part):
+    """Fields of a Llama config; those of `HeadConfig` are checked there."""
+
+    model_type: str | None = None
+    architectures: list[str] | None = None
+    layer_types: list[str] | None = None
+    rope_theta: float | None = None
+    rope_scaling: dict | None = None
+    rope_parameters: dict | None = None
+    tie_word_embeddings: bool | None = None
+
+
+class Verifier(Part):
+    name_or_path: str | None = None
+
+
+class Speculators(Part):
+    verifier: Verifier | None = None
+
+
+class ConfigFile(Decoder):
+    """config.json of any format."""
+
+    speculators_model_type: str | None = None
+    speculators_config: Speculators | None = None
+    transformer_layer_config: Decoder | None = None
+    eagle_config: dict | None = None
+    eagle_aux_hidden_state_convention: str | None = None
+
+
+class Owner(Part):
+    """A target, as a record names it."""
+
+    id: str | None = None
+    fingerprint: str | None = None
+    adapter: str | None = None
+    quantization: str | None = None
+
+
+class Data(Part):
+    files: list[str] | None = None
+
+
+class RecordFile(Owner):
+    """eagle.json of a head or an adapter: what it belongs to."""
+
+    target: Owner | None = None
+    base: Owner | None = None
+    tokenizer: str | None = None
+    training: dict | None = None
+    data: Data | None = None
+
+
+@dataclass(frozen=True)
+class Published:
+    """What a folder holds: config.json as it is, tensors under the names of its format."""
+
+    path: Path
+    raw: dict
+    tensors: dict[str, torch.Tensor]
+    format: Format
+    provenance: dict
+
+    @property
+    def eagle1(self) -> bool:
+        return is_eagle1(self.raw, self.tensors.keys())
+
+    def layers(
+        self,
+        num_layers: int | None = None,
+        layer_ids: Sequence[int] | None = None,
+        convention: str | None = None,
+    ) -> tuple[int, ...]:
+        """Entering-layer ids. num_layers: of the target, when it is known; an EAGLE folder that
+        names no layers is then read as SafeAILab's code does, which knows one choice. layer_ids,
+        convention: win over the file."""
+        if self.eagle1:
+            return (FINAL,)
+        written, meant = written_layers(self.format, self.raw)
+        numbers = written if layer_ids is None else list(layer_ids)
+        if numbers is None:
+            if self.format.name == "eagle" and num_layers is not None and convention is None:
+                return default_feature_layers(num_layers)
+            raise absent(self.path, self.format.name)
+        if layer_ids is not None and convention is None:
+            raise EagleError(f"say with --convention what --layer_ids mean: {', '.join(SHIFT)}")
+        whole = isinstance(numbers, (list, tuple)) and all(type(i) is int for i in numbers)
+        if not whole or len(numbers) != 3 or (convention or meant) not in SHIFT:
+            raise EagleError(
+                f"{self.path}: feature layers {numbers!r} ({convention or meant}) must be three "
+                f"ids, their convention one of {', '.join(SHIFT)}"
+            )
+        return entering_ids(numbers, convention or meant)
+
+    def parse(
+        self, layers: tuple[int, ...], embedding: torch.Tensor | None = None
+    ) -> tuple[HeadConfig, dict[str, torch.Tensor]]:
+        """-> config, and exactly the tensors of that head's state_dict. embedding [V, H]: the
+        target's; the same one in the folder is left out."""
+        tensors, raw = dict(self.tensors), self.raw
+        own, nested = tensors.get(EMBEDDING), raw.get("transformer_layer_config") or {}
+        tied = raw.get("tie_word_embeddings") or nested.get("tie_word_embeddings")
+        if tied and own is not None and not self.eagle1:
+            tensors.setdefault("lm_head.weight", own.clone())
+        if own is not None and embedding is not None and own.shape == embedding.shape:
+            theirs = embedding.detach()
+            same = torch.equal(own.to(theirs.device, theirs.dtype), theirs)
+            if same and (self.eagle1 or not raw.get("own_embedding")):
+                del tensors[EMBEDDING]
+                raw = raw | {"own_embedding": False}
+        config = read_config(self.path, self.format, raw, tensors, layers)
+        try:
+            with torch.device("meta"):
+                expected = make_head(config).state_dict()
+        except EagleError as error:
+            raise EagleError(f"{self.path}: {error}") from error
+        return config, to_ours(self.path, config, expected, tensors, self.format)
+
+
+def read_folder(path: Path, format: str | None = None) -> Published:
+    """format: eagle, sglang, vllm or modelopt; None detects it."""
+    raw, tensors = read_json(path / "config.json", ConfigFile), read_weights(path)
+    record = path / "eagle.json"
+    provenance = read_json(record, RecordFile) if record.exists() else {}
+    fmt = detect(path, raw, tensors.keys()) if format is None else table(format)
+    return Published(path, raw, tensors, fmt, provenance)
+
+
+def read_weights(path: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a folder; pickled ones as plain weights alone."""
+    if (path / "model.safetensors").exists():
+        return read_tensors(path / "model.safetensors")
+    binary = path / "pytorch_model.bin"
+    if binary.exists():
+        try:
+            tensors = torch.load(binary, map_location="cpu", weights_only=True)
+        except Exception as error:  # pickle, zip and runtime errors alike: not a file of weights
+            reason = str(error).split(".")[0]
+            raise EagleError(f"{binary} holds no plain weights ({reason})") from error
+        plain = isinstance(tensors, dict) and all(torch.is_tensor(v) for v in tensors.values())
+        if not plain:
+            raise EagleError(f"{binary} holds no dict of tensors; give the head's state_dict")
+        return dict(tensors)
+    raise EagleError(f"{path} has neither model.safetensors nor pytorch_model.bin; give a head")

@@ -1,0 +1,183 @@
+"""`make pipeline`: fine-tune a base, adapt a draft head to what came of it, and measure what that
+is worth.
+
+    base -> QLoRA SFT -> answers of the tuned model -> head for the tuned, quantized target ->
+    eagenerate -> benchmarks -> report.md, report.json
+
+Each step is a command that can be typed by hand; it is shown first. The same command goes on after
+an interruption, and does again only what has other inputs than before.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from configs import cli
+from configs.load import load_config
+from configs.schema import HeadTrainConfig
+from eagle.checkpoint import atomic_write_text, find_folder
+from eagle.errors import EagleError
+from eagle.loading import load_tokenizer
+from eagle.model import EMBEDDED_HEAD
+from eagle.tree import TreeShape
+from examples import pipeline_report
+from examples.steps import Steps, words, write_once
+from inference.bench.record import require
+from records.prompts import load_prompts
+
+FORMATS = ("chat", "instruction", "fim")
+
+
+def pipeline(
+    *overrides: str,
+    base: str | None = None,
+    head: str | None = None,
+    data: str | None = None,
+    heldout: str | None = None,
+    data_format: str = "chat",
+    quantization: str = "nf4",
+    sft_config: str | None = None,
+    head_config: str | None = None,
+    num_answers: int = 256,
+    num_prompts: int = 8,
+    max_new_tokens: int = 96,
+    tree: str | None = None,
+    repeats: int = 1,
+    output: str = "runs/pipeline",
+) -> int:
+    """Fine-tune, adapt a draft head, generate, measure; without arguments, on the embedded model
+    and cards of functions as JSON, in some minutes on two CPU cores.
+
+    --base and --head: your model and a head for it (without --head one is trained from scratch).
+    --data and --heldout: JSONL files of one --data_format, chat, instruction or fim; --heldout is
+    used to measure only. --sft_config and --head_config: YAML files or presets of `train.finetune
+    sft` and of `train.main`; sft.KEY=VALUE and head.KEY=VALUE override their settings:
+    sft.train.max_steps=100. --num_answers: rows of the data whose answers the tuned model writes
+    for the head to learn from; --num_prompts: held-out rows that are generated and measured.
+
+    Everything goes to --output; run again with the same --output, it goes on where it stopped. The
+    last line is one JSON object, the content of report.json. Exit status 1 where an output is not
+    the tuned target's own.
+    """
+    require(locals(), "num_answers", "num_prompts", "max_new_tokens", "repeats")
+    if data_format not in FORMATS:
+        raise EagleError(f"data_format={data_format!r} has no prompts; use {', '.join(FORMATS)}")
+    embedded = base is None
+    tree = str(TreeShape.parse(tree or ("16,4,4" if embedded else "60,7,10")))
+    given = find_folder(head, "head") if head else EMBEDDED_HEAD if embedded else None
+    settings = split_overrides(overrides)
+    sft_config = sft_config or ("pipeline" if embedded else None)
+    head_config = head_config or ("pipeline_head" if embedded else None)
+    load_config(
+        HeadTrainConfig, head_config, settings["head"], {"model.quantization": quantization}
+    )
+    folder = Path(output).expanduser()
+    steps, cards = Steps(folder), folder / "data"
+    shipped = data is None and heldout is None and data_format == "chat"
+    rows = cards / "cards.jsonl" if shipped else Path(data or "").expanduser()
+    held = cards / "heldout_cards.jsonl" if shipped else Path(heldout or "").expanduser()
+    if shipped:  # a card of each standard function as JSON
+        steps.run("data", words("train.finetune data", output=cards), rows, held)
+    else:
+        require_rows(rows, held, base)
+    lines = read_lines(held)  # at even distances, what is generated and measured
+    count = min(num_prompts, len(lines))
+    text = "".join(lines[n * len(lines) // count] + "\n" for n in range(count))
+    prompts = write_once(folder / "prompts.jsonl", text)
+
+    sft, adapter = folder / "sft", folder / "sft" / "adapter"
+    more = [f"data.eval_path={held}", f"model.quantization={quantization}", *settings["sft"]]
+    same = {"base": base, "data_format": data_format}
+    command = words("train.finetune sft", *more, **same, data=rows, output=sft, config=sft_config)
+    steps.run("sft", command, sft, adapter, resume=["--resume"])
+
+    # answers of the tuned model, for the head to learn from
+    tuned = {"base": base, "adapter": adapter, "quantization": quantization}
+    answers = folder / "answers" / "answers.jsonl"
+    command = words(
+        "train.prepare regenerate --temperature 0,0.8 --slots 16",
+        **tuned,
+        data_format=data_format,
+        data=rows,
+        output=answers,
+        limit=num_answers,
+        max_new_tokens=max_new_tokens,
+    )
+    steps.run("answers", command, answers.parent, answers, resume=[])
+
+    adapted = folder / "head" / "head"
+    more = {"data": answers, "init_head": given, "output": adapted.parent, "config": head_config}
+    more["data_format"] = data_format
+    command = words("train.main", f"data.eval_path={held}", *settings["head"], **tuned, **more)
+    steps.run("head", command, adapted.parent, adapted, resume=["--resume"])
+
+    same = {"tree": tree, "max_new_tokens": max_new_tokens, "prompts": prompts}
+    out = folder / "generations.jsonl"
+    command = words("inference.generate --batch_size 4", **tuned, head=adapted, output=out, **same)
+    steps.run("generate", command, out)
+    untuned = {"base": base, "quantization": quantization}
+    speed = f"inference.bench --engines hf,vanilla,eagle --repeats {repeats}"
+    # does stock `generate` say the same, token for token?
+    exact = "inference.bench --engines hf,eagle --dtype float32 --repeats 1"
+    for name, bench, target, drafter in (
+        ("bench_base", speed, untuned, given),
+        ("bench_given", speed, tuned, given),
+        ("bench_adapted", speed, tuned, adapted),
+        ("exact_given", exact, tuned, given),
+        ("exact_adapted", exact, tuned, adapted),
+    ):
+        if drafter is not None:
+            out = folder / f"{name}.json"
+            more = {"head": drafter, "num_prompts": num_prompts, "json": out}
+            steps.run(name, words(bench, **target, **more, **same), out)
+
+    plan = {
+        "base": "embedded" if embedded else Path(base).name,
+        "given_head": None if given is None else given.name,
+        "quantization": quantization,
+        "data_format": data_format,
+        "num_prompts": count,
+        "max_new_tokens": max_new_tokens,
+        "tree": tree,
+    }
+    report = pipeline_report.summarise(folder, steps.spent, plan)
+    page, text = pipeline_report.markdown(report), json.dumps(report, ensure_ascii=False)
+    atomic_write_text(folder / "report.md", page)
+    atomic_write_text(folder / "report.json", text + "\n")
+    print(page, text, sep="\n")
+    return 0 if report["identical"] else 1
+
+
+def split_overrides(overrides: tuple[str, ...]) -> dict[str, list[str]]:
+    given: dict[str, list[str]] = {"sft": [], "head": []}
+    for override in overrides:
+        part, _, rest = override.partition(".")
+        if part not in given or "=" not in rest:
+            raise EagleError(f"{override!r}: write sft.KEY=VALUE or head.KEY=VALUE")
+        given[part].append(rest)
+    return given
+
+
+def require_rows(data: Path, heldout: Path, base: str | None) -> None:
+    """Refuse before the work what would fail after it."""
+    for flag, path in (("data", data), ("heldout", heldout)):
+        if not path.is_file():
+            raise EagleError(
+                f"--{flag} {path}: no such file; give --data FILE and --heldout FILE, rows of one "
+                "kind and none of them in both"
+            )
+    load_prompts(heldout, load_tokenizer(base))
+    if shared := set(read_lines(data)) & set(read_lines(heldout)):
+        raise EagleError(
+            f"{len(shared)} rows of --heldout {heldout} stand in --data too; take them out of one"
+        )
+
+
+def read_lines(path: Path) -> list[str]:
+    lines = path.read_text("utf-8", errors="replace").split("\n")
+    return [line for line in lines if line.strip()]
+
+
+if __name__ == "__main__":
+    cli.main(pipeline, name="python -m examples.pipeline")

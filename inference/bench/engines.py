@@ -1,0 +1,221 @@
+"""Measure stock `generate`, our plain engine and the speculative engine, interleaved in one
+process: `python -m inference.bench`.
+
+Each batch of prompts is run by every engine in turn, `repeats` times; a batch's time is the median
+of its repeats, prompt processing included.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+from eagle.errors import EagleError
+from inference.bench.cases import COMPILED, ENGINES, PLAIN, Sweep, with_context
+
+
+def bench(
+    *,
+    base: str | None = None,
+    head: str | None = None,
+    adapter: str | None = None,
+    quantization: str = "none",
+    prompts: str | None = None,
+    engines: str | None = None,
+    batch_sizes: str = "1",
+    tree: str | None = None,
+    trees: str | None = None,
+    context_lengths: str | None = None,
+    capacities: str | None = None,
+    temperature: float = 0.0,
+    temperatures: str | None = None,
+    forced_acceptance: int | None = None,
+    max_new_tokens: int = 128,
+    top_p: float = 0.0,
+    top_k: int = 0,
+    seed: int = 0,
+    num_prompts: int = 20,
+    repeats: int = 3,
+    dtype: str = "auto",
+    device: str | None = None,
+    json: str | None = None,
+    report: str | None = None,
+    plots: str | None = None,
+    quiet: bool = False,
+) -> None:
+    """Throughput of every engine on the same prompts, acceptance, and whether outputs are equal.
+
+    Without --base the embedded model and its held-out prompts are used. --prompts takes a JSONL
+    file of prompts, FIM pairs, chats, or MT-Bench/Spec-Bench questions.
+
+    --engines: a list of hf, hf_prompt_lookup (both stock generate), vanilla, vanilla_compiled
+    (ours, without drafting), eagle, eagle_compiled, eagle_auto (which picks its tree, and is left
+    out by default where --tree or --trees picks it, or acceptance is forced). All by default.
+
+    Sweeps measure every combination: --batch_sizes 1,8 --trees "8,4,2;16,4,4" --context_lengths
+    64,1024 --capacities 512,8192 --temperatures 0,0.8. --forced_acceptance K makes every cycle keep
+    K draft tokens, right or wrong, which measures the engine apart from the head.
+
+    A temperature above 0 samples: stock generate draws other random numbers then, so equality is
+    judged among our own engines alone.
+
+    --json FILE, --report FILE.md and --plots DIR keep the result.
+    """
+    asked = dict(locals())
+    from inference.bench.engines_page import require_matplotlib, sections, title, write_plots
+    from inference.bench.record import command_line, hand_over, require
+    from inference.generate import load_model
+    from records.prompts import load_prompts
+
+    require(asked, "num_prompts", "repeats", "max_new_tokens")
+    sweep = sweep_of(asked)
+    if plots is not None:
+        require_matplotlib(Path(plots))
+    first = sweep.trees[0]
+    model = load_model(base, head, adapter, first, dtype, device, quantization=quantization)
+    if model.drafter is None and any(engine.startswith("eagle") for engine in sweep.engines):
+        raise EagleError("no draft head to measure: give --head PATH, or --engines hf,vanilla")
+    ids = [p.ids for p in load_prompts(prompts, model.tokenizer, num_prompts)]
+    longest, limit = max(n or 0 for n in sweep.context_lengths), model.target.max_positions
+    if longest and longest + max_new_tokens > limit:
+        raise EagleError(
+            f"a context of {longest} and {max_new_tokens} new tokens are more than the model's "
+            f"{limit} positions; lower context_lengths or max_new_tokens"
+        )
+    options = dict(max_new_tokens=max_new_tokens, top_p=top_p, top_k=top_k, seed=seed)
+    command = command_line("", bench, asked)
+    result = measure(model, ids, sweep, options, repeats, quiet, command)
+    hand_over(result, title(result), sections(result), asked)
+    if plots is not None:
+        write_plots(result, Path(plots))
+
+
+def sweep_of(asked: dict) -> Sweep:
+    """What the flags of `bench` ask to be measured."""
+    forced = asked["forced_acceptance"]
+    if forced is not None and forced < 0:
+        raise EagleError(f"forced_acceptance must be at least 0, not {forced}")
+    for one, several in (("tree", "trees"), ("temperature", "temperatures")):
+        if asked[one] and asked[several]:
+            raise EagleError(f"give --{one} for one or --{several} for several, not both")
+    trees = parse_trees(asked["trees"] or asked["tree"])
+    engines = parse_engines(asked["engines"], own_tree=not trees and forced is None)
+    if forced is not None and "eagle_auto" in engines:
+        raise EagleError("eagle_auto picks no tree where acceptance is forced; leave it out")
+    temperatures = parse_numbers("temperatures", asked["temperatures"], float)
+    sizes = {
+        name: parse_numbers(name, asked[name]) or (None,)
+        for name in ("batch_sizes", "context_lengths", "capacities")
+    }
+    temperatures = temperatures or (asked["temperature"],)
+    sweep = Sweep(
+        engines,
+        trees=trees or (None,),
+        temperatures=temperatures,
+        forced_acceptance=forced,
+        **sizes,
+    )
+    if not sweep.groups():
+        raise EagleError(f"nothing is left to measure: {' '.join(sweep.notes())}")
+    return sweep
+
+
+def parse_engines(text: str | None, own_tree: bool = True) -> list[str]:
+    """In the order of ENGINES. own_tree: may eagle_auto be among those that nobody named?"""
+    if text is None:
+        return [e for e in ENGINES if own_tree or e != "eagle_auto"]
+    asked = {part.strip() for part in text.split(",")}
+    if unknown := sorted(asked - set(ENGINES)):
+        raise EagleError(f"unknown engine {', '.join(unknown)!r}; use {', '.join(ENGINES)}")
+    return [e for e in ENGINES if e in asked]
+
+
+def parse_numbers(flag: str, text: str | None, kind: type = int) -> list:
+    """ "1,4" -> [1, 4]; counts are at least 1, other numbers at least 0; nothing given is an empty
+    list.
+    """
+    if text is None:
+        return []
+    try:
+        numbers = [kind(part) for part in str(text).strip("()[]").split(",") if part.strip()]
+    except ValueError:
+        numbers = []
+    if not numbers or not min(numbers) >= (1 if kind is int else 0):
+        raise EagleError(f"{flag} {text!r} is no list of numbers; write for instance --{flag} 1,4")
+    return list(dict.fromkeys(numbers))
+
+
+def parse_trees(text: str | None) -> list[str]:
+    """ "8,4,2;16,4,4" -> ["8,4,2", "16,4,4"]."""
+    from eagle.tree import TreeShape
+
+    if text is None:
+        return []
+    return list(dict.fromkeys(str(TreeShape.parse(part)) for part in text.split(";")))
+
+
+def measure(
+    model,
+    ids: list[list[int]],
+    sweep: Sweep,
+    options: dict,
+    repeats: int,
+    quiet: bool = False,
+    command: str = "",
+) -> dict:
+    """The bench's JSON object. options: max_new_tokens, top_p, top_k, seed."""
+    import torch
+
+    from eagle.loading import fast_bf16
+    from inference.bench.measure import measure_group
+    from inference.bench.near_tie import judge_group, overall
+    from inference.bench.record import Record, portable
+    from inference.bench.speedup import against_baselines, headline
+    from inference.bench.timing import say
+
+    tell = (lambda text: None) if quiet else say
+    target = model.target
+    if sweep.trees == (None,) and model.drafter:
+        sweep = dataclasses.replace(sweep, trees=(str(model.drafter.shape),))
+    settings = {
+        "dtype": str(target.dtype).removeprefix("torch."),
+        "model": portable(target.name),
+        "tree": sweep.trees[0],
+        "num_prompts": len(ids),
+        "repeats": repeats,
+        **options,
+        "temperature": sweep.temperatures[0],
+        "forced_acceptance": sweep.forced_acceptance,
+        "notes": sweep.notes(),
+        "warm_up_s": {},
+    }
+    record = Record(target.device, settings, command)
+    if target.dtype == torch.bfloat16 and not fast_bf16(target.device):
+        settings["notes"].append("this CPU emulates bf16, slowly: pass --dtype float32")
+    for note in settings["notes"]:
+        tell(note)
+    runs, verdicts, groups = [], [], sweep.groups()
+    with torch.inference_mode():
+        for engine in sweep.engines:
+            tell(f"preparing {engine}")
+            parts = {}
+            if engine in COMPILED:
+                parts = model.prepare(compile="max", draft=engine not in PLAIN)
+            settings["warm_up_s"][engine] = {part: round(s, 2) for part, s in parts.items()}
+        for number, group in enumerate(groups, 1):
+            prompts = with_context(ids, group[0].context_length)
+            where = f"group {number}/{len(groups)}, batch size {group[0].batch_size}: "
+            found = measure_group(
+                model, prompts, group, options, repeats, lambda text, at=where: tell(at + text)
+            )
+            runs += found
+            tell(where + "comparing outputs")
+            verdicts += judge_group(model, prompts, found, options)
+    for run, verdict in zip(runs, verdicts, strict=True):
+        record.runs.append({**run.to_json(), **against_baselines(run, runs), **verdict})
+    main = [run for run in runs if sweep.leads(run.case)]
+    return record.result(
+        **headline(main),
+        **overall([record.runs[runs.index(run)] for run in main]),
+        explain={str(r.case.batch_size): r.explain for r in main if r.explain is not None},
+    )

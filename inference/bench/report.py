@@ -1,0 +1,66 @@
+"""Tables for people, in a terminal and on a Markdown page, made from a record's JSON."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+Lines = list[list[str]]
+
+
+@dataclass
+class Section:
+    """A table whose first line is its header, and what to say about it."""
+
+    title: str
+    lines: Lines
+    note: str = ""
+
+
+def show(value, form: str) -> str:
+    return format(value, form) if value is not None else ""
+
+
+def tabulate(runs: list[dict], **columns: str) -> Lines:
+    """columns: title -> "field" or "field:format"; runs that lack a field leave the cell empty."""
+    fields = [column.partition(":")[::2] for column in columns.values()]
+    head = [title.replace("_", " ") for title in columns]
+    return [head, *([show(run.get(name), form) for name, form in fields] for run in runs)]
+
+
+def grid(lines: Lines) -> str:
+    """A Markdown table; the first line is its header."""
+    head, *body = [f"| {' | '.join(line)} |" for line in lines]
+    return "\n".join([head, "|" + "---|" * len(lines[0]), *body])
+
+
+def aligned(lines: Lines) -> str:
+    """Numbers to the right, words to the left."""
+    columns = []
+    for column in zip(*lines, strict=True):
+        words, width = any(cell[:1].isalpha() for cell in column[1:]), max(map(len, column))
+        columns.append([cell.ljust(width) if words else cell.rjust(width) for cell in column])
+    return "\n".join("  ".join(line).rstrip() for line in zip(*columns, strict=True))
+
+
+def terminal(title: str, section: Section) -> str:
+    return "\n".join(filter(None, [title, aligned(section.lines), section.note]))
+
+
+def markdown(title: str, result: dict, sections: list[Section]) -> str:
+    where = result["environment"]
+    facts = [
+        ["what", "value"],
+        ["model", title],
+        ["device", result["device"]],
+        ["cpu", f"{where['cpu']}, {where['usable_cores']} of {where['cores']} cores usable"],
+        ["instruction sets", " ".join(where["isa"]) or "none of those that matter"],
+        ["threads", f"{where['threads']}, OMP_NUM_THREADS {where['omp_num_threads'] or 'not set'}"],
+        ["versions", ", ".join(f"{k} {v}" for k, v in where["versions"].items() if v)],
+        ["load average", f"{where['load_start']} at the start, {where['load_end']} at the end"],
+        ["commit, date", f"{where['git_commit'] or 'no checkout'}, {where['date']}"],
+    ]
+    parts = ["# Benchmark", grid(facts)]
+    for section in sections:
+        parts += [f"## {section.title}", grid(section.lines) if section.lines else "", section.note]
+    parts += ["## Reproduce", f"```bash\n{result['command']}\n```"]
+    return "\n\n".join(filter(None, parts)) + "\n"

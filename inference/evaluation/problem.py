@@ -1,0 +1,123 @@
+"""A programming problem, whichever data set it comes from, and the program that an answer means."""
+
+from __future__ import annotations
+
+import ast
+import functools
+import hashlib
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from .judge import Checker, Suite
+
+FENCED = re.compile(r"```[ \t]*(\w*)[^\n]*\n(.*?)(?:\n?```|\Z)", re.S)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """tests: JSON {"inputs", "outputs", "fn_name"?}. question: for a chat; prompt: for a plain
+    model. A completion ends before the first of `stops`. solutions: whole programs. policy: how
+    outputs are compared, unless a checker does it. seconds and memory_bytes: the problem's own
+    limits, None where it names none."""
+
+    task_id: str
+    prompt: str
+    question: str
+    tests: str
+    stops: tuple[str, ...] = ()
+    solutions: tuple[str, ...] = ()
+    policy: str = "strict"
+    special_judge: bool = False
+    difficulty: str | None = None
+    skills: tuple[str, ...] = ()
+    seconds: float | None = None
+    memory_bytes: int | None = None
+    given: str = ""  # what the prompt begins and a completion goes on with (HumanEval)
+    entry: str = ""  # the function that the tests call (HumanEval)
+    asserted: bool = False  # the tests are assertions, run in the program's own process
+    checker: Checker | None = None
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """Of what judges a program: another test, policy or limit is another problem."""
+        return digest(self.tests, self.policy, self.seconds, self.memory_bytes, self.asserted)
+
+    def suite(self) -> Suite:
+        """Parsed anew each time: tests can have megabytes."""
+        return Suite(**json.loads(self.tests))
+
+    def program(self, completion: str, chat: bool = False) -> str:
+        """The program that a completion means: of a chat, or where a fence comes before any stop
+        string, the fenced block; else what stands before the first stop string or fence."""
+        stop, fence = len(cut(completion, self.stops)), completion.find("```")
+        blocks = FENCED.findall(completion)
+        opens = bool(blocks) and (bool(blocks[0][0]) or completion.count("```") > 1)
+        if chat or opens and fence < stop:
+            text = fenced(completion)
+        else:
+            text = cut(completion, (*self.stops, "\n```"))
+        if not self.given:
+            return text
+        if re.search(rf"^def\s+{re.escape(self.entry)}\b", text, re.M):  # anew, not its rest
+            return f"{self.given}\n{text}" if parses(self.given) else text
+        return self.given + text
+
+
+@dataclass
+class ProblemSet:
+    """bad: rows that are no problems, {"row", "reason"}. name: of the file, without its folder."""
+
+    problems: list[Problem]
+    name: str
+    bad: list[dict] = field(default_factory=list)
+
+    @functools.cached_property
+    def by_id(self) -> dict[str, Problem]:
+        return {problem.task_id: problem for problem in self.problems}
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        return digest(*((p.task_id, p.fingerprint, p.solutions) for p in self.problems))
+
+
+def digest(*parts) -> str:
+    return hashlib.sha256(repr(parts).encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def parses(code: str) -> bool:
+    try:
+        ast.parse(code)
+    except (SyntaxError, ValueError):
+        return False
+    return True
+
+
+def cut(text: str, stops: Sequence[str]) -> str:
+    """`text` up to the first stop string."""
+    return text[: min((at for s in stops if (at := text.find(s)) >= 0), default=len(text))]
+
+
+def fenced(text: str) -> str:
+    """The first fenced block in Python, else the first one, else the text as it is."""
+    blocks = FENCED.findall(text)
+    named = [body for language, body in blocks if language.lower() in ("python", "python3", "py")]
+    found = named or [body for _, body in blocks]
+    return found[0] + "\n" if found else text
+
+
+def identity(row: dict, place: int) -> str:
+    """The row's own id, or its place in the file, counted from 0."""
+    for name in ("task_id", "id", "problem_id"):
+        if (value := row.get(name)) is not None:
+            if not isinstance(value, (str, int)):
+                raise ValueError(f"{name} must be text or a whole number, not {value!r}")
+            return str(value)
+    return str(place)
+
+
+def some(names: Sequence[str], most: int = 5) -> str:
+    """For messages."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(map(str, names[:most])) + more

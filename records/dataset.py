@@ -1,0 +1,267 @@
+"""Config -> tokenised data: files, cache, quarantine, split and mixture put together."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from configs.schema import DataConfig, MixtureSource
+from eagle.errors import EagleError
+from records.cache import CacheEntry, load_or_build
+from records.mixture import MixtureDataset, RoundRobin
+from records.quarantine import BadRow, enforce, write_quarantine
+from records.render import make_renderer
+from records.shipped import SHIPPED_FORMATS, shipped
+from records.sources import resolve
+
+logger = logging.getLogger("records")
+
+
+class Source:
+    """The rows of one format that belong to a split, read from the cache's memory map.
+
+    `number` is its place in a mixture, `name` what metrics call it, `loss_weight` how much its
+    rows' losses count beside the others'.
+    """
+
+    def __init__(
+        self, entry: CacheEntry, data_format: str, indices: np.ndarray, files: list[Path]
+    ) -> None:
+        self.format = data_format
+        self.indices = indices
+        self.entry = entry
+        self.files = files
+        self.number, self.name, self.loss_weight = 0, data_format, 1.0
+        tokens = entry.table.data.column("input_ids").chunks
+        self._lengths = np.concatenate([chunk.value_lengths().to_numpy() for chunk in tokens])
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        row = self.entry.table[int(self.indices[index])]
+        return {
+            "input_ids": row["input_ids"],
+            "loss_mask": row["loss_mask"],
+            "format": self.format,
+            "source": self.number,
+            "loss_weight": self.loss_weight,
+        }
+
+    def length(self, index: int) -> int:
+        """Tokens of a row, known without reading it."""
+        return int(self._lengths[self.indices[index]])
+
+    def where(self, index: int) -> str:
+        """FILE:LINE of the record that a row was made of."""
+        row = self.entry.table[int(self.indices[index])]
+        return f"{self.files[row['file']]}:{row['line']}"
+
+    def token_counts(self, vocab_size: int) -> np.ndarray:
+        """[vocab_size] int64: how often each token is a supervised target of these rows."""
+        ids, mask = self.columns("input_ids", "loss_mask")
+        return np.bincount(ids[mask == 1], minlength=vocab_size)[:vocab_size]
+
+    def columns(self, *names: str) -> list[np.ndarray]:
+        """Whole columns of this split's rows, lists end to end."""
+        return [self._column(name) for name in names]
+
+    def _column(self, name: str) -> np.ndarray:
+        column = self.entry.table.data.column(name)
+        if not hasattr(column.type, "value_type"):
+            return column.to_numpy()[self.indices]
+        chosen = np.zeros(len(self._lengths), dtype=bool)
+        chosen[self.indices] = True
+        values = np.concatenate([chunk.flatten().to_numpy() for chunk in column.chunks])
+        return values[np.repeat(chosen, self._lengths)]
+
+
+class TokenizedData:
+    """Rows by index: `input_ids` and `loss_mask` (list[int]), `format`, and the number of their
+    `source` and its `loss_weight`.
+
+    `stats` counts rows, truncated, tokens and supervised_tokens of this split, records and bad of
+    its files, and says `cache_hit`; `bad_rows` names each rejected row.
+    """
+
+    def __init__(self, sources: list[Source], order: Any) -> None:
+        self.sources = sources
+        self.order = order
+        self.paths = [path for source in sources for path in source.files]
+        self.bad_rows: list[BadRow] = [row for s in sources for row in s.entry.bad]
+        self.cache_hit = all(source.entry.cache_hit for source in sources)
+        columns = [source.columns("loss_mask", "truncated") for source in sources]
+        self.stats: dict[str, Any] = {
+            "rows": sum(map(len, sources)),
+            "records": sum(source.entry.records for source in sources),
+            "bad": len(self.bad_rows),
+            "truncated": sum(int(truncated.sum()) for _, truncated in columns),
+            "tokens": sum(len(mask) for mask, _ in columns),
+            "supervised_tokens": sum(int(mask.sum(dtype=np.int64)) for mask, _ in columns),
+            "cache_hit": self.cache_hit,
+        }
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self.order[index]
+
+    def set_epoch(self, epoch: int) -> None:
+        """New order for a mixture; a single source keeps its order (the loop shuffles it)."""
+        if isinstance(self.order, MixtureDataset):
+            self.order.set_epoch(epoch)
+
+    def length(self, index: int) -> int:
+        """Tokens of a row, known without reading it."""
+        source, row = self._locate(index)
+        return source.length(row)
+
+    def where(self, index: int) -> str:
+        """FILE:LINE of the record that a row was made of."""
+        source, row = self._locate(index)
+        return source.where(row)
+
+    def _locate(self, index: int) -> tuple[Source, int]:
+        if not hasattr(self.order, "locate"):
+            return self.sources[0], index
+        source, row = self.order.locate(index)
+        return self.sources[source], row
+
+    @property
+    def digest(self) -> str:
+        """A hash of the records behind the rows, in their order, and of how often each source is
+        seen.
+        """
+        digest = hashlib.sha256(repr(getattr(self.order, "counts", None)).encode())
+        for source in self.sources:
+            digest.update(source.columns("key")[0].tobytes())
+        return digest.hexdigest()[:16]
+
+    def token_counts(self, vocab_size: int) -> np.ndarray:
+        """[vocab_size] int64: how often each token is a supervised target in an epoch."""
+        rows = getattr(self.order, "counts", [len(source) for source in self.sources])
+        counts = np.zeros(vocab_size, dtype=np.float64)
+        for source, seen in zip(self.sources, rows, strict=True):
+            counts += source.token_counts(vocab_size) * (seen / len(source))
+        return np.rint(counts).astype(np.int64)
+
+
+def load_dataset_for(
+    cfg: DataConfig, tokenizer: Any, *, split: str = "train", out_dir: str | Path | None = None
+) -> TokenizedData:
+    """Tokenised rows of `cfg` for `split` (train or eval).
+
+    Rejected rows are written to `out_dir/quarantine.jsonl` (`quarantine_eval.jsonl` for eval).
+    Raises `EagleError` for missing or empty data, and above `cfg.max_bad_fraction`.
+    """
+    assert split in ("train", "eval"), split
+    mixed = cfg.format == "mixed"
+    given = [cfg]
+    if mixed:
+        given = cfg.mixture or [MixtureSource(format=name) for name in SHIPPED_FORMATS]
+    sources = [_source(cfg, entry, tokenizer, split) for entry in given]
+    _report_bad(sources, cfg.max_bad_fraction, split, out_dir)
+    for source in sources:
+        if len(source) == 0:
+            raise EagleError(
+                f"no {source.format} rows are left for {split}: add data or change "
+                "data.heldout_fraction"
+            )
+    order: Any = sources[0]
+    if mixed:
+        _tell_apart(sources, given)
+        weights = [entry.weight for entry in given]
+        train = split == "train"
+        order = MixtureDataset(sources, weights, cfg.seed) if train else RoundRobin(sources)
+    data = TokenizedData(sources, order)
+    if data.stats["truncated"]:
+        logger.warning(
+            "%d of %d %s rows did not fit in data.max_length=%d and were cut",
+            data.stats["truncated"],
+            data.stats["rows"],
+            split,
+            cfg.max_length,
+        )
+    return data
+
+
+def _source(
+    cfg: DataConfig, given: DataConfig | MixtureSource, tokenizer: Any, split: str
+) -> Source:
+    """One format's rows of a split."""
+    renderer = make_renderer(given.format, cfg, tokenizer)
+    carve = not given.eval_paths  # are held-out rows taken out of the files?
+    if split == "eval" and given.eval_paths:
+        files = resolve(given.eval_paths)
+    elif given.paths is not None:
+        files = resolve(given.paths)
+    else:
+        held_out = shipped(given.format, "eval")
+        carve = carve and held_out is None
+        found = held_out if split == "eval" and held_out else shipped(given.format, "train")
+        if found is None:
+            raise EagleError(f"no {given.format} data set is shipped: give data.path (--data FILE)")
+        files = [found]
+    entry = load_or_build(files, given.format, cfg, tokenizer, renderer)
+    keys = entry.table.data.column("key").to_numpy()[entry.good]
+    held = held_out_rows(keys, cfg.heldout_fraction if carve else 0)
+    if carve and split == "eval" and not held.any() and len(keys):
+        raise EagleError(
+            f"{files[0]}: no rows can be held out of {len(np.unique(keys))} distinct rows at "
+            f"data.heldout_fraction={cfg.heldout_fraction:g}; give data.eval_path"
+        )
+    wanted = held if carve and split == "eval" else ~held
+    return Source(entry, given.format, entry.good[wanted], files)
+
+
+def _tell_apart(sources: list[Source], given: list[MixtureSource]) -> None:
+    """Number, weight and unique name of each source of a mixture."""
+    names: set[str] = set()
+    for number, (source, entry) in enumerate(zip(sources, given, strict=True)):
+        source.number, source.loss_weight = number, entry.loss_weight
+        source.name, n = entry.name or entry.format, 1
+        while source.name in names:
+            n += 1
+            source.name = f"{entry.name or entry.format} {n}"
+        names.add(source.name)
+
+
+def held_out_rows(keys: np.ndarray, fraction: float) -> np.ndarray:
+    """True for held-out rows: by the record's hash, so equal records stay on one side.
+
+    With a fraction above 0 and two or more distinct records, each side gets at least one.
+    """
+    distinct = np.unique(keys)
+    if fraction == 0 or len(distinct) < 2:
+        return np.zeros(len(keys), dtype=bool)
+    limit = min(max(int(fraction * 2**62), int(distinct[0]) + 1), int(distinct[-1]))
+    return keys < limit
+
+
+def _report_bad(
+    sources: list[Source], max_bad_fraction: float, split: str, out_dir: str | Path | None
+) -> None:
+    bad = [row for source in sources for row in source.entry.bad]
+    where = None
+    if out_dir is not None:
+        path = Path(out_dir) / f"quarantine{'' if split == 'train' else '_eval'}.jsonl"
+        path.unlink(missing_ok=True)  # of an earlier run with other data
+        if bad:
+            write_quarantine(bad, path)
+            where = path
+    for source in sources:
+        enforce(source.entry.bad, source.entry.records, max_bad_fraction, where)
+    if bad:
+        logger.warning(
+            "%d of %d rows were set aside%s; the first: %s: %s",
+            len(bad),
+            sum(source.entry.records for source in sources),
+            f" in {where}" if where else "",
+            bad[0].where,
+            bad[0].message,
+        )

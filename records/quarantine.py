@@ -1,0 +1,80 @@
+"""Rejected rows: named by file and line, counted, written down, and never too many in silence."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import NamedTuple
+
+from eagle.checkpoint import atomic_write_text
+from eagle.errors import EagleError
+from records.rows import RowError
+from records.sources import Record
+
+RAW_LIMIT = 2000
+
+
+class BadRow(NamedTuple):
+    """`reason` groups alike rows; `message` is the reason with this row's details."""
+
+    file: str
+    line: int
+    reason: str
+    message: str
+    remedy: str
+    raw: str
+
+    @classmethod
+    def of(cls, record: Record, error: RowError) -> BadRow:
+        return cls(
+            record.file, record.line, error.reason, str(error), error.remedy, record.raw[:RAW_LIMIT]
+        )
+
+    @property
+    def where(self) -> str:
+        return f"{self.file}:{self.line}"
+
+    def to_json(self) -> str:
+        """One line. A lone surrogate is written as the JSON escape that it came as."""
+        text = json.dumps({**self._asdict(), "where": self.where}, ensure_ascii=False)
+        return text.encode("utf-8", "backslashreplace").decode()
+
+
+def object_of(record: Record) -> dict:
+    """What was read. Raises RowError where that is no object."""
+    if record.value is None:
+        message = str(record.error)
+        reason, _, detail = message.partition(": ")
+        raise RowError(reason, "repair or remove this line", detail)
+    return record.value
+
+
+def write_quarantine(bad: list[BadRow], path: Path) -> None:
+    """One JSON object per rejected row; the file appears whole or not at all."""
+    atomic_write_text(path, "".join(row.to_json() + "\n" for row in bad))
+
+
+def diagnose(bad: list[BadRow], top: int = 3) -> str:
+    """The commonest reasons with their counts, first example and remedy, on one line."""
+    counts = Counter(row.reason for row in bad)
+    parts = []
+    for reason, count in counts.most_common(top):
+        first = next(row for row in bad if row.reason == reason)
+        parts.append(f"{count} x {reason} [first: {first.where}: {first.message}; {first.remedy}]")
+    rest = len(counts) - top
+    return "; ".join(parts) + (f"; and {rest} more reasons" if rest > 0 else "")
+
+
+def enforce(bad: list[BadRow], records: int, max_bad_fraction: float, out: Path | None) -> None:
+    """Raise when there is nothing to read, when all rows are bad, or too many are."""
+    if records == 0:
+        raise EagleError("the data set is empty: put at least one row into it (data.path)")
+    written = f"; all are in {out}" if out else ""
+    if len(bad) == records:
+        raise EagleError(f"all {records} rows are unusable: {diagnose(bad)}{written}")
+    if len(bad) > max_bad_fraction * records:
+        raise EagleError(
+            f"{len(bad)} of {records} rows are unusable, more than data.max_bad_fraction="
+            f"{max_bad_fraction:g}: {diagnose(bad)}; repair them or raise the limit{written}"
+        )

@@ -1,0 +1,21 @@
+"""`make demo` in miniature: the same steps, seconds instead of minutes."""
+
+import json
+
+import pytest
+from commands import run
+
+
+@pytest.mark.slow
+def test_demo_trains_benchmarks_and_says_where(tmp_path):
+    output = tmp_path / "demo"
+    done = run("examples.demo", "--output", output, "--minutes", "0.1", "--num_prompts", "1")
+    assert done.returncode == 0, done.stderr
+    summary = json.loads((output / "head/summary.json").read_text())
+    result = json.loads((output / "bench.json").read_text())
+    assert summary["steps"] > 0 and summary["tau_before"] >= 1.0
+    assert {r["engine"] for r in result["runs"]} == {"hf", "vanilla", "eagle"}
+    assert not any(result["warm_up_s"].values())  # nothing is compiled
+    assert all(result["identical"].values())
+    assert (output / "head/head/model.safetensors").exists()
+    assert "identical output: yes" in done.stdout

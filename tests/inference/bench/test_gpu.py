@@ -1,0 +1,69 @@
+"""The GPU suite at toy size on a CPU: it runs, and writes what docs/gpu.md says."""
+
+import json
+
+import pytest
+import torch
+from engine_helpers import head_model, make_prompts, make_target
+
+from eagle.static_cycle import StaticCycle
+from inference.bench.gpu import STAGES, gpu
+from inference.bench.timing import capture
+
+
+@pytest.fixture(scope="module")
+def suite(tmp_path_factory):
+    out = tmp_path_factory.mktemp("suite")
+    gpu(size="toy", device="cpu", out=str(out))
+    return out
+
+
+def test_every_stage_runs(suite):
+    for stage in STAGES:
+        result = json.loads((suite / f"{stage}.json").read_text())
+        failed = [run for run in result["runs"] if "error" in run]
+        assert result["runs"] and not failed, failed[:2]
+        assert result["stage"] == stage and result["versions"]["torch"] == torch.__version__
+        for run in result["runs"]:
+            ms = run.get("ms", {})
+            assert all(value > 0 for value in (ms.values() if isinstance(ms, dict) else [ms]))
+    summary = json.loads((suite / "summary.json").read_text())
+    assert [run["stage"] for run in summary["runs"]] == list(STAGES)
+    engine = json.loads((suite / "engine.json").read_text())
+    (bench,) = [run for run in engine["runs"] if run["kind"] == "engines"]
+    assert {run["engine"] for run in bench["runs"]} == {"hf", "vanilla", "eagle"}
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_the_cycle_in_a_graph_is_lossless(device):
+    """Speculative tokens of the cycle that a CUDA graph holds are the engine's plain ones."""
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
+    model, prompts, new = head_model(make_target("llama"), "16,4,4"), make_prompts((9, 30, 3)), 24
+    model.to(device)
+    options = {"max_new_tokens": new, "eos_token_id": -1, "draft": False}
+    expected = [row.tokens for row in model.generate(prompts, **options).rows]
+    static = StaticCycle(model.target, model.drafter, len(prompts), 120, None)
+    static.begin(prompts)
+    step = capture(static.step, model.device)
+    static.begin(prompts)  # the warm-up moved on
+    rows = [[token] for token in static.root.tolist()]
+    while min(map(len, rows)) < new:
+        step()
+        gained = zip(static.num_accepted.tolist(), static.tokens.tolist(), strict=True)
+        for row, (count, tokens) in zip(rows, gained, strict=True):
+            row += tokens[: count + 1] if len(row) < new else []
+    assert [row[:new] for row in rows] == expected
+
+
+@pytest.mark.parametrize(
+    "flags, says",
+    [
+        ("--size full --device cpu", "full size needs a GPU"),
+        ("--size toy --device meta", "no meta here"),
+        ("--size toy --device cpu --stage training", "kernels, engine, all"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused(in_process, tmp_path, flags, says):
+    code, _, err = in_process(gpu, *flags.split(), "--out", tmp_path)
+    assert code == 1 and says in err and not list(tmp_path.iterdir())

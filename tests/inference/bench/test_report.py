@@ -1,0 +1,138 @@
+"""The environment that is recorded, and a kept result as a table, a page and plots."""
+
+import json
+import mmap
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from inference.bench import environment
+from inference.bench.engines_page import PLOTS, sections, title, write_plots
+from inference.bench.environment import describe
+from inference.bench.record import Record
+from inference.bench.report import markdown, terminal
+from inference.bench.timing import PeakMemory, peak_bytes, turns
+
+CPU = torch.device("cpu")
+KEPT = Path(__file__).parents[3] / "docs" / "results" / "2026-11-21-cpu-engines.json"
+
+
+@pytest.fixture
+def result():
+    """Seven engines at batch 1 and 8, as somebody measured them."""
+    return json.loads(KEPT.read_text())
+
+
+def table(result):
+    return terminal(title(result), sections(result)[0]).splitlines()
+
+
+def test_table_for_the_terminal(result):
+    lines = table(result)
+    assert "hf_prompt_lookup is left out" in lines[-1] and "embedded on" in lines[0]
+    eagle, vanilla = (
+        next(line for line in lines[2:] if f" {engine} " in line) for engine in ("eagle", "vanilla")
+    )
+    for part in ("294.3", "4.25", "2.24 [2.00, 2.46]", "0.69", "13.55", "yes (5)", "25%"):
+        assert part in eagle
+    assert "yes" not in vanilla and vanilla.index("135.5") == eagle.index("294.3")
+    result["runs"][4]["identical"] = False
+    assert any("NO (5)" in line for line in table(result))
+    # settings are shown where runs differ in them
+    assert "tree" not in lines[1]
+    result["runs"].append({**result["runs"][4], "tree": "8,4,2", "context_length": 64})
+    head = table(result)[1]
+    assert "tree" in head and "context" in head and "capacity" not in head
+
+
+def test_markdown_tells_everything(result):
+    page = markdown(title(result), result, sections(result))
+    for part in (
+        "| 1 | eagle | 294.3 | 4.25 | 2.24 [2.00, 2.46] | 0.69 [0.63, 0.75] | 13.55 | yes (5) |",
+        "| 1 | eagle | vanilla_compiled | 2 | 1 | 1 |",
+        "| vanilla_compiled | target | 1.2 |",
+        "| `vs_hf` | 2.24 | 1.32 |",
+        "| `efficiency` | ",
+        "hf_prompt_lookup is left out",
+        "break-even tau about 1.42",
+        result["command"],
+        str(result["environment"]["load_end"]),
+    ):
+        assert part in page
+    # every table is well formed: as many cells in each line as in its header
+    for block in re.findall(r"(?:^\|.*\n)+", page, re.M):
+        assert len({line.count("|") for line in block.splitlines()}) == 1
+
+
+def test_plots_of_what_there_is_data_for(result, tmp_path):
+    def names(folder):
+        write_plots(result, tmp_path / folder)
+        files = sorted((tmp_path / folder).iterdir())
+        assert all(f.read_bytes().startswith(b"\x89PNG") and f.suffix == ".png" for f in files)
+        return {file.stem for file in files}
+
+    assert names("a") == PLOTS.keys() - {"cost_by_context"}
+    result["runs"] += [{**result["runs"][4], "context_length": n} for n in (64, 256)]
+    assert names("b") == PLOTS.keys()
+    result["runs"] = result["runs"][:1]
+    assert names("c") == set()
+
+
+def test_environment_says_what_matters_and_nothing_private():
+    import getpass
+    import platform
+
+    found = describe(CPU)
+    assert {"python", "torch", "transformers", "triton", "numpy"} == found["versions"].keys()
+    assert found["versions"]["torch"] == torch.__version__ and found["cores"] >= 1
+    assert found["threads"] == torch.get_num_threads() and found["accelerator"] is None
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\+00:00", found["date"])
+    text = json.dumps(found)
+    assert "/" not in text and "\\\\" not in text
+    assert not {str(value) for value in found.values()} & {platform.node(), getpass.getuser()}
+
+
+def test_cpu_and_instruction_sets(tmp_path, monkeypatch):
+    file = tmp_path / "cpuinfo"
+    file.write_text("model name\t: Some CPU @ 2.0GHz\nflags\t\t: fpu avx2 amx_tile avx512_x\n")
+    monkeypatch.setattr(environment, "CPUINFO", file)
+    found = describe(CPU)
+    assert found["cpu"] == "Some CPU @ 2.0GHz" and found["isa"] == ["avx2", "amx_tile"]
+    monkeypatch.setattr(environment, "CPUINFO", tmp_path / "missing")
+    found = describe(CPU)
+    assert found["isa"] == [] and found["cpu"]
+
+
+def test_a_case_that_fails_is_recorded_and_the_others_run(tmp_path):
+    record = Record(CPU, file=tmp_path / "engine.json")
+
+    def broken():
+        raise RuntimeError("no such\nkernel")
+
+    record.attempt("a", {"rows": 1}, broken)
+    record.attempt("b", {}, lambda: {"ms": 2.0})
+    first, second = json.loads(record.file.read_text())["runs"]  # before the stage is over
+    assert first["error"] == "RuntimeError: no such kernel" and first["rows"] == 1
+    assert second["ms"] == 2.0 and second["kind"] == "b"
+
+
+def test_turns_give_everybody_every_place():
+    assert list(turns(["a", "b", "c"], 3)) == [*"abc", *"acb", *"cab"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the high-water mark is reset through /proc")
+def test_peak_memory_sees_what_is_gone_again_and_starts_anew():
+    def use(size):  # pages of its own: the heap may hold as much that earlier tests have freed
+        with mmap.mmap(-1, size) as block:
+            for page in range(0, size, mmap.PAGESIZE):
+                block[page] = 1
+
+    use(256 << 20)  # a high-water mark that must not hide what comes after it
+    memory = PeakMemory(CPU)
+    use(64 << 20)
+    assert 60 << 20 < memory.bytes() < 100 << 20
+    assert PeakMemory(CPU).bytes() < 30 << 20
+    assert peak_bytes(lambda: torch.zeros(1000) + torch.zeros(1000), CPU) in range(12000, 13000)

@@ -1,0 +1,216 @@
+"""Completions: seeds, slots, stop strings, what is kept and found again, upstream's files."""
+
+import json
+import re
+import shutil
+from dataclasses import replace
+
+import pytest
+
+from eagle.errors import EagleError
+from inference.evaluation.generating import Generator
+from inference.evaluation.generations import (
+    TOO_LONG,
+    Generations,
+    Sample,
+    Sampling,
+    read_generations,
+    sample_seed,
+    write_upstream,
+)
+from inference.evaluation.problem import Problem, ProblemSet
+from inference.generate import load_model
+
+TESTS = json.dumps({"inputs": ["1"], "outputs": ["1"]})
+PROMPTS = ["def add(a, b):", "x", "class Point:\n    x = 1\n", "Hello world, how are you?"]
+PROBLEMS = [Problem(f"p{i}", prompt, prompt, TESTS) for i, prompt in enumerate(PROMPTS)]
+DRAWN = Sampling(engine="eagle", temperature=1.1, top_p=0.95, max_new_tokens=12, tree="8,3,2")
+
+
+@pytest.fixture(scope="module")
+def model(model_folder, head_folder):
+    return load_model(str(model_folder), str(head_folder), None, None, "float32", "cpu")
+
+
+def outputs(found):
+    return {(s.task_id, s.sample): s.output for s in found.samples}
+
+
+def run(model, folder, sampling=DRAWN, n_samples=3, slots=4, problems=PROBLEMS, **more):
+    generator = Generator(model, sampling, folder)
+    return generator.run(problems, n_samples, slots, **more)
+
+
+def drawn(**changes):
+    return DRAWN.model_copy(update=changes)
+
+
+def test_neither_slots_order_nor_company_change_a_completion(model, tmp_path):
+    expected = outputs(run(model, tmp_path / "1", slots=1))
+    assert len(expected) == 12 and len(set(expected.values())) > 8  # samples differ
+    assert outputs(run(model, tmp_path / "5", slots=5)) == expected
+    assert outputs(run(model, tmp_path / "100", slots=100)) == expected
+    alone = run(model, tmp_path / "alone", n_samples=2, problems=PROBLEMS[2:3])
+    assert outputs(alone) == {k: v for k, v in expected.items() if k[0] == "p2" and k[1] < 2}
+
+
+def test_plain_and_speculative_completions_are_the_same(model, tmp_path):
+    plain = run(model, tmp_path, drawn(engine="vanilla"))
+    ours = run(model, tmp_path, DRAWN)
+    assert outputs(plain) == outputs(ours)
+    assert plain.speed()["tau"] == 1.0 and ours.speed()["new_tokens"] == plain.speed()["new_tokens"]
+
+
+def test_a_seed_is_of_run_problem_and_number():
+    seeds = {sample_seed(s, t, i) for s in (0, 1) for t in ("a", "b") for i in range(3)}
+    assert len(seeds) == 12 and all(0 <= seed < 2**63 for seed in seeds)
+
+
+def test_what_is_there_is_not_made_again(model, tmp_path, monkeypatch):
+    from eagle import EaModel
+
+    asked, real = [], EaModel.generate_many
+    monkeypatch.setattr(
+        EaModel,
+        "generate_many",
+        lambda self, prompts, **o: asked.append(len(prompts)) or real(self, prompts, **o),
+    )
+    taken = []
+    first = run(model, tmp_path, n_samples=2)
+    again = run(
+        model,
+        tmp_path,
+        n_samples=3,
+        take=lambda sample: taken.append((sample.task_id, sample.sample)),
+    )
+    assert asked == [8, 4]
+    assert sorted(taken) == sorted(outputs(again)) and len(taken) == 12
+    assert outputs(first).items() <= outputs(again).items()
+    assert outputs(run(model, tmp_path / "fresh", n_samples=3)) == outputs(again)
+    # anything else that a completion depends on is another journal, or another key in it
+    for other in ({"seed": 1}, {"temperature": 0.9}, {"max_new_tokens": 11}, {"tree": "4,2,2"}):
+        run(model, tmp_path, drawn(**other), n_samples=2)
+    assert asked == [8, 4, 12, 8, 8, 8, 8] and len(list(tmp_path.glob("generations-*.jsonl"))) == 5
+    changed = [replace(PROBLEMS[0], prompt="def sub(a, b):"), *PROBLEMS[1:]]
+    run(model, tmp_path, n_samples=3, problems=changed)
+    assert asked[7:] == [3]
+
+
+def test_other_weights_are_another_run(model, tmp_path, model_folder, head_folder, monkeypatch):
+    import torch
+
+    fingerprint = Generator(model, DRAWN, tmp_path).fingerprint
+    moved = shutil.copytree(model_folder, tmp_path / "moved")
+    other = load_model(str(moved), str(head_folder), None, None, "float32", "cpu")
+    assert Generator(other, DRAWN, tmp_path).fingerprint == fingerprint
+    for name in ("fingerprint", "adapter", "quantization"):
+        with monkeypatch.context() as patch:
+            patch.setitem(other.target.identity, name, "another")
+            assert Generator(other, DRAWN, tmp_path).fingerprint != fingerprint
+    with torch.no_grad():
+        other.head.fc.weight[0, 0] += 1
+    assert Generator(other, DRAWN, tmp_path).fingerprint != fingerprint
+    plain = drawn(engine="vanilla")  # which has no use for the head
+    assert (
+        Generator(other, plain, tmp_path).fingerprint
+        == Generator(model, plain, tmp_path).fingerprint
+    )
+
+
+def test_stop_strings_end_a_completion(model, tmp_path):
+    whole = outputs(run(model, tmp_path, n_samples=1))["p0", 0]
+    stop = re.search(r"[ -~]{2}", whole[3:]).group()  # no part of a character
+    stopped = [replace(PROBLEMS[0], stops=(stop,))]
+    found = run(model, tmp_path, n_samples=1, problems=stopped).samples[0]
+    assert found.finish_reason == "stop" and whole.startswith(found.output)
+    assert stopped[0].program(found.output) == whole[: whole.index(stop)]
+    # in an answer of a chat it may well stand before the program
+    chat = run(model, tmp_path, drawn(chat=True), n_samples=1, problems=stopped).samples[0]
+    assert chat.chat and chat.finish_reason != "stop"
+
+
+def test_a_prompt_that_does_not_fit_is_a_completion_that_says_so(model, tmp_path):
+    long = Problem("long", "word " * 300, "", TESTS)
+    found = run(model, tmp_path, n_samples=1, problems=[PROBLEMS[0], long])
+    by_task = found.by_task()
+    assert by_task["long"][0].finish_reason == TOO_LONG and by_task["long"][0].output == ""
+    assert by_task["p0"][0].output
+
+
+def test_failures_are_told_and_the_rest_is_kept(model, tmp_path, monkeypatch):
+    from eagle import EaModel
+
+    real = EaModel.generate_many
+
+    def failing(self, prompts, **options):
+        prompts[0]["logits_processor"] = lambda ids, scores: 1 / 0
+        return real(self, prompts, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(EaModel, "generate_many", failing)
+        with pytest.raises(
+            EagleError, match=r"1 of 4 completions could not be made .*ZeroDivisionError"
+        ):
+            run(model, tmp_path, n_samples=1)
+    (path,) = tmp_path.glob("generations-*.jsonl")
+    assert sum("output" in json.loads(line) for line in path.read_text().splitlines()) == 3
+    assert outputs(run(model, tmp_path, n_samples=1)) == outputs(
+        run(model, tmp_path / "x", n_samples=1)
+    )
+
+
+def test_without_a_head_nothing_drafts(model, model_folder, tmp_path):
+    headless = load_model(str(model_folder), None, None, None, "float32", "cpu")
+    with pytest.raises(EagleError, match="no draft head"):
+        Generator(headless, DRAWN, tmp_path)
+
+
+SET = ProblemSet(PROBLEMS[:2] + [Problem("7", "seven", "", TESTS, stops=("\nEND",))], "set.jsonl")
+
+
+def test_upstreams_file_goes_out_and_comes_back(tmp_path):
+    samples = [Sample("p0", 1, "b"), Sample("p0", 0, "a"), Sample("7", 0, "x\nEND of it")]
+    path = tmp_path / "generations.json"
+    write_upstream(path, SET.problems, Generations(samples))
+    assert json.loads(path.read_text()) == [
+        {"task_id": "p0", "prompt": PROMPTS[0], "output": ["a", "b"]},
+        {"task_id": 7, "prompt": "seven", "output": ["x"]},  # a number stays one, and stops are cut
+    ]
+    found = read_generations(path, SET)
+    assert outputs(found) == {("p0", 0): "a", ("p0", 1): "b", ("7", 0): "x"}
+    assert found.speed()["tau"] is None and found.speed()["tokens_per_second"] is None
+
+
+@pytest.mark.parametrize(
+    "rows, wrong",
+    [
+        ([{"task_id": "p9", "output": ["a"]}], "1 tasks that set.jsonl does not have: p9"),
+        ([{"task_id": 7, "output": ["a"]}, {"task_id": "7", "output": ["a"]}], "task 7 twice"),
+        ([{"task_id": 7, "output": "a"}], "0.output"),
+        ([{"task_id": 7, "output": ["a"]}, {"output": ["a"]}], "1.task_id"),
+        ([{"task_id": 7, "output": [None]}], "0.output.0"),
+        ([], "holds no completions"),
+        ({}, "must hold a list"),
+    ],
+)
+def test_generations_files_that_are_refused(tmp_path, rows, wrong):
+    path = tmp_path / "generations.json"
+    path.write_text(json.dumps(rows))
+    with pytest.raises(EagleError, match=wrong):
+        read_generations(path, SET)
+
+
+def test_journals_that_are_refused(tmp_path):
+    path = tmp_path / "generations-x.jsonl"
+    line = {"task_id": "p0", "sample": 0, "output": "a"}
+    for lines, wrong in (
+        ([line, line], "completion 0 of task p0 twice"),
+        ([{"a": 1}], "no journal"),
+        ([{"settings": {}}], "no completions"),
+    ):
+        path.write_text("".join(json.dumps(x) + "\n" for x in lines))
+        with pytest.raises(EagleError, match=wrong):
+            read_generations(path, SET)
+    for name in ("absent.json", "absent.jsonl"):
+        with pytest.raises(EagleError, match="cannot read"):
+            read_generations(tmp_path / name, SET)

@@ -1,0 +1,482 @@
+"""The sandbox as its users see it: outcomes, limits, order, parallel runs, failures of its own."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import venv
+from pathlib import Path
+
+import pytest
+
+from eagle.errors import EagleError
+from inference.evaluation.sandbox import STATUSES, Job, Limits, Program, Sandbox
+from inference.evaluation.sandbox.worker import Worker
+
+ROOT = Path(__file__).parents[3]
+sys.path.append(str(Path(__file__).parent))
+from hostile_runs import NOBODY, readable_python, tagged
+
+QUICK = Limits(0.5, 1.5, memory_bytes=256 << 20, output_bytes=1 << 20)
+
+
+@pytest.fixture(scope="module")
+def sandbox():
+    with Sandbox(QUICK, workers=2, allow_code_execution=True) as sandbox:
+        yield sandbox
+
+
+def run(sandbox, code, test="", **kwargs):
+    [outcome] = sandbox.run(Program(code, **kwargs), [test])
+    assert outcome.status in STATUSES
+    return outcome
+
+
+def run_all(sandbox, rows, fn_name=None):
+    """rows of (code, input) -> an outcome each."""
+    jobs = [Job(Program(code, fn_name), [given], key=i) for i, (code, given) in enumerate(rows)]
+    found = {job.key: outcome for job, [outcome] in sandbox.map(jobs)}
+    return [found[i] for i in range(len(rows))]
+
+
+# -- refusals --
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"allow_code_execution": False}, "allow_code_execution"),
+        ({"level": "docker"}, "unknown isolation level 'docker'"),
+        ({"workers": 0}, "workers must be at least 1"),
+        ({"python": "/bin/false"}, "no sandbox can be started here"),
+        ({"python": "/nonexistent/python"}, "no sandbox can be started here"),
+    ],
+)
+def test_bad_arguments(arguments, message, monkeypatch, tmp_path):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with pytest.raises(EagleError, match=message):
+        Sandbox(**{"allow_code_execution": True, **arguments})
+    assert os.listdir(tmp_path) == []
+
+
+def test_only_linux(monkeypatch):
+    monkeypatch.setattr(sys, "platform", "darwin")
+    with pytest.raises(EagleError, match="needs Linux.*darwin"):
+        Sandbox(allow_code_execution=True)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"cpu_seconds": 0},
+        {"wall_seconds": -1},
+        {"memory_bytes": 10},
+        {"open_files": 3},
+        {"cpu_seconds": float("nan")},
+        {"cpu_seconds": 5, "wall_seconds": 4},
+    ],
+)
+def test_bad_limits(values):
+    with pytest.raises(EagleError, match="limit .* must be"):
+        Limits(**values)
+
+
+def test_auto_refuses_where_files_are_open(monkeypatch):
+    start = Sandbox._start_at
+
+    def only_rlimits(self, level, count):
+        if level == "namespaces":
+            raise OSError("not today")
+        start(self, "namespaces", count)
+        self.isolation = {**self.isolation, "level": "rlimits", "files": "open"}
+
+    monkeypatch.setattr(Sandbox, "_start_at", only_rlimits)
+    with pytest.raises(EagleError, match="changing your files.*not today"):
+        Sandbox(allow_code_execution=True, workers=1)
+    with Sandbox(allow_code_execution=True, workers=1, level="rlimits") as sandbox:
+        assert sandbox.level == "rlimits"
+
+
+# -- programs --
+
+AS_A_FRESH_INTERPRETER = [
+    ("import sys\nfor line in sys.stdin: print(line.strip()[::-1])", "€ üöä\n"),
+    ("print(open(0).read(), end='')", "äöü €\n"),
+    ("import sys; sys.stdout.write(sys.stdin.buffer.read().decode())", "äöü €\n"),
+    ("print(open('/dev/stdin').read(), end='')", "äöü €\n"),
+    ("import os; os.write(1, os.read(0, 100))", "äöü €\n"),
+    ("import sys; x = 1; print(__name__, sys.modules['__main__'].x)", "__main__ 1\n"),
+    ("import sys; sys.stdout.write('a'); sys.exit()", "a"),
+    ("import sys; sys.stdout.write('a'); sys.exit(0)", "a"),
+    ("import atexit; atexit.register(print, 'b'); print('a')", "a\nb\n"),
+    ("import threading\nthreading.Thread(target=lambda: print('late')).start()", "late\n"),
+    ("f = open(1, 'w', closefd=False); f.write('left open')", "left open"),
+    ("import sys, os\nsys.stdout = os.fdopen(os.dup(1), 'w')\nprint('own')", "own\n"),
+    ("f = lambda n: n and 1 + f(n - 1)\nfrom sys import *\nsetrecursionlimit(9**6); f(20000)", ""),
+    ("import resource as r; r.setrlimit(r.RLIMIT_STACK, (1 << 29, -1))", ""),
+    ("print(len(str(10**5000)))", "5001\n"),
+    ("import os\nif os.fork() == 0: os._exit(3)\nprint(os.wait()[1])", "768\n"),
+    ("import tempfile\nwith tempfile.TemporaryFile() as f: print(f.write(b'abc'))", "3\n"),
+    ("import pickle\nclass A: x = 3\nprint(pickle.loads(pickle.dumps(A())).x)", "3\n"),
+]
+
+
+def test_as_a_fresh_interpreter(sandbox):
+    codes = [code for code, _ in AS_A_FRESH_INTERPRETER]
+    found = run_all(sandbox, [(code, "äöü €\n") for code in codes])
+    said = [(c, o.stdout.decode() or o.detail) for c, o in zip(codes, found, strict=True)]
+    assert said == AS_A_FRESH_INTERPRETER
+    assert {o.status for o in found} == {"ok"}
+    assert all(0 < o.cpu_seconds < 0.5 and o.seconds > 0 < o.memory_bytes for o in found)
+
+
+ENDS = [
+    ("def f(:", "compile_error", "SyntaxError"),
+    ("x = '\0'", "compile_error", ""),
+    ("x = '\ud800'", "compile_error", "surrogates not allowed"),
+    ("(" * 500 + ")" * 500, "compile_error", ""),
+    ("int('x')", "runtime_error", "ValueError: invalid literal"),
+    ("exec('1 +')", "runtime_error", "SyntaxError"),
+    ("import sys; print(1); sys.exit(3)", "runtime_error", "exit status 3"),
+    ("import sys; sys.exit('reason')", "runtime_error", "reason"),
+    ("import os; os.abort()", "runtime_error", "SIGABRT"),
+    ("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", "runtime_error", "SIGKILL"),
+    ("import os; os.kill(os.getpid(), 40)", "runtime_error", "signal 40"),
+    ("while True: pass", "timeout", "CPU"),
+    ("import os; os.fork(); os.fork()\nwhile True: pass", "timeout", "CPU"),
+    ("bytearray(1 << 40)", "memory", ""),
+    ("print('x' * (1 << 21))", "output_limit", ""),
+    ("import sys\nwhile True: print('x' * 999, file=sys.stderr)", "output_limit", ""),
+    ("import eagle", "runtime_error", "ModuleNotFoundError"),
+    ("import cell, isolation, runner", "runtime_error", "ModuleNotFoundError"),
+    ("import os; os.setuid(0)", "runtime_error", "PermissionError"),
+    ("open('/usr/x', 'w')", "runtime_error", "Error"),
+    (f"open({__file__!r})", "runtime_error", "Error"),
+]
+
+
+def test_how_programs_end(sandbox):
+    found = run_all(sandbox, [(code, "") for code, *_ in ENDS])
+    for (code, status, detail), outcome in zip(ENDS, found, strict=True):
+        assert outcome.status == status and detail in outcome.detail, (code, outcome)
+        assert outcome.stdout == b"" and outcome.value is None
+
+
+CALLS = [
+    ("def f(a, b): return a + b", [1, 2], 3),
+    ("class Solution:\n    def f(self, a): return a[::-1]", [[1, 2]], [2, 1]),
+    ("f = lambda: (1, (2,), {3, 1}, None, True, 1.5)", [], [1, [2], [1, 3], None, True, 1.5]),
+    ("def f(d): return d", [{1: "a"}], {"1": "a"}),
+    ("def f(d): return d[1]", [{1: "a"}], "a"),
+    ("def f(): return map(str, range(3))", [], ["0", "1", "2"]),
+    ("def f():\n    print('noise')\n    return 10**5000", [], 10**5000),
+    ("def f(x): return x", ["\U0001f600 é"], "\U0001f600 é"),
+    ("import os\ndef f(): return os.fork() and os.wait() and 'parent'", [], "parent"),
+]
+FAILED_CALLS = [
+    ("def f(): return input", "no JSON form"),
+    ("import sys\ndef f(): sys.exit(0)", "before the function returned"),
+    ("import os\ndef f(): os._exit(0)", "before the function returned"),
+    ("def g(): pass", "no function 'f'"),
+    ("def f(x): pass", "TypeError"),
+    ("def f():\n    x = []\n    x.append(x)\n    return x", "ValueError"),
+    ("def f(): return input()", "EOFError"),
+    ("import os\ndef f():\n    os.closerange(0, 999)\n    return 1", ""),
+]
+
+
+def test_calls(sandbox):
+    found = run_all(sandbox, [(code, arguments) for code, arguments, _ in CALLS], "f")
+    assert [o.value for o in found] == [value for *_, value in CALLS]
+    assert {(o.status, o.stdout) for o in found} == {("ok", b"")}
+    found = run_all(sandbox, [(code, []) for code, _ in FAILED_CALLS], "f")
+    for (code, detail), outcome in zip(FAILED_CALLS, found, strict=True):
+        assert outcome.status == "runtime_error" and detail in outcome.detail, (code, outcome)
+    program = Program("def f(x: List[int]) -> int: return sum(x)", "f", "from typing import *")
+    assert sandbox.run(program, [[[1, 2]]])[0].value == 3
+
+
+def test_environment_is_not_inherited(monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "secret")
+    with Sandbox(QUICK, workers=1, allow_code_execution=True) as fresh:
+        names = set(eval(run(fresh, "import os; print(sorted(os.environ))").stdout))
+    threads = {"MKL_NUM_THREADS", "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"}
+    assert names <= {"HOME", "LANG", "PATH", "TMPDIR", "LC_CTYPE"} | threads
+
+
+@pytest.mark.parametrize("flag", [0x10000000, 0x20000, 0x40000000], ids=["user", "mount", "net"])
+def test_no_namespaces_of_its_own(sandbox, flag):
+    """In one it would have every capability, and could mount memory without a limit."""
+    code = f"""
+import ctypes, os, platform
+libc = ctypes.CDLL(None)
+clone = {{"x86_64": 56, "aarch64": 220}}[platform.machine()]
+pid = libc.syscall(clone, {flag} | 17, 0, 0, 0, 0)
+if pid == 0:
+    os._exit(0)
+print(libc.unshare({flag}), pid)
+"""
+    assert run(sandbox, code).stdout == b"-1 -1\n"
+
+
+def test_tests_do_not_see_each_other(sandbox):
+    code = "import os\nprint(os.listdir('.'), os.getpid() < 10)\nopen('x', 'w')"
+    outcomes = sandbox.run(Program(code), ["a", "b"])
+    assert outcomes[0].stdout == outcomes[1].stdout
+    assert outcomes[0].stdout.startswith(b"[] ")
+
+
+def test_inputs_are_checked(sandbox):
+    with pytest.raises(EagleError, match="list of its arguments"):
+        sandbox.run(Program("", "f"), ["x"])
+    with pytest.raises(EagleError, match="standard input is text"):
+        sandbox.run(Program(""), [[1]])
+    assert run(sandbox, "print(1)").status == "ok", "and the sandbox is of use afterwards"
+
+
+# -- many --
+
+
+def test_outcomes_keep_the_order_of_tests(sandbox):
+    tests = [str(i) for i in range(5)]
+    jobs = [Job(Program(f"print(int(input()) + {j})"), tests, key=j) for j in range(7)]
+    jobs.append(Job(Program("print(1)"), [], key=7))
+    found = {job.key: [int(o.stdout) for o in outcomes] for job, outcomes in sandbox.map(jobs)}
+    assert found == {7: [], **{j: [i + j for i in range(5)] for j in range(7)}}
+
+
+def test_a_producer_need_not_block(sandbox):
+    asked, done = [], threading.Event()
+
+    def produce():
+        yield None
+        yield Job(Program("import time; time.sleep(0.3)"), [""])
+        while not done.is_set():
+            asked.append(None)
+            yield None
+        yield Job(Program("print(2)"), [""])
+
+    stdout = []
+    for _, [outcome] in sandbox.map(produce()):
+        done.set()
+        stdout.append(outcome.stdout)
+    assert len(asked) > 5 and stdout == [b"", b"2\n"]
+
+
+def test_observe_sees_output_and_may_stop(sandbox):
+    seen = []
+
+    def observe(index, outcome):
+        seen.append((index, outcome.stdout))
+        return index == 1
+
+    job = Job(Program("print(input())"), list("abcd"), observe=observe)
+    [(same, outcomes)] = sandbox.map([job])
+    assert same is job and seen == [(0, b"a\n"), (1, b"b\n")]
+    assert [(o.status, o.stdout) for o in outcomes] == [("ok", b"")] * 2
+
+
+def test_one_map_at_a_time(sandbox):
+    first = sandbox.map([Job(Program("print(1)"), ["", ""]) for _ in range(3)])
+    next(first)
+    with pytest.raises(EagleError, match="one map or run at a time"):
+        sandbox.run(Program("print(1)"), [""])
+    first.close()
+    assert run(sandbox, "print(3)").stdout == b"3\n"
+
+
+def test_closed():
+    sandbox = Sandbox(QUICK, workers=1, allow_code_execution=True)
+    process = sandbox.workers[0].process
+    sandbox.close()
+    sandbox.close()
+    assert process.returncode is not None
+    with pytest.raises(EagleError, match="closed"):
+        sandbox.run(Program(""), [""])
+
+
+def test_limits_of_a_job_come_first(sandbox):
+    code = "print('x' * 100)"
+    small = Limits(output_bytes=50)
+    assert sandbox.run(Program(code), [""], small)[0].status == "output_limit"
+    assert run(sandbox, code).status == "ok"
+
+
+# -- time --
+
+
+def test_load_is_no_timeout():
+    """Four times as many workers as cores: CPU time decides, and the wall clock stretches."""
+    cores = len(os.sched_getaffinity(0))
+    code = "import time\nwhile time.process_time() < 0.2: pass"
+    with Sandbox(Limits(0.3, 0.3), 4 * cores, allow_code_execution=True) as sandbox:
+        found = run_all(sandbox, [(code, "")] * 8 * cores)
+    assert {o.status for o in found} == {"ok"}
+
+
+def test_a_near_miss_is_repeated_alone(sandbox, monkeypatch):
+    answer, begin, alone = Worker.answer, Worker.begin, []
+
+    def near_miss(worker):
+        header, body = answer(worker)
+        if worker.task.job.key == 0 and not worker.task.alone:
+            header.update(near=True, status="timeout")
+        return header, body
+
+    def look(worker, *test):
+        if worker.task.alone:
+            alone.append([other.busy for other in sandbox.workers])
+        begin(worker, *test)
+
+    monkeypatch.setattr(Worker, "answer", near_miss)
+    monkeypatch.setattr(Worker, "begin", look)
+    jobs = [Job(Program("print(1)"), [""] * 3, key=key) for key in range(5)]
+    found = {job.key: outcomes for job, outcomes in sandbox.map(jobs)}
+    assert alone == [[False, False]] * 3
+    assert {o.status for outcomes in found.values() for o in outcomes} == {"ok"}
+    assert [all(o.retried for o in found[k]) for k in range(5)] == [True] + [False] * 4
+
+
+def test_misses(sandbox):
+    """Just above the limit in CPU time, alone as two processes, and asleep."""
+    near = f"import time\nwhile time.process_time() < {1.2 * QUICK.cpu_seconds}: pass"
+    outcome = run(sandbox, near)
+    assert outcome.status == "timeout" and outcome.retried
+    assert QUICK.cpu_seconds < outcome.cpu_seconds
+    half = (
+        f"import os, time\nos.fork()\nwhile time.process_time() < {0.7 * QUICK.cpu_seconds}: pass"
+    )
+    assert run(sandbox, f"{half}\nos.wait()").status == "timeout"
+    outcome = run(sandbox, "import time; time.sleep(60)")
+    assert outcome.status == "timeout" and "wall" in outcome.detail and not outcome.retried
+
+
+# -- when something of ours fails --
+
+
+def test_a_worker_that_dies(sandbox):
+    """Idle, in a test, and in the repetition too."""
+    for worker in sandbox.workers:
+        worker.process.kill()
+        worker.process.wait()
+    assert run(sandbox, "print(1)").stdout == b"1\n"
+    with Sandbox(QUICK, workers=1, allow_code_execution=True) as own:
+        kills = [0]
+
+        def begin(worker, *test):
+            Worker.begin(worker, *test)
+            if kills[0]:
+                kills[0] -= 1
+                worker.process.kill()
+
+        own.workers[0].begin = begin.__get__(own.workers[0])
+        for kills[0], status in ((1, "ok"), (2, "harness_error"), (0, "ok")):
+            times = kills[0]
+            outcome = run(own, "import time; time.sleep(0.3)")
+            assert (outcome.status, outcome.retried) == (status, times > 0)
+
+
+def test_what_the_runner_cannot_do_is_a_harness_error(sandbox):
+    limits = Limits(file_bytes=1 << 70)  # no kernel knows such a number
+    [outcome] = sandbox.run(Program("print(1)"), [""], limits)
+    assert outcome.status == "harness_error" and outcome.retried
+    assert outcome.detail.endswith(", twice") and "Error" in outcome.detail
+    assert run(sandbox, "print(1)").stdout == b"1\n"
+
+
+PARENT = """
+import sys
+from inference.evaluation.sandbox import *
+with Sandbox(None, 2, sys.argv[1], allow_code_execution=True, python=sys.argv[2]) as s:
+    print("ready", flush=True)
+    code = "import os; os.fork(); print(1, flush=True)\\nwhile True: pass"
+    list(s.map([Job(Program(code), [""])] * 2))
+"""
+
+
+@pytest.mark.parametrize("level", ["namespaces", "rlimits"])
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+def test_everything_goes_with_the_parent(number, level):
+    """Killed in the middle of a test, the parent leaves no process and no scratch folder."""
+    python = sys.executable if os.geteuid() or level == "namespaces" else readable_python()
+    if python is None:
+        pytest.skip("no interpreter here that uid 65534 can read")
+
+    def wait_for(condition):
+        end = time.monotonic() + 60
+        while not condition():
+            assert time.monotonic() < end
+            time.sleep(0.02)
+
+    with tempfile.TemporaryDirectory() as folder:
+        os.chmod(folder, 0o755)
+        (link := Path(folder, "python-of-this-test")).symlink_to(os.path.realpath(python))
+        command, env = [sys.executable, "-c", PARENT, level, link], {**os.environ, "TMPDIR": folder}
+        with subprocess.Popen(
+            command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+        ) as parent:
+            assert parent.stdout.readline() == b"ready\n"
+            parents = len(tagged(str(link)))
+            wait_for(lambda: len(tagged(str(link))) >= parents + 6)  # 2 × (init, program, fork)
+            parent.send_signal(number)
+            parent.wait(10)
+        wait_for(lambda: not tagged(str(link)) and os.listdir(folder) == [link.name])
+
+
+WITHOUT_NAMESPACES = """
+import json, sys
+from eagle.errors import EagleError
+from inference.evaluation.sandbox import Program, Sandbox, isolation
+isolation.prctl(isolation.PR_SET_NO_NEW_PRIVS, 1)
+isolation.deny_system_calls(in_the_open=False)  # as many containers do
+try:
+    with Sandbox(workers=1, level=sys.argv[1], allow_code_execution=True) as sandbox:
+        [outcome] = sandbox.run(Program("print(input())"), ["fine"])
+        print(json.dumps([sandbox.level, sandbox.isolation, outcome.stdout.decode()]))
+except EagleError as error:
+    print(json.dumps(str(error)))
+"""
+
+
+@pytest.mark.parametrize("user", ["the caller", "another user"])
+def test_where_the_kernel_grants_no_namespaces(user):
+    python, identity = sys.executable, {}
+    if os.geteuid() == 0:
+        python = readable_python()
+        if python is None:
+            pytest.skip("no interpreter here that uid 65534 can read")
+    if user == "another user":
+        if os.geteuid() or os.stat(ROOT).st_mode & 0o005 != 0o005:
+            pytest.skip("needs root, and a checkout that others can read")
+        identity = {"user": NOBODY, "group": NOBODY, "extra_groups": []}
+
+    def start(level):
+        command, env = [python, "-B", "-c", WITHOUT_NAMESPACES, level], {"PATH": "/usr/bin:/bin"}
+        said = subprocess.check_output(command, cwd=ROOT, env=env, **identity)
+        return json.loads(said)
+
+    refused = start("namespaces")
+    assert "no sandbox can be started here" in refused
+    assert "unshare: Operation not permitted" in refused
+    level, isolation, stdout = start("auto")
+    assert (level, stdout) == ("rlimits", "fine\n")
+    assert "unshare: Operation not permitted" in isolation["not_reached"][0]
+
+
+def test_an_interpreter_below_tmp(sandbox):
+    """The private root keeps /tmp for the interpreter, and the scratch folder lies elsewhere."""
+    if sandbox.level != "namespaces":
+        pytest.skip("no private root here")
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:
+        venv.create(folder, with_pip=False)
+        python = f"{folder}/bin/python"
+        with Sandbox(QUICK, workers=1, python=python, allow_code_execution=True) as below:
+            code = "import os, sys, tempfile as t\n"
+            code += "print(sys.prefix, input(), t.gettempdir(), os.getcwd())"
+            out = run(below, code, "in").stdout.decode().split()
+    assert below.level == "namespaces"
+    assert out == [folder, "in", "/scratch/work", "/scratch/work"]

@@ -1,0 +1,177 @@
+"""Text and task metrics against values worked out by hand."""
+
+import math
+
+import pytest
+
+from eagle.errors import EagleError
+from inference.evaluation.task_metrics import read_answer, task_report
+from inference.evaluation.text_metrics import perplexity, repetition, with_references, words
+
+
+def test_rouge_l_chrf_and_exact_match():
+    found = with_references(["the cat sat", "a b"], ["the cat sat on", " a b\n"])
+    # longest common subsequences 3 of (3, 4) and 2 of (2, 2)
+    assert found["rouge_l"] == pytest.approx((2 * 3 / 7 + 1) / 2)
+    assert found["exact_match"] == 0.5
+    assert 0.5 < found["chrf"] < 1.0
+    assert with_references(["same"], ["same"]) == {"rouge_l": 1.0, "chrf": 1.0, "exact_match": 1.0}
+    assert with_references(["abc"], ["xyz"]) == {"rouge_l": 0.0, "chrf": 0.0, "exact_match": 0.0}
+
+
+def test_rouge_l_sees_other_scripts_marks_and_case():
+    assert with_references(["größer Übel"], ["größer Übel"])["rouge_l"] == 1.0
+    assert with_references(["数 数"], ["数 学"])["rouge_l"] == 0.5
+    assert with_references(["x = 1"], ["x == 1"])["rouge_l"] == pytest.approx(2 * 3 / 7)
+    assert with_references(["True"], ["true"])["rouge_l"] == 0.0
+    assert with_references(["今天天气很好。"], ["今天天气不好。"])["rouge_l"] == pytest.approx(
+        6 / 7
+    )
+    assert words("हिन्दी में") == ["हिन्दी", "में"]  # vowel signs stay with their letters
+    assert words("ไทย ok") == ["ไ", "ท", "ย", "ok"]
+    assert words("a[i]+=1") == ["a", "[", "i", "]", "+", "=", "1"]
+
+
+def test_repetition():
+    found = repetition(["a b a b", "x y", ""])
+    assert found["1"] == pytest.approx((0.5 + 0) / 2)  # the empty text has no words
+    assert found["2"] == pytest.approx((1 / 3 + 0) / 2)
+    assert found["3"] == 0.0 and found["4"] == 0.0
+    assert repetition([""])["1"] is None
+
+
+def test_perplexity_is_that_of_the_models_own_logits(llama, tokenizer_folder):
+    import torch
+    from engine_helpers import VOCAB
+
+    from eagle.model import EaModel
+
+    class Bytes:
+        def __call__(self, text, **_):
+            ids = [ord(c) % VOCAB for c in text]
+            return type("Ids", (), {"input_ids": ids})
+
+    model = EaModel(llama, tokenizer=Bytes())
+    texts, contexts = ["hello", "abcabc"], ["", "say: "]
+    found = perplexity(model, texts, contexts)
+    losses = []
+    for text, context in zip(texts, contexts, strict=True):
+        ids = torch.tensor([[ord(c) % VOCAB for c in context + text]])
+        with llama.stock() as stock:
+            logits = stock(ids).logits.log_softmax(-1)
+        start = max(len(context), 1)
+        losses += [-logits[0, i - 1, ids[0, i]].item() for i in range(start, ids.shape[1])]
+    assert found["tokens"] == len(losses) == 4 + 6 and found["skipped"] == 0
+    assert found["perplexity"] == pytest.approx(math.exp(sum(losses) / len(losses)), rel=1e-4)
+    # nothing to predict, and more than the model's positions: counted, not cut
+    assert perplexity(model, ["x", "y" * 300], ["", ""]) == {
+        "perplexity": None,
+        "tokens": 0,
+        "skipped": 2,
+    }
+
+
+def rows(task, kind, pairs, **more):
+    return [
+        read_answer({"task": task, "type": kind, "prediction": p, "label": y, **more})
+        for p, y in pairs
+    ]
+
+
+def report(kind, pairs, **more):
+    answers = rows("t", kind, pairs, **more)
+    return task_report(answers)["tasks"]["t"]
+
+
+def test_classification():
+    pairs = [("a", "a"), ("a", "a"), ("b", "a"), ("b", "b"), (None, "b"), ("junk", "a")]
+    entry = report("classification", pairs)
+    assert entry["accuracy"] == pytest.approx(3 / 6) and entry["unanswered"] == 1
+    f1_a, f1_b = 2 * 2 / (2 + 4), 2 * 1 / (2 + 2)  # 2·hits / (predicted + there)
+    assert entry["macro_f1"] == pytest.approx((f1_a + f1_b) / 2)
+    # hits 3 of 6; there (4, 2, 0), predicted (2, 2, 2): (3·6 - 12) / sqrt((36 - 12)(36 - 20))
+    assert entry["mcc"] == pytest.approx(6 / math.sqrt(24 * 16))
+    assert entry["auroc"] is None
+
+
+def scored(table):
+    line = {"task": "t", "type": "classification", "prediction": "a"}
+    answers = [read_answer({**line, "label": label, "scores": scores}) for scores, label in table]
+    return task_report(answers)["tasks"]["t"]["auroc"]
+
+
+def test_auroc_of_two_and_of_three_labels():
+    scores = [(0.1, "n"), (0.4, "y"), (0.35, "n"), (0.8, "y"), (0.4, "n")]
+    # of 6 pairs 5 are in order and one is a tie
+    assert scored([({"n": 1 - s, "y": s}, label) for s, label in scores]) == pytest.approx(5.5 / 6)
+    logits = [
+        ({"a": 5, "b": 1, "c": 2}, "a"),
+        ({"a": 1, "b": 9, "c": 2}, "b"),
+        ({"a": 2, "b": 3, "c": 9}, "c"),
+    ]
+    assert scored(logits) == 1.0
+    with pytest.raises(EagleError, match="without a score for 'b'"):
+        scored([*logits, ({"a": 1}, "a")])
+
+
+def test_regression():
+    entry = report("regression", [(1.0, 2.0), (2.0, 4.0), (3, 5.0), (None, 7)])
+    assert entry["mae"] == pytest.approx(5 / 3) and entry["unanswered"] == 1
+    assert entry["spearman"] == pytest.approx(1.0, abs=1e-5)  # the library adds an epsilon
+    assert entry["pearson"] == pytest.approx(3 / math.sqrt(2 * 14 / 3))
+    constant = task_report(rows("t", "regression", [(1, 2), (1, 3)]))
+    assert constant["tasks"]["t"]["spearman"] is None and constant["mean_primary"] is None
+    assert report("regression", [(None, 2)])["mae"] is None
+
+
+def test_ranking():
+    """By hand: 2 of 3 pairs and a tie; the best candidate first, or second."""
+    pairs = [([0.5, 0.1, 0.4], [2, 1, 0]), ([0.0, 0.0], [1, 3]), (None, [0, 1])]
+    entry = report("ranking", pairs)
+    assert entry["pairwise_accuracy"] == pytest.approx((2 / 3 + 0.5) / 2)
+    first = (2 + 1 / 2) / (2 + 1 / math.log2(3))  # gains 2, 0, 1 against 2, 1, 0
+    assert 0.9 < first < entry["ndcg"] + 0.5 and entry["unanswered"] == 1
+    assert report("ranking", [(None, [0, 1])])["pairwise_accuracy"] is None
+
+
+def test_generation_and_the_mean_over_tasks():
+    answers = rows("write", "generation", [("a b", "a b"), (None, "c")])
+    answers += rows("sort", "classification", [("x", "x"), ("y", "y")])
+    found = task_report(answers)
+    assert found["tasks"]["write"]["rouge_l"] == 0.5 == found["tasks"]["write"]["exact_match"]
+    assert found["tasks"]["sort"]["mcc"] == pytest.approx(1.0)
+    assert found["mean_primary"] == pytest.approx(0.75)
+    mixed = rows("t", "generation", [("a", "a")]) + rows("t", "classification", [("a", "a")])
+    with pytest.raises(EagleError, match="'t' has rows of types"):
+        task_report(mixed)
+
+
+@pytest.mark.parametrize(
+    "kind, row",
+    [
+        ("regression", {"label": 1}),
+        ("choice", {"prediction": 1, "label": 1}),
+        ("ranking", {"prediction": 1, "label": [0, 1]}),
+        ("ranking", {"prediction": [1], "label": [0, 1]}),
+        ("ranking", {"prediction": [1, 2], "label": [1, 1]}),
+        ("regression", {"prediction": "1", "label": 1}),
+        ("regression", {"prediction": 1, "label": float("nan")}),
+        ("regression", {"prediction": 1, "label": None}),
+        ("generation", {"prediction": 1, "label": "x"}),
+        ("classification", {"prediction": "a", "label": "a", "scores": {"b": 1}}),
+    ],
+)
+def test_rows_that_are_no_answers(kind, row):
+    with pytest.raises(ValueError):
+        read_answer({"task": "t", "type": kind, **row})
+
+
+def test_missing_libraries_are_named(monkeypatch):
+    import sys
+
+    monkeypatch.setitem(sys.modules, "sacrebleu.metrics", None)
+    monkeypatch.setitem(sys.modules, "torchmetrics.functional", None)
+    with pytest.raises(EagleError, match=r"eagle-heads\[eval\]"):
+        with_references(["a"], ["a"])
+    with pytest.raises(EagleError, match=r"eagle-heads\[eval\]"):
+        task_report(rows("t", "regression", [(1, 2)]))

@@ -1,4 +1,0 @@
-"""Prints for ever."""
-
-while True:
-    print("x" * 1000)

@@ -1,6 +1,0 @@
-"""Reads standard input again and again."""
-
-import sys
-
-while True:
-    sys.stdin.read()

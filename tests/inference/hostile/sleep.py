@@ -1,5 +1,0 @@
-"""Waits and uses no CPU time."""
-
-import time
-
-time.sleep(10**6)

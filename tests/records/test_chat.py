@@ -1,0 +1,250 @@
+import data_helpers as templates
+import pytest
+from data_helpers import chat, runs
+from tokenizers import processors
+
+from configs.schema import DataConfig
+from eagle.errors import EagleError
+from records.chat import encode_plain, render_chat, render_instruction
+from records.render import make_renderer
+from records.rows import RowError
+from records.tokens import encode_with_spans
+
+LONG = 4096
+
+
+def test_multi_turn_supervises_each_answer_and_its_end(tokenizer):
+    row = render_chat(chat("Hi?", " Hello\nworld ", "And?", "Bye é😀"), tokenizer, LONG)
+    assert runs(tokenizer, row) == [" Hello\nworld <|im_end|>", "Bye é😀<|im_end|>"]
+    whole = tokenizer.decode(row.input_ids, skip_special_tokens=False)
+    assert whole.startswith("<|im_start|>user\nHi?<|im_end|>\n<|im_start|>assistant\n Hello")
+    assert row.loss_mask[-1] == 0 and not row.truncated
+
+
+def test_last_assistant_and_all(tokenizer):
+    record = chat("Hi?", "one", "And?", "two")
+    assert runs(tokenizer, render_chat(record, tokenizer, LONG, "last_assistant")) == [
+        "two<|im_end|>"
+    ]
+    mask = render_chat(record, tokenizer, LONG, "all").loss_mask
+    assert mask == [0] + [1] * (len(mask) - 1)
+
+
+def test_sharegpt_names_and_equal_ids(tokenizer):
+    record = {
+        "conversations": [
+            {"from": "system", "value": "Be kind."},
+            {"from": "human", "value": "Hi?"},
+            {"from": "gpt", "value": "Hello"},
+        ]
+    }
+    same = {
+        "messages": [
+            {"role": "system", "content": "Be kind."},
+            {"role": "user", "content": "Hi?"},
+            {"role": "assistant", "content": "Hello"},
+        ]
+    }
+    row = render_chat(record, tokenizer, LONG)
+    assert row == render_chat(same, tokenizer, LONG)
+    assert runs(tokenizer, row) == ["Hello<|im_end|>"]
+
+
+@pytest.mark.parametrize("answer", ["same", "user", "assistant\n", "a\n\nb"])
+def test_answer_that_also_occurs_elsewhere(tokenizer, answer):
+    row = render_chat(chat(answer, answer, answer, "x" + answer), tokenizer, LONG)
+    assert runs(tokenizer, row) == [answer + "<|im_end|>", "x" + answer + "<|im_end|>"]
+
+
+def test_template_that_strips_white_space(tokenizer):
+    tokenizer.chat_template = templates.STRIPPING
+    row = render_chat(chat("Hi?", "  Hello \n", "And?", "\nBye"), tokenizer, LONG)
+    assert runs(tokenizer, row) == ["Hello<|im_end|>", "Bye<|im_end|>"]
+
+
+def test_template_that_injects_a_think_block(tokenizer):
+    tokenizer.chat_template = templates.THINKING
+    row = render_chat(chat("Hi?", "Hello", "And?", "Bye"), tokenizer, LONG)
+    assert runs(tokenizer, row) == ["Hello<|im_end|>", "Bye<|im_end|>"]
+    assert "<think>\n\n</think>\n\nBye" in tokenizer.decode(row.input_ids)
+
+
+def test_reasoning_is_supervised_where_the_template_keeps_it(tokenizer):
+    tokenizer.chat_template = templates.THINKING
+    first, last = "<think>\nold\n</think>\n\nHello", "<think>\nnew\n</think>\n\nBye"
+    row = render_chat(chat("Hi?", first, "And?", last), tokenizer, LONG)
+    assert runs(tokenizer, row) == ["Hello<|im_end|>", last + "<|im_end|>"]
+    assert "old" not in tokenizer.decode(row.input_ids)
+
+
+def test_reasoning_passes_through_a_plain_template(tokenizer):
+    answer = "<think>short</think>Bye"
+    row = render_chat(chat("Hi?", answer), tokenizer, LONG)
+    assert runs(tokenizer, row) == [answer + "<|im_end|>"]
+
+
+def test_blank_before_the_end_token_is_supervised(tokenizer):
+    tokenizer.chat_template = templates.BLANK_BEFORE_END
+    row = render_chat(chat("Hi?", "Hello"), tokenizer, LONG)
+    assert runs(tokenizer, row) == ["Hello <|endoftext|>"]
+
+
+def test_blank_glued_to_the_first_word_is_supervised(tokenizer):
+    tokenizer.chat_template = templates.BLANK_BEFORE_END
+    row = render_chat(chat("Hi?", "a function"), tokenizer, LONG)
+    assert runs(tokenizer, row) == [" a function <|endoftext|>"]
+
+
+def test_sentencepiece_style_tokens():
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    unigram = Tokenizer(models.BPE(unk_token="<unk>"))
+    unigram.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    unigram.decoder = decoders.Metaspace(prepend_scheme="first")
+    trainer = trainers.BpeTrainer(
+        vocab_size=200, special_tokens=["<unk>", "<s>", "</s>"], show_progress=False
+    )
+    unigram.train_from_iterator(["[INST] Hi there, you? [/INST] I am fine"] * 9, trainer)
+    llama = PreTrainedTokenizerFast(tokenizer_object=unigram, bos_token="<s>", eos_token="</s>")
+    llama.chat_template = (
+        "{% for m in messages %}{% if m.role == 'user' %}{{ bos_token }}[INST] {{ m.content }} "
+        "[/INST]{% else %} {{ m.content | trim }} {{ eos_token }}{% endif %}{% endfor %}"
+    )
+    row = render_chat(chat("Hi there", "I am", "you?", "fine"), llama, LONG)
+    ids = [token for token, mark in zip(*row[:2], strict=True) if mark]
+    text = "".join(llama.convert_ids_to_tokens(ids))
+    assert text == "▁I▁am▁</s>▁fine▁</s>"
+    assert row.input_ids[0] == llama.bos_token_id and row.loss_mask[-1] == 1
+
+
+def test_rewriting_template_is_refused(tokenizer):
+    tokenizer.chat_template = templates.REWRITING
+    with pytest.raises(RowError, match="rewrites an assistant turn"):
+        render_chat(chat("Hi?", "Hello"), tokenizer, LONG)
+
+
+def test_template_error_is_a_row_error(tokenizer):
+    tokenizer.chat_template = "{{ raise_exception('no system role') }}"
+    with pytest.raises(RowError, match="refuses these messages.*no system role"):
+        render_chat(chat("Hi?", "Hello"), tokenizer, LONG)
+
+
+def test_pad_equal_to_eos_keeps_the_end_token(tokenizer):
+    tokenizer.chat_template = templates.BLANK_BEFORE_END
+    tokenizer.pad_token = tokenizer.eos_token
+    row = render_chat(chat("Hi?", "Hello"), tokenizer, LONG)
+    assert row.input_ids[-1] == tokenizer.pad_token_id and row.loss_mask[-1] == 1
+
+
+@pytest.mark.parametrize("trim", [True, False])
+def test_spans_do_not_depend_on_trimmed_offsets(tokenizer, trim):
+    processor = processors.ByteLevel(trim_offsets=trim)
+    tokenizer.backend_tokenizer.post_processor = processor
+    text = "a  b\n\n c é😀\t<|im_end|> d "
+    ids, spans = encode_with_spans(tokenizer, text)
+    assert spans[0][0] == 0 and spans[-1][1] == len(text)
+    assert all(left[1] >= right[0] for left, right in zip(spans, spans[1:], strict=False))
+    row = render_chat(chat("Hi?", "  Hello \n\n"), tokenizer, LONG)
+    # the blanks before the answer share a token with nothing of the header's newline here
+    assert "".join(runs(tokenizer, row)).endswith("Hello \n\n<|im_end|>")
+
+
+def test_truncation_is_flagged_and_a_lost_answer_refused(tokenizer):
+    full = render_chat(chat("Hi?", "Hello world " * 5), tokenizer, LONG)
+    first = full.loss_mask.index(1)
+    cut = render_chat(chat("Hi?", "Hello world " * 5), tokenizer, first + 2)
+    assert cut.truncated and cut.input_ids == full.input_ids[: first + 2]
+    assert sum(cut.loss_mask) == 2
+    with pytest.raises(RowError, match="beyond max_length"):
+        render_chat(chat("Hi?", "Hello world " * 5), tokenizer, first)
+
+
+@pytest.mark.parametrize(
+    "record, reason",
+    [
+        ({"text": "x"}, "missing field 'messages'"),
+        ({"messages": []}, "not a non-empty list"),
+        ({"messages": ["x"]}, "not an object"),
+        ({"messages": [{"role": "alien", "content": "x"}]}, "unknown role"),
+        ({"messages": [{"role": "user", "content": None}]}, "not text"),
+        ({"messages": [{"role": "user", "content": "x"}]}, "no assistant message"),
+        (chat("Hi?", " \n"), "empty assistant message"),
+    ],
+    ids=["field", "empty", "type", "role", "content", "no-answer", "blank-answer"],
+)
+def test_bad_records(tokenizer, record, reason):
+    with pytest.raises(RowError, match=reason):
+        render_chat(record, tokenizer, LONG)
+
+
+def test_chat_without_a_template_names_the_remedy(tokenizer):
+    tokenizer.chat_template = None
+    with pytest.raises(EagleError, match="chat_template.jinja"):
+        make_renderer("chat", DataConfig(), tokenizer)
+
+
+def test_instruction_uses_the_chat_template(tokenizer):
+    record = {"instruction": "Add.", "input": "1 2", "output": "3", "source": "ignored"}
+    row = render_instruction(record, tokenizer, LONG)
+    assert row == render_chat(chat("Add.\n\n1 2", "3"), tokenizer, LONG)
+
+
+@pytest.mark.parametrize("context", ["", "1 2"])
+def test_instruction_alpaca(tokenizer, context):
+    record = {"instruction": "Add.", "input": context, "response": "the sum"}
+    row = render_instruction(record, tokenizer, LONG, template="alpaca")
+    assert runs(tokenizer, row) == ["the sum<|endoftext|>"]
+    text = tokenizer.decode(row.input_ids)
+    assert ("### Input:\n1 2\n\n### Response:\n" in text) == bool(context)
+    tokenizer.chat_template = None
+    assert render_instruction(record, tokenizer, LONG) == row
+
+
+@pytest.mark.parametrize(
+    "record, reason",
+    [
+        ({"output": "x"}, "missing field 'instruction'"),
+        ({"instruction": "x"}, "missing field 'response' or 'output'"),
+        ({"instruction": "x", "output": 3}, "'output' is not text"),
+        ({"instruction": "x", "output": " "}, "empty 'output'"),
+    ],
+)
+def test_bad_instructions(tokenizer, record, reason):
+    with pytest.raises(RowError, match=reason):
+        render_instruction(record, tokenizer, LONG)
+
+
+def test_plain_supervises_all_but_the_first(tokenizer):
+    row = encode_plain({"text": "Hello world"}, tokenizer, LONG)
+    assert row.loss_mask == [0] + [1] * (len(row.input_ids) - 1)
+    assert tokenizer.decode(row.input_ids) == "Hello world<|endoftext|>"
+    with pytest.raises(RowError, match="missing field 'text'"):
+        encode_plain({"body": "x"}, tokenizer, LONG)
+
+
+def test_tokenized_masks_and_labels(tokenizer):
+    render = make_renderer("tokenized", DataConfig(), tokenizer)
+    from_mask = render({"input_ids": [5, 6, 7], "loss_mask": [0, 1, 1]})
+    from_labels = render({"input_ids": [5, 6, 7], "labels": [-100, 6, 7]})
+    assert from_mask == from_labels == [([5, 6, 7], [0, 1, 1], False)]
+    assert render({"input_ids": [5, 6], "labels": [5, 6]})[0].loss_mask == [0, 1]
+
+
+@pytest.mark.parametrize(
+    "record, reason",
+    [
+        ({"input_ids": [5, 6]}, "missing field 'loss_mask' or 'labels'"),
+        ({"input_ids": [5, 6], "loss_mask": [0]}, "another length"),
+        ({"input_ids": [5, "6"], "loss_mask": [0, 1]}, "not a list of integers"),
+        ({"input_ids": [5, 10**6], "loss_mask": [0, 1]}, "outside the vocabulary"),
+        ({"input_ids": [5, 6], "loss_mask": [0, 2]}, "other values"),
+        ({"input_ids": [5, 6], "labels": [-100, 5]}, "neither -100"),
+        ({"input_ids": [5, 6], "loss_mask": [0, 0]}, "all-zero"),
+        ({"input_ids": [5, 6], "loss_mask": [1, 0]}, "all-zero"),
+        ({"input_ids": [], "loss_mask": []}, "too short"),
+    ],
+)
+def test_bad_tokenized(tokenizer, record, reason):
+    with pytest.raises(RowError, match=reason):
+        make_renderer("tokenized", DataConfig(), tokenizer)(record)

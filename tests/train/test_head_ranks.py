@@ -1,0 +1,110 @@
+"""Several ranks learn what one does, and none gives up on another that works alone."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from engine_helpers import assert_quiet
+from head_helpers import config, drafts_of, losses_of, rows_of
+from safetensors.torch import load_file
+
+from train.main import run
+
+ROOT = Path(__file__).resolve().parents[2]
+ENV = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+RUNS = """
+import sys
+from configs.schema import HeadTrainConfig
+from train.main import run
+for path in sys.argv[1:]:
+    assert run(HeadTrainConfig.model_validate_json(open(path).read()), quiet=True) == 0
+"""
+HURRIED = """
+import os, signal, sys, time
+from datetime import timedelta
+import torch
+from eagle.errors import EagleError
+from train.head.distributed import World
+torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=5))
+world = World(torch.distributed.get_rank(), 2, torch.device("cpu"))
+def work():
+    if sys.argv[1] == "slow":
+        time.sleep(8)
+    elif sys.argv[1] == "failing":
+        raise EagleError("the disk is full")
+    else:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return "done"
+world.wait()
+print(world.first_does(work))
+assert world.max([float(world.rank)]) == [1.0]
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "what, told",
+    [("slow", None), ("failing", "rank 0 failed: the disk is full"), ("killed", "rank 0 is gone")],
+)
+def test_ranks_wait_for_the_first_however_long_it_takes_and_end_with_it(tmp_path, what, told):
+    """Without a launcher, which would end a rank whose neighbour has failed."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    (tmp_path / "ranks.py").write_text(HURRIED)
+    env = {**ENV, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": ROOT}
+    command = [sys.executable, str(tmp_path / "ranks.py"), what]
+    started = [
+        subprocess.Popen(command, env={**env, "RANK": str(n), "LOCAL_RANK": str(n)}, **pipes)
+        for n in range(2)
+    ]
+    out, err = zip(*(process.communicate(timeout=60) for process in started), strict=True)
+    codes = [process.returncode for process in started]
+    if told is None:
+        assert codes == [0, 0] and out == ("done\n", "done\n"), err
+    else:
+        assert codes[0] and codes[1] and told in err[1]
+
+
+@pytest.mark.slow
+def test_two_ranks_equal_one(base, data, tmp_path):
+    """Each ZeRO stage, evaluations shared out, and a checkpoint of two ranks that goes on with
+    one."""
+    more = {"max_steps": 5, "save_every": 2, "save_total_limit": 9, "lr": 1e-4}
+    more["eval"] = {"num_prompts": 3}
+    files = []
+    for zero in range(4):
+        cfg = config(base, data, tmp_path / f"two{zero}", zero=zero, batch_size=2, **more)
+        files.append(tmp_path / f"two{zero}.json")
+        files[-1].write_text(cfg.model_dump_json())
+    script = tmp_path / "ranks.py"
+    script.write_text(RUNS)
+    launcher = "torch.distributed.run --standalone --nproc_per_node 2".split()
+    command = [sys.executable, "-m", *launcher, str(script), *map(str, files)]
+    done = subprocess.run(command, env=ENV, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert_quiet(done)
+    assert run(config(base, data, tmp_path / "one", batch_size=4, **more), quiet=True) == 0
+    one, losses = load_file(tmp_path / "one/head/model.safetensors"), losses_of(tmp_path / "one")
+    taus = taus_of(tmp_path / "one")
+    for zero in range(4):
+        two = tmp_path / f"two{zero}"
+        assert losses_of(two) == pytest.approx(losses, rel=1e-4) and taus_of(two) == taus
+        weights = load_file(two / "head/model.safetensors")
+        # AdamW's first steps have the size of the learning rate wherever a gradient is nearly zero
+        assert max((one[k].float() - weights[k].float()).abs().mean().item() for k in one) < 1e-5
+        assert drafts_of(two / "head", base) == drafts_of(tmp_path / "one/head", base)
+        output, start = tmp_path / f"more{zero}", two / "checkpoints/step-2"
+        assert run(config(base, data, output, batch_size=4, resume=str(start), **more), True) == 0
+        assert [row["step"] for row in rows_of(output)] == [3, 4, 5]
+        assert losses_of(output) == pytest.approx(losses[2:], rel=1e-4)
+
+
+def taus_of(output):
+    summary = json.loads((output / "summary.json").read_text())
+    return [(e["step"], e["prompts"], e["tau"]) for e in summary["evaluations"]]

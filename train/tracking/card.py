@@ -1,0 +1,88 @@
+"""What a run was made of, written when it starts: OUTPUT/run.json. Names no host and no user."""
+
+from __future__ import annotations
+
+import os
+import platform
+from datetime import datetime, timezone
+from importlib import metadata
+from typing import Any
+
+import numpy as np
+import torch
+
+from eagle.costs import device_name
+
+PACKAGES = """eagle-heads torch transformers deepspeed datasets safetensors triton peft bitsandbytes
+flash-attn flash-attn-4""".split()
+BINS = 20
+
+
+def environment(device: torch.device, world_size: int) -> dict[str, Any]:
+    """Versions (None: not installed), device, cores."""
+    affinity = getattr(os, "sched_getaffinity", None)  # Linux only
+    return {
+        "device": device_name(device),
+        "device_type": device.type,
+        "processes": world_size,
+        "threads": torch.get_num_threads(),
+        "usable_cores": len(affinity(0)) if affinity else os.cpu_count(),
+        "system": platform.system(),
+        "versions": {"python": platform.python_version(), **{p: version(p) for p in PACKAGES}},
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def version(distribution: str) -> str | None:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def mask_statistics(lengths: np.ndarray, supervised: np.ndarray) -> dict[str, Any]:
+    """lengths, supervised [rows]: tokens of each row, and how many of them are targets."""
+    return {
+        "rows": len(lengths),
+        "tokens": int(lengths.sum()),
+        "supervised_tokens": int(supervised.sum()),
+        "supervised_share": float(supervised.sum() / max(lengths.sum(), 1)),
+        "row_length": spread(lengths),
+        "supervised_per_row": spread(supervised),
+        "supervised_share_of_row": spread(supervised / np.maximum(lengths, 1)),
+    }
+
+
+def spread(values: np.ndarray) -> dict[str, Any]:
+    """Quantiles and a histogram: counts[i] values lie between edges[i] and edges[i + 1]."""
+    if len(values) == 0:
+        return {}
+    counts, edges = np.histogram(values, bins=BINS)
+    names = ("min", "p5", "median", "p95", "max")
+    return {
+        **dict(zip(names, np.quantile(values, (0, 0.05, 0.5, 0.95, 1)).tolist(), strict=True)),
+        "mean": float(values.mean()),
+        "counts": counts.tolist(),
+        "edges": edges.tolist(),
+    }
+
+
+def source_lengths(source) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens and targets of each row of a `records.dataset.Source`."""
+    lengths = np.array([source.length(index) for index in range(len(source))], dtype=np.int64)
+    [mask] = source.columns("loss_mask")
+    ends = np.cumsum(lengths)
+    total = np.concatenate([[0], np.cumsum(mask, dtype=np.int64)])
+    return lengths, total[ends] - total[ends - lengths]
+
+
+def run_card(parts) -> dict[str, Any]:
+    """What a run's `train.head.setup.Parts` are."""
+    kept = ("target", "tokenizer", "data", "draft_vocabulary")
+    weights = sum(p.numel() for p in parts.head.parameters())
+    masks = {s.name: mask_statistics(*source_lengths(s)) for s in parts.data.sources}
+    return {
+        **{name: parts.provenance[name] for name in kept},
+        "head": {"parameters": weights},
+        "masks": masks,
+    }
