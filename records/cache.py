@@ -134,16 +134,17 @@ def _build(folder: Path, files: list[Path], renderer: Renderer, processes: int |
     with Bar() as bar:
         bar.doing(f"tokenising {len(records)} records")
         try:
-            rows = records.map(
-                functools.partial(_render, files=files, renderer=renderer, parent=os.getpid()),
-                batched=True,
-                batch_size=BATCH,
-                num_proc=processes if processes > 1 else None,
-                remove_columns=records.column_names,
-                cache_file_name=str(folder / "rows.arrow"),
-                new_fingerprint=folder.name[-32:],
-                desc="tokenising",
-            )
+            with children_end_with_us():
+                rows = records.map(
+                    functools.partial(_render, files=files, renderer=renderer),
+                    batched=True,
+                    batch_size=BATCH,
+                    num_proc=processes if processes > 1 else None,
+                    remove_columns=records.column_names,
+                    cache_file_name=str(folder / "rows.arrow"),
+                    new_fingerprint=folder.name[-32:],
+                    desc="tokenising",
+                )
         except RuntimeError as error:
             if "abruptly died" not in str(error):
                 raise
@@ -178,12 +179,10 @@ def _read(files: list[Path], path: Path) -> Any:
     return Dataset.from_file(str(path))
 
 
-def _render(batch: dict[str, list], files: list[Path], renderer: Renderer, parent: int) -> Any:
+def _render(batch: dict[str, list], files: list[Path], renderer: Renderer) -> Any:
     """Rows of the good records; one without tokens, that says why, for each of the bad."""
     import pyarrow as pa
 
-    if os.getpid() != parent:
-        _begin(parent)
     rows = []
     for number, line, raw, error in zip(*batch.values(), strict=True):
         value = json.loads(raw) if error is None else None
@@ -211,9 +210,25 @@ def _render(batch: dict[str, list], files: list[Path], renderer: Renderer, paren
     return pa.Table.from_pylist(rows, schema=pa.schema(columns))
 
 
-@functools.cache
-def _begin(parent: int) -> None:
-    """Of a process that tokenises: it leaves signals to its parent, and ends with it."""
+_parent: int | None = None  # of the processes that tokenise, while it starts them
+
+
+@contextmanager
+def children_end_with_us() -> Iterator[None]:
+    """Processes forked in the block leave signals to this one and end with it, even one that still
+    waits for its first work when this one is killed."""
+    global _parent
+    _parent = os.getpid()
+    try:
+        yield
+    finally:
+        _parent = None
+
+
+def _begin() -> None:
+    parent = _parent
+    if parent is None:
+        return
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
@@ -223,6 +238,9 @@ def _begin(parent: int) -> None:
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
+
+
+os.register_at_fork(after_in_child=_begin)
 
 
 @contextmanager

@@ -98,7 +98,7 @@ def test_a_killed_builder_leaves_no_entry_and_no_lock(tmp_path, tokenizer_dir, p
     while not list(cache.glob("tokenised/.*/tmp*")) and process.poll() is None:
         time.sleep(0.01)  # until rows are being written
     process.kill()
-    process.communicate()
+    process.communicate(timeout=60)  # until its children have closed its output, too
     assert process.returncode == -signal.SIGKILL
     assert all(name.startswith(".") for name in entries(cache))
     words(path, 100)
@@ -106,6 +106,22 @@ def test_a_killed_builder_leaves_no_entry_and_no_lock(tmp_path, tokenizer_dir, p
     out, error = after.communicate(timeout=120)
     assert after.returncode == 0, error
     assert not json.loads(out)[0]
+
+
+def test_a_killed_builder_leaves_no_process_that_waits_for_work():
+    code = """
+import time, multiprocess
+from records.cache import children_end_with_us
+with children_end_with_us():
+    pool = multiprocess.Pool(2)
+print("ready", flush=True)
+time.sleep(600)
+"""
+    pipes = {"stdout": subprocess.PIPE, "text": True, "cwd": ROOT}
+    process = subprocess.Popen([sys.executable, "-c", code], **pipes)
+    assert process.stdout.readline() == "ready\n"
+    process.kill()
+    assert process.communicate(timeout=60)[0] == ""
 
 
 @pytest.mark.parametrize("processes", [2, 3])
