@@ -11,10 +11,12 @@ python -m train.finetune data --output DIR
 from __future__ import annotations
 
 import importlib
+import itertools
 import logging
 import os
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,66 +25,61 @@ from configs.finetune_schema import DpoConfig, MergeConfig, MultitaskConfig, Sft
 from configs.load import load_config
 from eagle.errors import EagleError
 
-METHODS = {"sft": SftConfig, "multitask": MultitaskConfig, "dpo": DpoConfig}
 LIBRARIES = ("peft", "trl", "bitsandbytes", "accelerate", "torchmetrics")
-
-
-def sft(
-    *overrides: str,
-    data_format: str | None = None,
-    base: str | None = None,
-    adapter: str | None = None,
-    data: str | None = None,
-    output: str | None = None,
-    config: str | None = None,
-    resume: bool | str | None = None,
-    local_rank: int | None = None,
-) -> int:
-    """Supervised fine-tuning; without arguments, of the embedded model on the shipped instructions.
+HELP = {
+    "sft": """Supervised fine-tuning; without arguments, of the embedded model on shipped instructions.
 
     --data_format chat|instruction|fim|mixed|plain|tokenized; --base and --data name the base model
     and the data file(s); --adapter goes on from an adapter; --config takes a YAML file or a preset;
     --resume continues the run in --output (or a checkpoint folder). Any setting is an override:
-    train.max_steps=20 model.quantization=none lora.r=32.
-    """
-    return command("sft", **locals())
+    train.max_steps=20 model.quantization=none lora.r=32.""",
+    "multitask": """Several tasks in one adapter; without arguments, those of a writing assistant.
 
-
-def multitask(
-    *overrides: str,
-    base: str | None = None,
-    adapter: str | None = None,
-    data: str | None = None,
-    output: str | None = None,
-    config: str | None = "writing_assistant",
-    resume: bool | str | None = None,
-    local_rank: int | None = None,
-) -> int:
-    """Several tasks in one adapter; without arguments, the five of a scientific-writing assistant.
-
-    The tasks stand in --config, a YAML file or a preset (see docs/finetune.md); other flags as for
-    sft.
-    """
-    return command("multitask", **locals())
-
-
-def dpo(
-    *overrides: str,
-    base: str | None = None,
-    adapter: str | None = None,
-    data: str | None = None,
-    output: str | None = None,
-    config: str | None = None,
-    resume: bool | str | None = None,
-    local_rank: int | None = None,
-) -> int:
-    """Preference optimisation (DPO) from an SFT adapter, which is also the reference.
+    The tasks stand in --config, a YAML file or a preset (docs/finetune.md); other flags as for sft.
+    """,
+    "dpo": """Preference optimisation (DPO) from an SFT adapter, which is also the reference.
 
     --adapter names the SFT adapter or its run; without one the base is the reference. --data holds
     {prompt, chosen, rejected}, chat pairs, or {query, retrieval_result, chosen, rejected}; without
-    it, pairs are made of the shipped docstrings. Other flags as for sft.
-    """
-    return command("dpo", **locals())
+    it, pairs are made of the shipped docstrings. Other flags as for sft.""",
+}
+
+
+def trainer(method: str, schema: type, preset: str | None = None) -> Callable[..., int]:
+    def command(
+        *overrides: str,
+        data_format: str | None = None,
+        base: str | None = None,
+        adapter: str | None = None,
+        data: str | None = None,
+        output: str | None = None,
+        config: str | None = preset,
+        resume: bool | str | None = None,
+        local_rank: int | None = None,
+    ) -> int:
+        if local_rank is not None:  # the deepspeed launcher's way
+            os.environ.setdefault("LOCAL_RANK", str(local_rank))
+        flags = {
+            "model.base": base,
+            "model.adapter": adapter,
+            "data.path": data,
+            "data.format": data_format,
+            "train.output": output,
+            "train.resume": resume,
+        }
+        return run(method, load_config(schema, config, overrides, flags, "finetune"))
+
+    command.__doc__ = HELP[method]
+    return command
+
+
+def run(method: str, cfg: Any, quiet: bool = False) -> int:
+    """Train as `cfg` says; returns the exit code."""
+    require_libraries()
+    from train.finetune.run import execute
+
+    body = getattr(importlib.import_module(f"train.finetune.{method}"), method)
+    return execute(cfg, method, body, quiet)
 
 
 def merge(
@@ -96,60 +93,33 @@ def merge(
     flags = {"adapter": adapter, "base": base, "output": output}
     cfg = load_config(MergeConfig, config, overrides, flags, "finetune")
     require_libraries()
-    from train.finetune.merge import merge as body
-
-    return body(cfg)
+    return importlib.import_module("train.finetune.merge").merge(cfg)
 
 
 def pairs(*, data: str, output: str, margin: float = 0.0, per_prompt: int = 1) -> int:
-    """Preferences out of scored samples: {prompt, samples: [{text, score}]} or a line a sample.
+    """Preferences out of scored samples: {prompt, samples: [{text, score}]} or a line a sample: the
+    best against the worst, then the next two, up to --per_prompt pairs; scores that differ by no
+    more than --margin are ties and give none."""
+    from train.finetune.preference import build_pairs
 
-    Of each prompt the best is set against the worst, then the next two, up to --per_prompt pairs;
-    scores that differ by no more than --margin are ties and give none.
-    """
-    from train.finetune.pairs import build
-
-    return build(data, output, margin, per_prompt)
+    return build_pairs(data, output, margin, per_prompt)
 
 
 def data(*, output: str) -> int:
-    """Write the example data to --output: task records, summaries (chats) and preferences, made of
-    the docstrings that ship with the package, and the same held out."""
-    from train.finetune.assistant import write_all
+    """Write the example data to --output: task records, chats about functions and preferences, made
+    of the docstrings that ship with the package, and the same held out."""
+    from train.finetune.assistant import MAKERS, write_example
 
-    counts = write_all(Path(output).expanduser())
-    print("\n".join(f"{count:6d} {output}/{name}" for name, count in counts.items()))
+    for kind, split in itertools.product(MAKERS, ("train", "eval")):
+        path, count = write_example(kind, split, Path(output).expanduser())
+        print(f"{count:6d} {path}")
     return 0
-
-
-def command(method: str, **given: Any) -> int:
-    if given["local_rank"] is not None:  # the deepspeed launcher's way
-        os.environ.setdefault("LOCAL_RANK", str(given["local_rank"]))
-    flags = {
-        "model.base": given["base"],
-        "model.adapter": given["adapter"],
-        "data.path": given["data"],
-        "data.format": given.get("data_format"),
-        "train.output": given["output"],
-        "train.resume": given["resume"],
-    }
-    overrides = given["overrides"]
-    return run(method, load_config(METHODS[method], given["config"], overrides, flags, "finetune"))
-
-
-def run(method: str, cfg: Any, quiet: bool = False) -> int:
-    """Train as `cfg` says; returns the exit code."""
-    require_libraries()
-    from train.finetune.run import execute
-
-    body = getattr(importlib.import_module(f"train.finetune.{method}"), method)
-    return execute(cfg, method, body, quiet)
 
 
 def require_libraries() -> None:
     """Import the trainers without their chatter: it is about options that the user cannot set."""
     import torch
-    from transformers.utils import logging as transformers_logging
+    from transformers.utils.logging import disable_progress_bar
 
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -159,20 +129,19 @@ def require_libraries() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
     # peft and TRL still ask by the old name
     warnings.filterwarnings("ignore", "`(is_)?gradient_checkpointing", FutureWarning)
-    for name in LIBRARIES:
-        try:
+    try:
+        for name in LIBRARIES:
             importlib.import_module(name)
-        except ImportError as error:
-            raise EagleError(
-                f"fine-tuning needs {name}: pip install 'eagle-heads[finetune]' ({error})"
-            ) from error
-    transformers_logging.disable_progress_bar()
+    except ImportError as error:
+        need = f"fine-tuning needs {name}: pip install 'eagle-heads[finetune]'"
+        raise EagleError(f"{need} ({error})") from error
+    disable_progress_bar()
 
 
 COMMANDS = {
-    "sft": sft,
-    "multitask": multitask,
-    "dpo": dpo,
+    "sft": trainer("sft", SftConfig),
+    "multitask": trainer("multitask", MultitaskConfig, "writing_assistant"),
+    "dpo": trainer("dpo", DpoConfig),
     "merge": merge,
     "pairs": pairs,
     "data": data,

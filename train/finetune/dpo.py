@@ -2,79 +2,51 @@
 
 The reference is the adapter that the run starts from, kept frozen beside the one that learns (the
 base itself where there is none), so that the first margin is 0.
-
-B pairs, T tokens.
 """
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 import trl
+from datasets import Dataset
 from packaging.version import Version
 from trl import DPOConfig as TrlConfig
 from trl import DPOTrainer
+from trl.trainer.dpo_trainer import DataCollatorForPreference
 from trl.trainer.utils import use_adapter
 
 from configs.finetune_schema import DpoConfig
-from records import Collator
-from train.finetune.preference import renderer
-from train.finetune.rows import load_rows
-from train.finetune.run import Run
-from train.finetune.sft import lazy
-from train.finetune.trainer import RunTrainer, arguments, pad_id, token_losses
+from records.chat import require_template
+from train.finetune.preference import render_pair
+from train.finetune.run import Run, load_rows
+from train.finetune.trainer import RunTrainer, arguments, token_losses
 
 MEASURED = ("loss", "reward_accuracy", "reward_margin", "reward_chosen", "reward_rejected")
 
 
 def dpo(run: Run) -> int:
-    run.prepare()
     cfg: DpoConfig = run.cfg
-    pairs, heldout, card = load_rows(run, "preferences", renderer(run.tokenizer, cfg.data))
-    card |= {"format": "preference", "passages_cut": sum(pair.passages_cut for pair in pairs)}
-    args = arguments(
-        TrlConfig,
-        run,
-        beta=cfg.dpo.beta,
-        loss_type=[cfg.dpo.loss],
-        label_smoothing=cfg.dpo.label_smoothing,
-        max_length=None,  # pairs that are too long were set aside
+    if cfg.data.template == "chat":
+        require_template(run.tokenizer)
+    pairs, heldout, card = load_rows(
+        run, "preferences", lambda record: [render_pair(record, run.tokenizer, cfg.data)]
     )
-    run.build_model()
+    card |= {"format": "preference", "passages_cut": sum(pair.passages_cut for pair in pairs)}
+    loss = {"loss_type": [cfg.dpo.loss], **cfg.dpo.model_dump(exclude={"loss"})}
+    # pairs that are too long were set aside
+    args = arguments(TrlConfig, run, max_length=None, **loss)
     run.identify(card)
-    return PreferenceTrainer(
-        run,
-        [pair._asdict() for pair in heldout],
-        args=args,
-        train_dataset=lazy([pair._asdict() for pair in pairs]),
-        data_collator=PairCollator(pad_id(run.tokenizer)),
-        processing_class=copy.deepcopy(run.tokenizer),
-    ).fit()
-
-
-class PairCollator:
-    """Pairs as TRL's DPO loss takes them: input_ids, attention_mask, completion_mask [2B, T], all
-    chosen rows before all rejected ones."""
-
-    def __init__(self, pad: int) -> None:
-        self.collate = Collator(pad, pad_to_multiple=8)
-
-    def __call__(self, pairs: list[dict]) -> dict[str, torch.Tensor]:
-        rows = [pair[side] for side in ("chosen", "rejected") for pair in pairs]
-        batch = self.collate([{"input_ids": r[0], "loss_mask": r[1]} for r in rows])
-        return {
-            "input_ids": batch["input_ids"],
-            "attention_mask": batch["attention_mask"].long(),
-            "completion_mask": batch["loss_mask"].long(),
-        }
+    sets = [Dataset.from_list([pair._asdict() for pair in part]) for part in (pairs, heldout)]
+    collate = DataCollatorForPreference(run.tokenizer.pad_token_id or 0, pad_to_multiple_of=8)
+    return PreferenceTrainer(run, args, *sets, collate).fit()
 
 
 class PreferenceTrainer(RunTrainer, DPOTrainer):
-    def __init__(self, run: Run, heldout: list[dict], **options: Any) -> None:
-        super().__init__(run, heldout, **options)
+    def __init__(self, *given: Any) -> None:
+        super().__init__(*given)
         if Version(trl.__version__) < Version("1.16"):
             # it sums log-probabilities in the dtype of the logits: bf16 is right to a quarter nat
             output = self.model.get_output_embeddings()
@@ -89,10 +61,11 @@ class PreferenceTrainer(RunTrainer, DPOTrainer):
         sums = torch.zeros(len(MEASURED) + 1, dtype=torch.float64)
         policy = self.accelerator.unwrap_model(self.model)
         for pairs, counted in self.shares():
-            batch = tuple(self.collated(pairs).values())
-            ours = -token_losses(self.model, *batch)[0].sum(1)
+            batch = self.collated(pairs)  # all chosen rows before all rejected ones
+            given = [batch[k] for k in ("input_ids", "attention_mask", "completion_mask")]
+            ours = -token_losses(self.model, *given)[0].sum(1)
             with use_adapter(policy, "ref" if "ref" in policy.peft_config else None):
-                reference = -token_losses(self.model, *batch)[0].sum(1)
+                reference = -token_losses(self.model, *given)[0].sum(1)
             chosen, rejected = (self.beta * (ours - reference).double().cpu()).chunk(2)
             margin = chosen - rejected
             loss, right = -F.logsigmoid(margin), (margin > 0).double()

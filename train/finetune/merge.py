@@ -16,15 +16,16 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from peft import PeftModel
 from torch import nn
 
 from configs.errors import ConfigError
 from configs.finetune_schema import MergeConfig
-from eagle.checkpoint import atomic_dir, write_json
+from eagle import loading
+from eagle.checkpoint import atomic_dir, target_fingerprint, write_json
 from eagle.errors import EagleError
-from eagle.loading import CONFIG, RECORD, find_adapter, read_record, require_base
 from records import load_dataset_for, load_tokenizer
-from train.finetune.policy import base_fingerprint, base_name, load_base
+from train.finetune.policy import base_name, read_checkpoint
 
 WHY = {"adapted": "rounding of the merge", "trained": "quantized base left behind"}
 
@@ -35,20 +36,24 @@ def merge(cfg: MergeConfig) -> int:
     output = Path(cfg.output).expanduser()
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise EagleError(f"{output} is not empty; choose another --output")
-    folder = find_adapter(cfg.adapter)
-    record = read_record(folder)
-    declared = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    folder = loading.find_adapter(cfg.adapter)
+    record = loading.read_record(folder)
+    declared = json.loads((folder / loading.CONFIG).read_text(encoding="utf-8"))
     named = (record.get("base") or {}).get("id") or declared.get("base_model_name_or_path")
     base = cfg.base or named
-    found = base_fingerprint(base)
-    require_base(folder, record, base_name(base), found)
+    full = read_checkpoint(base)
+    found = target_fingerprint(full)
+    loading.require_base(folder, record, base_name(base), found)
     tokenizer = load_tokenizer(base)
     held = load_dataset_for(cfg.data, tokenizer, split="eval")
     rows = [held[n] for n in range(min(cfg.rows, len(held)))]
-    quantization = record.get("quantization") or "none"
 
-    logits = {"trained": logits_of(adapted_model(base, folder, quantization, cfg.dtype), rows)}
-    model = adapted_model(base, folder, "none", cfg.dtype)
+    quantization, dtype = record.get("quantization") or "none", record.get("dtype", "auto")
+    as_trained = {"dtype": dtype, "quantization": quantization, "adapter_path": folder}
+    logits = {"trained": logits_of(loading.load_model(base, **as_trained)[0].eval(), rows)}
+    dtype = full.dtype if cfg.dtype == "auto" else loading.resolve_dtype(cfg.dtype)
+    full = full.to(loading.resolve_device(None), dtype)
+    model = PeftModel.from_pretrained(full, str(folder)).eval()
     logits["adapted"] = logits_of(model, rows)
     merged = model.merge_and_unload(safe_merge=True)
     logits["merged"] = logits_of(merged, rows)
@@ -59,26 +64,28 @@ def merge(cfg: MergeConfig) -> int:
         "heldout_loss": {name: heldout_loss(part, rows) for name, part in logits.items()},
         **{f"merged_vs_{name}": difference(logits["merged"], logits[name]) for name in WHY},
     }
-    provenance = {
-        "kind": "merged",
-        "base": {"id": base, "fingerprint": found},
-        "adapter": {"path": str(folder), "fingerprint": record.get("fingerprint")},
-        "dtype": str(merged.dtype).removeprefix("torch."),
-        "report": report,
-    }
     with atomic_dir(output) as staged:
         merged.save_pretrained(str(staged))
         tokenizer.save_pretrained(str(staged))
-        write_json(staged / RECORD, provenance)
-    tell(report, output)
+        provenance = {
+            "kind": "merged",
+            "base": {"id": base, "fingerprint": found},
+            "adapter": {"path": str(folder), "fingerprint": record.get("fingerprint")},
+            "dtype": str(merged.dtype).removeprefix("torch."),
+            "report": report,
+        }
+        write_json(staged / loading.RECORD, provenance)
+    losses = ", ".join(f"{name} {loss:.4f}" for name, loss in report["heldout_loss"].items())
+    print(f"held-out loss: {losses} ({quantization} base while training)")
+    for name, text in WHY.items():
+        found = report[f"merged_vs_{name}"]
+        print(
+            f"merged against {name} ({text}): logits differ by {found['mean_abs_logit']:.3g} on "
+            f"average and {found['max_abs_logit']:.3g} at most, KL {found['kl']:.3g}, same top "
+            f"token {found['same_top_token']:.2%}"
+        )
+    print(f"merged model: {output}")
     return 0
-
-
-def adapted_model(base: str | None, folder: Path, quantization: str, dtype: str) -> nn.Module:
-    from peft import PeftModel
-
-    model = load_base(base, quantization=quantization, dtype=dtype)
-    return PeftModel.from_pretrained(model, str(folder)).eval()
 
 
 @torch.no_grad()
@@ -105,16 +112,3 @@ def difference(ours: list[torch.Tensor], theirs: list[torch.Tensor]) -> dict[str
         "kl": float((log_b.exp() * (log_b - log_a)).sum(-1).mean()),
         "same_top_token": float((a.argmax(-1) == b.argmax(-1)).float().mean()),
     }
-
-
-def tell(report: dict, output: Path) -> None:
-    losses = ", ".join(f"{name} {loss:.4f}" for name, loss in report["heldout_loss"].items())
-    print(f"held-out loss: {losses} ({report['quantization_of_trained']} base while training)")
-    for name, text in WHY.items():
-        found = report[f"merged_vs_{name}"]
-        print(
-            f"merged against {name} ({text}): logits differ by {found['mean_abs_logit']:.3g} on "
-            f"average and {found['max_abs_logit']:.3g} at most, KL {found['kl']:.3g}, same top "
-            f"token {found['same_top_token']:.2%}"
-        )
-    print(f"merged model: {output}")

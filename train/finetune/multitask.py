@@ -5,26 +5,34 @@ N tasks.
 
 from __future__ import annotations
 
-import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import load_file
+from torch.nn.utils.rnn import pad_sequence
 from transformers import Trainer, TrainingArguments
 
 from configs.errors import ConfigError
 from configs.finetune_schema import MultitaskConfig, TaskConfig
-from eagle.checkpoint import atomic_write_text
 from records import Collator, MixtureDataset
 from records.mixture import RoundRobin
-from train.finetune.rows import load_rows
-from train.finetune.run import PREDICTIONS, Run
+from train.finetune.policy import HEADS
+from train.finetune.run import Run, load_rows
 from train.finetune.task_heads import TaskHeads, attach, calibrate
-from train.finetune.task_metrics import lines_of, measure_task, reliability
-from train.finetune.tasks import TaskRow, by_kind, count_labels, render_record
-from train.finetune.trainer import RunTrainer, arguments, pad_id
+from train.finetune.tasks import (
+    TaskRow,
+    by_task,
+    count_labels,
+    lines_of,
+    measure_task,
+    reliability,
+    render_record,
+)
+from train.finetune.trainer import RunTrainer, arguments
 
 CALIBRATION = 96  # rows whose states set the heads' scale
 
@@ -32,7 +40,6 @@ CALIBRATION = 96  # rows whose states set the heads' scale
 def multitask(run: Run) -> int:
     if not run.cfg.tasks:
         raise ConfigError("no tasks: list them under `tasks:` in --config (see docs/finetune.md)")
-    run.prepare()
     cfg: MultitaskConfig = run.cfg
     tasks, length = cfg.tasks, cfg.data.max_length
     rows, heldout, card = load_rows(
@@ -43,19 +50,12 @@ def multitask(run: Run) -> int:
         count_labels(heldout, tasks, "held-out")
     run.tasks = [task.model_dump(mode="json") for task in tasks]
     args = arguments(TrainingArguments, run)
-    run.build_model()
-    collate = TaskCollator(pad_id(run.tokenizer), tasks)
+    collate = TaskCollator(run.tokenizer.pad_token_id or 0, tasks)
     attach_heads(run, rows, collate)
     run.identify(card)
-    mixture = mix(cfg, by_kind(rows))
-    return MultitaskTrainer(
-        run,
-        RoundRobin(by_kind(heldout)),
-        mixture=mixture,
-        args=args,
-        train_dataset=mixture,
-        data_collator=collate,
-    ).fit()
+    mixture = mix(cfg, by_task(rows))
+    held = RoundRobin(by_task(heldout))
+    return MultitaskTrainer(run, args, mixture, held, collate, mixture).fit()
 
 
 def mix(cfg: MultitaskConfig, kinds: list[list[TaskRow]]) -> MixtureDataset:
@@ -72,10 +72,10 @@ def attach_heads(run: Run, rows: list[TaskRow], collate: TaskCollator) -> None:
     heads = TaskHeads(cfg.tasks, hidden, cfg.balance.weights == "uncertainty")
     for n, task in enumerate(cfg.tasks):
         if task.type == "regression":
-            labels = np.array([row.targets[0][n] for row in rows if row.targets])
-            heads.mean[n], heads.std[n] = np.nanmean(labels), np.nanstd(labels) or 1.0
+            labels = [row.labels[0] for row in rows if row.task == n]
+            heads.mean[n], heads.std[n] = np.mean(labels), np.std(labels) or 1.0
     attach(run.model, heads.to(run.world.device))
-    read = RoundRobin([kind for kind in by_kind(rows) if kind[0].task < 0])
+    read = RoundRobin([part for part in by_task(rows) if part[0].labels])
     seen = [read[n] for n in range(min(CALIBRATION, len(read)))]
     if seen:
         parts = (collate(seen[n : n + 8]) for n in range(0, len(seen), 8))
@@ -91,40 +91,24 @@ class TaskCollator:
         self.collate, self.tasks = Collator(pad, pad_to_multiple=8), tasks
 
     def __call__(self, rows: list[TaskRow]) -> dict[str, torch.Tensor]:
-        flat, task, targets, group = [], [], [], []
-        missing = [[float("nan")] * len(self.tasks)]
+        flat, here = [], torch.zeros(len(self.tasks))  # supervised tokens, or one a label
         for number, row in enumerate(rows):
-            for ids, labels in zip(row.sequences, row.targets or missing, strict=True):
-                flat.append({"input_ids": ids, "loss_mask": row.mask or [0] * len(ids)})
-                task.append(row.task)
-                group.append(number)
-                targets.append(labels)
-        batch = self.collate(flat)
-        return {
-            "input_ids": batch["input_ids"],
-            "attention_mask": batch["attention_mask"].long(),
-            "loss_mask": batch["loss_mask"],
-            "task": torch.tensor(task),
-            "targets": torch.tensor(targets),
-            "group": torch.tensor(group),
-            "here": sum(self.labels_of(row) for row in rows),
-        }
-
-    def labels_of(self, row: TaskRow) -> torch.Tensor:
-        """[N]: what a row adds to each task's count: supervised tokens, or one a label."""
-        if row.task < 0:
-            return (~torch.isnan(torch.tensor(row.targets[0]))).float()
-        counts = torch.zeros(len(self.tasks))
-        counts[row.task] = sum(row.mask)
-        return counts
+            here[row.task] += sum(row.mask or [1])
+            for ids, label in zip(row.sequences, row.labels or [math.nan], strict=True):
+                flat.append((ids, row.mask or [0] * len(ids), row.task, number, label))
+        ids, masks, *more = zip(*flat, strict=True)
+        pairs = zip(ids, masks, strict=True)
+        batch = self.collate([{"input_ids": i, "loss_mask": m} for i, m in pairs])
+        batch |= dict(zip(("task", "group", "labels"), map(torch.tensor, more), strict=True))
+        return {**batch, "here": here}
 
 
 class MultitaskTrainer(RunTrainer, Trainer):
-    def __init__(self, run: Run, *given: Any, **options: Any) -> None:
-        self.lines: list[dict] = []
+    def __init__(self, run: Run, *given: Any) -> None:
         self.tasks: list[TaskConfig] = run.cfg.tasks
+        self.heads: TaskHeads = run.model.get_base_model().task_heads
         self.seen = torch.zeros(2, len(self.tasks), dtype=torch.float64)
-        super().__init__(run, *given, **options)
+        super().__init__(run, *given)
         self.model_accepts_loss_kwargs = True  # the loss is divided by the step's counts, not by us
 
     def _get_num_items_in_batch(self, batch_samples, device):
@@ -142,9 +126,8 @@ class MultitaskTrainer(RunTrainer, Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
             logs |= self.means(self.seen)
-            heads = self.model.get_base_model().task_heads
-            if heads.learned:
-                learned = torch.exp(-heads.log_variance.detach()).tolist()
+            if self.heads.learned:
+                learned = torch.exp(-self.heads.log_variance.detach()).tolist()
                 logs |= {f"{t.name}/weight": w for t, w in zip(self.tasks, learned, strict=True)}
             self.seen.zero_()
         super().log(logs, start_time)
@@ -169,14 +152,14 @@ class MultitaskTrainer(RunTrainer, Trainer):
             seen += torch.stack([out["sums"].double().cpu(), batch["here"].double().cpu()])
             self.collect(rows, out["outputs"], found)
             for n, task in enumerate(self.tasks):
-                if task.type == "generation":
-                    chosen = [row for row in rows if row.task == n][: limit - len(found[n])]
+                left = max(limit - len(found[n]), 0) if task.type == "generation" else 0
+                if chosen := [row for row in rows if row.task == n][:left]:
                     found[n] += self.write(task, chosen)
         means, gathered = self.means(seen), self.run.world.gather(found)
-        self.lines, metrics = [], {}
+        self.run.predictions, metrics = [], {}
         for n, task in enumerate(self.tasks):
             lines = lines_of(task, [pair for part in gathered for pair in part[n]])
-            self.lines += lines
+            self.run.predictions += lines
             metrics[task.name] = measure_task(task, lines)
         out = {"loss": sum(t.weight * means.get(f"{t.name}/loss", 0) for t in self.tasks), **means}
         out |= {f"{name}/{k}": v for name, values in metrics.items() for k, v in values.items()}
@@ -184,34 +167,21 @@ class MultitaskTrainer(RunTrainer, Trainer):
         return out | ({} if composite is None else {"reliability": composite})
 
     def collect(self, rows: list[TaskRow], outputs: dict, found: list[list]) -> None:
-        """(prediction, label) of every label that is there."""
-        heads = self.model.get_base_model().task_heads
-        place = 0
-        for row in rows:
-            for n, output in outputs.items() if row.task < 0 else ():
-                labels = [targets[n] for targets in row.targets]
-                values = output[place : place + len(labels)].float()
-                kind = self.tasks[n].type
-                if np.isnan(labels[0]):
-                    continue
-                if kind == "ranking":
-                    found[n].append((values.tolist(), labels))
-                elif kind == "regression":
-                    found[n].append((float(heads.destandardise(n, values[0])), labels[0]))
-                else:
-                    found[n].append((values[0].softmax(-1).tolist(), labels[0]))
-            place += len(row.targets)
+        """(prediction, label) of every row of a task that predicts."""
+        for n, output in outputs.items():
+            values, place = self.heads.predict(n, output), 0
+            for row in (row for row in rows if row.task == n):
+                part, place = values[place : place + len(row.labels)], place + len(row.labels)
+                ranked = self.tasks[n].type == "ranking"
+                found[n].append((part, row.labels) if ranked else (part[0], row.labels[0]))
 
     def write(self, task: TaskConfig, rows: list[TaskRow]) -> list[tuple[str, str]]:
         """Greedy answers to the rows' prompts, with the answers that were wanted."""
-        if not rows:
-            return []
-        tokenizer, pad = self.run.tokenizer, pad_id(self.run.tokenizer)
+        tokenizer, pad = self.run.tokenizer, self.run.tokenizer.pad_token_id or 0
         prompts = [torch.tensor(row.sequences[0][: row.mask.index(1)]) for row in rows]
-        masks = [torch.ones_like(prompt) for prompt in prompts]
         ids, mask = (
-            torch.nn.utils.rnn.pad_sequence(parts, True, value, "left").to(self.run.world.device)
-            for parts, value in ((prompts, pad), (masks, 0))
+            pad_sequence(parts, True, value, "left").to(self.run.world.device)
+            for parts, value in ((prompts, pad), ([torch.ones_like(p) for p in prompts], 0))
         )
         # the last token of an answer: with most templates, the one that ends the turn
         ends = {row.sequences[0][max(np.flatnonzero(row.mask or []))] for row in rows}
@@ -227,7 +197,6 @@ class MultitaskTrainer(RunTrainer, Trainer):
         texts = tokenizer.batch_decode(out[:, ids.shape[1] :], skip_special_tokens=True)
         return [(text.strip(), row.answer) for text, row in zip(texts, rows, strict=True)]
 
-    def save_more(self, folder: Path) -> None:
-        if self.lines:
-            text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in self.lines)
-            atomic_write_text(folder / PREDICTIONS, text)
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        self.heads.load_state_dict(load_file(Path(resume_from_checkpoint) / HEADS))

@@ -1,29 +1,47 @@
-"""The model that learns: a frozen, quantized base and a trainable adapter, for all trainers."""
+"""The model that learns: a frozen, quantized base and a trainable adapter; and the adapter on disk:
+
+    adapter_config.json, adapter_model.safetensors   peft's layout, fp32, the adapter alone
+    task_heads.safetensors, tasks.json               heads of a multi-task run
+    tokenizer.json, ...                              the tokenizer it was trained with
+    eagle.json                                       what it belongs to and was made of
+    README.md                                        the same for people: the data card
+
+Finding an adapter and whether it fits a base: `eagle.loading`.
+"""
 
 from __future__ import annotations
 
+import copy
+import json
 import os
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from configs.finetune_schema import LoraSection, PolicyConfig
-from eagle.checkpoint import target_fingerprint
+from eagle.checkpoint import require_equal, target_fingerprint, write_json
 from eagle.errors import EagleError
 from eagle.loading import (
+    RECORD,
+    WEIGHTS,
     fast_bf16,
+    find_adapter,
     find_folder,
     quantization_config,
     read_model,
     resolve_compute,
     resolve_device,
     resolve_dtype,
+    weights_hash,
 )
 
 ADAPTER = "default"  # peft's name of the adapter that learns
+HEADS, TASKS = "task_heads.safetensors", "tasks.json"
+CARD = ("base", "data", "training")
 
 
 def base_name(base: str | None) -> str:
@@ -50,37 +68,9 @@ def base_fingerprint(base: str | None) -> str:
     return target_fingerprint(read_checkpoint(base))
 
 
-def load_base(
-    base: str | None,
-    *,
-    quantization: str = "nf4",
-    dtype: str | torch.dtype = "auto",
-    compute: str = "auto",
-    attn_implementation: str | None = None,
-) -> nn.Module:
-    """The base on this rank's device, its linear layers quantized while it is loaded."""
-    options: dict[str, Any] = {}
-    if attn_implementation is not None:
-        options["attn_implementation"] = attn_implementation
-    if quantization != "none":
-        arithmetic = resolve_dtype(resolve_compute(compute, resolve_device(None)))
-        options["quantization_config"] = quantization_config(quantization, arithmetic)
-    if torch.cuda.is_available():
-        options["device_map"] = {"": int(os.environ.get("LOCAL_RANK", "0"))}
-    model = read_model(find_folder(base), resolve_dtype(dtype), options, "base")
-    # bitsandbytes repacks 4-bit weights for inference in the first pass without gradients, on a CPU
-    # with AVX512-BF16, and no gradient flows through repacked layers: a run that evaluates before
-    # it trains would train on wrong gradients without a word
-    for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
-    return model
-
-
-def build_policy(
-    cfg: PolicyConfig, lora: LoraSection, seed: int, adapter: Path | None
-) -> nn.Module:
-    """A peft model: the quantized base, and the adapter in folder `adapter` or a new one, in fp32.
+def build_policy(cfg: PolicyConfig, lora: LoraSection, seed: int) -> nn.Module:
+    """A peft model on this rank's device: the base, its linear layers quantized while it is loaded,
+    and its adapter or a new one, in fp32.
 
     The frozen weights have the dtype in which they are served: an adapter learns on what it will
     run on.
@@ -88,25 +78,33 @@ def build_policy(
     from peft import LoraConfig, PeftModel, get_peft_model
     from transformers import set_seed
 
-    dtype = cfg.dtype
-    if dtype == "auto" and not fast_bf16(resolve_device(None)):  # as `eagle.loading.load_model`
+    dtype, device = cfg.dtype, resolve_device(None)
+    if dtype == "auto" and not fast_bf16(device):  # as `eagle.loading.load_model`
         dtype = read_checkpoint(cfg.base).dtype
         dtype = torch.float32 if dtype == torch.bfloat16 else dtype
-    kept = cfg.model_dump(include={"base", "quantization", "compute", "attn_implementation"})
-    model = load_base(**kept, dtype=dtype)
+    options: dict[str, Any] = {}
+    if cfg.attn_implementation is not None:
+        options["attn_implementation"] = cfg.attn_implementation
+    if cfg.quantization != "none":
+        arithmetic = resolve_dtype(resolve_compute(cfg.compute, device))
+        options["quantization_config"] = quantization_config(cfg.quantization, arithmetic)
+    if torch.cuda.is_available():
+        options["device_map"] = {"": int(os.environ.get("LOCAL_RANK", "0"))}
+    model = read_model(find_folder(cfg.base), resolve_dtype(dtype), options, "base")
+    # bitsandbytes repacks 4-bit weights for inference in the first pass without gradients, on a CPU
+    # with AVX512-BF16, and no gradient flows through repacked layers: a run that evaluates before
+    # it trains would train on wrong gradients without a word
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
     set_seed(seed)
-    if adapter is not None:
-        return PeftModel.from_pretrained(model, str(adapter), ADAPTER, is_trainable=True)
-    config = LoraConfig(
-        r=lora.r,
-        lora_alpha=lora.alpha,
-        lora_dropout=lora.dropout,
-        use_rslora=lora.rslora,
-        target_modules=lora.target_modules,
-        task_type="CAUSAL_LM",
-    )
+    if cfg.adapter is not None:
+        folder = str(find_adapter(cfg.adapter))
+        return PeftModel.from_pretrained(model, folder, ADAPTER, is_trainable=True)
+    settings = lora.model_dump(exclude={"alpha", "dropout", "rslora"})
+    settings |= {"lora_alpha": lora.alpha, "lora_dropout": lora.dropout, "use_rslora": lora.rslora}
     try:
-        return get_peft_model(model, config)
+        return get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **settings))
     except ValueError as error:
         raise EagleError(
             f"lora.target_modules={lora.target_modules!r} fits no layer of {base_name(cfg.base)}: "
@@ -124,3 +122,38 @@ def trainable_state(model: nn.Module) -> dict[str, torch.Tensor]:
         whole = deepspeed.zero.GatheredParameters(list(named.values()))
     with whole:
         return {n: p.detach().float().cpu().clone() for n, p in named.items()}
+
+
+def write_adapter(
+    folder: Path,
+    model: nn.Module,
+    state: dict[str, torch.Tensor],
+    tokenizer: Any,
+    record: dict,
+    tasks: list[dict] | None = None,
+) -> None:
+    """Fill `folder` (the caller makes it appear whole). `state`: `trainable_state(model)`."""
+    from peft import get_peft_model_state_dict
+
+    folder.mkdir(parents=True, exist_ok=True)
+    lora = get_peft_model_state_dict(
+        model, state_dict=state, adapter_name=ADAPTER, save_embedding_layers=False
+    )
+    files = {WEIGHTS: {k: v.contiguous() for k, v in lora.items()}}
+    if (heads := getattr(model.get_base_model(), "task_heads", None)) is not None:
+        files[HEADS] = {k: v.cpu() for k, v in heads.state_dict().items()}
+    for name, tensors in files.items():
+        save_file(tensors, folder / name, metadata={"format": "pt"})
+        require_equal(load_file(folder / name), tensors, folder)
+    config = copy.copy(model.peft_config[ADAPTER])
+    config.inference_mode = True
+    config.save_pretrained(str(folder))
+    if tasks is not None:
+        (folder / TASKS).write_text(json.dumps(tasks, indent=2) + "\n", encoding="utf-8")
+    tokenizer.save_pretrained(str(folder))
+    record = {"kind": "adapter", **record, "fingerprint": weights_hash(files[WEIGHTS])}
+    write_json(folder / RECORD, record)
+    rows = {key: record.get(key) for key in ("method", "quantization", "trainable_parameters")}
+    rows |= {f"{k}: {n}": v for k in CARD for n, v in record.get(k, {}).items()}
+    table = "".join(f"| {key} | {value} |\n" for key, value in rows.items())
+    (folder / "README.md").write_text(f"# Adapter\n\n| | |\n|---|---|\n{table}", encoding="utf-8")

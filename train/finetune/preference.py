@@ -1,4 +1,5 @@
-"""Preferences -> pairs of rows that share a prompt.
+"""Preferences -> a prompt and two answers to it; and samples that were scored (by tests, by a judge,
+by people) -> preferences.
 
     {prompt, chosen, rejected}                 text, or lists of messages
     {chosen: [messages], rejected: [messages]}  conversations that differ in the last message
@@ -11,120 +12,106 @@ leave.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+import json
+import os
+from bisect import bisect_left
+from collections import defaultdict
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+from pydantic import BaseModel, FiniteFloat, StringConstraints, ValidationError
 
 from configs.finetune_schema import PreferenceData
+from eagle.checkpoint import atomic_write_text
+from eagle.errors import EagleError
 from records.chat import read_messages, render_chat, render_instruction, require_template
 from records.render import record_key
 from records.rows import Row, RowError
+from records.sources import read_records, resolve
 from records.tokens import encode_with_spans
 
 SIDES = ("chosen", "rejected")
 FORMS = (
     'write {"prompt": ..., "chosen": ..., "rejected": ...}, or query and retrieval_result with them'
 )
-EQUAL = ("chosen and rejected are equal", "remove the pair: it prefers nothing")
-SLACK = 4  # tokens that may appear where a cut passage meets the text around it
+SAMPLES = 'write {"prompt": ..., "samples": [{"text": ..., "score": 0.5}, ...]}, or one a line'
 
 
 class Pair(NamedTuple):
-    """Two rows with the same tokens up to the answer."""
+    """Token ids of the prompt and of what follows it, to the end of the answer's turn."""
 
-    chosen: Row
-    rejected: Row
+    prompt_ids: list[int]
+    chosen_ids: list[int]
+    rejected_ids: list[int]
     key: int
     passages_cut: int = 0
 
 
-def renderer(tokenizer: Any, cfg: PreferenceData) -> Callable[[dict], list[Pair]]:
-    if cfg.template == "chat":
-        require_template(tokenizer)
-    return lambda record: [render_pair(record, tokenizer, cfg)]
-
-
 def render_pair(record: dict, tokenizer: Any, cfg: PreferenceData) -> Pair:
-    for side in SIDES:
-        if record.get(side) is None:
-            fields = f"fields: {', '.join(map(str, record))}"
-            raise RowError(f"missing field '{side}'", FORMS, fields)
-    retrieved = "retrieval_result" in record or "query" in record
-    prompt, answers = (None, answers_of(record)) if retrieved else read_pair(record)
-    for side, answer in zip(SIDES, answers, strict=True):
-        if not answer.strip():
-            raise RowError(f"{side} is empty", "remove the pair or fill it in")
-    if answers[0].strip() == answers[1].strip():
-        raise RowError(*EQUAL)
-    cut = 0
-    if retrieved:
+    if "retrieval_result" in record or "query" in record:
+        answers = [text_of(record.get(side), side) for side in SIDES]
         prompt, cut = retrieval(record, answers, tokenizer, cfg)
+    else:
+        (prompt, answers), cut = read_pair(record), 0
     rows = [render_answer(prompt, answer, tokenizer, cfg) for answer in answers]
-    if any(row.truncated for row in rows):
+    if answers[0].strip() == answers[1].strip() or rows[0].input_ids == rows[1].input_ids:
+        raise RowError("chosen and rejected are equal", "remove the pair: it prefers nothing")
+    if max(len(row.input_ids) for row in rows) > cfg.max_length:
         raise too_long("prompt and answer", cfg)
-    if rows[0].input_ids == rows[1].input_ids:
-        raise RowError(*EQUAL)
-    return Pair(*rows, record_key(record), cut)
+    start = len(os.path.commonprefix([row.input_ids[: row.loss_mask.index(1)] for row in rows]))
+    ends = [len(row.loss_mask) - row.loss_mask[::-1].index(1) for row in rows]
+    sides = [row.input_ids[start:end] for row, end in zip(rows, ends, strict=True)]
+    return Pair(rows[0].input_ids[:start], *sides, record_key(record), cut)
 
 
 def read_pair(record: dict) -> tuple[str | list[dict], list[str]]:
     """(prompt as text or messages, the two answers)."""
-    prompt, answers, shared = record.get("prompt"), [], []
-    for side in (record["chosen"], record["rejected"]):
-        if isinstance(side, list):
-            *before, last = read_messages({"messages": side})
-            if last["role"] != "assistant":
+    prompt, answers, before = record.get("prompt"), [], []
+    for side in SIDES:
+        given, shared = record.get(side), []
+        if isinstance(given, list):
+            *shared, given = read_messages({"messages": given})
+            if given["role"] != "assistant":
                 raise RowError("a conversation does not end with the assistant", FORMS)
-            answers.append(last["content"])
-            shared.append(before)
-        else:
-            answers.append(text_of(side))
-            shared.append([])
-    if shared[0] != shared[1]:
+        answers.append(text_of(given, side))
+        before.append(shared)
+    if before[0] != before[1]:
         remedy = "let them differ in the last message only"
         raise RowError("chosen and rejected answer different prompts", remedy)
-    if prompt is None and not shared[0]:
+    if prompt is None and not shared:
         raise RowError("missing field 'prompt'", FORMS)
     if isinstance(prompt, str) and prompt.strip():
-        asked = [{"role": "user", "content": prompt}, *shared[0]]
-        return asked if shared[0] else prompt, answers
+        if not shared:
+            return prompt, answers
+        prompt = [{"role": "user", "content": prompt}]
     if not isinstance(prompt, (list, type(None))) or prompt == []:
         raise RowError("prompt is empty or not text", FORMS, f"it is {type(prompt).__name__}")
-    return [*as_messages(prompt or []), *shared[0]], answers
-
-
-def as_messages(prompt: list) -> list[dict]:
-    """A list of messages, checked; it need not hold the assistant's."""
-    if not prompt:
-        return []
-    *messages, _ = read_messages({"messages": [*prompt, {"role": "assistant", "content": "."}]})
+    asked = [*(prompt or []), *shared, {"role": "assistant", "content": "."}]
+    *messages, _ = read_messages({"messages": asked})  # checks them
     if messages[-1]["role"] == "assistant":
         raise RowError("the prompt does not end with the user", FORMS)
-    return messages
+    return messages, answers
 
 
-def answers_of(record: dict) -> list[str]:
-    return [text_of(record[side]) for side in SIDES]
-
-
-def text_of(side: Any) -> str:
+def text_of(value: Any, name: str) -> str:
     """Text, or the `text` or `content` of an object."""
-    if isinstance(side, dict):
-        side = side.get("text", side.get("content"))
-    if not isinstance(side, str):
-        raise RowError("an answer is not text", FORMS, f"it is {type(side).__name__}")
-    return side
+    if isinstance(value, dict):
+        value = value.get("text", value.get("content"))
+    if not isinstance(value, str) or not value.strip():
+        raise RowError(f"{name} is missing, empty or not text", FORMS, f"it is {value!r}"[:80])
+    return value
 
 
 def render_answer(
     prompt: str | list[dict], answer: str, tokenizer: Any, cfg: PreferenceData
 ) -> Row:
-    """One row whose mask covers the answer alone, by the renderers of supervised data."""
+    """One row, of any length, whose mask covers the answer alone."""
     if isinstance(prompt, str):
         record = {"instruction": prompt, "output": answer}
-        return render_instruction(record, tokenizer, cfg.max_length, template=cfg.template)
+        return render_instruction(record, tokenizer, 10**9, template=cfg.template)
     require_template(tokenizer)
     messages = [*prompt, {"role": "assistant", "content": answer}]
-    return render_chat({"messages": messages}, tokenizer, cfg.max_length, "last_assistant")
+    return render_chat({"messages": messages}, tokenizer, 10**9, "last_assistant")
 
 
 def too_long(what: str, cfg: PreferenceData) -> RowError:
@@ -132,52 +119,76 @@ def too_long(what: str, cfg: PreferenceData) -> RowError:
     return RowError(f"{what} are longer than data.max_length", remedy)
 
 
-# retrieved passages
-
-
 def retrieval(
     record: dict, answers: list[str], tokenizer: Any, cfg: PreferenceData
 ) -> tuple[str, int]:
-    """(prompt with the passages that fit, passages that were cut)."""
-    query, passages = record.get("query"), record.get("retrieval_result")
-    if not isinstance(query, str) or not query.strip():
-        raise RowError("query is empty or not text", FORMS)
+    """(prompt with the passages that fit, passages that were cut): the short ones whole, and as
+    many tokens of each that is cut."""
+    query, passages = text_of(record.get("query"), "query"), record.get("retrieval_result")
     if not isinstance(passages, list) or not passages:
         raise RowError("retrieval_result is not a non-empty list", FORMS)
-    passages = [text_of(passage).strip() for passage in passages]
-    room = cfg.max_length - bare_length(query, len(passages), answers, tokenizer, cfg)
-    if room < 0:
+    texts = [text_of(passage, "a passage").strip() for passage in passages]
+    ends = [[end for _, end in encode_with_spans(tokenizer, text)[1]] for text in texts]
+    most = max(map(len, ends))
+
+    def asked(limit: int) -> str:
+        shown = []
+        for text, places in zip(texts, ends, strict=True):
+            cut = limit < len(places)
+            shown.append(text[: [0, *places][limit]].rstrip() if cut else text)
+        listed = "\n\n".join(f"[{n}] {text}" for n, text in enumerate(shown, 1) if text)
+        return f"Use the passages to answer the question.\n\n{listed}\n\nQuestion: {query}"
+
+    def exceeds(limit: int) -> bool:
+        rows = (render_answer(asked(limit), answer, tokenizer, cfg) for answer in answers)
+        return any(len(row.input_ids) > cfg.max_length for row in rows)
+
+    limit = bisect_left(range(most), True, key=exceeds) - 1 if exceeds(most) else most
+    if limit < 0:
         raise too_long("question and answer", cfg)
-    spans = [encode_with_spans(tokenizer, passage)[1] for passage in passages]
-    kept = fair_shares([len(part) for part in spans], room)
-    shown, cut = [], 0
-    for text, part, tokens in zip(passages, spans, kept, strict=True):
-        whole = tokens == len(part)
-        shown.append(text if whole else text[: part[tokens - 1][1] if tokens else 0].rstrip())
-        cut += not whole
-    return question(query, shown), cut
+    return asked(limit), sum(len(e) > limit for e in ends)
 
 
-def question(query: str, passages: list[str]) -> str:
-    listed = "\n\n".join(f"[{n}] {text}" for n, text in enumerate(passages, 1) if text)
-    return f"Use the passages to answer the question.\n\n{listed}\n\nQuestion: {query}"
+class Sample(BaseModel):
+    prompt: str | list
+    text: Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
+    score: FiniteFloat
 
 
-def bare_length(
-    query: str, passages: int, answers: list[str], tokenizer: Any, cfg: PreferenceData
-) -> int:
-    """Tokens of everything but the passages, for the longer answer."""
-    roomy = cfg.model_copy(update={"max_length": 10**9})
-    prompt = question(query, ["."] * passages)
-    rows = [render_answer(prompt, answer, tokenizer, roomy) for answer in answers]
-    return max(len(row.input_ids) for row in rows) + SLACK * passages
-
-
-def fair_shares(lengths: list[int], room: int) -> list[int]:
-    """Tokens of each passage: all of the short ones, and the same for each that is cut."""
-    kept = [0] * len(lengths)
-    order = sorted(range(len(lengths)), key=lambda n: lengths[n])
-    for place, n in enumerate(order):
-        kept[n] = min(lengths[n], room // (len(order) - place))
-        room -= kept[n]
-    return kept
+def build_pairs(data: str, output: str, margin: float = 0.0, per_prompt: int = 1) -> int:
+    """Read scored samples, write {prompt, chosen, rejected, score_chosen, score_rejected}, say what
+    was dropped."""
+    if margin < 0 or per_prompt < 1:
+        raise EagleError("--margin must be 0 or more and --per_prompt 1 or more")
+    prompts: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    lines, ties, unusable = [], 0, 0
+    for record in (r for path in resolve(data.split(",")) for r in read_records(path)):
+        value = record.value or {}
+        for given in value.get("samples") or [value]:
+            try:
+                sample = Sample.model_validate({"prompt": value.get("prompt"), **given})
+                prompts[json.dumps(sample.prompt)][sample.text].append(sample.score)
+            except (ValidationError, TypeError):
+                unusable += 1
+    for prompt, samples in prompts.items():
+        # the same text with several scores counts once, with their mean
+        ranked = sorted(((sum(s) / len(s), text) for text, s in samples.items()), reverse=True)
+        before = len(lines)
+        for n in range(min(per_prompt, len(ranked) // 2)):  # best and worst, the next two, …
+            (high, chosen), (low, rejected) = ranked[n], ranked[-1 - n]
+            if high - low > margin:
+                line = {"prompt": json.loads(prompt), "chosen": chosen, "rejected": rejected}
+                lines.append({**line, "score_chosen": high, "score_rejected": low})
+        ties += len(lines) == before
+    if not lines:
+        raise EagleError(
+            f"no preference in {data}: of {len(prompts)} prompts {ties} are ties or have one "
+            f"sample; {SAMPLES}"
+        )
+    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    atomic_write_text(Path(output), text)
+    print(
+        f"{len(lines)} pairs of {len(prompts)} prompts, {ties} prompts tied, "
+        f"{unusable} samples unusable: {output}"
+    )
+    return 0

@@ -2,8 +2,10 @@
 report.
 
     OUTPUT/config.yaml  metrics.jsonl  summary.json  quarantine*.jsonl  predictions.jsonl
-    OUTPUT/checkpoints/  see checkpoints.py
-    OUTPUT/adapter/      the best adapter, see adapter.py
+    OUTPUT/data/                      the example data, where no file was given
+    OUTPUT/checkpoints/checkpoint-N   an adapter folder, and the trainer's optimizer, schedule and
+                                      generators
+    OUTPUT/adapter/                   the best adapter, see policy.py
 """
 
 from __future__ import annotations
@@ -11,33 +13,39 @@ from __future__ import annotations
 import json
 import logging
 import os
-import resource
 import shutil
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
-from configs.errors import ConfigError
+from configs.finetune_schema import TaskData
 from eagle.checkpoint import atomic_dir, atomic_write_text
 from eagle.errors import EagleError
 from eagle.loading import find_adapter, read_record, require_base, resolve_compute, resolve_device
 from eagle.meter import Bar
 from records import load_tokenizer
+from records.dataset import held_out_rows
+from records.quarantine import BadRow, enforce, object_of, write_quarantine
+from records.rows import RowError
+from records.sources import read_records, resolve
 from records.tokens import tokenizer_hash
-from train.finetune import checkpoints as disk
-from train.finetune.adapter import adapter_bytes
+from train.finetune.assistant import write_example
 from train.finetune.policy import base_fingerprint, base_name, build_policy
 from train.head.distributed import World, join_world
-from train.runs import require_writable, write_config
+from train.runs import checkpoints, claimed, is_checkpoint, require_same_run, step_of, write_config
+from train.tracking.perf import memory
 
 PREDICTIONS = "predictions.jsonl"
 # files of a checkpoint that are there to resume; the rest is the adapter folder
-RESUME_FILES = "optimizer.pt scheduler.pt rng_state* trainer_state.json training_args.bin"
-RESUME_FILES += " global_step* latest zero_to_*.py " + PREDICTIONS
+RESUME = ("*.pt", "*.pth", "trainer_state.json", "global_step*", "latest", "zero_to_*", PREDICTIONS)
+PATHS = ("adapter", "metrics.jsonl", "checkpoints")
 
 
 @dataclass
@@ -54,6 +62,7 @@ class Run:
     model: Any = None
     record: dict = field(default_factory=dict)
     tasks: list[dict] | None = None
+    predictions: list[dict] = field(default_factory=list)
     started: float = field(default_factory=time.monotonic)
 
     def autocast(self):
@@ -65,20 +74,13 @@ class Run:
         if not self.quiet and self.world.first:
             print(text, flush=True)
 
-    def quarantine(self, split: str) -> Path | None:
-        name = "quarantine.jsonl" if split == "train" else "quarantine_eval.jsonl"
-        return self.output / name if self.world.first else None
-
     def prepare(self) -> None:
         """The tokenizer, what an adapter of this run will say of its base, and what "auto" means:
         a resumed run keeps its own, which another machine may read otherwise."""
-        m = self.cfg.model
-        had = read_record(self.resume) if self.resume else {}
-        dtype, compute = (
-            had.get(k, "auto") if v == "auto" else v
-            for k, v in (("dtype", m.dtype), ("compute", m.compute))
-        )
-        self.settle(dtype=dtype, compute=resolve_compute(compute, self.world.device))
+        m, had = self.cfg.model, read_record(self.resume) if self.resume else {}
+        names = [k for k in ("dtype", "compute") if getattr(m, k) == "auto"]
+        m = m.model_copy(update={k: had.get(k, "auto") for k in names})
+        self.settle(dtype=m.dtype, compute=resolve_compute(m.compute, self.world.device))
         self.tokenizer = load_tokenizer(m.base)
         found = base_fingerprint(m.base)
         self.record = {
@@ -98,23 +100,23 @@ class Run:
         self.cfg = self.cfg.model_copy(update={"model": self.cfg.model.model_copy(update=values)})
 
     def build_model(self) -> None:
-        m, length = self.cfg.model, self.cfg.data.max_length
-        start = find_adapter(m.adapter) if m.adapter is not None else None
         with Bar(self.quiet or not self.world.first) as bar:
             bar.doing("loading the base model")
-            self.model = build_policy(m, self.cfg.lora, self.cfg.train.seed, start)
+            self.model = build_policy(self.cfg.model, self.cfg.lora, self.cfg.train.seed)
         self.record["dtype"] = str(self.model.get_input_embeddings().weight.dtype).split(".")[-1]
         self.settle(dtype=self.record["dtype"])
         if self.cfg.train.gradient_checkpointing:
             # the frozen embedding gives no gradient to recompute along
             self.model.enable_input_require_grads()
         limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
-        if limit and length > limit:
+        if limit and (length := self.cfg.data.max_length) > limit:
             raise EagleError(f"data.max_length={length} exceeds the {limit} positions of the base")
 
     def identify(self, data: dict) -> None:
         """`data`: what the data card says. Fixes what a resumed run must share with this one."""
-        self.record["data"] = data
+        # before TRL adds the reference's adapter; a packed 4-bit weight counts what it stands for
+        trainable, total = self.model.get_nb_trainable_parameters()
+        self.record |= {"data": data, "trainable_parameters": trainable, "total_parameters": total}
         lora = self.cfg.lora.model_dump(exclude={"dropout"})
         identity = {
             "base": self.record["base"]["fingerprint"],
@@ -124,59 +126,52 @@ class Run:
             "train.seed": self.cfg.train.seed,
             "tasks": self.tasks,
         }
-        self.record["identity"] = json.loads(json.dumps(identity))
+        self.record["identity"] = identity = json.loads(json.dumps(identity))
         if self.resume is not None:
-            disk.require_same_run(self.resume, self.record["identity"])
+            require_same_run(self.resume, read_record(self.resume).get("identity", {}), identity)
         if self.world.first:
             write_config(self.output, self.cfg)
 
-    def publish(self, state: Any, totals: dict) -> dict:
+    def publish(self, state: Any) -> None:
         """The best adapter and the summary; rank 0 writes. `state`: the trainer's."""
-        memory = self.world.max([peak_memory_mb()])[0]
-        return self.world.first_does(lambda: self._publish(state, totals, memory))
+        [peak] = self.world.max([max(memory(self.world.device).values()) / 2**20])
+        self.world.first_does(lambda: self._publish(state, peak))
 
-    def _publish(self, state: Any, totals: dict, memory: float) -> dict:
-        kept = disk.checkpoints(self.output)
-        name = Path(state.best_model_checkpoint or "").name
-        best = next((path for path in kept if path.name == name), kept[-1])
+    def _publish(self, state: Any, peak: float) -> None:
+        kept = {step_of(path): path for path in checkpoints(self.output)}
+        best = kept.get(state.best_global_step, kept[max(kept)])
         with atomic_dir(self.output / "adapter") as folder:
-            skip = shutil.ignore_patterns(*RESUME_FILES.split())
+            skip = shutil.ignore_patterns(*RESUME)
             shutil.copytree(best, folder, dirs_exist_ok=True, ignore=skip)
-        if (best / PREDICTIONS).exists():
-            text = (best / PREDICTIONS).read_text(encoding="utf-8")
-            atomic_write_text(self.output / PREDICTIONS, text)
-        found = {row["step"]: _scores(row) for row in state.log_history if "eval_loss" in row}
+        if (made := best / PREDICTIONS).exists():
+            atomic_write_text(self.output / PREDICTIONS, made.read_text(encoding="utf-8"))
+        weights = (self.output / "adapter").glob("*.safetensors")
+        found = {}
+        for row in (row for row in state.log_history if "eval_loss" in row):
+            scores = {k[5:]: v for k, v in row.items() if k.startswith("eval_")}
+            found[row["step"]] = {k: v for k, v in scores.items() if k not in ("seconds", "tokens")}
+        before, after = next(iter(found.values()), {}), found.get(step_of(best), {})
+        totals = {k: self.record[k] for k in ("trainable_parameters", "total_parameters")}
         summary = {
             "method": self.method,
             "steps": state.global_step,
             "epochs": state.epoch,
             "seconds": time.monotonic() - self.started,
             **totals,
-            "adapter_bytes": adapter_bytes(self.output / "adapter"),
-            "peak_memory_mb": memory,
-            "heldout_before": next(iter(found.values()), None),
-            "heldout_after": found.get(disk.step_of(best), {}),
+            "trainable_share": totals["trainable_parameters"] / totals["total_parameters"],
+            "adapter_bytes": sum(path.stat().st_size for path in weights),
+            "peak_memory_mb": peak,
+            "heldout_before": before or None,
+            "heldout_after": after,
             "best": {"checkpoint": best.name, "eval_loss": state.best_metric},
             "data": self.record["data"],
-            "paths": {
-                "adapter": str(self.output / "adapter"),
-                "metrics": str(self.output / "metrics.jsonl"),
-                "checkpoints": str(disk.folder_of(self.output)),
-            },
+            "paths": {n.split(".")[0]: str(self.output / n) for n in PATHS},
         }
         atomic_write_text(self.output / "summary.json", json.dumps(summary, indent=2) + "\n")
-        self._tell(summary)
-        return summary
-
-    def _tell(self, summary: dict) -> None:
-        before, after = summary["heldout_before"] or {}, summary["heldout_after"]
         shown = [f"{n} {before[n]:.4g} -> {after[n]:.4g}" for n in after if n in before]
-        self.note(f"held out, before -> after: {', '.join(shown)}")
         self.note(
-            f"{summary['steps']} steps in {summary['seconds']:.0f} s; "
-            f"{summary['trainable_parameters']:,} of {summary['total_parameters']:,} parameters "
-            f"trained, adapter {summary['adapter_bytes'] / 2**20:.1f} MiB, peak memory "
-            f"{summary['peak_memory_mb']:.0f} MB: {summary['paths']['adapter']}"
+            f"held out, before -> after: {', '.join(shown)}\n{state.global_step} steps in "
+            f"{summary['seconds']:.0f} s, peak memory {peak:.0f} MB: {summary['paths']['adapter']}"
         )
 
 
@@ -184,61 +179,67 @@ def execute(cfg: Any, method: str, body: Callable[[Run], int], quiet: bool = Fal
     """Join the ranks, choose the folder, train; a failure leaves no folder that holds nothing."""
     alone = World(0, 1, resolve_device(None))
     world = join_world() if "RANK" in os.environ or cfg.train.zero is not None else alone
-
-    def claim() -> tuple[Path, Path | None, bool]:
-        output = choose_output(cfg.train.output, method, cfg.train.resume)
-        fresh = not output.exists()
-        resume = disk.find(output, cfg.train.resume) if cfg.train.resume else None
-        require_writable(output)
-        disk.clear(output)
-        return output, resume, fresh
-
-    output, resume, fresh = world.first_does(claim)
     if not world.first:
         logging.getLogger("records").setLevel(logging.ERROR)
-    try:
-        return body(Run(cfg, method, world, output, quiet, resume))
-    except (EagleError, ConfigError):
-        if fresh and world.first and not any(output.glob("*.jsonl")):
-            shutil.rmtree(output, ignore_errors=True)
-        raise
+    with claimed(world, cfg.train.output, method, cfg.train.resume) as output:
+        resume = world.first_does(lambda: start_of(output, cfg.train.resume))
+        run = Run(cfg, method, world, output, quiet, resume)
+        run.prepare()
+        return body(run)
 
 
-def choose_output(output: str | None, method: str, resume: str | None) -> Path:
-    """The run's folder. Without a name `runs/METHOD`, numbered when taken; resuming takes the
-    last."""
-    if output is not None:
-        path = Path(output).expanduser()
-        if path.exists() and not path.is_dir():
-            raise EagleError(f"--output {path} is a file; name a folder")
-        if resume is None and holds_run(path):
-            raise EagleError(
-                f"{path} already holds a run; continue it with --resume, or choose another --output"
-            )
-        return path
-    if resume not in (None, "auto"):
-        given = Path(resume)
-        return given.parent.parent if disk.NAME.fullmatch(given.name) else given
-    base = Path("runs") / method
-    names = [base, *(base.with_name(f"{method}-{n}") for n in range(2, 1000))]
-    taken = [path for path in names if holds_run(path)]
-    free = next(path for path in names if path not in taken)
-    return taken[-1] if resume and taken else free
+def start_of(output: Path, resume: str | None) -> Path | None:
+    """The checkpoint to go on from. `auto`: the newest of the run, None when there is none; else of
+    the folder named. What a killed run was writing or removing goes."""
+    for stale in (output / "checkpoints").glob(".*"):
+        shutil.rmtree(stale, ignore_errors=True)
+    if resume is None:
+        return None
+    path = output if resume == "auto" else Path(resume).expanduser()
+    found = [path] if is_checkpoint(path) else checkpoints(path)
+    if not found and resume != "auto":
+        raise EagleError(
+            f"--resume {path}: no checkpoint there; give a run folder or one of its checkpoint-N "
+            "folders"
+        )
+    return found[-1] if found else None
 
 
-def holds_run(path: Path) -> bool:
-    found = any((path / name).exists() for name in ("summary.json", "adapter"))
-    return found or bool(disk.checkpoints(path))
+def load_rows(
+    run: Run, kind: str, render: Callable[[dict], list]
+) -> tuple[list[Any], list[Any], dict]:
+    """Rows for training, rows held out, and the data card, of pairs or of tasks; without files, of
+    the example `kind`. `render`: a record's rows, each with its `key`. Records that it refuses
+    (RowError) are written down, and above data.max_bad_fraction end the run."""
+    cfg: TaskData = run.cfg.data
 
+    def read(given: list[str] | None, split: str, most: int | None) -> tuple[list[Any], dict]:
+        example = run.output / "data"
+        files = resolve(given) if given else [write_example(kind, split, example)[0]]
+        rows, bad, records = [], [], 0
+        for record in (r for path in files for r in islice(read_records(path), most)):
+            records += 1
+            try:
+                rows += render(object_of(record))
+            except RowError as error:
+                bad.append(BadRow.of(record, error))
+        out = run.output / f"quarantine{'' if split == 'train' else '_eval'}.jsonl"
+        if bad and run.world.first:
+            write_quarantine(bad, out)
+        enforce(bad, records, cfg.max_bad_fraction, out if bad else None)
+        card = {"files": [path.name for path in files], "records": records, "bad": len(bad)}
+        return rows, {**card, "bad_by_reason": dict(Counter(row.reason for row in bad))}
 
-def peak_memory_mb() -> float:
-    """Most memory in use at once: allocated on the GPU, or the process's resident set on a CPU."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-
-
-def _scores(row: dict) -> dict:
-    """What an evaluation found, without `eval_` and what it cost."""
-    cost = ("eval_seconds", "eval_tokens")
-    return {k[5:]: v for k, v in row.items() if k.startswith("eval_") and k not in cost}
+    rows, card = read(cfg.paths, "train", cfg.max_rows)
+    if cfg.eval_paths or not cfg.paths:
+        heldout, _ = read(cfg.eval_paths, "eval", cfg.max_eval_rows)
+    else:  # all rows of a record are on one side
+        held = held_out_rows(np.array([row.key for row in rows]), cfg.heldout_fraction)
+        heldout = [row for row, out in zip(rows, held, strict=True) if out]
+        rows = [row for row, out in zip(rows, held, strict=True) if not out]
+    if not rows or not heldout:
+        raise EagleError(
+            f"{len(rows)} rows are left to train on and {len(heldout)} held out: add data, or "
+            "change data.heldout_fraction"
+        )
+    return rows, heldout, {**card, "rows": len(rows), "heldout_rows": len(heldout)}

@@ -6,7 +6,7 @@ S sequences of a batch, T tokens, H hidden, N tasks, C classes.
     loss = sum over tasks of  weight * sum of its losses / labels of it in the whole step
 
 The step's labels are counted over micro batches and ranks, so the gradient is that of each task's
-mean, however rows are split; a missing label adds neither to the sum nor to the count.
+mean, however rows are split.
 """
 
 from __future__ import annotations
@@ -20,8 +20,6 @@ from torch import nn
 
 from configs.finetune_schema import TaskConfig
 from train.finetune.trainer import token_losses
-
-INPUTS = ("input_ids", "attention_mask", "loss_mask", "targets", "group", "here", "counts")
 
 
 class TaskHeads(nn.Module):
@@ -52,14 +50,14 @@ class TaskHeads(nn.Module):
         weights = torch.tensor([task.weight for task in tasks])
         self.register_buffer("weight", weights, persistent=False)
 
-    def forward(self, state: torch.Tensor) -> dict[int, torch.Tensor]:
-        """state [S, H] -> outputs [S, C] or [S] by task number."""
+    def forward(self, n: int, state: torch.Tensor) -> torch.Tensor:
+        """state [S, H] -> what the head of task n says: [S, C] or [S]."""
         # a step of Adam moves an output by up to lr * sum |state|: scaled, so that wide models do
         # not jump
         state = (state.float() - self.center) / self.spread * state.shape[-1] ** -0.25
         with torch.autocast(state.device.type, enabled=False):
-            out = {int(n): head(state) for n, head in self.heads.items()}
-        return {n: o if self.tasks[n].classes else o[:, 0] for n, o in out.items()}
+            output = self.heads[str(n)](state)
+        return output if self.tasks[n].classes else output[:, 0]
 
     def combine(self, sums: torch.Tensor, counts: torch.Tensor, here: torch.Tensor) -> torch.Tensor:
         """sums [N] of losses and labels `here` [N] of a micro batch, `counts` [N] of the step ->
@@ -74,8 +72,11 @@ class TaskHeads(nn.Module):
         # a task that is absent here still takes part: ranks wait for the gradient of every weight
         return loss + 0.0 * sum(p.sum() for p in self.parameters())
 
-    def destandardise(self, n: int, output: torch.Tensor) -> torch.Tensor:
-        return output * self.std[n] + self.mean[n]
+    def predict(self, n: int, output: torch.Tensor) -> list:
+        """Outputs of task n -> probabilities of the classes, or numbers on the labels' scale."""
+        if self.tasks[n].classes:
+            return output.float().softmax(-1).tolist()
+        return (output.float() * self.std[n] + self.mean[n]).tolist()
 
 
 def attach(model: nn.Module, heads: TaskHeads) -> None:
@@ -88,50 +89,40 @@ def attach(model: nn.Module, heads: TaskHeads) -> None:
     original = base.forward
 
     @functools.wraps(type(base).forward)  # `generate` reads the signature
-    def forward(*args: Any, task: torch.Tensor | None = None, **kwargs: Any):
+    def forward(*args: Any, task: torch.Tensor | None = None, **batch: Any):
         if task is None:
-            return original(*args, **kwargs)
-        given = {name: kwargs[name] for name in INPUTS if name in kwargs}  # peft adds its own
-        return task_forward(base, original, task=task, **given)
+            return original(*args, **batch)
+        return task_forward(base, original, task, batch)
 
     base.forward = forward
 
 
-def task_forward(
-    base: nn.Module,
-    original: Any,
-    *,
-    input_ids: torch.Tensor,
-    attention_mask: torch.Tensor,
-    loss_mask: torch.Tensor,
-    task: torch.Tensor,
-    targets: torch.Tensor,
-    group: torch.Tensor,
-    here: torch.Tensor,
-    counts: torch.Tensor | None = None,
-) -> dict[str, Any]:
-    """input_ids, attention_mask, loss_mask [S, T]; task [S], -1 for rows of heads; targets [S, N],
-    NaN where missing; group [S], the record of a ranking; here [N] labels of this batch.
+def task_forward(base: nn.Module, original: Any, task: torch.Tensor, batch: dict) -> dict[str, Any]:
+    """task [S]. batch: input_ids, attention_mask, loss_mask [S, T]; labels [S], of tasks that
+    predict; group [S], the record of a ranking; here [N] labels of this batch; counts [N] of the
+    step, if this batch is not the whole of it.
 
-    -> {loss, sums [N], outputs {task: [S', ...]}}, S' the rows with task -1, in order.
+    -> {loss, sums [N], outputs {task: [S', ...]}}, S' the rows of a task that predicts, in order.
     """
     heads: TaskHeads = base.task_heads
-    sums = torch.zeros(len(heads.tasks), device=input_ids.device)
-    written, read = task >= 0, task < 0
+    ids, attention, here = (batch[k] for k in ("input_ids", "attention_mask", "here"))
+    sums = [torch.zeros((), device=ids.device) for _ in heads.tasks]
     outputs: dict[int, torch.Tensor] = {}
-    if written.any():
-        ids, mask = trim(input_ids[written], attention_mask[written])
-        supervised = loss_mask[written][:, : ids.shape[1]]
-        nll, _ = token_losses(original, ids, mask, supervised)
-        sums = sums.index_add(0, task[written], nll.sum(1))
-    if read.any():
-        outputs = heads(last_state(base, input_ids[read], attention_mask[read]))
-        found = [sums.new_zeros(())] * len(heads.tasks)
-        for n, output in outputs.items():
-            found[n] = task_loss(heads, n, output, targets[read][:, n], group[read])
-        sums = sums + torch.stack(found)
-    loss = heads.combine(sums, here if counts is None else counts, here)
-    return {"loss": loss, "sums": sums.detach(), "outputs": outputs}
+    reads = torch.tensor([t.type != "generation" for t in heads.tasks], device=ids.device)[task]
+    if (~reads).any():
+        supervised = batch["loss_mask"][~reads]
+        nll, _ = token_losses(original, *trim(ids[~reads], attention[~reads], supervised))
+        for n in task[~reads].unique().tolist():
+            sums[n] = nll[task[~reads] == n].sum()
+    if reads.any():
+        state = last_state(base, ids[reads], attention[reads])
+        for n in task[reads].unique().tolist():
+            mine = task == n
+            outputs[n] = heads(n, state[mine[reads]])
+            sums[n] = task_loss(heads, n, outputs[n], batch["labels"][mine], batch["group"][mine])
+    found, counts = torch.stack(sums), batch.get("counts")
+    loss = heads.combine(found, here if counts is None else counts, here)
+    return {"loss": loss, "sums": found.detach(), "outputs": outputs}
 
 
 def last_state(base: nn.Module, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -155,10 +146,8 @@ def calibrate(model: nn.Module, batches: list[dict[str, torch.Tensor]]) -> None:
 def task_loss(
     heads: TaskHeads, n: int, output: torch.Tensor, target: torch.Tensor, group: torch.Tensor
 ) -> torch.Tensor:
-    """The sum of a task's losses over the rows that have its label; 0 where none has."""
+    """The sum of a task's losses over its rows."""
     config = heads.tasks[n]
-    present = ~torch.isnan(target)
-    output, target, group = output[present], target[present], group[present]
     if config.type == "classification":
         nll = F.cross_entropy(output, target.long(), reduction="none")
         focal = (1 - torch.exp(-nll)) ** 2 if config.loss_name == "focal" else 1
@@ -183,7 +172,7 @@ def ranking_loss(
     return ((loss * better).sum(1) / pairs.clamp_min(1)).sum()
 
 
-def trim(ids: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def trim(ids: torch.Tensor, mask: torch.Tensor, *more: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """Without the columns that are padding in every row."""
     width = int(mask.sum(1).max())
-    return ids[:, :width], mask[:, :width].long()
+    return ids[:, :width], mask[:, :width].long(), *(part[:, :width] for part in more)

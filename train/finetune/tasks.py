@@ -1,8 +1,11 @@
-"""Records of several tasks -> rows: a prompt, and an answer to generate or labels to predict.
+"""Records of several tasks -> rows: a prompt, and an answer to generate or labels to predict; and
+predictions -> metrics (by torchmetrics) and one number for an assistant as a whole.
 
-A record belongs to every task whose fields and label it has; a label that is absent or null is
-missing, never zero. Tasks that predict (classification, regression, ranking) from the same template
-share a row, with one label each; a generation task has rows of its own.
+A record gives a row to every task whose fields and label it has; a label that is absent or null is
+missing, never zero.
+
+A prediction is a line of `predictions.jsonl`: {task, type, prediction, label}, with `scores`
+{class: probability} for a classification.
 """
 
 from __future__ import annotations
@@ -10,104 +13,78 @@ from __future__ import annotations
 import math
 from collections import Counter
 from dataclasses import dataclass
+from statistics import median_low
 from typing import Any
 
 from configs.finetune_schema import TaskConfig
+from eagle import scoring
 from eagle.errors import EagleError
-from records.chat import render_chat
+from records.chat import apply_template, render_instruction
 from records.render import record_key
-from records.rows import RowError
-from records.tokens import encode, encode_with_spans, leading_ids
+from records.rows import RowError, fields_of
+from records.tokens import encode, leading_ids
+
+CHANCE = {"auroc": 0.5, "pairwise_accuracy": 0.5}
+FLOOR = 0.01  # the least that a task counts
 
 
 @dataclass
 class TaskRow:
-    """One prompt. `sequences`: its token ids, one for each candidate of a ranking, else one.
-    `targets` [tasks] of each sequence: NaN where a label is missing. A generation row has `task`
-    and `mask`, no targets. Rows of one `kind` are of the same tasks."""
+    """A prompt of task number `task`. `sequences`: its token ids, one for each candidate of a
+    ranking, else one, and with it the answer to generate, which `mask` marks; `labels`: what is to
+    be predicted of each sequence."""
 
-    kind: str
+    task: int
     key: int
     sequences: list[list[int]]
-    targets: list[list[float]]
-    task: int = -1
+    labels: list[float]
     mask: list[int] | None = None
     answer: str | None = None
 
-    def labelled(self, tasks: list[TaskConfig]) -> list[str]:
-        """Names of the tasks for which the row has a label."""
-        if self.task >= 0:
-            return [tasks[self.task].name]
-        return [t.name for t, x in zip(tasks, self.targets[0], strict=True) if not math.isnan(x)]
 
-
-def by_kind(rows: list[TaskRow]) -> list[list[TaskRow]]:
-    kinds: dict[str, list[TaskRow]] = {}
-    for row in rows:
-        kinds.setdefault(row.kind, []).append(row)
-    return [kinds[kind] for kind in sorted(kinds)]
+def by_task(rows: list[TaskRow]) -> list[list[TaskRow]]:
+    found = {n: [row for row in rows if row.task == n] for n in sorted({row.task for row in rows})}
+    return list(found.values())
 
 
 def count_labels(rows: list[TaskRow], tasks: list[TaskConfig], split: str) -> dict[str, int]:
-    """Labels of each task; an error where a task has none."""
-    counts = Counter(name for row in rows for name in row.labelled(tasks))
-    if empty := [task for task in tasks if not counts[task.name]]:
+    """Rows of each task; an error where a task has none."""
+    counts = Counter(row.task for row in rows)
+    if empty := [task for n, task in enumerate(tasks) if not counts[n]]:
         raise EagleError(
             f"no {split} record has a label for {', '.join(t.name for t in empty)}: add data with "
             f"{', '.join(t.label for t in empty)}, or take the task out of the registry"
         )
-    return {task.name: counts[task.name] for task in tasks}
+    return {task.name: counts[n] for n, task in enumerate(tasks)}
 
 
 def render_record(
     record: dict, tasks: list[TaskConfig], tokenizer: Any, max_length: int
 ) -> list[TaskRow]:
-    """A row for each prompt that the record gives."""
+    """A row for each task that takes the record."""
     key, rows = record_key(record), []
-    shared: dict[tuple[str, str], list[int]] = {}
     for n, task in enumerate(tasks):
         if record.get(task.label) is None or any(record.get(f) is None for f in task.fields):
             continue
         if task.type == "generation":
-            ids, mask = encode_answer(record, task, tokenizer)
-            rows.append(TaskRow(task.name, key, [ids], [], n, mask, record[task.label]))
-        else:  # candidates of a ranking and single texts never share a row
-            group = (task.template, task.label if task.type == "ranking" else "")
-            shared.setdefault(group, []).append(n)
-    for numbers in shared.values():
-        task = tasks[numbers[0]]
-        variants = read_candidates(task, record) if task.type == "ranking" else [record]
-        sequences = [encode_prompt(fill(task, variant), tokenizer) for variant in variants]
-        targets = [[math.nan] * len(tasks) for _ in variants]
-        for row, variant in zip(targets, variants, strict=True):
-            for n in numbers:
-                row[n] = read_label(tasks[n], variant[tasks[n].label])
-        rows.append(TaskRow("+".join(tasks[n].name for n in numbers), key, sequences, targets))
+            answer = record[task.label]
+            if not isinstance(answer, str) or not answer.strip():
+                raise wrong_label(task, answer, "text")
+            asked = {"instruction": fill(task, record), "output": answer}
+            row = render_instruction(asked, tokenizer, 10**9)
+            rows.append(TaskRow(n, key, [row.input_ids], [], row.loss_mask, answer))
+        else:
+            variants = read_candidates(task, record) if task.type == "ranking" else [record]
+            sequences = [encode_prompt(fill(task, variant), tokenizer) for variant in variants]
+            labels = [read_label(task, variant[task.label]) for variant in variants]
+            rows.append(TaskRow(n, key, sequences, labels))
     if not rows:
-        known = ", ".join(sorted({t.label for t in tasks}))
-        remedy = f"give its fields and one label of: {known}"
-        fields = f"fields: {', '.join(map(str, record)) or 'none'}"
-        raise RowError("no task takes this record", remedy, fields)
+        remedy = f"give its fields and one label of: {', '.join(sorted({t.label for t in tasks}))}"
+        raise RowError("no task takes this record", remedy, fields_of(record))
     if any(len(ids) > max_length for row in rows for ids in row.sequences):
         remedy = f"raise data.max_length={max_length}, or shorten it"
         raise RowError("longer than data.max_length", remedy)
     return rows
-
-
-def encode_answer(record: dict, task: TaskConfig, tokenizer: Any) -> tuple[list[int], list[int]]:
-    """Ids of the prompt and the answer, and the mask of the answer."""
-    answer, prompt = record[task.label], fill(task, record)
-    if not isinstance(answer, str) or not answer.strip():
-        raise wrong_label(task, answer, "text")
-    if getattr(tokenizer, "chat_template", None):
-        turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
-        row = render_chat({"messages": turns}, tokenizer, 10**9)
-        return row.input_ids, row.loss_mask
-    ids, spans = encode_with_spans(tokenizer, f"{prompt}\n{answer}")
-    mask = [int(start > len(prompt)) for start, _ in spans]
-    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    first = leading_ids(tokenizer)
-    return first + ids + end, [0] * len(first) + mask + [1] * len(end)
 
 
 def read_candidates(task: TaskConfig, record: dict) -> list[dict]:
@@ -115,20 +92,15 @@ def read_candidates(task: TaskConfig, record: dict) -> list[dict]:
     label a list with a number for each."""
     lists, scores = [f for f in task.fields if isinstance(record[f], list)], record[task.label]
     if len(lists) != 1:
-        raise RowError(
-            f"{task.name}: one field must be a list of candidates",
-            f"fields are {', '.join(task.fields)}",
-            f"{len(lists)} are lists",
-        )
+        remedy = f"fields are {', '.join(task.fields)}"
+        raise RowError(f"{task.name}: one field must be a list of candidates", remedy)
     if not isinstance(scores, list) or not all(_is_number(s) for s in scores):
         raise wrong_label(task, scores, "a list of numbers")
     candidates = record[lists[0]]
     if len(scores) != len(candidates) or len(set(scores)) < 2:
-        raise RowError(
-            f"{task.name}: labels do not rank the candidates",
-            "give each candidate a number, and not all the same",
-            f"{len(candidates)} candidates, labels {scores}"[:200],
-        )
+        remedy = "give each candidate a number, and not all the same"
+        detail = f"{len(candidates)} candidates, labels {scores}"[:200]
+        raise RowError(f"{task.name}: labels do not rank the candidates", remedy, detail)
     pairs = zip(candidates, scores, strict=True)
     return [{**record, lists[0]: candidate, task.label: score} for candidate, score in pairs]
 
@@ -136,8 +108,7 @@ def read_candidates(task: TaskConfig, record: dict) -> list[dict]:
 def read_label(task: TaskConfig, value: Any) -> float:
     """A class's number, or the number itself."""
     if task.type == "classification":
-        name = {True: "true", False: "false"}[value] if isinstance(value, bool) else value
-        name = str(name) if isinstance(name, int) else name
+        name = str(value).lower() if isinstance(value, int) else value  # true, 1
         if name not in task.classes:
             raise wrong_label(task, value, f"one of {', '.join(task.classes)}")
         return float(task.classes.index(name))
@@ -163,7 +134,7 @@ def encode_prompt(prompt: str, tokenizer: Any) -> list[int]:
     prompt = prompt.strip()
     if not getattr(tokenizer, "chat_template", None):
         return leading_ids(tokenizer) + encode(tokenizer, prompt)
-    text = tokenizer.apply_chat_template([{"role": "user", "content": prompt}], tokenize=False)
+    text = apply_template(tokenizer, [{"role": "user", "content": prompt}])
     place = text.rfind(prompt)
     if place < 0:
         raise RowError("the chat template rewrites the prompt", "use a simpler chat template")
@@ -178,3 +149,61 @@ def wrong_label(task: TaskConfig, value: Any, wanted: str) -> RowError:
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def lines_of(task: TaskConfig, found: list[tuple[Any, Any]]) -> list[dict]:
+    """(prediction, label) pairs as lines of `predictions.jsonl`; of a classification the prediction
+    is the probabilities and the label a number."""
+    lines = []
+    for prediction, label in found:
+        line = {"task": task.name, "type": task.type, "prediction": prediction, "label": label}
+        if task.classes:
+            scores = dict(zip(task.classes, prediction, strict=True))
+            line["prediction"] = max(scores, key=scores.__getitem__)
+            line |= {"label": task.classes[int(label)], "scores": scores}
+        lines.append(line)
+    return lines
+
+
+def measure_task(task: TaskConfig, lines: list[dict]) -> dict[str, float]:
+    """All metrics of the task's type over its predictions; {} without any."""
+    if not lines:
+        return {}
+    pairs = [(line["prediction"], line["label"]) for line in lines]
+    predictions, labels = zip(*pairs, strict=True)
+    if task.type == "classification":
+        scores = [line["scores"] for line in lines]
+        found = scoring.classification(predictions, labels, scores, task.classes)
+        del found["labels"]
+    elif task.type == "regression":
+        found, middle = scoring.regression(pairs), median_low(labels)
+        found["mae_of_median"] = sum(abs(label - middle) for label in labels) / len(labels)
+    elif task.type == "ranking":
+        found = scoring.ranking(pairs)
+    else:
+        exact = sum(p.strip() == a.strip() for p, a in pairs) / len(pairs)
+        found = {"rouge_l": scoring.rouge_l(predictions, labels), "exact_match": exact}
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def skill(task: TaskConfig, found: dict[str, float]) -> float | None:
+    """The task's metric between 0, what is had without looking at the input, and 1, perfection;
+    None where the metric could not be computed."""
+    value = found.get(task.metric)
+    if value is None:
+        return None
+    if task.metric == "mae":
+        constant = found["mae_of_median"]
+        value = 1 - value / constant if constant > 0 else float(value == 0)
+    by_class = 1 / len(task.classes) if task.metric in ("accuracy", "macro_f1") else 0.0
+    floor = CHANCE.get(task.metric, by_class)
+    return min(max((value - floor) / (1 - floor), 0.0), 1.0)
+
+
+def reliability(tasks: list[TaskConfig], found: dict[str, dict[str, float]]) -> float | None:
+    """Our composite: the weighted geometric mean of the tasks' skills (docs/finetune.md). None when a task has no value."""
+    skills = [skill(task, found.get(task.name, {})) for task in tasks]
+    if not skills or any(s is None for s in skills):
+        return None
+    logs = [t.weight * math.log(max(s, FLOOR)) for t, s in zip(tasks, skills, strict=True)]
+    return math.exp(sum(logs) / sum(task.weight for task in tasks))

@@ -6,36 +6,38 @@ ends.
 
 from __future__ import annotations
 
+import copy
+import errno
+import json
 import math
 import os
 import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
 from torch import nn
-from transformers import TrainingArguments
-from transformers.trainer_callback import EarlyStoppingCallback, PrinterCallback, ProgressCallback
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import TrainerCallback, TrainingArguments
+from transformers.trainer_callback import EarlyStoppingCallback, PrinterCallback
 
 from configs.deepspeed_presets import zero_preset
 from eagle.checkpoint import atomic_dir
 from eagle.errors import EagleError
-from train.finetune import checkpoints as disk
-from train.finetune.adapter import load_trainable, write_adapter
-from train.finetune.journal import Journal
-from train.finetune.policy import trainable_state
-from train.finetune.run import Run
+from eagle.meter import Bar, Meter
+from train.finetune.policy import trainable_state, write_adapter
+from train.finetune.run import PREDICTIONS, Run
+from train.runs import MetricsLog, StopSignals, full_disk_told, prune, trim_heap
 
 NEVER = 10**9  # steps; evaluations at the start and the end are asked for elsewhere
-Arguments = TypeVar("Arguments", bound=TrainingArguments)
 
 
-def arguments(cls: type[Arguments], run: Run, **more: Any) -> Arguments:
-    """A run's config as transformers' TrainingArguments, or TRL's, which take `more`."""
+def arguments(cls: type[TrainingArguments], run: Run, **more: Any) -> TrainingArguments:
+    """A run's config as transformers' TrainingArguments, or TRL's, which take `more`; and its model,
+    which ZeRO 3 wants to be made after them."""
     t = run.cfg.train
     if t.zero is not None:
         more["deepspeed"] = preset = zero_preset(t.zero)  # the adapter is its own fp32 master copy
@@ -45,8 +47,8 @@ def arguments(cls: type[Arguments], run: Run, **more: Any) -> Arguments:
     checkpointing = "activation_checkpointing" if new else "gradient_checkpointing"
     more[checkpointing] = t.gradient_checkpointing
     more[f"{checkpointing}_kwargs"] = {"use_reentrant": False}
-    return cls(
-        output_dir=str(disk.folder_of(run.output)),
+    made = cls(
+        output_dir=str(run.output / "checkpoints" / ".saving"),  # moved from there when whole
         max_steps=t.max_steps or -1,
         num_train_epochs=t.epochs,
         per_device_train_batch_size=t.batch_size,
@@ -70,69 +72,112 @@ def arguments(cls: type[Arguments], run: Run, **more: Any) -> Arguments:
         eval_on_start=run.resume is None,
         save_steps=t.save_every,
         metric_for_best_model="eval_loss",
-        greater_is_better=False,
         remove_unused_columns=False,
         disable_tqdm=True,
-        report_to=[],
         use_cpu=run.world.device.type == "cpu",
         ddp_find_unused_parameters=False,
         **more,
     )
+    run.build_model()
+    return made
+
+
+class Journal(TrainerCallback):
+    """Writes what is logged, shows how far the run is, saves what is evaluated, and ends the run in
+    order: at the last step, by the clock, or by a signal."""
+
+    def __init__(self, run: Run, mixture: Any = None) -> None:
+        self.run, self.mixture, self.stop = run, mixture, StopSignals()
+        self.bar: Bar = Bar(quiet=True)
+        self.spent = 0.0  # share of the time budget
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        run, self.began, self.log = self.run, time.monotonic(), None
+        if run.world.first:
+            self.log = MetricsLog(run.output / "metrics.jsonl", state.global_step)
+        quiet = run.quiet or not run.world.first
+        self.bar = Meter("step", state.max_steps, "rows", state.global_step, quiet=quiet)
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        if self.mixture is not None:  # it has another order in each
+            self.mixture.set_epoch(int(state.epoch or 0))
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if self.log is None or "train_runtime" in logs:
+            return
+        self.log.write({"step": state.global_step, **logs})
+        shown = " ".join(f"{k} {v:.4g}" for k, v in logs.items() if k != "epoch")
+        self.bar.note(f"step {state.global_step}/{state.max_steps}  {shown}")
+
+    def on_step_end(self, args, state, control, **kwargs):
+        trim_heap(state.global_step, self.run.world.device)
+        rows = args.per_device_train_batch_size * args.gradient_accumulation_steps
+        self.bar.add(1, rows * self.run.world.size)
+        budget = 60 * (self.run.cfg.train.time_budget_minutes or math.inf)
+        spent = (time.monotonic() - self.began) / budget
+        # alike on all ranks
+        self.spent, number = self.run.world.max([spent, float(self.stop.number)])
+        if number:
+            self.stop.number = int(number)
+            control.should_save = control.should_training_stop = True
+            control.should_evaluate = False
+        elif state.global_step >= state.max_steps or self.spent >= 1:
+            control.should_training_stop = True
+            control.should_evaluate = control.should_save = control.should_log = True
+        return control
+
+    def on_evaluate(self, args, state, control, **kwargs):
+        if state.global_step > 0:
+            control.should_save = True  # what was judged best must be there
+        return control
 
 
 class RunTrainer:
     """Put before a trainer of transformers or TRL. What is made of both has `measure() -> {loss,
     …}`, the numbers over all of `heldout`, which it gets by `shares`."""
 
-    def __init__(self, run: Run, heldout: Any, mixture: Any = None, **options: Any) -> None:
+    def __init__(
+        self, run: Run, args: Any, rows: Any, heldout: Any, collate: Any, mixture: Any = None
+    ) -> None:
         self.run, self.heldout, self.journal = run, heldout, Journal(run, mixture)
-        self._staging: Path | None = None
         watching = [self.journal]
         if patience := run.cfg.train.early_stopping_patience:
             watching.append(EarlyStoppingCallback(patience))
-        # before TRL adds the reference's adapter; a packed 4-bit weight counts what it stands for
-        trainable, total = run.model.get_nb_trainable_parameters()
-        run.record["trainable_parameters"] = trainable
-        self.totals = {
-            "trainable_parameters": trainable,
-            "total_parameters": total,
-            "trainable_share": trainable / total,
-        }
         kept = {n: p.detach().clone() for n, p in run.model.named_parameters() if p.requires_grad}
-        options.setdefault("eval_dataset", options["train_dataset"])  # asked for, and never read
-        super().__init__(model=run.model, callbacks=watching, **options)
+        tokenizer = {} if run.tasks else {"processing_class": copy.deepcopy(run.tokenizer)}
+        sets = {"train_dataset": rows, "eval_dataset": rows}  # the second is asked for, never read
+        more = {"data_collator": collate, "callbacks": watching, **sets, **tokenizer}
+        super().__init__(model=run.model, args=args, **more)
         for name, p in run.model.named_parameters():
             if name in kept:  # TRL rounds the adapter of a quantized model to bf16
                 p.data = kept[name].to(p.device)
-        for printing in (PrinterCallback, ProgressCallback):
-            self.remove_callback(printing)
+        self.remove_callback(PrinterCallback)
 
     def fit(self) -> int:
         """Train, publish, and return the exit code."""
-        stop = self.journal.stop
-        with stop, self.journal.bar:
-            self.train(resume_from_checkpoint=str(self.run.resume) if self.run.resume else None)
+        resume = str(self.run.resume) if self.run.resume else None
+        with self.journal.stop as stop:
+            try:
+                self.train(resume_from_checkpoint=resume)
+            finally:
+                self.journal.bar.close()
         if stop.number:
             step = self.state.global_step
             self.run.note(f"stopped by signal at step {step}; continue with --resume")
             return 128 + stop.number
-        self.run.publish(self.state, self.totals)
+        self.run.publish(self.state)
         return 0
 
     def create_scheduler(self, num_training_steps: int, optimizer=None):
-        t = self.run.cfg.train
-        if t.time_budget_minutes is None:
-            return super().create_scheduler(num_training_steps, optimizer)
+        """By the steps or by the clock, whichever is further."""
 
-        def scale(step: int) -> float:
-            """Of the learning rate, by the steps or by the clock, whichever is further."""
-            done = min(max((step + 1) / num_training_steps, self.journal.spent), 1.0)
-            cosine = (1 + math.cos(math.pi * done)) / 2
-            falls = {"constant": 1.0, "linear": 1 - done, "cosine": cosine}
-            return min(done / max(t.warmup_ratio, 1e-9), 1.0) * falls[t.schedule]
+        def clocked(scale):
+            return lambda step: scale(max(step, int(self.journal.spent * num_training_steps)))
 
-        self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer or self.optimizer, scale)
-        return self.lr_scheduler
+        made = super().create_scheduler(num_training_steps, optimizer)
+        if isinstance(made, LambdaLR):  # not yet wrapped by DeepSpeed
+            made.lr_lambdas = list(map(clocked, made.lr_lambdas))
+        return made
 
     def compute_loss_context_manager(self):
         stack = super().compute_loss_context_manager()
@@ -143,9 +188,8 @@ class RunTrainer:
         loss = super().training_step(model, inputs, num_items_in_batch)
         if not math.isfinite(float(loss)):
             raise EagleError(
-                f"the loss is {float(loss)} at step {self.state.global_step + 1} on rank "
-                f"{self.run.world.rank}; lower train.lr or look at the data; the last checkpoint "
-                "is whole"
+                f"the loss is {float(loss)} at step {self.state.global_step + 1}; lower train.lr or "
+                "look at the data; the last checkpoint is whole"
             )
         return loss
 
@@ -164,18 +208,19 @@ class RunTrainer:
         return metrics
 
     def shares(self) -> Iterator[tuple[list, torch.Tensor]]:
-        """This rank's part of `heldout` in batches: (rows, which of them count)."""
-        size = self.args.per_device_eval_batch_size
-        for numbers, counted in shares(len(self.heldout), self.run.world, size):
-            yield [self.heldout[n] for n in numbers], torch.tensor(counted)
+        """This rank's part of `heldout` in batches: (rows, which of them count). Every rank gets as
+        many batches of as many rows, as ZeRO 3 needs; the ones too many do not count."""
+        rows, world, size = len(self.heldout), self.run.world, self.args.per_device_eval_batch_size
+        mine = range(world.rank, -(-rows // world.size) * world.size, world.size)
+        for start in range(0, len(mine), size):
+            numbers = mine[start : start + size]
+            counted = torch.tensor([n < rows for n in numbers])
+            yield [self.heldout[min(n, rows - 1)] for n in numbers], counted
 
     def collated(self, rows: list) -> dict[str, torch.Tensor]:
         return {k: v.to(self.run.world.device) for k, v in self.data_collator(rows).items()}
 
     # checkpoints
-
-    def _get_output_dir(self, trial) -> str:
-        return str(self._staging) if self._staging else super()._get_output_dir(trial)
 
     def create_model_card(self, *args, **kwargs) -> None:
         """TRL's page about nothing; `adapter.card` is ours."""
@@ -184,57 +229,38 @@ class RunTrainer:
         run, state = self.run, trainable_state(self.model)
         if not self.args.should_save:
             return
-        training: dict = {"step": self.state.global_step, "epoch": self.state.epoch}
-        for row in self.state.log_history:  # the newest of each
-            training |= {k: v for k, v in row.items() if k in ("loss", "grad_norm") or "eval_" in k}
+        newest = {k: v for row in self.state.log_history for k, v in row.items()}
+        training = {k: v for k, v in newest.items() if k in ("loss", "grad_norm") or "eval_" in k}
+        training |= {"step": self.state.global_step, "epoch": self.state.epoch}
         record = {**run.record, "training": training}
         write_adapter(Path(output_dir), self.model, state, run.tokenizer, record, run.tasks)
-        self.save_more(Path(output_dir))
-
-    def save_more(self, folder: Path) -> None:
-        """Further files of a checkpoint; rank 0 calls it."""
+        if run.predictions:
+            lines = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in run.predictions)
+            (Path(output_dir) / PREDICTIONS).write_text(lines, encoding="utf-8")
 
     def _save_checkpoint(self, model, trial) -> None:
-        world, state, output = self.run.world, self.state, self.run.output
-        folder, name = disk.folder_of(output), f"checkpoint-{state.global_step}"
-        best = f"checkpoint-{state.best_global_step}" if state.best_global_step else None
-        self._staging = folder / ".saving"
+        run, staging = self.run, Path(self.args.output_dir)
+        place = staging.with_name(f"checkpoint-{self.state.global_step}")
+        best = staging.with_name(f"checkpoint-{self.state.best_global_step}")
 
         def publish() -> None:
-            state.save_to_json(str(self._staging / name / disk.STATE))
-            with atomic_dir(folder / name) as whole:
-                os.rename(self._staging / name, whole)
-            disk.prune(output, self.run.cfg.train.save_total_limit, best)
+            with atomic_dir(place) as whole:
+                os.rename(staging / place.name, whole)
+            prune(run.output, run.cfg.train.save_total_limit, best)
 
-        world.first_does(lambda: disk.clear(output))
         try:
-            super()._save_checkpoint(model, trial)
-            world.wait()  # every rank has written its part
-            state.best_model_checkpoint = str(folder / best) if best else None
-            world.first_does(publish)
-        except (OSError, RuntimeError, SafetensorError) as error:
-            if isinstance(error, RuntimeError) and "PytorchStreamWriter" not in str(error):
+            with full_disk_told(run.output):
+                super()._save_checkpoint(model, trial)
+                run.world.wait()  # every rank has written its part
+                run.world.first_does(publish)
+        except RuntimeError as error:
+            if "PytorchStreamWriter" not in str(error):
                 raise
-            reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
-            raise EagleError(
-                f"cannot write {folder / name}: {reason}; the checkpoint before it is whole"
-            ) from error
+            with full_disk_told(run.output):
+                raise OSError(errno.ENOSPC, str(error)) from error
         finally:
-            if world.first:
-                shutil.rmtree(self._staging, ignore_errors=True)
-            self._staging = None
-
-    def _load_from_checkpoint(self, resume_from_checkpoint, model=None) -> None:
-        load_trainable(self.model, Path(resume_from_checkpoint))
-
-
-def shares(rows: int, world, batch_size: int) -> list[tuple[list[int], list[bool]]]:
-    """This rank's part of `rows` in batches: (row numbers, which of them count). Every rank gets as
-    many batches of as many rows, as ZeRO 3 needs; the ones too many do not count."""
-    each = range(world.rank, -(-rows // world.size) * world.size, world.size)
-    mine = [(min(n, rows - 1), n < rows) for n in each]
-    parts = [mine[start : start + batch_size] for start in range(0, len(mine), batch_size)]
-    return [tuple(map(list, zip(*part, strict=True))) for part in parts]
+            if run.world.first:
+                shutil.rmtree(staging, ignore_errors=True)
 
 
 def token_losses(
@@ -248,7 +274,3 @@ def token_losses(
     nll = F.cross_entropy(logits, labels[kept], reduction="none")
     right = logits.argmax(-1) == labels[kept]
     return nll.new_zeros(kept.shape).masked_scatter(kept, nll), kept.masked_scatter(kept, right)
-
-
-def pad_id(tokenizer: Any) -> int:
-    return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0

@@ -1,4 +1,4 @@
-"""The trainers' libraries without their chatter, a tiny base, and one thread."""
+"""The trainers' libraries without their chatter, a tiny base, one thread, and a run for all."""
 
 import sys
 from pathlib import Path
@@ -6,9 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-sys.path.append(
-    str(Path(__file__).parent)
-)  # for finetune_helpers: importlib mode adds no test folder
+# for finetune_helpers: importlib mode adds no test folder
+sys.path.append(str(Path(__file__).parent))
 
 from head_helpers import save_tiny_model
 
@@ -18,14 +17,7 @@ def quiet_libraries():
     from train.finetune.__main__ import require_libraries
 
     require_libraries()
-
-
-@pytest.fixture(scope="session", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
     torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")
@@ -41,3 +33,19 @@ def other_base(tmp_path_factory, tokenizer_dir):
     folder = tmp_path_factory.mktemp("other_base")
     save_tiny_model(folder, tokenizer_dir, seed=1, hidden=64)
     return folder
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory):
+    from finetune_helpers import instructions
+
+    return instructions(tmp_path_factory.mktemp("data") / "rows.jsonl")
+
+
+@pytest.fixture(scope="session")
+def whole(base, data, tmp_path_factory):
+    """Six steps with dropout, accumulation and checkpointing, saved and evaluated on the way, and
+    far from the base."""
+    from finetune_helpers import SIX, go
+
+    return go("sft", base, data, tmp_path_factory.mktemp("runs") / "whole", **SIX)

@@ -7,7 +7,6 @@ import json
 import commands
 import pytest
 import torch
-from finetune_helpers import go, instructions
 from transformers import AutoModelForCausalLM
 
 from configs import cli
@@ -17,42 +16,23 @@ from eagle.errors import EagleError
 from eagle.loading import RECORD
 from eagle.target import Target
 from train.finetune.__main__ import COMMANDS
+from train.finetune.assistant import MAKERS
 from train.finetune.merge import merge
 from train.finetune.policy import base_fingerprint, build_policy
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return instructions(tmp_path_factory.mktemp("data") / "rows.jsonl")
-
-
-@pytest.fixture(scope="module")
-def tuned(base, data, tmp_path_factory):
-    output = tmp_path_factory.mktemp("runs") / "run"
-    return go("sft", base, data, output, train={"max_steps": 4, "lr": 1e-2})
-
-
-def config(data, tuned, output, **more):
-    values = {
-        "adapter": str(tuned),
-        "output": str(output),
-        "rows": 3,
-        "data": {
-            "format": "instruction",
-            "path": str(data),
-            "max_length": 96,
-            "heldout_fraction": 0.2,
-            "cache_dir": str(output.parent / "cache"),
-        },
-    }
+def config(data, whole, output, **more):
+    rows = {"format": "instruction", "path": str(data), "max_length": 96, "heldout_fraction": 0.2}
+    rows["cache_dir"] = str(output.parent / "cache")
+    values = {"adapter": str(whole), "output": str(output), "rows": 3, "data": rows}
     return MergeConfig.model_validate(values | more)
 
 
-def test_merged_is_base_plus_adapter(base, data, tuned, tmp_path, capsys):
+def test_merged_is_base_plus_adapter(base, data, whole, tmp_path, capsys):
     output = tmp_path / "merged"
-    assert merge(config(data, tuned, output, dtype="float32")) == 0
-    policy = PolicyConfig(base=str(base), quantization="none", dtype="float32")
-    adapted = build_policy(policy, LoraSection(), 0, tuned / "adapter").eval()
+    assert merge(config(data, whole, output, dtype="float32")) == 0
+    policy = PolicyConfig(base=str(base), adapter=str(whole), quantization="none", dtype="float32")
+    adapted = build_policy(policy, LoraSection(), 0).eval()
     stock = AutoModelForCausalLM.from_pretrained(output).eval()
     ids = torch.arange(5, 40)[None]
     with torch.no_grad():
@@ -61,9 +41,8 @@ def test_merged_is_base_plus_adapter(base, data, tuned, tmp_path, capsys):
             assert (stock(ids).logits - adapted(ids).logits).abs().max() > 0.1
     assert Target.from_pretrained(output).vocab_size == stock.config.vocab_size
     record = json.loads((output / RECORD).read_text())
-    assert record["kind"] == "merged" and record["base"]["fingerprint"] == base_fingerprint(
-        str(base)
-    )
+    assert record["kind"] == "merged"
+    assert record["base"]["fingerprint"] == base_fingerprint(str(base))
     report = record["report"]
     assert report["merged_vs_adapted"]["max_abs_logit"] < 1e-3
     assert report["merged_vs_adapted"]["same_top_token"] == 1.0
@@ -74,23 +53,17 @@ def test_merged_is_base_plus_adapter(base, data, tuned, tmp_path, capsys):
     assert set(report["heldout_loss"]) == {"trained", "adapted", "merged"}
     shown = capsys.readouterr().out
     assert "rounding of the merge" in shown and "quantized base left behind" in shown
-
-
-def test_rounding_to_bf16_is_reported(base, data, tuned, tmp_path):
-    output = tmp_path / "merged"
-    assert merge(config(data, tuned, output, dtype="bfloat16")) == 0
-    record = json.loads((output / RECORD).read_text())
+    assert merge(config(data, whole, tmp_path / "rounded", dtype="bfloat16")) == 0
+    record = json.loads((tmp_path / "rounded" / RECORD).read_text())
     assert record["dtype"] == "bfloat16"
     assert 1e-3 < record["report"]["merged_vs_adapted"]["max_abs_logit"] < 5
 
 
-def test_wrong_merges_are_refused(base, other_base, data, tuned, tmp_path):
+def test_wrong_merges_are_refused(base, other_base, data, whole, tmp_path):
     with pytest.raises(EagleError, match=r"was trained on .* not on .*give that base"):
-        merge(config(data, tuned, tmp_path / "a", base=str(other_base)))
-    (tmp_path / "full").mkdir()
-    (tmp_path / "full" / "file").touch()
+        merge(config(data, whole, tmp_path / "a", base=str(other_base)))
     with pytest.raises(EagleError, match="is not empty"):
-        merge(config(data, tuned, tmp_path / "full"))
+        merge(config(data, whole, base))
     with pytest.raises(EagleError, match="no adapter in"):
         merge(config(data, tmp_path, tmp_path / "b"))
     with pytest.raises(ConfigError, match="--adapter"):
@@ -98,48 +71,33 @@ def test_wrong_merges_are_refused(base, other_base, data, tuned, tmp_path):
     assert not (tmp_path / "a").exists() and not (tmp_path / "b").exists()
 
 
-@pytest.fixture
-def command(capsys):
-    """A command as its `main` runs it, in this process: (code, stdout, stderr)."""
+def test_commands(tmp_path, capsys):
+    """As their `main` runs them, in this process: what is wrong is one line and leaves nothing."""
 
-    def run(name, *arguments):
+    def command(name, *arguments):
         with pytest.raises(SystemExit) as exit:
-            cli.main(COMMANDS[name], list(arguments), name=f"python -m train.finetune {name}")
+            cli.main(COMMANDS[name], list(map(str, arguments)), name=name)
         captured = capsys.readouterr()
         return exit.value.code or 0, captured.out, captured.err
 
-    return run
-
-
-@pytest.mark.parametrize(
-    "arguments, named",
-    [
+    presets = "presets: dpo, pipeline, qlora, writing_assistant"
+    for arguments, named in (
         (("sft", "train.max_step=3"), "max_steps"),
         (("sft", "--base", "no/such/folder"), "no/such/folder"),
         (("dpo", "--data", "nothing.jsonl"), "nothing.jsonl"),
-        (("multitask", "--config", "nothing"), "presets: dpo, pipeline, qlora, writing_assistant"),
-    ],
-    ids=["unknown-key", "missing-base", "missing-data", "missing-preset"],
-)
-def test_wrong_commands_are_one_line(command, tmp_path, arguments, named):
-    code, _, errors = command(*arguments, "--output", str(tmp_path / "run"))
-    assert code == 1 and "Traceback" not in errors
-    assert len(errors.strip().splitlines()) == 1 and named in errors
-    assert not (tmp_path / "run").exists()
-
-
-@pytest.mark.parametrize("arguments", [(), ("tune",)], ids=["nothing", "unknown"])
-def test_a_command_is_named(arguments):
-    done = commands.run("train.finetune", *arguments)
-    assert done.returncode == 2 and done.stderr.startswith("error: name a command: sft, ")
-
-
-def test_data_and_pairs_commands(command, tmp_path):
-    code, shown, _ = command("data", "--output", str(tmp_path / "out"))
+        (("multitask", "--config", "nothing"), presets),
+    ):
+        code, _, errors = command(*arguments, "--output", tmp_path / "run")
+        assert code == 1 and "Traceback" not in errors
+        assert len(errors.strip().splitlines()) == 1 and named in errors
+        assert not (tmp_path / "run").exists()
+    code, shown, _ = command("data", "--output", tmp_path / "out")
     assert code == 0 and "heldout_tasks.jsonl" in shown
-    (tmp_path / "s.jsonl").write_text(
-        '{"prompt": "p", "samples": [{"text": "a", "score": 1}, {"text": "b", "score": 0}]}\n'
-    )
-    scored = ("--data", str(tmp_path / "s.jsonl"), "--output", str(tmp_path / "p.jsonl"))
-    code, shown, _ = command("pairs", *scored)
+    names = {p.name for p in (tmp_path / "out").iterdir()}
+    assert names == {f"{h}{k}.jsonl" for h in ("", "heldout_") for k in MAKERS}
+    samples = [{"text": "a", "score": 1}, {"text": "b", "score": 0}]
+    (tmp_path / "s.jsonl").write_text(json.dumps({"prompt": "p", "samples": samples}))
+    code, shown, _ = command("pairs", "--data", tmp_path / "s.jsonl", "--output", tmp_path / "p")
     assert code == 0 and "1 pairs of 1 prompts" in shown
+    done = commands.run("train.finetune", "tune")
+    assert done.returncode == 2 and done.stderr.startswith("error: name a command: sft, ")
