@@ -4,7 +4,6 @@ differs.
 
 import json
 
-import commands
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -99,5 +98,3 @@ def test_commands(tmp_path, capsys):
     (tmp_path / "s.jsonl").write_text(json.dumps({"prompt": "p", "samples": samples}))
     code, shown, _ = command("pairs", "--data", tmp_path / "s.jsonl", "--output", tmp_path / "p")
     assert code == 0 and "1 pairs of 1 prompts" in shown
-    done = commands.run("train.finetune", "tune")
-    assert done.returncode == 2 and done.stderr.startswith("error: name a command: sft, ")

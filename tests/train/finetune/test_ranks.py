@@ -37,7 +37,7 @@ KEYS = {
 }
 SIZES = {"sft": 2, "dpo": 2, "multitask": 1}
 # stage 3 last: transformers keeps it for every model that the process loads afterwards
-KINDS = [("sft", 2), ("dpo", None), ("dpo", 2), ("multitask", None), ("multitask", 2), ("sft", 3)]
+KINDS = [("sft", 2), ("dpo", 2), ("multitask", None), ("multitask", 2), ("sft", 3)]
 
 
 @pytest.fixture(scope="module")
