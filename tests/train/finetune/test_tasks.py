@@ -61,7 +61,7 @@ def test_tasks_of_one_template_share_a_row_and_missing_labels_stay_missing(token
     ids=["chinese", "arabic", "hindi", "cyrillic", "latin"],
 )
 def test_answers_in_any_script_are_measured_as_evaluation_does(text, other):
-    from inference.evaluation.text_metrics import with_references
+    from inference.evaluation.metrics import with_references
 
     task = TaskConfig.model_validate(TASKS[0])
     lines = [{"prediction": text, "label": label} for label in (text, other)]
