@@ -67,7 +67,7 @@ def code(asked: flags.Whole) -> int:
             make = partial(generator.run, kept, asked.n_samples, asked.slots)
             if asked.compare:  # about speed too: nothing else runs while it generates
                 found = make()
-                executing.execute(problems, found, executor)
+                executor.run_all(executing.programs_of(problems, found.samples), "executed")
             else:
                 found = executing.generate_and_execute(make, problems, executor)
             verdicts = executing.verdicts_of(problems, found, executor.rules, executor.verdicts)
@@ -108,7 +108,7 @@ def execute(asked) -> None:
     problems, out = asked.problems(), asked.folder()
     found = read_generations(asked.generations, problems)
     with asked.executor(out) as executor:
-        executing.execute(problems, found, executor)
+        executor.run_all(executing.programs_of(problems, found.samples), "executed")
         executing.keep_execution(out, executor)
     verdicts = executing.verdicts_of(problems, found, executor.rules, executor.verdicts)
     causes = Counter(verdict.status for verdict in verdicts.values())

@@ -7,6 +7,7 @@ import hashlib
 import json
 import queue
 import sys
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -59,6 +60,7 @@ class Executor(journal.Journal):
         self.sandbox, self.rules = sandbox, rules
         self.verdicts = read_verdicts(self.records)
         self.done, self.meter = 0, None  # of the programs that `run` is given
+        self.counting = threading.Lock()
 
     def run(self, programs: Iterable[tuple[Problem, str]]) -> None:
         for job, _ in self.sandbox.map(self._jobs(programs)):
@@ -88,9 +90,10 @@ class Executor(journal.Journal):
             yield make_job(code, problem.suite(), policy, limits, (key, problem.asserted))
 
     def _count(self) -> None:
-        self.done += 1
-        if self.meter:
-            self.meter.add(1, 1)
+        with self.counting:  # threads of the sandbox read the programs
+            self.done += 1
+            if self.meter:
+                self.meter.add(1, 1)
 
 
 def read_verdicts(records: list[dict]) -> dict[str, Verdict]:
@@ -172,10 +175,6 @@ def generate_and_execute(
         with Meter("executed", given, "programs", done=executor.done) as executor.meter:
             running.result()
     return found
-
-
-def execute(problems: ProblemSet, found: Generations, executor: Executor) -> None:
-    executor.run_all(programs_of(problems, found.samples), "executed")
 
 
 def programs_of(problems: ProblemSet, samples: list[Sample]) -> list[tuple[Problem, str]]:

@@ -6,6 +6,7 @@ opened again, and a write that fails is taken back. One process at a time may ha
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
@@ -17,7 +18,7 @@ from eagle.errors import EagleError
 SYNC_SECONDS = 2.0
 
 
-class Journal:
+class Journal(contextlib.AbstractContextManager):
     """`records` holds what was in the file when it was opened."""
 
     def __init__(self, path: str | Path) -> None:
@@ -54,9 +55,6 @@ class Journal:
                 "free some space and run the same command again"
             ) from error
         self._size += len(line)
-
-    def __enter__(self) -> Journal:
-        return self
 
     def __exit__(self, *exception) -> None:
         os.fsync(self._file.fileno())

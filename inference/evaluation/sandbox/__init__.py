@@ -200,8 +200,8 @@ class Worker:
                 remove_tree(self.scratch)
 
 
-class Sandbox:
-    """Workers that run programs. A context manager; `close` ends everything.
+class Sandbox(contextlib.AbstractContextManager):
+    """Workers that run programs, at `level`. A context manager; `close` ends everything.
     `level`: "auto" takes "namespaces" where the kernel allows them, else "rlimits", and refuses
     where nothing would protect the caller's files; naming a level takes what it offers here.
     `workers`: as many as there are cores to run on. `python`: the interpreter for the programs."""
@@ -240,6 +240,7 @@ class Sandbox:
         for name in LEVELS[1:] if level == "auto" else [level]:
             try:
                 self._start_at(name)
+                self.level = name
                 break
             except BaseException as error:
                 self.close()
@@ -259,14 +260,6 @@ class Sandbox:
             )
         if missed:
             self.isolation["not_reached"] = missed
-
-    @property
-    def level(self) -> str:
-        """The level reached."""
-        return self.isolation["level"]
-
-    def __enter__(self) -> Sandbox:
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.close()

@@ -46,6 +46,8 @@ def drawn(**changes):
 
 
 def test_neither_slots_company_nor_drafting_change_a_completion(model, tmp_path):
+    seeds = {sample_seed(s, t, i) for s in (0, 1) for t in ("a", "b") for i in range(3)}
+    assert len(seeds) == 12 and all(0 <= seed < 2**63 for seed in seeds)
     ours = run(model, tmp_path / "1", slots=1)
     expected = outputs(ours)
     assert len(expected) == 12 and len(set(expected.values())) > 8  # samples differ
@@ -55,11 +57,6 @@ def test_neither_slots_company_nor_drafting_change_a_completion(model, tmp_path)
     plain = run(model, tmp_path, drawn(engine="vanilla"))
     assert outputs(plain) == expected and plain.speed()["tau"] == 1.0
     assert ours.speed()["new_tokens"] == plain.speed()["new_tokens"]
-
-
-def test_a_seed_is_of_run_problem_and_number():
-    seeds = {sample_seed(s, t, i) for s in (0, 1) for t in ("a", "b") for i in range(3)}
-    assert len(seeds) == 12 and all(0 <= seed < 2**63 for seed in seeds)
 
 
 def test_what_is_there_is_not_made_again(model, tmp_path, monkeypatch):
@@ -118,14 +115,6 @@ def test_stop_strings_end_a_completion(model, tmp_path):
     assert chat.chat and chat.finish_reason != "stop"
 
 
-def test_a_prompt_that_does_not_fit_is_a_completion_that_says_so(model, tmp_path):
-    long = Problem("long", "word " * 300, "", TESTS)
-    found = run(model, tmp_path, n_samples=1, problems=[PROBLEMS[0], long])
-    by_task = found.by_task()
-    assert by_task["long"][0].finish_reason == TOO_LONG and by_task["long"][0].output == ""
-    assert by_task["p0"][0].output
-
-
 def test_failures_are_told_and_the_rest_is_kept(model, tmp_path, monkeypatch):
     from eagle import EaModel
 
@@ -145,7 +134,12 @@ def test_failures_are_told_and_the_rest_is_kept(model, tmp_path, monkeypatch):
     assert outputs(run(model, tmp_path, n_samples=1)) == fresh
 
 
-def test_without_a_head_nothing_drafts(model_folder, tmp_path):
+def test_what_cannot_be_done(model, model_folder, tmp_path):
+    """A prompt that does not fit is a completion that says so; without a head nothing drafts."""
+    long = Problem("long", "word " * 300, "", TESTS)
+    found = run(model, tmp_path, n_samples=1, problems=[PROBLEMS[0], long]).by_task()
+    assert found["long"][0].finish_reason == TOO_LONG and found["long"][0].output == ""
+    assert found["p0"][0].output
     headless = load_model(str(model_folder), None, None, None, "float32", "cpu")
     with pytest.raises(EagleError, match="no draft head"):
         Generator(headless, DRAWN, tmp_path)
