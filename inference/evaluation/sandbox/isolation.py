@@ -53,9 +53,6 @@ def attempt(action: Callable[[], None]) -> bool:
     return os.waitpid(pid, 0)[1] == 0
 
 
-# -- namespaces --
-
-
 def enter_namespaces() -> bool:
     """Leave the host's user, mount, network, IPC and (for children) PID namespaces.
     Root maps two ids, 0 and 65534, so that a program can run as the latter; the result says so.
@@ -151,9 +148,7 @@ def drop_capabilities() -> None:
     call("capset", header, ctypes.create_string_buffer(24))
 
 
-# -- seccomp: system calls that a contest program never needs --
-
-# name, number on x86-64, on arm64 (-: it has no such call)
+# system calls that a contest program never needs: name, number on x86-64, on arm64 (-: none)
 _DENIED = """socket 41 198, shmget 29 194, semget 64 190, msgget 68 186, mq_open 240 180,
 add_key 248 217, request_key 249 218, keyctl 250 219, ptrace 101 117, process_vm_readv 310 270,
 process_vm_writev 311 271, pidfd_getfd 438 438, unshare 272 97, setns 308 268, mount 165 40,
@@ -208,9 +203,8 @@ def _numbers(table: str, machine: str) -> dict[str, int]:
     return {row[0]: int(row[column]) for row in rows if row[column] != "-"}
 
 
-# -- Landlock: files, where there is no private root --
-
-_CREATE_RULESET, _ADD_RULE, _RESTRICT = 444, 445, 446  # the same on every architecture
+# Landlock: files, where there is no private root; the same numbers on every architecture
+_CREATE_RULESET, _ADD_RULE, _RESTRICT = 444, 445, 446
 _READ, _WRITE_FILE, _FILE_RIGHTS = 0b1101, 0b10, 0b1100000000000111
 
 

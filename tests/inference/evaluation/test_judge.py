@@ -138,9 +138,6 @@ def test_outputs_of_calls_may_be_wrapped(outputs, values, expected):
     assert stop == (expected != RIGHTS)  # wrong under each reading: the rest need not run
 
 
-# -- with the sandbox --
-
-
 def verdicts(sandbox, jobs):
     return {job.key: job.observe.verdict().status for job, _ in sandbox.map(jobs)}
 
