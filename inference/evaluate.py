@@ -28,29 +28,12 @@ from pathlib import Path
 from configs import cli
 from eagle.errors import EagleError
 from eagle.files import atomic_write_text
-from inference.evaluation import comparing, report, run, task_metrics, text_metrics
-from inference.evaluation.executing import Executor
-from inference.evaluation.flags import (
-    Data,
-    Drawing,
-    Flags,
-    Model,
-    Output,
-    Running,
-    Scoring,
-    command,
-)
+from inference.evaluation import executing, flags, metrics, report, scores
 from inference.evaluation.generations import read_generations, write_upstream
-from inference.evaluation.rows import read_rows
 
 
-class Code(Output, Scoring, Running, Drawing, Data):
-    verify: bool = True
-    compare: bool = False
-
-
-@command
-def code(flags: Code) -> int:
+@flags.command(flags.Whole)
+def code(asked: flags.Whole) -> int:
     """Generate programs, run them against the problems' tests while others are generated, and score
     them.
 
@@ -73,191 +56,144 @@ def code(flags: Code) -> int:
 
     In --output: report.json and report.md, generations.json and metrics.json (upstream's formats),
     dataset.json (what verification found), and the journals from which a stopped run goes on."""
-    from inference.evaluation.generating import Generator
-    from inference.generate import prepare
-
-    ks, published, problems = flags.ks(flags.n_samples), flags.published(), flags.problems()
-    out, checked, made, reports = flags.folder(), None, {}, {}
-    with flags.sandbox() as sandbox, Executor(sandbox, out, flags.rules) as executor:
-        if flags.verify:
-            checked = run.verify(problems, executor, out)
-            say_checked(checked)
-        kept = checked.keeps(problems) if checked else problems.problems
-        model = flags.load()
-        engines = ("vanilla", "eagle") if flags.compare else (flags.engine_of(model),)
-        for generator in [Generator(model, flags.sampling(engine), out) for engine in engines]:
+    ks, published, problems = asked.ks(asked.n_samples), asked.published(), asked.problems()
+    out, checked, made, reports = asked.folder(), None, {}, {}
+    with asked.executor(out) as executor:
+        if asked.verify:
+            checked = executing.verify(problems, executor, out)
+        kept = executing.verified(problems, checked)
+        for generator in asked.generators(out, asked.compare):
             engine = generator.sampling.engine
-            prepare(model, engine)
-            make = partial(generator.run, kept, flags.n_samples, flags.slots)
-            # a comparison is about speed too: nothing else runs while it generates
-            found = run.generate_and_execute(make, problems, executor, not flags.compare)
-            verdicts = run.verdicts_of(problems, found, executor.rules, executor.verdicts)
+            make = partial(generator.run, kept, asked.n_samples, asked.slots)
+            if asked.compare:  # about speed too: nothing else runs while it generates
+                found = make()
+                executor.run_all(executing.programs_of(problems, found.samples), "executed")
+            else:
+                found = executing.generate_and_execute(make, problems, executor)
+            verdicts = executing.verdicts_of(problems, found, executor.rules, executor.verdicts)
             made[engine] = found
-            reports[engine] = report.assemble(
-                problems, found, verdicts, ks, checked, flags.max_harness_errors, published
+            reports[engine] = scores.assemble(
+                problems, found, verdicts, ks, checked, asked.max_harness_errors, published
             )
-            suffix = f"-{engine}" if flags.compare else ""
+            suffix = f"-{engine}" if asked.compare else ""
             report.write(out, reports[engine], suffix)
             write_upstream(out / f"generations{suffix}.json", kept, found)
-        run.keep_execution(out, executor)
-    if not flags.compare:
+        executing.keep_execution(out, executor)
+    if not asked.compare:
         return finish(out, reports[engine])
-    result = comparing.compare(problems, made, reports)
-    page = comparing.markdown(result)
+    result = scores.compare(problems, made, reports)
+    page = report.side_by_side(result)
     atomic_write_text(out / "compare.md", page)
     print(page)
     emit(result, out / "compare.json")
     return int(not result["agree"])
 
 
-class Generate(Output, Drawing, Data):
-    pass
-
-
-@command
-def generate(flags: Generate) -> None:
+@flags.command(flags.Output, flags.Drawing, flags.Data)
+def generate(asked) -> None:
     """Only generate: the journal generations-FINGERPRINT.jsonl, and generations.json in upstream's
     format."""
-    from inference.evaluation.generating import Generator
-    from inference.generate import prepare
-
-    problems, out = flags.problems().problems, flags.folder()
-    model = flags.load()
-    engine = flags.engine_of(model)
-    prepare(model, engine)
-    generator = Generator(model, flags.sampling(engine), out)
-    found = generator.run(problems, flags.n_samples, flags.slots)
+    problems, out = asked.problems().problems, asked.folder()
+    [generator] = asked.generators(out)
+    found = generator.run(problems, asked.n_samples, asked.slots)
     write_upstream(out / "generations.json", problems, found)
     facts = {"generations": str(generator.path), "settings": found.settings}
     print(json.dumps({**facts, **found.speed()}))
 
 
-class Execute(Output, Running, Data):
-    generations: str
-
-
-@command
-def execute(flags: Execute) -> None:
+@flags.command(flags.Output, flags.Running, flags.Given)
+def execute(asked) -> None:
     """Only run the programs of --generations (ours, .jsonl, or upstream's, .json); verdicts go to
     --output."""
-    problems, out = flags.problems(), flags.folder()
-    found = read_generations(flags.generations, problems)
-    with flags.sandbox() as sandbox, Executor(sandbox, out, flags.rules) as executor:
-        run.execute(problems, found, executor)
-        run.keep_execution(out, executor)
-    verdicts = run.verdicts_of(problems, found, executor.rules, executor.verdicts)
+    problems, out = asked.problems(), asked.folder()
+    found = read_generations(asked.generations, problems)
+    with asked.executor(out) as executor:
+        executor.run_all(executing.programs_of(problems, found.samples), "executed")
+        executing.keep_execution(out, executor)
+    verdicts = executing.verdicts_of(problems, found, executor.rules, executor.verdicts)
     causes = Counter(verdict.status for verdict in verdicts.values())
-    facts = {"programs": len(verdicts), "causes": dict(causes), "isolation": sandbox.level}
+    facts = {"programs": len(verdicts), "causes": dict(causes), "isolation": executor.sandbox.level}
     print(json.dumps(facts))
 
 
-class Score(Output, Scoring, Data):
-    generations: str
-
-
-@command
-def score(flags: Score) -> int:
+@flags.command(flags.Output, flags.Scoring, flags.Given)
+def score(asked) -> int:
     """Only score what the execute stage found out about --generations in --output; writes the
     reports there.
 
     Where verify-dataset has run on the same problems with the same --output, its exclusions count.
     """
-    problems, published, out = flags.problems(), flags.published(), Path(flags.output)
-    found = read_generations(flags.generations, problems)
-    verdicts = run.look_up(problems, found, out)
-    checked = run.read_checked(out, problems)
-    ks = flags.ks(min(map(len, found.by_task().values())))
-    made = report.assemble(
-        problems, found, verdicts, ks, checked, flags.max_harness_errors, published
-    )
-    report.write(out, made)
-    return finish(out, made)
+    problems, published, out = asked.problems(), asked.published(), Path(asked.output)
+    found = read_generations(asked.generations, problems)
+    verdicts = executing.look_up(problems, found, out)
+    checked = executing.read_checked(out, problems)
+    ks = asked.ks(min(map(len, found.by_task().values())))
+    limit = asked.max_harness_errors
+    return finish(out, scores.assemble(problems, found, verdicts, ks, checked, limit, published))
 
 
-class Verify(Output, Running, Data):
-    pass
-
-
-@command
-def verify_dataset(flags: Verify) -> int:
+@flags.command(flags.Output, flags.Running, flags.Data)
+def verify_dataset(asked) -> int:
     """Run the reference solutions: problems whose own solution fails are listed, and excluded by
     later stages. The exit status is 1 when there is one."""
-    problems, out = flags.problems(), flags.folder()
-    with flags.sandbox() as sandbox, Executor(sandbox, out, flags.rules) as executor:
-        checked = run.verify(problems, executor, out)
-    say_checked(checked)
+    problems, out = asked.problems(), asked.folder()
+    with asked.executor(out) as executor:
+        checked = executing.verify(problems, executor, out)
     summary = {
         "problems": len(problems.problems),
-        "verified": len(checked.verified),
-        "excluded": checked.excluded,
-        "unverified": len(checked.unverified),
+        "verified": len(checked["verified"]),
+        "excluded": checked["excluded"],
+        "unverified": len(checked["unverified"]),
         "malformed": problems.bad,
-        "isolation": checked.isolation,
+        "isolation": checked["isolation"],
     }
     print(json.dumps(summary))
-    return int(bool(checked.excluded))
+    return int(bool(checked["excluded"]))
 
 
-class Rows(Flags):
-    data: str
-    output: str | None = None
-    max_bad_fraction: float = 0.0
-
-
-@command
-def tasks(flags: Rows) -> None:
+@flags.command(flags.Rows)
+def tasks(asked: flags.Rows) -> None:
     """Metrics of tasks from predictions and labels; --output FILE.json keeps them.
 
     A line of --data: {"task", "type", "prediction", "label"}, type classification, regression,
     ranking (lists of numbers) or generation. A prediction of null is one that could not be read.
     "scores": {label: number} of a classification gives AUROC."""
-    answers, bad = read_rows(flags.data, task_metrics.read_answer, flags.max_bad_fraction)
-    result = {**task_metrics.task_report(answers), "bad_rows": bad}
+    answers, bad = asked.read(metrics.ANSWER.validate_python)
+    result = {**metrics.task_report(answers), "bad_rows": bad}
     for name, entry in result["tasks"].items():
         shown = ", ".join(f"{k} {v:.4f}" for k, v in entry.items() if isinstance(v, float))
         counts = f"{entry['rows']} rows, {entry['unanswered']} unanswered"
         print(f"{name} ({entry['type']}, {counts}): {shown}")
-    emit(result, flags.output)
+    emit(result, asked.output)
 
 
-class Texts(Rows, Model):
-    perplexity: bool = False
-
-
-@command
-def text(flags: Texts) -> None:
+@flags.command(flags.Texts)
+def text(asked: flags.Texts) -> None:
     """Metrics of texts: ROUGE-L, chrF and exact match where all have references, repetition of
     n-grams, and with --perplexity what --base thinks of them. --output FILE.json keeps them.
 
     A line of --data: {"prediction" or "completion", "reference"?, "context"?}."""
-    rows, bad = read_rows(flags.data, text_metrics.read_text, flags.max_bad_fraction)
+    rows, bad = asked.read(metrics.Text.model_validate)
     predictions = [row.prediction for row in rows]
     references = [row.reference for row in rows]
     result: dict = {"texts": len(rows), "bad_rows": bad}
     if None not in references:
-        result |= text_metrics.with_references(predictions, references)
-    elif any(reference is not None for reference in references):
+        result |= metrics.with_references(predictions, references)
+    elif without := references.count(None) % len(rows):
         raise EagleError(
-            f"{references.count(None)} of {len(rows)} texts of {flags.data} have no reference; "
-            "give one to all or none"
+            f"{without} of {len(rows)} texts of {asked.data} have no reference; give one to all "
+            "or none"
         )
-    result["repetition"] = text_metrics.repetition(predictions)
-    if flags.perplexity:
+    result["repetition"] = metrics.repetition(predictions)
+    if asked.perplexity:
         contexts = [row.context or "" for row in rows]
-        result |= text_metrics.perplexity(flags.load(), predictions, contexts)
-    emit(result, flags.output)
-
-
-def say_checked(checked: report.Checked) -> None:
-    for row in checked.excluded:
-        print(f"excluded: {row['task_id']}: {row['reason']}", file=sys.stderr)
-    total = len(checked.verified) + len(checked.excluded)
-    said = f"{len(checked.verified)} of {total} problems pass with their own solution"
-    print(f"{said}; isolation: {checked.isolation}", file=sys.stderr)
+        result |= metrics.perplexity(asked.load(), predictions, contexts)
+    emit(result, asked.output)
 
 
 def finish(out: Path, found: dict) -> int:
-    """Prints the page, then one line of JSON. A refused score is a failure."""
+    """Writes the report, prints the page, then one line of JSON. A refused score is a failure."""
+    report.write(out, found)
     print((out / "report.md").read_text("utf-8"))
     names = ("pass_at_k", "refused", "causes", "harness_errors", "isolation", "speed")
     print(json.dumps({name: found[name] for name in names}))
@@ -271,9 +207,7 @@ def emit(result: dict, output: str | Path | None) -> None:
 
 
 COMMANDS = {
-    "taco": code,
-    "humaneval": code,
-    "mbpp": code,
+    **dict.fromkeys(("taco", "humaneval", "mbpp"), code),
     "generate": generate,
     "execute": execute,
     "score": score,
@@ -284,20 +218,17 @@ COMMANDS = {
 
 
 def main(arguments: list[str]) -> None:
-    name = arguments[0] if arguments else None
+    name = arguments[0] if arguments else ""
+    if name in ("-h", "--help"):
+        print(__doc__)
+        sys.exit(0)
     if name not in COMMANDS:
-        if name in ("-h", "--help"):
-            print(__doc__)
-            sys.exit(0)
-        known = ", ".join(COMMANDS)
-        sys.exit(f"error: {f'unknown command {name!r}' if name else 'name a command'}: {known}")
-    if hasattr(sys, "set_int_max_str_digits"):
-        # tests of big numbers have longer ones than Python reads by default
+        sys.exit(f"error: unknown command {name!r}; name one of {', '.join(COMMANDS)}")
+    if hasattr(sys, "set_int_max_str_digits"):  # tests of big numbers have longer ones
         sys.set_int_max_str_digits(0)
-    preset = ["--format", name] if COMMANDS[name] is code else []
     prog = f"python -m inference.evaluate {name}"
     try:
-        cli.main(COMMANDS[name], [*preset, *arguments[1:]], name=prog)
+        cli.main(COMMANDS[name], arguments[1:], name=prog)
     except OSError as error:  # a full disk, most likely
         sys.exit(
             f"error: {error.filename or 'a file'}: {error.strerror}; completions and verdicts so "

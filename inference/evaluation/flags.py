@@ -4,48 +4,41 @@ refuse."""
 from __future__ import annotations
 
 import inspect
-import typing
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from eagle.errors import EagleError
 
 from .comparators import POLICIES
-from .executing import Rules
-from .generations import Sampling
-from .problem import ProblemSet
-from .problems import READERS, load_problems
-from .report import read_metrics
-from .rows import reason
+from .executing import Executor, Rules
+from .generations import Generator, Sampling
+from .problem import ProblemSet, read_rows, reason
+from .problems import load_problems
 from .sandbox import Sandbox
+from .scores import PLAIN, SPECULATIVE, read_metrics
 
 
-def command(body: Callable[[typing.Any], int | None]) -> Callable[..., int | None]:
-    """`body(flags: SomeFlags)` as a function of keyword arguments, for `configs.cli`."""
-    [kind] = [hint for name, hint in typing.get_type_hints(body).items() if name != "return"]
+def command(*groups: type[BaseModel]) -> Callable:
+    """`body(flags)` as a function of keyword arguments, for `configs.cli`."""
+    kind = type("Flags", groups, {})
 
-    def run(**given):
-        try:
-            flags = kind(**given)
-        except ValidationError as error:
-            raise EagleError(reason(error)) from error
-        return body(flags)
+    def decorate(body: Callable[[Any], int | None]) -> Callable[..., int | None]:
+        def run(**given):
+            try:
+                flags = kind(**given)
+            except ValidationError as error:
+                raise EagleError(reason(error)) from error
+            return body(flags)
 
-    run.__doc__ = body.__doc__
-    run.__annotations__ = {name: field.annotation for name, field in kind.model_fields.items()}
-    run.__signature__ = inspect.Signature(
-        inspect.Parameter(
-            name,
-            inspect.Parameter.KEYWORD_ONLY,
-            default=inspect.Parameter.empty if field.is_required() else field.default,
-            annotation=field.annotation,
-        )
-        for name, field in kind.model_fields.items()
-    )
-    return run
+        run.__doc__, run.__signature__ = body.__doc__, inspect.signature(kind)
+        run.__annotations__ = {name: field.annotation for name, field in kind.model_fields.items()}
+        return run
+
+    return decorate
 
 
 class Flags(BaseModel):
@@ -63,7 +56,6 @@ class Output(Flags):
 
 class Data(Flags):
     data: str | None = None
-    format: Literal[("auto", *READERS)] = "auto"
     difficulties: str | None = None
     skills: str | None = None
     limit: int | None = Field(None, ge=1)
@@ -72,12 +64,15 @@ class Data(Flags):
     max_bad_fraction: float = 0.05
 
     def problems(self) -> ProblemSet:
-        def listed(text: str | None) -> list[str]:
-            return [part.strip() for part in (text or "").split(",") if part.strip()]
-
         given = {name: getattr(self, name) for name in Data.model_fields}
-        given |= {name: listed(given[name]) for name in ("difficulties", "skills")}
+        for name in ("difficulties", "skills"):
+            parts = (given[name] or "").split(",")
+            given[name] = [part.strip() for part in parts if part.strip()]
         return load_problems(given.pop("data"), **given)
+
+
+class Given(Data):
+    generations: str
 
 
 class Model(Flags):
@@ -110,14 +105,18 @@ class Drawing(Model, Sampling):
             )
         return self
 
-    def engine_of(self, model) -> str:
-        """What "auto" means: to draft where there is a head."""
-        drafts = "eagle" if model.drafter is not None else "vanilla"
-        return drafts if self.engine == "auto" else self.engine
+    def generators(self, output: Path, compare: bool = False) -> Iterator[Generator]:
+        """Of both engines or of one ("auto" drafts where there is a head), compiled in turn."""
+        from inference.generate import prepare
 
-    def sampling(self, engine: str) -> Sampling:
-        given = {name: getattr(self, name) for name in Sampling.model_fields}
-        return Sampling(**{**given, "engine": engine})
+        model = self.load()
+        auto = SPECULATIVE if model.drafter is not None else PLAIN
+        engine = auto if self.engine == "auto" else self.engine
+        given = {name: getattr(self, name) for name in Sampling.model_fields if name != "engine"}
+        engines = (PLAIN, SPECULATIVE) if compare else (engine,)
+        for generator in [Generator(model, Sampling(**given, engine=e), output) for e in engines]:
+            prepare(model, generator.sampling.engine)
+            yield generator
 
 
 class Running(Flags):
@@ -129,14 +128,13 @@ class Running(Flags):
     isolation: str = "auto"
     allow_code_execution: bool = False
 
-    def sandbox(self) -> Sandbox:
-        """Started, so that a refusal comes before hours of generation."""
-        allowed = self.allow_code_execution
-        return Sandbox(workers=self.workers, level=self.isolation, allow_code_execution=allowed)
-
-    @property
-    def rules(self) -> Rules:
-        return Rules(self.seconds, self.memory_mb)
+    @contextmanager
+    def executor(self, output: Path) -> Iterator[Executor]:
+        """Its sandbox started, so that a refusal comes before hours of generation."""
+        allowed, rules = self.allow_code_execution, Rules(self.seconds, self.memory_mb)
+        with Sandbox(None, self.workers, self.isolation, allow_code_execution=allowed) as sandbox:
+            with Executor(sandbox, output, rules) as executor:
+                yield executor
 
 
 class Scoring(Flags):
@@ -158,3 +156,21 @@ class Scoring(Flags):
 
     def published(self) -> dict | None:
         return read_metrics(self.against) if self.against else None
+
+
+class Whole(Output, Scoring, Running, Drawing, Data):
+    verify: bool = True
+    compare: bool = False
+
+
+class Rows(Flags):
+    data: str
+    output: str | None = None
+    max_bad_fraction: float = 0.0
+
+    def read(self, validate: Callable[[dict], BaseModel]) -> tuple[list, list[dict]]:
+        return read_rows(self.data, lambda row, place: validate(row), self.max_bad_fraction)
+
+
+class Texts(Rows, Model):
+    perplexity: bool = False

@@ -6,10 +6,10 @@ opened again, and a write that fails is taken back. One process at a time may ha
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
-import threading
 import time
 from pathlib import Path
 
@@ -18,73 +18,51 @@ from eagle.errors import EagleError
 SYNC_SECONDS = 2.0
 
 
-class Journal:
-    """`records` holds what was in the file when it was opened; `append` may be called from any
-    thread."""
+class Journal(contextlib.AbstractContextManager):
+    """`records` holds what was in the file when it was opened."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        self._lock = threading.Lock()
-        self._synced = time.monotonic()
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             # unbuffered: a record that `append` has returned from survives a kill of this process
             self._file = open(self.path, "a+b", buffering=0)
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            self._file.close()
-            raise EagleError(
-                f"another run is writing to {self.path}; wait for it, or choose another --output"
-            ) from error
         except OSError as error:
-            raise EagleError(
-                f"{self.path} cannot be written ({error.strerror}); choose another --output"
-            ) from error
+            busy = isinstance(error, BlockingIOError)
+            why = "another run is writing to it" if busy else error.strerror
+            message = f"{self.path} cannot be written ({why}); choose another --output"
+            raise EagleError(message) from error
         self._file.seek(0)
         data = self._file.read()
-        self._size = data.rfind(b"\n") + 1
-        try:
-            self.records = parse(data, self.path)
-        except EagleError:
-            self._file.close()
-            raise
+        self.records, self._size = parse(data, self.path), data.rfind(b"\n") + 1
         self._file.truncate(self._size)
+        self._synced = time.monotonic()
 
     def append(self, record: dict) -> None:
         """Raises EagleError when the disk is full; the file is then as it was before."""
-        line = json.dumps(record).encode() + b"\n"
-        with self._lock:
-            try:
-                written = 0
-                while written < len(line):
-                    written += self._file.write(line[written:])
-                if time.monotonic() - self._synced > SYNC_SECONDS:
-                    os.fsync(self._file.fileno())
-                    self._synced = time.monotonic()
-            except OSError as error:
-                self._file.truncate(self._size)
-                raise EagleError(
-                    f"{self.path} cannot be written ({error.strerror}); what it holds is kept: "
-                    "free some space and run the same command again"
-                ) from error
-            self._size += len(line)
-
-    def close(self) -> None:
-        with self._lock:
-            if not self._file.closed:
+        rest = line = json.dumps(record).encode() + b"\n"
+        try:
+            while rest:
+                rest = rest[self._file.write(rest) :]
+            if time.monotonic() - self._synced > SYNC_SECONDS:
                 os.fsync(self._file.fileno())
-                self._file.close()
-
-    def __enter__(self) -> Journal:
-        return self
+                self._synced = time.monotonic()
+        except OSError as error:
+            self._file.truncate(self._size)
+            raise EagleError(
+                f"{self.path} cannot be written ({error.strerror}); what it holds is kept: "
+                "free some space and run the same command again"
+            ) from error
+        self._size += len(line)
 
     def __exit__(self, *exception) -> None:
-        self.close()
+        os.fsync(self._file.fileno())
+        self._file.close()
 
 
 def read(path: str | Path) -> list[dict]:
-    """The records of a journal, which is left as it is; a last line that a kill cut short is left
-    out."""
+    """The records, without a last line that a kill cut short; the file is left as it is."""
     try:
         return parse(Path(path).read_bytes(), path)
     except OSError as error:

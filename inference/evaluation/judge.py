@@ -1,8 +1,8 @@
 """Say whether what a program did is right: suites of tests, verdicts.
 
     suite = Suite(inputs=["1 2\\n"], outputs=["3\\n"])
-    result = run_and_judge(sandbox, code, suite, "strict")
-    result.status, [verdict.status for verdict in result.verdicts]      # ("accepted", ["accepted"])
+    [(job, _)] = sandbox.map([make_job(code, suite, "strict")])
+    job.observe.verdict()                          # Verdict("accepted", …)
 
 A policy is a name in POLICIES (`comparators.py` says what each accepts) or, for problems with many
 right answers, a function `checker(input, expected, got) -> bool`. The comparison happens here, in
@@ -12,15 +12,16 @@ the parent.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from eagle.errors import EagleError
 
-from .comparators import POLICIES
-from .sandbox import STATUSES, Job, Limits, Outcome, Program, Sandbox, TestInput
+from .comparators import accepts
+from .sandbox import STATUSES, Job, Limits, Outcome, Program, TestInput
 
-VERDICTS = ("accepted", "wrong", *STATUSES[1:])  # of what ran "ok", one of the first two
+ACCEPTED, HARNESS = "accepted", "harness_error"
+VERDICTS = (ACCEPTED, "wrong", *STATUSES[1:])  # of what ran "ok", one of the first two
 # names that call-based problems take for granted, as the sites that they come from provide them
 PRELUDE = """\
 import bisect, collections, copy, functools, heapq, itertools, math
@@ -40,23 +41,19 @@ Checker = Callable[[TestInput, Any, Any], bool]  # (input, expected, what the pr
 
 @dataclass
 class Suite:
-    """Tests of one problem, as TACO's `input_output` has them.
-
-    Without `fn_name` an input is standard input and an output is what to print: text, or a list of
-    lines. With it an input is a list of arguments and an output the value to return, often wrapped
-    in a one-item list."""
+    """Tests of one problem, as TACO's `input_output` has them. Without `fn_name` an input is
+    standard input and an output is what to print: text, or a list of lines. With it an input is a
+    list of arguments and an output the value to return, often wrapped in a one-item list."""
 
     inputs: list
     outputs: list
     fn_name: str | None = None
 
-    def check(self) -> None:
+    def __post_init__(self) -> None:
         """Raises EagleError on a suite that could judge nothing, or not what it seems to."""
-        if not (isinstance(self.inputs, list) and isinstance(self.outputs, list)):
-            raise EagleError("a suite's inputs and outputs must be lists")
-        if not self.inputs:
-            raise EagleError("a suite without tests accepts every program; leave the problem out")
         counts = len(self.inputs), len(self.outputs)
+        if not all(counts):
+            raise EagleError("a suite without tests accepts every program; leave the problem out")
         if counts[0] != counts[1]:
             raise EagleError("{} inputs but {} outputs in a suite".format(*counts))
         for index, (given, expected) in enumerate(zip(self.inputs, self.outputs, strict=True)):
@@ -90,8 +87,7 @@ def _text(item: str | list) -> str:
 
 
 def _restore_keys(arguments: list) -> list:
-    """JSON makes every key of a dict a string; TACO's calls mean integers where their only argument
-    has nothing else."""
+    """JSON made each key a string; TACO's only argument means integers where all can be."""
     if len(arguments) == 1 and isinstance(arguments[0], dict):
         try:
             return [{int(key): value for key, value in arguments[0].items()}]
@@ -101,83 +97,69 @@ def _restore_keys(arguments: list) -> list:
 
 
 @dataclass(frozen=True)
-class SuiteResult:
-    """A program on a suite: outcomes whose `status` is one of VERDICTS, and which have lost their
-    output. They may stop at the first failure; `tests` counts the whole suite."""
+class Verdict:
+    """What became of one program. failed_at: the first test that it failed; detail: why."""
 
-    verdicts: list[Outcome]
-    tests: int
+    status: str
+    tests: int = 0
+    failed_at: int | None = None
+    detail: str = ""
+    cpu_seconds: float = 0.0
+    isolation: str = ""
 
     @property
-    def status(self) -> str:
-        """The first failure that is the program's, else "harness_error" if there was one."""
-        failures = [v.status for v in self.verdicts if v.status != "accepted"]
-        own = [status for status in failures if status != "harness_error"]
-        if own:
-            return own[0]
-        return "accepted" if not failures and len(self.verdicts) == self.tests else "harness_error"
+    def reason(self) -> str:
+        at = "" if self.failed_at is None else f" in test {self.failed_at + 1} of {self.tests}"
+        detail = " ".join(self.detail.split())[:160]
+        return f"{self.status}{at}" + (f" ({detail})" if detail else "")
 
 
 class Grading:
-    """Judges the outcomes of one program as they come; may serve as `Job.observe`.
+    """Judges the outcomes of one program as they come: a `Job.observe`, which ends the job at the
+    first failure that is the program's. Of two readings it gets the one that accepts more."""
 
-    Where a suite has two readings, the program gets the one that accepts more, for all its tests.
-    """
-
-    def __init__(
-        self, suite: Suite, policy: str | Checker = "strict", stop_at_first_failure: bool = False
-    ) -> None:
-        suite.check()
-        self._call = suite.fn_name is not None
-        self._policy, self._stop = policy, stop_at_first_failure
-        self._tests = suite.tests()
-        self._expected = suite.readings()
-        self._verdicts: list[list[Outcome]] = [[] for _ in self._expected]
+    def __init__(self, suite: Suite, policy: str | Checker) -> None:
+        self.policy, self.call = policy, suite.fn_name is not None
+        self.inputs, self.readings = suite.tests(), suite.readings()
+        self.found: list[list[tuple[str, str]]] = [[] for _ in self.readings]  # status and detail
+        self.cpu_seconds = 0.0
 
     def __call__(self, index: int, outcome: Outcome) -> bool:
         """Take the outcome of test `index`; True when the rest need not run."""
-        for expected, verdicts in zip(self._expected, self._verdicts, strict=True):
-            assert index == len(verdicts), "outcomes come in the order of the tests"
-            verdicts.append(self._verdict(self._tests[index], expected[index], outcome))
-        undecided = ("accepted", "harness_error")
-        return self._stop and all(
-            any(v.status not in undecided for v in verdicts) for verdicts in self._verdicts
-        )
+        self.cpu_seconds += outcome.cpu_seconds
+        for expected, found in zip(self.readings, self.found, strict=True):
+            found.append(self._judge(self.inputs[index], expected[index], outcome))
+        return all(any(s not in (ACCEPTED, HARNESS) for s, _ in found) for found in self.found)
 
-    def result(self) -> SuiteResult:
-        best = max(self._verdicts, key=lambda row: sum(v.status == "accepted" for v in row))
-        return SuiteResult(best, len(self._tests))
+    def verdict(self, isolation: str = "") -> Verdict:
+        """The first failure that is the program's, else the harness's if there was one."""
+        best = max(self.found, key=lambda found: sum(status == ACCEPTED for status, _ in found))
+        failed = [(s == HARNESS, at, s, d) for at, (s, d) in enumerate(best) if s != ACCEPTED]
+        _, at, status, detail = min(failed, default=(False, None, ACCEPTED, ""))
+        seconds = round(self.cpu_seconds, 4)
+        return Verdict(status, len(self.inputs), at, detail[:400], seconds, isolation)
 
-    def _verdict(self, given: TestInput, expected: Any, outcome: Outcome) -> Outcome:
-        status, detail = outcome.status, outcome.detail
-        if status == "ok":
-            got = outcome.value if self._call else outcome.stdout
-            try:
-                if callable(self._policy):
-                    right = self._policy(given, expected, got)
-                else:
-                    right = POLICIES[self._policy][self._call](expected, got)
-                status = "accepted" if right else "wrong"
-            except Exception as error:  # a checker of a problem, not the program
-                status, detail = "harness_error", f"checker: {type(error).__name__}: {error}"
-        return replace(outcome, status=status, detail=detail, stdout=b"", value=None)
+    def _judge(self, given: TestInput, expected: Any, outcome: Outcome) -> tuple[str, str]:
+        if outcome.status != "ok":
+            return outcome.status, outcome.detail
+        got = outcome.value if self.call else outcome.stdout
+        try:
+            if callable(self.policy):
+                right = self.policy(given, expected, got)
+            else:
+                right = accepts(self.policy, expected, got)
+        except Exception as error:  # a checker of a problem, not the program
+            return HARNESS, f"checker: {type(error).__name__}: {error}"
+        return (ACCEPTED if right else "wrong"), ""
 
 
 def make_job(
     code: str,
     suite: Suite,
     policy: str | Checker = "strict",
-    stop_at_first_failure: bool = False,
     limits: Limits | None = None,
     key: Any = None,
 ) -> Job:
-    """For `Sandbox.map`; when it comes back, `job.observe.result()` is the SuiteResult."""
-    grading = Grading(suite, policy, stop_at_first_failure)
+    """For `Sandbox.map`; when it comes back, `job.observe.verdict()` is known."""
     program = Program(code, suite.fn_name, PRELUDE if suite.fn_name is not None else "")
-    return Job(program, suite.tests(), key, limits, grading)
-
-
-def run_and_judge(sandbox: Sandbox, code: str, suite: Suite, *rules: Any) -> SuiteResult:
-    """Run one program on a suite and judge it; `rules` as those of `make_job`."""
-    [(job, _)] = sandbox.map([make_job(code, suite, *rules)])
-    return job.observe.result()
+    return Job(program, suite.tests(), key, limits, Grading(suite, policy))

@@ -1,14 +1,20 @@
-"""A programming problem, whichever data set it comes from, and the program that an answer means."""
+"""A programming problem, whichever data set it comes from, and the program that an answer means.
+Rows of a data file through a reader, and those that it refuses."""
 
 from __future__ import annotations
 
-import ast
 import functools
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from eagle.errors import EagleError
+from records.sources import read_records, resolve
 
 from .judge import Checker, Suite
 
@@ -51,17 +57,14 @@ class Problem:
     def program(self, completion: str, chat: bool = False) -> str:
         """The program that a completion means: of a chat, or where a fence comes before any stop
         string, the fenced block; else what stands before the first stop string or fence."""
-        stop, fence = len(cut(completion, self.stops)), completion.find("```")
-        blocks = FENCED.findall(completion)
-        opens = bool(blocks) and (bool(blocks[0][0]) or completion.count("```") > 1)
-        if chat or opens and fence < stop:
+        text = cut(completion, (*self.stops, "\n```"))
+        fence = FENCED.search(completion)
+        opens = fence and (fence[1] or completion.count("```") > 1)
+        if chat or opens and fence.start() < len(cut(completion, self.stops)):
             text = fenced(completion)
-        else:
-            text = cut(completion, (*self.stops, "\n```"))
-        if not self.given:
-            return text
-        if re.search(rf"^def\s+{re.escape(self.entry)}\b", text, re.M):  # anew, not its rest
-            return f"{self.given}\n{text}" if parses(self.given) else text
+        if self.given and re.search(rf"^def\s+{re.escape(self.entry)}\b", text, re.M):
+            # anew, not its rest; it may need what is imported before it
+            return self.given.partition(f"def {self.entry}")[0] + text
         return self.given + text
 
 
@@ -86,14 +89,6 @@ def digest(*parts) -> str:
     return hashlib.sha256(repr(parts).encode("utf-8", "surrogatepass")).hexdigest()
 
 
-def parses(code: str) -> bool:
-    try:
-        ast.parse(code)
-    except (SyntaxError, ValueError):
-        return False
-    return True
-
-
 def cut(text: str, stops: Sequence[str]) -> str:
     """`text` up to the first stop string."""
     return text[: min((at for s in stops if (at := text.find(s)) >= 0), default=len(text))]
@@ -107,17 +102,42 @@ def fenced(text: str) -> str:
     return found[0] + "\n" if found else text
 
 
-def identity(row: dict, place: int) -> str:
-    """The row's own id, or its place in the file, counted from 0."""
-    for name in ("task_id", "id", "problem_id"):
-        if (value := row.get(name)) is not None:
-            if not isinstance(value, (str, int)):
-                raise ValueError(f"{name} must be text or a whole number, not {value!r}")
-            return str(value)
-    return str(place)
-
-
 def some(names: Sequence[str], most: int = 5) -> str:
     """For messages."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(map(str, names[:most])) + more
+
+
+def read_rows(
+    path: str | Path, reader: Callable[[dict, int], object], max_bad_fraction: float
+) -> tuple[list, list[dict]]:
+    """What `reader(row, place)` makes of rows; {"row", "reason"} where it raises ValueError."""
+    rows, bad = [], []
+    for file in resolve([path]):
+        for record in read_records(file):
+            try:
+                if record.value is None:
+                    raise ValueError(record.error)
+                rows.append(reader(record.value, len(rows) + len(bad)))
+            except ValueError as error:
+                bad.append({"row": f"{record.file}:{record.line}", "reason": reason(error)})
+    count = len(rows) + len(bad)
+    if not count:
+        raise EagleError(f"{path} has no rows; one JSON object a line")
+    if len(bad) > max_bad_fraction * count:
+        raise EagleError(
+            f"{len(bad)} of {count} rows cannot be used, first {bad[0]['row']}: "
+            f"{bad[0]['reason']}; repair them, or raise --max_bad_fraction "
+            f"(now {max_bad_fraction:g})"
+        )
+    return rows, bad
+
+
+def reason(error: ValueError) -> str:
+    """In one line; of pydantic's complaints the first."""
+    if not isinstance(error, ValidationError):
+        return str(error)
+    first = error.errors(include_url=False)[0]
+    where = ".".join(map(str, first["loc"]))
+    said = first["msg"].removeprefix("Value error, ")
+    return f"{where}: {said}" if where else said

@@ -1,5 +1,6 @@
 """A tiny model folder with a real tokenizer, a random head for it, and a way to run commands."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -77,5 +78,18 @@ def in_process(capsys):
             cli.main(function, list(map(str, arguments)))
         captured = capsys.readouterr()
         return exit.value.code or 0, captured.out, captured.err
+
+    return run
+
+
+@pytest.fixture
+def cli(in_process):
+    """cli("taco", "--flag", …) of inference.evaluate -> (code, the JSON of the last line, stderr)."""
+    from inference import evaluate
+
+    def run(name, *arguments):
+        code, out, err = in_process(evaluate.COMMANDS[name], *arguments)
+        lines = out.splitlines()
+        return code, json.loads(lines[-1]) if lines and lines[-1].startswith("{") else None, err
 
     return run

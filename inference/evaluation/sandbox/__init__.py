@@ -23,23 +23,32 @@ checks; noticing that one is being tested; bugs of the kernel. Code that somebod
 belongs in a virtual machine. A program whose output depends on the order of a set of strings may
 differ from run to run. At "rlimits" there is no /dev/stdin and no shared semaphore.
 
-`worker.py` starts a zygote process and talks to it. In there `runner.py` watches tests, `cell.py`
-has the two levels, `isolation.py` the kernel's means, `child.py` becomes the program.
+A worker is a zygote process: in there `runner.py` watches tests and becomes the program, `cell.py`
+has the two levels, and `isolation.py` the kernel's means.
 """
 
 from __future__ import annotations
 
+import contextlib
+import json
+import marshal
 import os
-import select
+import queue
+import socket
+import subprocess
 import sys
-import time
+import tempfile
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from decimal import Decimal
 from typing import Any
 
 from eagle.errors import EagleError
 
-from .worker import Worker, decode, encode
+from .cell import remove_tree
+from .runner import receive, send
 
 LEVELS = ("auto", "namespaces", "rlimits")
 STATUSES = tuple("ok timeout memory output_limit runtime_error compile_error harness_error".split())
@@ -47,15 +56,30 @@ GRACE = 1.5  # a program is stopped at this multiple of its CPU limit: near miss
 STRETCH = 10  # the wall clock's, at most, while other processes keep a program from running
 SELF_TEST = "import colorsys\nopen('file', 'w').close()\nprint('ready')"
 
+PATIENCE_SECONDS = 30.0  # beyond a test's wall limit; then the zygote itself is taken to be stuck
+ENVIRONMENT = {
+    "PATH": "/usr/local/bin:/usr/bin:/bin",
+    "LANG": "C.UTF-8",
+    **dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1"),
+}
+# in a clean interpreter this folder is a package of a name that no program imports by accident
+BOOT = """\
+import sys, types
+package = sys.modules["_eagle_sandbox"] = types.ModuleType("_eagle_sandbox")
+package.__path__ = [sys.argv[1]]
+from _eagle_sandbox.runner import main
+main()
+"""
+LONG_INTEGER = 4300  # digits; beyond, Python's own conversion refuses or is slow
+
 TestInput = str | bytes | list  # standard input, or the argument list of a call
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What one test may use.
-
-    CPU time decides: load changes it little, and a near miss has a second try, alone. The wall
-    clock is there for programs that wait; what waits for a core has up to STRETCH times as long."""
+    """What one test may use. CPU time decides: load changes it little, and a near miss has a second
+    try, alone. The wall clock is there for programs that wait; what waits for a core has up to
+    STRETCH times as long."""
 
     cpu_seconds: float = 4.0  # of the whole process tree
     wall_seconds: float = 12.0
@@ -64,13 +88,6 @@ class Limits:
     file_bytes: int = 16 << 20  # everything written to the scratch folder
     processes: int = 16  # threads included
     open_files: int = 64
-
-    def __post_init__(self) -> None:
-        least = {"memory_bytes": 1 << 20, "open_files": 32, "wall_seconds": self.cpu_seconds}
-        for name, value in asdict(self).items():
-            if not (value > 0 and value >= least.get(name, 0)):
-                above = f"at least {least[name]}" if name in least else "above 0"
-                raise EagleError(f"limit {name} must be {above}, not {value}")
 
 
 @dataclass(frozen=True)
@@ -85,9 +102,8 @@ class Program:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one test did. `status` is one of STATUSES; only "ok" comes with output.
-
-    `harness_error` is ours (no memory for a process, a worker that died), never the program's."""
+    """What one test did. `status` is one of STATUSES; only "ok" comes with output. "harness_error"
+    is ours (no memory for a process, a worker that died), never the program's."""
 
     status: str
     stdout: bytes = b""
@@ -101,8 +117,8 @@ class Outcome:
 
 @dataclass(eq=False)
 class Job:
-    """A program and its tests. `observe(index, outcome)` sees each outcome; True ends the job. The
-    outcomes that `Sandbox.map` yields then have no output: it need not be held."""
+    """A program and its tests. `observe(index, outcome)` sees each outcome, in order; True ends the
+    job. The outcomes that `Sandbox.map` yields then have no output: it need not be held."""
 
     program: Program
     tests: Sequence[TestInput]
@@ -111,31 +127,81 @@ class Job:
     observe: Callable[[int, Outcome], bool | None] | None = None
 
 
-@dataclass(eq=False)
-class _Task:
-    """A job on its worker. `alone`: its current test is repeated while nothing else runs."""
+class Worker:
+    """A zygote process, the socket to it, and `isolation`: what it reached. OSError where it cannot
+    be started. `stop` leaves nothing, and may be repeated; the next `run` starts a fresh one."""
 
-    job: Job
-    outcomes: list[Outcome] = field(default_factory=list)
-    alone: bool = False
-    done: bool = False
+    def __init__(self, python: str, level: str) -> None:
+        self.python, self.level = python, level
+        self.process: subprocess.Popen | None = None
+        self.start()
 
-    def __post_init__(self) -> None:
-        self.done = not self.job.tests
+    def start(self) -> None:
+        self.scratch = ""
+        if self.level == "rlimits":
+            self.scratch = tempfile.mkdtemp(prefix="eagle-sandbox-")
+            os.chmod(self.scratch, 0o711)
+        self.socket, theirs = socket.socketpair()
+        self.socket.settimeout(PATIENCE_SECONDS)
+        self.stream = self.socket.makefile("rb")
+        options = ("-I", "-B", "-X", "utf8", "-X", "int_max_str_digits=0", "-c", BOOT)
+        settings = (os.path.dirname(__file__), self.level, self.scratch, str(theirs.fileno()))
+        try:
+            with theirs:
+                self.process = subprocess.Popen(
+                    [self.python, *options, *settings],
+                    stdin=subprocess.DEVNULL,
+                    pass_fds=[theirs.fileno()],
+                    env=ENVIRONMENT,
+                    cwd="/",
+                    start_new_session=True,
+                    stdout=subprocess.DEVNULL,
+                )
+            self.isolation, _ = receive(self.stream)
+            if "detail" in self.isolation:
+                raise OSError(self.isolation["detail"])
+        except BaseException:
+            self.stop()
+            raise
 
-    def take(self, outcome: Outcome) -> None:
-        stop = False
-        if self.job.observe:
-            stop = self.job.observe(len(self.outcomes), outcome)
-            outcome = replace(outcome, stdout=b"", value=None)
-        self.outcomes.append(outcome)
-        self.alone = False
-        self.done = bool(stop) or len(self.outcomes) == len(self.job.tests)
+    def run(self, program: dict, test: bytes, limits: dict) -> tuple[dict[str, Any], bytes]:
+        """Fields of an `Outcome` and the output; "harness_error" where the zygote is of no use."""
+        try:
+            if self.process is None:
+                self.start()
+            self.socket.settimeout(limits["most_wall_seconds"] + PATIENCE_SECONDS)
+            send(self.socket, {"program": program, "limits": limits}, test)
+            found, body = receive(self.stream)
+        except OSError as error:
+            found, body = {"status": "harness_error", "detail": str(error)}, b""
+        if found["status"] == "harness_error":
+            self.stop()
+        return found, body
+
+    def hang_up(self) -> None:
+        """End the zygote and whatever it runs: it watches for this. From any thread."""
+        with contextlib.suppress(OSError):
+            self.socket.shutdown(socket.SHUT_RDWR)
+
+    def stop(self) -> None:
+        """Hang up and wait; a stuck zygote is killed."""
+        self.hang_up()
+        self.stream.close()
+        self.socket.close()
+        process, self.process = self.process, None
+        if process:
+            try:
+                process.wait(2)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+        if self.scratch:
+            with contextlib.suppress(OSError):  # it has removed it itself
+                remove_tree(self.scratch)
 
 
-class Sandbox:
-    """Workers that run programs. A context manager; `close` ends everything.
-
+class Sandbox(contextlib.AbstractContextManager):
+    """Workers that run programs, at `level`. A context manager; `close` ends everything.
     `level`: "auto" takes "namespaces" where the kernel allows them, else "rlimits", and refuses
     where nothing would protect the caller's files; naming a level takes what it offers here.
     `workers`: as many as there are cores to run on. `python`: the interpreter for the programs."""
@@ -162,51 +228,31 @@ class Sandbox:
             )
         if level not in LEVELS:
             raise EagleError(f"unknown isolation level {level!r}; known: {', '.join(LEVELS)}")
-        count = len(os.sched_getaffinity(0)) if workers is None else workers
-        if count < 1:
-            raise EagleError(f"workers must be at least 1, not {count}")
-        self.limits = limits or Limits()
-        self.python = python or sys.executable
+        self._count = len(os.sched_getaffinity(0)) if workers is None else workers
+        if self._count < 1:
+            raise EagleError(f"workers must be at least 1, not {workers}")
+        self.limits, self.python = limits or Limits(), python or sys.executable
         self.isolation: dict[str, Any] = {}
         self.workers: list[Worker] = []
-        self._in_use = False
-        try:
-            self._start(level, count)
-        except BaseException:
-            self.close()
-            raise
-
-    @property
-    def level(self) -> str:
-        """The level reached."""
-        return self.isolation["level"]
-
-    def __enter__(self) -> Sandbox:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """End every worker and whatever it runs; remove every file. Safe to repeat."""
-        for worker in self.workers:
-            worker.hang_up()
-        for worker in self.workers:
-            worker.stop()
-        self.workers = []
-
-    def _start(self, level: str, count: int) -> None:
+        self._in_use, self._gate = threading.Lock(), threading.Lock()
+        self._turns = threading.Semaphore(self._count)
         missed = []
         for name in LEVELS[1:] if level == "auto" else [level]:
             try:
-                self._start_at(name, count)
+                self._start_at(name)
+                self.level = name
                 break
-            except (OSError, EagleError) as error:
+            except BaseException as error:
                 self.close()
+                if not isinstance(error, OSError):
+                    raise
                 missed.append(f"{name}: {error}")
         else:
-            raise EagleError(f"no sandbox can be started here: {'; '.join(missed)}")
+            raise EagleError(
+                f"no sandbox can be started here: {'; '.join(missed)} (does {self.python} -I run?)"
+            )
         if level == "auto" and self.isolation["files"] == "open":
+            self.close()
             raise EagleError(
                 "nothing here would keep a program from changing your files "
                 f"({'; '.join(missed)}; no Landlock). Run as root in a container, allow user "
@@ -215,32 +261,33 @@ class Sandbox:
         if missed:
             self.isolation["not_reached"] = missed
 
-    def _start_at(self, level: str, count: int) -> None:
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End every worker and whatever it runs; remove every file. Safe to repeat."""
+        self._over = True
+        for worker in self.workers:
+            worker.hang_up()
+        for worker in self.workers:
+            worker.stop()
+        self.workers = []
+
+    def _start_at(self, level: str) -> None:
         """All workers at one level, once a program has run there."""
-        self._add(1, level)
+
+        def add(_: int = 0) -> None:
+            self.workers.append(Worker(self.python, level))
+
+        add()
+        self.isolation = self.workers[0].isolation
         [outcome] = self.run(Program(SELF_TEST), [""], Limits())
         if outcome.stdout != b"ready\n":
             nobody = "; uid 65534 must be able to read it" if os.geteuid() == 0 else ""
             reason = f"{outcome.status}: {outcome.detail}{nobody}"
             raise OSError(f"{self.python} ended with {reason}")
-        self._add(count - 1, level)
-
-    def _add(self, count: int, level: str) -> None:
-        fresh = [Worker(self.python, level) for _ in range(count)]
-        self.workers += fresh
-        for worker in fresh:
-            worker.start()
-        for worker in fresh:
-            self.isolation = worker.greeting()
-
-    def _restart(self, worker: Worker) -> None:
-        worker.stop()
-        try:
-            worker.start()
-            worker.greeting()
-        except OSError as error:
-            message = f"a sandbox worker ended and could not be started again: {error}"
-            raise EagleError(message) from None
+        with ThreadPoolExecutor() as pool:
+            list(pool.map(add, range(1, self._count)))
 
     def run(
         self, program: Program, tests: Sequence[TestInput], limits: Limits | None = None
@@ -249,98 +296,103 @@ class Sandbox:
         [(_, outcomes)] = self.map([Job(program, tests, limits=limits)])
         return outcomes
 
-    def map(self, jobs: Iterable[Job | None]) -> Iterator[tuple[Job, list[Outcome]]]:
-        """Jobs as they are completed, one worker each, over all workers.
-
-        `jobs` is read as workers become free; a None in it means "none yet, ask again", so that a
-        producer need not block the work under way. A test that ended just above its CPU limit, or
-        whose worker failed, is repeated once while nothing else runs here."""
-        if self._in_use:
-            raise EagleError(
-                "a sandbox serves one map or run at a time; finish or close the other first"
-            )
+    def map(self, jobs: Iterable[Job]) -> Iterator[tuple[Job, list[Outcome]]]:
+        """Jobs as they are completed, each on one worker; `jobs` is read, in threads of ours, as
+        workers become free, and may block. A test that ended just above its CPU limit, or whose
+        worker failed, is repeated once while nothing else runs here."""
         if not self.workers:
             raise EagleError("the sandbox is closed")
-        self._in_use = True
-        try:
-            yield from self._map(iter(jobs))
-        finally:
-            self._in_use = False
-            for worker in self.workers:
-                worker.task = None
-                if worker.busy:  # abandoned halfway
-                    self._restart(worker)
+        if not self._in_use.acquire(blocking=False):
+            raise EagleError("a sandbox serves one map or run at a time; finish the other first")
+        self._over, done = False, queue.SimpleQueue()
+        source, reading, working = iter(jobs), threading.Lock(), len(self.workers)
 
-    def _map(self, jobs: Iterator[Job | None]) -> Iterator[tuple[Job, list[Outcome]]]:
-        exhausted = False
-        while True:
-            waiting = False
-            for worker in self.workers:
-                if not (worker.task or exhausted or waiting or self._held()):
-                    job = next(jobs, _END)
-                    exhausted, waiting = job is _END, job is None
-                    worker.task = None if exhausted or waiting else _Task(job)
-                if worker.task and worker.task.done:
-                    done, worker.task = worker.task, None
-                    yield done.job, done.outcomes
-                elif worker.task and not worker.busy:
-                    self._begin(worker)
-            if any(worker.busy for worker in self.workers):
-                self._collect(0.01 if waiting else 1.0)
-            elif waiting:
-                time.sleep(0.01)
-            elif exhausted and not any(worker.task for worker in self.workers):
-                return
+        def serve(worker: Worker) -> None:
+            error = None
+            try:
+                while not self._over:
+                    with reading:
+                        job = next(source, None)
+                    if job is None:
+                        break
+                    done.put((job, self._outcomes(worker, job)))
+            except BaseException as raised:
+                error = raised
+            done.put(error)
 
-    def _held(self) -> bool:
-        """A test waits to run alone, or does."""
-        return any(worker.task and worker.task.alone for worker in self.workers)
+        with ThreadPoolExecutor(working) as pool:
+            try:
+                for worker in self.workers:
+                    pool.submit(serve, worker)
+                while working:
+                    found = done.get()
+                    if isinstance(found, BaseException):
+                        raise found
+                    if found is None:
+                        working -= 1
+                    else:
+                        yield found
+            finally:
+                self._over = True
+                if working:  # abandoned halfway: what runs now ends, and workers start afresh
+                    for worker in self.workers:
+                        worker.hang_up()
+                self._in_use.release()
 
-    def _begin(self, worker: Worker) -> None:
-        """Start the worker's next test, unless another's turn alone has come."""
-        task = worker.task
-        alone = task.alone and not any(other.busy for other in self.workers)
-        if alone or not self._held():
-            test = task.job.tests[len(task.outcomes)]
-            program = task.job.program
-            limits = asdict(task.job.limits or self.limits)
-            limits["kill_cpu_seconds"] = GRACE * limits["cpu_seconds"]
-            limits["wall_seconds"] = max(limits["wall_seconds"], limits["kill_cpu_seconds"])
-            limits["most_wall_seconds"] = STRETCH * limits["wall_seconds"]
-            worker.begin(asdict(program), encode(test, program.fn_name), limits)
+    def _outcomes(self, worker: Worker, job: Job) -> list[Outcome]:
+        outcomes: list[Outcome] = []
+        stop = False
+        while not (stop or self._over) and len(outcomes) < len(job.tests):
+            outcome = self._test(worker, job, job.tests[len(outcomes)])
+            if job.observe:
+                stop = job.observe(len(outcomes), outcome)
+                outcome = replace(outcome, stdout=b"", value=None)
+            outcomes.append(outcome)
+        return outcomes
 
-    def _collect(self, seconds: float) -> None:
-        """Take the answers that come within `seconds`, or sooner."""
-        busy = {worker.socket.fileno(): worker for worker in self.workers if worker.busy}
-        poll = select.poll()
-        for end in busy:
-            poll.register(end, select.POLLIN)
-        ready = {end for end, _ in poll.poll(seconds * 1000)}
-        for end, worker in busy.items():
-            if end in ready:
-                self._take(worker, *worker.answer())
-            elif time.monotonic() > worker.deadline:
-                late = {"status": "harness_error", "detail": "the worker did not answer"}
-                self._take(worker, late, b"")
-
-    def _take(self, worker: Worker, found: dict[str, Any], body: bytes) -> None:
-        """`found`: fields of an Outcome; `body`: standard output, or a result's JSON."""
-        task, value = worker.task, None
-        failed, near = found["status"] == "harness_error", found.pop("near", False)
-        if failed:
-            self._restart(worker)
-        if (failed or near) and not task.alone:
-            task.alone = True
-            return
-        if failed:
-            found["detail"] = f"{found['detail'] or 'the worker ended'}, twice"
-        elif found["status"] == "ok" and task.job.program.fn_name is not None:
+    def _test(self, worker: Worker, job: Job, test: TestInput) -> Outcome:
+        program, limits = job.program, asdict(job.limits or self.limits)
+        limits["kill_cpu_seconds"] = GRACE * limits["cpu_seconds"]
+        limits["wall_seconds"] = max(limits["wall_seconds"], limits["kill_cpu_seconds"])
+        limits["most_wall_seconds"] = STRETCH * limits["wall_seconds"]
+        given = encode(test, program.fn_name)
+        for alone in (False, True):
+            turns = self._count if alone else 1
+            with self._gate:  # who waits to run alone lets nobody else begin
+                for _ in range(turns):
+                    self._turns.acquire()
+            try:
+                found, body = worker.run(asdict(program), given, limits)
+            finally:
+                self._turns.release(turns)
+            near = found.pop("near", False)
+            if self._over or not (near or found["status"] == "harness_error"):
+                break
+        value = None
+        if found["status"] == "ok" and program.fn_name is not None:
             try:
                 value = decode(body)
             except (ValueError, RecursionError) as error:
                 found.update(status="runtime_error", detail=f"no usable JSON was returned: {error}")
             body = b""
-        task.take(Outcome(stdout=body, value=value, retried=task.alone, **found))
+        return Outcome(stdout=body, value=value, retried=alone, **found)
 
 
-_END = object()
+def encode(test: str | bytes | list, fn_name: str | None) -> bytes:
+    """A test's input as the runner reads it. Raises EagleError for an input of the wrong kind."""
+    if fn_name is not None:
+        if isinstance(test, list):
+            return marshal.dumps(test, 2)  # like JSON, but keys of dicts keep their type
+        raise EagleError(f"a call's input is the list of its arguments, not {type(test).__name__}")
+    if isinstance(test, bytes):
+        return test
+    if isinstance(test, str):
+        return test.encode("utf-8", "surrogatepass")
+    raise EagleError(f"standard input is text, not {type(test).__name__}")
+
+
+def decode(body: bytes) -> Any:
+    """JSON that a program wrote; very long integers become Decimals, which are read fast."""
+    return json.loads(
+        body, parse_int=lambda text: int(text) if len(text) <= LONG_INTEGER else Decimal(text)
+    )

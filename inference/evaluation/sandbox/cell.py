@@ -16,7 +16,6 @@ import time
 from typing import NamedTuple
 
 from . import isolation as kernel
-from .shared import remove_tree
 
 SLACK_BYTES = 64 << 10
 MOST_FILES = 4096
@@ -132,7 +131,7 @@ class Cell:
         stats, children = {}, {}
         for pid in self._pids():
             fields = self._read(f"{pid}/stat").rpartition(")")[2].split()
-            if fields:
+            if fields:  # else it has ended
                 stats[pid] = fields
                 children.setdefault(int(fields[1]), []).append(pid)
         found, queue = {}, [self.pid]
@@ -141,6 +140,20 @@ class Cell:
             queue += below
             found.update((pid, stats[pid]) for pid in below)
         return found
+
+    def reap(self) -> None:
+        """End every process below the zygote."""
+        while True:
+            try:
+                while os.waitpid(-1, os.WNOHANG)[0]:
+                    continue
+            except ChildProcessError:  # a subreaper without children has no descendants
+                return
+            for step in (signal.SIGSTOP, signal.SIGKILL):  # stopped first: none forks meanwhile
+                for pid in self.descendants():
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(pid, step)
+            time.sleep(0.001)
 
     def count_other_tasks(self) -> int:
         """Threads that RLIMIT_NPROC counts besides the program's own; some may start later."""
@@ -156,11 +169,10 @@ class Cell:
         return [int(name) for name in os.listdir(self.procfs) if name.isdigit()]
 
     def _read(self, path: str) -> str:
-        try:
+        with contextlib.suppress(OSError):  # the process has ended
             with open(os.open(path, os.O_RDONLY, dir_fd=self.procfs), errors="replace") as file:
                 return file.read()
-        except OSError:  # the process has ended
-            return ""
+        return ""
 
 
 class Namespaces(Cell):
@@ -191,28 +203,19 @@ class Namespaces(Cell):
 
     def close_scratch(self) -> None:
         """Raises OSError where something still holds it."""
-        for pause in (0.001, 0.01, 0.1, 0):
-            try:
+        for pause in (0.001, 0.01, 0.1):
+            with contextlib.suppress(OSError):
                 kernel.call("umount2", self.top, 0)
                 return
-            except OSError:
-                if not pause:
-                    raise
-                time.sleep(pause)
+            time.sleep(pause)
+        kernel.call("umount2", self.top, 0)
 
     def fork(self) -> int:
         """As os.fork; the child is the init of a PID namespace of its own."""
         kernel.call("unshare", kernel.NEWPID)
-        pid = -1
-        try:
-            pid = os.fork()
-        finally:
-            if pid:
-                kernel.call("setns", self.pid_namespace, kernel.NEWPID)
+        if pid := os.fork():  # where it cannot be done, the zygote ends
+            kernel.call("setns", self.pid_namespace, kernel.NEWPID)
         return pid
-
-    def reap(self) -> None:
-        """Everything has ended by the time that the init of its namespace is gone."""
 
     def count_other_tasks(self) -> int:
         if list(map(int, re.findall(r"\d+", os.uname().release)[:2])) < [5, 14]:
@@ -236,8 +239,8 @@ class Rlimits(Cell):
         os.mkdir(self.top, 0o711)
 
     def scratch_is_full(self, file_bytes: int) -> bool:
-        total = entries = 0
-        errors = []
+        """A folder that cannot be listed counts as full, whatever it holds."""
+        total, entries, errors = 0, 0, []
         for folder, folders, files, descriptor in os.fwalk(self.work, onerror=errors.append):
             for name in files:
                 with contextlib.suppress(OSError):  # it may be gone again
@@ -245,7 +248,6 @@ class Rlimits(Cell):
             entries += len(folders) + len(files)
             if total > file_bytes or entries > MOST_FILES or folder.count("/") > 500:
                 return True
-        # a folder that cannot be listed counts as full, whatever it holds
         return any(isinstance(error, PermissionError) for error in errors)
 
     def close_scratch(self) -> None:
@@ -253,20 +255,6 @@ class Rlimits(Cell):
 
     def fork(self) -> int:
         return os.fork()
-
-    def reap(self) -> None:
-        """End every process below the zygote."""
-        while True:
-            try:
-                while os.waitpid(-1, os.WNOHANG)[0]:
-                    continue
-            except ChildProcessError:  # a subreaper without children has no descendants
-                return
-            for step in (signal.SIGSTOP, signal.SIGKILL):  # stopped first: none forks meanwhile
-                for pid in self.descendants():
-                    with contextlib.suppress(ProcessLookupError):
-                        os.kill(pid, step)
-            time.sleep(0.001)
 
 
 LEVELS = {level.level: level for level in (Namespaces, Rlimits)}
@@ -281,9 +269,26 @@ def visible_folders() -> list[str]:
     return [path for path in paths if not any(path.startswith(f"{other}/") for other in paths)]
 
 
+def remove_tree(top: str) -> None:
+    """Remove a folder of any depth and any modes: inner folders are moved to the top first."""
+    folders = [top]
+    for folder in folders:  # grows on the way
+        with os.scandir(folder) as entries:
+            rows = [(entry.path, entry.is_dir(follow_symlinks=False)) for entry in entries]
+        for path, is_folder in rows:
+            if not is_folder:
+                os.unlink(path)
+                continue
+            os.chmod(path, 0o700)
+            target = path if folder == top else f"{top}/{len(folders)}"
+            os.rename(path, target)
+            folders.append(target)
+    for folder in reversed(folders):
+        os.rmdir(folder)
+
+
 def _continue_in_child() -> None:
-    """Fork; the parent waits for the child and ends with it, the child goes on and ends with the
-    parent."""
+    """Fork; the parent waits for the child, which goes on, and each ends with the other."""
     if pid := os.fork():
         os.closerange(3, 256)
         os._exit(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) & 255)

@@ -53,48 +53,33 @@ def attempt(action: Callable[[], None]) -> bool:
     return os.waitpid(pid, 0)[1] == 0
 
 
-# -- namespaces --
-
-
 def enter_namespaces() -> bool:
     """Leave the host's user, mount, network, IPC and (for children) PID namespaces.
-
     Root maps two ids, 0 and 65534, so that a program can run as the latter; the result says so.
-    Anybody else has one id to map; what separates a program from its runner is then the PID
-    namespace and the missing capabilities."""
-    uid, gid = os.geteuid(), os.getegid()
-    finish = _map_two_ids() if uid == 0 else lambda: False
+    That may only be done from outside, by a child that stays there. Anybody else has one id to map;
+    what separates a program from its runner is then the PID namespace and the missing capabilities.
+    """
+    uid, gid, own = os.geteuid(), os.getegid(), os.getpid()
+    wait, go = os.pipe()
+    outside = os.fork() if uid == 0 else -1
+    if outside == 0:
+        try:
+            os.close(go)
+            os.read(wait, 1)
+            for name in ("uid_map", "gid_map"):
+                _write(f"/proc/{own}/{name}", f"0 0 1\n{NOBODY} {NOBODY} 1\n")
+            os._exit(0)
+        finally:
+            os._exit(1)
     call("unshare", NEWUSER | NEWNS | NEWNET | NEWIPC | NEWPID)
-    if finish():
+    os.close(wait)
+    os.close(go)
+    if outside > 0 and os.waitpid(outside, 0)[1] == 0:
         return True
     _write("/proc/self/setgroups", "deny")
     _write("/proc/self/uid_map", f"{NOBODY} {uid} 1\n")
     _write("/proc/self/gid_map", f"{NOBODY} {gid} 1\n")
     return False
-
-
-def _map_two_ids() -> Callable[[], bool]:
-    """Start a child that stays outside, from where alone two ids may be mapped; call the result,
-    inside, to have it done."""
-    target = os.getpid()
-    wait, go = os.pipe()
-    pid = os.fork()
-    if pid == 0:
-        try:
-            os.close(go)
-            os.read(wait, 1)
-            for name in ("uid_map", "gid_map"):
-                _write(f"/proc/{target}/{name}", f"0 0 1\n{NOBODY} {NOBODY} 1\n")
-            os._exit(0)
-        finally:
-            os._exit(1)
-    os.close(wait)
-
-    def finish() -> bool:
-        os.close(go)
-        return os.waitpid(pid, 0)[1] == 0
-
-    return finish
 
 
 def _write(path: str, text: str) -> None:
@@ -108,7 +93,6 @@ def mount(source: str | None, target, kind: str | None, flags: int, data: str = 
 
 def private_root(folders: Iterable[str], scratch: str) -> None:
     """Replace this mount namespace's root by an empty one that shows `folders` read-only.
-
     `scratch`, a folder below /, is left as a mount point. Ends in a chroot below the namespace's
     own root: there the kernel grants no further user namespaces, so nothing inside can gain the
     right to mount."""
@@ -164,9 +148,7 @@ def drop_capabilities() -> None:
     call("capset", header, ctypes.create_string_buffer(24))
 
 
-# -- seccomp: system calls that a contest program never needs --
-
-# name, number on x86-64, on arm64 (-: it has no such call)
+# system calls that a contest program never needs: name, number on x86-64, on arm64 (-: none)
 _DENIED = """socket 41 198, shmget 29 194, semget 64 190, msgget 68 186, mq_open 240 180,
 add_key 248 217, request_key 249 218, keyctl 250 219, ptrace 101 117, process_vm_readv 310 270,
 process_vm_writev 311 271, pidfd_getfd 438 438, unshare 272 97, setns 308 268, mount 165 40,
@@ -187,11 +169,9 @@ _ALLOW, _EPERM, _ENOSYS = 0x7FFF0000, 0x00050001, 0x00050026
 
 
 def deny_system_calls(in_the_open: bool) -> None:
-    """Install a filter: no sockets (pairs are allowed), IPC objects, keys, tracing, limits of
-    others, mounts, namespaces.
-
-    `in_the_open`: also no signals to other processes and no changes of owner, mode or time of a
-    file. For this process and what it starts; `drop_capabilities` comes first."""
+    """Install a filter, for this process and what it starts: no sockets (pairs are allowed), IPC
+    objects, keys, tracing, limits of others, mounts, namespaces. `in_the_open`: also no signals to
+    others and no changes of a file's owner, mode or time. `drop_capabilities` comes first."""
     machine = platform.machine()
     if machine not in _ARCHITECTURES:
         raise OSError(38, f"no table of system calls for {machine}")
@@ -223,15 +203,13 @@ def _numbers(table: str, machine: str) -> dict[str, int]:
     return {row[0]: int(row[column]) for row in rows if row[column] != "-"}
 
 
-# -- Landlock: files, where there is no private root --
-
-_CREATE_RULESET, _ADD_RULE, _RESTRICT = 444, 445, 446  # the same on every architecture
+# Landlock: files, where there is no private root; the same numbers on every architecture
+_CREATE_RULESET, _ADD_RULE, _RESTRICT = 444, 445, 446
 _READ, _WRITE_FILE, _FILE_RIGHTS = 0b1101, 0b10, 0b1100000000000111
 
 
 def confine_files(readable: Iterable[str], writable: str) -> None:
     """From now on this process and its children read below `readable` and write below `writable`.
-
     Sets no_new_privs, without which an unprivileged process may not confine itself. Other users'
     rights still count. `readable` may name what does not exist."""
     prctl(PR_SET_NO_NEW_PRIVS, 1)

@@ -1,6 +1,6 @@
 """Checkers of the shipped problems that have several right answers: (input, expected, got) -> bool.
 
-Standard input is text and `got` bytes, as `inference/judge.py` hands them over.
+Standard input is text, and `got` bytes.
 """
 
 from __future__ import annotations

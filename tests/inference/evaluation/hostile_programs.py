@@ -11,6 +11,7 @@ import signal
 import socket
 import sys
 import time
+from contextlib import suppress
 
 
 def sleep():
@@ -24,10 +25,8 @@ def infinite_output():
 
 def catches_signals():
     for number in set(signal.Signals) - {signal.SIGKILL, signal.SIGSTOP}:
-        try:
+        with suppress(OSError):
             signal.signal(number, lambda *_: None)
-        except OSError:
-            pass
     while True:
         pass
 
@@ -57,10 +56,8 @@ def fork_bomb():
     """It ends after a minute, for the day when the walls have a hole."""
     end = time.monotonic() + 60
     while time.monotonic() < end:
-        try:
+        with suppress(OSError):
             os.fork()
-        except OSError:
-            pass
 
 
 def double_fork():
@@ -73,10 +70,8 @@ def double_fork():
             os._exit(0)
         for i in range(6000):
             for folder in (".", "/tmp", "/var/tmp", "/dev/shm"):
-                try:
+                with suppress(OSError):
                     open(f"{folder}/hostile-left-{i % 7}", "w").close()
-                except OSError:
-                    pass
             time.sleep(0.01)
     time.sleep(0.1)
     print("parent done")
@@ -85,16 +80,12 @@ def double_fork():
 def kills_its_parent():
     """Or lets it starve."""
     for number in (signal.SIGKILL, signal.SIGSTOP, signal.SIGTERM):
-        try:
+        with suppress(OSError):
             os.kill(os.getppid(), number)
-        except OSError:
-            pass
     for limit in (resource.RLIMIT_CPU, resource.RLIMIT_AS, resource.RLIMIT_NOFILE):
-        try:
+        with suppress(OSError, ValueError):
             resource.prlimit(os.getppid(), limit, (0, 0))
             print("starved it")
-        except (OSError, ValueError):
-            pass
     print("still here")
 
 
@@ -111,10 +102,8 @@ def leaves_shared_memory():
     libc.semget(0x48535431, 1, 0o1600)
     libc.msgget(0x48535431, 0o1600)
     for name in (b"/hostile-left", b"/hostile-left-2"):
-        try:
+        with suppress(AttributeError, OSError):
             os.ftruncate(libc.shm_open(name, os.O_CREAT | os.O_RDWR, 0o600), 1 << 16)
-        except (AttributeError, OSError):
-            pass
     print("left" if segment >= 0 else "nothing left")
 
 
@@ -146,10 +135,8 @@ def deletes_above():
         "/usr/hostile-left",
     ):
         for attempt in (os.remove, lambda p: open(p, "w").close(), lambda p: os.chmod(p, 0)):
-            try:
+            with suppress(OSError):
                 attempt(path)
-            except OSError:
-                pass
     print("tried")
 
 

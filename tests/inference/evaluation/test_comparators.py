@@ -5,8 +5,9 @@ from decimal import Decimal
 
 import pytest
 
-from inference.evaluation.comparators import POLICIES
+from inference.evaluation.comparators import POLICIES, accepts
 
+ALL = "strict tokens float nocase unordered"
 # expected, got, the policies that accept it. The first seven TACO's published checker gets wrong.
 TEXT = [
     ("1\n0\n1\n0\n", "0\n1\n", ""),  # false accepts: order and number of lines forgotten
@@ -14,32 +15,24 @@ TEXT = [
     ("c b a\n", "abc\n", ""),
     ("0.3333333333\n", "0.333333\n", "float"),  # false rejects
     ("10\n", "10.0\n", "float"),
-    ("12\n34\n", "12 \n34\n", "strict tokens float nocase unordered"),
+    ("12\n34\n", "12 \n34\n", ALL),
     ("YES\n", "yes\n", "nocase"),
     # white space
-    ("1 2\n3\n", "1 2\n3\n", "strict tokens float nocase unordered"),
-    ("1 2", "1 2\n\n\n", "strict tokens float nocase unordered"),
-    ("10 20\n", "10  20\n", "strict tokens float nocase unordered"),
-    ("10 20\n", "10\t20\n", "strict tokens float nocase unordered"),
-    ("10\r\n20\r\n", "10\n20\n", "strict tokens float nocase unordered"),
-    ("10\n20\n", "10\r\n20\r\n", "strict tokens float nocase unordered"),
+    ("1 2", "1 \t2\n\n\n", ALL),
+    ("10\r\n20\r\n", "10\n20\n", ALL),
+    ("10\n20\n", "10\r\n20\r\n", ALL),
     ("10\n20\n", "10 20\n", "tokens"),
-    ("10 20\n", "10\n20\n", "tokens"),
-    ("ab\n\ncd\n", "ab\ncd\n", "tokens unordered"),
     ("ab\n\ncd\n", "ab\ncd\n\n", "tokens unordered"),
-    ("", "", "strict tokens float nocase unordered"),
-    ("", "\n \n", "strict tokens float nocase unordered"),
+    ("", "\n \n", ALL),
     ("", "10", ""),
     ("ab cd", "ab\u00a0cd", ""),  # no-break space is no white space here
     # what is missing, too much, repeated, or in another order
     ("12\n", "12\n34\n", ""),
     ("12 34 34\n", "12 12 34\n", ""),
-    ("12\n34\n56\n", "34\n56\n12\n", "unordered"),
     ("12 34 56\n", "34 56 12\n", "unordered"),
     ("12 34\n56 78\n", "34 12\n56 78\n", ""),
     ("12 34\n56 78\n", "56 78\n12 34\n", "unordered"),
     ("12\n12\n34\n", "12\n34\n34\n", ""),
-    ("12\n", "1 2\n", ""),
     ("1 2\n", "12\n", ""),
     # numbers
     ("10\n", "010\n", "float"),
@@ -66,18 +59,13 @@ TEXT = [
     ("10\n", "1_0\n", ""),
     ("10.5\n", "0xA.8\n", ""),
     ("10.5\n", "\u0661\u0660.5\n", ""),  # Arabic digits
-    ("1/2\n", "0.5\n", ""),
     # letters
-    ("Yes No\n", "yes NO\n", "nocase"),
     ("stra\u00dfe\n", "STRASSE\n", ""),
     ("\u00c4\n", "\u00e4\n", ""),
-    ("\u00e4\u00f6\n", "\u00e4\u00f6\n", "strict tokens float nocase unordered"),
+    ("\u00e4\u00f6\n", "\u00e4\u00f6\n", ALL),
     ("True\n", "1\n", ""),
-    ('["a", "b"]\n', "['a', 'b']\n", ""),
 ]
-ALL = "strict tokens float nocase unordered"
 VALUES = [
-    (3, 3, ALL),
     (3, "3", ""),
     (10, 10.0, ALL),
     (True, 1, ALL),  # as the sites compare that these problems come from
@@ -88,50 +76,36 @@ VALUES = [
     ([1, 1, 2], [1, 2, 2], ""),
     ([[1, 2], [3]], [[3], [1, 2]], "unordered"),
     ([[1, 2], [3]], [[2, 1], [3]], ""),
-    ([1, [2]], [1, 2], ""),
     ([[1, 2]], [1, 2], ""),
     ([3, 4], 3, ""),
     ({"a": [1]}, {"a": [1]}, ALL),
     ({"a": 1}, {"a": 1, "b": 2}, ""),
     ("ab", ["a", "b"], ""),
-    ("Ab", "aB", "nocase"),
     (["Ab", {"k": "X"}], ["ab", {"k": "x"}], "nocase"),
-    (0.3, 0.1 + 0.2, "float"),
-    ([0.3, {"x": 1.5}], [0.30000001, {"x": 1.5}], "float"),
-    (1000000007, 1000000008, ""),
+    ([0.3, {"x": 1.5}], [0.1 + 0.2, {"x": 1.5}], "float"),
     (1000000007, 1000000008.0, ""),
     (1000000.0, 1000000.9, "float"),
     (0.5, float("nan"), ""),
     (float("inf"), 1e308, ""),
     (float("inf"), float("inf"), ALL),
+    ([math.nan], [1.0], ""),
+    ([math.nan], [float("nan")], ALL),
     (10**4000, 10**4000 + 1, ""),
     (10**4000, 1e300, ""),
+    # very long integers arrive as Decimals
+    (10**5000, Decimal("1" + "0" * 5000), ALL),
+    (10**5000, Decimal("1" + "0" * 4999 + "1"), ""),
 ]
 
 
 @pytest.mark.parametrize("policy", POLICIES)
 def test_the_tables(policy):
-    text, value = POLICIES[policy]
-    rows = [(e, g, text(e, g.encode()), accepting) for e, g, accepting in TEXT]
-    rows += [(e, g, value(e, g), accepting) for e, g, accepting in VALUES]
+    rows = [(e, g, accepts(policy, e, g.encode()), accepting) for e, g, accepting in TEXT]
+    rows += [(e, g, accepts(policy, e, g), accepting) for e, g, accepting in VALUES]
     assert [row[:2] for row in rows if bool(row[2]) != (policy in row[3].split())] == []
-
-
-@pytest.mark.parametrize("policy", POLICIES)
-@pytest.mark.parametrize("got", [b"\xff\xfe", b"10\xff", b"\x00", b"10\x00", b"\xed\xa0\x80"])
-def test_bytes_that_are_no_text_are_wrong(policy, got):
-    assert POLICIES[policy][0]("10\n", got) is False
-
-
-@pytest.mark.parametrize("policy", POLICIES)
-def test_odd_values(policy):
-    accepts = POLICIES[policy][1]
-    assert not accepts([math.nan], [1.0])
-    assert accepts([math.nan], [float("nan")])
-    # very long integers arrive as Decimals
-    assert accepts(10**5000, Decimal("1" + "0" * 5000))
-    assert not accepts(10**5000, Decimal("1" + "0" * 4999 + "1"))
+    for got in (b"\xff\xfe", b"10\xff", b"\x00", b"10\x00", b"\xed\xa0\x80"):  # no text
+        assert not accepts(policy, "10\n", got)
     deep = []
     for _ in range(900):
         deep = [deep]
-    assert not accepts([1, [2, [3]]], deep)
+    assert not accepts(policy, [1, [2, [3]]], deep)

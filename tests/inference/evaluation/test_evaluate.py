@@ -3,12 +3,9 @@ refusals.
 """
 
 import json
-import os
 import random
-import subprocess
-import sys
+import resource
 import time
-from pathlib import Path
 
 import pytest
 from commands import Command
@@ -16,71 +13,36 @@ from commands import Command
 from inference import evaluate
 from inference.evaluation import journal
 from inference.evaluation.executing import Executor, Rules
-from inference.evaluation.generations import Generations, Sample, write_upstream
 from inference.evaluation.problems import load_problems
-from inference.evaluation.run import verify
 from inference.evaluation.sandbox import Sandbox
 
-ROOT = Path(__file__).parents[3]
 ALLOW = "--allow_code_execution"
 
 
-@pytest.fixture(scope="module")
-def sandbox():
-    with Sandbox(workers=2, allow_code_execution=True) as sandbox:
-        yield sandbox
-
-
-@pytest.fixture
-def cli(in_process):
-    """cli("taco", "--flag", …) -> (code, the JSON of the last line, stderr)."""
-
-    def run(name, *arguments):
-        command = evaluate.COMMANDS[name]
-        preset = ("--format", name) if command is evaluate.code else ()
-        code, out, err = in_process(command, *preset, *arguments)
-        lines = out.splitlines()
-        return code, json.loads(lines[-1]) if lines and lines[-1].startswith("{") else None, err
-
-    return run
-
-
-def generations(path, problems, made):
+def generations(path, made):
     """made: {task: completions} -> an upstream file."""
-    samples = [
-        Sample(task, i, text) for task, texts in made.items() for i, text in enumerate(texts)
-    ]
-    write_upstream(path, problems.problems, Generations(samples))
+    rows = [{"task_id": task, "output": texts} for task, texts in made.items()]
+    path.write_text(json.dumps(rows))
     return path
 
 
-@pytest.fixture(scope="module")
-def shipped():
-    return load_problems(None)
-
-
-def test_the_shipped_solutions_pass(shipped, sandbox, tmp_path):
-    with Executor(sandbox, tmp_path, Rules()) as executor:
-        checked = verify(shipped, executor, tmp_path)
-    assert checked.verified == [p.task_id for p in shipped.problems]
-    assert checked.excluded == [] == checked.unverified and checked.isolation == sandbox.level
-
-
-def test_scores_in_parallel_and_in_series(shipped, tmp_path, cli):
-    right = {p.task_id: [p.solutions[-1], "print('no')"] for p in shipped.problems}
-    file = generations(tmp_path / "right.json", shipped, right)
-    reports = []
-    for workers in (1, 2):
-        stage = ("--generations", file, "--output", tmp_path / f"{workers}")
-        code, summary, _ = cli("execute", *stage, ALLOW, "--workers", workers, "--seconds", 1)
-        assert code == 0 and summary["programs"] == 40 and summary["causes"]["accepted"] == 20
-        code, summary, _ = cli("score", *stage)
-        assert code == 0 and summary["pass_at_k"]["pass@1"]["value"] == 0.5
-        report = json.loads((tmp_path / f"{workers}" / "report.json").read_text())
-        groups = [e["pass@1"]["value"] for g in report["splits"].values() for e in g.values()]
-        assert set(groups) == {0.5}
-        reports.append(report)
-    assert reports[0] == reports[1]
+def test_the_shipped_solutions_pass(tmp_path, cli):
+    """With theirs half of the programs are right, in every split."""
+    shipped = load_problems(None).problems
+    right = {p.task_id: [p.solutions[-1], "print('no')"] for p in shipped}
+    file = generations(tmp_path / "right.json", right)
+    stage = ("--output", tmp_path / "out")
+    assert cli("verify-dataset", *stage, ALLOW, "--workers", 2, "--seconds", 1)[0] == 0
+    stage += ("--generations", file)
+    code, summary, _ = cli("execute", *stage, ALLOW, "--workers", 1, "--seconds", 1)
+    assert code == 0 and summary["programs"] == 40 and summary["causes"]["accepted"] == 20
+    code, summary, _ = cli("score", *stage)
+    assert code == 0 and summary["pass_at_k"]["pass@1"]["value"] == 0.5
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    groups = [e["pass@1"]["value"] for g in report["splits"].values() for e in g.values()]
+    assert set(groups) == {0.5}
+    data = report["data"]
+    assert (data["verified"], data["excluded"], data["unverified"]) == (20, [], [])
 
 
 # completions of known outcome
@@ -94,47 +56,52 @@ OUTCOMES = {
 }
 
 
-def small_set(path, problems=2):
-    """Problems "double" with 3 tests each, and completions of known outcome for them."""
-    tests = {"inputs": ["1\n", "5\n", "7\n"], "outputs": ["2\n", "10\n", "14\n"]}
-    rows = [
-        {
-            "task_id": f"double{i}",
-            "question": "Double.",
-            "solutions": json.dumps([OUTCOMES["accepted"]]),
-            "input_output": json.dumps(tests),
-            "difficulty": "EASY" if i % 2 else "HARD",
-            "skill_types": "['Sorting']",
-        }
-        for i in range(problems)
-    ]
+def write(path, rows):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
 
 
+def small_set(path, problems=2):
+    """Problems "double" with 3 tests each, and completions of known outcome for them."""
+    tests = {"inputs": ["1\n", "5\n", "7\n"], "outputs": ["2\n", "10\n", "14\n"]}
+    row = {
+        "question": "Double.",
+        "solutions": json.dumps([OUTCOMES["accepted"]]),
+        "input_output": json.dumps(tests),
+        "skill_types": "['Sorting']",
+    }
+    levels = ("HARD", "EASY")
+    own = [{"task_id": f"double{i}", "difficulty": levels[i % 2]} for i in range(problems)]
+    return write(path, [{**row, **one} for one in own])
+
+
+def executed(folder):
+    return journal.read(folder / "executions.jsonl")
+
+
 def test_every_outcome_is_told_apart_and_stages_repeat_nothing(tmp_path, cli):
-    data = small_set(tmp_path / "x.jsonl", 1)
-    problems = load_problems(data)
-    file = generations(tmp_path / "g.json", problems, {"double0": list(OUTCOMES.values())})
-    stage = ("--data", data, "--output", tmp_path / "out")
-    limits = ("--seconds", 0.5, "--memory_mb", 512)
-    code, summary, _ = cli("execute", *stage, "--generations", file, ALLOW, *limits)
+    data, out = small_set(tmp_path / "x.jsonl", 1), tmp_path / "out"
+    file = generations(tmp_path / "g.json", {"double0": list(OUTCOMES.values())})
+    stage = ("--data", data, "--output", out, "--generations", file)
+    limits = (ALLOW, "--seconds", 0.5, "--memory_mb", 512)
+    code, summary, _ = cli("execute", *stage, *limits)
     assert code == 0 and summary["causes"] == dict.fromkeys(OUTCOMES, 1)
-    lines = journal.read(tmp_path / "out" / "executions.jsonl")
+    lines = executed(out)
     assert {x["verdict"]["isolation"] for x in lines} == {summary["isolation"]}
-    again = cli("execute", *stage, "--generations", file, ALLOW, *limits)[1]
-    assert again == summary and len(journal.read(tmp_path / "out" / "executions.jsonl")) == len(
-        lines
-    )
-    code, scored, _ = cli("score", *stage, "--generations", file, "--k", "1,2,6")
+    again = cli("execute", *stage, *limits)[1]
+    assert again == summary and len(executed(out)) == len(lines)
+    code, scored, _ = cli("score", *stage, "--k", "1,2,6")
     values = {k: v["value"] for k, v in scored["pass_at_k"].items()}
     assert values == pytest.approx({"pass@1": 1 / 6, "pass@2": 1 / 3, "pass@6": 1.0}, abs=1e-6)
     assert scored["causes"] == summary["causes"]
-    code, _, err = cli("score", *stage, "--generations", file, "--k", 7)
+    code, _, err = cli("score", *stage, "--k", 7)
     assert code == 1 and "pass@7 needs at least 7" in err
+    more = generations(tmp_path / "h.json", {"double0": [OUTCOMES["wrong"], "z"]})
+    code, _, err = cli("score", *stage[:-1], more)
+    assert code == 1 and "1 of 2 programs have no verdict" in err and "double0/1" in err
     # another limit is another verdict
-    cli("execute", *stage, "--generations", file, ALLOW, "--seconds", 0.6, "--memory_mb", 512)
-    assert len(journal.read(tmp_path / "out" / "executions.jsonl")) == 2 * len(lines)
+    cli("execute", *stage, ALLOW, "--seconds", 0.6, "--memory_mb", 512)
+    assert len(executed(out)) == 2 * len(lines)
 
 
 def test_a_problem_whose_own_solution_fails_is_excluded_and_listed(tmp_path, cli):
@@ -143,7 +110,7 @@ def test_a_problem_whose_own_solution_fails_is_excluded_and_listed(tmp_path, cli
     rows[1]["solutions"] = json.dumps(["print(1)", OUTCOMES["timeout"]])
     rows[2]["solutions"] = json.dumps(["print 1", OUTCOMES["accepted"]])  # one of them is enough
     rows[3]["solutions"] = "[]"
-    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write(data, rows)
     stage = ("--data", data, "--output", tmp_path / "out")
     code, summary, err = cli("verify-dataset", *stage, ALLOW, "--seconds", 0.5)
     assert code == 1 and summary["verified"] == 2 and summary["unverified"] == 1
@@ -151,112 +118,51 @@ def test_a_problem_whose_own_solution_fails_is_excluded_and_listed(tmp_path, cli
     assert row["task_id"] == "double1" and "timeout in test 1 of 3" in row["reason"]
     assert "excluded: double1" in err
     right = {f"double{i}": [OUTCOMES["accepted"]] for i in range(4)}
-    file = generations(tmp_path / "g.json", load_problems(data), right)
+    file = generations(tmp_path / "g.json", right)
     cli("execute", *stage, "--generations", file, ALLOW)
     code, scored, _ = cli("score", *stage, "--generations", file)
     assert scored["pass_at_k"]["pass@1"]["problems"] == 3
     page = (tmp_path / "out" / "report.md").read_text()
-    assert (
-        "| double1 | its own solution: timeout" in page and "1, their tests taken as right" in page
-    )
+    assert "| double1 | its own solution: timeout" in page
+    assert "their tests taken as right | 1 |" in page
 
 
 def test_a_broken_checker_is_no_fault_of_the_model(tmp_path, cli):
-    data, file = small_set(tmp_path / "x.jsonl", 3), tmp_path / "checkers.py"
+    data, file, out = small_set(tmp_path / "x.jsonl", 3), tmp_path / "checkers.py", tmp_path / "out"
     file.write_text("CHECKERS = {'double1': lambda given, expected, got: 1 / 0}\n")
-    problems, right = load_problems(data), OUTCOMES["accepted"]
-    found = generations(
-        tmp_path / "g.json", problems, {f"double{i}": [right] * 2 for i in range(3)}
-    )
-    stage = (
-        "--data",
-        data,
-        "--checkers",
-        file,
-        "--output",
-        tmp_path / "out",
-        "--generations",
-        found,
-    )
+    right = {f"double{i}": [OUTCOMES["accepted"]] * 2 for i in range(3)}
+    found = generations(tmp_path / "g.json", right)
+    stage = ("--data", data, "--checkers", file, "--output", out, "--generations", found)
     _, summary, _ = cli("execute", *stage, ALLOW)
     assert summary["causes"] == {"accepted": 4, "harness_error": 2}
     code, scored, _ = cli("score", *stage)
     assert code == 1 and scored["pass_at_k"] is None and "no score" in scored["refused"]
-    assert not (tmp_path / "out" / "metrics.json").exists()
+    assert not (out / "metrics.json").exists()
     # not even above the threshold is the problem dropped
     code, _, err = cli("score", *stage, "--max_harness_errors", 0.5)
     assert code == 1 and "double1 (0)" in err
     # repaired, only they are run again
     file.write_text(file.read_text().replace("1 / 0", "True"))
-    before = len(journal.read(tmp_path / "out" / "executions.jsonl"))
+    before = len(executed(out))
     cli("execute", *stage, ALLOW)
-    assert len(journal.read(tmp_path / "out" / "executions.jsonl")) == before + 1
+    assert len(executed(out)) == before + 1
     code, scored, _ = cli("score", *stage)
     assert code == 0 and scored["pass_at_k"]["pass@1"]["value"] == 1.0
-    code, _, err = cli("verify-dataset", *stage[:6], ALLOW)
-    assert code == 0
+    assert cli("verify-dataset", *stage[:6], ALLOW)[0] == 0
 
 
-def test_harness_errors_are_tried_again(tmp_path, sandbox):
-    problems = load_problems(small_set(tmp_path / "x.jsonl", 1))
-    (problem,) = problems.problems
-    program = OUTCOMES["accepted"]
-    with Executor(sandbox, tmp_path, Rules()) as executor:
-        executor.run([(problem, program), None, (problem, program)])
-        assert executor.done == 2 and len(executor.verdicts) == 1
+def test_harness_errors_are_tried_again(tmp_path):
+    [problem] = load_problems(small_set(tmp_path / "x.jsonl", 1)).problems
+    twice = [(problem, OUTCOMES["accepted"])] * 2
     path = tmp_path / "executions.jsonl"
-    record = json.loads(path.read_text())
-    record["verdict"]["status"] = "harness_error"
-    path.write_text(json.dumps(record) + "\n")
-    with Executor(sandbox, tmp_path, Rules()) as executor:
-        executor.run([(problem, program)])
-    assert [r["verdict"]["status"] for r in journal.read(path)] == ["harness_error", "accepted"]
-
-
-HUMAN = {
-    "task_id": "H/0",
-    "prompt": 'def add(a, b):\n    """Sum."""\n',
-    "entry_point": "add",
-    "canonical_solution": "    return a + b\n",
-    "test": "def check(f):\n    assert f(1, 2) == 3\n    assert f(0, 0) == 0\n",
-}
-BASIC = {
-    "task_id": 2,
-    "text": "Half.",
-    "code": "def half(x):\n    return x / 2\n",
-    "test_setup_code": "import math",
-    "test_list": ["assert half(2) == 1", "assert math.isclose(half(1), 0.5)"],
-}
-
-
-def test_humaneval_and_mbpp_files(tmp_path, cli):
-    data = tmp_path / "x.jsonl"
-    data.write_text(json.dumps(HUMAN) + "\n" + json.dumps(BASIC) + "\n")
-    made = {
-        "H/0": [
-            "    return a + b\n",
-            "    print(a)\n    return a + b\n\nprint(add(1, 1))\n",
-            "    return a - b\n",
-            "    import sys\n    sys.exit(0)\n",
-            "    return a +\n",
-            "    return int(input())\n",
-        ],
-        "2": [
-            BASIC["code"],
-            "def half(x):\n    return x // 2\n",
-            "half = 3",
-            "def half(x:\n",
-            "exit()",
-            "x",
-        ],
-    }
-    file = generations(tmp_path / "g.json", load_problems(data), made)
-    stage = ("--data", data, "--output", tmp_path / "out")
-    assert cli("verify-dataset", *stage, ALLOW)[1]["verified"] == 2
-    _, summary, _ = cli("execute", *stage, "--generations", file, ALLOW)
-    assert summary["causes"] == {"accepted": 3, "wrong": 4, "compile_error": 2, "runtime_error": 3}
-    _, scored, _ = cli("score", *stage, "--generations", file)
-    assert scored["pass_at_k"]["pass@1"]["value"] == pytest.approx((2 / 6 + 1 / 6) / 2)
+    with Sandbox(workers=1, allow_code_execution=True) as sandbox:
+        with Executor(sandbox, tmp_path, Rules()) as executor:
+            executor.run(twice)
+            assert executor.done == 2 and len(executor.verdicts) == 1
+        path.write_text(path.read_text().replace('"accepted"', '"harness_error"'))
+        with Executor(sandbox, tmp_path, Rules()) as executor:
+            executor.run(twice)
+    assert [r["verdict"]["status"] for r in executed(tmp_path)] == ["harness_error", "accepted"]
 
 
 @pytest.fixture
@@ -278,21 +184,10 @@ def test_from_end_to_end(tmp_path, cli, tiny):
     assert code == 0 and summary["refused"] is None
     assert set(summary["pass_at_k"]) == {"pass@1"}  # 5 and 10 are more than there are
     assert summary["speed"]["samples"] == 12 and summary["speed"]["tau"] >= 1.0
-    assert (
-        sum(summary["causes"].values()) == 12
-        and "generated 12/12" in err
-        and "executed 12/12" in err
-    )
-    names = {
-        "report.json",
-        "report.md",
-        "generations.json",
-        "metrics.json",
-        "dataset.json",
-        "execution.json",
-        "executions.jsonl",
-    }
-    assert names < {p.name for p in out.iterdir()}
+    assert sum(summary["causes"].values()) == 12
+    assert "generated 12/12" in err and "executed 12/12" in err
+    names = "report.json report.md generations.json metrics.json dataset.json execution.json"
+    assert {*names.split(), "executions.jsonl"} < {p.name for p in out.iterdir()}
     # again: everything is there already, and the stages on their own give the same
     report, lines = without_speed(out), (out / "executions.jsonl").read_bytes()
     assert cli("taco", *flags, ALLOW)[0] == 0
@@ -304,8 +199,7 @@ def test_from_end_to_end(tmp_path, cli, tiny):
     cli("verify-dataset", *stage, ALLOW)
     cli("execute", *stage, "--generations", made["generations"], ALLOW)
     cli("score", *stage, "--generations", made["generations"])
-    staged = without_speed(own)
-    assert staged == report
+    assert without_speed(own) == report
 
 
 def test_plain_and_speculative_side_by_side(tmp_path, cli, tiny):
@@ -313,24 +207,18 @@ def test_plain_and_speculative_side_by_side(tmp_path, cli, tiny):
     flags = ("--data", small_set(tmp_path / "x.jsonl", 2), "--output", out, *tiny, "--n_samples", 3)
     code, result, _ = cli("taco", *flags, ALLOW, "--compare")
     assert code == 0 and result["agree"] and result["differing"] == 0 and result["programs"] == 6
-    assert result["speed"]["vanilla"]["tau"] == 1.0 and result["vs_vanilla"] > 0
-    assert (
-        result["text"]["vanilla"] == result["text"]["eagle"]
-        and "rouge_l" in result["text"]["eagle"]
-    )
-    assert (
-        result["speed"]["eagle"]["cycles"] <= result["speed"]["vanilla"]["cycles"]
-    )  # its head is random
+    plain, ours = ({k: result[k][e] for k in ("speed", "text")} for e in ("vanilla", "eagle"))
+    assert plain["text"] == ours["text"] and "rouge_l" in ours["text"]
+    assert plain["speed"]["tau"] == 1.0 and result["vs_vanilla"] > 0
+    assert ours["speed"]["cycles"] <= plain["speed"]["cycles"]  # its head is random
     made = [(out / f"generations-{engine}.json").read_bytes() for engine in ("vanilla", "eagle")]
     assert made[0] == made[1]
-    page = (out / "compare.md").read_text()
-    assert "0 of 6 programs differ; pass@k is the same." in page
+    assert "0 of 6 programs differ; pass@k is the same." in (out / "compare.md").read_text()
     # one program of one of the two changed afterwards: it is seen, and in float32 it is a failure
     paths = {journal.read(p)[0]["settings"]["engine"]: p for p in out.glob("generations-*.jsonl")}
     lines = paths["eagle"].read_text().splitlines()
-    changed = json.loads(lines[1])
-    changed["output"] += "x"
-    paths["eagle"].write_text("\n".join([lines[0], json.dumps(changed), *lines[2:]]) + "\n")
+    lines[1] = json.dumps({**json.loads(lines[1]), "output": "x"})
+    paths["eagle"].write_text("\n".join(lines) + "\n")
     code, result, _ = cli("taco", *flags, ALLOW, "--compare")
     assert code == 1 and result["differing"] == 1 and not result["agree"]
     assert "1 of 6 programs differ" in (out / "compare.md").read_text()
@@ -360,27 +248,13 @@ def test_plain_and_speculative_side_by_side(tmp_path, cli, tiny):
 def test_refusals_come_before_any_work(tmp_path, cli, monkeypatch, arguments, wrong):
     import inference.generate
 
-    monkeypatch.setattr(
-        inference.generate, "load_model", lambda *_: pytest.fail("a model was loaded")
-    )
+    monkeypatch.setattr(inference.generate, "load_model", lambda *_: pytest.fail("it was loaded"))
     data = small_set(tmp_path / "x.jsonl")
-    file = generations(
-        tmp_path / "g.json", load_problems(data), {"double0": ["x"], "double1": ["x"]}
-    )
+    made = {"double0": ["x"], "double1": ["x"]}
+    file = generations(tmp_path / "g.json", made)
     arguments = [file if a == "GENERATIONS" else a for a in arguments]
     code, _, err = cli(*arguments, "--data", data, "--output", tmp_path / "out")
     assert code == 1 and wrong in err and err.startswith("error: ") and err.count("\n") == 1
-
-
-def test_score_wants_every_verdict(tmp_path, cli):
-    data = small_set(tmp_path / "x.jsonl")
-    problems = load_problems(data)
-    file = generations(tmp_path / "g.json", problems, {"double0": ["x"], "double1": ["y"]})
-    stage = ("--data", data, "--output", tmp_path / "out")
-    cli("execute", *stage, "--generations", file, ALLOW)
-    more = generations(tmp_path / "h.json", problems, {"double0": ["x"], "double1": ["z"]})
-    code, _, err = cli("score", *stage, "--generations", more)
-    assert code == 1 and "1 of 2 programs have no verdict" in err and "double1/0" in err
 
 
 @pytest.mark.parametrize("arguments", [[], ["sonnets"], ["--help"]])
@@ -393,19 +267,12 @@ def test_unknown_commands_and_help(capsys, arguments):
 
 def test_tasks_command(tmp_path, cli):
     path, out = tmp_path / "answers.jsonl", tmp_path / "out.json"
-    rows = [
-        {"task": "nli", "type": "classification", "prediction": p, "label": "yes"}
-        for p in ("yes", "no")
-    ]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    code, result, _ = cli("tasks", "--data", path, "--output", out)
-    assert (
-        code == 0
-        and result["tasks"]["nli"]["accuracy"] == 0.5
-        and json.loads(out.read_text()) == result
-    )
-    path.write_text(path.read_text() + '{"task": "nli"}\n')
-    code, _, err = cli("tasks", "--data", path)
+    row = {"task": "nli", "type": "classification", "label": "yes"}
+    rows = [{**row, "prediction": p} for p in ("yes", "no")]
+    code, result, _ = cli("tasks", "--data", write(path, rows), "--output", out)
+    assert code == 0 and result["tasks"]["nli"]["accuracy"] == 0.5
+    assert json.loads(out.read_text()) == result
+    code, _, err = cli("tasks", "--data", write(path, [*rows, row]))
     assert code == 1 and "1 of 3 rows" in err and "answers.jsonl:3: " in err
     code, result, _ = cli("tasks", "--data", path, "--max_bad_fraction", 0.5)
     assert code == 0 and result["tasks"]["nli"]["rows"] == 2 and len(result["bad_rows"]) == 1
@@ -418,18 +285,15 @@ def test_text_command(tmp_path, cli, model_folder):
         {"completion": "a b a b", "reference": "a b"},
         {"prediction": "c d", "reference": "c d"},
     ]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     model = ("--model", model_folder, "--dtype", "float32", "--device", "cpu", "--perplexity")
-    code, result, _ = cli("text", "--data", path, *model)
+    code, result, _ = cli("text", "--data", write(path, rows), *model)
     assert code == 0 and result["exact_match"] == 0.5 and result["repetition"]["1"] == 0.25
     assert result["perplexity"] > 1 and result["texts"] == 2
-    path.write_text(json.dumps({"prediction": "a"}) + "\n")
-    code, result, _ = cli("text", "--data", path)
+    code, result, _ = cli("text", "--data", write(path, [{"prediction": "a"}]))
     assert code == 0 and "rouge_l" not in result
-    path.write_text(path.read_text() + json.dumps(rows[0]) + "\n")
-    code, _, err = cli("text", "--data", path)
+    code, _, err = cli("text", "--data", write(path, [{"prediction": "a"}, rows[0]]))
     assert code == 1 and "1 of 2 texts" in err
-    path.write_text('{"reference": "a"}\n')
+    write(path, [{"reference": "a"}])
     assert "prediction: Field required" in cli("text", "--data", path)[2]
 
 
@@ -443,7 +307,7 @@ def test_killed_runs_go_on_and_score_the_same(tmp_path, cli, tiny):
     flags = ("taco", "--data", data, *tiny, "--n_samples", 6, "--slots", 2, ALLOW)
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     assert cli(*flags, "--output", whole)[0] == 0
-    for _ in range(3):  # each time after it has written a few lines more
+    for _ in range(2):  # each time after it has written a few lines more
         goal = lines(killed) + rng.randint(1, 12)
         process = Command("inference.evaluate", *flags, "--output", killed)
         while process.poll() is None and lines(killed) < goal:
@@ -453,36 +317,24 @@ def test_killed_runs_go_on_and_score_the_same(tmp_path, cli, tiny):
     assert cli(*flags, "--output", killed)[0] == 0
     assert without_speed(killed) == without_speed(whole)
     assert (killed / "generations.json").read_bytes() == (whole / "generations.json").read_bytes()
-    keys = [r["key"] for r in journal.read(killed / "executions.jsonl")]
+    keys = [r["key"] for r in executed(killed)]
     assert len(keys) == len(set(keys)) == lines(whole) - 26  # nothing was lost, nothing made twice
-
-
-FULL = """
-import resource, sys
-from inference import evaluate
-resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]), resource.RLIM_INFINITY))
-evaluate.main(sys.argv[2:])
-"""
 
 
 def test_a_full_disk_ends_the_run_and_loses_nothing(tmp_path, cli):
     data, out = small_set(tmp_path / "x.jsonl", 4), tmp_path / "out"
     made = {f"double{i}": [f"{OUTCOMES['accepted']} #{i}{j}" for j in range(5)] for i in range(4)}
-    file = generations(tmp_path / "g.json", load_problems(data), made)
-    arguments = ["execute", "--data", data, "--generations", file, "--output", out, ALLOW]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", FULL, "3000", *map(str, arguments)],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
-    assert "free some space" in done.stderr and done.stderr.splitlines()[-1].startswith("error: ")
-    kept = journal.read(out / "executions.jsonl")
+    file = generations(tmp_path / "g.json", made)
+    stage = ("--data", data, "--generations", file, "--output", out)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (3000, before[1]))
+    try:
+        code, _, err = cli("execute", *stage, ALLOW)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert code == 1 and "free some space" in err and err.splitlines()[-1].startswith("error: ")
+    kept = executed(out)
     assert 5 <= len(kept) < 20
-    assert cli(*arguments)[0] == 0
-    assert journal.read(out / "executions.jsonl")[: len(kept)] == kept
-    assert cli("score", *arguments[1:-1])[1]["pass_at_k"]["pass@1"]["value"] == 1.0
+    assert cli("execute", *stage, ALLOW)[0] == 0
+    assert executed(out)[: len(kept)] == kept
+    assert cli("score", *stage)[1]["pass_at_k"]["pass@1"]["value"] == 1.0

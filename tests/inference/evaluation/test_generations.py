@@ -8,10 +8,10 @@ from dataclasses import replace
 import pytest
 
 from eagle.errors import EagleError
-from inference.evaluation.generating import Generator
 from inference.evaluation.generations import (
     TOO_LONG,
     Generations,
+    Generator,
     Sample,
     Sampling,
     read_generations,
@@ -45,55 +45,42 @@ def drawn(**changes):
     return DRAWN.model_copy(update=changes)
 
 
-def test_neither_slots_order_nor_company_change_a_completion(model, tmp_path):
-    expected = outputs(run(model, tmp_path / "1", slots=1))
-    assert len(expected) == 12 and len(set(expected.values())) > 8  # samples differ
-    assert outputs(run(model, tmp_path / "5", slots=5)) == expected
-    assert outputs(run(model, tmp_path / "100", slots=100)) == expected
-    alone = run(model, tmp_path / "alone", n_samples=2, problems=PROBLEMS[2:3])
-    assert outputs(alone) == {k: v for k, v in expected.items() if k[0] == "p2" and k[1] < 2}
-
-
-def test_plain_and_speculative_completions_are_the_same(model, tmp_path):
-    plain = run(model, tmp_path, drawn(engine="vanilla"))
-    ours = run(model, tmp_path, DRAWN)
-    assert outputs(plain) == outputs(ours)
-    assert plain.speed()["tau"] == 1.0 and ours.speed()["new_tokens"] == plain.speed()["new_tokens"]
-
-
-def test_a_seed_is_of_run_problem_and_number():
+def test_neither_slots_company_nor_drafting_change_a_completion(model, tmp_path):
     seeds = {sample_seed(s, t, i) for s in (0, 1) for t in ("a", "b") for i in range(3)}
     assert len(seeds) == 12 and all(0 <= seed < 2**63 for seed in seeds)
+    ours = run(model, tmp_path / "1", slots=1)
+    expected = outputs(ours)
+    assert len(expected) == 12 and len(set(expected.values())) > 8  # samples differ
+    assert outputs(run(model, tmp_path / "5", slots=5)) == expected
+    alone = run(model, tmp_path / "alone", n_samples=2, problems=PROBLEMS[2:3])
+    assert outputs(alone) == {k: v for k, v in expected.items() if k[0] == "p2" and k[1] < 2}
+    plain = run(model, tmp_path, drawn(engine="vanilla"))
+    assert outputs(plain) == expected and plain.speed()["tau"] == 1.0
+    assert ours.speed()["new_tokens"] == plain.speed()["new_tokens"]
 
 
 def test_what_is_there_is_not_made_again(model, tmp_path, monkeypatch):
     from eagle import EaModel
 
-    asked, real = [], EaModel.generate_many
-    monkeypatch.setattr(
-        EaModel,
-        "generate_many",
-        lambda self, prompts, **o: asked.append(len(prompts)) or real(self, prompts, **o),
-    )
-    taken = []
+    asked, taken, real = [], [], EaModel.generate_many
+
+    def count(self, prompts, **options):
+        asked.append(len(prompts))
+        return real(self, prompts, **options)
+
+    monkeypatch.setattr(EaModel, "generate_many", count)
     first = run(model, tmp_path, n_samples=2)
-    again = run(
-        model,
-        tmp_path,
-        n_samples=3,
-        take=lambda sample: taken.append((sample.task_id, sample.sample)),
-    )
+    again = run(model, tmp_path, n_samples=3, take=lambda sample: taken.append(sample.name))
     assert asked == [8, 4]
     assert sorted(taken) == sorted(outputs(again)) and len(taken) == 12
     assert outputs(first).items() <= outputs(again).items()
     assert outputs(run(model, tmp_path / "fresh", n_samples=3)) == outputs(again)
     # anything else that a completion depends on is another journal, or another key in it
-    for other in ({"seed": 1}, {"temperature": 0.9}, {"max_new_tokens": 11}, {"tree": "4,2,2"}):
-        run(model, tmp_path, drawn(**other), n_samples=2)
-    assert asked == [8, 4, 12, 8, 8, 8, 8] and len(list(tmp_path.glob("generations-*.jsonl"))) == 5
+    others = ({}, {"seed": 1}, {"temperature": 0.9}, {"max_new_tokens": 11}, {"tree": "4,2,2"})
+    assert len({Generator(model, drawn(**other), tmp_path).path for other in others}) == 5
     changed = [replace(PROBLEMS[0], prompt="def sub(a, b):"), *PROBLEMS[1:]]
     run(model, tmp_path, n_samples=3, problems=changed)
-    assert asked[7:] == [3]
+    assert asked == [8, 4, 12, 3]
 
 
 def test_other_weights_are_another_run(model, tmp_path, model_folder, head_folder, monkeypatch):
@@ -111,10 +98,8 @@ def test_other_weights_are_another_run(model, tmp_path, model_folder, head_folde
         other.head.fc.weight[0, 0] += 1
     assert Generator(other, DRAWN, tmp_path).fingerprint != fingerprint
     plain = drawn(engine="vanilla")  # which has no use for the head
-    assert (
-        Generator(other, plain, tmp_path).fingerprint
-        == Generator(model, plain, tmp_path).fingerprint
-    )
+    ours, theirs = (Generator(m, plain, tmp_path).fingerprint for m in (model, other))
+    assert ours == theirs
 
 
 def test_stop_strings_end_a_completion(model, tmp_path):
@@ -129,14 +114,6 @@ def test_stop_strings_end_a_completion(model, tmp_path):
     assert chat.chat and chat.finish_reason != "stop"
 
 
-def test_a_prompt_that_does_not_fit_is_a_completion_that_says_so(model, tmp_path):
-    long = Problem("long", "word " * 300, "", TESTS)
-    found = run(model, tmp_path, n_samples=1, problems=[PROBLEMS[0], long])
-    by_task = found.by_task()
-    assert by_task["long"][0].finish_reason == TOO_LONG and by_task["long"][0].output == ""
-    assert by_task["p0"][0].output
-
-
 def test_failures_are_told_and_the_rest_is_kept(model, tmp_path, monkeypatch):
     from eagle import EaModel
 
@@ -148,18 +125,20 @@ def test_failures_are_told_and_the_rest_is_kept(model, tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(EaModel, "generate_many", failing)
-        with pytest.raises(
-            EagleError, match=r"1 of 4 completions could not be made .*ZeroDivisionError"
-        ):
+        with pytest.raises(EagleError, match=r"1 of 4 completions could not .*ZeroDivisionError"):
             run(model, tmp_path, n_samples=1)
     (path,) = tmp_path.glob("generations-*.jsonl")
     assert sum("output" in json.loads(line) for line in path.read_text().splitlines()) == 3
-    assert outputs(run(model, tmp_path, n_samples=1)) == outputs(
-        run(model, tmp_path / "x", n_samples=1)
-    )
+    fresh = outputs(run(model, tmp_path / "x", n_samples=1))
+    assert outputs(run(model, tmp_path, n_samples=1)) == fresh
 
 
-def test_without_a_head_nothing_drafts(model, model_folder, tmp_path):
+def test_what_cannot_be_done(model, model_folder, tmp_path):
+    """A prompt that does not fit is a completion that says so; without a head nothing drafts."""
+    long = Problem("long", "word " * 300, "", TESTS)
+    found = run(model, tmp_path, n_samples=1, problems=[PROBLEMS[0], long]).by_task()
+    assert found["long"][0].finish_reason == TOO_LONG and found["long"][0].output == ""
+    assert found["p0"][0].output
     headless = load_model(str(model_folder), None, None, None, "float32", "cpu")
     with pytest.raises(EagleError, match="no draft head"):
         Generator(headless, DRAWN, tmp_path)
@@ -181,6 +160,9 @@ def test_upstreams_file_goes_out_and_comes_back(tmp_path):
     assert found.speed()["tau"] is None and found.speed()["tokens_per_second"] is None
 
 
+LINE = {"task_id": "p0", "sample": 0, "output": "a"}
+
+
 @pytest.mark.parametrize(
     "rows, wrong",
     [
@@ -188,29 +170,20 @@ def test_upstreams_file_goes_out_and_comes_back(tmp_path):
         ([{"task_id": 7, "output": ["a"]}, {"task_id": "7", "output": ["a"]}], "task 7 twice"),
         ([{"task_id": 7, "output": "a"}], "0.output"),
         ([{"task_id": 7, "output": ["a"]}, {"output": ["a"]}], "1.task_id"),
-        ([{"task_id": 7, "output": [None]}], "0.output.0"),
         ([], "holds no completions"),
         ({}, "must hold a list"),
+        ((LINE, LINE), "completion 0 of task p0 twice"),  # a tuple: lines of a journal
+        (({"a": 1},), "no journal"),
+        (({"settings": {}},), "no completions"),
+        (None, "cannot read"),
     ],
 )
-def test_generations_files_that_are_refused(tmp_path, rows, wrong):
+def test_files_that_are_refused(tmp_path, rows, wrong):
     path = tmp_path / "generations.json"
-    path.write_text(json.dumps(rows))
+    if isinstance(rows, tuple):
+        path = tmp_path / "generations-x.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    elif rows is not None:
+        path.write_text(json.dumps(rows))
     with pytest.raises(EagleError, match=wrong):
         read_generations(path, SET)
-
-
-def test_journals_that_are_refused(tmp_path):
-    path = tmp_path / "generations-x.jsonl"
-    line = {"task_id": "p0", "sample": 0, "output": "a"}
-    for lines, wrong in (
-        ([line, line], "completion 0 of task p0 twice"),
-        ([{"a": 1}], "no journal"),
-        ([{"settings": {}}], "no completions"),
-    ):
-        path.write_text("".join(json.dumps(x) + "\n" for x in lines))
-        with pytest.raises(EagleError, match=wrong):
-            read_generations(path, SET)
-    for name in ("absent.json", "absent.jsonl"):
-        with pytest.raises(EagleError, match="cannot read"):
-            read_generations(tmp_path / name, SET)

@@ -3,15 +3,8 @@
 import pytest
 
 from eagle.errors import EagleError
-from inference.evaluation.judge import (
-    POLICIES,
-    VERDICTS,
-    Grading,
-    Suite,
-    SuiteResult,
-    make_job,
-    run_and_judge,
-)
+from inference.evaluation.comparators import POLICIES
+from inference.evaluation.judge import VERDICTS, Grading, Suite, Verdict, make_job
 from inference.evaluation.sandbox import STATUSES, Limits, Outcome, Sandbox
 
 
@@ -22,8 +15,7 @@ def sandbox():
         yield sandbox
 
 
-ADD = Suite(["1 2\n", "3 4\n", "5 6\n"], ["3\n", "7\n", "11\n"])
-RIGHT = "print(sum(map(int, input().split())))"
+ADD = Suite(["1 2\n"], ["3\n"])
 
 
 def printed(*texts):
@@ -37,40 +29,42 @@ def returned(*values):
 def judge(suite, outcomes, policy="strict"):
     grading = Grading(suite, policy)
     for index, outcome in enumerate(outcomes):
-        grading(index, outcome)
-    return grading.result().verdicts
+        stop = grading(index, outcome)
+    return stop, grading.verdict()
 
 
-def statuses(verdicts):
-    return " ".join(v.status for v in verdicts)
+def status(*arguments):
+    """Of the program, and the test at which it failed."""
+    verdict = judge(*arguments)[1]
+    return verdict.status, verdict.failed_at
+
+
+RIGHTS = ("accepted", None)
 
 
 @pytest.mark.parametrize(
-    "suite, message",
+    "tests, message",
     [
-        (Suite([], []), "without tests"),
-        (Suite([], [], "f"), "without tests"),
-        (Suite(["1"], []), "1 inputs but 0 outputs"),
-        (Suite("1", "1"), "must be lists"),
-        (Suite([1], ["1"]), "text or lists of lines"),
-        (Suite(["1"], [{"a": 1}]), "text or lists of lines"),
-        (Suite([[["nested"]]], ["1"]), "text or lists of lines"),
-        (Suite(["1"], ["1"], "f"), "list of arguments"),
+        (([], []), "without tests"),
+        (([], [], "f"), "without tests"),
+        ((["1", "2"], ["1"]), "2 inputs but 1 outputs"),
+        (([1], ["1"]), "text or lists of lines"),
+        ((["1"], [{"a": 1}]), "text or lists of lines"),
+        (([[["nested"]]], ["1"]), "text or lists of lines"),
+        ((["1"], ["1"], "f"), "list of arguments"),
     ],
 )
-def test_bad_suites_are_errors(suite, message):
+def test_bad_suites_are_errors(tests, message):
     with pytest.raises(EagleError, match=message):
-        suite.check()
-    with pytest.raises(EagleError, match=message):
-        make_job(RIGHT, suite)
+        Suite(*tests)
 
 
 def test_lists_of_lines():
     suite = Suite([["1 2", "3"], "4"], [["5", 6], "7\n"])
     assert suite.tests() == ["1 2\n3", "4"]
-    assert statuses(judge(suite, printed("5\n6\n", "7"))) == "accepted accepted"
-    assert statuses(judge(suite, printed("5 6\n", "7"))) == "wrong accepted"
-    assert statuses(judge(Suite(["x"], [["3"]]), printed("3"))) == "accepted"
+    assert status(suite, printed("5\n6\n", "7")) == RIGHTS
+    assert status(suite, printed("5 6\n", "7")) == ("wrong", 0)
+    assert status(Suite(["x"], [["3"]]), printed("3")) == RIGHTS
 
 
 @pytest.mark.parametrize(
@@ -88,11 +82,12 @@ def test_integer_keys_that_json_lost(arguments, given):
 
 
 def test_every_status_has_its_verdict():
-    failed = [Outcome(s, b"3\n", detail="why", seconds=2, cpu_seconds=1) for s in STATUSES[1:]]
-    verdicts = judge(Suite(["x"] * len(failed), ["3"] * len(failed)), failed)
-    assert statuses(verdicts) == " ".join(STATUSES[1:]), "though the output is right"
     assert set(VERDICTS) == {"accepted", "wrong", *STATUSES[1:]}
-    assert verdicts[0] == Outcome("timeout", detail="why", seconds=2, cpu_seconds=1)
+    for name in STATUSES[1:]:  # though the output is right
+        failed = [Outcome(name, b"3\n", detail="why", seconds=2, cpu_seconds=1)]
+        stop, verdict = judge(Suite(["x"], ["3"]), failed)
+        assert verdict == Verdict(name, 1, 0, "why", 1)
+        assert stop == (name != "harness_error")
 
 
 def test_a_checker_of_ones_own():
@@ -102,75 +97,49 @@ def test_a_checker_of_ones_own():
         factors = [int(token) for token in got.split()]
         return len(factors) == 2 and factors[0] * factors[1] == int(given)
 
-    assert statuses(judge(suite, printed("5 2", "4 4"), product)) == "accepted wrong"
-    broken = judge(suite, printed("x y", "3 4"), product)
-    assert statuses(broken) == "harness_error accepted" and "ValueError" in broken[0].detail
+    assert status(suite, printed("5 2", "4 4"), product) == ("wrong", 1)
+    broken = judge(suite, printed("x y", "3 4"), product)[1]
+    assert broken.status == "harness_error" and "ValueError" in broken.detail
 
 
 @pytest.mark.parametrize(
-    "found, tests, status",
+    "found, expected",
     [
-        ("accepted accepted", 2, "accepted"),
-        ("accepted wrong", 2, "wrong"),
-        ("timeout wrong", 2, "timeout"),
-        ("accepted harness_error", 2, "harness_error"),
-        ("harness_error wrong", 2, "wrong"),
-        ("accepted", 2, "harness_error"),
-        ("wrong", 2, "wrong"),
+        ("ok ok", RIGHTS),
+        ("timeout memory", ("timeout", 0)),
+        ("ok harness_error", ("harness_error", 1)),
+        ("harness_error timeout", ("timeout", 1)),  # not its own: the next test may decide
     ],
 )
-def test_status_of_a_suite(found, tests, status):
-    assert SuiteResult([Outcome(s) for s in found.split()], tests).status == status
+def test_status_of_a_suite(found, expected):
+    outcomes = [Outcome(s, b"3" if s == "ok" else b"") for s in found.split()]
+    assert status(Suite(["x", "y"], ["3", "3"]), outcomes) == expected
 
 
 @pytest.mark.parametrize(
-    "outputs, values, found",
+    "outputs, values, expected",
     [
-        ([[3], [7]], [3, 7], "accepted accepted"),
-        ([[3], [7]], [[3], [7]], "accepted accepted"),
-        ([[3], [7]], [3, 8], "accepted wrong"),
-        ([[3], [7]], [[3], 7], "accepted wrong"),  # one reading for all tests
-        ([[3], [7]], [3, [7]], "wrong accepted"),
-        ([[3, 4], [7]], [3, 7], "wrong wrong"),
-        ([[3, 4], [7]], [[3, 4], [7]], "accepted accepted"),
-        ([[[1, 2]], [[3]]], [[1, 2], [3]], "accepted accepted"),
-        ([[None]], [None], "accepted"),
-        ([3, [7]], [3, 7], "accepted wrong"),
+        ([[3], [7]], [3, 7], RIGHTS),
+        ([[3], [7]], [[3], [7]], RIGHTS),
+        ([[3], [7]], [3, 8], ("wrong", 1)),
+        ([[3], [7]], [[3], 7], ("wrong", 1)),  # one reading for all tests
+        ([[3], [7]], [3, [7]], ("wrong", 0)),
+        ([[3, 4], [7]], [3, 7], ("wrong", 0)),
+        ([[3, 4], [7]], [[3, 4], [7]], RIGHTS),
+        ([[[1, 2]], [[3]]], [[1, 2], [3]], RIGHTS),
+        ([[None]], [None], RIGHTS),
+        ([3, [7]], [3, 7], ("wrong", 1)),
     ],
 )
-def test_outputs_of_calls_may_be_wrapped(outputs, values, found):
+def test_outputs_of_calls_may_be_wrapped(outputs, values, expected):
     suite = Suite([[0]] * len(outputs), outputs, "f")
-    assert statuses(judge(suite, returned(*values))) == found
+    stop, verdict = judge(suite, returned(*values))
+    assert (verdict.status, verdict.failed_at) == expected
+    assert stop == (expected != RIGHTS)  # wrong under each reading: the rest need not run
 
 
-def test_stopping_early():
-    grading = Grading(ADD, stop_at_first_failure=True)
-    assert not grading(0, printed("3")[0])
-    assert not grading(1, Outcome("harness_error")), "not its own: the next test may decide"
-    assert grading(2, printed("12")[0])
-    assert grading.result().status == "wrong"
-    wrapped = Grading(Suite([[0]] * 2, [[3], [7]], "f"), stop_at_first_failure=True)
-    assert not wrapped(0, returned(3)[0]), "right under one reading"
-    assert wrapped(1, returned([7])[0]), "but not under the same one"
-
-
-# -- with the sandbox --
-
-
-def test_right_and_wrong(sandbox):
-    codes = {
-        RIGHT: "accepted accepted accepted",
-        "print(3)": "accepted wrong",
-        "print(sqrt(4))": "runtime_error",  # names for nothing are for calls
-        "1/0": "runtime_error",
-        "def f(:": "compile_error",
-    }
-    jobs = [make_job(code, ADD, "strict", True, key=code) for code in [*codes] * 2]
-    for job, outcomes in sandbox.map(jobs):
-        assert not any(outcome.stdout for outcome in outcomes)
-        result = job.observe.result()
-        assert (statuses(result.verdicts), result.tests) == (codes[job.key], 3)
-    assert statuses(run_and_judge(sandbox, "print(3)", ADD).verdicts) == "accepted wrong wrong"
+def verdicts(sandbox, jobs):
+    return {job.key: job.observe.verdict().status for job, _ in sandbox.map(jobs)}
 
 
 def test_calls_have_the_usual_names(sandbox):
@@ -179,7 +148,8 @@ def test_calls_have_the_usual_names(sandbox):
         "        return pow(reduce(gcd, x), 3, 5) + Counter(x)[4]"
     )
     suite = Suite([[[4, 8]], [[3]]], [[5], [2]], "f")
-    assert run_and_judge(sandbox, code, suite).status == "accepted"
+    jobs = [make_job(code, suite, key=0), make_job("print(sqrt(4))", ADD, key=1)]  # only calls
+    assert verdicts(sandbox, jobs) == {0: "accepted", 1: "runtime_error"}
 
 
 TRICKS = [
@@ -197,6 +167,5 @@ TRICKS = [
 
 @pytest.mark.parametrize("suite", [Suite(["1\n"], ["42\n"]), Suite([[1]], [[42]], "f")])
 def test_tricks_are_never_accepted(sandbox, suite):
-    jobs = [make_job(code, suite, policy) for code in TRICKS for policy in POLICIES]
-    found = {job.observe.result().status for job, _ in sandbox.map(jobs)}
-    assert found <= {"wrong", "runtime_error"}
+    jobs = [make_job(c, suite, policy, None, (c, policy)) for c in TRICKS for policy in POLICIES]
+    assert set(verdicts(sandbox, jobs).values()) <= {"wrong", "runtime_error"}

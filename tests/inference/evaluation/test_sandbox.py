@@ -14,12 +14,12 @@ from pathlib import Path
 import pytest
 
 from eagle.errors import EagleError
-from inference.evaluation.sandbox import STATUSES, Job, Limits, Program, Sandbox
-from inference.evaluation.sandbox.worker import Worker
+from inference.evaluation import sandbox as sandbox_module
+from inference.evaluation.sandbox import STATUSES, Job, Limits, Program, Sandbox, Worker
 
 ROOT = Path(__file__).parents[3]
 sys.path.append(str(Path(__file__).parent))
-from hostile_runs import NOBODY, readable_python, tagged
+from hostile_runs import starter, tagged
 
 QUICK = Limits(0.5, 1.5, memory_bytes=256 << 20, output_bytes=1 << 20)
 
@@ -36,14 +36,16 @@ def run(sandbox, code, test="", **kwargs):
     return outcome
 
 
+def interpreter(user, level):
+    found = starter(user, level)
+    return pytest.skip(found) if isinstance(found, str) else found
+
+
 def run_all(sandbox, rows, fn_name=None):
     """rows of (code, input) -> an outcome each."""
     jobs = [Job(Program(code, fn_name), [given], key=i) for i, (code, given) in enumerate(rows)]
     found = {job.key: outcome for job, [outcome] in sandbox.map(jobs)}
     return [found[i] for i in range(len(rows))]
-
-
-# -- refusals --
 
 
 @pytest.mark.parametrize(
@@ -54,44 +56,24 @@ def run_all(sandbox, rows, fn_name=None):
         ({"workers": 0}, "workers must be at least 1"),
         ({"python": "/bin/false"}, "no sandbox can be started here"),
         ({"python": "/nonexistent/python"}, "no sandbox can be started here"),
+        ({"platform": "darwin"}, "needs Linux.*darwin"),
     ],
 )
 def test_bad_arguments(arguments, message, monkeypatch, tmp_path):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(sys, "platform", arguments.pop("platform", sys.platform))
     with pytest.raises(EagleError, match=message):
         Sandbox(**{"allow_code_execution": True, **arguments})
     assert os.listdir(tmp_path) == []
 
 
-def test_only_linux(monkeypatch):
-    monkeypatch.setattr(sys, "platform", "darwin")
-    with pytest.raises(EagleError, match="needs Linux.*darwin"):
-        Sandbox(allow_code_execution=True)
-
-
-@pytest.mark.parametrize(
-    "values",
-    [
-        {"cpu_seconds": 0},
-        {"wall_seconds": -1},
-        {"memory_bytes": 10},
-        {"open_files": 3},
-        {"cpu_seconds": float("nan")},
-        {"cpu_seconds": 5, "wall_seconds": 4},
-    ],
-)
-def test_bad_limits(values):
-    with pytest.raises(EagleError, match="limit .* must be"):
-        Limits(**values)
-
-
 def test_auto_refuses_where_files_are_open(monkeypatch):
     start = Sandbox._start_at
 
-    def only_rlimits(self, level, count):
+    def only_rlimits(self, level):
         if level == "namespaces":
             raise OSError("not today")
-        start(self, "namespaces", count)
+        start(self, "namespaces")
         self.isolation = {**self.isolation, "level": "rlimits", "files": "open"}
 
     monkeypatch.setattr(Sandbox, "_start_at", only_rlimits)
@@ -101,8 +83,6 @@ def test_auto_refuses_where_files_are_open(monkeypatch):
         assert sandbox.level == "rlimits"
 
 
-# -- programs --
-
 AS_A_FRESH_INTERPRETER = [
     ("import sys\nfor line in sys.stdin: print(line.strip()[::-1])", "€ üöä\n"),
     ("print(open(0).read(), end='')", "äöü €\n"),
@@ -110,7 +90,6 @@ AS_A_FRESH_INTERPRETER = [
     ("print(open('/dev/stdin').read(), end='')", "äöü €\n"),
     ("import os; os.write(1, os.read(0, 100))", "äöü €\n"),
     ("import sys; x = 1; print(__name__, sys.modules['__main__'].x)", "__main__ 1\n"),
-    ("import sys; sys.stdout.write('a'); sys.exit()", "a"),
     ("import sys; sys.stdout.write('a'); sys.exit(0)", "a"),
     ("import atexit; atexit.register(print, 'b'); print('a')", "a\nb\n"),
     ("import threading\nthreading.Thread(target=lambda: print('late')).start()", "late\n"),
@@ -143,8 +122,12 @@ ENDS = [
     ("exec('1 +')", "runtime_error", "SyntaxError"),
     ("import sys; print(1); sys.exit(3)", "runtime_error", "exit status 3"),
     ("import sys; sys.exit('reason')", "runtime_error", "reason"),
-    ("import os; os.abort()", "runtime_error", "SIGABRT"),
-    ("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", "runtime_error", "SIGKILL"),
+    ("import os; os.abort()", "runtime_error", "killed by signal 6"),
+    (
+        "import os, signal; os.kill(os.getpid(), signal.SIGKILL)",
+        "runtime_error",
+        "killed by signal 9",
+    ),
     ("import os; os.kill(os.getpid(), 40)", "runtime_error", "signal 40"),
     ("while True: pass", "timeout", "CPU"),
     ("import os; os.fork(); os.fork()\nwhile True: pass", "timeout", "CPU"),
@@ -223,22 +206,32 @@ print(libc.unshare({flag}), pid)
     assert run(sandbox, code).stdout == b"-1 -1\n"
 
 
-def test_tests_do_not_see_each_other(sandbox):
+def test_programs_and_tests_do_not_meet(sandbox):
     code = "import os\nprint(os.listdir('.'), os.getpid() < 10)\nopen('x', 'w')"
     outcomes = sandbox.run(Program(code), ["a", "b"])
-    assert outcomes[0].stdout == outcomes[1].stdout
-    assert outcomes[0].stdout.startswith(b"[] ")
+    assert outcomes[0].stdout == outcomes[1].stdout and outcomes[0].stdout.startswith(b"[] ")
 
 
-def test_inputs_are_checked(sandbox):
+def test_what_the_caller_does_wrong(sandbox):
     with pytest.raises(EagleError, match="list of its arguments"):
         sandbox.run(Program("", "f"), ["x"])
     with pytest.raises(EagleError, match="standard input is text"):
         sandbox.run(Program(""), [[1]])
+    with pytest.raises(ZeroDivisionError):
+        list(sandbox.map(1 / 0 for _ in range(9)))
+    first = sandbox.map([Job(Program("print(1)"), ["", ""]) for _ in range(3)])
+    next(first)
+    with pytest.raises(EagleError, match="one map or run at a time"):
+        sandbox.run(Program("print(1)"), [""])
+    first.close()
     assert run(sandbox, "print(1)").status == "ok", "and the sandbox is of use afterwards"
-
-
-# -- many --
+    own = Sandbox(QUICK, workers=1, allow_code_execution=True)
+    process = own.workers[0].process
+    own.close()
+    own.close()
+    assert process.returncode is not None
+    with pytest.raises(EagleError, match="closed"):
+        own.run(Program(""), [""])
 
 
 def test_outcomes_keep_the_order_of_tests(sandbox):
@@ -249,22 +242,20 @@ def test_outcomes_keep_the_order_of_tests(sandbox):
     assert found == {7: [], **{j: [i + j for i in range(5)] for j in range(7)}}
 
 
-def test_a_producer_need_not_block(sandbox):
-    asked, done = [], threading.Event()
+def test_a_producer_may_block(sandbox):
+    """As generation does: what runs meanwhile goes on, and what is done is handed out."""
+    first = threading.Event()
 
     def produce():
-        yield None
-        yield Job(Program("import time; time.sleep(0.3)"), [""])
-        while not done.is_set():
-            asked.append(None)
-            yield None
+        yield Job(Program("print(1)"), [""])
+        assert first.wait(60)
         yield Job(Program("print(2)"), [""])
 
     stdout = []
     for _, [outcome] in sandbox.map(produce()):
-        done.set()
+        first.set()
         stdout.append(outcome.stdout)
-    assert len(asked) > 5 and stdout == [b"", b"2\n"]
+    assert stdout == [b"1\n", b"2\n"]
 
 
 def test_observe_sees_output_and_may_stop(sandbox):
@@ -278,35 +269,8 @@ def test_observe_sees_output_and_may_stop(sandbox):
     [(same, outcomes)] = sandbox.map([job])
     assert same is job and seen == [(0, b"a\n"), (1, b"b\n")]
     assert [(o.status, o.stdout) for o in outcomes] == [("ok", b"")] * 2
-
-
-def test_one_map_at_a_time(sandbox):
-    first = sandbox.map([Job(Program("print(1)"), ["", ""]) for _ in range(3)])
-    next(first)
-    with pytest.raises(EagleError, match="one map or run at a time"):
-        sandbox.run(Program("print(1)"), [""])
-    first.close()
-    assert run(sandbox, "print(3)").stdout == b"3\n"
-
-
-def test_closed():
-    sandbox = Sandbox(QUICK, workers=1, allow_code_execution=True)
-    process = sandbox.workers[0].process
-    sandbox.close()
-    sandbox.close()
-    assert process.returncode is not None
-    with pytest.raises(EagleError, match="closed"):
-        sandbox.run(Program(""), [""])
-
-
-def test_limits_of_a_job_come_first(sandbox):
-    code = "print('x' * 100)"
-    small = Limits(output_bytes=50)
-    assert sandbox.run(Program(code), [""], small)[0].status == "output_limit"
-    assert run(sandbox, code).status == "ok"
-
-
-# -- time --
+    # and a job's own limits come first
+    assert sandbox.run(Program("print(1234)"), [""], Limits(output_bytes=3))[0].stdout == b""
 
 
 def test_load_is_no_timeout():
@@ -319,24 +283,23 @@ def test_load_is_no_timeout():
 
 
 def test_a_near_miss_is_repeated_alone(sandbox, monkeypatch):
-    answer, begin, alone = Worker.answer, Worker.begin, []
+    real, running, alone = Worker.run, [], []
 
-    def near_miss(worker):
-        header, body = answer(worker)
-        if worker.task.job.key == 0 and not worker.task.alone:
-            header.update(near=True, status="timeout")
-        return header, body
+    def near_miss(worker, program, *test):
+        running.append(program["code"])
+        if again := program["code"] == "print(0)" and len(alone) % 2:
+            alone.append(list(running))
+        found, body = real(worker, program, *test)
+        if program["code"] == "print(0)" and not again:
+            found.update(near=True, status="timeout")
+            alone.append(None)
+        running.remove(program["code"])
+        return found, body
 
-    def look(worker, *test):
-        if worker.task.alone:
-            alone.append([other.busy for other in sandbox.workers])
-        begin(worker, *test)
-
-    monkeypatch.setattr(Worker, "answer", near_miss)
-    monkeypatch.setattr(Worker, "begin", look)
-    jobs = [Job(Program("print(1)"), [""] * 3, key=key) for key in range(5)]
+    monkeypatch.setattr(Worker, "run", near_miss)
+    jobs = [Job(Program(f"print({key})"), [""] * 3, key=key) for key in range(5)]
     found = {job.key: outcomes for job, outcomes in sandbox.map(jobs)}
-    assert alone == [[False, False]] * 3
+    assert alone == [None, ["print(0)"]] * 3
     assert {o.status for outcomes in found.values() for o in outcomes} == {"ok"}
     assert [all(o.retried for o in found[k]) for k in range(5)] == [True] + [False] * 4
 
@@ -355,27 +318,25 @@ def test_misses(sandbox):
     assert outcome.status == "timeout" and "wall" in outcome.detail and not outcome.retried
 
 
-# -- when something of ours fails --
-
-
-def test_a_worker_that_dies(sandbox):
+def test_a_worker_that_dies(sandbox, monkeypatch):
     """Idle, in a test, and in the repetition too."""
     for worker in sandbox.workers:
         worker.process.kill()
         worker.process.wait()
     assert run(sandbox, "print(1)").stdout == b"1\n"
+    real, kills = sandbox_module.send, 0
+
+    def dies(*message):
+        nonlocal kills
+        real(*message)
+        if kills:
+            kills -= 1
+            own.workers[0].process.kill()
+
+    monkeypatch.setattr(sandbox_module, "send", dies)
     with Sandbox(QUICK, workers=1, allow_code_execution=True) as own:
-        kills = [0]
-
-        def begin(worker, *test):
-            Worker.begin(worker, *test)
-            if kills[0]:
-                kills[0] -= 1
-                worker.process.kill()
-
-        own.workers[0].begin = begin.__get__(own.workers[0])
-        for kills[0], status in ((1, "ok"), (2, "harness_error"), (0, "ok")):
-            times = kills[0]
+        for times, status in ((1, "ok"), (2, "harness_error"), (0, "ok")):
+            kills = times
             outcome = run(own, "import time; time.sleep(0.3)")
             assert (outcome.status, outcome.retried) == (status, times > 0)
 
@@ -383,8 +344,7 @@ def test_a_worker_that_dies(sandbox):
 def test_what_the_runner_cannot_do_is_a_harness_error(sandbox):
     limits = Limits(file_bytes=1 << 70)  # no kernel knows such a number
     [outcome] = sandbox.run(Program("print(1)"), [""], limits)
-    assert outcome.status == "harness_error" and outcome.retried
-    assert outcome.detail.endswith(", twice") and "Error" in outcome.detail
+    assert outcome.status == "harness_error" and outcome.retried and "Error" in outcome.detail
     assert run(sandbox, "print(1)").stdout == b"1\n"
 
 
@@ -393,6 +353,7 @@ import sys
 from inference.evaluation.sandbox import *
 with Sandbox(None, 2, sys.argv[1], allow_code_execution=True, python=sys.argv[2]) as s:
     print("ready", flush=True)
+    input()
     code = "import os; os.fork(); print(1, flush=True)\\nwhile True: pass"
     list(s.map([Job(Program(code), [""])] * 2))
 """
@@ -402,9 +363,7 @@ with Sandbox(None, 2, sys.argv[1], allow_code_execution=True, python=sys.argv[2]
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
 def test_everything_goes_with_the_parent(number, level):
     """Killed in the middle of a test, the parent leaves no process and no scratch folder."""
-    python = sys.executable if os.geteuid() or level == "namespaces" else readable_python()
-    if python is None:
-        pytest.skip("no interpreter here that uid 65534 can read")
+    python, _ = interpreter("the caller", level)
 
     def wait_for(condition):
         end = time.monotonic() + 60
@@ -416,11 +375,12 @@ def test_everything_goes_with_the_parent(number, level):
         os.chmod(folder, 0o755)
         (link := Path(folder, "python-of-this-test")).symlink_to(os.path.realpath(python))
         command, env = [sys.executable, "-c", PARENT, level, link], {**os.environ, "TMPDIR": folder}
-        with subprocess.Popen(
-            command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
-        ) as parent:
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+        with subprocess.Popen(command, cwd=ROOT, env=env, **pipes) as parent:
             assert parent.stdout.readline() == b"ready\n"
             parents = len(tagged(str(link)))
+            parent.stdin.write(b"\n")
+            parent.stdin.flush()
             wait_for(lambda: len(tagged(str(link))) >= parents + 6)  # 2 × (init, program, fork)
             parent.send_signal(number)
             parent.wait(10)
@@ -444,15 +404,7 @@ except EagleError as error:
 
 @pytest.mark.parametrize("user", ["the caller", "another user"])
 def test_where_the_kernel_grants_no_namespaces(user):
-    python, identity = sys.executable, {}
-    if os.geteuid() == 0:
-        python = readable_python()
-        if python is None:
-            pytest.skip("no interpreter here that uid 65534 can read")
-    if user == "another user":
-        if os.geteuid() or os.stat(ROOT).st_mode & 0o005 != 0o005:
-            pytest.skip("needs root, and a checkout that others can read")
-        identity = {"user": NOBODY, "group": NOBODY, "extra_groups": []}
+    python, identity = interpreter(user, "rlimits")
 
     def start(level):
         command, env = [python, "-B", "-c", WITHOUT_NAMESPACES, level], {"PATH": "/usr/bin:/bin"}

@@ -14,7 +14,7 @@ import pytest
 
 FOLDER = Path(__file__).parent
 sys.path.append(str(FOLDER))
-from hostile_runs import LIARS, NAMES, NOBODY, readable_python
+from hostile_runs import LIARS, NAMES, starter
 
 LIMIT_SECONDS = 1.5 * 10 * 2 + 5  # wall clock, at most ten times stretched, at most one repetition
 
@@ -39,27 +39,13 @@ WAYS = [
 @functools.cache
 def hostile(user, level):
     """The report of hostile_runs.py, or the reason why it cannot be made here."""
-    python, identity = sys.executable, {}
-    if os.geteuid() != 0:
-        if user != "the caller":
-            return "only root can start a process as another user"
-    elif user != "the caller" or level == "rlimits":
-        python = readable_python()
-        if python is None:
-            return "no interpreter here that uid 65534 can read"
-    if user != "the caller":
-        if not os.stat(FOLDER.parents[2]).st_mode & 0o005 == 0o005:
-            return "the checkout cannot be read by another user"
-        identity = {"user": NOBODY, "group": NOBODY, "extra_groups": []}
-    done = subprocess.run(
-        [python, "-B", str(FOLDER / "hostile_runs.py"), level],
-        cwd="/",
-        env={"PATH": "/usr/bin:/bin"},
-        capture_output=True,
-        text=True,
-        timeout=600,
-        **identity,
-    )
+    found = starter(user, level)
+    if isinstance(found, str):
+        return found
+    python, identity = found
+    command = [python, "-B", str(FOLDER / "hostile_runs.py"), level]
+    env, pipes = {"PATH": "/usr/bin:/bin"}, {"capture_output": True, "text": True}
+    done = subprocess.run(command, cwd="/", env=env, timeout=600, **pipes, **identity)
     if done.returncode:
         if "no sandbox can be started" in done.stderr and level == "namespaces":
             return done.stderr.splitlines()[-1]

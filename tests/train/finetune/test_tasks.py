@@ -54,6 +54,28 @@ def test_a_record_gives_a_row_to_each_task_that_has_its_label(tokenizer):
     text = tokenizer.decode(one["score"].sequences[0], skip_special_tokens=False)
     assert text.startswith("<|im_start|>user") and text.endswith("Judge: a b")
 
+
+@pytest.mark.parametrize(
+    "text, other",
+    [
+        ("猫坐在垫子上", "猫睡在垫子上"),
+        ("قطة على السجادة", "قطة تحت السجادة"),
+        ("बिल्ली चटाई पर", "बिल्ली मेज़ पर"),
+        ("кот на ковре", "кот под ковром"),
+        ("a cat", "a dog"),
+    ],
+    ids=["chinese", "arabic", "hindi", "cyrillic", "latin"],
+)
+def test_answers_in_any_script_are_measured_as_evaluation_does(text, other):
+    from inference.evaluation.metrics import with_references
+
+    task = TaskConfig.model_validate(TASKS[0])
+    lines = [{"prediction": text, "label": label} for label in (text, other)]
+    ours = measure_task(task, lines)["rouge_l"]
+    assert 0.5 < ours < 1 and ours == with_references([text, text], [text, other])["rouge_l"]
+
+
+def test_a_ranking_has_a_sequence_for_each_candidate(tokenizer):
     record = {"text": "q", "options": ["x one", "y two", "z three"], "order": [0, 2, 1]}
     row = render(record, tokenizer)["rank"]  # a sequence for each candidate
     assert len(row.sequences) == 3 and row.labels == [0, 2, 1]

@@ -1,12 +1,14 @@
 """Text and task metrics against values worked out by hand."""
 
 import math
+import sys
 
 import pytest
 
 from eagle.errors import EagleError
-from inference.evaluation.task_metrics import read_answer, task_report
-from inference.evaluation.text_metrics import perplexity, repetition, with_references, words
+from eagle.scoring import words
+from inference.evaluation.metrics import ANSWER, repetition, task_report, with_references
+from inference.evaluation.metrics import perplexity as measured
 
 
 def test_rouge_l_chrf_and_exact_match():
@@ -20,13 +22,14 @@ def test_rouge_l_chrf_and_exact_match():
 
 
 def test_rouge_l_sees_other_scripts_marks_and_case():
-    assert with_references(["größer Übel"], ["größer Übel"])["rouge_l"] == 1.0
-    assert with_references(["数 数"], ["数 学"])["rouge_l"] == 0.5
-    assert with_references(["x = 1"], ["x == 1"])["rouge_l"] == pytest.approx(2 * 3 / 7)
-    assert with_references(["True"], ["true"])["rouge_l"] == 0.0
-    assert with_references(["今天天气很好。"], ["今天天气不好。"])["rouge_l"] == pytest.approx(
-        6 / 7
-    )
+    for prediction, reference, value in (
+        ("größer Übel", "größer Übel", 1.0),
+        ("x = 1", "x == 1", 2 * 3 / 7),
+        ("True", "true", 0.0),
+        ("今天天气很好。", "今天天气不好。", 6 / 7),
+    ):
+        found = with_references([prediction], [reference])
+        assert found["rouge_l"] == pytest.approx(value), prediction
     assert words("हिन्दी में") == ["हिन्दी", "में"]  # vowel signs stay with their letters
     assert words("ไทย ok") == ["ไ", "ท", "ย", "ok"]
     assert words("a[i]+=1") == ["a", "[", "i", "]", "+", "=", "1"]
@@ -40,7 +43,7 @@ def test_repetition():
     assert repetition([""])["1"] is None
 
 
-def test_perplexity_is_that_of_the_models_own_logits(llama, tokenizer_folder):
+def test_perplexity_is_that_of_the_models_own_logits(llama):
     import torch
     from engine_helpers import VOCAB
 
@@ -48,39 +51,30 @@ def test_perplexity_is_that_of_the_models_own_logits(llama, tokenizer_folder):
 
     class Bytes:
         def __call__(self, text, **_):
-            ids = [ord(c) % VOCAB for c in text]
-            return type("Ids", (), {"input_ids": ids})
+            return type("Ids", (), {"input_ids": [ord(c) % VOCAB for c in text]})
 
     model = EaModel(llama, tokenizer=Bytes())
-    texts, contexts = ["hello", "abcabc"], ["", "say: "]
-    found = perplexity(model, texts, contexts)
     losses = []
-    for text, context in zip(texts, contexts, strict=True):
+    for text, context in (("hello", ""), ("abcabc", "say: ")):
         ids = torch.tensor([[ord(c) % VOCAB for c in context + text]])
         with llama.stock() as stock:
             logits = stock(ids).logits.log_softmax(-1)
         start = max(len(context), 1)
         losses += [-logits[0, i - 1, ids[0, i]].item() for i in range(start, ids.shape[1])]
-    assert found["tokens"] == len(losses) == 4 + 6 and found["skipped"] == 0
-    assert found["perplexity"] == pytest.approx(math.exp(sum(losses) / len(losses)), rel=1e-4)
     # nothing to predict, and more than the model's positions: counted, not cut
-    assert perplexity(model, ["x", "y" * 300], ["", ""]) == {
-        "perplexity": None,
-        "tokens": 0,
-        "skipped": 2,
-    }
+    found = measured(model, ["hello", "abcabc", "x", "y" * 300], ["", "say: ", "", ""])
+    assert (found["tokens"], found["skipped"]) == (len(losses), 2) == (4 + 6, 2)
+    assert found["perplexity"] == pytest.approx(math.exp(sum(losses) / len(losses)), rel=1e-4)
+    assert measured(model, ["x"], [""])["perplexity"] is None
 
 
-def rows(task, kind, pairs, **more):
-    return [
-        read_answer({"task": task, "type": kind, "prediction": p, "label": y, **more})
-        for p, y in pairs
-    ]
+def rows(kind, pairs, task="t", **more):
+    line = {"task": task, "type": kind, **more}
+    return [ANSWER.validate_python({**line, "prediction": p, "label": y}) for p, y in pairs]
 
 
-def report(kind, pairs, **more):
-    answers = rows("t", kind, pairs, **more)
-    return task_report(answers)["tasks"]["t"]
+def report(kind, pairs):
+    return task_report(rows(kind, pairs))["tasks"]["t"]
 
 
 def test_classification():
@@ -94,24 +88,19 @@ def test_classification():
     assert entry["auroc"] is None
 
 
-def scored(table):
-    line = {"task": "t", "type": "classification", "prediction": "a"}
-    answers = [read_answer({**line, "label": label, "scores": scores}) for scores, label in table]
-    return task_report(answers)["tasks"]["t"]["auroc"]
-
-
 def test_auroc_of_two_and_of_three_labels():
+    def auroc(table):
+        answers = [rows("classification", [("a", y)], scores=s)[0] for s, y in table]
+        return task_report(answers)["tasks"]["t"]["auroc"]
+
     scores = [(0.1, "n"), (0.4, "y"), (0.35, "n"), (0.8, "y"), (0.4, "n")]
     # of 6 pairs 5 are in order and one is a tie
-    assert scored([({"n": 1 - s, "y": s}, label) for s, label in scores]) == pytest.approx(5.5 / 6)
-    logits = [
-        ({"a": 5, "b": 1, "c": 2}, "a"),
-        ({"a": 1, "b": 9, "c": 2}, "b"),
-        ({"a": 2, "b": 3, "c": 9}, "c"),
-    ]
-    assert scored(logits) == 1.0
+    assert auroc([({"n": 1 - s, "y": s}, label) for s, label in scores]) == pytest.approx(5.5 / 6)
+    logits = [({"a": 5, "b": 1, "c": 2}, "a"), ({"a": 1, "b": 9, "c": 2}, "b")]
+    logits.append(({"a": 2, "b": 3, "c": 9}, "c"))
+    assert auroc(logits) == 1.0
     with pytest.raises(EagleError, match="without a score for 'b'"):
-        scored([*logits, ({"a": 1}, "a")])
+        auroc([*logits, ({"a": 1}, "a")])
 
 
 def test_regression():
@@ -119,7 +108,7 @@ def test_regression():
     assert entry["mae"] == pytest.approx(5 / 3) and entry["unanswered"] == 1
     assert entry["spearman"] == pytest.approx(1.0, abs=1e-5)  # the library adds an epsilon
     assert entry["pearson"] == pytest.approx(3 / math.sqrt(2 * 14 / 3))
-    constant = task_report(rows("t", "regression", [(1, 2), (1, 3)]))
+    constant = task_report(rows("regression", [(1, 2), (1, 3)]))
     assert constant["tasks"]["t"]["spearman"] is None and constant["mean_primary"] is None
     assert report("regression", [(None, 2)])["mae"] is None
 
@@ -135,43 +124,41 @@ def test_ranking():
 
 
 def test_generation_and_the_mean_over_tasks():
-    answers = rows("write", "generation", [("a b", "a b"), (None, "c")])
-    answers += rows("sort", "classification", [("x", "x"), ("y", "y")])
+    answers = rows("generation", [("a b", "a b"), (None, "c")], "write")
+    answers += rows("classification", [("x", "x"), ("y", "y")], "sort")
     found = task_report(answers)
     assert found["tasks"]["write"]["rouge_l"] == 0.5 == found["tasks"]["write"]["exact_match"]
     assert found["tasks"]["sort"]["mcc"] == pytest.approx(1.0)
     assert found["mean_primary"] == pytest.approx(0.75)
-    mixed = rows("t", "generation", [("a", "a")]) + rows("t", "classification", [("a", "a")])
+    mixed = rows("generation", [("a", "a")]) + rows("classification", [("a", "a")])
     with pytest.raises(EagleError, match="'t' has rows of types"):
         task_report(mixed)
 
 
-@pytest.mark.parametrize(
-    "kind, row",
-    [
-        ("regression", {"label": 1}),
-        ("choice", {"prediction": 1, "label": 1}),
-        ("ranking", {"prediction": 1, "label": [0, 1]}),
-        ("ranking", {"prediction": [1], "label": [0, 1]}),
-        ("ranking", {"prediction": [1, 2], "label": [1, 1]}),
-        ("regression", {"prediction": "1", "label": 1}),
-        ("regression", {"prediction": 1, "label": float("nan")}),
-        ("regression", {"prediction": 1, "label": None}),
-        ("generation", {"prediction": 1, "label": "x"}),
-        ("classification", {"prediction": "a", "label": "a", "scores": {"b": 1}}),
-    ],
-)
-def test_rows_that_are_no_answers(kind, row):
-    with pytest.raises(ValueError):
-        read_answer({"task": "t", "type": kind, **row})
+NO_ANSWERS = [
+    ("regression", {"label": 1}),
+    ("choice", {"prediction": 1, "label": 1}),
+    ("ranking", {"prediction": 1, "label": [0, 1]}),
+    ("ranking", {"prediction": [1], "label": [0, 1]}),
+    ("ranking", {"prediction": [1, 2], "label": [1, 1]}),
+    ("regression", {"prediction": "1", "label": 1}),
+    ("regression", {"prediction": 1, "label": float("nan")}),
+    ("regression", {"prediction": 1, "label": None}),
+    ("generation", {"prediction": 1, "label": "x"}),
+    ("classification", {"prediction": "a", "label": "a", "scores": {"b": 1}}),
+]
+
+
+def test_rows_that_are_no_answers():
+    for kind, row in NO_ANSWERS:
+        with pytest.raises(ValueError):
+            ANSWER.validate_python({"task": "t", "type": kind, **row})
 
 
 def test_missing_libraries_are_named(monkeypatch):
-    import sys
-
     monkeypatch.setitem(sys.modules, "sacrebleu.metrics", None)
     monkeypatch.setitem(sys.modules, "torchmetrics.functional", None)
     with pytest.raises(EagleError, match=r"eagle-heads\[eval\]"):
         with_references(["a"], ["a"])
     with pytest.raises(EagleError, match=r"eagle-heads\[eval\]"):
-        task_report(rows("t", "regression", [(1, 2)]))
+        report("regression", [(1, 2)])
