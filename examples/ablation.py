@@ -13,7 +13,7 @@ import numpy as np
 
 from configs import cli
 from configs.errors import ConfigError
-from eagle.checkpoint import atomic_write_text
+from eagle.files import atomic_write_text
 from examples.steps import Steps, words, write_once
 from inference.bench.record import require
 from inference.bench.report import grid
@@ -28,10 +28,14 @@ CONFIG = Path(__file__).with_name("ablation.yaml")
 # what differs: the rows that are read, and overrides
 ARMS: dict[str, tuple[str, list[str]]] = {BASELINE: ("mixed", [])}
 ARMS |= {loss: ("mixed", [f"loss.name={loss}"]) for loss in ("kl", "reverse_kl", "overlap")}
-for _gamma in (1, 2):
-    for _weight in ("overlap", "target_prob"):
-        _focal = ["loss.name=focal", f"loss.gamma={_gamma}", f"loss.weight={_weight}"]
-        ARMS[f"focal_{_gamma}_{_weight}"] = ("mixed", _focal)
+ARMS |= {
+    f"focal_{gamma}_{weight}": (
+        "mixed",
+        ["loss.name=focal", f"loss.gamma={gamma}", f"loss.weight={weight}"],
+    )
+    for gamma in (1, 2)
+    for weight in ("overlap", "target_prob")
+}
 ARMS |= {"on_policy": ("own", []), "fim_only": ("fim", []), "chat_only": ("chat", [])}
 
 
@@ -78,7 +82,11 @@ def ablation(
             out = folder / "measured" / f"{name}-{temperature}.jsonl"
             more = {**measure, "head": head / "head", "output": out, "temperature": temperature}
             runner.run(out.stem, words("inference.generate --seed 0 --batch_size 16", **more), out)
-            measured[name][temperature] = read_measured(out)
+            rows = [json.loads(line) for line in out.read_text("utf-8").split("\n")[:-1]]
+            gained = [(row["new_tokens"] - 1, row["tau"]) for row in rows]
+            measured[name][temperature] = np.array(
+                [(n, round(n / t) if t else 0) for n, t in gained]
+            )
     found = {
         name: {t: summarise(runs[t], measured.get(BASELINE, runs)[t]) for t in TEMPERATURES}
         for name, runs in measured.items()
@@ -108,15 +116,9 @@ def rows_of(runner: Steps, kind: str, count: int, base: str | None) -> str:
     return f"data.mixture=[{', '.join(sources)}]"
 
 
-def read_measured(path: Path) -> np.ndarray:
-    """[prompts, 2]: tokens gained and verifications (cycles) of each generation."""
-    rows = [json.loads(line) for line in path.read_text("utf-8").split("\n")[:-1]]
-    gained = [(row["new_tokens"] - 1, row["tau"]) for row in rows]
-    return np.array([(tokens, round(tokens / tau) if tau else 0) for tokens, tau in gained])
-
-
 def tau(gained_and_cycles: np.ndarray) -> np.ndarray:
-    """[..., prompts, 2] -> [...]: tokens gained a verification, summed over prompts first."""
+    """[..., prompts, 2], tokens gained and verifications of each generation -> [...]: tokens gained
+    a verification, summed over prompts first."""
     total = gained_and_cycles.sum(-2)
     return total[..., 0] / np.maximum(total[..., 1], 1)
 
@@ -144,11 +146,9 @@ def table(summary: dict) -> str:
     for temperature in TEMPERATURES:
         lines = [["arm", "τ", *KINDS, f"against {BASELINE} (95%)"]]
         for name, of in summary["arms"].items():
-            values = of[temperature]
-            cells = [f"{values[column]:.3f}" for column in ("tau", *KINDS)]
-            lines.append(
-                [name, *cells, "{difference:+.3f} ({low:+.3f} … {high:+.3f})".format(**values)]
-            )
+            cells = [f"{of[temperature][column]:.3f}" for column in ("tau", *KINDS)]
+            against = "{difference:+.3f} ({low:+.3f} … {high:+.3f})".format(**of[temperature])
+            lines.append([name, *cells, against])
         parts += [f"## Temperature {temperature}", grid(lines)]
     return "\n\n".join(parts) + "\n"
 

@@ -11,26 +11,19 @@ from inference.bench.gpu import STAGES, gpu
 from inference.bench.timing import capture
 
 
-@pytest.fixture(scope="module")
-def suite(tmp_path_factory):
-    out = tmp_path_factory.mktemp("suite")
-    gpu(size="toy", device="cpu", out=str(out))
-    return out
-
-
-def test_every_stage_runs(suite):
-    for stage in STAGES:
-        result = json.loads((suite / f"{stage}.json").read_text())
+def test_every_stage_runs(tmp_path):
+    gpu(size="toy", device="cpu", out=str(tmp_path))
+    results = {name: json.loads((tmp_path / f"{name}.json").read_text()) for name in STAGES}
+    for stage, result in results.items():
         failed = [run for run in result["runs"] if "error" in run]
         assert result["runs"] and not failed, failed[:2]
         assert result["stage"] == stage and result["versions"]["torch"] == torch.__version__
         for run in result["runs"]:
             ms = run.get("ms", {})
             assert all(value > 0 for value in (ms.values() if isinstance(ms, dict) else [ms]))
-    summary = json.loads((suite / "summary.json").read_text())
+    summary = json.loads((tmp_path / "summary.json").read_text())
     assert [run["stage"] for run in summary["runs"]] == list(STAGES)
-    engine = json.loads((suite / "engine.json").read_text())
-    (bench,) = [run for run in engine["runs"] if run["kind"] == "engines"]
+    (bench,) = [run for run in results["engine"]["runs"] if run["kind"] == "engines"]
     assert {run["engine"] for run in bench["runs"]} == {"hf", "vanilla", "eagle"}
 
 

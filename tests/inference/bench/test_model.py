@@ -8,10 +8,10 @@ import pytest
 
 from eagle.errors import EagleError
 from inference.bench import model as costs
-from inference.bench.model import DEVICES, EMBEDDED, Device, Model, fit, predict, tau_of
+from inference.bench.model import DEVICES, EMBEDDED, Device, Model, fit, llama_like, predict, tau_of
 
 RESULTS = Path(__file__).parents[3] / "docs" / "results"
-LLAMA_8B = Model.of(8.03e9, 32, 8, 128, 4096)
+LLAMA_8B = llama_like(8.03e9, 32, 8, 128, 4096)
 
 
 def runs(name):
