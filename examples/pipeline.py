@@ -131,15 +131,9 @@ def pipeline(
             steps.run(name, words(bench, **target, **more, **same), out)
             found[name] = read(out)
 
-    plan = {
-        "base": "embedded" if embedded else Path(base).name,
-        "given_head": None if given is None else given.name,
-        "quantization": quantization,
-        "data_format": data_format,
-        "num_prompts": count,
-        "max_new_tokens": max_new_tokens,
-        "tree": tree,
-    }
+    plan = {"base": "embedded" if embedded else Path(base).name, "given_head": given and given.name}
+    plan |= {"quantization": quantization, "data_format": data_format, "num_prompts": count}
+    plan |= {"max_new_tokens": max_new_tokens, "tree": tree}
     report = summarise(folder, found, steps.spent, plan)
     page, text = markdown(report), json.dumps(report, ensure_ascii=False)
     atomic_write_text(folder / "report.md", page)
@@ -181,17 +175,18 @@ def read(path: Path) -> dict:
 
 def summarise(folder: Path, found: dict[str, dict], spent: dict[str, float], plan: dict) -> dict:
     """report.json. rows[]: one for each benchmark; exact{}: in fp32, by head."""
-    rows = []
-    for name in filter(found.get, CASES):
-        runs = {run["engine"]: run for run in found[name]["runs"]}
+    rows, exact = [], {}
+    for name, bench in found.items():
+        if name not in CASES:
+            exact[name.removeprefix("exact_")] = equality(bench)
+            continue
+        runs = {run["engine"]: run for run in bench["runs"]}
         eagle, plain = runs["eagle"], runs["vanilla"]["tokens_per_second"]
         row = dict(zip(("case", "head", "target"), CASES[name], strict=True))
         for key in ("tau", "tokens_per_second", "vs_hf", "new_tokens", "looping"):
             row[key] = eagle[key]
         row |= {"plain": plain, "vs_vanilla": eagle["tokens_per_second"] / plain}
-        rows.append({**row, **equality(found[name])})
-    exact = {name: found.get(f"exact_{name}") for name in ("given", "adapted")}
-    exact = {name: equality(bench) for name, bench in exact.items() if bench}
+        rows.append({**row, **equality(bench)})
     answers = read(folder / "answers" / "answers.card.json")["counts"]["answers"]
     return {
         "kind": "pipeline",

@@ -67,26 +67,27 @@ class Steps:
         writes; resume: words with which it goes on after an interruption, None: it begins again."""
         self.console.rule(name)
         mark = self.folder / "stages" / f"{name}.json"
-        identity = {"command": command, "inputs": inputs_of(command, outputs)}
+        state = {"command": command, "inputs": inputs_of(command, outputs)}
         try:
             before = json.loads(mark.read_text("utf-8"))
         except (OSError, ValueError):  # it never began, or its mark is torn
             before = {}
-        same = all(before.get(key) == value for key, value in identity.items())
+        same = {key: before.get(key) for key in state} == state
         if same and before["done"] and all(path.exists() for path in outputs):
             self.spent[name] = before.get("seconds", 0.0)
             self.console.print(f"done before, in {self.spent[name]:.0f} s")
             return
-        goes_on = same and not before["done"] and resume is not None
-        if not goes_on:
+        started = time.monotonic()
+        if same and not before["done"] and resume is not None:
+            command = [*command, *resume]
+            started -= before.get("seconds", 0.0)
+        else:
             for path in outputs:
                 shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-        command = [*command, *(resume if goes_on else [])]
-        started = time.monotonic() - (before.get("seconds", 0.0) if goes_on else 0.0)
 
         def note(done: bool) -> None:
             self.spent[name] = time.monotonic() - started
-            mine = {**identity, "seconds": self.spent[name], "done": done}
+            mine = {**state, "seconds": self.spent[name], "done": done}
             atomic_write_text(mark, json.dumps(mine, indent=1) + "\n")
 
         note(False)

@@ -66,11 +66,13 @@ class Sweep:
         setting that matters to it: stock `generate` has no tree and no capacity, plain decoding no
         tree; stock prompt lookup takes one row at a time."""
         found = []
-        outer = itertools.product(self.temperatures, self.context_lengths, self.batch_sizes)
-        for temperature, context, size in outer:
+        for temperature, context, size in itertools.product(
+            self.temperatures, self.context_lengths, self.batch_sizes
+        ):
             group: dict[Case, None] = {}  # an ordered set
-            inner = itertools.product(self.engines, self.trees, self.capacities)
-            for engine, tree, capacity in inner:
+            for engine, tree, capacity in itertools.product(
+                self.engines, self.trees, self.capacities
+            ):
                 case = Case(engine, size, temperature, context)
                 if not case.stock:
                     case = replace(case, capacity=capacity)

@@ -55,16 +55,14 @@ def cycle(
     record = Record("cycle", cycle, dict(locals()), "batch_size")
     # the profiler's library says on stderr when it starts and stops
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")
-    if max_new_tokens < 8:
-        raise EagleError(f"max_new_tokens {max_new_tokens} leaves no cycle to see; give 8 or more")
     model = load_model(base, head, adapter, tree, dtype, device, compile, quantization=quantization)
     if model.drafter is None:
         raise EagleError("no draft head to profile: give --head PATH")
     room = model.target.max_positions - max_new_tokens - batch_size
-    if room < 1:
+    if max_new_tokens < 8 or room < 1:
         raise EagleError(
-            f"{batch_size} rows of {max_new_tokens} new tokens do not fit the model's "
-            f"{model.target.max_positions} positions; lower max_new_tokens"
+            f"max_new_tokens {max_new_tokens}: give 8 or more, and fewer than the model's "
+            f"{model.target.max_positions} positions"
         )
     ids = [p.ids for p in load_prompts(None, model.tokenizer)]
     # of differing lengths, as requests have

@@ -53,24 +53,21 @@ def bench(
     report: str | None = None,
     plots: str | None = None,
 ) -> None:
-    """Throughput of every engine on the same prompts, acceptance, and whether outputs are equal.
+    """Throughput of every engine on the same prompts, acceptance, and whether outputs are equal (when
+    sampling, among our own engines: stock generate draws other random numbers).
 
     Without --base the embedded model and its held-out prompts are used. --prompts takes a JSONL
     file of prompts, FIM pairs, chats, or MT-Bench/Spec-Bench questions.
 
-    --engines: a list of hf, hf_prompt_lookup (both stock generate), vanilla, vanilla_compiled
-    (ours, without drafting), eagle, eagle_compiled, eagle_auto (which picks its tree, and is left
-    out by default where --tree or --trees picks it, or acceptance is forced). All by default.
+    --engines: some of hf, hf_prompt_lookup (both stock generate), vanilla, vanilla_compiled (ours,
+    without drafting), eagle, eagle_compiled, eagle_auto (which picks its tree, and is left out by
+    default where --tree or --trees picks it, or acceptance is forced).
 
     Sweeps measure every combination: --batch_sizes 1,8 --trees "8,4,2;16,4,4" --context_lengths
     64,1024 --capacities 512,8192 --temperatures 0,0.8. --forced_acceptance K makes every cycle keep
     K draft tokens, right or wrong, which measures the engine apart from the head.
 
-    A temperature above 0 samples: stock generate draws other random numbers then, so equality is
-    judged among our own engines alone.
-
-    --json FILE, --report FILE.md and --plots DIR keep the result.
-    """
+    --json FILE, --report FILE.md and --plots DIR keep the result."""
     asked = dict(locals())
     record = Record("", bench, asked, "num_prompts", "repeats", "max_new_tokens")
     sweep = sweep_of(asked)
@@ -108,12 +105,10 @@ def sweep_of(asked: dict) -> Sweep:
     if forced is not None and "eagle_auto" in names:
         raise EagleError("eagle_auto picks no tree where acceptance is forced; leave it out")
     temperatures = parse_numbers("temperatures", asked["temperatures"], float)
-    sizes = {
-        name: parse_numbers(name, asked[name]) or (None,)
-        for name in ("batch_sizes", "context_lengths", "capacities")
-    }
-    sizes |= {"trees": trees or (None,), "temperatures": temperatures or (asked["temperature"],)}
-    sweep = Sweep(names, forced_acceptance=forced, **sizes)
+    counts = ("batch_sizes", "context_lengths", "capacities")
+    values = {name: parse_numbers(name, asked[name]) or (None,) for name in counts}
+    values |= {"trees": trees or (None,), "temperatures": temperatures or (asked["temperature"],)}
+    sweep = Sweep(names, forced_acceptance=forced, **values)
     if not sweep.groups():
         raise EagleError("hf_prompt_lookup takes one row at a time; add --batch_sizes 1")
     return sweep
@@ -150,7 +145,7 @@ def parse_trees(text: str | None) -> list[str]:
 
 def measure(model, ids: list[list[int]], sweep: Sweep, options: dict, repeats: int) -> dict:
     """What the bench's JSON has of its own. options: max_new_tokens, top_p, top_k, seed."""
-    target, notes, warm_up = model.target, [], {}
+    target, notes, warm_up, explain = model.target, [], {}, {}
     if sweep.trees == (None,) and model.drafter:
         sweep = dataclasses.replace(sweep, trees=(str(model.drafter.shape),))
     if "hf_prompt_lookup" in sweep.engines and max(sweep.batch_sizes) > 1:
@@ -163,23 +158,20 @@ def measure(model, ids: list[list[int]], sweep: Sweep, options: dict, repeats: i
     with torch.inference_mode():
         for engine in sweep.engines:
             say(f"preparing {engine}")
-            parts = {}
-            if engine in COMPILED:
-                parts = model.prepare(compile="max", draft=engine not in PLAIN)
+            mode = "max" if engine in COMPILED else "off"
+            parts = model.prepare(compile=mode, draft=engine not in PLAIN)
             warm_up[engine] = {part: round(s, 2) for part, s in parts.items()}
         for number, group in enumerate(groups, 1):
             prompts = with_context(ids, group[0].context_length)
-            where = f"group {number}/{len(groups)}, batch size {group[0].batch_size}: "
-            found = measure_group(
-                model, prompts, group, options, repeats, lambda text, at=where: say(at + text)
-            )
+            say(f"group {number} of {len(groups)}, batch size {group[0].batch_size}")
+            found = measure_group(model, prompts, group, options, repeats)
             runs += found
-            say(where + "comparing outputs")
+            if any(case.tree == "auto" and sweep.leads(case) for case in group):
+                explain[str(group[0].batch_size)] = str(model.explain())
             verdicts += compare.judge_group(model, prompts, found, options)
-    rows = [
-        {**run.to_json(), **compare.against_baselines(run, runs), **verdict}
-        for run, verdict in zip(runs, verdicts, strict=True)
-    ]
+    rows = []
+    for run, verdict in zip(runs, verdicts, strict=True):
+        rows.append({**run.to_json(), **compare.against_baselines(run, runs), **verdict})
     main = [run for run in runs if sweep.leads(run.case)]
     return {
         "dtype": str(target.dtype).removeprefix("torch."),
@@ -195,5 +187,5 @@ def measure(model, ids: list[list[int]], sweep: Sweep, options: dict, repeats: i
         "runs": rows,
         **compare.headline(main),
         **compare.overall([rows[runs.index(run)] for run in main]),
-        "explain": {str(r.case.batch_size): r.explain for r in main if r.explain is not None},
+        "explain": explain,
     }

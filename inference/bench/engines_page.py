@@ -45,12 +45,10 @@ def sections(result: dict) -> list[Section]:
     }
     phases = {p: f"{p}_ms:.2f" for p in ("draft", "verify", "commit", "cycle", "prefill")}
     phases["peak memory MB"] = "peak_memory_mb:.1f"
-    pairs, compiled = [], [["engine", "part", "seconds"]]
+    pairs = []
     for run in runs:
         for other, counts in (run["divergences"] or {}).items():
             pairs.append({**run, "against": other, **counts})
-    for engine, parts in result["warm_up_s"].items():
-        compiled += [[engine, part, f"{seconds:.1f}"] for part, seconds in parts.items()]
     counted = {"rows that differ": "rows", "near ties": "near_ties", "real": "real"}
     sizes = list(dict.fromkeys(str(run["batch_size"]) for run in runs))
     ratios = [["ratio", *(f"batch {size}" for size in sizes)]]
@@ -63,7 +61,6 @@ def sections(result: dict) -> list[Section]:
         Section("Ratios", ratios, "Efficiency is a ratio over tau."),
         Section("Where a cycle's time goes", tabulate(runs, **own, **phases), ms),
         Section("Divergences", tabulate(pairs, **own, against="against", **counted)),
-        Section("Compiling, not part of the times", compiled),
         *(
             Section(f"Tree chosen at batch size {size}", [], f"```\n{text.strip()}\n```")
             for size, text in result["explain"].items()

@@ -72,7 +72,7 @@ def gpu(
     --stage kernels, engine, or all. --size full, or toy, which also runs with --device cpu. A case
     that fails keeps its error. For correctness: pytest -m gpu; for the loss: the subject train.
     """
-    asked = {**locals(), "json": f"{out}/summary.json"}
+    asked = dict(locals())
     there = torch.cuda.is_available()
     place = torch.device(device or ("cuda" if there else "cpu"))
     if stage not in (*STAGES, "all") or size not in SIZES:
@@ -182,13 +182,12 @@ class Graphs:
             model = AutoModelForCausalLM.from_config(LlamaConfig(**size.shape), dtype=dtype)
         # an identity given, so that none is computed from the weights
         identity = {"id": "random", "weights": "random"}
-        self.target = target = Target(fill(model), "random", identity=identity)
+        self.target = target = Target(model, "random", identity=identity)
         config = HeadConfig.for_target(target.config, draft_vocab_size=size.draft_vocab)
         with self.device:
-            head = fill(Eagle3Head(config).to(dtype)).eval().requires_grad_(False)
-        head.set_draft_vocab(
-            torch.arange(size.draft_vocab) * (target.vocab_size // size.draft_vocab)
-        )
+            head = Eagle3Head(config).to(dtype).eval().requires_grad_(False)
+        step = target.vocab_size // size.draft_vocab
+        head.set_draft_vocab(torch.arange(size.draft_vocab) * step)
         self.drafter = HeadDrafter(head, target.embed, TreeShape.parse(size.trees[0]))
         target.set_feature_layers(head.config.feature_layers)
         kv = 2 * target.kv_heads * target.head_dim * target.dtype.itemsize
@@ -237,12 +236,3 @@ class Graphs:
                 cache.lengths.fill_(context)
 
         return milliseconds(capture(step, self.device), self.device, self.repeats)
-
-
-@torch.no_grad()
-def fill(module: torch.nn.Module) -> torch.nn.Module:
-    """Weights N(0, 0.02)."""
-    for weight in module.parameters():
-        if weight.ndim > 1:
-            weight.normal_(0.0, 0.02)
-    return module

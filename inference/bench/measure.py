@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -12,7 +11,7 @@ import torch
 from eagle.decode import Timings
 from eagle.model import acceptance_by_depth
 from inference.bench.cases import Case
-from inference.bench.timing import PeakMemory, timed, turns
+from inference.bench.timing import PeakMemory, say, timed, turns
 
 LOOKUP_TOKENS = 10
 PHASES = ("prefill", "draft", "verify", "commit")
@@ -27,7 +26,6 @@ class Lap:
     rows: list = field(default_factory=list)  # decode.Row, ours only
     timings: Timings = field(default_factory=Timings)
     peak_bytes: int = 0
-    explain: str | None = None
 
     @property
     def cycles(self) -> int:
@@ -47,7 +45,6 @@ class Run:
     cycles: float = 0  # passes over a batch, medians of repeats
     phases: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
     peak_bytes: int = 0
-    explain: str | None = None
 
     def add(self, laps: list[Lap], phased: list[Lap]) -> None:
         """A batch's repeats. phased: those that tell the phases apart."""
@@ -57,7 +54,6 @@ class Run:
         self.outputs += last.outputs
         self.rows += last.rows
         self.peak_bytes = max(self.peak_bytes, *(lap.peak_bytes for lap in laps))
-        self.explain = last.explain or self.explain
         self.cycles += statistics.median(lap.cycles for lap in phased)
         for name in PHASES:
             self.phases[name] += statistics.median(getattr(lap.timings, name) for lap in phased)
@@ -114,7 +110,7 @@ def loops(tokens: list[int]) -> bool:
 
 
 def measure_group(
-    model, prompts: list[list[int]], group: list[Case], options: dict, repeats: int, say: Callable
+    model, prompts: list[list[int]], group: list[Case], options: dict, repeats: int
 ) -> list[Run]:
     """Run every case of the group on every batch of prompts, `repeats` times, in turns.
 
@@ -165,10 +161,7 @@ def run_case(
     more = {"timings": timings, "synchronise": synchronised, **options, **case.options}
     memory = PeakMemory(device)
     spent, made = timed(lambda: model.generate(batch, **more), device)
-    lap = Lap(spent, [row.tokens for row in made.rows], made.rows, timings, memory.bytes())
-    if case.tree == "auto" and lap.cycles:
-        lap.explain = str(model.explain())
-    return lap
+    return Lap(spent, [row.tokens for row in made.rows], made.rows, timings, memory.bytes())
 
 
 def run_stock(case: Case, model, batch: list[list[int]], options: dict) -> Lap:

@@ -1,14 +1,6 @@
 """What a cycle should cost, and what speculation gains, by model, batch, context and device.
 
-A pass reads its weights and the live keys and values, and multiplies. With p the device's overlap:
-
-    reading = (weights + keys and values) / bandwidth
-    multiplying = 2 * params * tokens / flops
-    pass = (reading^p + multiplying^p)^(1/p) + layers * layer_s
-    cycle = pass(target, rows * nodes) + ingest + depth * pass(head, rows * beams) + cycle_s
-    speedup = tau * plain / cycle,  tau = 1 + a_1 + a_1 a_2 + …  (a_d: conditional acceptance)
-
-Times are seconds, sizes bytes.
+docs/scaling.md has the formulas. Times are seconds, sizes bytes.
 """
 
 from __future__ import annotations

@@ -1,6 +1,5 @@
 """What every subject of the bench leaves: where it was measured, without saying on whose machine;
-what was asked; a row a measurement. One JSON object, one table for the terminal, one page.
-"""
+what was asked; a row a measurement. One JSON object, one table for the terminal, one page."""
 
 from __future__ import annotations
 
@@ -61,8 +60,7 @@ class Record:
 
     def result(self, **summary) -> dict:
         """The JSON object; summary: what follows from the rows."""
-        loads = {"load_start": self.load, "load_end": load()}
-        where = {**describe(self.device), **loads}
+        where = {**describe(self.device), "load_start": self.load, "load_end": load()}
         return {
             "device": where["accelerator"] or where["cpu"],
             "threads": where["threads"],
@@ -135,22 +133,24 @@ def load() -> list[float]:
 @functools.cache
 def describe(device: torch.device) -> dict:
     """The JSON's `environment`, without the load: no host names, user names or paths."""
-    cuda = device.type == "cuda"
-    driver = ("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
     text = CPUINFO.read_text() if CPUINFO.exists() else ""
     cpu = {k.strip(): v.strip() for k, _, v in (line.partition(":") for line in text.splitlines())}
     flags = cpu.get("flags", cpu.get("Features", "")).split()
-    pinned = hasattr(os, "sched_getaffinity")  # fewer cores there, or in a container
+    # on Linux; fewer in a container
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     found = {d.name: d.version for d in metadata.distributions() if d.name in PACKAGES}
+    gpu = {"accelerator": None}
+    if device.type == "cuda":
+        driver = said("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+        gpu = {"accelerator": torch.cuda.get_device_name(device), "driver": driver}
+        gpu["memory_bytes"] = torch.cuda.get_device_properties(device).total_memory
     return {
         "cpu": cpu.get("model name") or platform.processor() or platform.machine(),
         "cores": os.cpu_count(),
-        "usable_cores": len(os.sched_getaffinity(0)) if pinned else os.cpu_count(),
+        "usable_cores": usable,
         "isa": [name for name in ISA if name in flags],
         "threads": torch.get_num_threads(),
-        "accelerator": torch.cuda.get_device_name(device) if cuda else None,
-        "memory_bytes": torch.cuda.get_device_properties(device).total_memory if cuda else None,
-        "driver": said(*driver) if cuda else None,
+        **gpu,
         "omp_num_threads": os.environ.get("OMP_NUM_THREADS"),
         "system": platform.system(),
         "versions": {"python": platform.python_version(), **found},
@@ -161,8 +161,6 @@ def describe(device: torch.device) -> dict:
 
 def said(*command: str) -> str | None:
     """The first line that a program prints; None where it is missing or fails."""
-    options = {"cwd": ROOT, "capture_output": True, "text": True, "timeout": 30, "check": True}
-    try:
-        return subprocess.run(command, **options).stdout.split("\n")[0].strip() or None
-    except (OSError, subprocess.SubprocessError):
-        return None
+    options = {"cwd": ROOT, "text": True, "timeout": 30, "stderr": subprocess.DEVNULL}
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        return subprocess.check_output(command, **options).split("\n")[0].strip() or None

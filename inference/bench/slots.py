@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 import statistics
 
-from eagle.errors import EagleError
 from inference.bench.record import Record
 from inference.bench.report import Section, tabulate
 from inference.bench.timing import race
@@ -35,13 +34,13 @@ def measure_slots(
     The prompts are the embedded model's held-out ones, or --prompts FILE, and each asks for a
     length of its own between a quarter and seven quarters of --max_new_tokens, as requests do.
     """
-    record = Record("slots", measure_slots, dict(locals()), "num_prompts", "slots", "repeats")
-    if max_new_tokens < 4:
-        raise EagleError(f"max_new_tokens must be at least 4, not {max_new_tokens}")
+    asked = dict(locals())
+    counts = ("num_prompts", "slots", "repeats", "max_new_tokens")
+    record = Record("slots", measure_slots, asked, *counts)
     model = load_model(base, head, None, tree, dtype, device, compile)
     record.device, rng, quarter = model.target.device, random.Random(0), max_new_tokens // 4
     requests = [
-        {"input_ids": prompt.ids, "max_new_tokens": rng.randint(quarter, 7 * quarter)}
+        {"input_ids": prompt.ids, "max_new_tokens": 1 + rng.randint(quarter, 7 * quarter)}
         for prompt in load_prompts(prompts, model.tokenizer, num_prompts)
     ]
 

@@ -1,7 +1,5 @@
-"""The bench's one way to time, and to see how much memory work needs.
-
-Warm up, wait for the device, take turns, repeat; figures are medians.
-"""
+"""The bench's one way to time (warm up, wait for the device, take turns, repeat; figures are
+medians), and to see how much memory work needs."""
 
 from __future__ import annotations
 
@@ -48,7 +46,7 @@ def turns(names: list, repeats: int, shift: int = 0) -> Iterator:
 
 def race(works: dict[str, Work], repeats: int, device: torch.device) -> tuple[dict, dict]:
     """Seconds of each repeat, and the last result, by name, after a warm-up."""
-    results: dict[str, object] = {name: work() for name, work in works.items()}
+    results = {name: work() for name, work in works.items()}
     seconds: dict[str, list[float]] = {name: [] for name in works}
     for name in turns(list(works), repeats):
         spent, results[name] = timed(works[name], device)

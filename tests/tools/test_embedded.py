@@ -19,12 +19,12 @@ DATA = EMBEDDED / "data"
 def sources(tmp_path_factory):
     """A folder of forty documented modules: enough for a few to be held out."""
     root = tmp_path_factory.mktemp("stdlib")
+    function = (
+        'def step_{i}_{j}(value, other={j}):\n    """Return the value of step {j} in module {i}."""\n'
+        "    scaled = value * {j} + 1\n    total = scaled + other\n    return total - {i}\n\n\n"
+    )
     for i in range(40):
-        body = "".join(
-            f'def step_{i}_{j}(value, other={j}):\n    """Return the value of step {j} in module {i}, scaled."""\n'
-            f"    scaled = value * {j + 1}\n    total = scaled + other\n    return total - {i}\n\n\n"
-            for j in range(6)
-        )
+        body = "".join(function.format(i=i, j=j) for j in range(6))
         (root / f"module_{i}.py").write_text(f'"""Module {i}."""\n\nimport math\n\n\n{body}')
     (root / "bad_syntax.py").write_text("def (:\n" * 60)
     return root

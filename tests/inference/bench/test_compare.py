@@ -48,8 +48,7 @@ def test_headline_of_every_engine():
     }
     assert result["efficiency"] == {"1": 0.5} and result["efficiency_best"] == {"1": 1.0}
 
-
-def test_nothing_to_compare_with():
+    # nothing to compare with
     alone = run("eagle", 1.0, tau=2.0)
     result = headline([alone])
     assert not any(result["speedup"].values()) and result["efficiency"] == {}
@@ -91,16 +90,13 @@ SAMPLED = {**GREEDY, "temperature": 1.0}
 
 
 def tied_target(dtype):
-    """Rows 10 and 11 of the output matrix are equal: a perfect tie."""
+    """Rows 10 and 11 of the output matrix are equal: a perfect tie. And a prefix after which these
+    tokens are the likeliest."""
     model = make_model(make_target("llama").config, seed=1).to(dtype)
     weight = model.get_output_embeddings().weight.data
     weight[11] = weight[10]
-    return Target(model, name="tied")
-
-
-@pytest.fixture(scope="module")
-def half():
-    return tied_target(torch.bfloat16)
+    target = Target(model, name="tied")
+    return target, prefix_where(target, lambda logits: logits.argmax() == 10)
 
 
 def logits_after(target, prefix):
@@ -115,12 +111,12 @@ def prefix_where(target, condition):
 
 
 @pytest.fixture(scope="module")
-def tied(half):
-    """A prefix after which tokens 10 and 11 are the likeliest."""
-    return prefix_where(half, lambda logits: logits.argmax() == 10)
+def half_and_tied():
+    return tied_target(torch.bfloat16)
 
 
-def test_near_ties_are_judged_by_the_targets_own_logits(half, tied):
+def test_near_ties_are_judged_by_the_targets_own_logits(half_and_tied):
+    half, tied = half_and_tied
     order = logits_after(half, tied).argsort(descending=True).tolist()
     low = prefix_where(half, lambda logits: logits[10] < logits.max() - 3)
     assert near_tie(half, tied, 10, 11, 0, GREEDY) and near_tie(half, tied, 11, 10, 0, GREEDY)
@@ -136,7 +132,8 @@ def outcome(target, prompts, ours, theirs, options=GREEDY):
     return tuple(compare(target, prompts, *runs, options).values())
 
 
-def test_verdicts(half, tied):
+def test_verdicts(half_and_tied):
+    half, tied = half_and_tied
     worst = int(logits_after(half, tied).argmin())
     assert outcome(half, [tied], [[10, 5]], [[10, 5]]) == (0, 0, 0)
     assert outcome(half, [tied], [[10, 5]], [[11, 9]]) == (1, 1, 0)
@@ -144,13 +141,13 @@ def test_verdicts(half, tied):
     # a missing tail is no tie, nor is another sample, nor anything in fp32
     assert outcome(half, [tied], [[10, 5]], [[10]]) == (1, 0, 1)
     assert outcome(half, [tied], [[10, 5]], [[11, 5]], SAMPLED) == (1, 0, 1)
-    exact = tied_target(torch.float32)
-    prefix = prefix_where(exact, lambda logits: logits.argmax() == 10)
+    exact, prefix = tied_target(torch.float32)
     assert outcome(exact, [prefix], [[10]], [[11]]) == (1, 0, 1)
 
 
-def test_in_half_precision_the_verdict_is_of_engines_that_share_their_passes(half, tied):
+def test_in_half_precision_the_verdict_is_of_engines_that_share_their_passes(half_and_tied):
     """Compiled and eager passes round differently: between them differences are only counted."""
+    half, tied = half_and_tied
     worst, model = int(logits_after(half, tied).argmin()), SimpleNamespace(target=half)
     names = {"vanilla": 10, "vanilla_compiled": worst, "eagle": 10, "eagle_compiled": worst}
     runs = [Run(Case(name), outputs=[[token]]) for name, token in names.items()]

@@ -9,7 +9,7 @@ from engine_helpers import head_model, make_head, make_prompts
 from eagle.model import EaModel
 from inference.bench import compare
 from inference.bench.cases import ENGINES, Sweep
-from inference.bench.engines import bench, measure, parse_engines, parse_numbers, parse_trees
+from inference.bench.engines import bench, measure
 from inference.bench.record import command_line
 
 # what others read
@@ -29,11 +29,6 @@ OPTIONS = dict(max_new_tokens=8, top_p=0.0, top_k=0, seed=0)
 
 
 @pytest.fixture
-def base(model_folder, head_folder):
-    return ["--base", model_folder, "--head", head_folder, "--device", "cpu"]
-
-
-@pytest.fixture
 def prompt_file(tmp_path):
     path = tmp_path / "question.jsonl"
     rows = [{"question_id": i, "turns": [f"def f{i}():" * (i + 1), "And?"]} for i in range(3)]
@@ -44,7 +39,7 @@ def prompt_file(tmp_path):
 def test_json_of_a_whole_run(command, base, prompt_file, tmp_path):
     out, page, plots = tmp_path / "deep" / "bench.json", tmp_path / "bench.md", tmp_path / "plots"
     flags = (
-        "--dtype float32 --batch_sizes 1,2 --engines eagle,hf,vanilla,hf_prompt_lookup --tree 8,4,2"
+        "--batch_sizes 1,2 --engines eagle,hf,vanilla,hf_prompt_lookup --tree 8,4,2"
         " --max_new_tokens 10 --num_prompts 3 --repeats 2"
     ).split()
     files = ["--prompts", prompt_file, "--json", out, "--report", page, "--plots", plots]
@@ -55,9 +50,8 @@ def test_json_of_a_whole_run(command, base, prompt_file, tmp_path):
     assert json.loads(out.read_text()) == last
     assert FIELDS <= last.keys() and last["dtype"] == "float32" and last["tree"] == "8,4,2"
     runs = {(r["engine"], r["batch_size"]): r for r in last["runs"]}
-    assert runs.keys() == {(e, s) for e in ("hf", "vanilla", "eagle") for s in (1, 2)} | {
-        ("hf_prompt_lookup", 1)
-    }
+    both = {(engine, size) for engine in ("hf", "vanilla", "eagle") for size in (1, 2)}
+    assert runs.keys() == both | {("hf_prompt_lookup", 1)}
     assert "hf_prompt_lookup" in last["notes"][0]
     for (engine, size), run in runs.items():
         assert RUN <= run.keys()
@@ -77,49 +71,45 @@ def test_json_of_a_whole_run(command, base, prompt_file, tmp_path):
     assert runs["eagle", 2]["identical"] is True and runs["vanilla", 2]["identical"] is None
     assert last["speedup"].keys() == SPEEDUP
     for name, other in (("vs_hf", "hf"), ("vs_vanilla", "vanilla"), ("best_vs_hf", "hf")):
-        ours, theirs = runs["eagle", 2], runs[other, 2]
-        ratio = ours["tokens_per_second"] / theirs["tokens_per_second"]
+        ratio = runs["eagle", 2]["tokens_per_second"] / runs[other, 2]["tokens_per_second"]
         assert last["speedup"][name]["2"] == pytest.approx(ratio, rel=0.01)
     low, high = runs["eagle", 1]["vs_hf_ci95"]
     assert low <= runs["eagle", 1]["vs_hf"] <= high
     # what was typed, and nothing about whose machine it is
     assert "--batch_sizes 1,2" in last["command"] and "question.jsonl" in last["command"]
-    assert str(tmp_path) not in result.stdout and "--json" not in last["command"]
+    assert str(tmp_path) not in result.stdout + page.read_text() and "--json" not in last["command"]
     assert last["command"] in page.read_text() and "| eagle |" in page.read_text()
-    assert str(tmp_path) not in page.read_text()
-    drawn = {"acceptance_by_depth", "speedup_by_batch"}
-    assert {p.stem for p in plots.iterdir()} == drawn
+    assert {p.stem for p in plots.iterdir()} == {"acceptance_by_depth", "speedup_by_batch"}
 
 
-def test_fewer_engines(in_process, base, model_folder, prompt_file):
-    flags = "--device cpu --dtype float32 --max_new_tokens 8 --num_prompts 2 --repeats 1 --prompts"
-    flags = [*flags.split(), prompt_file, "--engines"]
+def test_fewer_engines(in_process, base, prompt_file):
+    flags = "--max_new_tokens 8 --num_prompts 2 --repeats 1 --prompts".split()
+    flags += [prompt_file, "--engines"]
     code, out, _ = in_process(bench, *base, *flags, "hf,vanilla,eagle", "--temperature", "0.8")
     last = json.loads(out.splitlines()[-1])
     assert code == 0 and last["identical"] == {"1": True} and last["temperature"] == 0.8
     # stock generate draws other random numbers
     assert last["runs"][-1]["divergences"].keys() == {"vanilla"}
     # plain engines need no head
-    code, out, _ = in_process(bench, "--base", model_folder, *flags, "hf,vanilla")
+    code, out, _ = in_process(bench, *base[:2], "--device", "cpu", *flags, "hf,vanilla")
     last = json.loads(out.splitlines()[-1])
     assert code == 0 and last["identical"] == {} and last["tree"] is None
 
 
 def test_a_sweep_keeps_the_headline_about_its_first_combination(llama):
     engines, trees = ["hf", "vanilla", "eagle"], ["8,4,2", "4,2,1"]
-    sweep = Sweep(engines, [2], trees, [12, 7], [64, 96], [0.0, 0.8])
+    sweep = Sweep(engines, [2], trees, [12, 7], [64, 96])
     result = measure(head_model(llama, "8,4,2"), make_prompts((5, 9, 3)), sweep, OPTIONS, 1)
-    names = ("engine", "tree", "context_length", "capacity", "temperature")
+    names = ("engine", "tree", "context_length", "capacity")
     runs = {tuple(run[name] for name in names): run for run in result["runs"]}
-    own = {(context, temperature) for context in (12, 7) for temperature in (0.0, 0.8)}
-    ours = {(c, slots, t) for c, t in own for slots in (64, 96)}
+    ours = [(context, slots) for context in (12, 7) for slots in (64, 96)]
     assert len(runs) == len(result["runs"]) and runs.keys() == {
-        *(("hf", None, c, None, t) for c, t in own),
+        *(("hf", None, context, None) for context in (12, 7)),
         *(("vanilla", None, *rest) for rest in ours),
         *(("eagle", tree, *rest) for rest in ours for tree in trees),
     }
     assert all(r["identical"] for r in result["runs"] if r["engine"] == "eagle")
-    first = runs["eagle", "8,4,2", 12, 64, 0.0]
+    first = runs["eagle", "8,4,2", 12, 64]
     assert result["tree"] == "8,4,2" and result["temperature"] == 0.0
     assert result["speedup"]["vs_hf"] == {"2": first["vs_hf"]}
     assert result["speedup"]["vs_vanilla"] == {"2": first["vs_best_vanilla"]}
@@ -140,7 +130,8 @@ class Pretends(EaModel):
     """Knows every option of the engines and decodes eagerly: compiling takes minutes."""
 
     def prepare(self, compile=None, draft=True):
-        return {"target": 1.234, "head": 0.5} if draft else {"target": 1.234}
+        parts = {"target": 1.234, "head": 0.5} if draft else {"target": 1.234}
+        return parts if compile == "max" else {}
 
     def _compile(self, mode, drafter):
         return super()._compile("off", drafter)
@@ -158,20 +149,16 @@ def test_all_engines(llama):
     assert [run["engine"] for run in result["runs"]] == list(ENGINES)
     trees = {run["engine"]: run["tree"] for run in result["runs"] if run["tree"]}
     assert trees == {"eagle": "8,4,2", "eagle_compiled": "8,4,2", "eagle_auto": "auto"}
-    both = {"target": 1.23, "head": 0.5}
-    assert {name: parts for name, parts in result["warm_up_s"].items() if parts} == {
-        "vanilla_compiled": {"target": 1.23},
-        "eagle_compiled": both,
-        "eagle_auto": both,
-    }
+    warm = {name: parts for name, parts in result["warm_up_s"].items() if parts}
+    assert list(warm) == ["vanilla_compiled", "eagle_compiled", "eagle_auto"]
+    assert warm["eagle_auto"] == {"target": 1.23, "head": 0.5}
     assert result["explain"] == {"1": "a chain is best"}
     assert all(result["speedup"][name].keys() == {"1"} for name in SPEEDUP)
     for run in result["runs"][4:]:
         assert run["divergences"].keys() == {"hf", "vanilla", "vanilla_compiled"}
         assert run["identical"] is True
     assert result["identical"] == {"1": True}
-    drafting = ("eagle", "eagle_compiled", "eagle_auto")
-    assert tuple(result["divergences"]["1"]["engines"]) == drafting
+    assert list(result["divergences"]["1"]["engines"]) == list(trees)
 
 
 @pytest.mark.parametrize("wrong", ["eagle_compiled", "hf"])
@@ -201,15 +188,8 @@ def test_every_speculative_engine_is_judged_against_every_plain_one(llama, monke
 
 def test_the_command_is_what_to_type_and_tells_no_private_path(monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
-    asked = dict(
-        trees="8,4,2;16,4,4",
-        base="/home/someone/model",
-        prompts="data/p.jsonl",
-        head="../x/head",
-        temperature=0.8,
-        json="out.json",
-        adapter="org/name",
-    )
+    asked = dict(trees="8,4,2;16,4,4", base="/home/someone/model", prompts="data/p.jsonl")
+    asked |= dict(head="../x/head", temperature=0.8, json="out.json", adapter="org/name")
     assert command_line("", bench, asked) == (
         "OMP_NUM_THREADS=2 python -m inference.bench --base model --head head --adapter org/name "
         "--prompts data/p.jsonl --trees '8,4,2;16,4,4' --temperature 0.8"
@@ -218,25 +198,11 @@ def test_the_command_is_what_to_type_and_tells_no_private_path(monkeypatch):
     assert command_line("slots", bench, {}) == "python -m inference.bench slots"
 
 
-def test_lists():
-    assert parse_numbers("batch_sizes", "1,4") == [1, 4] == parse_numbers("x", "(1, 4)")
-    assert parse_numbers("x", "3") == [3] and parse_numbers("x", "2,2,1") == [2, 1]
-    assert parse_numbers("temperatures", "0,0.8", float) == [0.0, 0.8]
-    assert parse_numbers("x", None) == [] == parse_trees(None)
-    assert parse_trees("8,4,2; 16,4,4;8,4,2") == ["8,4,2", "16,4,4"]
-    # whoever names a tree does not want one that is chosen for them, unless they say so
-    assert parse_engines(None, own_tree=False) == [e for e in ENGINES if e != "eagle_auto"]
-    assert parse_engines("eagle_auto,hf", own_tree=False) == ["hf", "eagle_auto"]
-
-
 BAD = [
     ("--prompts /no/such/file", "no prompt file"),
     ("--engines hf,turbo", "unknown engine 'turbo'"),
     ("--batch_sizes 1,x", "list of numbers"),
-    ("--batch_sizes 0", "list of numbers"),
     ("--repeats 0", "repeats must be at least 1"),
-    ("--temperature -1", "temperature"),
-    ("--temperatures 0,-1", "list of numbers"),
     ("--temperature 0.5 --temperatures 0,0.8", "not both"),
     ("--tree a", "total_token,depth,top_k"),
     ("--context_lengths 16,255", "lower context_lengths"),
