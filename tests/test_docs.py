@@ -52,7 +52,7 @@ def small(words):
 
 @pytest.mark.parametrize("words", commands("bash", README), ids=" ".join)
 def test_commands_of_the_readme(words, tmp_path):
-    """From a plain shell, in a process that has imported nothing; no dependency warns of anything."""
+    """From a plain shell, in a process that has imported nothing; no dependency warns."""
     ours = ("PYTHONWARNINGS", "TOKENIZERS_PARALLELISM", "HF_HUB_OFFLINE")
     environment = {k: v for k, v in os.environ.items() if k not in ours}
     environment |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}

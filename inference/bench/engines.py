@@ -53,8 +53,8 @@ def bench(
     report: str | None = None,
     plots: str | None = None,
 ) -> None:
-    """Throughput of every engine on the same prompts, acceptance, and whether outputs are equal (when
-    sampling, among our own engines: stock generate draws other random numbers).
+    """Throughput of every engine on the same prompts, acceptance, and whether outputs are equal
+    (when sampling, among our own engines: stock generate draws other random numbers).
 
     Without --base the embedded model and its held-out prompts are used. --prompts takes a JSONL
     file of prompts, FIM pairs, chats, or MT-Bench/Spec-Bench questions.

@@ -41,8 +41,8 @@ class Record:
     device: where it is measured. file: what keeps the record after each `attempt`."""
 
     def __init__(self, subject: str, function: Callable, asked: dict, *counts: str) -> None:
-        """asked: the arguments of `function`. Refuses, before the work is done, `counts` below 1 and
-        files that could not be written."""
+        """asked: the arguments of `function`. Refuses, before the work is done, `counts` below 1
+        and files that could not be written."""
         require(asked, *counts)
         self.asked, self.command = asked, command_line(subject, function, asked)
         self.settings = {
@@ -73,7 +73,7 @@ class Record:
         }
 
     def attempt(self, kind: str, settings: dict, work: Callable) -> dict:
-        """Add a row: the fields that `work()` returned, or its error; and keep the record so far."""
+        """Add a row: the fields that `work()` returns, or its error; and keep the record so far."""
         row, started = {"kind": kind, **settings}, self.spent
         try:
             row |= work()

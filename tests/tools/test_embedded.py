@@ -20,7 +20,7 @@ def sources(tmp_path_factory):
     """A folder of forty documented modules: enough for a few to be held out."""
     root = tmp_path_factory.mktemp("stdlib")
     function = (
-        'def step_{i}_{j}(value, other={j}):\n    """Return the value of step {j} in module {i}."""\n'
+        'def step_{i}_{j}(value, other={j}):\n    """Return the value of step {j} in {i}."""\n'
         "    scaled = value * {j} + 1\n    total = scaled + other\n    return total - {i}\n\n\n"
     )
     for i in range(40):

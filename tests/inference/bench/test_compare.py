@@ -105,9 +105,12 @@ def logits_after(target, prefix):
 
 
 def prefix_where(target, condition):
-    """A prefix whose next logits fulfil the condition."""
-    prefixes = (make_prompts((6,), seed=seed)[0] for seed in range(2000))
-    return next(prefix for prefix in prefixes if condition(logits_after(target, prefix)))
+    """A prefix whose next logits fulfil the condition, looked for in one batch."""
+    prefixes = make_prompts((6,) * 2000)
+    with target.stock() as model, torch.no_grad():
+        rows = model(input_ids=torch.tensor(prefixes)).logits[:, -1].float()
+    likely = (prefix for prefix, row in zip(prefixes, rows, strict=True) if condition(row))
+    return next(prefix for prefix in likely if condition(logits_after(target, prefix)))
 
 
 @pytest.fixture(scope="module")
