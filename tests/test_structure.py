@@ -27,7 +27,8 @@ STEP = "inference/bench/train.py"  # the benchmark of a training step, and of no
 # names of the other distribution's modules: a file of ours called so would shadow it or be shadowed
 THEIRS = set(
     "_rust _system _versions _windows archs backends benchmark benchmarks cli compat deps hf_hub "
-    "importer install layer load locking python_deps resolver status validate variants verify".split()
+    "importer install layer load locking python_deps resolver status validate variants "
+    "verify".split()
 )
 
 
