@@ -6,6 +6,7 @@ acceptance.
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import numpy as np
 
 from configs import cli
 from configs.errors import ConfigError
-from eagle.checkpoint import atomic_write_text
+from eagle.files import atomic_write_text
 from examples.steps import Steps, words, write_once
 from inference.bench.record import require
 from inference.bench.report import grid
@@ -23,16 +24,16 @@ from records.prompts import HELDOUT_PROMPTS
 FORMATS = ("fim", "chat", "instruction")
 KINDS = ("code", "fim", "instruction", "chat")  # of held-out prompts, which take turns
 TEMPERATURES = ("0", "0.8")
-TREE, BATCH, BASELINE = "16,4,4", 8, "soft_ce"
+TREE, BATCH = "16,4,4", 8
 CONFIG = Path(__file__).with_name("ablation.yaml")
 # what differs: the rows that are read, and overrides
-ARMS: dict[str, tuple[str, list[str]]] = {BASELINE: ("mixed", [])}
-ARMS |= {loss: ("mixed", [f"loss.name={loss}"]) for loss in ("kl", "reverse_kl", "overlap")}
-for _gamma in (1, 2):
-    for _weight in ("overlap", "target_prob"):
-        _focal = ["loss.name=focal", f"loss.gamma={_gamma}", f"loss.weight={_weight}"]
-        ARMS[f"focal_{_gamma}_{_weight}"] = ("mixed", _focal)
-ARMS |= {"on_policy": ("own", []), "fim_only": ("fim", []), "chat_only": ("chat", [])}
+ARMS = {"soft_ce": ("mixed", "")}
+ARMS |= {loss: ("mixed", f"loss.name={loss}") for loss in ("kl", "reverse_kl", "overlap")}
+ARMS |= {
+    f"focal_{gamma}_{weight}": ("mixed", f"loss.name=focal loss.gamma={gamma} loss.weight={weight}")
+    for gamma, weight in itertools.product((1, 2), ("overlap", "target_prob"))
+}
+ARMS |= {"on_policy": ("own", ""), "fim_only": ("fim", ""), "chat_only": ("chat", "")}
 
 
 def ablation(
@@ -56,33 +57,31 @@ def ablation(
     """
     asked = {"steps": steps, "seed": seed, "prompts": prompts, "new_tokens": new_tokens}
     require(asked, "steps", "prompts", "new_tokens")
-    chosen = [name.strip() for name in arms.split(",")] if arms else list(ARMS)
-    if unknown := [name for name in chosen if name not in ARMS]:
-        known = ", ".join(ARMS)
-        raise ConfigError(f"--arms {arms}: unknown {', '.join(unknown)}; use some of {known}")
+    chosen = {name.strip() for name in arms.split(",")} if arms else set(ARMS)
+    if unknown := ", ".join(chosen - ARMS.keys()):
+        raise ConfigError(f"--arms {arms}: unknown {unknown}; use some of {', '.join(ARMS)}")
     folder = Path(output).expanduser()
     runner = Steps(folder)
     lines = HELDOUT_PROMPTS.read_text("utf-8").splitlines(keepends=True)
     heldout = write_once(folder / "data" / "prompts.jsonl", "".join(lines[: len(KINDS) * prompts]))
     measure = {"base": base, "prompts": heldout, "max_new_tokens": new_tokens, "tree": TREE}
-    measured: dict[str, dict[str, np.ndarray]] = {}
-    for name in chosen:
+    found, baseline = {}, {}
+    for name in filter(chosen.__contains__, ARMS):  # the baseline is the first
         kind, settings = ARMS[name]
         data = rows_of(runner, kind, steps * BATCH, base)
         head = folder / "heads" / name
-        settings = [f"train.seed={seed}", f"train.max_steps={steps}", data, *settings]
-        command = words("train.main", *settings, base=base, output=head, config=CONFIG)
+        command = f"train.main train.seed={seed} train.max_steps={steps} {settings}"
+        command = words(command, data, base=base, output=head, config=CONFIG)
         runner.run(name, command, head, resume=["--resume"])
-        measured[name] = {}
+        found[name] = {}
         for temperature in TEMPERATURES:
             out = folder / "measured" / f"{name}-{temperature}.jsonl"
             more = {**measure, "head": head / "head", "output": out, "temperature": temperature}
             runner.run(out.stem, words("inference.generate --seed 0 --batch_size 16", **more), out)
-            measured[name][temperature] = read_measured(out)
-    found = {
-        name: {t: summarise(runs[t], measured.get(BASELINE, runs)[t]) for t in TEMPERATURES}
-        for name, runs in measured.items()
-    }
+            rows = [json.loads(line) for line in out.read_text("utf-8").split("\n")[:-1]]
+            gained = [(row["new_tokens"] - 1, row["tau"]) for row in rows]
+            ours = np.array([(n, round(n / tau) if tau else 0) for n, tau in gained])
+            found[name][temperature] = summarise(ours, baseline.setdefault(temperature, ours))
     summary = {"target": base or "embedded", **asked, "tree": TREE, "arms": found}
     atomic_write_text(folder / "ablation.json", json.dumps(summary, indent=1) + "\n")
     atomic_write_text(folder / "ablation.md", table(summary))
@@ -108,15 +107,9 @@ def rows_of(runner: Steps, kind: str, count: int, base: str | None) -> str:
     return f"data.mixture=[{', '.join(sources)}]"
 
 
-def read_measured(path: Path) -> np.ndarray:
-    """[prompts, 2]: tokens gained and verifications (cycles) of each generation."""
-    rows = [json.loads(line) for line in path.read_text("utf-8").split("\n")[:-1]]
-    gained = [(row["new_tokens"] - 1, row["tau"]) for row in rows]
-    return np.array([(tokens, round(tokens / tau) if tau else 0) for tokens, tau in gained])
-
-
 def tau(gained_and_cycles: np.ndarray) -> np.ndarray:
-    """[..., prompts, 2] -> [...]: tokens gained a verification, summed over prompts first."""
+    """[..., prompts, 2], tokens gained and verifications of each generation -> [...]: tokens gained
+    a verification, summed over prompts first."""
     total = gained_and_cycles.sum(-2)
     return total[..., 0] / np.maximum(total[..., 1], 1)
 
@@ -133,7 +126,6 @@ def summarise(ours: np.ndarray, theirs: np.ndarray, draws: int = 4000) -> dict[s
 
 
 def table(summary: dict) -> str:
-    """Markdown."""
     parts = [
         "# Ablation: losses, answers and data",
         f"Target {summary['target']}; {summary['steps']} steps of {BATCH} rows, seed "
@@ -142,13 +134,11 @@ def table(summary: dict) -> str:
         "new tokens. Intervals are over prompts only.",
     ]
     for temperature in TEMPERATURES:
-        lines = [["arm", "τ", *KINDS, f"against {BASELINE} (95%)"]]
+        lines = [["arm", "τ", *KINDS, f"against {next(iter(summary['arms']))} (95%)"]]
         for name, of in summary["arms"].items():
-            values = of[temperature]
-            cells = [f"{values[column]:.3f}" for column in ("tau", *KINDS)]
-            lines.append(
-                [name, *cells, "{difference:+.3f} ({low:+.3f} … {high:+.3f})".format(**values)]
-            )
+            cells = [f"{of[temperature][column]:.3f}" for column in ("tau", *KINDS)]
+            against = "{difference:+.3f} ({low:+.3f} … {high:+.3f})".format(**of[temperature])
+            lines.append([name, *cells, against])
         parts += [f"## Temperature {temperature}", grid(lines)]
     return "\n\n".join(parts) + "\n"
 

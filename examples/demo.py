@@ -18,44 +18,40 @@ from examples.steps import call, words
 
 def demo(*, output: str = "runs/demo", minutes: float = 2.5, num_prompts: int = 8) -> int:
     """Inspect, train for `minutes`, benchmark. Everything goes to --output (a new numbered folder
-    if taken).
-    """
+    if taken)."""
     console = Console(highlight=False, soft_wrap=True)  # paths stay whole, for copying
     folder, number = Path(output), 2
     while folder.exists():
         folder, number = Path(f"{output}-{number}"), number + 1
     head, bench = folder / "head", folder / "bench.json"
-    color = "always" if console.is_terminal else "auto"
+    look = "train.inspect --data_format fim --num 1"
     train = f"train.main --data_format fim --config demo train.time_budget_minutes={minutes}"
     measure = "inference.bench --engines hf,vanilla,eagle --max_new_tokens 96"
-    for title, command in {
-        "1. a training sample: supervised tokens are coloured": words(
-            "train.inspect --data_format fim --num 1", color=color
+    color = "always" if console.is_terminal else "auto"
+    for title, command in (
+        ("a training sample: supervised tokens are coloured", words(look, color=color)),
+        ("train a draft head on fill-in-the-middle data", words(train, output=head)),
+        (
+            "the shipped head: stock generate, the plain engine, eagenerate",
+            words(measure, num_prompts=num_prompts, json=bench),
         ),
-        "2. train a draft head from scratch on fill-in-the-middle data": words(train, output=head),
-        "3. the shipped head: stock generate, the plain engine, eagenerate": words(
-            measure, num_prompts=num_prompts, json=bench
-        ),
-    }.items():
+    ):
         console.rule(title)
         console.print(f"$ python -m {' '.join(command)}\n", style="bold", markup=False)
         if code := call(command):
             return code
 
     console.rule("what happened")
-    summary = json.loads((head / "summary.json").read_text())
-    result = json.loads(bench.read_text())
+    summary, result = json.loads((head / "summary.json").read_text()), json.loads(bench.read_text())
     eagle = next(r for r in result["runs"] if r["engine"] == "eagle")
-    vs_hf, vs_vanilla = (result["speedup"][name]["1"] for name in ("vs_hf", "vs_vanilla"))
     identical = all(result["identical"].values())
     console.print(
         f"your head, {summary['seconds'] / 60:.1f} minutes of training: acceptance length on "
         f"held-out files {summary['tau_before']:.2f} before, {summary['tau_after']:.2f} after\n"
-        f"shipped head: tau {eagle['tau']:.2f}, {vs_hf:.2f}x stock generate, "
-        f"{vs_vanilla:.2f}x the plain engine, identical output: {'yes' if identical else 'NO'}\n\n"
-        f"head      {head / 'head'}\nmetrics   {head / 'metrics.jsonl'}\n"
-        f"summary   {head / 'summary.json'}\nbenchmark {bench}\n\n"
-        f'try it: python -m inference.generate --head {head / "head"} --prompt "def main():"'
+        f"shipped head: tau {eagle['tau']:.2f}, {eagle['vs_hf']:.2f}x stock generate, "
+        f"{eagle['vs_best_vanilla']:.2f}x the plain engine, identical output: "
+        f"{'yes' if identical else 'NO'}\n\nall of it is in {folder}; try your head:\n"
+        f'python -m inference.generate --head {head / "head"} --prompt "def main():"'
     )
     return 0 if identical else 1
 

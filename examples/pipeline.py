@@ -16,17 +16,23 @@ from pathlib import Path
 from configs import cli
 from configs.load import load_config
 from configs.schema import HeadTrainConfig
-from eagle.checkpoint import atomic_write_text, find_folder
 from eagle.errors import EagleError
-from eagle.loading import load_tokenizer
+from eagle.files import atomic_write_text
+from eagle.loading import find_folder, load_tokenizer
 from eagle.model import EMBEDDED_HEAD
 from eagle.tree import TreeShape
-from examples import pipeline_report
 from examples.steps import Steps, words, write_once
 from inference.bench.record import require
+from inference.bench.report import grid, tabulate
 from records.prompts import load_prompts
 
 FORMATS = ("chat", "instruction", "fim")
+# benchmark -> case, head, target
+CASES = {
+    "bench_base": ("a", "given", "base"),
+    "bench_given": ("b", "given", "tuned"),
+    "bench_adapted": ("c", "adapted", "tuned"),
+}
 
 
 def pipeline(
@@ -58,8 +64,7 @@ def pipeline(
 
     Everything goes to --output; run again with the same --output, it goes on where it stopped. The
     last line is one JSON object, the content of report.json. Exit status 1 where an output is not
-    the tuned target's own.
-    """
+    the tuned target's own."""
     require(locals(), "num_answers", "num_prompts", "max_new_tokens", "repeats")
     if data_format not in FORMATS:
         raise EagleError(f"data_format={data_format!r} has no prompts; use {', '.join(FORMATS)}")
@@ -69,17 +74,15 @@ def pipeline(
     settings = split_overrides(overrides)
     sft_config = sft_config or ("pipeline" if embedded else None)
     head_config = head_config or ("pipeline_head" if embedded else None)
-    load_config(
-        HeadTrainConfig, head_config, settings["head"], {"model.quantization": quantization}
-    )
+    quantized = {"model.quantization": quantization}
+    load_config(HeadTrainConfig, head_config, settings["head"], quantized)  # refuses what is wrong
     folder = Path(output).expanduser()
     steps, cards = Steps(folder), folder / "data"
-    shipped = data is None and heldout is None and data_format == "chat"
-    rows = cards / "cards.jsonl" if shipped else Path(data or "").expanduser()
-    held = cards / "heldout_cards.jsonl" if shipped else Path(heldout or "").expanduser()
-    if shipped:  # a card of each standard function as JSON
+    if data is None and heldout is None and data_format == "chat":
+        rows, held = cards / "cards.jsonl", cards / "heldout_cards.jsonl"
         steps.run("data", words("train.finetune data", output=cards), rows, held)
     else:
+        rows, held = Path(data or "").expanduser(), Path(heldout or "").expanduser()
         require_rows(rows, held, base)
     lines = read_lines(held)  # at even distances, what is generated and measured
     count = min(num_prompts, len(lines))
@@ -95,15 +98,9 @@ def pipeline(
     # answers of the tuned model, for the head to learn from
     tuned = {"base": base, "adapter": adapter, "quantization": quantization}
     answers = folder / "answers" / "answers.jsonl"
-    command = words(
-        "train.prepare regenerate --temperature 0,0.8 --slots 16",
-        **tuned,
-        data_format=data_format,
-        data=rows,
-        output=answers,
-        limit=num_answers,
-        max_new_tokens=max_new_tokens,
-    )
+    more = {"limit": num_answers, "max_new_tokens": max_new_tokens, "output": answers}
+    more |= {"data_format": data_format, "data": rows}
+    command = words("train.prepare regenerate --temperature 0,0.8 --slots 16", **tuned, **more)
     steps.run("answers", command, answers.parent, answers, resume=[])
 
     adapted = folder / "head" / "head"
@@ -120,6 +117,7 @@ def pipeline(
     speed = f"inference.bench --engines hf,vanilla,eagle --repeats {repeats}"
     # does stock `generate` say the same, token for token?
     exact = "inference.bench --engines hf,eagle --dtype float32 --repeats 1"
+    found = {}
     for name, bench, target, drafter in (
         ("bench_base", speed, untuned, given),
         ("bench_given", speed, tuned, given),
@@ -131,18 +129,13 @@ def pipeline(
             out = folder / f"{name}.json"
             more = {"head": drafter, "num_prompts": num_prompts, "json": out}
             steps.run(name, words(bench, **target, **more, **same), out)
+            found[name] = read(out)
 
-    plan = {
-        "base": "embedded" if embedded else Path(base).name,
-        "given_head": None if given is None else given.name,
-        "quantization": quantization,
-        "data_format": data_format,
-        "num_prompts": count,
-        "max_new_tokens": max_new_tokens,
-        "tree": tree,
-    }
-    report = pipeline_report.summarise(folder, steps.spent, plan)
-    page, text = pipeline_report.markdown(report), json.dumps(report, ensure_ascii=False)
+    plan = {"base": "embedded" if embedded else Path(base).name, "given_head": given and given.name}
+    plan |= {"quantization": quantization, "data_format": data_format, "num_prompts": count}
+    plan |= {"max_new_tokens": max_new_tokens, "tree": tree}
+    report = summarise(folder, found, steps.spent, plan)
+    page, text = markdown(report), json.dumps(report, ensure_ascii=False)
     atomic_write_text(folder / "report.md", page)
     atomic_write_text(folder / "report.json", text + "\n")
     print(page, text, sep="\n")
@@ -163,10 +156,7 @@ def require_rows(data: Path, heldout: Path, base: str | None) -> None:
     """Refuse before the work what would fail after it."""
     for flag, path in (("data", data), ("heldout", heldout)):
         if not path.is_file():
-            raise EagleError(
-                f"--{flag} {path}: no such file; give --data FILE and --heldout FILE, rows of one "
-                "kind and none of them in both"
-            )
+            raise EagleError(f"--{flag} {path}: no such file; give --data FILE and --heldout FILE")
     load_prompts(heldout, load_tokenizer(base))
     if shared := set(read_lines(data)) & set(read_lines(heldout)):
         raise EagleError(
@@ -177,6 +167,82 @@ def require_rows(data: Path, heldout: Path, base: str | None) -> None:
 def read_lines(path: Path) -> list[str]:
     lines = path.read_text("utf-8", errors="replace").split("\n")
     return [line for line in lines if line.strip()]
+
+
+def read(path: Path) -> dict:
+    return json.loads(path.read_text("utf-8"))
+
+
+def summarise(folder: Path, found: dict[str, dict], spent: dict[str, float], plan: dict) -> dict:
+    """report.json. rows[]: one for each benchmark; exact{}: in fp32, by head."""
+    rows, exact = [], {}
+    for name, bench in found.items():
+        if name not in CASES:
+            exact[name.removeprefix("exact_")] = equality(bench)
+            continue
+        runs = {run["engine"]: run for run in bench["runs"]}
+        eagle, plain = runs["eagle"], runs["vanilla"]["tokens_per_second"]
+        row = dict(zip(("case", "head", "target"), CASES[name], strict=True))
+        for key in ("tau", "tokens_per_second", "vs_hf", "new_tokens", "looping"):
+            row[key] = eagle[key]
+        row |= {"plain": plain, "vs_vanilla": eagle["tokens_per_second"] / plain}
+        rows.append({**row, **equality(bench)})
+    answers = read(folder / "answers" / "answers.card.json")["counts"]["answers"]
+    return {
+        "kind": "pipeline",
+        **plan,
+        "sft": read(folder / "sft" / "summary.json"),
+        "head": {**read(folder / "head" / "summary.json"), "answers": answers},
+        "rows": rows,
+        "exact": exact,
+        "identical": all(each["identical"] for each in (*rows, *exact.values())),
+        "dtype": found["bench_adapted"]["dtype"],
+        "environment": found["bench_adapted"]["environment"],
+        "stages": {name: round(seconds, 1) for name, seconds in spent.items()},
+        "minutes": round(sum(spent.values()) / 60, 2),
+        "sample": json.loads(read_lines(folder / "generations.jsonl")[0]),
+    }
+
+
+def equality(found: dict) -> dict:
+    """Is what came with drafting what came without, from our plain engine and stock `generate`?"""
+    counts = [other for run in found["runs"] for other in (run["divergences"] or {}).values()]
+    return {
+        "identical": all(run["identical"] in (True, None) for run in found["runs"]),
+        "dtype": found["dtype"],
+        "compared": len(counts) * found["num_prompts"],
+        **{name: sum(c[name] for c in counts) for name in ("rows", "near_ties", "real")},
+    }
+
+
+def markdown(report: dict) -> str:
+    sft = report["sft"]
+    before, after = sft["heldout_before"], sft["heldout_after"]
+    tuning = [["held-out", "before SFT", "after"]]
+    for name in ("loss", "token_accuracy"):
+        tuning.append([name, f"{before[name]:.3f}", f"{after[name]:.3f}"])
+    columns = {name: name for name in ("case", "head", "target")}
+    columns |= {"τ": "tau:.2f", "tokens/s": "tokens_per_second:.0f", "plain": "plain:.0f"}
+    columns |= {"vs plain": "vs_vanilla:.2f", "vs stock": "vs_hf:.2f", "looping": "looping:.0%"}
+    columns |= {"identical": "identical", "near ties": "near_ties", "of": "compared"}
+    parts = [
+        "# Fine-tune, then accelerate",
+        f"Base {report['base']}, {report['quantization']}: {sft['steps']} steps of SFT on "
+        f"{sft['data']['rows']} rows, then {report['head']['steps']} steps of the head "
+        f"({report['given_head'] or 'from scratch'}) on {report['head']['answers']} answers of the "
+        "tuned model.",
+        grid(tuning),
+        grid(tabulate(report["rows"], **columns)),
+        f"{report['num_prompts']} held-out prompts, {report['max_new_tokens']} new tokens at most, "
+        f"greedy, batch 1, {report['dtype']}, tree {report['tree']}; {report['minutes']} minutes.",
+        *(
+            f"{name} head in fp32: {found['rows']} of {found['compared']} outputs differ from the "
+            "tuned target's own."
+            for name, found in report["exact"].items()
+        ),
+        f"An answer of the tuned model:\n\n````\n{report['sample']['completion']}\n````",
+    ]
+    return "\n\n".join(parts) + "\n"
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ file that it names, has changed.
 from __future__ import annotations
 
 import json
-import resource
 import shutil
 import signal
 import subprocess
@@ -19,7 +18,7 @@ from typing import Any
 
 from rich.console import Console
 
-from eagle.checkpoint import atomic_write_text
+from eagle.files import atomic_write_text
 
 
 def words(command: str, *more: str, **flags: Any) -> list[str]:
@@ -55,11 +54,11 @@ def write_once(path: Path, text: str) -> Path:
 
 
 class Steps:
-    """Steps in one folder. `spent`: seconds and cpu_seconds of each, earlier starts included."""
+    """Steps in one folder. `spent`: seconds of each, earlier starts included."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.console = folder, Console(stderr=True, highlight=False, soft_wrap=True)
-        self.spent: dict[str, dict[str, float]] = {}
+        self.spent: dict[str, float] = {}
 
     def run(
         self, name: str, command: list[str], *outputs: Path, resume: list | None = None
@@ -68,33 +67,32 @@ class Steps:
         writes; resume: words with which it goes on after an interruption, None: it begins again."""
         self.console.rule(name)
         mark = self.folder / "stages" / f"{name}.json"
-        identity = {"command": command, "inputs": inputs_of(command, outputs)}
+        state = {"command": command, "inputs": inputs_of(command, outputs)}
         try:
             before = json.loads(mark.read_text("utf-8"))
         except (OSError, ValueError):  # it never began, or its mark is torn
             before = {}
-        same = all(before.get(key) == value for key, value in identity.items())
+        same = {key: before.get(key) for key in state} == state
         if same and before["done"] and all(path.exists() for path in outputs):
-            self.spent[name] = before["spent"]
-            self.console.print(f"done before, in {before['spent']['seconds']:.0f} s")
+            self.spent[name] = before.get("seconds", 0.0)
+            self.console.print(f"done before, in {self.spent[name]:.0f} s")
             return
-        spent, extra = {"seconds": 0.0, "cpu_seconds": 0.0}, []
+        started = time.monotonic()
         if same and not before["done"] and resume is not None:
-            spent, extra = before["spent"], resume
+            command = [*command, *resume]
+            started -= before.get("seconds", 0.0)
         else:
             for path in outputs:
                 shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-        started = clocks()
 
         def note(done: bool) -> None:
-            took = {key: spent[key] + value - started[key] for key, value in clocks().items()}
-            self.spent[name] = took
-            text = json.dumps({**identity, "spent": took, "done": done}, indent=1)
-            atomic_write_text(mark, text + "\n")
+            self.spent[name] = time.monotonic() - started
+            mine = {**state, "seconds": self.spent[name], "done": done}
+            atomic_write_text(mark, json.dumps(mine, indent=1) + "\n")
 
         note(False)
-        self.console.print(f"$ python -m {' '.join([*command, *extra])}", markup=False)
-        code = call([*command, *extra], self.folder / "logs" / f"{name}.log")
+        self.console.print(f"$ python -m {' '.join(command)}", markup=False)
+        code = call(command, self.folder / "logs" / f"{name}.log")
         note(code == 0)
         if code:
             self.console.print(f"{name} ended with {code}; the same command goes on from here")
@@ -111,9 +109,3 @@ def inputs_of(command: list[str], outputs: tuple[Path, ...]) -> dict[str, list]:
         for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
             found[str(file)] = [file.stat().st_size, file.stat().st_mtime_ns]
     return found
-
-
-def clocks() -> dict[str, float]:
-    """Of the wall, and of the processors in all commands that have ended."""
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return {"seconds": time.monotonic(), "cpu_seconds": used.ru_utime + used.ru_stime}

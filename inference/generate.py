@@ -57,35 +57,30 @@ def generate(
     tokens a second. --compile off, auto (off on a CPU) or max (compiled once, and kept on disk).
     --adapter a LoRA folder on the base, --quantization none, nf4 or int8.
     """
-    from eagle.errors import EagleError
+    from transformers import TextStreamer
 
-    given = [
-        name
-        for name, value in (("prompt", prompt), ("prefix", prefix), ("prompts", prompts))
-        if value is not None
-    ]
-    if len(given) != 1:
+    from eagle.errors import EagleError
+    from eagle.model import MODES
+    from records.prompts import chat_prompt, fim_prompt, load_prompts, text_prompt
+
+    if sum(given is not None for given in (prompt, prefix, prompts)) != 1:
         raise EagleError(
             "give exactly one of --prompt TEXT, --prefix TEXT --suffix TEXT, or --prompts FILE"
         )
     if suffix is not None and prefix is None:
         raise EagleError("--suffix goes with --prefix TEXT")
-    if engine not in ("eagle", "vanilla"):
-        raise EagleError(f"unknown engine {engine!r}; use eagle or vanilla")
+    for name, value, known in (
+        ("engine", engine, ("eagle", "vanilla")),
+        ("compile", compile, MODES),
+    ):
+        if value not in known:
+            raise EagleError(f"unknown {name} {value!r}; use {', '.join(known)}")
     if batch_size < 1:
         raise EagleError(f"batch_size must be at least 1, not {batch_size}")
-    if output is not None and prompts is None:
-        raise EagleError("--output goes with --prompts FILE; a single prompt is printed")
     if output is not None:
+        if prompts is None:
+            raise EagleError("--output goes with --prompts FILE; a single prompt is printed")
         require_writable(Path(output))
-
-    from eagle.model import MODES
-
-    if compile not in MODES:
-        raise EagleError(f"unknown compile {compile!r}; use {', '.join(MODES)}")
-
-    from records.prompts import Prompt, chat_prompt, fim_prompt, load_prompts, text_prompt
-
     model = load_model(base, head, adapter, tree, dtype, device, compile, quantization=quantization)
     if engine == "eagle" and model.drafter is None:
         raise EagleError("no draft head: give --head PATH, or --engine vanilla")
@@ -104,45 +99,38 @@ def generate(
         loaded = load_prompts(prompts, tokenizer)
         prepare(model, engine)
         return complete_file(model, loaded, options, batch_size, Path(prompts), output)
-    if prompt is not None:
-        text = sys.stdin.read() if prompt == "-" else prompt
-        ids = (
-            chat_prompt(tokenizer, [{"role": "user", "content": text}])
-            if chat
-            else text_prompt(tokenizer, text)
-        )
+    text = sys.stdin.read() if prompt == "-" else prompt
+    if text is None:
+        ids = fim_prompt(tokenizer, prefix, suffix or "")
+    elif chat:
+        ids = chat_prompt(tokenizer, [{"role": "user", "content": text}])
     else:
-        ids = fim_prompt(tokenizer, prefix or "", suffix or "")
-    from transformers import TextStreamer
-
+        ids = text_prompt(tokenizer, text)
     prepare(model, engine)
     started = time.perf_counter()
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-    result = model.generate([Prompt(ids, "text", {}).ids], streamer=streamer, **options)
-    report(result, time.perf_counter() - started)
+    (row,) = model.generate([ids], streamer=streamer, **options).rows
+    seconds, tokens = time.perf_counter() - started, len(row.tokens)
+    print(
+        f"[{tokens} tokens in {seconds:.2f} s, {tokens / seconds:.1f} tokens/s, "
+        f"tau {row.tau:.2f}, ended by {row.finish_reason}]",
+        file=sys.stderr,
+    )
     return 0
 
 
 def load_model(base, head, adapter, tree, dtype, device, compile="auto", quantization="none"):
-    """The EaModel that the command line asks for. tree: "total_token,depth,top_k", "auto" or
-    None.
-    """
+    """The EaModel that the command line asks for. tree: "total_token,depth,top_k" or "auto"."""
     from transformers.utils import logging
 
     from eagle import EaModel, TreeShape
 
+    shape = TreeShape.parse(tree) if tree and tree != "auto" else tree or None
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
-    shape = TreeShape.parse(tree) if tree and tree != "auto" else tree or None
+    loading = {"dtype": dtype, "device": device, "quantization": quantization}
     return EaModel.from_pretrained(
-        base,
-        head,
-        adapter_path=adapter,
-        quantization=quantization,
-        dtype=dtype,
-        device=device,
-        compile=compile,
-        tree=shape,
+        base, head, adapter_path=adapter, compile=compile, tree=shape, **loading
     )
 
 
@@ -158,15 +146,19 @@ def complete_file(
     model, prompts, options: dict, batch_size: int, source: Path, output: str | None
 ) -> int:
     """Completions are written in the order of the file, all or nothing. Returns the exit status."""
+    from eagle.files import atomic_write_text
     from eagle.meter import Meter
 
     # the longest first: rows in flight are of similar length, and what runs alone at the end is
     # short
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i].ids))
-    records: dict[int, dict] = {}
+    records: list[dict] = [{}] * len(prompts)
     seed = options.pop("seed")
     seeds = None if seed is None else [seed + i for i in order]
-    started, tokens = time.perf_counter(), 0
+    # of each prompt; a text file is one
+    lines = enumerate(source.read_text("utf-8").split("\n"), 1)
+    numbers = [number for number, line in lines if line.strip()] or [1]
+    started, tokens, failed = time.perf_counter(), 0, []
     done = model.generate_many(
         [prompts[i].ids for i in order], slots=batch_size, as_completed=True, seed=seeds, **options
     )
@@ -181,36 +173,23 @@ def complete_file(
                 "tau": round(row.tau, 3),
             }
             if row.error is not None:
-                records[i]["error"] = str(row.error)
+                records[i] |= {"error": str(row.error), "line": numbers[i]}
+                failed.append(i)
             tokens += len(row.tokens)
             meter.add(1, len(row.tokens))
-    seconds = time.perf_counter() - started
-    failed = [i for i in range(len(prompts)) if "error" in records[i]]
-    numbers = line_numbers(source) if failed else []
-    for i in failed:
-        records[i]["line"] = numbers[i]
-    text = "".join(json.dumps(records[i], ensure_ascii=False) + "\n" for i in range(len(prompts)))
+    rate = tokens / (time.perf_counter() - started)
+    text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
     if output is None:
         sys.stdout.write(text)
     else:
-        write_text(Path(output), text)
-    print(
-        f"{len(prompts) - len(failed)} completions, {tokens} tokens, {tokens / seconds:.1f} tokens/s",
-        file=sys.stderr,
-    )
-    for i in failed:
+        atomic_write_text(output, text)
+    good = len(prompts) - len(failed)
+    print(f"{good} completions, {tokens} tokens, {rate:.1f} tokens/s", file=sys.stderr)
+    for i in sorted(failed):
         print(f"{source}:{numbers[i]} failed: {records[i]['error']}", file=sys.stderr)
     if failed:
         print(f"error: {len(failed)} of {len(prompts)} requests failed", file=sys.stderr)
     return 1 if failed else 0
-
-
-def line_numbers(source: Path) -> list[int]:
-    """Of each prompt in a file that `load_prompts` has read."""
-    if source.suffix == ".txt":
-        return [1]
-    lines = source.read_text("utf-8").split("\n")
-    return [number for number, line in enumerate(lines, 1) if line.strip()]
 
 
 def require_writable(path: Path) -> None:
@@ -219,29 +198,7 @@ def require_writable(path: Path) -> None:
 
     folder = next(p for p in (path.absolute().parent, *path.absolute().parents) if p.exists())
     if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
-        raise EagleError(
-            f"{path} cannot be written; give the name of a file in a folder that is yours"
-        )
-
-
-def write_text(path: Path, text: str) -> None:
-    """Whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    with open(part, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(part, path)
-
-
-def report(result, seconds: float) -> None:
-    row = result.rows[0]
-    print(
-        f"[{len(row.tokens)} tokens in {seconds:.2f} s, {len(row.tokens) / seconds:.1f} tokens/s, "
-        f"tau {row.tau:.2f}, ended by {row.finish_reason}]",
-        file=sys.stderr,
-    )
+        raise EagleError(f"{path} cannot be written; give a file name in a folder that is yours")
 
 
 if __name__ == "__main__":

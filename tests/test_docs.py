@@ -1,6 +1,5 @@
 """What the README and docs/ show runs as it stands there."""
 
-import json
 import os
 import re
 import shlex
@@ -53,7 +52,7 @@ def small(words):
 
 @pytest.mark.parametrize("words", commands("bash", README), ids=" ".join)
 def test_commands_of_the_readme(words, tmp_path):
-    """From a plain shell, in a process that has imported nothing; no dependency warns of anything."""
+    """From a plain shell, in a process that has imported nothing; no dependency warns."""
     ours = ("PYTHONWARNINGS", "TOKENIZERS_PARALLELISM", "HF_HUB_OFFLINE")
     environment = {k: v for k, v in os.environ.items() if k not in ours}
     environment |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
@@ -63,12 +62,11 @@ def test_commands_of_the_readme(words, tmp_path):
     assert_quiet(done)
 
 
+OTHERS = [c for c in commands("bash", *PAGES) if c not in commands("bash", README)]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "words",
-    [c for c in commands("bash", *PAGES) if c not in commands("bash", README)],
-    ids=" ".join,
-)
+@pytest.mark.parametrize("words", OTHERS, ids=" ".join)
 def test_commands_of_the_docs(words, tmp_path):
     done = run(*small(words), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -82,23 +80,6 @@ def test_commands_with_the_readers_own_files_have_real_flags(words):
     assert said and not {flag for flag in flags if not re.search(rf"{flag}\b", said)}
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "words",
-    [
-        "inference.evaluate taco --allow_code_execution --limit 1 --n_samples 1 --max_new_tokens 8 --output made",
-        f"inference.convert {ROOT}/eagle/embedded/heads/eagle3 made --to vllm --target embedded",
-        "train.finetune sft --data rows.jsonl --output made train.max_steps=1 data.heldout_fraction=0.1",
-    ],
-    ids=lambda words: words.split()[0],
-)
-def test_main_commands_are_quiet(words, tmp_path):
-    rows = [{"instruction": f"say {n}", "output": "x " * n} for n in range(1, 21)]
-    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    test_commands_of_the_readme(tuple(words.split()), tmp_path)
-    assert list((tmp_path / "made").iterdir())
-
-
 def test_python_of_the_readme(capsys):
     """As a reader types it, in one namespace with what docs/generate.md goes on with."""
     names = {}
@@ -106,9 +87,7 @@ def test_python_of_the_readme(capsys):
     exec(compile(first, "README.md", "exec"), names)
     shown = capsys.readouterr().out
     assert "def get_value(self, key):\n    if key in self." in shown
-    assert (
-        "return" in shown.split("self.", 1)[1]
-    )  # something that a reader enjoys, not one backtick
+    assert "return" in shown.split("self.", 1)[1]  # something that a reader enjoys
     assert re.search(r"\d\.\d+ \['(eos|length)', '(eos|length)'\]", shown)
     for block in blocks(ROOT / "docs/generate.md", "python"):
         exec(compile(block, "docs/generate.md", "exec"), names)
@@ -119,7 +98,3 @@ def test_links_lead_somewhere():
     for page in PAGES:
         for link in re.findall(r"\]\(([^)#:]+)\)", page.read_text("utf-8")):
             assert (page.parent / link).exists(), f"{page.name}: {link}"
-
-
-def test_the_readme_is_one_page():
-    assert len(README.read_text("utf-8").splitlines()) <= 200

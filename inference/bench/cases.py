@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 STOCK = ("hf", "hf_prompt_lookup")
 VANILLA = ("vanilla", "vanilla_compiled")
@@ -16,9 +16,7 @@ COMPILED = ("vanilla_compiled", "eagle_compiled", "eagle_auto")
 
 @dataclass(frozen=True)
 class Case:
-    """One engine under one combination of settings. None: the setting does not apply, or is the
-    default.
-    """
+    """One engine under one combination of settings; None: does not apply, or is the default."""
 
     engine: str
     batch_size: int = 1
@@ -45,11 +43,10 @@ class Case:
     @property
     def options(self) -> dict:
         """For `EaModel.generate`."""
-        options = {"draft": self.speculative, "temperature": self.temperature, "compile": self.mode}
-        for name in ("tree", "capacity", "forced_acceptance"):
-            if getattr(self, name) is not None:
-                options[name] = getattr(self, name)
-        return options
+        names = ("temperature", "tree", "capacity", "forced_acceptance")
+        given = {name: getattr(self, name) for name in names}
+        given = {name: value for name, value in given.items() if value is not None}
+        return {"draft": self.speculative, "compile": self.mode, **given}
 
 
 @dataclass(frozen=True)
@@ -67,24 +64,24 @@ class Sweep:
     def groups(self) -> list[list[Case]]:
         """Cases that are timed in turn on the same prompts. An engine is in a group once for each
         setting that matters to it: stock `generate` has no tree and no capacity, plain decoding no
-        tree."""
+        tree; stock prompt lookup takes one row at a time."""
         found = []
-        outer = itertools.product(self.temperatures, self.context_lengths, self.batch_sizes)
-        for temperature, context, size in outer:
-            common = dict(batch_size=size, temperature=temperature, context_length=context)
+        for temperature, context, size in itertools.product(
+            self.temperatures, self.context_lengths, self.batch_sizes
+        ):
             group: dict[Case, None] = {}  # an ordered set
-            inner = itertools.product(self.engines, self.trees, self.capacities)
-            for engine, tree, capacity in inner:
-                if engine == "hf_prompt_lookup" and size > 1:
-                    continue
-                case = Case(engine, **common)
-                own = {} if case.stock else {"capacity": capacity}
+            for engine, tree, capacity in itertools.product(
+                self.engines, self.trees, self.capacities
+            ):
+                case = Case(engine, size, temperature, context)
+                if not case.stock:
+                    case = replace(case, capacity=capacity)
                 if case.speculative:
-                    own["tree"] = "auto" if engine == "eagle_auto" else tree
-                    own["forced_acceptance"] = self.forced_acceptance
-                group[Case(engine, **common, **own)] = None
-            if group:
-                found.append(list(group))
+                    tree = "auto" if engine == "eagle_auto" else tree
+                    case = replace(case, tree=tree, forced_acceptance=self.forced_acceptance)
+                if size == 1 or engine != "hf_prompt_lookup":
+                    group[case] = None
+            found += [list(group)] if group else []
         return found
 
     def leads(self, case: Case) -> bool:
@@ -95,16 +92,6 @@ class Sweep:
             and case.tree in (None, "auto", self.trees[0])
             and (case.stock or case.capacity == self.capacities[0])
         )
-
-    def notes(self) -> list[str]:
-        """What was asked for and is not measured."""
-        large = [str(s) for s in self.batch_sizes if s > 1]
-        if "hf_prompt_lookup" in self.engines and large:
-            return [
-                f"hf_prompt_lookup is left out at batch size {', '.join(large)}: transformers' "
-                "assisted generation takes one row at a time"
-            ]
-        return []
 
 
 def with_context(prompts: list[list[int]], length: int | None) -> list[list[int]]:

@@ -1,7 +1,7 @@
 """Where a cycle of generation spends its time, how many torch calls it makes, and where it waits.
 
 A cycle lies between two commits with all rows in flight; the first, which follows the prompts, is
-left out. Times, calls and operators are each of a generation of their own, so that no one's cost
+left out. Times, calls and operators are each of a generation of their own, so that none's cost
 shows in another's figures.
 """
 
@@ -15,8 +15,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 from torch.overrides import TorchFunctionMode
+from torch.profiler import profile
 
+from eagle.decode import Timings
 from eagle.errors import EagleError
+from inference.bench.record import Record
+from inference.bench.report import Section, tabulate
+from inference.generate import load_model
+from records.prompts import load_prompts
 
 OURS = tuple(str(Path(__file__).parents[2] / folder) for folder in ("eagle", "kernels"))
 # what makes the host wait for a tensor's values
@@ -46,34 +52,27 @@ def cycle(
     that rows stay in flight. The operators' times are larger than those of the phases, as
     torch.profiler watches each of them; what runs inside a compiled pass it does not see.
     """
-    asked = dict(locals())
+    record = Record("cycle", cycle, dict(locals()), "batch_size")
     # the profiler's library says on stderr when it starts and stops
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")
-    from inference.bench.record import hand_over, record_of, require
-    from inference.generate import load_model
-    from records.prompts import load_prompts
-
-    require(asked, "batch_size")
-    if max_new_tokens < 8:
-        raise EagleError(f"max_new_tokens {max_new_tokens} leaves no cycle to see; give 8 or more")
     model = load_model(base, head, adapter, tree, dtype, device, compile, quantization=quantization)
     if model.drafter is None:
         raise EagleError("no draft head to profile: give --head PATH")
     room = model.target.max_positions - max_new_tokens - batch_size
-    if room < 1:
+    if max_new_tokens < 8 or room < 1:
         raise EagleError(
-            f"{batch_size} rows of {max_new_tokens} new tokens do not fit the model's "
-            f"{model.target.max_positions} positions; lower max_new_tokens"
+            f"max_new_tokens {max_new_tokens}: give 8 or more, and fewer than the model's "
+            f"{model.target.max_positions} positions"
         )
     ids = [p.ids for p in load_prompts(None, model.tokenizer)]
     # of differing lengths, as requests have
     prompts = [ids[i % len(ids)][-(room + i) :] for i in range(batch_size)]
-    record = record_of("cycle", cycle, asked, model.target.device)
+    record.device = model.target.device
     found = measure(model, prompts, max_new_tokens)
     record.runs = found.pop("phases")
     result = record.result(model=model.target.name, **found)
     title = f"{result['model']}, {batch_size} rows, tree {model.tree}, tau {result['tau']}"
-    hand_over(result, title, sections(result), asked)
+    record.hand_over(result, title, sections(result))
 
 
 def measure(model, prompts: list[list[int]], new: int) -> dict:
@@ -96,9 +95,7 @@ def measure(model, prompts: list[list[int]], new: int) -> dict:
 
 
 class Marks:
-    """Takes what has been counted at every commit with all rows in flight: `cycles` are the
-    differences.
-    """
+    """What has been counted at every commit with all rows in flight; `cycles`: the differences."""
 
     def __init__(self, rows: int, so_far: Callable[[], dict]) -> None:
         self.rows, self.so_far, self.marks = rows, so_far, []
@@ -118,8 +115,6 @@ class Marks:
 
 def time_phases(generate: Callable, rows: int) -> tuple[list[dict], float]:
     """A row a phase: mean milliseconds a cycle, and its share; and tau."""
-    from eagle.decode import Timings
-
     timings = Timings()
     marks = Marks(rows, lambda: vars(timings))
     tau = generate(on_cache=marks, timings=timings, synchronise=True).tau
@@ -157,14 +152,12 @@ def count_calls(generate: Callable, rows: int) -> dict[tuple[str, str], float]:
         generate(on_cache=marks)
     cycles = marks.cycles
     names = sorted({name for found in cycles for name in found})
-    typical = {name: statistics.median(c[name] for c in cycles) for name in names}
+    typical = {name: statistics.median(found[name] for found in cycles) for name in names}
     return {name: number for name, number in typical.items() if number}
 
 
 def operators(generate: Callable) -> list[dict]:
     """What torch.profiler sees of a whole generation: self time and calls a name, the largest."""
-    from torch.profiler import profile
-
     with profile() as profiler:
         generate()
     found = []
@@ -176,17 +169,14 @@ def operators(generate: Callable) -> list[dict]:
 
 
 def sections(result: dict) -> list:
-    from inference.bench.report import Section, tabulate
-
     phases = tabulate(result["runs"], phase="phase", ms="ms:.3f", share="share:.1%")
     columns = {name: f"{name}:.3f" for name in ("host_ms", "device_ms")}
     top = tabulate(result["operators"], operator="operator", **columns, calls="calls")
     reads = [[name, f"{number:g}"] for name, number in result["host_reads"].items()]
-    note = (
-        f"{sum(result['host_reads'].values()):g} host reads, {result['torch_calls']:g} torch calls"
-    )
+    waits, calls = sum(result["host_reads"].values()), result["torch_calls"]
+    note = f"{waits:g} host reads, {calls:g} torch calls a cycle"
     return [
-        Section("Milliseconds a cycle", phases, f"{note} a cycle"),
+        Section("Milliseconds a cycle", phases, note),
         Section("Operators of a whole generation, self time", top),
         Section("Host reads a cycle", [["where", "reads"], *reads]),
     ]

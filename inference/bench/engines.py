@@ -10,8 +10,19 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
+import torch
+
 from eagle.errors import EagleError
+from eagle.loading import fast_bf16
+from eagle.tree import TreeShape
+from inference.bench import compare
 from inference.bench.cases import COMPILED, ENGINES, PLAIN, Sweep, with_context
+from inference.bench.engines_page import require_matplotlib, sections, title, write_plots
+from inference.bench.measure import measure_group
+from inference.bench.record import Record, portable
+from inference.bench.timing import say
+from inference.generate import load_model
+from records.prompts import load_prompts
 
 
 def bench(
@@ -41,33 +52,24 @@ def bench(
     json: str | None = None,
     report: str | None = None,
     plots: str | None = None,
-    quiet: bool = False,
 ) -> None:
-    """Throughput of every engine on the same prompts, acceptance, and whether outputs are equal.
+    """Throughput of every engine on the same prompts, acceptance, and whether outputs are equal
+    (when sampling, among our own engines: stock generate draws other random numbers).
 
     Without --base the embedded model and its held-out prompts are used. --prompts takes a JSONL
     file of prompts, FIM pairs, chats, or MT-Bench/Spec-Bench questions.
 
-    --engines: a list of hf, hf_prompt_lookup (both stock generate), vanilla, vanilla_compiled
-    (ours, without drafting), eagle, eagle_compiled, eagle_auto (which picks its tree, and is left
-    out by default where --tree or --trees picks it, or acceptance is forced). All by default.
+    --engines: some of hf, hf_prompt_lookup (both stock generate), vanilla, vanilla_compiled (ours,
+    without drafting), eagle, eagle_compiled, eagle_auto (which picks its tree, and is left out by
+    default where --tree or --trees picks it, or acceptance is forced).
 
     Sweeps measure every combination: --batch_sizes 1,8 --trees "8,4,2;16,4,4" --context_lengths
     64,1024 --capacities 512,8192 --temperatures 0,0.8. --forced_acceptance K makes every cycle keep
     K draft tokens, right or wrong, which measures the engine apart from the head.
 
-    A temperature above 0 samples: stock generate draws other random numbers then, so equality is
-    judged among our own engines alone.
-
-    --json FILE, --report FILE.md and --plots DIR keep the result.
-    """
+    --json FILE, --report FILE.md and --plots DIR keep the result."""
     asked = dict(locals())
-    from inference.bench.engines_page import require_matplotlib, sections, title, write_plots
-    from inference.bench.record import command_line, hand_over, require
-    from inference.generate import load_model
-    from records.prompts import load_prompts
-
-    require(asked, "num_prompts", "repeats", "max_new_tokens")
+    record = Record("", bench, asked, "num_prompts", "repeats", "max_new_tokens")
     sweep = sweep_of(asked)
     if plots is not None:
         require_matplotlib(Path(plots))
@@ -82,10 +84,10 @@ def bench(
             f"a context of {longest} and {max_new_tokens} new tokens are more than the model's "
             f"{limit} positions; lower context_lengths or max_new_tokens"
         )
+    record.device = model.target.device
     options = dict(max_new_tokens=max_new_tokens, top_p=top_p, top_k=top_k, seed=seed)
-    command = command_line("", bench, asked)
-    result = measure(model, ids, sweep, options, repeats, quiet, command)
-    hand_over(result, title(result), sections(result), asked)
+    result = record.result(**measure(model, ids, sweep, options, repeats))
+    record.hand_over(result, title(result), sections(result))
     if plots is not None:
         write_plots(result, Path(plots))
 
@@ -99,24 +101,16 @@ def sweep_of(asked: dict) -> Sweep:
         if asked[one] and asked[several]:
             raise EagleError(f"give --{one} for one or --{several} for several, not both")
     trees = parse_trees(asked["trees"] or asked["tree"])
-    engines = parse_engines(asked["engines"], own_tree=not trees and forced is None)
-    if forced is not None and "eagle_auto" in engines:
+    names = parse_engines(asked["engines"], own_tree=not trees and forced is None)
+    if forced is not None and "eagle_auto" in names:
         raise EagleError("eagle_auto picks no tree where acceptance is forced; leave it out")
     temperatures = parse_numbers("temperatures", asked["temperatures"], float)
-    sizes = {
-        name: parse_numbers(name, asked[name]) or (None,)
-        for name in ("batch_sizes", "context_lengths", "capacities")
-    }
-    temperatures = temperatures or (asked["temperature"],)
-    sweep = Sweep(
-        engines,
-        trees=trees or (None,),
-        temperatures=temperatures,
-        forced_acceptance=forced,
-        **sizes,
-    )
+    counts = ("batch_sizes", "context_lengths", "capacities")
+    values = {name: parse_numbers(name, asked[name]) or (None,) for name in counts}
+    values |= {"trees": trees or (None,), "temperatures": temperatures or (asked["temperature"],)}
+    sweep = Sweep(names, forced_acceptance=forced, **values)
     if not sweep.groups():
-        raise EagleError(f"nothing is left to measure: {' '.join(sweep.notes())}")
+        raise EagleError("hf_prompt_lookup takes one row at a time; add --batch_sizes 1")
     return sweep
 
 
@@ -131,9 +125,7 @@ def parse_engines(text: str | None, own_tree: bool = True) -> list[str]:
 
 
 def parse_numbers(flag: str, text: str | None, kind: type = int) -> list:
-    """ "1,4" -> [1, 4]; counts are at least 1, other numbers at least 0; nothing given is an empty
-    list.
-    """
+    """ "1,4" -> [1, 4], each once; counts are at least 1, other numbers at least 0."""
     if text is None:
         return []
     try:
@@ -147,37 +139,41 @@ def parse_numbers(flag: str, text: str | None, kind: type = int) -> list:
 
 def parse_trees(text: str | None) -> list[str]:
     """ "8,4,2;16,4,4" -> ["8,4,2", "16,4,4"]."""
-    from eagle.tree import TreeShape
-
-    if text is None:
-        return []
-    return list(dict.fromkeys(str(TreeShape.parse(part)) for part in text.split(";")))
+    parts = text.split(";") if text is not None else []
+    return list(dict.fromkeys(str(TreeShape.parse(part)) for part in parts))
 
 
-def measure(
-    model,
-    ids: list[list[int]],
-    sweep: Sweep,
-    options: dict,
-    repeats: int,
-    quiet: bool = False,
-    command: str = "",
-) -> dict:
-    """The bench's JSON object. options: max_new_tokens, top_p, top_k, seed."""
-    import torch
-
-    from eagle.loading import fast_bf16
-    from inference.bench.measure import measure_group
-    from inference.bench.near_tie import judge_group, overall
-    from inference.bench.record import Record, portable
-    from inference.bench.speedup import against_baselines, headline
-    from inference.bench.timing import say
-
-    tell = (lambda text: None) if quiet else say
-    target = model.target
+def measure(model, ids: list[list[int]], sweep: Sweep, options: dict, repeats: int) -> dict:
+    """What the bench's JSON has of its own. options: max_new_tokens, top_p, top_k, seed."""
+    target, notes, warm_up, explain = model.target, [], {}, {}
     if sweep.trees == (None,) and model.drafter:
         sweep = dataclasses.replace(sweep, trees=(str(model.drafter.shape),))
-    settings = {
+    if "hf_prompt_lookup" in sweep.engines and max(sweep.batch_sizes) > 1:
+        notes.append("hf_prompt_lookup is left out above batch size 1: it takes one row at a time")
+    if target.dtype == torch.bfloat16 and not fast_bf16(target.device):
+        notes.append("this CPU emulates bf16, slowly: pass --dtype float32")
+    for note in notes:
+        say(note)
+    runs, verdicts, groups = [], [], sweep.groups()
+    with torch.inference_mode():
+        for engine in sweep.engines:
+            say(f"preparing {engine}")
+            mode = "max" if engine in COMPILED else "off"
+            parts = model.prepare(compile=mode, draft=engine not in PLAIN)
+            warm_up[engine] = {part: round(s, 2) for part, s in parts.items()}
+        for number, group in enumerate(groups, 1):
+            prompts = with_context(ids, group[0].context_length)
+            say(f"group {number} of {len(groups)}, batch size {group[0].batch_size}")
+            found = measure_group(model, prompts, group, options, repeats)
+            runs += found
+            if any(case.tree == "auto" and sweep.leads(case) for case in group):
+                explain[str(group[0].batch_size)] = str(model.explain())
+            verdicts += compare.judge_group(model, prompts, found, options)
+    rows = []
+    for run, verdict in zip(runs, verdicts, strict=True):
+        rows.append({**run.to_json(), **compare.against_baselines(run, runs), **verdict})
+    main = [run for run in runs if sweep.leads(run.case)]
+    return {
         "dtype": str(target.dtype).removeprefix("torch."),
         "model": portable(target.name),
         "tree": sweep.trees[0],
@@ -186,36 +182,10 @@ def measure(
         **options,
         "temperature": sweep.temperatures[0],
         "forced_acceptance": sweep.forced_acceptance,
-        "notes": sweep.notes(),
-        "warm_up_s": {},
+        "notes": notes,
+        "warm_up_s": warm_up,
+        "runs": rows,
+        **compare.headline(main),
+        **compare.overall([rows[runs.index(run)] for run in main]),
+        "explain": explain,
     }
-    record = Record(target.device, settings, command)
-    if target.dtype == torch.bfloat16 and not fast_bf16(target.device):
-        settings["notes"].append("this CPU emulates bf16, slowly: pass --dtype float32")
-    for note in settings["notes"]:
-        tell(note)
-    runs, verdicts, groups = [], [], sweep.groups()
-    with torch.inference_mode():
-        for engine in sweep.engines:
-            tell(f"preparing {engine}")
-            parts = {}
-            if engine in COMPILED:
-                parts = model.prepare(compile="max", draft=engine not in PLAIN)
-            settings["warm_up_s"][engine] = {part: round(s, 2) for part, s in parts.items()}
-        for number, group in enumerate(groups, 1):
-            prompts = with_context(ids, group[0].context_length)
-            where = f"group {number}/{len(groups)}, batch size {group[0].batch_size}: "
-            found = measure_group(
-                model, prompts, group, options, repeats, lambda text, at=where: tell(at + text)
-            )
-            runs += found
-            tell(where + "comparing outputs")
-            verdicts += judge_group(model, prompts, found, options)
-    for run, verdict in zip(runs, verdicts, strict=True):
-        record.runs.append({**run.to_json(), **against_baselines(run, runs), **verdict})
-    main = [run for run in runs if sweep.leads(run.case)]
-    return record.result(
-        **headline(main),
-        **overall([record.runs[runs.index(run)] for run in main]),
-        explain={str(r.case.batch_size): r.explain for r in main if r.explain is not None},
-    )

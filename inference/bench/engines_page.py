@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 from eagle.errors import EagleError
 from inference.bench.report import Section, show, tabulate
+from inference.generate import require_writable
 
 # settings of a run that are shown where the runs differ in them
-SETTINGS = {
-    "temp": "temperature",
-    "context": "context_length",
-    "capacity": "capacity",
-    "tree": "tree",
-    "forced": "forced_acceptance",
-}
+SETTINGS = {"temp": "temperature", "context": "context_length", "capacity": "capacity"}
+SETTINGS |= {"tree": "tree", "forced": "forced_acceptance"}
 
 
 def title(result: dict) -> str:
@@ -37,7 +32,6 @@ def varied(result: dict) -> dict[str, str]:
 
 
 def sections(result: dict) -> list[Section]:
-    """Throughput, ratios, phases, divergences, what compiling took, chosen trees."""
     own = {"batch": "batch_size", **varied(result), "engine": "engine"}
     runs = [readable(run) for run in result["runs"]]
     speed = {
@@ -51,26 +45,22 @@ def sections(result: dict) -> list[Section]:
     }
     phases = {p: f"{p}_ms:.2f" for p in ("draft", "verify", "commit", "cycle", "prefill")}
     phases["peak memory MB"] = "peak_memory_mb:.1f"
-    pairs, compiled = [], [["engine", "part", "seconds"]]
-    for run in result["runs"]:
+    pairs = []
+    for run in runs:
         for other, counts in (run["divergences"] or {}).items():
             pairs.append({**run, "against": other, **counts})
-    for engine, parts in result["warm_up_s"].items():
-        compiled += [[engine, part, f"{seconds:.1f}"] for part, seconds in parts.items()]
     counted = {"rows that differ": "rows", "near ties": "near_ties", "real": "real"}
-    sizes = list(dict.fromkeys(str(run["batch_size"]) for run in result["runs"]))
+    sizes = list(dict.fromkeys(str(run["batch_size"]) for run in runs))
     ratios = [["ratio", *(f"batch {size}" for size in sizes)]]
     efficiency = {name: result[name] for name in ("efficiency", "efficiency_best")}
     for name, values in {**result["speedup"], **efficiency}.items():
         ratios.append([f"`{name}`", *(show(values.get(size), ".2f") for size in sizes)])
-    pairs = tabulate(pairs, **own, against="against", **counted)
     ms = "Milliseconds; prefill is per batch of prompts."
     return [
         Section("Throughput", tabulate(runs, **own, **speed), "\n".join(result["notes"])),
         Section("Ratios", ratios, "Efficiency is a ratio over tau."),
         Section("Where a cycle's time goes", tabulate(runs, **own, **phases), ms),
-        Section("Divergences", pairs, "First ones only."),
-        Section("Compiling", compiled, "Not part of the times above."),
+        Section("Divergences", tabulate(pairs, **own, against="against", **counted)),
         *(
             Section(f"Tree chosen at batch size {size}", [], f"```\n{text.strip()}\n```")
             for size, text in result["explain"].items()
@@ -80,8 +70,7 @@ def sections(result: dict) -> list[Section]:
 
 def readable(run: dict) -> dict:
     """A run with what the throughput table shows of it: tau where it drafts, ratios with their 95%
-    intervals, the verdict with its near ties.
-    """
+    intervals, the verdict with its near ties."""
     shown = {"drafted": run["tau"] if run["engine"].startswith("eagle") else None}
     for name in ("vs_hf", "vs_best_vanilla"):
         low_high = run[f"{name}_ci95"]
@@ -94,8 +83,6 @@ def readable(run: dict) -> dict:
 
 def require_matplotlib(folder: Path) -> None:
     """Refuse before the work."""
-    from inference.generate import require_writable
-
     require_writable(folder / "plot.png")
     try:
         import matplotlib.figure  # noqa: F401
@@ -104,20 +91,19 @@ def require_matplotlib(folder: Path) -> None:
 
 
 def write_plots(result: dict, folder: Path) -> None:
-    """A PNG file for each question that there is data for, whole or not at all."""
+    """A PNG file for each question that there is data for."""
     from matplotlib.figure import Figure
 
     folder.mkdir(parents=True, exist_ok=True)
-    for name, (draw, *words) in PLOTS.items():
+    for name, (draw, below, beside, *words) in PLOTS.items():
         figure = Figure(figsize=(9, 4.5), layout="constrained")
         axes = figure.subplots()
         if not draw(result, axes, *words):
             continue
+        axes.set(xlabel=below, ylabel=beside)
         axes.set_title(f"{result['model']}, {result['dtype']}, {result['device']}", fontsize=9)
         figure.legend(fontsize=7, loc="outside right upper")
-        part = folder / f"{name}.png.part"
-        figure.savefig(part, format="png", dpi=120)
-        os.replace(part, part.with_suffix(""))
+        figure.savefig(folder / f"{name}.png", dpi=120)
 
 
 def label(result: dict, run: dict, without: str = "") -> str:
@@ -127,7 +113,7 @@ def label(result: dict, run: dict, without: str = "") -> str:
     return ", ".join([run["engine"], *told])
 
 
-def curves(result: dict, axes, x: str, y: str, below: str, beside: str) -> bool:
+def curves(result: dict, axes, x: str, y: str) -> bool:
     """A curve for all runs that differ in `x` alone; single points are left out."""
     found: dict[str, list[tuple]] = {}
     for run in result["runs"]:
@@ -137,7 +123,7 @@ def curves(result: dict, axes, x: str, y: str, below: str, beside: str) -> bool:
     for name, points in found.items():
         axes.plot(*zip(*points, strict=True), marker="o", label=name)
     axes.set_xticks(sorted({place for points in found.values() for place, _ in points}))
-    axes.set(ylim=(0, None), xlabel=below, ylabel=beside)
+    axes.set_ylim(0, None)
     return bool(found)
 
 
@@ -146,26 +132,12 @@ def acceptance(result: dict, axes) -> bool:
     for run in runs:
         rates = run["acceptance_by_depth"]
         axes.plot(range(1, len(rates) + 1), rates, marker="o", label=label(result, run))
-    axes.set(ylim=(0, 1.02), xlabel="depth", ylabel="conditional acceptance rate")
-    return bool(runs)
-
-
-def breakdown(result: dict, axes) -> bool:
-    runs = [run for run in result["runs"] if run["cycle_ms"] is not None]
-    left = [0.0] * len(runs)
-    for phase in ("draft", "verify", "commit"):
-        widths = [run[f"{phase}_ms"] for run in runs]
-        axes.barh(range(len(runs)), widths, left=left, label=phase)
-        left = [a + b for a, b in zip(left, widths, strict=True)]
-    axes.set_yticks(range(len(runs)), [label(result, run) for run in runs], fontsize=7)
-    axes.invert_yaxis()
-    axes.set_xlabel("milliseconds a cycle")
+    axes.set_ylim(0, 1.02)
     return bool(runs)
 
 
 PLOTS = {
-    "speedup_by_batch": (curves, "batch_size", "vs_hf", "batch size", "speedup over stock"),
-    "acceptance_by_depth": (acceptance,),
-    "cycle_breakdown": (breakdown,),
-    "cost_by_context": (curves, "context_length", "cycle_ms", "context", "milliseconds a cycle"),
+    "speedup_by_batch": (curves, "batch size", "speedup over stock", "batch_size", "vs_hf"),
+    "acceptance_by_depth": (acceptance, "depth", "conditional acceptance rate"),
+    "cost_by_context": (curves, "context", "milliseconds a cycle", "context_length", "cycle_ms"),
 }

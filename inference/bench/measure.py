@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -12,7 +11,7 @@ import torch
 from eagle.decode import Timings
 from eagle.model import acceptance_by_depth
 from inference.bench.cases import Case
-from inference.bench.timing import PeakMemory, timed, turns
+from inference.bench.timing import PeakMemory, say, timed, turns
 
 LOOKUP_TOKENS = 10
 PHASES = ("prefill", "draft", "verify", "commit")
@@ -27,7 +26,6 @@ class Lap:
     rows: list = field(default_factory=list)  # decode.Row, ours only
     timings: Timings = field(default_factory=Timings)
     peak_bytes: int = 0
-    explain: str | None = None
 
     @property
     def cycles(self) -> int:
@@ -47,7 +45,6 @@ class Run:
     cycles: float = 0  # passes over a batch, medians of repeats
     phases: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
     peak_bytes: int = 0
-    explain: str | None = None
 
     def add(self, laps: list[Lap], phased: list[Lap]) -> None:
         """A batch's repeats. phased: those that tell the phases apart."""
@@ -57,7 +54,6 @@ class Run:
         self.outputs += last.outputs
         self.rows += last.rows
         self.peak_bytes = max(self.peak_bytes, *(lap.peak_bytes for lap in laps))
-        self.explain = last.explain or self.explain
         self.cycles += statistics.median(lap.cycles for lap in phased)
         for name in PHASES:
             self.phases[name] += statistics.median(getattr(lap.timings, name) for lap in phased)
@@ -68,16 +64,8 @@ class Run:
         return [statistics.median(repeats) for repeats in self.batch_seconds]
 
     @property
-    def new_tokens(self) -> int:
-        return sum(self.batch_tokens)
-
-    @property
-    def seconds(self) -> float:
-        return sum(self.medians)
-
-    @property
     def tokens_per_second(self) -> float:
-        return self.new_tokens / self.seconds
+        return sum(self.batch_tokens) / sum(self.medians)
 
     @property
     def tau(self) -> float | None:
@@ -85,7 +73,7 @@ class Run:
         if not self.rows:
             return None
         cycles = sum(row.cycles for row in self.rows)
-        return (self.new_tokens - len(self.rows)) / cycles if cycles else 0.0
+        return (sum(self.batch_tokens) - len(self.rows)) / cycles if cycles else 0.0
 
     def to_json(self) -> dict:
         ms = dict.fromkeys(["cycle", *PHASES])
@@ -98,8 +86,8 @@ class Run:
             ms["prefill"] = 1e3 * self.phases["prefill"] / len(self.batch_tokens)
         return {
             **vars(self.case),
-            "new_tokens": self.new_tokens,
-            "seconds": round(self.seconds, 4),
+            "new_tokens": sum(self.batch_tokens),
+            "seconds": round(sum(self.medians), 4),
             "tokens_per_second": round(self.tokens_per_second, 2),
             "tau": round(self.tau, 3) if self.rows else None,
             "acceptance_by_depth": rates,
@@ -108,7 +96,6 @@ class Run:
             "looping": round(sum(map(loops, self.outputs)) / max(len(self.outputs), 1), 3),
             "batch_tokens": self.batch_tokens,
             "batch_seconds": [[round(s, 5) for s in repeats] for repeats in self.batch_seconds],
-            **({} if self.explain is None else {"explain": self.explain}),
         }
 
 
@@ -123,17 +110,11 @@ def loops(tokens: list[int]) -> bool:
 
 
 def measure_group(
-    model,
-    prompts: list[list[int]],
-    group: list[Case],
-    options: dict,
-    repeats: int,
-    say: Callable[[str], None],
+    model, prompts: list[list[int]], group: list[Case], options: dict, repeats: int
 ) -> list[Run]:
     """Run every case of the group on every batch of prompts, `repeats` times, in turns.
 
-    options: max_new_tokens, top_p, top_k and seed, the same for all.
-    """
+    options: max_new_tokens, top_p, top_k and seed, the same for all."""
     size = group[0].batch_size
     batches = [prompts[i : i + size] for i in range(0, len(prompts), size)]
     for case in group:
@@ -151,10 +132,8 @@ def measure_group(
                 # once more for that
                 phased = [run_case(case, model, batch, options, synchronised=True)]
             run.add(laps[case], phased)
-        spent = time.perf_counter() - started
-        left = spent / number * (len(batches) - number)
-        rate = sum(run.new_tokens for run in runs.values()) * repeats / spent
-        say(f"{number}/{len(batches)} batches, {rate:.0f} tokens/s, about {left:.0f} s left")
+        left = (time.perf_counter() - started) / number * (len(batches) - number)
+        say(f"{number}/{len(batches)} batches, about {left:.0f} s left")
     return list(runs.values())
 
 
@@ -164,13 +143,12 @@ def warm_up(model, case: Case, batches: list[list[list[int]]], options: dict) ->
     measures what passes cost for each number of rows and length of context that it meets, so it
     runs every batch."""
     if case.mode == "off":
-        short = {**options, "max_new_tokens": min(16, options["max_new_tokens"])}
-        run_case(case, model, batches[0], short)
-        return
-    longest: dict[int, list[list[int]]] = {}
-    for batch in sorted(batches, key=lambda batch: max(map(len, batch))):
-        longest[len(batch)] = batch
-    for batch in batches if case.tree == "auto" else longest.values():
+        options = {**options, "max_new_tokens": min(16, options["max_new_tokens"])}
+        batches = batches[:1]
+    elif case.tree != "auto":
+        longest = sorted(batches, key=lambda batch: max(map(len, batch)))
+        batches = list({len(batch): batch for batch in longest}.values())
+    for batch in batches:
         run_case(case, model, batch, options)
 
 
@@ -183,35 +161,29 @@ def run_case(
     more = {"timings": timings, "synchronise": synchronised, **options, **case.options}
     memory = PeakMemory(device)
     spent, made = timed(lambda: model.generate(batch, **more), device)
-    lap = Lap(spent, [row.tokens for row in made.rows], made.rows, timings, memory.bytes())
-    if case.tree == "auto" and lap.cycles:
-        lap.explain = str(model.explain())
-    return lap
+    return Lap(spent, [row.tokens for row in made.rows], made.rows, timings, memory.bytes())
 
 
 def run_stock(case: Case, model, batch: list[list[int]], options: dict) -> Lap:
-    """transformers' own `generate` on the same weights: left padding, its own cache and
-    attention.
-    """
-    device = model.target.device
-    eos = sorted(model.eos_token_ids)
+    """transformers' own `generate` on the same weights: left padding, its own cache, attention."""
+    eos, device = sorted(model.eos_token_ids), model.target.device
     pad, width = eos[0] if eos else 0, max(map(len, batch))
     ids = torch.tensor([[pad] * (width - len(p)) + p for p in batch], device=device)
     real = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in batch], device=device)
     more: dict = {"do_sample": case.temperature > 0.0}
     if case.temperature > 0.0:
         torch.manual_seed(options["seed"])
-        more["temperature"] = case.temperature
-        more.update(top_p=options["top_p"] or 1.0, top_k=options["top_k"])
+        more |= {"temperature": case.temperature}
+        more |= {"top_p": options["top_p"] or 1.0, "top_k": options["top_k"]}
     if case.engine == "hf_prompt_lookup":
         more["prompt_lookup_num_tokens"] = LOOKUP_TOKENS
-    more.update(eos_token_id=eos or None, pad_token_id=pad)
-    more.update(attention_mask=real, max_new_tokens=options["max_new_tokens"])
+    more |= {"eos_token_id": eos or None, "pad_token_id": pad, "attention_mask": real}
+    more["max_new_tokens"] = options["max_new_tokens"]
     with model.target.stock() as stock:
         memory = PeakMemory(device)
         spent, out = timed(lambda: stock.generate(ids, **more), device)
     outputs = []
     for row in out[:, width:].tolist():
-        ends = [i for i, token in enumerate(row) if token in eos]
-        outputs.append(row[: ends[0] + 1] if ends else row)
+        end = next((i for i, token in enumerate(row) if token in eos), len(row))
+        outputs.append(row[: end + 1])
     return Lap(spent, outputs, peak_bytes=memory.bytes())

@@ -1,14 +1,6 @@
 """What a cycle should cost, and what speculation gains, by model, batch, context and device.
 
-A pass reads its weights and the live keys and values, and multiplies. With p the device's overlap:
-
-    reading = (weights + keys and values) / bandwidth
-    multiplying = 2 * params * tokens / flops
-    pass = (reading^p + multiplying^p)^(1/p) + layers * layer_s
-    cycle = pass(target, rows * nodes) + ingest + depth * pass(head, rows * beams) + cycle_s
-    speedup = tau * plain / cycle,  tau = 1 + a_1 + a_1 a_2 + …  (a_d: conditional acceptance)
-
-Times are seconds, sizes bytes.
+docs/scaling.md has the formulas. Times are seconds, sizes bytes.
 """
 
 from __future__ import annotations
@@ -22,6 +14,9 @@ import numpy as np
 
 from eagle.errors import EagleError
 from eagle.tree import TreeShape
+from inference.bench.engines import parse_numbers
+from inference.bench.record import Record
+from inference.bench.report import Section, tabulate
 
 
 @dataclass(frozen=True)
@@ -66,67 +61,51 @@ class Model:
     kv: float
     weight_bytes: float = 2.0
 
-    @classmethod
-    def of(
-        cls,
-        params: float,
-        layers: int,
-        kv_heads: int,
-        head_dim: int,
-        hidden: int,
-        vocab: int = 128256,
-        weight_bytes: float = 2.0,
-    ) -> Model:
-        """A Llama-shaped model with an untied embedding, and an EAGLE-3 head of one layer, its MLP
-        3.5 times as wide as `hidden`, with 32,000 draft tokens."""
-        if params <= vocab * hidden:
-            raise EagleError(
-                f"--params {params:g} is less than the embedding; give --vocab and --hidden"
-            )
-        attention = 3 * hidden**2 + 4 * hidden * kv_heads * head_dim  # q, o; k, v of 2 * hidden
-        head = 3 * hidden**2 + attention + 3 * hidden * 3.5 * hidden + 32000 * hidden
-        kv = 2 * layers * kv_heads * head_dim * 2
-        return cls(params - vocab * hidden, head, layers, kv, weight_bytes)
+
+def llama_like(
+    params: float, layers: int, kv_heads: int, head_dim: int, hidden: int, vocab: int = 128256
+) -> Model:
+    """A Llama-shaped model with an untied embedding, and an EAGLE-3 head of one layer, its MLP 3.5
+    times as wide as `hidden`, with 32,000 draft tokens."""
+    read = params - vocab * hidden
+    if read <= 0:
+        raise EagleError(f"--params {params:g}: less than the embedding; give --vocab and --hidden")
+    attention = 3 * hidden**2 + 4 * hidden * kv_heads * head_dim  # q, o; k, v of 2 * hidden
+    head = 3 * hidden**2 + attention + 3 * hidden * 3.5 * hidden + 32000 * hidden
+    return Model(read, head, layers, 2 * layers * kv_heads * head_dim * 2)
 
 
 EMBEDDED = Model(13.6e6, 2.43e6, 16, 2 * 16 * 2 * 64 * 2)  # the shipped model and head
 
 
-def pass_s(
-    device: Device, params: float, weight_bytes: float, tokens: float, kv_read: float, layers: int
-) -> float:
-    reading = (params * weight_bytes + kv_read) / device.bandwidth
-    multiplying = 2 * params * tokens / device.flops
-    p = device.overlap
-    return (reading**p + multiplying**p) ** (1 / p) + layers * device.layer_s
-
-
 def predict(
-    model: Model,
-    device: Device,
-    tree: TreeShape | str,
-    tau: float,
-    rows: int = 1,
-    context: int = 512,
+    model: Model, device: Device, tree: str, tau: float, rows: int = 1, context: int = 512
 ) -> dict[str, float]:
     """Milliseconds; the tau from which speculation pays; tokens a second of all rows. tau: tokens
     gained a cycle and row, which only a measurement with the head tells."""
     shape, live = TreeShape.parse(tree), rows * context * model.kv
 
+    def pass_s(params: float, weight_bytes: float, tokens: float, kv: float, layers: int) -> float:
+        reading = (params * weight_bytes + kv) / device.bandwidth
+        multiplying, p = 2 * params * tokens / device.flops, device.overlap
+        return (reading**p + multiplying**p) ** (1 / p) + layers * device.layer_s
+
     def target(tokens: float) -> float:
-        return pass_s(device, model.read, model.weight_bytes, tokens, live, model.layers)
+        return pass_s(model.read, model.weight_bytes, tokens, live, model.layers)
 
     def head(tokens: float) -> float:
         own = device.draft_s + tokens * device.draft_token_s
-        return own + pass_s(device, model.head, 2.0, tokens, live / model.layers, 1)
+        return own + pass_s(model.head, 2.0, tokens, live / model.layers, 1)
 
     plain = device.plain_s + target(rows)
     verify = target(rows * shape.num_nodes)
     draft = head(rows * tau) + shape.depth * head(rows * shape.top_k)
     cycle = verify + draft + device.cycle_s
-    seconds = {"plain_ms": plain, "verify_ms": verify, "draft_ms": draft, "cycle_ms": cycle}
     return {
-        **{name: 1e3 * value for name, value in seconds.items()},
+        "plain_ms": 1e3 * plain,
+        "verify_ms": 1e3 * verify,
+        "draft_ms": 1e3 * draft,
+        "cycle_ms": 1e3 * cycle,
         "pays_from": cycle / plain,
         "speedup": tau * plain / cycle,
         "tokens_per_second": rows * tau / cycle,
@@ -175,9 +154,7 @@ def read_runs(path: str) -> list[dict]:
     try:
         return json.loads(Path(path).read_text("utf-8"))["runs"]
     except (OSError, ValueError, KeyError) as error:
-        raise EagleError(
-            f"{path} cannot be read: {error}; give a JSON of inference.bench"
-        ) from None
+        raise EagleError(f"{path} cannot be read: {error}; give JSON of inference.bench") from None
 
 
 def model(
@@ -205,25 +182,18 @@ def model(
     conditional rates by depth: --acceptance 0.8,0.75,0.7. --calibrate: this machine, from bench
     JSON files a,b,… of the embedded model's compiled engines.
     """
-    asked = dict(locals())
-    import torch
-
-    from inference.bench.engines import parse_numbers
-    from inference.bench.record import hand_over, record_of, require
-    from inference.bench.report import Section, tabulate
-
-    require(asked)
+    record = Record("model", model, dict(locals()))
     if device not in DEVICES:
         raise EagleError(f"unknown device {device!r}; use one of {', '.join(DEVICES)}")
-    target = Model.of(params, layers, kv_heads, head_dim, hidden, vocab, weight_bytes)
-    constants = DEVICES[device]
     if calibrate:
         runs = [run for path in calibrate.split(",") for run in read_runs(path)]
         target, constants = EMBEDDED, fit(runs, EMBEDDED)
+    else:
+        target = llama_like(params, layers, kv_heads, head_dim, hidden, vocab)
+        target, constants = replace(target, weight_bytes=weight_bytes), DEVICES[device]
     if (tau is None) == (acceptance is None):
         raise EagleError("give --tau, or --acceptance by depth, one of them")
     gained = tau or tau_of(parse_numbers("acceptance", acceptance, float))
-    record = record_of("model", model, asked, torch.device("cpu"))
     sizes = parse_numbers("batch", batch), parse_numbers("context", context)
     for rows, length in itertools.product(*sizes):
         made = predict(target, constants, tree, gained, rows, length)
@@ -233,4 +203,4 @@ def model(
     columns |= {"speedup": "speedup:.2f", "tokens/s": "tokens_per_second:.0f"}
     result = record.result(modelled=device, constants=asdict(constants))
     sections = [Section("Prediction", tabulate(record.runs, **columns))]
-    hand_over(result, f"cost model of {device}", sections, asked)
+    record.hand_over(result, f"cost model of {device}", sections)

@@ -33,32 +33,19 @@ def grid(lines: Lines) -> str:
     return "\n".join([head, "|" + "---|" * len(lines[0]), *body])
 
 
-def aligned(lines: Lines) -> str:
+def terminal(title: str, section: Section) -> str:
     """Numbers to the right, words to the left."""
     columns = []
-    for column in zip(*lines, strict=True):
+    for column in zip(*section.lines, strict=True):
         words, width = any(cell[:1].isalpha() for cell in column[1:]), max(map(len, column))
         columns.append([cell.ljust(width) if words else cell.rjust(width) for cell in column])
-    return "\n".join("  ".join(line).rstrip() for line in zip(*columns, strict=True))
-
-
-def terminal(title: str, section: Section) -> str:
-    return "\n".join(filter(None, [title, aligned(section.lines), section.note]))
+    lines = ["  ".join(line).rstrip() for line in zip(*columns, strict=True)]
+    return "\n".join(filter(None, [title, *lines, section.note]))
 
 
 def markdown(title: str, result: dict, sections: list[Section]) -> str:
-    where = result["environment"]
-    facts = [
-        ["what", "value"],
-        ["model", title],
-        ["device", result["device"]],
-        ["cpu", f"{where['cpu']}, {where['usable_cores']} of {where['cores']} cores usable"],
-        ["instruction sets", " ".join(where["isa"]) or "none of those that matter"],
-        ["threads", f"{where['threads']}, OMP_NUM_THREADS {where['omp_num_threads'] or 'not set'}"],
-        ["versions", ", ".join(f"{k} {v}" for k, v in where["versions"].items() if v)],
-        ["load average", f"{where['load_start']} at the start, {where['load_end']} at the end"],
-        ["commit, date", f"{where['git_commit'] or 'no checkout'}, {where['date']}"],
-    ]
+    facts = [["what", "value"], ["model", title]]
+    facts += [[name.replace("_", " "), str(v)] for name, v in result["environment"].items()]
     parts = ["# Benchmark", grid(facts)]
     for section in sections:
         parts += [f"## {section.title}", grid(section.lines) if section.lines else "", section.note]

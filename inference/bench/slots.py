@@ -5,22 +5,23 @@ from __future__ import annotations
 import random
 import statistics
 
-from eagle.errors import EagleError
+from inference.bench.record import Record
+from inference.bench.report import Section, tabulate
+from inference.bench.timing import race
+from inference.generate import load_model
+from records.prompts import load_prompts
 
 
 def measure_slots(
     *,
     base: str | None = None,
     head: str | None = None,
-    adapter: str | None = None,
-    quantization: str = "none",
     prompts: str | None = None,
     num_prompts: int = 64,
     slots: int = 8,
     max_new_tokens: int = 96,
     tree: str | None = None,
     compile: str = "max",
-    draft: bool = True,
     repeats: int = 3,
     dtype: str = "auto",
     device: str | None = None,
@@ -34,32 +35,23 @@ def measure_slots(
     length of its own between a quarter and seven quarters of --max_new_tokens, as requests do.
     """
     asked = dict(locals())
-    from inference.bench.record import hand_over, record_of, require
-    from inference.bench.report import Section, tabulate
-    from inference.bench.timing import race
-    from inference.generate import load_model
-    from records.prompts import load_prompts
-
-    require(asked, "num_prompts", "slots", "repeats")
-    if max_new_tokens < 4:
-        raise EagleError(f"max_new_tokens must be at least 4, not {max_new_tokens}")
-    model = load_model(base, head, adapter, tree, dtype, device, quantization=quantization)
-    record = record_of("slots", measure_slots, asked, model.target.device)
-    rng, quarter = random.Random(0), max_new_tokens // 4
+    counts = ("num_prompts", "slots", "repeats", "max_new_tokens")
+    record = Record("slots", measure_slots, asked, *counts)
+    model = load_model(base, head, None, tree, dtype, device, compile)
+    record.device, rng, quarter = model.target.device, random.Random(0), max_new_tokens // 4
     requests = [
-        {"input_ids": prompt.ids, "max_new_tokens": rng.randint(quarter, 7 * quarter)}
+        {"input_ids": prompt.ids, "max_new_tokens": 1 + rng.randint(quarter, 7 * quarter)}
         for prompt in load_prompts(prompts, model.tokenizer, num_prompts)
     ]
-    options = {"draft": draft, "compile": compile}
 
     def queue() -> list:
-        return model.generate_many(requests, slots=slots, **options)
+        return model.generate_many(requests, slots=slots)
 
     def batches() -> list:
         parts = [requests[start : start + slots] for start in range(0, len(requests), slots)]
-        return [row for part in parts for row in model.generate(part, **options).rows]
+        return [row for part in parts for row in model.generate(part).rows]
 
-    seconds, rows = race({"slots": queue, "batches": batches}, repeats, model.target.device)
+    seconds, rows = race({"slots": queue, "batches": batches}, repeats, record.device)
     for way, spent in seconds.items():
         tokens = sum(len(row.tokens) for row in rows[way])
         rate = round(tokens / statistics.median(spent), 2)
@@ -69,4 +61,4 @@ def measure_slots(
     result = record.result(model=model.target.name, slots_vs_batches=round(over / fixed, 3))
     lines = tabulate(record.runs, way="way", tokens="new_tokens", tokens_s="tokens_per_second")
     note = f"slots / batches: {result['slots_vs_batches']}"
-    hand_over(result, "a queue over slots", [Section("Slots and batches", lines, note)], asked)
+    record.hand_over(result, "a queue over slots", [Section("Slots and batches", lines, note)])

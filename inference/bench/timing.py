@@ -1,10 +1,10 @@
-"""The bench's one way to time, and to see how much memory work needs.
-
-Warm up, wait for the device, take turns, repeat; figures are medians.
-"""
+"""The bench's one way to time (warm up, wait for the device, take turns, repeat; figures are
+medians), and to see how much memory work needs."""
 
 from __future__ import annotations
 
+import contextlib
+import resource
 import statistics
 import sys
 import time
@@ -37,22 +37,17 @@ def timed(work: Work, device: torch.device) -> tuple[float, object]:
 
 def turns(names: list, repeats: int, shift: int = 0) -> Iterator:
     """Every name `repeats` times: each round begins with another one and every second round goes
-    backwards, so that none always follows the same other.
-    """
+    backwards, so that none always follows the same other."""
     for repeat in range(repeats):
         first = (shift + repeat) % len(names)
         order = names[first:] + names[:first]
         yield from order if repeat % 2 == 0 else order[::-1]
 
 
-def race(
-    works: dict[str, Work], repeats: int, device: torch.device
-) -> tuple[dict[str, list[float]], dict[str, object]]:
+def race(works: dict[str, Work], repeats: int, device: torch.device) -> tuple[dict, dict]:
     """Seconds of each repeat, and the last result, by name, after a warm-up."""
-    for work in works.values():
-        work()
+    results = {name: work() for name, work in works.items()}
     seconds: dict[str, list[float]] = {name: [] for name in works}
-    results: dict[str, object] = {}
     for name in turns(list(works), repeats):
         spent, results[name] = timed(works[name], device)
         seconds[name].append(spent)
@@ -86,21 +81,17 @@ def capture(work: Work, device: torch.device) -> Work:
 
 
 class PeakMemory:
-    """Bytes needed at the most since it was made.
-
-    On a GPU: what the allocator held at the most, weights included. On a CPU: how far the resident
-    set grew; memory that the process freed earlier and uses again does not show.
-    """
+    """Bytes needed at the most since it was made: on a GPU what the allocator held, weights
+    included; on a CPU how far the resident set grew (memory that the process freed earlier and uses
+    again does not show)."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
             return
-        try:
-            Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again
-        except OSError:
-            pass  # then only growth above the highest mark so far is seen
+        with contextlib.suppress(OSError):  # without it growth above the highest mark so far
+            Path("/proc/self/clear_refs").write_text("5")
         self.before = high_water()
 
     def bytes(self) -> int:
@@ -110,21 +101,15 @@ class PeakMemory:
 
 
 def high_water() -> int:
-    """The process's largest resident set, in bytes; 0 where the system does not tell."""
-    try:
-        import resource
-    except ImportError:
-        return 0
+    """The process's largest resident set, in bytes."""
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def peak_bytes(work: Work, device: torch.device) -> int:
     """The most memory of tensors that `work` held beyond what was there, to the byte; slow on a
-    CPU, where it comes from the allocator's own record.
-    """
+    CPU, where it comes from the allocator's own record."""
     if device.type == "cuda":
-        wait(device)
         before, memory = torch.cuda.memory_allocated(device), PeakMemory(device)
         timed(work, device)
         return memory.bytes() - before

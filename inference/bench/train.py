@@ -3,7 +3,7 @@
 **draft_loss**: the loss and its backward pass alone, in tiles against all logits at once.
 **step**: whole training steps of the given config, every arm on the same rows in turns.
 
-S unrolled steps, U positions, H hidden, V vocabulary.
+U positions, H hidden, V vocabulary.
 """
 
 from __future__ import annotations
@@ -19,16 +19,14 @@ import torch
 from configs.errors import ConfigError
 from configs.load import load_config
 from configs.schema import HeadTrainConfig
+from inference.bench.record import Record
+from inference.bench.report import Section, tabulate
 from inference.bench.timing import peak_bytes, race, say, turns
 from kernels.draft_loss import Objective, draft_loss, draft_loss_reference
 
 # an arm changes these of `train.*`; naive takes the loss with all logits at once
-ARMS = {
-    "fused": {},
-    "naive": {},
-    "compile": {"compile": True},
-    "recompute": {"checkpoint_activations": True},
-}
+ARMS = {"fused": {}, "naive": {}, "compile": {"compile": True}}
+ARMS["recompute"] = {"checkpoint_activations": True}
 # neither kept nor told
 QUIET = {"resume": None, "report_to": [], "max_steps": 10**6, "perf_every": 0, "profile": 0}
 
@@ -56,59 +54,38 @@ def train(
     --loss_hidden: sizes of the loss alone, 0 tokens leave it out. Overrides are those of
     train.main: train.batch_size=16
     """
-    asked = dict(locals())
-    from inference.bench.record import hand_over, record_of, require
-    from inference.bench.report import Section, tabulate
-
+    record = Record("train", train, dict(locals()), "steps", "repeats", "loss_vocab", "loss_hidden")
     wanted = [name.strip() for name in arms.split(",") if name.strip()]
     if unknown := [name for name in wanted if name not in ARMS]:
         raise ConfigError(f"--arms: unknown {', '.join(unknown)}; use some of {', '.join(ARMS)}")
-    require(asked, "steps", "repeats", "loss_vocab", "loss_hidden")
     flags = {"data.format": data_format, "model.base": base, "data.path": data}
     cfg = load_config(HeadTrainConfig, config, overrides, flags)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    record = record_of("train", train, asked, device)
+    record.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if loss_tokens > 0:
-        record.runs += measure_loss(1, loss_tokens, loss_hidden, loss_vocab, repeats, device)
+        sizes = loss_tokens, loss_hidden, loss_vocab
+        record.runs += measure_loss(*sizes, repeats, record.device)
     if wanted:
         record.runs += measure_steps(cfg, wanted, steps, repeats)
     columns = {"kind": "kind", "arm": "which", "ms": "ms:.1f", "peak bytes": "peak_bytes"}
     columns |= {"tokens/s": "tokens_per_second:.0f", "slower than the first": "ratio:.2f"}
     sections = [Section("Training", tabulate(record.runs, **columns))]
     title = f"{cfg.train.batch_size * cfg.train.grad_accum} rows, {cfg.train.ttt_steps} steps of "
-    hand_over(record.result(), f"{title}training-time test", sections, asked)
+    record.hand_over(record.result(), f"{title}training-time test", sections)
 
 
-def measure_loss(S: int, U: int, H: int, V: int, repeats: int, device: torch.device) -> list[dict]:
-    """A row an implementation: milliseconds and peak bytes above what the inputs hold."""
-    run = loss_problem(S, U, H, V, device)
-    works = {"fused": draft_loss, "naive": draft_loss_reference}
-    works = {name: functools.partial(run, loss) for name, loss in works.items()}
-    peaks = {name: peak_bytes(work, device) for name, work in works.items()}
-    rows = []
-    for which, spent in race(works, repeats, device)[0].items():
-        row = {"kind": "draft_loss", "which": which, "steps": S, "positions": U, "hidden": H}
-        row |= {"vocab": V, "ms": 1e3 * statistics.median(spent), "peak_bytes": peaks[which]}
-        rows.append(row)
-    return rows
-
-
-def loss_problem(
-    S: int, U: int, H: int, V: int, device: torch.device
-) -> Callable[[Callable], None]:
-    """run(loss): soft cross-entropy against a teacher, with gradients of the hidden states and of
-    the projection.
-    """
+def measure_loss(U: int, H: int, V: int, repeats: int, device: torch.device) -> list[dict]:
+    """Soft cross-entropy against a teacher, with gradients of the hidden states and of the
+    projection. A row an implementation: milliseconds, peak bytes above what the inputs hold."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     g = torch.Generator(device).manual_seed(0)
 
     def normal(*shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=g, device=device)
 
-    hidden = normal(S, U, H).to(dtype).requires_grad_()
+    hidden = normal(1, U, H).to(dtype).requires_grad_()
     weight = normal(V, H).mul_(H**-0.5).requires_grad_()
     states, rows = normal(U, H).to(dtype), normal(V, H).mul_(H**-0.5).to(dtype)
-    importance = torch.full((S, U), 1 / (S * U), device=device)
+    importance = torch.full((1, U), 1 / U, device=device)
 
     def teacher(start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
         logits = states[start:stop] @ rows.T
@@ -118,7 +95,14 @@ def loss_problem(
         loss(hidden, weight, teacher, importance, Objective()).total.backward()
         hidden.grad = weight.grad = None
 
-    return run
+    losses = {"fused": draft_loss, "naive": draft_loss_reference}
+    works = {name: functools.partial(run, loss) for name, loss in losses.items()}
+    peaks = {name: peak_bytes(work, device) for name, work in works.items()}
+    found = []
+    for which, spent in race(works, repeats, device)[0].items():
+        row = {"kind": "draft_loss", "which": which, "positions": U, "hidden": H, "vocab": V}
+        found.append({**row, "ms": 1e3 * statistics.median(spent), "peak_bytes": peaks[which]})
+    return found
 
 
 def measure_steps(cfg: HeadTrainConfig, arms: list[str], steps: int, repeats: int) -> list[dict]:
@@ -131,41 +115,30 @@ def measure_steps(cfg: HeadTrainConfig, arms: list[str], steps: int, repeats: in
         for name, trainer in trainers.items():
             say(f"{name}: first step")
             trainer.train_step(cfg.train.lr)
-        rows: dict[str, list[list[dict]]] = {name: [] for name in arms}
+        rows: dict[str, list[dict]] = {name: [] for name in arms}
         for name in turns(arms, repeats):
-            rows[name].append([trainers[name].train_step(cfg.train.lr) for _ in range(steps)])
+            rows[name] += [trainers[name].train_step(cfg.train.lr) for _ in range(steps)]
         for trainer in trainers.values():
             trainer.batches = None  # ends the loader's processes
-    found = [{"kind": "step", "which": name, **figures(rows[name])} for name in arms]
-    for run in found:
+    found = []
+    for name, made in rows.items():
+        rates = [row["tokens_per_second"] for row in made]
+        run = {"kind": "step", "which": name, "tokens_per_second": statistics.median(rates)}
+        parts = dict.fromkeys(part for row in made for part in row["seconds"])
+        for part in parts:
+            parts[part] = statistics.median(row["seconds"].get(part, 0.0) for row in made)
+        run |= {"rates": rates, "seconds": parts, "loss": [row["loss"] for row in made]}
+        found.append(run)
         run["ratio"] = found[0]["tokens_per_second"] / run["tokens_per_second"]
     return found
-
-
-def figures(repeats: list[list[dict]]) -> dict:
-    """Of an arm's steps, repeat by repeat."""
-    rates = []
-    for rows in repeats:
-        seconds = sum(row["tokens"] / row["tokens_per_second"] for row in rows)
-        rates.append(sum(row["tokens"] for row in rows) / seconds)
-    rows = [row for rows in repeats for row in rows]
-    parts = dict.fromkeys(name for row in rows for name in row["seconds"])
-    return {
-        "tokens_per_second": statistics.median(rates),
-        "turns": rates,
-        "seconds": {p: statistics.median(r["seconds"].get(p, 0.0) for r in rows) for p in parts},
-        "loss": [row["loss"] for row in rows],
-    }
 
 
 def trainer_of(cfg: HeadTrainConfig, arm: str, output: Path, world):
     """A trainer that neither evaluates nor keeps anything."""
     from train.head.loop import Trainer
 
-    changed = {
-        "train": cfg.train.model_copy(update={**QUIET, **ARMS[arm]}),
-        "eval": cfg.eval.model_copy(update={"num_prompts": 0}),
-    }
+    changed = {"train": cfg.train.model_copy(update={**QUIET, **ARMS[arm]})}
+    changed["eval"] = cfg.eval.model_copy(update={"num_prompts": 0})
     output.mkdir()
     trainer = Trainer(cfg.model_copy(update=changed), output, world, quiet=True)
     if arm == "naive":

@@ -4,27 +4,10 @@ import json
 
 import numpy as np
 import pytest
-from commands import run
 
 from configs.errors import ConfigError
 from eagle.errors import EagleError
-from examples import steps
 from examples.ablation import ARMS, KINDS, ablation, summarise, tau
-
-
-@pytest.fixture
-def called(monkeypatch, tmp_path):
-    monkeypatch.setenv("EAGLE_CACHE", str(tmp_path / "cache"))
-    commands = []
-
-    def call(command, log=None):
-        commands.append(command)
-        done = run(*command)
-        assert done.returncode == 0, done.stderr[-2000:]
-        return 0
-
-    monkeypatch.setattr(steps, "call", call)
-    return commands
 
 
 @pytest.mark.slow

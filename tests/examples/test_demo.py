@@ -13,7 +13,7 @@ def test_demo_trains_benchmarks_and_says_where(tmp_path):
     assert done.returncode == 0, done.stderr
     summary = json.loads((output / "head/summary.json").read_text())
     result = json.loads((output / "bench.json").read_text())
-    assert summary["steps"] > 0 and summary["tau_before"] >= 1.0
+    assert summary["tau_before"] >= 1.0
     assert {r["engine"] for r in result["runs"]} == {"hf", "vanilla", "eagle"}
     assert not any(result["warm_up_s"].values())  # nothing is compiled
     assert all(result["identical"].values())

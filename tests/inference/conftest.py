@@ -1,4 +1,4 @@
-"""A tiny model folder with a real tokenizer, a random head for it, and a way to run commands."""
+"""A tiny target on disk, a random head for it, and ways to run commands."""
 
 import json
 import shutil
@@ -6,6 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from commands import run
+from engine_helpers import make_config, make_head, make_model
+from transformers import AutoTokenizer
+
+from configs import cli
+from eagle.checkpoint import save_head
+from eagle.target import Target
+from tools.embedded.tokenizer import train_tokenizer
 
 ROOT = Path(__file__).parents[2]
 TEXTS = [
@@ -17,8 +25,6 @@ TEXTS = [
 
 @pytest.fixture(scope="session")
 def tokenizer_folder(tmp_path_factory):
-    from tools.embedded.tokenizer import train_tokenizer
-
     folder = tmp_path_factory.mktemp("tokenizer")
     train_tokenizer(TEXTS, 400, folder)
     return folder
@@ -26,22 +32,15 @@ def tokenizer_folder(tmp_path_factory):
 
 @pytest.fixture
 def tokenizer(tokenizer_folder):
-    from transformers import AutoTokenizer
-
     return AutoTokenizer.from_pretrained(tokenizer_folder)
 
 
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory, tokenizer_folder):
-    from engine_helpers import make_config, make_model
-    from transformers import AutoTokenizer
-
     folder = tmp_path_factory.mktemp("model")
-    size = len(AutoTokenizer.from_pretrained(tokenizer_folder))
-    config = make_config(
-        "llama", vocab_size=size, eos_token_id=0, pad_token_id=1, initializer_range=0.2
-    )
-    make_model(config, seed=3).save_pretrained(folder)
+    options = {"vocab_size": len(AutoTokenizer.from_pretrained(tokenizer_folder))}
+    options |= {"eos_token_id": 0, "pad_token_id": 1, "initializer_range": 0.2}
+    make_model(make_config("llama", **options), seed=3).save_pretrained(folder)
     for file in tokenizer_folder.iterdir():
         shutil.copy(file, folder)
     return folder
@@ -49,29 +48,26 @@ def model_folder(tmp_path_factory, tokenizer_folder):
 
 @pytest.fixture(scope="session")
 def head_folder(tmp_path_factory, model_folder):
-    from engine_helpers import make_head
-
-    from eagle.checkpoint import save_head
-    from eagle.target import Target
-
     target = Target.from_pretrained(model_folder, dtype=torch.float32, device="cpu")
     folder = tmp_path_factory.mktemp("head") / "head"
     save_head(make_head(target, 64), folder)
     return folder
 
 
+@pytest.fixture
+def base(model_folder, head_folder):
+    return ["--base", model_folder, "--head", head_folder, "--dtype", "float32", "--device", "cpu"]
+
+
 @pytest.fixture(scope="session")
 def command():
     """command("inference.bench", "--flag", …) -> the finished process."""
-    from commands import run
-
     return lambda *words, **more: run(*words, CUDA_VISIBLE_DEVICES="", **more)
 
 
 @pytest.fixture
 def in_process(capsys):
     """Run a command function in this process, as its `main` does: (code, stdout, stderr)."""
-    from configs import cli
 
     def run(function, *arguments):
         with pytest.raises(SystemExit) as exit:

@@ -9,8 +9,8 @@ import torch
 import eagle
 from eagle.loading import EMBEDDED
 from tools.embedded import corpus
-from tools.embedded.build import write_datasets
-from tools.embedded.pretrain import PretrainConfig, pretrain
+from tools.embedded.build import datasets
+from tools.embedded.pretrain import pretrain
 
 DATA = EMBEDDED / "data"
 
@@ -19,12 +19,12 @@ DATA = EMBEDDED / "data"
 def sources(tmp_path_factory):
     """A folder of forty documented modules: enough for a few to be held out."""
     root = tmp_path_factory.mktemp("stdlib")
+    function = (
+        'def step_{i}_{j}(value, other={j}):\n    """Return the value of step {j} in {i}."""\n'
+        "    scaled = value * {j} + 1\n    total = scaled + other\n    return total - {i}\n\n\n"
+    )
     for i in range(40):
-        body = "".join(
-            f'def step_{i}_{j}(value, other={j}):\n    """Return the value of step {j} in module {i}, scaled."""\n'
-            f"    scaled = value * {j + 1}\n    total = scaled + other\n    return total - {i}\n\n\n"
-            for j in range(6)
-        )
+        body = "".join(function.format(i=i, j=j) for j in range(6))
         (root / f"module_{i}.py").write_text(f'"""Module {i}."""\n\nimport math\n\n\n{body}')
     (root / "bad_syntax.py").write_text("def (:\n" * 60)
     return root
@@ -46,24 +46,23 @@ def test_split_is_by_rule_and_complete(sources):
 def test_fim_records_join_to_their_window(sources):
     rng = random.Random(1)
     file = corpus.stdlib_files(sources)[0]
-    for window in corpus.code_windows(file, rng, 500):
-        for _ in range(20):
-            record = corpus.fim_record(file, window, rng)
-            assert (
-                record["prefix"] + record["middle"] + record["suffix"] == window
-                or len(record["middle"]) == 400
-            )
+    for window in [*corpus.code_windows(file, rng, 500)] * 20:
+        made = corpus.record("fim", (file, window), rng)
+        whole = made["prefix"] + made["middle"] + made["suffix"]
+        assert whole == window or len(made["middle"]) == 400
 
 
-def test_data_sets_hold_no_held_out_source(sources, tmp_path):
-    counts = write_datasets(tmp_path, sources, count=30, heldout=10, prompts=3)
+def test_data_sets_hold_no_held_out_source(sources, tmp_path, capsys):
+    sizes = dict(root=str(sources), count=30, heldout=10, prompts=3)
+    datasets(out=str(tmp_path), **sizes)
+    counts = json.loads(capsys.readouterr().out)
     assert counts["fim"] == 30 and counts["heldout_chat"] > 0
     for kind in ("chat", "fim", "instruction"):
         train, held_out = (rows(tmp_path / f"{name}{kind}.jsonl") for name in ("", "heldout_"))
         assert not any(corpus.is_heldout(r["source"]) for r in train)
         assert all(corpus.is_heldout(r["source"]) for r in held_out)
     again = tmp_path / "again"
-    write_datasets(again, sources, count=30, heldout=10, prompts=3)
+    datasets(out=str(again), **sizes)
     assert (again / "fim.jsonl").read_bytes() == (tmp_path / "fim.jsonl").read_bytes()
 
 
@@ -85,10 +84,10 @@ def test_shipped_files_are_small():
 
 @pytest.mark.slow
 def test_pretraining_learns_saves_and_loads(sources, tmp_path):
-    small = dict(layers=4, hidden=64, vocab_size=400, seq_len=64, batch_size=4, warmup_steps=2)
-    config = PretrainConfig(**small, minutes=0.1, compile=False)
-    report = pretrain(tmp_path, config, str(sources))
-    assert report["steps"] > 3
+    small = dict(layers=4, hidden=64, vocab_size=400, seq_len=64, batch_size=4, compile=False)
+    pretrain(out=str(tmp_path), root=str(sources), minutes=0.1, **small)
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["steps"] > 3 and report["config"]["minutes"] == 0.1
     assert report["heldout"]["nats_per_token"] < 5.5  # ln 400 = 5.99 is knowing nothing
     assert not (tmp_path / "pretrain_state.pt").exists()
     model = eagle.EaModel.from_pretrained(tmp_path)

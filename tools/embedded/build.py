@@ -10,14 +10,15 @@ import subprocess
 import sys
 from pathlib import Path
 
-from eagle.checkpoint import atomic_write_text
+from eagle.errors import EagleError
+from eagle.files import atomic_write_text
 from records import load_tokenizer
 from records.prompts import render
 
 from .corpus import KINDS, SourceFile, prompt_of, records, split, stdlib_files
+from .pretrain import FORMATS
 
 SHARES = {"code": 0.45, "fim": 0.25, "instruction": 0.16, "chat": 0.14}  # of rows that people wrote
-FORMATS = {"code": "plain", "fim": "fim", "instruction": "instruction", "chat": "chat"}
 
 
 def write_jsonl(path: Path, rows: list[dict]) -> int:
@@ -36,17 +37,17 @@ def prompts_in_turn(files: list[SourceFile], count: int, seed: str) -> list[dict
     return [row for turn in itertools.zip_longest(*columns) for row in turn if row]
 
 
-def write_datasets(
-    out: str | Path,
-    root: str | Path | None = None,
+def datasets(
+    *,
+    out: str,
+    root: str | None = None,
     count: int = 2500,
     heldout: int = 200,
     prompts: int = 20,
     seed: int = 0,
-) -> dict[str, int]:
-    """Write {chat,fim,instruction}.jsonl, heldout_*.jsonl and prompts.jsonl to `out`; returns the
-    counts. Deterministic for one standard library.
-    """
+) -> None:
+    """Write {chat,fim,instruction}.jsonl, heldout_*.jsonl and prompts.jsonl to --out; prints the
+    counts. Deterministic for one standard library."""
     train, held = split(stdlib_files(root))
     counts = {}
     for kind in ("chat", "fim", "instruction"):
@@ -55,27 +56,31 @@ def write_datasets(
             counts[name] = write_jsonl(Path(out) / f"{name}.jsonl", rows)
     rows = prompts_in_turn(held, prompts, f"{seed}-prompts")
     counts["prompts"] = write_jsonl(Path(out) / "prompts.jsonl", rows)
-    return counts
+    print(json.dumps(counts))
 
 
-def train_head(
-    folder: Path, minutes: float, rows: int, root: str | None = None, seed: int = 0
-) -> Path:
-    """A head for the target in `folder`, put in folder/heads/eagle3.
+def heads(
+    *, out: str, minutes: float = 20.0, rows: int = 4416, root: str | None = None, seed: int = 0
+) -> None:
+    """Let the target in --out answer prompts, train an EAGLE-3 head on the answers, put it in
+    OUT/heads.
 
     A head drafts what the target would say, so the target says it: prompts of all kinds from the
     training files, continued half greedily and half at temperature 0.8. Two thirds as many rows
     are taken from the files as they are, so that the head also knows text that the target did not
     write.
     """
+    folder = Path(out)
+    if not (folder / "model.safetensors").exists():
+        raise EagleError(f"no model in {out}; run `python -m tools.embedded pretrain --out {out}`")
     files, _ = split(stdlib_files(root))
-    work, tokenizer = folder / "work", load_tokenizer(str(folder))
+    work, tokenizer = folder / "work", load_tokenizer(out)
     asked = prompts_in_turn(files, -(-rows // len(KINDS)), f"heads-{seed}")
     random.Random(seed).shuffle(asked)  # kinds come in turn, as temperatures will
     ids = [{"input_ids": render(tokenizer, record).ids[:224]} for record in asked]
     write_jsonl(work / "prompts.jsonl", ids)
     own = work / "own_answers.jsonl"
-    _run(
+    run(
         f"train.prepare regenerate --base {folder} --data_format tokenized --slots 64 "
         f"--data {work / 'prompts.jsonl'} --output {own} --temperature 0,0.8 "
         f"--max_new_tokens 160 --seed {seed}"
@@ -85,18 +90,16 @@ def train_head(
         path = work / f"{kind}.jsonl"
         write_jsonl(path, some(files, kind, round(rows * 2 / 3 * share), f"corpus-{seed}"))
         sources.append(f"{{format: {FORMATS[kind]}, path: {path}, weight: {share}}}")
-    _run(
-        f"train.main --base {folder} --config embedded_head --output {work / 'head'}",
+    run(
+        f"train.main --base {folder} --config embedded_head --output {work / 'head'} "
+        f"train.time_budget_minutes={minutes} train.seed={seed} loss.tokens=all",
         f"data.mixture=[{', '.join(sources)}]",
-        f"train.time_budget_minutes={minutes}",
-        f"train.seed={seed}",
-        "loss.tokens=all",
     )
     final = folder / "heads" / "eagle3"
     shutil.rmtree(final, ignore_errors=True)
     shutil.copytree(work / "head" / "head", final)
-    return final
+    print(f"head: {final}")
 
 
-def _run(command: str, *overrides: str) -> None:
+def run(command: str, *overrides: str) -> None:
     subprocess.run([sys.executable, "-m", *command.split(), *overrides], check=True)

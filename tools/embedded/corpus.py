@@ -13,8 +13,8 @@ import random
 import sysconfig
 import textwrap
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from eagle.errors import EagleError
 from records.fim import cut_spans
@@ -35,21 +35,19 @@ EXPLAIN = ("What does `{name}` do?", "Explain `{name}`.", "What is `{name}` for?
 SIGNATURE = ("What is its signature?", "How do I call it?", "Show me the definition line.")
 
 
-@dataclass(frozen=True)
-class SourceFile:
+class SourceFile(NamedTuple):
     path: str  # relative to the standard library, "/" separated
     text: str
 
 
-@dataclass(frozen=True)
-class Function:
+class Function(NamedTuple):
     """One documented function or class method, as text."""
 
     path: str
-    qualname: str  # "module.Class.method"
+    name: str  # "module.Class.method"
     signature: str  # "def name(args):" on one line
     summary: str  # first paragraph of the docstring, on one line
-    source: str  # dedented, without its docstring
+    code: str  # dedented, without its docstring, in a fence
 
 
 def is_heldout(path: str) -> bool:
@@ -106,7 +104,8 @@ def functions(file: SourceFile) -> Iterator[Function]:
         if fits and second.lineno > first.lineno:
             keyword = "async def" if isinstance(node, ast.AsyncFunctionDef) else "def"
             signature = f"{keyword} {node.name}({ast.unparse(node.args)}):"
-            yield Function(file.path, f"{prefix}.{node.name}", signature, summary, source)
+            name = f"{prefix}.{node.name}".removeprefix("test.")
+            yield Function(file.path, name, signature, summary, f"```python\n{source}\n```")
 
     module = file.path[:-3].replace("/", ".").removesuffix(".__init__")
     yield from visit(ast.parse(file.text), module)
@@ -123,50 +122,41 @@ def code_windows(file: SourceFile, rng: random.Random, size: int = WINDOW) -> It
         length += len(window[-1])
 
 
-def fim_record(file: SourceFile, window: str, rng: random.Random) -> dict:
-    ((prefix, middle, suffix),) = cut_spans(window, 1, rng)
-    return {"prefix": prefix, "middle": middle, "suffix": suffix, "source": file.path}
-
-
-def code_record(file: SourceFile, window: str, rng: random.Random) -> dict:
-    return {"text": window, "source": file.path}
-
-
-def instruction_record(fn: Function, rng: random.Random) -> dict:
-    """Docstring to code."""
-    ask = rng.choice(WRITE).format(signature=fn.signature.rstrip(":"), summary=fn.summary)
-    output = f"```python\n{fn.source}\n```"
-    return {"instruction": ask, "input": "", "output": output, "source": fn.path}
-
-
-def chat_record(fn: Function, rng: random.Random) -> dict:
-    """Question and answer over a docstring, one to three turns."""
-    name = fn.qualname.removeprefix("test.")
-    turns = [rng.choice(EXPLAIN).format(name=name), fn.summary]
+def record(kind: str, source: tuple | Function, rng: random.Random) -> dict:
+    """source: (file, window) of code and fim; else a function, docstring to code or, in one to
+    three turns, question and answer over it."""
+    if kind in ("code", "fim"):
+        file, window = source
+        if kind == "code":
+            return {"text": window, "source": file.path}
+        ((prefix, middle, suffix),) = cut_spans(window, 1, rng)
+        return {"prefix": prefix, "middle": middle, "suffix": suffix, "source": file.path}
+    if kind == "instruction":
+        ask = rng.choice(WRITE)
+        ask = ask.format(signature=source.signature.rstrip(":"), summary=source.summary)
+        return {"instruction": ask, "input": "", "output": source.code, "source": source.path}
+    turns = [rng.choice(EXPLAIN).format(name=source.name), source.summary]
     if rng.random() < 0.6:
-        turns += [rng.choice(SIGNATURE), f"It is defined as `{fn.signature}`"]
+        turns += [rng.choice(SIGNATURE), f"It is defined as `{source.signature}`"]
     if rng.random() < 0.4:
-        turns += ["Show me the code.", f"```python\n{fn.source}\n```"]
+        turns += ["Show me the code.", source.code]
     roles = ("user", "assistant")
     messages = [{"role": roles[n % 2], "content": text} for n, text in enumerate(turns)]
-    return {"messages": messages, "source": fn.path}
+    return {"messages": messages, "source": source.path}
 
 
 def records(files: list[SourceFile], kind: str, rng: random.Random) -> Iterator[dict]:
     """All records of a kind in a random order. Tests of the interpreter are a third as likely as
-    its library.
-    """
+    its library."""
     files = [f for f in files if not f.path.startswith("test/") or rng.random() < 0.3]
     if kind in ("code", "fim"):
         pool = [(f, window) for f in files for window in code_windows(f, rng)]
-        make = fim_record if kind == "fim" else code_record
     else:
-        pool = [(fn,) for f in files for fn in functions(f)]
-        make = chat_record if kind == "chat" else instruction_record
+        pool = [fn for f in files for fn in functions(f)]
     rng.shuffle(pool)
     for source in pool:
         try:
-            yield make(*source, rng)
+            yield record(kind, source, rng)
         except RowError:  # a window without a span
             continue
 

@@ -9,49 +9,34 @@ from it.
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import random
 import time
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 from torch.nn.functional import cross_entropy
 
 from configs.schema import DataConfig
-from eagle.checkpoint import write_json
+from eagle.errors import EagleError
+from eagle.files import write_json
 from eagle.loading import resolve_compute
 from records.render import make_renderer
 
-from .build import FORMATS
 from .corpus import SourceFile, records, split, stdlib_files
 from .tokenizer import IM_END, train_tokenizer
 
+FORMATS = {"code": "plain", "fim": "fim", "instruction": "instruction", "chat": "chat"}
 WEIGHTS = {"code": 0.45, "fim": 0.25, "instruction": 0.15, "chat": 0.15}
+LR_MUON, LR_ADAM = 0.02, 3e-3
+WARMUP_STEPS, DECAY_SHARE = 50, 0.4
 SAVE_EVERY = 180  # seconds
 
 
-@dataclass(frozen=True)
-class PretrainConfig:
-    layers: int = 16
-    hidden: int = 256  # of heads of 64, two to a kv head; the MLP is three times as wide
-    vocab_size: int = 4096
-    seq_len: int = 512
-    batch_size: int = 12
-    minutes: float = 60.0
-    lr_muon: float = 0.02
-    lr_adam: float = 3e-3
-    warmup_steps: int = 50
-    decay_share: float = 0.4
-    compile: bool = True
-    seed: int = 0
-
-
-def documents(
-    files: list[SourceFile], tokenizer, kind: str, rng: random.Random
-) -> Iterator[list[int]]:
+def documents(files: list[SourceFile], tokenizer, kind: str, rng: random.Random) -> Iterator[list]:
     """Endless token sequences of one kind, as training renders them; each pass in another order."""
     cfg = DataConfig(max_length=1 << 20, fim_spm_rate=0.3)
     render = make_renderer(FORMATS[kind], cfg, tokenizer)
@@ -75,10 +60,8 @@ def sequences(files: list[SourceFile], tokenizer, seq_len: int, seed: int) -> It
 
 
 def heldout_loss(model, tokenizer, files: list[SourceFile], seq_len: int) -> dict:
-    """Nats per token and bits per byte on the plain text of held-out files.
-
-    Every token of every file is predicted once, from at most seq_len tokens of context.
-    """
+    """Nats per token and bits per byte on the plain text of held-out files: every token is
+    predicted once, from at most seq_len tokens of context."""
     nats = tokens = 0
     for file in files:
         ids = torch.tensor([tokenizer.eos_token_id, *tokenizer(file.text, verbose=False).input_ids])
@@ -89,29 +72,23 @@ def heldout_loss(model, tokenizer, files: list[SourceFile], seq_len: int) -> dic
             nats += cross_entropy(logits, chunk[1:], reduction="sum").item()
             tokens += len(chunk) - 1
     size = sum(len(file.text.encode()) for file in files)
-    return {
-        "nats_per_token": nats / tokens,
-        "bits_per_byte": nats / math.log(2) / size,
-        "tokens": tokens,
-        "bytes": size,
-    }
+    rates = {"nats_per_token": nats / tokens, "bits_per_byte": nats / math.log(2) / size}
+    return {**rates, "tokens": tokens, "bytes": size}
 
 
-def make_model(cfg: PretrainConfig, tokenizer):
+def make_model(tokenizer, layers: int, hidden: int):
+    """Heads of 64, two to a kv head; the MLP is three times as wide as `hidden`."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    heads = cfg.hidden // 64
+    heads = hidden // 64
     config = LlamaConfig(
         vocab_size=len(tokenizer),
-        hidden_size=cfg.hidden,
-        intermediate_size=3 * cfg.hidden,
-        num_hidden_layers=cfg.layers,
+        hidden_size=hidden,
+        intermediate_size=3 * hidden,
+        num_hidden_layers=layers,
         num_attention_heads=heads,
         num_key_value_heads=heads // 2 if heads % 2 == 0 else heads,
-        max_position_embeddings=2048,
-        rope_theta=10000.0,
         tie_word_embeddings=True,
-        initializer_range=0.02,
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
@@ -119,103 +96,108 @@ def make_model(cfg: PretrainConfig, tokenizer):
     return LlamaForCausalLM(config)
 
 
-class Training:
-    """The model, its optimizers and how far it is; saved in one file, whole or not at all."""
-
-    def __init__(self, cfg: PretrainConfig, model, path: Path) -> None:
-        self.cfg, self.model, self.path = cfg, model, path
-        named = [(n, p) for n, p in model.named_parameters()]
-        matrices = [p for n, p in named if p.ndim == 2 and "embed" not in n and "lm_head" not in n]
-        known = {id(p) for p in matrices}
-        others = [p for _, p in named if id(p) not in known]
-        self.optimizers = {
-            cfg.lr_muon: torch.optim.Muon(matrices, weight_decay=0.01, momentum=0.95),
-            cfg.lr_adam: torch.optim.AdamW(others, betas=(0.9, 0.95), weight_decay=0.0),
-        }
-        self.forward = torch.compile(model) if cfg.compile else model
-        self.fast = resolve_compute("auto", model.device) == "bf16"
-        self.step, self.spent, self.loss = 0, 0.0, 0.0
-        if path.exists():
-            state = torch.load(path, map_location=model.device, weights_only=True)
-            model.load_state_dict(state["model"])
-            for optimizer, saved in zip(self.optimizers.values(), state["optimizers"], strict=True):
-                optimizer.load_state_dict(saved)
-            self.step, self.spent = state["step"], state["spent"]
-            print(f"continuing at step {self.step}", flush=True)
-
-    def save(self) -> None:
-        part = self.path.with_suffix(".part")
-        state = {
-            "model": self.model.state_dict(),
-            "optimizers": [o.state_dict() for o in self.optimizers.values()],
-            "step": self.step,
-            "spent": self.spent,
-        }
-        torch.save(state, part)
-        os.replace(part, self.path)
-
-    def run(self, data: Iterator[list[int]]) -> None:
-        budget, last, saved = self.cfg.minutes * 60, time.monotonic(), self.spent
-        while self.spent < budget:
-            loss = self.one_step([next(data) for _ in range(self.cfg.batch_size)], budget)
-            self.loss = loss if not self.step else 0.95 * self.loss + 0.05 * loss
-            self.step += 1
-            now = time.monotonic()
-            self.spent, last = self.spent + now - last, now
-            if self.step % 20 == 0:
-                left = (budget - self.spent) / 60
-                print(f"step {self.step}  loss {self.loss:.3f}  {left:.1f} min left", flush=True)
-            if self.spent - saved > SAVE_EVERY:
-                self.save()
-                saved = self.spent
-
-    def one_step(self, rows: list[list[int]], budget: float) -> float:
-        cfg, left = self.cfg, 1 - self.spent / budget
-        scale = min(1.0, (self.step + 1) / cfg.warmup_steps, left / cfg.decay_share)
-        for lr, optimizer in self.optimizers.items():
-            optimizer.param_groups[0]["lr"] = lr * max(scale, 0.005)
-        batch = torch.tensor(rows).to(self.model.device)
-        with torch.autocast(batch.device.type, torch.bfloat16, enabled=self.fast):
-            logits = self.forward(input_ids=batch[:, :-1]).logits
+def fit(
+    model,
+    data: Callable[[int], Iterator],
+    path: Path,
+    batch_size: int,
+    budget: float,
+    compile: bool,
+) -> dict:
+    """Train for `budget` seconds, those of earlier starts included: what `path` holds, whole or not
+    at all. data: from the step reached on, batches of rows. Returns how far it came."""
+    named = list(model.named_parameters())
+    matrices = [p for n, p in named if p.ndim == 2 and "embed" not in n]
+    others = [p for n, p in named if p.ndim != 2 or "embed" in n]
+    muon = torch.optim.Muon(matrices, weight_decay=0.01, momentum=0.95)
+    adam = torch.optim.AdamW(others, betas=(0.9, 0.95), weight_decay=0.0)
+    kept, far = {"model": model, "muon": muon, "adam": adam}, {"steps": 0, "seconds": 0.0}
+    if path.exists():
+        state = torch.load(path, map_location=model.device, weights_only=True)
+        far = state.pop("far")
+        for name, part in kept.items():
+            part.load_state_dict(state[name])
+        print(f"continuing at step {far['steps']}", flush=True)
+    rows, forward = data(far["steps"]), torch.compile(model) if compile else model
+    fast = resolve_compute("auto", model.device) == "bf16"
+    started, saved = time.monotonic() - far["seconds"], far["seconds"]
+    while far["seconds"] < budget:
+        left = 1 - far["seconds"] / budget
+        scale = max(min(1.0, (far["steps"] + 1) / WARMUP_STEPS, left / DECAY_SHARE), 0.005)
+        batch = torch.tensor([next(rows) for _ in range(batch_size)]).to(model.device)
+        with torch.autocast(batch.device.type, torch.bfloat16, enabled=fast):
+            logits = forward(input_ids=batch[:, :-1]).logits
         loss = cross_entropy(logits.float().flatten(0, 1), batch[:, 1:].flatten())
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        for optimizer in self.optimizers.values():
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for optimizer, lr in ((muon, LR_MUON), (adam, LR_ADAM)):
+            optimizer.param_groups[0]["lr"] = lr * scale
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        return loss.item()
+        far["loss"] = 0.95 * far.get("loss", loss.item()) + 0.05 * loss.item()
+        far["steps"] += 1
+        far["seconds"] = time.monotonic() - started
+        if far["steps"] % 20 == 0:
+            minutes = (budget - far["seconds"]) / 60
+            print(
+                f"step {far['steps']}  loss {far['loss']:.3f}  {minutes:.1f} min left", flush=True
+            )
+        if far["seconds"] - saved > SAVE_EVERY:
+            state = {name: part.state_dict() for name, part in kept.items()}
+            torch.save({**state, "far": far}, path.with_suffix(".part"))
+            os.replace(path.with_suffix(".part"), path)
+            saved = far["seconds"]
+    return far
 
 
-def pretrain(out: str | Path, cfg: PretrainConfig, root: str | None = None) -> dict:
-    """Train tokenizer and model into `out`, on a GPU where there is one; returns the report that is
-    also written to report.json."""
+def pretrain(
+    *,
+    out: str,
+    minutes: float = 60.0,
+    root: str | None = None,
+    layers: int = 16,
+    hidden: int = 256,
+    vocab_size: int = 4096,
+    seq_len: int = 512,
+    batch_size: int = 12,
+    compile: bool = True,
+    seed: int = 0,
+) -> None:
+    """Train tokenizer and target from scratch on the standard library into --out, on a GPU where
+    there is one; OUT/report.json says what came of it, and the held-out loss is printed."""
     from transformers import AutoTokenizer
 
-    out = Path(out)
-    out.mkdir(parents=True, exist_ok=True)
-    torch.manual_seed(cfg.seed)
+    asked = {k: v for k, v in locals().items() if k not in ("out", "root", "AutoTokenizer")}
+    if hidden % 64 or hidden < 64 or layers < 4 or minutes <= 0:
+        raise EagleError("hidden must be a multiple of 64, layers at least 4 and minutes above 0")
+    folder = Path(out)
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(seed)
     train_files, heldout_files = split(stdlib_files(root))
-    if not (out / "tokenizer.json").exists():
-        train_tokenizer((f.text for f in train_files), cfg.vocab_size, out)
-        (out / "heldout.txt").write_text("".join(f.path + "\n" for f in heldout_files))
-    tokenizer = AutoTokenizer.from_pretrained(out)
-    model = make_model(cfg, tokenizer).to("cuda" if torch.cuda.is_available() else "cpu")
-    training = Training(cfg, model, out / "pretrain_state.pt")
-    training.run(sequences(train_files, tokenizer, cfg.seq_len, cfg.seed + training.step))
+    if not (folder / "tokenizer.json").exists():
+        train_tokenizer((f.text for f in train_files), vocab_size, folder)
+        (folder / "heldout.txt").write_text("".join(f.path + "\n" for f in heldout_files))
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = make_model(tokenizer, layers, hidden).to(device)
+    state = folder / "pretrain_state.pt"
+
+    def data(step: int) -> Iterator[list[int]]:
+        return sequences(train_files, tokenizer, seq_len, seed + step)
+
+    far = fit(model, data, state, batch_size, 60 * minutes, compile)
     model.eval()
     # a turn's end is an end of generation too
     ends = [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids(IM_END)]
     model.generation_config.eos_token_id = ends
     model.generation_config.pad_token_id = tokenizer.pad_token_id
-    model.to(torch.bfloat16).save_pretrained(out)
+    model.to(torch.bfloat16).save_pretrained(folder)
     report = {
-        "config": asdict(cfg),
+        "config": asked,
         "parameters": sum(p.numel() for p in model.parameters()),
-        "steps": training.step,
-        "minutes": training.spent / 60,
-        "train_loss": training.loss,
-        "heldout": heldout_loss(model, tokenizer, heldout_files, cfg.seq_len),
+        **far,
+        "heldout": heldout_loss(model, tokenizer, heldout_files, seq_len),
     }
-    write_json(out / "report.json", report)
-    training.path.unlink(missing_ok=True)
-    return report
+    write_json(folder / "report.json", report)
+    state.unlink(missing_ok=True)
+    print(json.dumps(report["heldout"]))

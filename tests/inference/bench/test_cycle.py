@@ -1,6 +1,5 @@
 """The profile of a cycle: its report, and that a cycle's work on the host does not grow with the
-tree.
-"""
+tree."""
 
 import json
 
@@ -24,33 +23,11 @@ def calls():
     return count
 
 
-@pytest.mark.parametrize("rows", [2, 5])
-def test_nothing_grows_with_nodes(calls, rows):
-    small, large = calls("6,2,2", rows), calls("40,2,7", rows)
-    assert small == large and sum(small.values()) > 50
+def test_nothing_grows_with_nodes_or_rows(calls):
+    small = calls("6,2,2", 2)
+    assert small == calls("40,2,7", 2) == calls("6,2,2", 5) == calls("40,2,7", 5)
     reads = {name: number for (kind, name), number in small.items() if kind == "read"}
-    assert reads and sum(reads.values()) == 1.0  # of what was accepted
-
-
-def test_nothing_grows_with_rows(calls):
-    assert calls("6,2,2", 2) == calls("6,2,2", 5)
-
-
-def test_a_loop_over_nodes_is_seen(calls, monkeypatch):
-    """The check can fail: with a loop over nodes the counts differ."""
-    import eagle.draft
-
-    original = eagle.draft.rerank
-
-    def looping(*args):
-        tree = original(*args)
-        for token in tree.tokens[0].tolist():
-            torch.tensor(token).item()
-        return tree
-
-    monkeypatch.setattr(eagle.draft, "rerank", looping)
-    small, large = calls("6,2,2", 2), calls("40,2,7", 2)
-    assert large["call", "item"] - small["call", "item"] == 34
+    assert sum(small.values()) > 50 and sum(reads.values()) == 1.0  # of what was accepted
 
 
 def test_host_reads_are_named_by_our_line():
@@ -59,11 +36,6 @@ def test_host_reads_are_named_by_our_line():
         x.tolist(), x[0].item(), bool(x[0]), x + 1
     reads = {name: n for (kind, name), n in calls.counter.items() if kind == "read"}
     assert reads == {"elsewhere: tolist": 1, "elsewhere: item": 1, "elsewhere: __bool__": 1}
-
-
-@pytest.fixture
-def base(model_folder, head_folder):
-    return ["--base", model_folder, "--head", head_folder, "--dtype", "float32", "--device", "cpu"]
 
 
 def test_the_report(in_process, base, tmp_path):
@@ -82,23 +54,15 @@ def test_the_report(in_process, base, tmp_path):
     assert "| cycle | " in page.read_text() and "inference.bench cycle" in page.read_text()
 
 
-@pytest.mark.parametrize(
-    "flags",
-    [
-        "--batch_size 0",
-        "--tree 16,4",
-        "--compile fast",
-        "--max_new_tokens 4",
-        "--max_new_tokens 5000",
-        "--head /no/such/head",
-        "--json /",
-    ],
-)
-def test_bad_input(in_process, base, flags):
-    code, out, err = in_process(cycle, *base, *flags.split())
-    assert code != 0 and out == "" and err.count("error: ") == 1 and "Traceback" not in err
-
-
-def test_without_a_head(in_process, model_folder):
+def test_bad_input(in_process, base, model_folder):
+    for flags, says in (
+        ("--batch_size 0", "batch_size must be at least 1"),
+        ("--compile fast", "fast"),
+        ("--max_new_tokens 4", "give 8 or more"),
+        ("--max_new_tokens 5000", "max_new_tokens 5000"),
+        ("--head /no/such/head", "/no/such/head"),
+    ):
+        code, out, err = in_process(cycle, *base, *flags.split())
+        assert code == 1 and out == "" and err.count("error: ") == 1 and says in err
     code, _, err = in_process(cycle, "--base", model_folder, "--device", "cpu")
     assert code != 0 and "--head" in err

@@ -11,26 +11,19 @@ from inference.bench.gpu import STAGES, gpu
 from inference.bench.timing import capture
 
 
-@pytest.fixture(scope="module")
-def suite(tmp_path_factory):
-    out = tmp_path_factory.mktemp("suite")
-    gpu(size="toy", device="cpu", out=str(out))
-    return out
-
-
-def test_every_stage_runs(suite):
-    for stage in STAGES:
-        result = json.loads((suite / f"{stage}.json").read_text())
+def test_every_stage_runs(tmp_path, capsys):
+    gpu(size="toy", device="cpu", out=str(tmp_path))
+    results = {name: json.loads((tmp_path / f"{name}.json").read_text()) for name in STAGES}
+    for stage, result in results.items():
         failed = [run for run in result["runs"] if "error" in run]
         assert result["runs"] and not failed, failed[:2]
         assert result["stage"] == stage and result["versions"]["torch"] == torch.__version__
         for run in result["runs"]:
             ms = run.get("ms", {})
             assert all(value > 0 for value in (ms.values() if isinstance(ms, dict) else [ms]))
-    summary = json.loads((suite / "summary.json").read_text())
+    summary = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert [run["stage"] for run in summary["runs"]] == list(STAGES)
-    engine = json.loads((suite / "engine.json").read_text())
-    (bench,) = [run for run in engine["runs"] if run["kind"] == "engines"]
+    (bench,) = [run for run in results["engine"]["runs"] if run["kind"] == "engines"]
     assert {run["engine"] for run in bench["runs"]} == {"hf", "vanilla", "eagle"}
 
 
@@ -56,14 +49,11 @@ def test_the_cycle_in_a_graph_is_lossless(device):
     assert [row[:new] for row in rows] == expected
 
 
-@pytest.mark.parametrize(
-    "flags, says",
-    [
+def test_what_cannot_be_measured_is_refused(in_process, tmp_path):
+    for flags, says in (
         ("--size full --device cpu", "full size needs a GPU"),
         ("--size toy --device meta", "no meta here"),
         ("--size toy --device cpu --stage training", "kernels, engine, all"),
-    ],
-)
-def test_what_cannot_be_measured_is_refused(in_process, tmp_path, flags, says):
-    code, _, err = in_process(gpu, *flags.split(), "--out", tmp_path)
-    assert code == 1 and says in err and not list(tmp_path.iterdir())
+    ):
+        code, _, err = in_process(gpu, *flags.split(), "--out", tmp_path)
+        assert code == 1 and says in err and not list(tmp_path.iterdir())

@@ -1,26 +1,96 @@
-"""Are two engines' outputs the same, and where not, is the first difference one of rounding?"""
+"""Two runs beside each other: how much faster, and is the output the same; where not, is the first
+difference one of rounding?"""
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 
 from inference.bench.cases import PLAIN, VANILLA
 from inference.bench.measure import Run
 from kernels.choose import gumbel_noise, process_logits
 
+RESAMPLES = 2000
 # how far below the best a token may score to be as good, in units of the dtype's last place there
 ULPS = 4
 COUNTS = ("rows", "near_ties", "real")
 
 
+def ratio(run: Run, base: Run) -> float:
+    return round(run.tokens_per_second / base.tokens_per_second, 3)
+
+
+def fastest(runs: list[Run]) -> Run | None:
+    return max(runs, key=lambda run: run.tokens_per_second, default=None)
+
+
+def baseline(run: Run, runs: list[Run], engines: tuple[str, ...]) -> Run | None:
+    """The fastest of `engines` under the run's own settings (those that the baseline has)."""
+
+    def settings(of: Run) -> tuple:
+        return of.case.batch_size, of.case.context_length, of.case.temperature
+
+    same = [r for r in runs if r.case.engine in engines and settings(r) == settings(run)]
+    return fastest([r for r in same if r.case.stock or r.case.capacity == run.case.capacity])
+
+
+def interval(run: Run, base: Run, resamples: int = RESAMPLES, seed: int = 0) -> list[float] | None:
+    """95% percentile-bootstrap interval of the ratio, [low, high]; None for one batch.
+
+    Batches of prompts are drawn with replacement, the same for both runs, as both ran on them. It
+    says how the ratio moves with the prompts; repeats of a batch enter by their median only."""
+    batches = len(run.batch_tokens)
+    if batches < 2:
+        return None
+    picks = np.random.default_rng(seed).integers(0, batches, (resamples, batches))
+
+    def throughput(r: Run):
+        return np.array(r.batch_tokens)[picks].sum(1) / np.array(r.medians)[picks].sum(1)
+
+    ends = np.percentile(throughput(run) / throughput(base), [2.5, 97.5])
+    return [round(float(end), 3) for end in ends]
+
+
+def against_baselines(run: Run, runs: list[Run]) -> dict:
+    """What a run's JSON says of its speed."""
+    found = {}
+    for name, engines in (("vs_hf", ("hf",)), ("vs_best_vanilla", VANILLA)):
+        base = baseline(run, runs, engines)
+        found[name] = ratio(run, base) if base else None
+        found[f"{name}_ci95"] = interval(run, base) if base and base is not run else None
+    return found
+
+
+def headline(runs: list[Run]) -> dict[str, dict]:
+    """The JSON's `speedup`, `efficiency` and `efficiency_best`, by batch size (docs/benchmark.md).
+
+    runs: of one combination of settings a batch size."""
+    names = ("vs_hf", "vs_vanilla", "vs_vanilla_compiled", "best_vs_hf", "best_vs_best_vanilla")
+    speedup: dict[str, dict[str, float]] = {name: {} for name in names}
+    found = {"speedup": speedup, "efficiency": {}, "efficiency_best": {}}
+    of_efficiency = {"vs_vanilla": "efficiency", "best_vs_best_vanilla": "efficiency_best"}
+    for size in dict.fromkeys(run.case.batch_size for run in runs):
+        of = {run.case.engine: run for run in runs if run.case.batch_size == size}
+        best = fastest([run for run in of.values() if run.case.speculative])
+        plain = fastest([of[engine] for engine in VANILLA if engine in of])
+        eager, compiled, stock = of.get("eagle"), of.get("eagle_compiled"), of.get("hf")
+        bases = (stock, of.get("vanilla"), of.get("vanilla_compiled"), stock, plain)
+        for name, run, base in zip(names, (eager, eager, compiled, best, best), bases, strict=True):
+            if run and base:
+                speedup[name][str(size)] = ratio(run, base)
+                if name in of_efficiency and run.tau:
+                    efficiency = round(ratio(run, base) / run.tau, 3)
+                    found[of_efficiency[name]][str(size)] = efficiency
+    return found
+
+
 def judge_group(model, prompts: list[list[int]], found: list[Run], options: dict) -> list[dict]:
     """For each run of a group, `identical` and `divergences` (by plain engine) of its JSON; None
     where there is nothing to compare, or where acceptance was forced and the output is not the
-    target's. options: top_p, top_k, seed.
-    """
-    first, exact = found[0].case, model.target.dtype == torch.float32
-    options = {**options, "temperature": first.temperature}
-    compared = PLAIN if first.temperature == 0.0 else VANILLA
+    target's. options: top_p, top_k, seed."""
+    temperature, exact = found[0].case.temperature, model.target.dtype == torch.float32
+    options = {**options, "temperature": temperature}
+    compared = PLAIN if temperature == 0.0 else VANILLA
     plain = [run for run in found if run.case.engine in compared]
     verdicts = []
     for run in found:
@@ -58,8 +128,7 @@ def compare(target, prompts: list[list[int]], run: Run, other: Run, options: dic
 
 def near_tie(target, prefix: list[int], ours: int, theirs: int, seed: int, options: dict) -> bool:
     """After `prefix`, are both tokens as good as the best, but for rounding? In float32 no two
-    are. Scores are logits, or when sampling processed logits and the position's noise.
-    """
+    are. Scores are logits, or when sampling processed logits and the position's noise."""
     if target.dtype == torch.float32:
         return False
     with target.stock() as model, torch.inference_mode():
@@ -81,9 +150,7 @@ def overall(rows: list[dict]) -> dict[str, dict]:
     """By batch size: are all engines' outputs identical; and divergences in sum and by engine."""
     identical: dict[str, bool] = {}
     divergences: dict[str, dict] = {}
-    for row in rows:
-        if row["identical"] is None:
-            continue
+    for row in (row for row in rows if row["identical"] is not None):
         size = str(row["batch_size"])
         identical[size] = identical.get(size, True) and row["identical"]
         total = divergences.setdefault(size, {**dict.fromkeys(COUNTS, 0), "engines": {}})

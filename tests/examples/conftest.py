@@ -1,0 +1,22 @@
+import sys
+
+import pytest
+from commands import run
+
+from examples import steps
+
+
+@pytest.fixture
+def called(monkeypatch, tmp_path):
+    """The commands of a recipe, each in a process that need not import torch again."""
+    monkeypatch.setenv("EAGLE_CACHE", str(tmp_path / "cache"))
+    commands = []
+
+    def call(command, log=None):
+        commands.append(command)
+        done = run(*command)
+        sys.stderr.write(done.stderr[-2000:] if done.returncode else "")
+        return done.returncode
+
+    monkeypatch.setattr(steps, "call", call)
+    return commands
