@@ -6,15 +6,8 @@ import functools
 import hashlib
 from typing import Any
 
-from eagle import loading
 from eagle.errors import EagleError
-
-
-def load_tokenizer(base: str | None = None) -> Any:
-    """The tokenizer of a target model; `None` is the embedded model's."""
-    tokenizer = loading.load_tokenizer(base)
-    require_fast(tokenizer)
-    return tokenizer
+from eagle.loading import load_tokenizer as load_tokenizer
 
 
 def require_fast(tokenizer: Any) -> None:
@@ -33,10 +26,8 @@ def encode(tokenizer: Any, text: str) -> list[int]:
 def encode_with_spans(tokenizer: Any, text: str) -> tuple[list[int], list[tuple[int, int]]]:
     """Token ids and, for each, the half-open character span of `text` it covers.
 
-    Some tokenizers report offsets with the white space trimmed off, which makes a token look as if
-    it began later than it does. Byte-level pieces spell their bytes, so where the pieces spell the
-    text exactly, the spans come from them; otherwise the reported offsets are used.
-    """
+    Some tokenizers report offsets with the white space trimmed off. Byte-level pieces spell their
+    bytes: where they spell the text exactly, the spans come from them."""
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     ids = list(encoded["input_ids"])
     spans = _byte_spans(tokenizer, ids, text)

@@ -26,7 +26,7 @@ from typing import Any
 from eagle.checkpoint import atomic_write_text
 from eagle.errors import EagleError
 from records.cache import cache_root
-from records.shipped import shipped
+from records.sources import shipped
 
 VERSION = 1  # raise when the records change: old files are then not found
 CODE_LIMIT, TEXT_LIMIT = 500, 240  # characters
