@@ -101,7 +101,7 @@ def test_a_killed_builder_leaves_no_entry_no_lock_no_process(
     tmp_path, tokenizer, processes, monkeypatch
 ):
     """kill -9 while rows are written: no half entry is found, the next one builds it at once."""
-    path, folder = words(tmp_path / "d.jsonl", 3000), tmp_path / "cache"
+    path, folder = words(tmp_path / "d.jsonl", 6000), tmp_path / "cache"
     cfg, render = plain(path, folder, processes), cache._render
 
     def slowly(*args, **options):

@@ -12,7 +12,7 @@ from head_helpers import WORDS, config, losses_of, require_same_tensors, rows_of
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
-from eagle.checkpoint import load_head, read_json
+from eagle.checkpoint import load_head
 from eagle.errors import EagleError
 from records import load_tokenizer
 from train.head import accumulate, loop
@@ -124,24 +124,19 @@ def test_a_warm_start_keeps_the_draft_vocabulary_on_other_data(base, data, tmp_p
     assert warmed == first != fresh
 
 
-@pytest.mark.parametrize("pad", ["eos", "none", "own"])
-def test_the_padding_token_means_nothing(base, data, tmp_path, pad):
+def test_the_padding_token_means_nothing(base, data, tmp_path):
     """Padding is known by length: with pad = eos the end token is learnt all the same."""
 
-    def change(tokenizer):
-        tokenizer.pad_token = {"eos": tokenizer.eos_token, "none": None, "own": "def"}[pad]
-
-    found, other = [], with_tokenizer(base, tmp_path / "m", change)
-    for name, model in (("as-it-is", base), ("changed", other)):
+    def seen(name, model):
         rows = rows_of(trained(model, data, tmp_path / name, max_steps=3))
-        found.append([x for row in rows for x in (row["loss"], row["targets"])])
-    assert found[0] == pytest.approx(found[1], rel=1e-6)
+        return [x for row in rows for x in (row["loss"], row["targets"])]
 
-
-def test_the_head_says_who_wrote_the_answers(base, data, tmp_path):
-    output = trained(base, data, tmp_path / "run", max_steps=1, data_more={"on_policy": True})
-    answers = read_json(output / "head/eagle.json")["data"]["answers"]
-    assert answers == "written by the target"
+    found = seen("as-it-is", base)
+    for pad in ("<|endoftext|>", None, "def"):
+        other = with_tokenizer(
+            base, tmp_path / f"base-{pad}", lambda t, pad=pad: setattr(t, "pad_token", pad)
+        )
+        assert seen(f"pad-{pad}", other) == pytest.approx(found, rel=1e-6)
 
 
 def test_the_best_head_is_chosen_by_acceptance_and_not_by_loss(base, data, tmp_path, monkeypatch):
@@ -167,14 +162,14 @@ def test_too_little_supervision_is_refused(base, data, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("zero", [0, 2, 3])
+@pytest.mark.parametrize("zero", [0, 3])
 def test_a_batch_that_teaches_nothing_takes_part_all_the_same(base, tmp_path, zero):
     """Its only target is the second token, which no head can draft. Every parameter must still have
     a gradient, or ranks wait for each other."""
     nothing = {"input_ids": [5, 6, 7, 8], "loss_mask": [0, 1, 0, 0]}
     rows = [{"input_ids": [n, 6, 7, 8, 9, 10], "loss_mask": [0, 0, 0, 1, 1, 1]} for n in range(40)]
     path = write_jsonl(tmp_path / "rows.jsonl", [*rows, *[nothing] * 120])
-    more = {"zero": zero, "max_steps": 24, "batch_size": 1, "grad_accum": 2}
+    more = {"zero": zero, "max_steps": 12, "batch_size": 1, "grad_accum": 2}
     more["data_more"] = {"format": "tokenized", "heldout_fraction": 0.0}
     losses = losses_of(trained(base, path, tmp_path / "run", **more))
     assert 0.0 in losses and max(losses) > 0  # some steps teach nothing at all

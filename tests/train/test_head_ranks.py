@@ -96,7 +96,8 @@ def test_two_ranks_equal_one(base, data, tmp_path):
         # AdamW's first steps have the size of the learning rate wherever a gradient is nearly zero
         apart = [(weights[k].float() - found[k].float()).abs().mean().item() for k in weights]
         assert max(apart) < 1e-5 and drafts_of(two / "head", base) == drafts_of(one / "head", base)
-        more["resume"] = str(two / "checkpoints/step-2")
+    for zero in (0, 3):
+        more["resume"] = str(tmp_path / f"two{zero}/checkpoints/step-2")
         output = trained(base, data, tmp_path / f"more{zero}", batch_size=4, **more)
         assert [row["step"] for row in rows_of(output)] == [3, 4, 5]
         assert losses_of(output) == pytest.approx(losses[2:], rel=1e-4)

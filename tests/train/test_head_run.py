@@ -5,15 +5,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from commands import Command
 from head_helpers import config, drafts_of, losses_of, rows_of, trained
 from safetensors.torch import load_file
 
+from configs.cli import main
 from eagle.checkpoint import load_head
 from eagle.errors import EagleError
 from eagle.target import Target
 from train import runs
-from train.main import run
+from train.main import run, train
 
 
 @pytest.fixture(scope="module")
@@ -21,6 +21,7 @@ def plain_run(base, data, tmp_path_factory):
     """40 steps, evaluated before and after."""
     output = tmp_path_factory.mktemp("runs") / "plain"
     more = {"max_steps": 40, "save_every": 5, "lr": 3e-3, "eval": {"num_prompts": 3}}
+    more["data_more"] = {"on_policy": True}
     return trained(base, data, output, **more)
 
 
@@ -28,6 +29,7 @@ def test_a_run_leaves_head_metrics_and_summary(plain_run, base):
     head, provenance = load_head(plain_run / "head", Target.from_pretrained(base, dtype="float32"))
     assert head.config.draft_vocab_size == 128 and provenance["training"]["step"] == 40
     assert {"fingerprint", "id"} <= provenance["target"].keys() and provenance["tokenizer"]
+    assert provenance["data"]["answers"] == "written by the target"
     rows = rows_of(plain_run)
     assert [r["step"] for r in rows] == list(range(1, 41))
     overlaps = [r["overlap_by_depth"][0] for r in rows]
@@ -49,10 +51,11 @@ def test_zero_stages_agree_and_resume(base, data, tmp_path):
     losses, drafts = losses_of(found[0]), drafts_of(found[0] / "head", base)
     first, *others = ([row["grad_norm"] for row in rows_of(x)] for x in found)
     assert min(first) > 0 and all(norms == pytest.approx(first, rel=1e-3) for norms in others)
-    for zero, output in enumerate(found):
+    for output in found:
         assert losses_of(output) == pytest.approx(losses, rel=1e-4)
         assert drafts_of(output / "head", base) == drafts
-        more["resume"] = str(found[(zero + 1) % 4] / "checkpoints/step-2")
+    for zero, start in ((0, 3), (2, 0), (3, 1)):
+        more["resume"] = str(found[start] / "checkpoints/step-2")
         again = trained(base, data, tmp_path / f"again{zero}", zero=zero, **more)
         assert losses_of(again) == pytest.approx(losses[2:], rel=1e-4)
 
@@ -108,11 +111,12 @@ def test_folders_are_never_mixed_up(plain_run, base, data, tmp_path, monkeypatch
         (["--data", "no_such_file.jsonl"], "no_such_file.jsonl"),
     ],
 )
-def test_wrong_arguments_are_one_line(tmp_path, base, arguments, named):
+def test_wrong_arguments_are_one_line(tmp_path, base, capsys, arguments, named):
     output = tmp_path / "run"
     if "--base" not in arguments:
         arguments = ["--base", str(base), *arguments]
-    done = Command("train.main", "--output", output, *arguments).output()
-    assert done.returncode not in (0, None) and "Traceback" not in done.stderr
-    assert len(done.stderr.strip().splitlines()) == 1 and named in done.stderr
+    with pytest.raises(SystemExit) as ended:
+        main(train, ["--output", str(output), *arguments], name="train")
+    said = capsys.readouterr().err
+    assert ended.value.code == 1 and len(said.strip().splitlines()) == 1 and named in said
     assert not output.exists()

@@ -24,7 +24,7 @@ def require_alike(a, b, rel=1e-4):
 def test_checkpointed_activations_change_nothing_but_memory(base, data, tmp_path, zero):
     kept = {}
     for name, on in (("plain", False), ("checkpointed", True)):
-        sizes, more = [], {"checkpoint_activations": on, "zero": zero, "max_steps": 3}
+        sizes, more = [], {"checkpoint_activations": on, "zero": zero, "max_steps": 2}
 
         def pack(tensor, sizes=sizes):
             sizes.append(tensor.numel() * tensor.element_size())
@@ -41,7 +41,7 @@ def test_checkpointed_activations_change_nothing_but_memory(base, data, tmp_path
 def test_a_compiled_layer_trains_the_same(base, data, tmp_path):
     from torch._dynamo.utils import counters
 
-    more = {"lr": 1e-4, "ttt_steps": 2}
+    more = {"lr": 1e-4, "ttt_steps": 2, "max_steps": 2}
     eager = trained(base, data, tmp_path / "eager", **more)
     counters.clear()
     compiled = trained(base, data, tmp_path / "compiled", compile=True, **more)

@@ -51,28 +51,24 @@ def require_same_run(a: Path, b: Path) -> None:
 
 
 @pytest.mark.slow
-def test_ten_kills_at_random_moments_change_nothing(base, data, tmp_path):
-    more = {"max_steps": 60, "save_every": 1, "eval_every": 10, "lr": 3e-3, "log_every": 3}
+def test_kills_at_random_moments_change_nothing(base, data, tmp_path):
+    more = {"max_steps": 40, "save_every": 1, "eval_every": 10, "lr": 3e-3, "log_every": 3}
     more |= {"optimizer": "muon", "dtype": "bf16", "batch_size": 2, "eval": FEW}
     file = tmp_path / "config.json"
     file.write_text(config(base, data, tmp_path / "run", **more).model_dump_json())
-    command = [sys.executable, str(ROOT / "tests/train/killed_runs.py"), str(file), "10", "4"]
+    command = [sys.executable, str(ROOT / "tests/train/killed_runs.py"), str(file), "6", "4"]
     done = subprocess.run(command, env=ENV, cwd=ROOT, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout.splitlines()[-1])
-    assert len(found["moments"]) == 10 and 0 < max(found["steps"]) < 60
+    assert len(found["moments"]) == 6 and 0 < max(found["steps"]) < 40
     require_same_run(tmp_path / "run", tmp_path / "run-killed")
     assert not list((tmp_path / "run-killed/checkpoints").glob("damaged-*"))
 
 
-@pytest.mark.parametrize("fast, dtype, other", [(True, "bf16", "fp32"), (False, "fp32", "bf16")])
-def test_a_run_has_the_dtype_of_its_first_machine_and_says_so(
-    base, data, tmp_path, monkeypatch, fast, dtype, other
-):
+def test_a_run_has_the_dtype_of_its_first_machine_and_says_so(base, data, tmp_path, monkeypatch):
     bf16_base = tmp_path / "base"  # the tiny target as most are published
     shutil.copytree(base, bf16_base)
     AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16).save_pretrained(bf16_base)
-    target = {"bf16": "bfloat16", "fp32": "float32"}[dtype]
     more = {"max_steps": 2, "dtype": "auto", "model": {"dtype": "auto"}, "save_every": 1}
 
     def recorded(run_folder):
@@ -81,14 +77,14 @@ def test_a_run_has_the_dtype_of_its_first_machine_and_says_so(
         heads = card["dtype"], cfg["train"]["dtype"], head["training"]["dtype"]
         return {*heads}, {card["target"]["dtype"], cfg["model"]["dtype"], head["target"]["dtype"]}
 
-    monkeypatch.setattr("eagle.loading.fast_bf16", lambda device: fast)
+    monkeypatch.setattr("eagle.loading.fast_bf16", lambda device: True)
     first = trained(bf16_base, data, tmp_path / "run", **more)
-    assert recorded(first) == ({dtype}, {target})
-    monkeypatch.setattr("eagle.loading.fast_bf16", lambda device: not fast)
+    assert recorded(first) == ({"bf16"}, {"bfloat16"})
+    monkeypatch.setattr("eagle.loading.fast_bf16", lambda device: False)
     more["resume"] = str(first / "checkpoints/step-1")
-    assert recorded(trained(bf16_base, data, tmp_path / "on", **more)) == ({dtype}, {target})
-    more["dtype"] = other
-    with pytest.raises(EagleError, match=f"train.dtype={dtype}, not {other}; leave train.dtype"):
+    assert recorded(trained(bf16_base, data, tmp_path / "on", **more)) == ({"bf16"}, {"bfloat16"})
+    more["dtype"] = "fp32"
+    with pytest.raises(EagleError, match="train.dtype=bf16, not fp32; leave train.dtype"):
         run(config(bf16_base, data, tmp_path / "no", **more), quiet=True)
 
 
@@ -237,8 +233,7 @@ def test_the_best_checkpoint_is_known_after_a_kill_before_its_pointer(base, data
     assert best.read_text() == before
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_saves_at_the_end_of_the_step(base, data, tmp_path, number, monkeypatch):
+def test_a_signal_saves_at_the_end_of_the_step(base, data, tmp_path, monkeypatch):
     cut, more = tmp_path / "cut", {"max_steps": 5, "eval_every": 2, "eval": FEW}
     whole = trained(base, data, tmp_path / "whole", **more)
     forward, passes = Accumulator.forward, []
@@ -246,12 +241,12 @@ def test_a_signal_saves_at_the_end_of_the_step(base, data, tmp_path, number, mon
     def and_then(self, *args):
         passes.append(1)
         if len(passes) == 3:
-            os.kill(os.getpid(), number)
+            os.kill(os.getpid(), signal.SIGINT)
         return forward(self, *args)
 
     with monkeypatch.context() as patch:
         patch.setattr(Accumulator, "forward", and_then)
-        assert run(config(base, data, cut, **more), quiet=True) == 128 + number
+        assert run(config(base, data, cut, **more), quiet=True) == 128 + signal.SIGINT
     assert runs.pointed(cut, "latest").name == "step-3" and not (cut / "summary.json").exists()
     trained(base, data, cut, resume="auto", **more)
     require_same_run(whole, cut)
