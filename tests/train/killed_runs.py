@@ -71,7 +71,7 @@ def main() -> None:
 
     moments, steps, resume = [], [], None
     for _ in range(kills):
-        # a kill lets at most a tenth of the run through, so that it is not done before the last
+        # each lets at most its share of the run through, so that it is not done before the last
         moments.append(rng.uniform(0, to_first + 0.9 * training / kills))
         pid = start(values, killed, resume)
         time.sleep(moments[-1])
