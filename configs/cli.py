@@ -74,10 +74,9 @@ def _call(fn: Callable[..., Any], argv: list[str], name: str | None) -> Any:
         names = [f"--{n}" for n in (flag, other) if n and (n == flag or n not in parameters)]
         parser.add_argument(
             *names,
-            required=required,
             type=partial(_read, kinds),
-            metavar="|".join(sorted(kind.__name__.upper() for kind in kinds)),
-            help=None if default is None or required else f"(default: {default})",
+            metavar="|".join(sorted(getattr(kind, "__name__", kind).upper() for kind in kinds)),
+            help=None if default is None else "(required)" if required else f"(default: {default})",
         )
         alone |= dict.fromkeys(names if bool in kinds else (), kinds)
     given, rest = parser.parse_known_args(_spelled(argv, alone, parameters))
@@ -91,6 +90,9 @@ def _call(fn: Callable[..., Any], argv: list[str], name: str | None) -> Any:
         raise ConfigError(f"unknown flag --{flag}{hint} {known}")
     if rest and not takes_overrides:
         raise ConfigError(f"unexpected argument {rest[0]!r} {known}")
+    for flag, parameter in parameters.items():
+        if parameter.default is inspect.Parameter.empty and not hasattr(given, flag):
+            raise ConfigError(f"give --{flag} VALUE")
     return fn(*rest, **vars(given))
 
 

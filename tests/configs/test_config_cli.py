@@ -105,7 +105,8 @@ def test_a_flag_without_a_default_is_asked_for(capsys):
     def needs(*, data: str):
         print(data)
 
-    assert "required: --data" in call(capsys, fn=needs)[2]
+    assert call(capsys, fn=needs) == (1, "", "error: give --data VALUE")
+    assert "--data STR" in call(capsys, "--help", fn=needs)[1]
     assert "unexpected argument 'x'" in call(capsys, "--data", "a", "x", fn=needs)[2]
 
 
