@@ -139,9 +139,9 @@ class FeatureStore:
         for name in [name for name in ours if name != "target" and ours[name] != made[name]]:
             setting = name if name in ("adapter", "dtype", "feature_layers") else "base"
             raise EagleError(
-                f"the features in {self.folder} belong to another target: {name.replace('_', ' ')} "
-                f"{made[name]} of {made['target']}, this run has {ours[name]} of {ours['target']}; "
-                f"set model.{setting} to what it was then, or prepare features for this run"
+                f"the features in {self.folder}, of {made['target']}, belong to another target: "
+                f"{name.replace('_', ' ')} {made[name]}, this run has {ours[name]}; set "
+                f"model.{setting} to what it was then, or prepare features for this run"
             )
         known = [row_key(ids) in self.index.rows for ids in token_rows(data)]
         if not all(known):
