@@ -1,5 +1,7 @@
 """Options of a step that change what it costs and not what it learns."""
 
+from functools import partial
+
 import pytest
 import torch
 from head_helpers import config, losses_of, rows_of, trained
@@ -37,10 +39,11 @@ def test_checkpointed_activations_change_nothing_but_memory(base, data, tmp_path
     require_alike(tmp_path / "plain", tmp_path / "checkpointed", rel=1e-5)
 
 
-@pytest.mark.slow
-def test_a_compiled_layer_trains_the_same(base, data, tmp_path):
+def test_a_compiled_layer_trains_the_same(base, data, tmp_path, monkeypatch):
+    """Graphs and their gradients; to make C++ of them is torch's, and slow."""
     from torch._dynamo.utils import counters
 
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
     more = {"lr": 1e-4, "ttt_steps": 2, "max_steps": 2}
     eager = trained(base, data, tmp_path / "eager", **more)
     counters.clear()
