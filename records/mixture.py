@@ -16,8 +16,9 @@ class RoundRobin:
 
     def __init__(self, sources: Sequence[Any]) -> None:
         self.sources = list(sources)
-        rows = np.concatenate([np.arange(len(source)) for source in sources])
-        order = np.repeat(np.arange(len(sources)), [len(source) for source in sources])
+        lengths = np.array([len(source) for source in sources], dtype=np.int64)
+        order = np.repeat(np.arange(len(lengths)), lengths)
+        rows = np.arange(len(order)) - np.repeat(lengths.cumsum() - lengths, lengths)
         turns = np.lexsort((order, rows))
         self.order, self.rows = order[turns], rows[turns]
 

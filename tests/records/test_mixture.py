@@ -52,6 +52,7 @@ def test_bad_mixtures_and_the_order_of_evaluation():
         MixtureDataset([[1], []])
     with pytest.raises(EagleError, match="positive"):
         MixtureDataset([[1]], [0])
+    assert len(RoundRobin([])) == 0
     turns = RoundRobin([["a", "b", "d"], ["c"]])
     assert [turns[i] for i in range(len(turns))] == ["a", "c", "b", "d"]
 
