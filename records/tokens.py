@@ -6,8 +6,15 @@ import functools
 import hashlib
 from typing import Any
 
+from eagle import loading
 from eagle.errors import EagleError
-from eagle.loading import load_tokenizer as load_tokenizer
+
+
+def load_tokenizer(base: str | None = None) -> Any:
+    """The tokenizer of a target model; `None` is the embedded model's."""
+    tokenizer = loading.load_tokenizer(base)
+    require_fast(tokenizer)
+    return tokenizer
 
 
 def require_fast(tokenizer: Any) -> None:
