@@ -132,11 +132,13 @@ def test_the_padding_token_means_nothing(base, data, tmp_path):
         return [x for row in rows for x in (row["loss"], row["targets"])]
 
     found = seen("as-it-is", base)
-    for pad in ("<|endoftext|>", None, "def"):
-        other = with_tokenizer(
-            base, tmp_path / f"base-{pad}", lambda t, pad=pad: setattr(t, "pad_token", pad)
-        )
-        assert seen(f"pad-{pad}", other) == pytest.approx(found, rel=1e-6)
+    for n, pad in enumerate(["<|endoftext|>", None, "def"]):
+
+        def change(tokenizer, pad=pad):
+            tokenizer.pad_token = pad
+
+        other = with_tokenizer(base, tmp_path / f"base{n}", change)
+        assert seen(f"changed{n}", other) == pytest.approx(found, rel=1e-6)
 
 
 def test_the_best_head_is_chosen_by_acceptance_and_not_by_loss(base, data, tmp_path, monkeypatch):
