@@ -63,23 +63,17 @@ def test_a_loss_that_is_not_finite_names_the_row_that_it_came_from(
     assert prefix.strip() in load_tokenizer(str(base)).decode(bad[0].input_ids[1])
 
 
-@pytest.mark.parametrize("what", ["loss", "gradient"])
-def test_a_value_that_is_not_finite_ends_the_run_before_a_checkpoint_has_it(
-    base, data, tmp_path, monkeypatch, what
+def test_a_gradient_that_is_not_finite_ends_the_run_before_a_checkpoint_has_it(
+    base, data, tmp_path, monkeypatch
 ):
-    forward, update, steps = Accumulator.forward, Engine.update, []
-
-    def broken(self, *args):
-        loss, sums = forward(self, *args)
-        return (loss * math.nan if what == "loss" and len(steps) == 3 else loss), sums
+    update, steps = Engine.update, []
 
     def counted(self):
         steps.append(1)
-        return math.inf if what == "gradient" and len(steps) == 4 else update(self)
+        return math.inf if len(steps) == 4 else update(self)
 
-    monkeypatch.setattr(Accumulator, "forward", broken)
     monkeypatch.setattr(Engine, "update", counted)
-    with pytest.raises(EagleError, match=f"the {what}.* at step 4.*lower train.lr.*is whole"):
+    with pytest.raises(EagleError, match="the gradient.* at step 4.*lower train.lr.*is whole"):
         run(config(base, data, tmp_path / "run", save_every=2, batch_size=12), quiet=True)
     state = load_file(tmp_path / "run/checkpoints/step-2/state.safetensors")
     assert all(v.isfinite().all() for k, v in state.items() if k.startswith("weights/"))
@@ -164,14 +158,13 @@ def test_too_little_supervision_is_refused(base, data, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("zero", [0, 3])
-def test_a_batch_that_teaches_nothing_takes_part_all_the_same(base, tmp_path, zero):
+def test_a_batch_that_teaches_nothing_takes_part_all_the_same(base, tmp_path):
     """Its only target is the second token, which no head can draft. Every parameter must still have
     a gradient, or ranks wait for each other."""
     nothing = {"input_ids": [5, 6, 7, 8], "loss_mask": [0, 1, 0, 0]}
     rows = [{"input_ids": [n, 6, 7, 8, 9, 10], "loss_mask": [0, 0, 0, 1, 1, 1]} for n in range(40)]
     path = write_jsonl(tmp_path / "rows.jsonl", [*rows, *[nothing] * 120])
-    more = {"zero": zero, "max_steps": 12, "batch_size": 1, "grad_accum": 2}
+    more = {"zero": 3, "max_steps": 12, "batch_size": 1, "grad_accum": 2}
     more["data_more"] = {"format": "tokenized", "heldout_fraction": 0.0}
     losses = losses_of(trained(base, path, tmp_path / "run", **more))
     assert 0.0 in losses and max(losses) > 0  # some steps teach nothing at all

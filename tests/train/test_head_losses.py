@@ -98,15 +98,6 @@ def test_the_last_step_has_gradient_exactly_where_its_token_is_supervised(steps)
         assert found == expected
 
 
-def test_nothing_is_detached_between_the_steps():
-    mask = mask_of(12, (5, 12))
-    module = make(3, LossConfig(depth_weights=[0, 0, 1]))
-    data = fake_batch(mask)
-    data[3][:] = 1
-    run(module, mask, data)[0].backward()
-    assert module.head.fc.weight.grad.abs().sum() > 0  # only step 0 uses it
-
-
 def test_what_the_head_cannot_propose_teaches_nothing():
     mask = mask_of(10, (4, 9))
     data = fake_batch(mask)
