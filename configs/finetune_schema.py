@@ -39,9 +39,7 @@ LOSSES = {
 class PolicyConfig(Section):
     """The model that learns: a frozen base and a low-rank adapter."""
 
-    base: str | None = Field(
-        None, description="base: folder or hub id, ORG/NAME[@REVISION]; null = embedded"
-    )
+    base: str | None = Field(None, description="base: folder or hub id; null = embedded")
     adapter: str | None = Field(None, description="adapter folder to start from; null = a new one")
     quantization: Quantization = Field("nf4", description="of the frozen linear layers")
     dtype: Dtype = Field("auto", description="of what is not quantized; auto = as it is served")
@@ -53,9 +51,7 @@ class LoraSection(Section):
     r: int = Field(16, ge=1, description="rank")
     alpha: float = Field(32, gt=0, description="scale: the update counts alpha / r")
     dropout: float = Field(0.05, ge=0, lt=1, description="dropout before the first matrix")
-    target_modules: str | list[str] = Field(
-        "all-linear", description="names of layers, or all-linear (all but the output layer)"
-    )
+    target_modules: str | list[str] = Field("all-linear", description="layers; or all-linear")
     rslora: bool = Field(False, description="scale by alpha / sqrt(r)")
 
 
@@ -66,16 +62,14 @@ class FinetuneTrain(RunConfig):
     schedule: Schedule = Field("constant", description="learning rate after the warmup")
     betas: Betas = Field((0.9, 0.999), description="AdamW betas, each in [0, 1)")
     grad_clip: float = Field(0.3, ge=0, description="gradient norm limit; 0 = off")
-    zero: int | None = Field(
-        None, ge=0, le=3, description="DeepSpeed ZeRO stage 0, 1, 2 or 3; null = without DeepSpeed"
-    )
+    zero: int | None = Field(None, ge=0, le=3, description="ZeRO stage; null = without DeepSpeed")
     gradient_checkpointing: bool = Field(True, description="compute activations again in backward")
 
     @model_validator(mode="after")
     def _patience(self) -> FinetuneTrain:
         if self.early_stopping_patience and not self.eval_every:
             raise ValueError(
-                "train.early_stopping_patience counts evaluations: set train.eval_every"
+                "train.early_stopping_patience needs evaluations: set train.eval_every"
             )
         return self
 
@@ -154,12 +148,8 @@ class TaskData(RowsConfig):
 
 
 class TaskBalance(Section):
-    weights: Literal["fixed", "uncertainty"] = Field(
-        "fixed", description="uncertainty: task weights are learned with the model"
-    )
-    temperature: float = Field(
-        1.0, gt=0, description="a task is drawn by rows ** (1 / temperature); 1000 = equally"
-    )
+    weights: Literal["fixed", "uncertainty"] = Field("fixed", description="uncertainty: learned")
+    temperature: float = Field(1.0, gt=0, description="draw tasks by rows ** (1 / temperature)")
     max_generations: int = Field(32, ge=0, description="held-out rows generated for each task")
 
 

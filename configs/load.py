@@ -30,8 +30,7 @@ def load_config(
 
     `flags` maps dotted keys to values taken as they are (what `--data PATH` was given); None means
     not given. Order: defaults, file, flags, overrides; later ones win. `folder` of the presets has
-    the names. Raises `ConfigError` (one line) for an unknown key, a bad value or file.
-    """
+    the names. Raises `ConfigError` (one line) for an unknown key, a bad value or file."""
     merged = OmegaConf.create(cls().model_dump(mode="json"))
     given = OmegaConf.create({}) if source is None else _read_yaml(str(source), folder)
     try:

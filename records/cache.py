@@ -2,8 +2,7 @@
 
 An entry is a folder `rows*.arrow` + `stats.json`, built beside its place and renamed into it, so it
 is there whole or not at all. Of several processes that need the same entry, ranks of a run among
-them, one builds it and the others wait for its lock.
-"""
+them, one builds it and the others wait for its lock."""
 
 from __future__ import annotations
 
@@ -16,7 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -47,16 +46,14 @@ SHAPING_FIELDS = {
 
 
 class CacheEntry(NamedTuple):
-    """`table` has columns input_ids, loss_mask, truncated, key (hash of the record that a row came
-    from), file (its number among the entry's files) and line of that record; `good` are its rows
-    that have tokens, the others stand for a bad record each."""
+    """`table` has what `_render` says: key is the hash of the record that a row came from, file its
+    number among the entry's files. `good` are its rows that have tokens, others are bad records."""
 
     table: Any
     good: np.ndarray
     bad: list[BadRow]
     records: int
     cache_hit: bool
-    folder: Path
 
 
 def cache_root(cfg: DataConfig) -> Path:
@@ -82,13 +79,11 @@ def load_or_build(
 ) -> CacheEntry:
     """The cached rows of `files`, rendered now when there is no whole entry yet."""
     folder = cache_root(cfg) / fingerprint(files, data_format, cfg, tokenizer)
-    entry = _open(folder, cache_hit=True)
-    if entry is not None:
+    if entry := _open(folder):
         return entry
     try:
         with _alone(folder.parent.parent / "locks" / folder.name):
-            entry = _open(folder, cache_hit=True)
-            if entry is not None:
+            if entry := _open(folder):
                 return entry
             with atomic_dir(folder) as temporary:
                 _build(temporary, files, renderer, cfg.num_proc)
@@ -97,12 +92,12 @@ def load_or_build(
             f"cannot write tokenised data to {folder.parent}: {error.strerror or error}; "
             "set data.cache_dir or $EAGLE_CACHE to a folder with space"
         ) from error
-    entry = _open(folder, cache_hit=False)
+    entry = _open(folder)
     assert entry is not None, f"{folder} vanished while it was being used"
-    return entry
+    return entry._replace(cache_hit=False)
 
 
-def _open(folder: Path, cache_hit: bool) -> CacheEntry | None:
+def _open(folder: Path) -> CacheEntry | None:
     """The entry in `folder`, or None when it is absent or damaged (it is then rebuilt)."""
     import pyarrow
     from datasets import Dataset, concatenate_datasets
@@ -118,15 +113,14 @@ def _open(folder: Path, cache_hit: bool) -> CacheEntry | None:
     column = table.data.column("bad")
     bad = [BadRow(*json.loads(text)) for text in column.drop_null().to_pylist()]
     good = np.flatnonzero(column.is_null().to_numpy())
-    return CacheEntry(table, good, bad, stats["records"], cache_hit, folder)
+    return CacheEntry(table, good, bad, stats["records"], True)
 
 
 def _build(folder: Path, files: list[Path], renderer: Renderer, processes: int | None) -> None:
     import datasets
 
-    if processes is None:
-        many = sum(path.stat().st_size for path in files) >= MANY_BYTES
-        processes = os.cpu_count() if many else 1
+    many = sum(path.stat().st_size for path in files) >= MANY_BYTES
+    processes = processes or (os.cpu_count() if many else 1)
     records = _read(files, folder / "read.arrow")
     enforce([], len(records), 1.0, None)
     if not sys.stderr.isatty():
@@ -149,8 +143,7 @@ def _build(folder: Path, files: list[Path], renderer: Renderer, processes: int |
             if "abruptly died" not in str(error):
                 raise
             raise EagleError(
-                "a process that tokenises was killed, perhaps for want of memory; lower "
-                "data.num_proc"
+                "a process that tokenises was killed, for want of memory? lower data.num_proc"
             ) from error
     (folder / "stats.json").write_text(json.dumps({"records": len(records), "rows": len(rows)}))
     (folder / "read.arrow").unlink()
@@ -162,19 +155,15 @@ def _read(files: list[Path], path: Path) -> Any:
     from datasets import Dataset
     from datasets.arrow_writer import ArrowWriter
 
-    columns = {
-        "file": pa.int32(),
-        "line": pa.int64(),
-        "raw": pa.large_string(),
-        "error": pa.string(),
-    }
-    with ArrowWriter(path=str(path), schema=pa.schema(columns)) as writer:
+    types = {"file": pa.int32(), "line": pa.int64(), "raw": pa.large_string(), "error": pa.string()}
+    with ArrowWriter(path=str(path), schema=pa.schema(types)) as writer:
         for number, file in enumerate(files):
             for record in read_records(file):
                 # a lone surrogate becomes the JSON escape that it is
                 raw = record.raw.encode("utf-8", "backslashreplace").decode()
-                row = {"file": number, "line": record.line, "raw": raw, "error": record.error}
-                writer.write(row)
+                writer.write(
+                    dict(zip(types, (number, record.line, raw, record.error), strict=True))
+                )
         writer.finalize()
     return Dataset.from_file(str(path))
 
@@ -194,10 +183,8 @@ def _render(batch: dict[str, list], files: list[Path], renderer: Renderer) -> An
                 row = {"input_ids": ids, "loss_mask": mask, "key": key, "truncated": truncated}
                 rows.append(row | place)
         except RowError as error:
-            bad = {"bad": json.dumps(BadRow.of(record, error))}
-            rows.append(
-                {"input_ids": [], "loss_mask": [], "key": 0, "truncated": False} | bad | place
-            )
+            bad = {"bad": json.dumps(BadRow.of(record, error)), "key": 0, "truncated": False}
+            rows.append({"input_ids": [], "loss_mask": []} | bad | place)
     columns = {
         "input_ids": pa.list_(pa.int32()),
         "loss_mask": pa.list_(pa.uint8()),
@@ -226,13 +213,12 @@ def children_end_with_us() -> Iterator[None]:
 
 
 def _begin() -> None:
-    parent = _parent
-    if parent is None:
+    if (parent := _parent) is None:
         return
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
-    def watch() -> None:
+    def watch() -> None:  # PR_SET_PDEATHSIG ends with the thread that forked: a pool has its own
         while os.getppid() == parent:
             time.sleep(0.5)
         os._exit(1)
@@ -247,18 +233,13 @@ os.register_at_fork(after_in_child=_begin)
 def _alone(path: Path) -> Iterator[None]:
     """Hold a lock that the system frees when its holder ends, however it ends. Where the disk knows
     no locks, do without: the work is then done twice."""
-    from filelock import FileLock, Timeout
+    from filelock import FileLock
 
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(path)
-    with Bar() as bar:
-        try:
-            lock.acquire(blocking=False)
-        except Timeout:
-            bar.doing("waiting for another process to tokenise the same data")
-            lock.acquire(poll_interval=0.1)
-        except NotImplementedError:
-            pass
+    with Bar() as bar, suppress(NotImplementedError):
+        bar.doing("waiting for another process to tokenise the same data")
+        lock.acquire(poll_interval=0.1)
     try:
         yield
     finally:

@@ -3,9 +3,7 @@ one. `train.prepare regenerate` writes cards, a training run reads them.
 
     ANSWERS.jsonl   ANSWERS.card.json   ANSWERS.quarantine.jsonl
 
-`policy` is "on": the answers are those of the card's `target`. For another target they are
-off-policy.
-"""
+`policy` is "on": the answers are those of the card's `target`."""
 
 from __future__ import annotations
 
@@ -54,9 +52,7 @@ def read_card(data: Path) -> dict | None:
     if name != data.name:
         return None
     if not complete:
-        logger.warning(
-            "%s is not finished: `train.prepare regenerate` has more answers to write", data
-        )
+        logger.warning("%s is not finished: run `train.prepare regenerate` again", data)
     elif digest != file_hash(data):
         logger.warning("%s has changed since its card %s was written; it is not used", data, path)
         return None
@@ -68,8 +64,7 @@ def who_answered(
 ) -> str:
     """What is recorded with a head about the answers in `files`; warns when another target wrote
     them. on_policy: what the user says, None to believe the cards. fingerprint, adapter: of the
-    run's target.
-    """
+    run's target."""
     if on_policy is not None:
         return BY_TARGET if on_policy else AS_GIVEN
     found = {path: _who_answered(path, fingerprint, adapter) for path in dict.fromkeys(files)}
@@ -83,26 +78,15 @@ def _who_answered(path: Path, fingerprint: str, adapter: str | None) -> str:
     card = read_card(path)
     if card is None:
         return AS_GIVEN
-    writer = card["target"]
-    name, weights, tuned = (writer[key] for key in ("id", "fingerprint", "adapter"))
+    name, weights, tuned = (card["target"][key] for key in ("id", "fingerprint", "adapter"))
     if (weights, tuned) == (fingerprint, adapter):
         return BY_TARGET
     if weights is None:
-        logger.warning(
-            "%s was written by %s at an endpoint, whose weights nobody compared with this "
-            "target's; set data.on_policy=true if they are the same",
-            path,
-            name,
+        said = (
+            "%s was written by %s at an endpoint, whose weights nobody compared with this target's"
         )
+        logger.warning(said + "; set data.on_policy=true if they are the same", path, name)
         return at_endpoint(name)
-    logger.warning(
-        "%s was written by another target, %s (weights %.12s, adapter %.12s; here %.12s, %.12s): a "
-        "head learns less of what this target says; regenerate the answers with it",
-        path,
-        name,
-        weights,
-        tuned,
-        fingerprint,
-        adapter,
-    )
+    said = "%s was written by another target, %s: a head learns less of what this target says; "
+    logger.warning(said + "regenerate the answers with it", path, name)
     return f"written by {name}, another target"

@@ -3,8 +3,7 @@
 Spans are proven, not guessed: the template is rendered twice, once with the real messages and once
 with a marker in place of each assistant text. The text between the markers must reappear, piece by
 piece and without remainder, in the real rendering; what lies between the pieces is the assistant's.
-A template that does anything else to a turn gets the row refused with a reason.
-"""
+A template that does anything else to a turn gets the row refused with a reason."""
 
 from __future__ import annotations
 
@@ -15,17 +14,8 @@ from eagle.errors import EagleError
 from records.rows import Row, RowError, cut_right, fields_of, filled_field, text_field
 from records.tokens import added_tokens, encode, encode_with_spans, end_ids, leading_ids
 
-ROLES = {
-    "system": "system",
-    "developer": "system",
-    "user": "user",
-    "human": "user",
-    "assistant": "assistant",
-    "gpt": "assistant",
-    "bot": "assistant",
-    "chatgpt": "assistant",
-    "model": "assistant",
-}
+ROLES = {"system": "system", "developer": "system", "user": "user", "human": "user"}
+ROLES |= dict.fromkeys(("assistant", "gpt", "bot", "chatgpt", "model"), "assistant")
 ALPACA = (
     "Below is an instruction that describes a task{also}. Write a response that appropriately "
     "completes the request.\n\n### Instruction:\n{instruction}\n\n{input}### Response:\n"
@@ -46,9 +36,8 @@ def read_messages(record: dict) -> list[dict[str, str]]:
     """`messages` (role, content) or ShareGPT `conversations` (from, value) -> clean messages."""
     turns = record.get("messages", record.get("conversations"))
     if turns is None:
-        raise RowError(
-            "missing field 'messages' or 'conversations'", _FORMAT_HELP, fields_of(record)
-        )
+        missing = "missing field 'messages' or 'conversations'"
+        raise RowError(missing, _FORMAT_HELP, fields_of(record))
     if not isinstance(turns, (list, tuple)) or not turns:
         raise RowError("messages is not a non-empty list", _FORMAT_HELP)
     messages = []
@@ -57,43 +46,34 @@ def read_messages(record: dict) -> list[dict[str, str]]:
             raise RowError("a message is not an object", _FORMAT_HELP, f"message {n}")
         role = turn.get("role", turn.get("from"))
         content = turn.get("content", turn.get("value"))
-        if not isinstance(role, str) or role.lower() not in ROLES:
-            known = ", ".join(ROLES)
-            raise RowError("unknown role", f"use one of: {known}", f"message {n}: {role!r}")
+        known = ROLES.get(str(role).lower())
+        if known is None:
+            remedy = f"use one of: {', '.join(ROLES)}"
+            raise RowError("unknown role", remedy, f"message {n}: {role!r}")
         if not isinstance(content, str):
             kind = type(content).__name__
             raise RowError("message content is not text", _FORMAT_HELP, f"message {n} is {kind}")
-        messages.append({"role": ROLES[role.lower()], "content": content})
-    answers = {n: m["content"] for n, m in enumerate(messages) if m["role"] == "assistant"}
-    if not answers:
-        raise RowError("no assistant message", "add the assistant's answer: it is what is learnt")
-    for n, content in answers.items():
-        if not content.strip():
+        if known == "assistant" and not content.strip():
             remedy = "remove the turn or fill it in"
             raise RowError("empty assistant message", remedy, f"message {n}")
+        messages.append({"role": known, "content": content})
+    if all(message["role"] != "assistant" for message in messages):
+        raise RowError("no assistant message", "add the assistant's answer: it is what is learnt")
     return messages
 
 
 def render_chat(record: dict, tokenizer: Any, max_length: int, supervise: str = "assistant") -> Row:
     """Render with the tokenizer's chat template; supervise assistant texts and their end tokens."""
     text, turns = assistant_spans(read_messages(record), tokenizer)
-    if supervise == "last_assistant":
-        turns = turns[-1:]
+    turns = turns[-1:] if supervise == "last_assistant" else turns
+    turns = [(start, end + _end_of_turn(tokenizer, text, end)) for start, end in turns]
     ids, spans = encode_with_spans(tokenizer, text)
-    if supervise == "all":
-        mask = all_but_first(ids)
-    else:
-        turns = [(start, end + _end_of_turn(tokenizer, text, end)) for start, end in turns]
-        mask = _mark(text, spans, turns)
+    mask = all_but_first(ids) if supervise == "all" else _mark(text, spans, turns)
     return cut_right(ids, mask, max_length)
 
 
 def render_instruction(
-    record: dict,
-    tokenizer: Any,
-    max_length: int,
-    supervise: str = "assistant",
-    template: str = "auto",
+    record: dict, tokenizer: Any, max_length: int, supervise="assistant", template="auto"
 ) -> Row:
     """`instruction`, optional `input`, `response` or `output`; as a chat, or in Alpaca form."""
     instruction, context, response = read_instruction(record)
@@ -134,11 +114,9 @@ def question(instruction: str, context: str) -> str:
 
 
 def alpaca_prompt(instruction: str, context: str) -> str:
-    return ALPACA.format(
-        also=", paired with an input that gives it context" if context.strip() else "",
-        instruction=instruction,
-        input=f"### Input:\n{context}\n\n" if context.strip() else "",
-    )
+    given = f"### Input:\n{context}\n\n" if context.strip() else ""
+    also = ", paired with an input that gives it context" if given else ""
+    return ALPACA.format(also=also, instruction=instruction, input=given)
 
 
 def all_but_first(ids: list[int]) -> list[int]:
@@ -149,17 +127,15 @@ def assistant_spans(
     messages: list[dict[str, str]], tokenizer: Any
 ) -> tuple[str, list[tuple[int, int]]]:
     """The rendered text and the character span of each assistant text in it."""
-    marked, texts, markers = [], [], []
+    marked, texts, markers = list(messages), [], []
     for n, message in enumerate(messages):
-        if message["role"] != "assistant":
-            marked.append(message)
-            continue
-        parts, frame = _parts(message["content"])
-        names = [_marker(messages, f"{n}x{p}") for p in range(len(parts))]
-        content = "".join(map("".join, zip(frame, names, strict=True)))
-        marked.append({"role": "assistant", "content": content})
-        texts.append(parts)
-        markers.append(names)
+        if message["role"] == "assistant":
+            parts, frame = _parts(message["content"])
+            names = [_marker(messages, f"{n}x{p}") for p in range(len(parts))]
+            content = "".join(map("".join, zip(frame, names, strict=True)))
+            marked[n] = {"role": "assistant", "content": content}
+            texts.append(parts)
+            markers.append(names)
     text = apply_template(tokenizer, messages)
     return text, _match(text, apply_template(tokenizer, marked), texts, markers)
 
@@ -262,17 +238,12 @@ def _mark(text: str, spans: list[tuple[int, int]], turns: list[tuple[int, int]])
     """1 for tokens that lie wholly inside a turn, blanks glued to its first word included.
 
     `: Hello` often splits into `:` and ` Hello`, and the model writes the blank with the word. Any
-    other token that straddles the start (a header's newline and the text's own) was prompt.
-    """
-    reach = [left - len(text[:left]) + len(text[:left].rstrip(" \t")) for left, _ in turns]
-    mask = []
-    for n, (start, end) in enumerate(spans):
-        inside = any(
-            start >= first and left < end <= right
-            for first, (left, right) in zip(reach, turns, strict=True)
-        )
-        mask.append(int(inside and n > 0 and end > start))
-    return mask
+    other token that straddles the start (a header's newline and the text's own) was prompt."""
+    reach = [(len(text[:left].rstrip(" \t")), left, right) for left, right in turns]
+    return [
+        int(n > 0 and end > start and any(start >= a and b < end <= c for a, b, c in reach))
+        for n, (start, end) in enumerate(spans)
+    ]
 
 
 def encode_plain(record: dict, tokenizer: Any, max_length: int) -> Row:

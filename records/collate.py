@@ -1,7 +1,6 @@
 """Rows -> padded tensors. Padding is known by length, never by token id (pad may equal eos).
 
-B rows, T tokens of the longest row, rounded up.
-"""
+B rows, T tokens of the longest row, rounded up."""
 
 from __future__ import annotations
 
@@ -12,18 +11,13 @@ import torch
 
 
 class Collator:
-    """Pads on the right with `pad_id` up to a multiple of `pad_to_multiple`.
-
-    Returns `input_ids` [B, T] int64, `attention_mask` [B, T] bool (True on real tokens),
-    `loss_mask` [B, T] bool (True on supervised targets), and what rows of a mixture say of
-    themselves: `source` [B] int64 (0 where a row names none) and `loss_weight` [B] fp32 (1 where a
-    row has none).
-    """
+    """Pads on the right with `pad_id` up to a multiple of `pad_to_multiple`. Returns `input_ids`
+    [B, T] int64, `attention_mask` [B, T] bool (real tokens), `loss_mask` [B, T] bool (supervised
+    targets), and of rows of a mixture `source` [B] int64 (else 0), `loss_weight` [B] fp32 (1)."""
 
     def __init__(self, pad_id: int = 0, pad_to_multiple: int = 1) -> None:
         assert pad_to_multiple >= 1, pad_to_multiple
-        self.pad_id = pad_id
-        self.pad_to_multiple = pad_to_multiple
+        self.pad_id, self.pad_to_multiple = pad_id, pad_to_multiple
 
     def padded(self, length: int) -> int:
         """The width of a batch whose longest row has `length` tokens."""

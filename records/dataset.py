@@ -15,46 +15,35 @@ from records.cache import CacheEntry, load_or_build
 from records.mixture import MixtureDataset, RoundRobin
 from records.quarantine import BadRow, enforce, write_quarantine
 from records.render import make_renderer
-from records.shipped import SHIPPED_FORMATS, shipped
-from records.sources import resolve
+from records.sources import SHIPPED_FORMATS, resolve, shipped
 
 logger = logging.getLogger("records")
 
 
 class Source:
-    """The rows of one format that belong to a split, read from the cache's memory map.
-
-    `number` is its place in a mixture, `name` what metrics call it, `loss_weight` how much its
-    rows' losses count beside the others'.
-    """
+    """The rows of one format that belong to a split, read from the cache's memory map. `number` is
+    its place in a mixture, `name` what metrics call it, `loss_weight` of its rows."""
 
     def __init__(
         self, entry: CacheEntry, data_format: str, indices: np.ndarray, files: list[Path]
     ) -> None:
-        self.format = data_format
-        self.indices = indices
-        self.entry = entry
-        self.files = files
+        self.format, self.indices, self.entry, self.files = data_format, indices, entry, files
         self.number, self.name, self.loss_weight = 0, data_format, 1.0
         tokens = entry.table.data.column("input_ids").chunks
-        self._lengths = np.concatenate([chunk.value_lengths().to_numpy() for chunk in tokens])
+        self.lengths = np.concatenate([chunk.value_lengths().to_numpy() for chunk in tokens])
 
     def __len__(self) -> int:
         return len(self.indices)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         row = self.entry.table[int(self.indices[index])]
-        return {
-            "input_ids": row["input_ids"],
-            "loss_mask": row["loss_mask"],
-            "format": self.format,
-            "source": self.number,
-            "loss_weight": self.loss_weight,
-        }
+        known = {"input_ids": row["input_ids"], "loss_mask": row["loss_mask"]}
+        of = {"format": self.format, "source": self.number, "loss_weight": self.loss_weight}
+        return known | of
 
     def length(self, index: int) -> int:
         """Tokens of a row, known without reading it."""
-        return int(self._lengths[self.indices[index]])
+        return int(self.lengths[self.indices[index]])
 
     def where(self, index: int) -> str:
         """FILE:LINE of the record that a row was made of."""
@@ -74,23 +63,19 @@ class Source:
         column = self.entry.table.data.column(name)
         if not hasattr(column.type, "value_type"):
             return column.to_numpy()[self.indices]
-        chosen = np.zeros(len(self._lengths), dtype=bool)
+        chosen = np.zeros(len(self.lengths), dtype=bool)
         chosen[self.indices] = True
         values = np.concatenate([chunk.flatten().to_numpy() for chunk in column.chunks])
-        return values[np.repeat(chosen, self._lengths)]
+        return values[np.repeat(chosen, self.lengths)]
 
 
 class TokenizedData:
     """Rows by index: `input_ids` and `loss_mask` (list[int]), `format`, and the number of their
-    `source` and its `loss_weight`.
-
-    `stats` counts rows, truncated, tokens and supervised_tokens of this split, records and bad of
-    its files, and says `cache_hit`; `bad_rows` names each rejected row.
-    """
+    `source` and its `loss_weight`. `stats` counts rows, truncated, tokens and supervised_tokens of
+    this split, records and bad of its files; `bad_rows` names each rejected row."""
 
     def __init__(self, sources: list[Source], order: Any) -> None:
-        self.sources = sources
-        self.order = order
+        self.sources, self.order = sources, order
         self.paths = [path for source in sources for path in source.files]
         self.bad_rows: list[BadRow] = [row for s in sources for row in s.entry.bad]
         self.cache_hit = all(source.entry.cache_hit for source in sources)
@@ -118,25 +103,17 @@ class TokenizedData:
 
     def length(self, index: int) -> int:
         """Tokens of a row, known without reading it."""
-        source, row = self._locate(index)
-        return source.length(row)
+        source, row = self.order.locate(index)
+        return self.sources[source].length(row)
 
     def where(self, index: int) -> str:
         """FILE:LINE of the record that a row was made of."""
-        source, row = self._locate(index)
-        return source.where(row)
-
-    def _locate(self, index: int) -> tuple[Source, int]:
-        if not hasattr(self.order, "locate"):
-            return self.sources[0], index
         source, row = self.order.locate(index)
-        return self.sources[source], row
+        return self.sources[source].where(row)
 
     @property
     def digest(self) -> str:
-        """A hash of the records behind the rows, in their order, and of how often each source is
-        seen.
-        """
+        """A hash of the records behind the rows, in order, and of how often a source is seen."""
         digest = hashlib.sha256(repr(getattr(self.order, "counts", None)).encode())
         for source in self.sources:
             digest.update(source.columns("key")[0].tobytes())
@@ -154,39 +131,27 @@ class TokenizedData:
 def load_dataset_for(
     cfg: DataConfig, tokenizer: Any, *, split: str = "train", out_dir: str | Path | None = None
 ) -> TokenizedData:
-    """Tokenised rows of `cfg` for `split` (train or eval).
-
-    Rejected rows are written to `out_dir/quarantine.jsonl` (`quarantine_eval.jsonl` for eval).
-    Raises `EagleError` for missing or empty data, and above `cfg.max_bad_fraction`.
-    """
+    """Tokenised rows of `cfg` for `split` (train or eval). Rejected rows are written to
+    `out_dir/quarantine.jsonl` (`quarantine_eval.jsonl`). Raises EagleError for missing or empty
+    data, and above `cfg.max_bad_fraction`."""
     assert split in ("train", "eval"), split
-    mixed = cfg.format == "mixed"
-    given = [cfg]
+    given, mixed = [cfg], cfg.format == "mixed"
     if mixed:
         given = cfg.mixture or [MixtureSource(format=name) for name in SHIPPED_FORMATS]
     sources = [_source(cfg, entry, tokenizer, split) for entry in given]
     _report_bad(sources, cfg.max_bad_fraction, split, out_dir)
     for source in sources:
         if len(source) == 0:
-            raise EagleError(
-                f"no {source.format} rows are left for {split}: add data or change "
-                "data.heldout_fraction"
-            )
-    order: Any = sources[0]
+            raise EagleError(f"no {source.format} rows are left for {split}: add data")
     if mixed:
         _tell_apart(sources, given)
-        weights = [entry.weight for entry in given]
-        train = split == "train"
-        order = MixtureDataset(sources, weights, cfg.seed) if train else RoundRobin(sources)
+    order = RoundRobin(sources)
+    if mixed and split == "train":
+        order = MixtureDataset(sources, [entry.weight for entry in given], cfg.seed)
     data = TokenizedData(sources, order)
-    if data.stats["truncated"]:
-        logger.warning(
-            "%d of %d %s rows did not fit in data.max_length=%d and were cut",
-            data.stats["truncated"],
-            data.stats["rows"],
-            split,
-            cfg.max_length,
-        )
+    if cut := data.stats["truncated"]:
+        said = f"{cut} of {data.stats['rows']} {split} rows did not fit in data.max_length="
+        logger.warning("%s%d and were cut", said, cfg.max_length)
     return data
 
 
@@ -232,10 +197,8 @@ def _tell_apart(sources: list[Source], given: list[MixtureSource]) -> None:
 
 
 def held_out_rows(keys: np.ndarray, fraction: float) -> np.ndarray:
-    """True for held-out rows: by the record's hash, so equal records stay on one side.
-
-    With a fraction above 0 and two or more distinct records, each side gets at least one.
-    """
+    """True for held-out rows: by the record's hash, so equal records stay on one side. Of two or
+    more distinct records each side gets one at least, unless the fraction is 0."""
     distinct = np.unique(keys)
     if fraction == 0 or len(distinct) < 2:
         return np.zeros(len(keys), dtype=bool)
@@ -257,11 +220,5 @@ def _report_bad(
     for source in sources:
         enforce(source.entry.bad, source.entry.records, max_bad_fraction, where)
     if bad:
-        logger.warning(
-            "%d of %d rows were set aside%s; the first: %s: %s",
-            len(bad),
-            sum(source.entry.records for source in sources),
-            f" in {where}" if where else "",
-            bad[0].where,
-            bad[0].message,
-        )
+        said = f"{len(bad)} rows were set aside" + (f" in {where}" if where else "")
+        logger.warning("%s; the first: %s: %s", said, bad[0].where, bad[0].message)

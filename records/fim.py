@@ -1,11 +1,11 @@
 """Fill-in-the-middle records and whole files -> (ids, mask), supervising the middle and its end.
 
 PSM: [prefix] p [suffix] s [middle] m [eot];  SPM: [prefix] [suffix] s [middle] p m [eot]
-(Bavarian et al. 2022, the "SPMv2" that published code models use).
-"""
+(Bavarian et al. 2022, the "SPMv2" that published code models use)."""
 
 from __future__ import annotations
 
+import itertools
 import random
 from typing import Any
 
@@ -50,16 +50,13 @@ def render_fim(
     first = leading_ids(tokenizer)
     room = max_length - len(first) - 3 - len(middle)
     if room < 0:
-        raise RowError(
-            "the middle does not fit in max_length",
-            "raise data.max_length, or cut shorter middles",
-            f"{len(middle) + len(first) + 3} tokens without any context, max_length {max_length}",
-        )
+        remedy = "raise data.max_length, or cut shorter middles"
+        detail = f"{max_length - room} tokens without any context, max_length {max_length}"
+        raise RowError("the middle does not fit in max_length", remedy, detail)
     keep_prefix = min(len(prefix), max(room - room // 2, room - len(suffix)))
     keep_suffix = min(len(suffix), room - keep_prefix)
-    truncated = max(len(prefix_text), len(suffix_text)) > window or keep_prefix + keep_suffix < len(
-        prefix
-    ) + len(suffix)
+    truncated = max(len(prefix_text), len(suffix_text)) > window
+    truncated |= keep_prefix + keep_suffix < len(prefix) + len(suffix)
     prefix, suffix = prefix[len(prefix) - keep_prefix :], suffix[:keep_suffix]
     if spm:
         head = [tokens.prefix, tokens.suffix, *suffix, tokens.middle, *prefix]
@@ -73,12 +70,9 @@ def cut_spans(text: str, count: int, rng: random.Random) -> list[Spans]:
     """Cut `count` random (prefix, middle, suffix) out of a file.
 
     Half of the middles are whole lines; half start anywhere in a line and end at the end of that
-    line or of a near one, as an editor's completions do. Blank middles are drawn again.
-    """
+    line or of a near one, as an editor's completions do. Blank middles are drawn again."""
     lines = text.splitlines(keepends=True)
-    starts = [0]
-    for line in lines:
-        starts.append(starts[-1] + len(line))
+    starts = [0, *itertools.accumulate(map(len, lines))]
     spans: list[Spans] = []
     for _ in range(count * 8):
         if len(spans) == count:

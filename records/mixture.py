@@ -16,14 +16,17 @@ class RoundRobin:
 
     def __init__(self, sources: Sequence[Any]) -> None:
         self.sources = list(sources)
-        places = sorted((row, n) for n, source in enumerate(sources) for row in range(len(source)))
-        self.order, self.rows = [n for _, n in places], [row for row, _ in places]
+        lengths = np.array([len(source) for source in sources], dtype=np.int64)
+        order = np.repeat(np.arange(len(lengths)), lengths)
+        rows = np.arange(len(order)) - np.repeat(lengths.cumsum() - lengths, lengths)
+        turns = np.lexsort((order, rows))
+        self.order, self.rows = order[turns], rows[turns]
 
     def __len__(self) -> int:
         return len(self.order)
 
     def locate(self, index: int) -> tuple[int, int]:
-        """(source, its row) at a place of this epoch."""
+        """(number of the source, its row) at a place of this epoch."""
         return int(self.order[index]), int(self.rows[index])
 
     def __getitem__(self, index: int) -> Any:
@@ -32,20 +35,14 @@ class RoundRobin:
 
 
 class MixtureDataset(RoundRobin):
-    """Weighted, deterministic, restorable by position: an epoch lasts until every source has been
-    seen whole; short ones repeat meanwhile.
-
-    Source `s` fills the share `weights[s] / sum(weights)` of an epoch. Each pass over a source is a
-    fresh permutation, so no row repeats before all were seen. The order is a pure function of
-    (seed, epoch), so position `i` of an epoch always names the same row.
-    """
+    """Source `s` fills the share `weights[s] / sum(weights)` of an epoch, which lasts until every
+    source has been seen whole; short ones repeat meanwhile. Each pass over a source is a fresh
+    permutation. The order is a pure function of (seed, epoch): restorable by position."""
 
     def __init__(
         self, sources: Sequence[Any], weights: Sequence[float] | None = None, seed: int = 0
     ) -> None:
         weights = [1.0] * len(sources) if weights is None else list(weights)
-        if not sources or len(weights) != len(sources):
-            raise EagleError("a mixture needs at least one source, and one weight for each")
         for source, weight in zip(sources, weights, strict=True):
             if len(source) == 0:
                 raise EagleError("a source of the mixture is empty: remove it")

@@ -34,9 +34,7 @@ def text_prompt(tokenizer: Any, text: str, **options: Any) -> list[int]:
 def fim_prompt(tokenizer: Any, prefix: str, suffix: str) -> list[int]:
     """Prefix-suffix-middle order, with the family's own tokens."""
     fim = find_fim_tokens(tokenizer)
-    before, after = (
-        text_prompt(tokenizer, text, add_special_tokens=False) for text in (prefix, suffix)
-    )
+    before, after = (text_prompt(tokenizer, x, add_special_tokens=False) for x in (prefix, suffix))
     return [fim.prefix, *before, fim.suffix, *after, fim.middle]
 
 
@@ -74,10 +72,7 @@ def render(tokenizer: Any, record: dict) -> Prompt:
 
 def load_prompts(path: str | Path | None, tokenizer: Any, limit: int | None = None) -> list[Prompt]:
     """A JSONL file of records, or a text file with one prompt in all; None is the shipped held-out
-    set.
-
-    Raises EagleError that names the line when a record cannot be read.
-    """
+    set. Raises EagleError that names the line when a record cannot be read."""
     path = Path(path) if path is not None else HELDOUT_PROMPTS
     if not path.is_file():
         raise EagleError(f"no prompt file {path}; give a .jsonl file of prompts, or a .txt file")
@@ -89,11 +84,9 @@ def load_prompts(path: str | Path | None, tokenizer: Any, limit: int | None = No
         if not text:
             raise EagleError(f"{path} is empty; a .txt file is one prompt")
         return [Prompt(text_prompt(tokenizer, text), "text", {"prompt": text})]
-    lines = text.split("\n")  # splitlines() would cut at U+2028 inside a string
-    prompts: list[Prompt] = []
-    for number, line in enumerate(lines, 1):
-        if line.strip() and (limit is None or len(prompts) < limit):
-            prompts.append(_read_prompt(line, f"{path}:{number}", tokenizer))
+    lines = enumerate(text.split("\n"), 1)  # splitlines() would cut at U+2028 inside a string
+    filled = [(line, f"{path}:{number}") for number, line in lines if line.strip()][:limit]
+    prompts = [_read_prompt(line, where, tokenizer) for line, where in filled]
     if not prompts:
         raise EagleError(f"{path} holds no prompt; one JSON record a line")
     return prompts
@@ -107,10 +100,8 @@ def _read_prompt(line: str, where: str, tokenizer: Any) -> Prompt:
     except (EagleError, ConfigError) as error:
         raise EagleError(f"{where} is no prompt: {error}") from error
     except (KeyError, TypeError, IndexError, AttributeError) as error:
-        raise EagleError(
-            f"{where} is no prompt; it needs prompt, prefix and suffix, messages, instruction or "
-            "turns"
-        ) from error
+        needed = "prompt, prefix and suffix, messages, instruction or turns"
+        raise EagleError(f"{where} is no prompt; it needs {needed}") from error
     if not prompt.ids:
         raise EagleError(f"{where} is an empty prompt; remove it")
     return prompt

@@ -27,43 +27,36 @@ class BadRow(NamedTuple):
 
     @classmethod
     def of(cls, record: Record, error: RowError) -> BadRow:
-        return cls(
-            record.file, record.line, error.reason, str(error), error.remedy, record.raw[:RAW_LIMIT]
-        )
+        place, raw = (record.file, record.line), record.raw[:RAW_LIMIT]
+        return cls(*place, error.reason, str(error), error.remedy, raw)
 
     @property
     def where(self) -> str:
         return f"{self.file}:{self.line}"
 
-    def to_json(self) -> str:
-        """One line. A lone surrogate is written as the JSON escape that it came as."""
-        text = json.dumps({**self._asdict(), "where": self.where}, ensure_ascii=False)
-        return text.encode("utf-8", "backslashreplace").decode()
-
 
 def object_of(record: Record) -> dict:
     """What was read. Raises RowError where that is no object."""
     if record.value is None:
-        message = str(record.error)
-        reason, _, detail = message.partition(": ")
+        reason, _, detail = str(record.error).partition(": ")
         raise RowError(reason, "repair or remove this line", detail)
     return record.value
 
 
 def write_quarantine(bad: list[BadRow], path: Path) -> None:
-    """One JSON object per rejected row; the file appears whole or not at all."""
-    atomic_write_text(path, "".join(row.to_json() + "\n" for row in bad))
+    """One JSON object per rejected row; a lone surrogate as the JSON escape that it came as."""
+    rows = ({**row._asdict(), "where": row.where} for row in bad)
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    atomic_write_text(path, text.encode("utf-8", "backslashreplace").decode())
 
 
 def diagnose(bad: list[BadRow], top: int = 3) -> str:
     """The commonest reasons with their counts, first example and remedy, on one line."""
-    counts = Counter(row.reason for row in bad)
-    parts = []
+    counts, parts = Counter(row.reason for row in bad), []
     for reason, count in counts.most_common(top):
         first = next(row for row in bad if row.reason == reason)
         parts.append(f"{count} x {reason} [first: {first.where}: {first.message}; {first.remedy}]")
-    rest = len(counts) - top
-    return "; ".join(parts) + (f"; and {rest} more reasons" if rest > 0 else "")
+    return "; ".join(parts) + (f"; {len(counts)} reasons in all" if len(counts) > top else "")
 
 
 def enforce(bad: list[BadRow], records: int, max_bad_fraction: float, out: Path | None) -> None:

@@ -10,7 +10,6 @@ from typing import Any
 
 from configs.fim_tokens import find_fim_tokens
 from configs.schema import DataConfig
-from eagle.errors import EagleError
 from records.chat import encode_plain, render_chat, render_instruction, require_template
 from records.fim import read_fim, render_fim, spans_of
 from records.rows import Row, RowError, cut_right, fields_of
@@ -20,27 +19,21 @@ Renderer = Callable[[dict], "list[Row]"]
 
 
 def make_renderer(data_format: str, cfg: DataConfig, tokenizer: Any) -> Renderer:
-    """Renderer of `data_format`. Raises `EagleError` when the tokenizer cannot serve it."""
+    """Renderer of `data_format`. Raises EagleError when the tokenizer cannot serve it."""
     require_fast(tokenizer)
     length, supervise, template = cfg.max_length, cfg.supervise, cfg.instruction_template
     if data_format == "chat" or (data_format == "instruction" and template == "chat"):
         require_template(tokenizer)
     if data_format == "fim":
         return _fim_renderer(cfg, tokenizer)
-    vocab_size = len(tokenizer)
-    renderers: dict[str, Callable[[dict], Row]] = {
-        "chat": lambda record: render_chat(record, tokenizer, length, supervise),
-        "instruction": lambda record: render_instruction(
-            record, tokenizer, length, supervise, template
-        ),
-        "plain": lambda record: encode_plain(record, tokenizer, length),
-        "tokenized": lambda record: render_tokenized(record, vocab_size, length),
+    renderers: dict[str, tuple] = {
+        "chat": (render_chat, tokenizer, length, supervise),
+        "instruction": (render_instruction, tokenizer, length, supervise, template),
+        "plain": (encode_plain, tokenizer, length),
+        "tokenized": (render_tokenized, len(tokenizer), length),
     }
-    if data_format not in renderers:
-        known = ", ".join(["fim", *renderers])
-        raise EagleError(f"unknown data format {data_format!r}: use one of {known}")
-    render = renderers[data_format]
-    return lambda record: [render(record)]
+    render, *settings = renderers[data_format]
+    return lambda record: [render(record, *settings)]
 
 
 def _fim_renderer(cfg: DataConfig, tokenizer: Any) -> Renderer:
@@ -56,7 +49,7 @@ def _fim_renderer(cfg: DataConfig, tokenizer: Any) -> Renderer:
                 rows.append(render_fim(span, tokenizer, tokens, cfg.max_length, spm))
             except RowError as error:
                 refused = error
-        if refused is not None and not rows:
+        if refused and not rows:
             raise refused
         return rows
 
@@ -78,19 +71,14 @@ def render_tokenized(record: dict, vocab_size: int, max_length: int) -> Row:
     if len(ids) != len(marks):
         detail = f"{len(marks)} and {len(ids)}"
         raise RowError(f"'{key}' has another length than 'input_ids'", remedy, detail)
-    outside = [i for i in ids if not 0 <= i < vocab_size]
-    if outside:
-        raise RowError(
-            "token id outside the vocabulary",
-            "tokenise with the target's tokenizer",
-            f"{outside[0]}, vocabulary {vocab_size}",
-        )
+    if outside := [i for i in ids if not 0 <= i < vocab_size]:
+        detail = f"{outside[0]}, vocabulary {vocab_size}"
+        remedy = "tokenise with the target's tokenizer"
+        raise RowError("token id outside the vocabulary", remedy, detail)
     if key == "labels":
         if any(label not in (-100, i) for i, label in zip(ids, marks, strict=True)):
-            raise RowError(
-                "a label is neither -100 nor its input id",
-                "labels are not shifted: label i equals input id i where it is supervised",
-            )
+            remedy = "labels are not shifted: label i equals input id i where it is supervised"
+            raise RowError("a label is neither -100 nor its input id", remedy)
         marks = [label != -100 for label in marks]
     elif any(mark not in (0, 1) for mark in marks):
         raise RowError("'loss_mask' holds other values than 0 and 1", remedy)

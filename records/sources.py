@@ -9,11 +9,22 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from eagle.errors import EagleError
+from eagle.loading import EMBEDDED
 from records.card import CARD, QUARANTINE
 
 BOM = b"\xef\xbb\xbf"
 EXTENSIONS = (".jsonl", ".ndjson", ".json", ".parquet")
 NO_DATA = (CARD, QUARANTINE)  # what stands beside data that was regenerated
+
+
+SHIPPED_FORMATS = ("chat", "fim", "instruction")
+
+
+def shipped(data_format: str, split: str = "train") -> Path | None:
+    """The shipped file of a format (`split` train or eval); None when there is none."""
+    name = f"{data_format}.jsonl" if split == "train" else f"heldout_{data_format}.jsonl"
+    path = EMBEDDED / "data" / name
+    return path if data_format in SHIPPED_FORMATS and path.is_file() else None
 
 
 class Record(NamedTuple):
@@ -30,22 +41,15 @@ def resolve(paths: Iterable[str | Path]) -> list[Path]:
     """Existing data files; a folder stands for the data files in it."""
     files: list[Path] = []
     kinds = ", ".join(EXTENSIONS)
-    for given in paths:
-        path = Path(given).expanduser()
-        if path.is_dir():
-            inside = [p for p in sorted(path.iterdir()) if p.suffix.lower() in EXTENSIONS]
-            inside = [p for p in inside if not p.name.endswith(NO_DATA)]
-            if not inside:
-                raise EagleError(f"{path}: no {kinds} file in this folder")
-            files += inside
-        elif not path.exists():
+    for path in [Path(given).expanduser() for given in paths]:
+        if not path.exists():
             raise EagleError(f"{path}: no such data file; check the path (data.path)")
-        elif path.suffix.lower() not in EXTENSIONS:
-            raise EagleError(
-                f"{path}: unknown data file type {path.suffix!r}; convert it to one of {kinds}"
-            )
-        else:
-            files.append(path)
+        inside = sorted(path.iterdir()) if path.is_dir() else [path]
+        found = [p for p in inside if p.suffix.lower() in EXTENSIONS]
+        found = [p for p in found if path == p or not p.name.endswith(NO_DATA)]
+        if not found:
+            raise EagleError(f"{path}: neither a {kinds} file nor a folder with one; convert it")
+        files += found
     if not files:
         raise EagleError("data.path names no file")
     return files
@@ -91,13 +95,9 @@ def _read_json(path: Path) -> Iterator[Record]:
         if not data.lstrip().startswith(b"["):
             yield from _read_lines(path)
             return
-        line, reason = getattr(error, "lineno", 0), " ".join(str(error).split())
-        raise EagleError(
-            f"{path}:{line}: malformed JSON: {reason}; repair the array, or write one object per "
-            "line as .jsonl"
-        ) from error
-    if isinstance(items, dict):
-        items = [items]
+        line = getattr(error, "lineno", 0)
+        raise EagleError(f"{path}:{line}: malformed JSON: {error}; repair the array") from error
+    items = [items] if isinstance(items, dict) else items
     if not isinstance(items, list):
         raise EagleError(f"{path}: must hold an array of objects, not {type(items).__name__}")
     for number, item in enumerate(items, 1):
@@ -110,9 +110,8 @@ def _read_parquet(path: Path) -> Iterator[Record]:
 
     try:
         with pyarrow.parquet.ParquetFile(path) as table:
-            batches = table.iter_batches(batch_size=1000)
-            rows = itertools.chain.from_iterable(batch.to_pylist() for batch in batches)
-            for number, item in enumerate(rows, 1):
+            batches = (batch.to_pylist() for batch in table.iter_batches(batch_size=1000))
+            for number, item in enumerate(itertools.chain.from_iterable(batches), 1):
                 value = {key: cell for key, cell in item.items() if cell is not None}
                 raw = json.dumps(value, ensure_ascii=False, default=str)
                 yield Record(str(path), number, value, None, raw)

@@ -33,10 +33,8 @@ def encode(tokenizer: Any, text: str) -> list[int]:
 def encode_with_spans(tokenizer: Any, text: str) -> tuple[list[int], list[tuple[int, int]]]:
     """Token ids and, for each, the half-open character span of `text` it covers.
 
-    Some tokenizers report offsets with the white space trimmed off, which makes a token look as if
-    it began later than it does. Byte-level pieces spell their bytes, so where the pieces spell the
-    text exactly, the spans come from them; otherwise the reported offsets are used.
-    """
+    Some tokenizers report offsets with the white space trimmed off. Byte-level pieces spell their
+    bytes: where they spell the text exactly, the spans come from them."""
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     ids = list(encoded["input_ids"])
     spans = _byte_spans(tokenizer, ids, text)

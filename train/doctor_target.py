@@ -27,13 +27,11 @@ from eagle.target import INSTEAD, Target, decoder_layers, refuse_encoder_decoder
 from records.quarantine import BadRow, object_of
 from records.render import make_renderer
 from records.rows import Row, RowError
-from records.shipped import SHIPPED_FORMATS, shipped
-from records.sources import read_records, resolve
+from records.sources import SHIPPED_FORMATS, read_records, resolve, shipped
 from records.tokens import load_tokenizer
 from train.doctor_machine import Finding, folders, free_bytes, guarded, size
-from train.head.setup import fresh_config, settle
+from train.head.setup import choose_draft_vocab, coverage, fresh_config, settle, special_ids
 from train.head.teacher import LOGITS
-from train.head.vocab import choose_draft_vocab, coverage, special_ids
 
 SMALL = 2 * 2**30  # bytes of weights up to which the target is loaded and probed
 RECORDS = 2000  # of each source that are rendered
@@ -355,7 +353,7 @@ def vocabulary(sampled: list[Sample], subject: Subject, cfg: HeadTrainConfig) ->
             text = f"{D} tokens cannot hold the {len(always)} special ones"
             yield Finding("problem", "draft vocabulary", text, remedy)
             return
-        ids = choose_draft_vocab(counts[0], always, D)[0].numpy()
+        ids = choose_draft_vocab(counts[0], always, D).numpy()
         share = coverage(counts[1] if counts[1].any() else counts[0], ids)["coverage"]
         few = counts.sum() < 20 * D
     text = f"{len(ids)} of {V} tokens hold {share:.1%} of the answers"

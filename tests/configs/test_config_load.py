@@ -32,7 +32,7 @@ def test_override_values():
         "data.mixture=[{format: fim, weight: 2}]",
     )
     assert cfg.train.lr == 1e-4 and cfg.loss.name == "focal" and cfg.model.base == "123"
-    assert cfg.eval.tree_shape == (8, 4, 2) and cfg.train.max_steps is None
+    assert cfg.eval.tree == "8,4,2" and cfg.train.max_steps is None
     assert cfg.model.feature_layers == (2, 8, 13) and cfg.train.resume == "auto"
     assert cfg.data.mixture[0].weight == 2
     assert load("data.path=a,b").data.paths == ["a", "b"]
@@ -55,7 +55,7 @@ def test_override_values():
         ("data.mixture=[{format: fim, wieght: 2}]", "data.mixture.0.wieght: unknown key"),
         ("data.mixture=[{format: fim}]", "mixture needs format=mixed"),
         ("data.mixture=[{format", "cannot read the value"),
-        ("eval.tree=16", "for instance 16,4,4"),
+        ("eval.tree=16", "as 16,4,4"),
         ("data=[1]", "incompatible"),
         ("train.output=${nowhere}", "Interpolation key 'nowhere' not found"),
     ],

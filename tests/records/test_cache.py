@@ -4,41 +4,50 @@ import json
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
-from pathlib import Path
 
+import multiprocess
 import pytest
 from data_helpers import write_jsonl
 
 from configs.schema import DataConfig
 from eagle.errors import EagleError
-from records import load_dataset_for
-
-ROOT = Path(__file__).parents[2]
-LOAD = """
-import json, sys
-from configs.schema import DataConfig
-from records import load_dataset_for, load_tokenizer
-folder, path, cache, processes = sys.argv[1:]
-cfg = DataConfig(format="plain", path=path, cache_dir=cache, num_proc=int(processes))
-data = load_dataset_for(cfg, load_tokenizer(folder))
-print(json.dumps([data.cache_hit, [data[i] for i in range(len(data))]]))
-"""
-
-
-def start(tokenizer_dir, path, cache, processes=1):
-    words = [sys.executable, "-c", LOAD, *map(str, (tokenizer_dir, path, cache, processes))]
-    return subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+from records import cache, load_dataset_for
 
 
 def words(path, rows):
     return write_jsonl(path, [{"text": f"word {n}"} for n in range(rows)])
 
 
-def entries(cache):
-    return sorted(path.name for path in (cache / "tokenised").glob("*"))
+def entries(folder):
+    return sorted(path.name for path in (folder / "tokenised").glob("*"))
+
+
+def plain(path, folder, processes=1):
+    return DataConfig(format="plain", path=str(path), cache_dir=str(folder), num_proc=processes)
+
+
+def forked(work):
+    """A process that does `work` -> its id, and a pipe that ends when it and its children have."""
+    read, write = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        code = 1
+        try:
+            os.close(read)
+            work()
+            code = 0
+        finally:
+            os._exit(code)
+    os.close(write)
+    return pid, os.fdopen(read)
+
+
+def killed(pid, pipe):
+    os.kill(pid, signal.SIGKILL)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
+    with pipe:
+        assert pipe.read() == ""  # the children have ended, too
 
 
 def test_a_hit_and_what_changes_the_fingerprint(tmp_path, tokenizer):
@@ -62,70 +71,72 @@ def test_a_hit_and_what_changes_the_fingerprint(tmp_path, tokenizer):
     assert second.sources[0].entry.table.cache_files
 
 
-def test_a_damaged_entry_is_rebuilt(tmp_path, tokenizer):
+def test_a_damaged_entry_is_rebuilt_and_an_unwritable_cache_is_told(tmp_path, tokenizer):
     path = words(tmp_path / "d.jsonl", 40)
-    cfg = DataConfig(format="plain", path=str(path), cache_dir=str(tmp_path))
-    expected = list(load_dataset_for(cfg, tokenizer))
+    expected = list(load_dataset_for(plain(path, tmp_path), tokenizer))
     ((entry,),) = [(tmp_path / "tokenised").iterdir()]
     (entry / "rows.arrow").write_bytes(b"")
-    again = load_dataset_for(cfg, tokenizer)
+    again = load_dataset_for(plain(path, tmp_path), tokenizer)
     assert not again.cache_hit and list(again) == expected
-
-
-def test_an_unwritable_cache_names_the_remedy(tmp_path, tokenizer):
-    path = words(tmp_path / "d.jsonl", 40)
-    (tmp_path / "cache").write_text("a file where the folder should be")
-    cfg = DataConfig(format="plain", path=str(path), cache_dir=str(tmp_path / "cache"))
     with pytest.raises(EagleError, match="set data.cache_dir or"):
-        load_dataset_for(cfg, tokenizer)
+        load_dataset_for(plain(path, path), tokenizer)
 
 
-def test_of_two_processes_one_builds_the_entry(tmp_path, tokenizer_dir):
-    path, cache = words(tmp_path / "d.jsonl", 3000), tmp_path / "cache"
-    started = [start(tokenizer_dir, path, cache) for _ in range(2)]
-    outputs = [process.communicate(timeout=120) for process in started]
-    assert [process.returncode for process in started] == [0, 0], outputs
-    (hit, first), (other_hit, second) = (json.loads(out) for out, _ in outputs)
-    assert first == second and len(first) > 2900 and {hit, other_hit} == {False, True}
-    assert len(entries(cache)) == 1
+def test_of_two_processes_one_builds_the_entry(tmp_path, tokenizer):
+    path, folder = words(tmp_path / "d.jsonl", 3000), tmp_path / "cache"
+
+    def load(number):
+        data = load_dataset_for(plain(path, folder), tokenizer)
+        (tmp_path / f"{number}.json").write_text(json.dumps([data.cache_hit, list(data)]))
+
+    started = [forked(lambda n=n: load(n)) for n in range(2)]
+    assert [os.waitpid(pid, 0)[1] for pid, _ in started] == [0, 0]
+    first, second = (json.loads((tmp_path / f"{n}.json").read_text()) for n in range(2))
+    assert first[1] == second[1] and {first[0], second[0]} == {False, True}
+    assert len(first[1]) > 2900 and len(entries(folder)) == 1
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-def test_a_killed_builder_leaves_no_entry_and_no_lock(tmp_path, tokenizer_dir, processes):
-    """kill -9: no half entry is found, and the next one builds it at once."""
-    path, cache = words(tmp_path / "d.jsonl", 100_000), tmp_path / "cache"
-    process = start(tokenizer_dir, path, cache, processes)
-    while not list(cache.glob("tokenised/.*/tmp*")) and process.poll() is None:
-        time.sleep(0.01)  # until rows are being written
-    process.kill()
-    process.communicate(timeout=60)  # until its children have closed its output, too
-    assert process.returncode == -signal.SIGKILL
-    assert all(name.startswith(".") for name in entries(cache))
-    words(path, 100)
-    after = start(tokenizer_dir, path, cache, processes)
-    out, error = after.communicate(timeout=120)
-    assert after.returncode == 0, error
-    assert not json.loads(out)[0]
+def test_a_killed_builder_leaves_no_entry_no_lock_no_process(
+    tmp_path, tokenizer, processes, monkeypatch
+):
+    """kill -9 while rows are written: no half entry is found, the next one builds it at once."""
+    path, folder = words(tmp_path / "d.jsonl", 6000), tmp_path / "cache"
+    cfg, render = plain(path, folder, processes), cache._render
+
+    def slowly(*args, **options):
+        time.sleep(0.3)
+        return render(*args, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cache, "_render", slowly)
+        patch.setattr(cache, "BATCH", 300)
+        pid, pipe = forked(lambda: load_dataset_for(cfg, tokenizer))
+    written = []
+    while not any(file.stat().st_size for file in written):
+        time.sleep(0.01)
+        written = list(folder.glob("tokenised/.*/tmp*"))
+    killed(pid, pipe)
+    assert entries(folder) and all(name.startswith(".") for name in entries(folder))
+    assert not load_dataset_for(cfg, tokenizer).cache_hit
+    assert len(entries(folder)) == 1
 
 
-def test_a_killed_builder_leaves_no_process_that_waits_for_work():
-    code = """
-import time, multiprocess
-from records.cache import children_end_with_us
-with children_end_with_us():
-    pool = multiprocess.Pool(2)
-print("ready", flush=True)
-time.sleep(600)
-"""
-    pipes = {"stdout": subprocess.PIPE, "text": True, "cwd": ROOT}
-    process = subprocess.Popen([sys.executable, "-c", code], **pipes)
-    assert process.stdout.readline() == "ready\n"
-    process.kill()
-    assert process.communicate(timeout=60)[0] == ""
+def test_a_killed_builder_leaves_no_process_that_waits_for_work(tmp_path):
+    def wait():
+        with cache.children_end_with_us():
+            pool = multiprocess.Pool(2)
+        (tmp_path / "ready").touch()
+        time.sleep(600)
+        pool.close()
+
+    pid, pipe = forked(wait)
+    while not (tmp_path / "ready").exists():
+        time.sleep(0.01)
+    killed(pid, pipe)
 
 
-@pytest.mark.parametrize("processes", [2, 3])
-def test_any_number_of_processes_tokenises_the_same(tmp_path, tokenizer, processes):
+def test_any_number_of_processes_tokenises_the_same(tmp_path, tokenizer):
     rng, lines = random.Random(0), []
     pieces = ["def", "class", "é", "x = 1"]
     for n in range(2600):
@@ -133,22 +144,18 @@ def test_any_number_of_processes_tokenises_the_same(tmp_path, tokenizer, process
         lines.append("{oops" if n % 97 == 5 else json.dumps({"text": text if n % 50 else ""}))
     path = write_jsonl(tmp_path / "d.jsonl", lines)
     found = []
-    for count in (1, processes):
-        out = tmp_path / str(count)
-        cfg = DataConfig(format="plain", path=str(path), cache_dir=str(out), num_proc=count)
-        data = load_dataset_for(cfg, tokenizer, out_dir=out)
+    for processes in (1, 3):
+        out = tmp_path / str(processes)
+        data = load_dataset_for(plain(path, out, processes), tokenizer, out_dir=out)
         found.append((list(data), data.digest, (out / "quarantine.jsonl").read_bytes()))
     assert found[0] == found[1] and data.stats["bad"] == 79 and data.stats["records"] == 2600
 
 
 def test_a_process_that_is_killed_ends_the_tokenising(tmp_path, tokenizer, monkeypatch):
-    path = words(tmp_path / "d.jsonl", 2000)
-
     def die(record):
         os.kill(os.getpid(), signal.SIGKILL)
 
     monkeypatch.setattr("records.dataset.make_renderer", lambda *_: die)
-    cfg = DataConfig(format="plain", path=str(path), cache_dir=str(tmp_path / "cache"), num_proc=2)
     with pytest.raises(EagleError, match="lower data.num_proc"):
-        load_dataset_for(cfg, tokenizer)
-    assert entries(tmp_path / "cache") == []
+        load_dataset_for(plain(words(tmp_path / "d.jsonl", 2000), tmp_path, 2), tokenizer)
+    assert entries(tmp_path) == []

@@ -1,6 +1,5 @@
-import data_helpers as templates
 import pytest
-from data_helpers import chat, runs
+from data_helpers import BLANK_BEFORE_END, REWRITING, STRIPPING, THINKING, chat, runs
 from tokenizers import processors
 
 from configs.schema import DataConfig
@@ -13,86 +12,53 @@ from records.tokens import encode_with_spans
 LONG = 4096
 
 
-def test_multi_turn_supervises_each_answer_and_its_end(tokenizer):
-    row = render_chat(chat("Hi?", " Hello\nworld ", "And?", "Bye é😀"), tokenizer, LONG)
-    assert runs(tokenizer, row) == [" Hello\nworld <|im_end|>", "Bye é😀<|im_end|>"]
+FIRST, LAST = "<think>\nold\n</think>\n\nHello", "<think>\nnew\n</think>\n\nBye"
+END, EOS = "<|im_end|>", "<|endoftext|>"
+CASES = {
+    "own": (None, ["Hi?", " Hello\nworld ", "And?", "Bye é😀"], [" Hello\nworld ", "Bye é😀"], END),
+    "think": (None, ["Hi?", "<think>short</think>Bye"], ["<think>short</think>Bye"], END),
+    "strip": (STRIPPING, ["Hi?", "  Hello \n", "And?", "\nBye"], ["Hello", "Bye"], END),
+    "thinking": (THINKING, ["Hi?", "Hello", "And?", "Bye"], ["Hello", "Bye"], END),
+    "reason": (THINKING, ["Hi?", FIRST, "And?", LAST], ["Hello", LAST], END),  # where it is kept
+    "blank": (BLANK_BEFORE_END, ["Hi?", "Hello"], ["Hello "], EOS),
+    "glued": (BLANK_BEFORE_END, ["Hi?", "a function"], [" a function "], EOS),
+}
+
+
+@pytest.mark.parametrize("template, turns, answers, end", CASES.values(), ids=CASES)
+def test_each_answer_and_its_end_is_supervised(tokenizer, template, turns, answers, end):
+    tokenizer.chat_template = template or tokenizer.chat_template
+    row = render_chat(chat(*turns), tokenizer, LONG)
+    assert runs(tokenizer, row) == [answer + end for answer in answers] and not row.truncated
     whole = tokenizer.decode(row.input_ids, skip_special_tokens=False)
-    assert whole.startswith("<|im_start|>user\nHi?<|im_end|>\n<|im_start|>assistant\n Hello")
-    assert row.loss_mask[-1] == 0 and not row.truncated
-
-
-def test_last_assistant_and_all(tokenizer):
-    record = chat("Hi?", "one", "And?", "two")
-    assert runs(tokenizer, render_chat(record, tokenizer, LONG, "last_assistant")) == [
-        "two<|im_end|>"
-    ]
-    mask = render_chat(record, tokenizer, LONG, "all").loss_mask
-    assert mask == [0] + [1] * (len(mask) - 1)
-
-
-def test_sharegpt_names_and_equal_ids(tokenizer):
-    record = {
-        "conversations": [
-            {"from": "system", "value": "Be kind."},
-            {"from": "human", "value": "Hi?"},
-            {"from": "gpt", "value": "Hello"},
-        ]
-    }
-    same = {
-        "messages": [
-            {"role": "system", "content": "Be kind."},
-            {"role": "user", "content": "Hi?"},
-            {"role": "assistant", "content": "Hello"},
-        ]
-    }
-    row = render_chat(record, tokenizer, LONG)
-    assert row == render_chat(same, tokenizer, LONG)
-    assert runs(tokenizer, row) == ["Hello<|im_end|>"]
+    if template is THINKING:
+        assert "old" not in whole and "<think>\n" in whole
+    else:
+        assert whole.startswith("<|im_start|>user\nHi?<|im_end|>\n" if end == END else "user: Hi? ")
 
 
 @pytest.mark.parametrize("answer", ["same", "user", "assistant\n", "a\n\nb"])
 def test_answer_that_also_occurs_elsewhere(tokenizer, answer):
     row = render_chat(chat(answer, answer, answer, "x" + answer), tokenizer, LONG)
-    assert runs(tokenizer, row) == [answer + "<|im_end|>", "x" + answer + "<|im_end|>"]
+    assert runs(tokenizer, row) == [answer + END, "x" + answer + END]
 
 
-def test_template_that_strips_white_space(tokenizer):
-    tokenizer.chat_template = templates.STRIPPING
-    row = render_chat(chat("Hi?", "  Hello \n", "And?", "\nBye"), tokenizer, LONG)
-    assert runs(tokenizer, row) == ["Hello<|im_end|>", "Bye<|im_end|>"]
+def test_last_assistant_and_all(tokenizer):
+    record = chat("Hi?", "one", "And?", "two")
+    row = render_chat(record, tokenizer, LONG, "last_assistant")
+    assert runs(tokenizer, row) == ["two<|im_end|>"]
+    mask = render_chat(record, tokenizer, LONG, "all").loss_mask
+    assert mask == [0] + [1] * (len(mask) - 1)
 
 
-def test_template_that_injects_a_think_block(tokenizer):
-    tokenizer.chat_template = templates.THINKING
-    row = render_chat(chat("Hi?", "Hello", "And?", "Bye"), tokenizer, LONG)
-    assert runs(tokenizer, row) == ["Hello<|im_end|>", "Bye<|im_end|>"]
-    assert "<think>\n\n</think>\n\nBye" in tokenizer.decode(row.input_ids)
-
-
-def test_reasoning_is_supervised_where_the_template_keeps_it(tokenizer):
-    tokenizer.chat_template = templates.THINKING
-    first, last = "<think>\nold\n</think>\n\nHello", "<think>\nnew\n</think>\n\nBye"
-    row = render_chat(chat("Hi?", first, "And?", last), tokenizer, LONG)
-    assert runs(tokenizer, row) == ["Hello<|im_end|>", last + "<|im_end|>"]
-    assert "old" not in tokenizer.decode(row.input_ids)
-
-
-def test_reasoning_passes_through_a_plain_template(tokenizer):
-    answer = "<think>short</think>Bye"
-    row = render_chat(chat("Hi?", answer), tokenizer, LONG)
-    assert runs(tokenizer, row) == [answer + "<|im_end|>"]
-
-
-def test_blank_before_the_end_token_is_supervised(tokenizer):
-    tokenizer.chat_template = templates.BLANK_BEFORE_END
-    row = render_chat(chat("Hi?", "Hello"), tokenizer, LONG)
-    assert runs(tokenizer, row) == ["Hello <|endoftext|>"]
-
-
-def test_blank_glued_to_the_first_word_is_supervised(tokenizer):
-    tokenizer.chat_template = templates.BLANK_BEFORE_END
-    row = render_chat(chat("Hi?", "a function"), tokenizer, LONG)
-    assert runs(tokenizer, row) == [" a function <|endoftext|>"]
+def test_sharegpt_names_and_equal_ids(tokenizer):
+    turns = [("system", "Be kind."), ("human", "Hi?"), ("gpt", "Hello")]
+    record = {"conversations": [{"from": who, "value": text} for who, text in turns]}
+    roles = zip(("system", "user", "assistant"), turns, strict=True)
+    same = {"messages": [{"role": role, "content": text} for role, (_, text) in roles]}
+    row = render_chat(record, tokenizer, LONG)
+    assert row == render_chat(same, tokenizer, LONG)
+    assert runs(tokenizer, row) == ["Hello<|im_end|>"]
 
 
 def test_sentencepiece_style_tokens():
@@ -102,9 +68,8 @@ def test_sentencepiece_style_tokens():
     unigram = Tokenizer(models.BPE(unk_token="<unk>"))
     unigram.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
     unigram.decoder = decoders.Metaspace(prepend_scheme="first")
-    trainer = trainers.BpeTrainer(
-        vocab_size=200, special_tokens=["<unk>", "<s>", "</s>"], show_progress=False
-    )
+    special = {"special_tokens": ["<unk>", "<s>", "</s>"], "show_progress": False}
+    trainer = trainers.BpeTrainer(vocab_size=200, **special)
     unigram.train_from_iterator(["[INST] Hi there, you? [/INST] I am fine"] * 9, trainer)
     llama = PreTrainedTokenizerFast(tokenizer_object=unigram, bos_token="<s>", eos_token="</s>")
     llama.chat_template = (
@@ -118,20 +83,19 @@ def test_sentencepiece_style_tokens():
     assert row.input_ids[0] == llama.bos_token_id and row.loss_mask[-1] == 1
 
 
-def test_rewriting_template_is_refused(tokenizer):
-    tokenizer.chat_template = templates.REWRITING
-    with pytest.raises(RowError, match="rewrites an assistant turn"):
-        render_chat(chat("Hi?", "Hello"), tokenizer, LONG)
-
-
-def test_template_error_is_a_row_error(tokenizer):
-    tokenizer.chat_template = "{{ raise_exception('no system role') }}"
-    with pytest.raises(RowError, match="refuses these messages.*no system role"):
-        render_chat(chat("Hi?", "Hello"), tokenizer, LONG)
+def test_a_template_that_cannot_be_followed_refuses_the_row(tokenizer):
+    refusing = "{{ raise_exception('no system role') }}"
+    for template, reason in (
+        (REWRITING, "rewrites an assistant turn"),
+        (refusing, "refuses these messages.*no system role"),
+    ):
+        tokenizer.chat_template = template
+        with pytest.raises(RowError, match=reason):
+            render_chat(chat("Hi?", "Hello"), tokenizer, LONG)
 
 
 def test_pad_equal_to_eos_keeps_the_end_token(tokenizer):
-    tokenizer.chat_template = templates.BLANK_BEFORE_END
+    tokenizer.chat_template = BLANK_BEFORE_END
     tokenizer.pad_token = tokenizer.eos_token
     row = render_chat(chat("Hi?", "Hello"), tokenizer, LONG)
     assert row.input_ids[-1] == tokenizer.pad_token_id and row.loss_mask[-1] == 1
@@ -160,24 +124,6 @@ def test_truncation_is_flagged_and_a_lost_answer_refused(tokenizer):
         render_chat(chat("Hi?", "Hello world " * 5), tokenizer, first)
 
 
-@pytest.mark.parametrize(
-    "record, reason",
-    [
-        ({"text": "x"}, "missing field 'messages'"),
-        ({"messages": []}, "not a non-empty list"),
-        ({"messages": ["x"]}, "not an object"),
-        ({"messages": [{"role": "alien", "content": "x"}]}, "unknown role"),
-        ({"messages": [{"role": "user", "content": None}]}, "not text"),
-        ({"messages": [{"role": "user", "content": "x"}]}, "no assistant message"),
-        (chat("Hi?", " \n"), "empty assistant message"),
-    ],
-    ids=["field", "empty", "type", "role", "content", "no-answer", "blank-answer"],
-)
-def test_bad_records(tokenizer, record, reason):
-    with pytest.raises(RowError, match=reason):
-        render_chat(record, tokenizer, LONG)
-
-
 def test_chat_without_a_template_names_the_remedy(tokenizer):
     tokenizer.chat_template = None
     with pytest.raises(EagleError, match="chat_template.jinja"):
@@ -201,26 +147,10 @@ def test_instruction_alpaca(tokenizer, context):
     assert render_instruction(record, tokenizer, LONG) == row
 
 
-@pytest.mark.parametrize(
-    "record, reason",
-    [
-        ({"output": "x"}, "missing field 'instruction'"),
-        ({"instruction": "x"}, "missing field 'response' or 'output'"),
-        ({"instruction": "x", "output": 3}, "'output' is not text"),
-        ({"instruction": "x", "output": " "}, "empty 'output'"),
-    ],
-)
-def test_bad_instructions(tokenizer, record, reason):
-    with pytest.raises(RowError, match=reason):
-        render_instruction(record, tokenizer, LONG)
-
-
 def test_plain_supervises_all_but_the_first(tokenizer):
     row = encode_plain({"text": "Hello world"}, tokenizer, LONG)
     assert row.loss_mask == [0] + [1] * (len(row.input_ids) - 1)
     assert tokenizer.decode(row.input_ids) == "Hello world<|endoftext|>"
-    with pytest.raises(RowError, match="missing field 'text'"):
-        encode_plain({"body": "x"}, tokenizer, LONG)
 
 
 def test_tokenized_masks_and_labels(tokenizer):
@@ -231,9 +161,24 @@ def test_tokenized_masks_and_labels(tokenizer):
     assert render({"input_ids": [5, 6], "labels": [5, 6]})[0].loss_mask == [0, 1]
 
 
-@pytest.mark.parametrize(
-    "record, reason",
-    [
+BAD = {
+    "chat": [
+        ({"text": "x"}, "missing field 'messages'"),
+        ({"messages": []}, "not a non-empty list"),
+        ({"messages": ["x"]}, "not an object"),
+        ({"messages": [{"role": "alien", "content": "x"}]}, "unknown role"),
+        ({"messages": [{"role": "user", "content": None}]}, "not text"),
+        ({"messages": [{"role": "user", "content": "x"}]}, "no assistant message"),
+        (chat("Hi?", " \n"), "empty assistant message"),
+    ],
+    "instruction": [
+        ({"output": "x"}, "missing field 'instruction'"),
+        ({"instruction": "x"}, "missing field 'response' or 'output'"),
+        ({"instruction": "x", "output": 3}, "'output' is not text"),
+        ({"instruction": "x", "output": " "}, "empty 'output'"),
+    ],
+    "plain": [({"body": "x"}, "missing field 'text'")],
+    "tokenized": [
         ({"input_ids": [5, 6]}, "missing field 'loss_mask' or 'labels'"),
         ({"input_ids": [5, 6], "loss_mask": [0]}, "another length"),
         ({"input_ids": [5, "6"], "loss_mask": [0, 1]}, "not a list of integers"),
@@ -244,7 +189,19 @@ def test_tokenized_masks_and_labels(tokenizer):
         ({"input_ids": [5, 6], "loss_mask": [1, 0]}, "all-zero"),
         ({"input_ids": [], "loss_mask": []}, "too short"),
     ],
+    "fim": [
+        ({"prefix": "a", "suffix": "b"}, "missing field 'middle'"),
+        ({"prefix": "a", "middle": 3, "suffix": "b"}, "'middle' is not text"),
+        ({"prefix": "a", "middle": "", "suffix": "b"}, "empty 'middle'"),
+        ({"text": "\n"}, "empty 'text'"),
+        ({}, "missing field 'prefix'"),
+    ],
+}
+
+
+@pytest.mark.parametrize(
+    "data_format, record, reason", [(kind, *case) for kind, cases in BAD.items() for case in cases]
 )
-def test_bad_tokenized(tokenizer, record, reason):
+def test_bad_records(tokenizer, data_format, record, reason):
     with pytest.raises(RowError, match=reason):
-        make_renderer("tokenized", DataConfig(), tokenizer)(record)
+        make_renderer(data_format, DataConfig(), tokenizer)(record)

@@ -15,31 +15,29 @@ RECORD = dict(zip(("prefix", "middle", "suffix"), SPANS, strict=True))
 FILE = "".join(SPANS) + "    x = 1\n    y = 2\n"
 
 
-def test_psm_order_and_mask(tokenizer):
-    row = render_fim(SPANS, tokenizer, find_fim_tokens(tokenizer), 512)
-    assert tokenizer.decode(row.input_ids) == (
-        f"<|fim_prefix|>{SPANS[0]}<|fim_suffix|>{SPANS[2]}<|fim_middle|>{SPANS[1]}<|endoftext|>"
-    )
-    assert runs(tokenizer, row) == [SPANS[1] + "<|endoftext|>"]
+@pytest.mark.parametrize("spm", [False, True], ids=["psm", "spm"])
+def test_order_and_mask(tokenizer, spm):
+    row = render_fim(SPANS, tokenizer, find_fim_tokens(tokenizer), 512, spm)
+    before, middle, after = SPANS
+    context = f"<|fim_prefix|>{before}<|fim_suffix|>{after}<|fim_middle|>"
+    if spm:
+        context = f"<|fim_prefix|><|fim_suffix|>{after}<|fim_middle|>{before}"
+    assert tokenizer.decode(row.input_ids) == f"{context}{middle}<|endoftext|>"
+    assert runs(tokenizer, row) == [middle + "<|endoftext|>"]
 
 
-def test_spm_order_and_mask(tokenizer):
-    row = render_fim(SPANS, tokenizer, find_fim_tokens(tokenizer), 512, spm=True)
-    assert tokenizer.decode(row.input_ids) == (
-        f"<|fim_prefix|><|fim_suffix|>{SPANS[2]}<|fim_middle|>{SPANS[0]}{SPANS[1]}<|endoftext|>"
-    )
-    assert runs(tokenizer, row) == [SPANS[1] + "<|endoftext|>"]
+def word_level(words):
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    model = models.WordLevel({word: n for n, word in enumerate(words)}, unk_token="[UNK]")
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(model))
 
 
 @pytest.mark.parametrize("family", list(FAMILIES))
 def test_families_are_found_in_the_tokenizer(family):
-    from tokenizers import Tokenizer, models
-    from transformers import PreTrainedTokenizerFast
-
     prefix, suffix, middle, ends = FAMILIES[family]
-    words = [prefix, suffix, middle, ends[0], "[UNK]"]
-    model = models.WordLevel({word: n for n, word in enumerate(words)}, unk_token="[UNK]")
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(model))
+    tokenizer = word_level([prefix, suffix, middle, ends[0], "[UNK]"])
     assert find_fim_tokens(tokenizer) == (0, 1, 2, 3, family)
 
 
@@ -50,15 +48,8 @@ def test_tokens_from_the_config(tokenizer):
     assert ids.prefix == tokenizer.convert_tokens_to_ids("<|im_start|>")
     with pytest.raises(ConfigError, match="'<nope>' is not a token"):
         find_fim_tokens(tokenizer, FimTokens(**names, eot="<nope>"))
-
-
-def test_tokenizer_without_fim_tokens():
-    from tokenizers import Tokenizer, models
-    from transformers import PreTrainedTokenizerFast
-
-    plain = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"a": 0})))
     with pytest.raises(ConfigError, match="no fill-in-the-middle tokens.*fim_tokens"):
-        find_fim_tokens(plain)
+        find_fim_tokens(word_level(["a", "[UNK]"]))
 
 
 @pytest.mark.parametrize("spm", [False, True])
@@ -101,18 +92,3 @@ def test_whole_files_and_rates(tokenizer):
     fim = find_fim_tokens(tokenizer)
     assert all(row.input_ids[:2] == [fim.prefix, fim.suffix] for row in rows)
     assert len(make_renderer("fim", DataConfig(), tokenizer)(RECORD)) == 1
-
-
-@pytest.mark.parametrize(
-    "record, reason",
-    [
-        ({"prefix": "a", "suffix": "b"}, "missing field 'middle'"),
-        ({"prefix": "a", "middle": 3, "suffix": "b"}, "'middle' is not text"),
-        ({"prefix": "a", "middle": "", "suffix": "b"}, "empty 'middle'"),
-        ({"text": "\n"}, "empty 'text'"),
-        ({}, "missing field 'prefix'"),
-    ],
-)
-def test_bad_records(tokenizer, record, reason):
-    with pytest.raises(RowError, match=reason):
-        make_renderer("fim", DataConfig(), tokenizer)(record)

@@ -13,6 +13,16 @@ from records.mixture import RoundRobin
 SOURCES = [[f"a{n}" for n in range(5)], [f"b{n}" for n in range(23)], ["c"]]
 
 
+@pytest.fixture
+def load(tmp_path, tokenizer):
+    def load(*mixture, split="train"):
+        folder = str(tmp_path / "cache")
+        cfg = DataConfig(format="mixed", mixture=list(mixture), cache_dir=folder)
+        return load_dataset_for(cfg, tokenizer, split=split)
+
+    return load
+
+
 @pytest.mark.parametrize("weights", [None, [1, 1, 1], [3, 1, 1], [1, 10, 0.5]])
 def test_runs_until_all_sources_are_exhausted(weights):
     mixture = MixtureDataset(SOURCES, weights, seed=1)
@@ -37,48 +47,40 @@ def test_is_a_pure_function_of_seed_epoch_and_position():
     assert order != [MixtureDataset(SOURCES, seed=2)[i] for i in range(len(order))]
 
 
-def test_bad_mixtures():
+def test_bad_mixtures_and_the_order_of_evaluation():
     with pytest.raises(EagleError, match="empty"):
         MixtureDataset([[1], []])
     with pytest.raises(EagleError, match="positive"):
         MixtureDataset([[1]], [0])
+    assert len(RoundRobin([])) == 0
+    turns = RoundRobin([["a", "b", "d"], ["c"]])
+    assert [turns[i] for i in range(len(turns))] == ["a", "c", "b", "d"]
 
 
-def test_round_robin_takes_turns_once():
-    assert [RoundRobin([["a", "b"], ["c"]])[i] for i in range(3)] == ["a", "c", "b"]
-
-
-def test_mixed_format_from_files(tmp_path, tokenizer):
+def test_mixed_format_from_files(tmp_path, load):
     chats = write_jsonl(tmp_path / "c.jsonl", [chat("Hi?", f"Hello {n}") for n in range(30)])
     texts = write_jsonl(tmp_path / "t.jsonl", [{"text": f"word {n}"} for n in range(10)])
-    mixture = [
-        {"format": "chat", "path": str(chats), "weight": 1},
-        {"format": "plain", "path": str(texts), "weight": 1},
-    ]
-    cfg = DataConfig(format="mixed", mixture=mixture, cache_dir=str(tmp_path / "cache"))
-    data = load_dataset_for(cfg, tokenizer)
+    mixture = [{"format": "chat", "path": str(chats)}, {"format": "plain", "path": str(texts)}]
+    data, held = load(*mixture), load(*mixture, split="eval")
     formats = Counter(data[i]["format"] for i in range(len(data)))
     assert formats["chat"] == formats["plain"] == max(len(s) for s in data.sources)
-    held = load_dataset_for(cfg, tokenizer, split="eval")
     assert {held[0]["format"], held[1]["format"]} == {"chat", "plain"}
     before = [data[i] for i in range(len(data))]
     data.set_epoch(1)
     assert before != [data[i] for i in range(len(data))]
 
 
-def test_sources_are_named_weighted_and_located(tmp_path, tokenizer):
+def test_sources_are_named_weighted_and_located(tmp_path, tokenizer, load):
     first = write_jsonl(tmp_path / "a.jsonl", [{"text": f"word {n}"} for n in range(20)])
-    second = write_jsonl(
-        tmp_path / "b.jsonl", ["{", *({"text": f"more {n} of it"} for n in range(30))]
-    )
+    more = ["{", *({"text": f"more {n} of it"} for n in range(30))]
+    second = write_jsonl(tmp_path / "b.jsonl", more)
     held = write_jsonl(tmp_path / "e.jsonl", [{"text": "held out"}])
     mixture = [
         {"format": "plain", "path": str(first), "weight": 2, "loss_weight": 0.5},
         {"format": "plain", "path": str(second)},
         {"format": "plain", "path": str(first), "name": "again", "eval_path": str(held)},
     ]
-    cfg = DataConfig(format="mixed", mixture=mixture, cache_dir=str(tmp_path / "cache"))
-    data = load_dataset_for(cfg, tokenizer)
+    data, rows = load(*mixture), load(*mixture, split="eval")
     assert [source.name for source in data.sources] == ["plain", "plain 2", "again"]
     seen = Counter()
     for i in range(len(data)):
@@ -90,7 +92,6 @@ def test_sources_are_named_weighted_and_located(tmp_path, tokenizer):
         text = json.loads((tmp_path / file).read_text().splitlines()[int(line) - 1])["text"]
         assert text in tokenizer.decode(row["input_ids"])
     assert seen[0] == pytest.approx(2 * seen[1], abs=2) and seen[1] == pytest.approx(seen[2], abs=2)
-    rows = load_dataset_for(cfg, tokenizer, split="eval")
     assert len(rows.sources[2]) == 1 and len(data.sources[2]) == 20
     # what is drawn twice as often counts twice
     counts = [source.token_counts(len(tokenizer)) for source in data.sources]
@@ -99,16 +100,12 @@ def test_sources_are_named_weighted_and_located(tmp_path, tokenizer):
     assert (data.token_counts(len(tokenizer)) == expected).all()
 
 
-def test_the_digest_is_of_the_records_and_their_shares(tmp_path, tokenizer):
+def test_the_digest_is_of_the_records_and_their_shares(tmp_path, load):
     path = write_jsonl(tmp_path / "a.jsonl", [{"text": f"word {n}"} for n in range(20)])
 
     def digest(**source):
-        mixture = [
-            {"format": "plain", "path": str(path)},
-            {"format": "plain", "path": str(path), **source},
-        ]
-        cfg = DataConfig(format="mixed", mixture=mixture, cache_dir=str(tmp_path / "cache"))
-        return load_dataset_for(cfg, tokenizer).digest
+        one = {"format": "plain", "path": str(path)}
+        return load(one, {**one, **source}).digest
 
     before = digest()
     assert digest(loss_weight=2) == before != digest(weight=2)
@@ -116,25 +113,17 @@ def test_the_digest_is_of_the_records_and_their_shares(tmp_path, tokenizer):
     assert digest() != before
 
 
-def test_collator_says_where_rows_are_from():
-    rows = [
-        {"input_ids": [7, 8], "loss_mask": [0, 1], "source": 2, "loss_weight": 0.25},
-        {"input_ids": [8], "loss_mask": [1]},
-    ]
-    batch = Collator()(rows)
-    assert batch["source"].tolist() == [2, 0] and batch["loss_weight"].tolist() == [0.25, 1.0]
-
-
-def test_collator_pads_by_length():
+def test_collator_pads_by_length_and_says_where_rows_are_from():
     rows = [
         {"input_ids": [7, 0, 0], "loss_mask": [0, 1, 1]},  # ends with real tokens equal to pad
-        {"input_ids": [8, 9], "loss_mask": [0, 1]},
+        {"input_ids": [8, 9], "loss_mask": [0, 1], "source": 2, "loss_weight": 0.25},
     ]
     batch = Collator(pad_id=0)(rows)
     assert batch["input_ids"].tolist() == [[7, 0, 0], [8, 9, 0]]
     assert batch["attention_mask"].tolist() == [[True] * 3, [True, True, False]]
     assert batch["loss_mask"].tolist() == [[False, True, True], [False, True, False]]
     assert batch["input_ids"].dtype == torch.int64 and batch["loss_mask"].dtype == torch.bool
+    assert batch["source"].tolist() == [0, 2] and batch["loss_weight"].tolist() == [1.0, 0.25]
 
 
 @pytest.mark.parametrize("multiple, width", [(1, 3), (2, 4), (3, 3), (64, 64)])

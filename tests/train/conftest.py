@@ -1,4 +1,4 @@
-"""A tiny real tokenizer for the data tests."""
+"""Tiny targets and data."""
 
 import sys
 from pathlib import Path
@@ -7,20 +7,9 @@ import pytest
 
 sys.path.append(str(Path(__file__).parent))  # for data_helpers: importlib mode adds no test folder
 
-TEXTS = [
-    "def add(a, b):\n    return a + b\n\n\nclass Point:\n    x = 1\n",
-    "Hello world, how are you? I am fine.\nThanks! <think>reason</think>",
-    "### Instruction:\n### Response:\nWrite a function that adds two numbers.",
-] * 20
+import data_helpers
 
-
-@pytest.fixture(scope="session")
-def tokenizer_dir(tmp_path_factory):
-    from tools.embedded.tokenizer import train_tokenizer
-
-    folder = tmp_path_factory.mktemp("tokenizer")
-    train_tokenizer(TEXTS, 420, folder)
-    return folder
+tokenizer, tokenizer_dir = data_helpers.tokenizer, data_helpers.tokenizer_dir
 
 
 @pytest.fixture(scope="session")
@@ -41,11 +30,3 @@ def data(tmp_path_factory):
     path = tmp_path_factory.mktemp("data") / "fim.jsonl"
     write_fim(path)
     return path
-
-
-@pytest.fixture
-def tokenizer(tokenizer_dir):
-    """Fresh for each test: tests change its template."""
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(tokenizer_dir)

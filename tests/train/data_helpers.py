@@ -1,6 +1,14 @@
-"""Chat templates, records and files for the data tests, and what a mask supervises as text."""
+"""A tiny real tokenizer, chat templates, records and files, and what a mask supervises as text."""
 
 import json
+
+import pytest
+
+TEXTS = [
+    "def add(a, b):\n    return a + b\n\n\nclass Point:\n    x = 1\n",
+    "Hello world, how are you? I am fine.\nThanks! <think>reason</think>",
+    "### Instruction:\n### Response:\nWrite a function that adds two numbers.",
+] * 20
 
 STRIPPING = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content | trim }}<|im_end|>\n"
@@ -18,6 +26,23 @@ THINKING = (
 )
 REWRITING = "{% for m in messages %}{{ m.role }}: {{ m.content | upper }}<|im_end|>\n{% endfor %}"
 BLANK_BEFORE_END = "{% for m in messages %}{{ m.role }}: {{ m.content }} <|endoftext|>{% endfor %}"
+
+
+@pytest.fixture(scope="session")
+def tokenizer_dir(tmp_path_factory):
+    from tools.embedded.tokenizer import train_tokenizer
+
+    folder = tmp_path_factory.mktemp("tokenizer")
+    train_tokenizer(TEXTS, 420, folder)
+    return folder
+
+
+@pytest.fixture
+def tokenizer(tokenizer_dir):
+    """Fresh for each test: tests change its template."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(tokenizer_dir)
 
 
 def runs(tokenizer, row):

@@ -5,6 +5,7 @@ import random
 import shutil
 
 import torch
+from safetensors.torch import load_file
 
 from configs.schema import HeadTrainConfig
 from eagle.heads.head import HeadConfig, make_head
@@ -43,53 +44,38 @@ def write_fim(path, rows=80, seed=0):
     def text(n):
         return " ".join(rng.choice(WORDS) for _ in range(n)) + "\n"
 
-    lines = [
-        json.dumps(
-            {
-                "prefix": text(rng.randint(2, 9)),
-                "middle": text(rng.randint(2, 7)),
-                "suffix": text(3),
-            }
-        )
-        for _ in range(rows)
-    ]
-    path.write_text("\n".join(lines) + "\n")
+    def row():
+        prefix, middle = text(rng.randint(2, 9)), text(rng.randint(2, 7))
+        return json.dumps({"prefix": prefix, "middle": middle, "suffix": text(3)})
+
+    path.write_text("".join(row() + "\n" for _ in range(rows)))
 
 
 def config(base, data, output, **train):
-    """A small run; sections other than train as dicts: loss=..., eval=..., model=...,
-    data_more=...
-    """
+    """A small run; sections other than train as dicts: loss=, eval=, model=, data_more=."""
     sections = {name: train.pop(name, {}) for name in ("loss", "eval", "model", "data_more")}
-    train = {
-        "max_steps": 4,
-        "batch_size": 4,
-        "dtype": "fp32",
-        "ttt_steps": 3,
-        "log_every": 1,
-        **train,
-    }
-    return HeadTrainConfig.model_validate(
-        {
-            "model": {
-                "base": str(base),
-                "draft_vocab_size": 128,
-                "dtype": "float32",
-                **sections["model"],
-            },
-            "data": {
-                "format": "fim",
-                "path": str(data),
-                "max_length": 96,
-                "cache_dir": str(data.parent / "cache"),
-                "heldout_fraction": 0.1,
-                **sections["data_more"],
-            },
-            "train": {"output": str(output), **train},
-            "loss": sections["loss"],
-            "eval": {"num_prompts": 0, "max_new_tokens": 8, "tree": "8,3,2", **sections["eval"]},
-        }
-    )
+    rows = {"format": "fim", "path": str(data), "max_length": 96, "heldout_fraction": 0.1}
+    rows |= {"cache_dir": str(data.parent / "cache"), **sections["data_more"]}
+    small = {"max_steps": 4, "batch_size": 4, "dtype": "fp32", "ttt_steps": 3, "log_every": 1}
+    model = {"base": str(base), "draft_vocab_size": 128, "dtype": "float32", **sections["model"]}
+    few = {"num_prompts": 0, "max_new_tokens": 8, "tree": "8,3,2", **sections["eval"]}
+    train = {"output": str(output), **small, **train}
+    values = {"model": model, "data": rows, "train": train, "loss": sections["loss"], "eval": few}
+    return HeadTrainConfig.model_validate(values)
+
+
+def trained(base, data, output, **options):
+    """The folder of a finished run of `config`."""
+    from train.main import run
+
+    assert run(config(base, data, output, **options), quiet=True) == 0
+    return output
+
+
+def require_same_tensors(a, b):
+    left, right = load_file(a), load_file(b)
+    assert left.keys() == right.keys()
+    assert not [k for k in left if not torch.equal(left[k], right[k])]
 
 
 def rows_of(output):
@@ -119,9 +105,14 @@ def tiny_head(hidden=32, vocab=60, draft=24, heads=4, kv=2, seed=0, **options):
     return head
 
 
+def mask_of(width, *spans):
+    """[rows, width] bool, True from start to stop in each row."""
+    places = torch.arange(width)
+    return torch.stack([(places >= start) & (places < stop) for start, stop in spans])
+
+
 def drafts_of(head_folder, base):
-    """What a saved head drafts in the engine: tokens of three prompts, and how many it had
-    accepted."""
+    """What a saved head drafts in the engine: tokens of three prompts, and how many accepted."""
     from eagle.checkpoint import load_head
     from eagle.model import EaModel
     from eagle.target import Target

@@ -1,10 +1,7 @@
-"""A run killed again and again, in forked processes: the imports are paid once. Not a test by
-itself.
+"""A run killed again and again, in forked processes: the imports are paid once.
 
-python killed_runs.py CONFIG.json KILLS SEED -> one JSON line: {"moments": […], "steps": […]} Trains
-CONFIG into its output without disturbance, and into OUTPUT-killed with KILLS kills at random
-moments.
-"""
+python killed_runs.py CONFIG.json KILLS SEED -> one JSON line: {"moments": […], "steps": […]}
+Trains CONFIG into its output undisturbed, and into OUTPUT-killed with KILLS kills."""
 
 import json
 import os
@@ -34,8 +31,7 @@ import train.head.loop  # noqa: F401
 
 def start(values: dict, output: Path, resume: str | None) -> int:
     """A child process that trains; returns its id."""
-    pid = os.fork()
-    if pid:
+    if pid := os.fork():
         return pid
     code = 99
     try:
@@ -75,7 +71,7 @@ def main() -> None:
 
     moments, steps, resume = [], [], None
     for _ in range(kills):
-        # a kill lets at most a tenth of the run through, so that it is not done before the last
+        # each lets at most its share of the run through, so that it is not done before the last
         moments.append(rng.uniform(0, to_first + 0.9 * training / kills))
         pid = start(values, killed, resume)
         time.sleep(moments[-1])

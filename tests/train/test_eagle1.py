@@ -17,9 +17,8 @@ from eagle.heads.head import FINAL, HeadConfig, make_head
 from eagle.model import EaModel
 from eagle.target import Target
 from kernels.draft_loss import position_loss
-from train.head.losses import objective_of
 from train.head.setup import output_rows
-from train.head.teacher import feature_noise, with_noise
+from train.head.teacher import feature_noise, objective_of, with_noise
 from train.head.ttt import UnrolledHead, plan_unroll
 from train.main import run
 from train.prepare.features import write_features

@@ -8,17 +8,17 @@ import shutil
 import numpy as np
 import pytest
 from data_helpers import write_jsonl
-from head_helpers import WORDS, config, losses_of, rows_of
+from head_helpers import WORDS, config, losses_of, require_same_tensors, rows_of, trained
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
-from eagle.checkpoint import load_head, read_json
+from eagle.checkpoint import load_head
 from eagle.errors import EagleError
 from records import load_tokenizer
 from train.head import accumulate, loop
 from train.head.accumulate import Accumulator
 from train.head.engine import Engine
-from train.head.vocab import choose_draft_vocab, coverage, describe
+from train.head.setup import choose_draft_vocab, coverage, describe
 from train.main import run
 
 
@@ -35,9 +35,6 @@ def with_tokenizer(base, folder, change):
     return folder
 
 
-# what is not finite
-
-
 def test_a_loss_that_is_not_finite_names_the_row_that_it_came_from(
     base, data, tmp_path, monkeypatch
 ):
@@ -47,8 +44,7 @@ def test_a_loss_that_is_not_finite_names_the_row_that_it_came_from(
 
     def poisoned(source, ids, mask):
         hidden, features = states(source, ids, mask)
-        lengths = mask.sum(1).tolist()
-        hidden.split(lengths)[1][:] = math.nan
+        hidden.split(mask.sum(1).tolist())[1][:] = math.nan
         return hidden, features
 
     def kept(self, batch, *rest):
@@ -67,41 +63,27 @@ def test_a_loss_that_is_not_finite_names_the_row_that_it_came_from(
     assert prefix.strip() in load_tokenizer(str(base)).decode(bad[0].input_ids[1])
 
 
-@pytest.mark.parametrize("what", ["loss", "gradient"])
-def test_a_value_that_is_not_finite_ends_the_run_before_a_checkpoint_has_it(
-    base, data, tmp_path, monkeypatch, what
+def test_a_gradient_that_is_not_finite_ends_the_run_before_a_checkpoint_has_it(
+    base, data, tmp_path, monkeypatch
 ):
-    forward, update, steps = Accumulator.forward, Engine.update, []
-
-    def broken(self, *args):
-        loss, sums = forward(self, *args)
-        return (loss * math.nan if what == "loss" and len(steps) == 3 else loss), sums
+    update, steps = Engine.update, []
 
     def counted(self):
         steps.append(1)
-        return math.inf if what == "gradient" and len(steps) == 4 else update(self)
+        return math.inf if len(steps) == 4 else update(self)
 
-    monkeypatch.setattr(Accumulator, "forward", broken)
     monkeypatch.setattr(Engine, "update", counted)
-    with pytest.raises(EagleError, match=f"the {what}.* at step 4.*lower train.lr.*is whole"):
+    with pytest.raises(EagleError, match="the gradient.* at step 4.*lower train.lr.*is whole"):
         run(config(base, data, tmp_path / "run", save_every=2, batch_size=12), quiet=True)
     state = load_file(tmp_path / "run/checkpoints/step-2/state.safetensors")
     assert all(v.isfinite().all() for k, v in state.items() if k.startswith("weights/"))
     assert not (tmp_path / "run/checkpoints/step-4").exists()
 
 
-# draft vocabulary
-
-
 def test_draft_vocabulary_keeps_specials_then_frequent_then_lowest():
     counts = np.array([0, 5, 0, 9, 0, 0, 1, 0])
-    ids, report = choose_draft_vocab(counts, [7], 3)
-    assert ids.tolist() == [1, 3, 7] and report["coverage"] == pytest.approx(14 / 15)
-    ids, report = choose_draft_vocab(counts, [7], 6)
-    assert ids.tolist() == [0, 1, 2, 3, 6, 7] and report["distinct_supervised"] == 3
-
-
-def test_coverage_is_told_by_source():
+    for size, ids in ((3, [1, 3, 7]), (6, [0, 1, 2, 3, 6, 7])):
+        assert choose_draft_vocab(counts, [7], size).tolist() == ids
     fim, chats = np.array([5, 0, 5, 0]), np.array([0, 9, 1, 0])
     report = coverage(fim + chats, np.array([0, 2]), [3], {"fim": fim, "chat": chats})
     assert report["coverage_by_source"] == {"fim": 1.0, "chat": 0.1}
@@ -113,13 +95,12 @@ def test_special_tokens_are_always_in_the_draft_vocabulary(base, data, tmp_path)
     """Chat tokens occur nowhere in FIM data, and every id of a small vocabulary has a better
     claim."""
     tokenizer = AutoTokenizer.from_pretrained(base)
-    cfg = config(base, data, tmp_path / "run", max_steps=1, model={"draft_vocab_size": 16})
-    assert run(cfg, quiet=True) == 0
-    kept = draft_ids(tmp_path / "run")
+    few = {"max_steps": 1, "model": {"draft_vocab_size": 16}}
+    kept = draft_ids(trained(base, data, tmp_path / "run", **few))
     assert len(kept) == 16 and set(tokenizer.added_tokens_decoder) <= set(kept)
-    cfg = config(base, data, tmp_path / "no", max_steps=1, model={"draft_vocab_size": 3})
+    few["model"] = {"draft_vocab_size": 3}
     with pytest.raises(EagleError, match="cannot hold the .* special tokens; raise it"):
-        run(cfg, quiet=True)
+        run(config(base, data, tmp_path / "no", **few), quiet=True)
 
 
 def test_a_warm_start_keeps_the_draft_vocabulary_on_other_data(base, data, tmp_path):
@@ -127,41 +108,31 @@ def test_a_warm_start_keeps_the_draft_vocabulary_on_other_data(base, data, tmp_p
     rng = random.Random(0)
     spell = [" ".join(rng.choice(WORDS) for _ in range(6)).upper() for _ in range(60)]
     rows = [{"prefix": "x", "middle": text, "suffix": "y"} for text in spell]
-    other = write_jsonl(tmp_path / "o.jsonl", rows)
-    small = {"draft_vocab_size": 40}
+    other, small = write_jsonl(tmp_path / "o.jsonl", rows), {"draft_vocab_size": 40}
     warm = {"draft_vocab_size": None, "init_head": str(tmp_path / "first/head")}
-    for name, path, model in (
-        ("first", data, small),
-        ("fresh", other, small),
-        ("warm", other, warm),
-    ):
-        assert run(config(base, path, tmp_path / name, max_steps=1, model=model), quiet=True) == 0
-    assert draft_ids(tmp_path / "warm") == draft_ids(tmp_path / "first")
-    assert draft_ids(tmp_path / "fresh") != draft_ids(tmp_path / "first")
+    runs = (("first", data, small), ("fresh", other, small), ("warm", other, warm))
+    first, fresh, warmed = (
+        draft_ids(trained(base, path, tmp_path / name, max_steps=1, model=model))
+        for name, path, model in runs
+    )
+    assert warmed == first != fresh
 
 
-# data
-
-
-@pytest.mark.parametrize("pad", ["eos", "none", "own"])
-def test_the_padding_token_means_nothing(base, data, tmp_path, pad):
+def test_the_padding_token_means_nothing(base, data, tmp_path):
     """Padding is known by length: with pad = eos the end token is learnt all the same."""
 
-    def change(tokenizer):
-        tokenizer.pad_token = {"eos": tokenizer.eos_token, "none": None, "own": "def"}[pad]
+    def seen(name, model):
+        rows = rows_of(trained(model, data, tmp_path / name, max_steps=3))
+        return [x for row in rows for x in (row["loss"], row["targets"])]
 
-    found, other = [], with_tokenizer(base, tmp_path / "m", change)
-    for name, model in (("as-it-is", base), ("changed", other)):
-        assert run(config(model, data, tmp_path / name, max_steps=3), quiet=True) == 0
-        found.append([x for row in rows_of(tmp_path / name) for x in (row["loss"], row["targets"])])
-    assert found[0] == pytest.approx(found[1], rel=1e-6)
+    found = seen("as-it-is", base)
+    for n, pad in enumerate(["<|endoftext|>", None, "def"]):
 
+        def change(tokenizer, pad=pad):
+            tokenizer.pad_token = pad
 
-@pytest.mark.parametrize("mine, said", [(True, "written by the target"), (False, "as in the data")])
-def test_the_head_says_who_wrote_the_answers(base, data, tmp_path, mine, said):
-    cfg = config(base, data, tmp_path / "run", max_steps=1, data_more={"on_policy": mine})
-    assert run(cfg, quiet=True) == 0
-    assert read_json(tmp_path / "run/head/eagle.json")["data"]["answers"] == said
+        other = with_tokenizer(base, tmp_path / f"base{n}", change)
+        assert seen(f"changed{n}", other) == pytest.approx(found, rel=1e-6)
 
 
 def test_the_best_head_is_chosen_by_acceptance_and_not_by_loss(base, data, tmp_path, monkeypatch):
@@ -171,14 +142,13 @@ def test_the_best_head_is_chosen_by_acceptance_and_not_by_loss(base, data, tmp_p
     monkeypatch.setattr(loop, "acceptance", lambda *a: {**measure(*a), "tau": next(taus)})
     more = {"max_steps": 30, "eval_every": 10, "save_total_limit": 1, "lr": 3e-3, "batch_size": 16}
     few = {"num_prompts": 1, "max_new_tokens": 4}
-    assert run(config(base, data, tmp_path / "run", eval=few, **more), quiet=True) == 0
-    losses = losses_of(tmp_path / "run")
+    output = trained(base, data, tmp_path / "run", eval=few, **more)
+    losses = losses_of(output)
     assert losses[29] < losses[19] < losses[9]
-    summary = json.loads((tmp_path / "run/summary.json").read_text())
+    summary = json.loads((output / "summary.json").read_text())
     assert summary["best"] == {"checkpoint": "step-20", "tau": 2.5}
-    kept = load_file(tmp_path / "run/checkpoints/step-20/head/model.safetensors")
-    used = load_file(tmp_path / "run/head/model.safetensors")
-    assert all((kept[k] == used[k]).all() for k in kept)
+    kept, used = (output / x / "model.safetensors" for x in ("checkpoints/step-20/head", "head"))
+    require_same_tensors(kept, used)
 
 
 def test_too_little_supervision_is_refused(base, data, tmp_path):
@@ -188,17 +158,15 @@ def test_too_little_supervision_is_refused(base, data, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("zero", [0, 1, 2, 3])
-def test_a_batch_that_teaches_nothing_takes_part_all_the_same(base, tmp_path, zero):
+def test_a_batch_that_teaches_nothing_takes_part_all_the_same(base, tmp_path):
     """Its only target is the second token, which no head can draft. Every parameter must still have
     a gradient, or ranks wait for each other."""
     nothing = {"input_ids": [5, 6, 7, 8], "loss_mask": [0, 1, 0, 0]}
     rows = [{"input_ids": [n, 6, 7, 8, 9, 10], "loss_mask": [0, 0, 0, 1, 1, 1]} for n in range(40)]
     path = write_jsonl(tmp_path / "rows.jsonl", [*rows, *[nothing] * 120])
-    more = {"zero": zero, "max_steps": 24, "batch_size": 1, "grad_accum": 2}
-    few = {"format": "tokenized", "heldout_fraction": 0.0}
-    assert run(config(base, path, tmp_path / "run", data_more=few, **more), quiet=True) == 0
-    losses = losses_of(tmp_path / "run")
+    more = {"zero": 3, "max_steps": 12, "batch_size": 1, "grad_accum": 2}
+    more["data_more"] = {"format": "tokenized", "heldout_fraction": 0.0}
+    losses = losses_of(trained(base, path, tmp_path / "run", **more))
     assert 0.0 in losses and max(losses) > 0  # some steps teach nothing at all
 
 

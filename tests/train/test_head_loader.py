@@ -4,22 +4,18 @@ import itertools
 
 import pytest
 import torch
-from head_helpers import config, losses_of, rows_of
-from safetensors.torch import load_file
+from head_helpers import losses_of, require_same_tensors, rows_of, trained
 
 from configs.schema import DataConfig, TrainConfig
 from records import load_dataset_for
-from train.head.loader import RowOrder, Steps, cut_step, read_ahead
-from train.main import run
-
-CPU = torch.device("cpu")
+from train.head.loader import Steps, cut_step, read_ahead, row_order
 
 
 def test_an_epoch_is_a_permutation():
-    epochs = RowOrder(11, 3).take(0, 22)
+    epochs = row_order(11, 3, 0, 22)
     assert sorted(row for _, row in epochs[:11]) == list(range(11))
     assert [row for _, row in epochs[:11]] != [row for _, row in epochs[11:]]
-    assert RowOrder(11, 3).take(7, 9) == epochs[7:16] and RowOrder(11, 4).take(0, 22) != epochs
+    assert row_order(11, 3, 7, 9) == epochs[7:16] and row_order(11, 4, 0, 22) != epochs
 
 
 LENGTHS = [24, 64, 8, 8, 40, 16, 64, 56, 8, 32, 8, 48]
@@ -47,38 +43,30 @@ def rows(tmp_path, base, data):
     return load_dataset_for(cfg, load_tokenizer(str(base)))
 
 
-def steps_of(rows, rank=0, world=1, max_tokens=None, batch_size=3, grad_accum=2):
-    cfg = TrainConfig(
-        batch_size=batch_size, grad_accum=grad_accum, seed=5, max_tokens_per_batch=max_tokens
-    )
+def steps_of(rows, rank=0, world=1, **more):
+    cfg = TrainConfig(**{"batch_size": 3, "grad_accum": 2, "seed": 5, **more})
     return Steps(rows, cfg, 0, rank, world)
 
 
 def contents(batches):
     """What a model would be given, row by row."""
     return [
-        (
-            batch.input_ids[n][batch.attention_mask[n]].tolist(),
-            batch.loss_mask[n].sum().item(),
-            place,
-        )
-        for batch in batches
-        for n, place in enumerate(batch.places)
+        (b.input_ids[n][b.attention_mask[n]].tolist(), b.loss_mask[n].sum().item(), place)
+        for b in batches
+        for n, place in enumerate(b.places)
     ]
 
 
 def test_a_step_has_the_same_rows_however_it_is_split(rows):
     def at(start, ranks, **more):
-        found = [
-            contents(steps_of(rows, rank=rank, world=ranks, **more)[start]) for rank in range(ranks)
-        ]
+        found = [contents(steps_of(rows, r, ranks, **more)[start]) for r in range(ranks)]
         return sorted(itertools.chain(*found), key=lambda row: row[2])
 
     expected = at(70, 1, batch_size=3, grad_accum=4)  # over the end of an epoch
     assert len({epoch for _, _, (epoch, _) in expected}) == 2
     assert at(70, 2, batch_size=3, grad_accum=2) == expected
-    assert at(70, 1, batch_size=1, grad_accum=12, max_tokens=96) == expected
-    assert at(70, 2, batch_size=2, grad_accum=3, max_tokens=200) == expected
+    assert at(70, 1, batch_size=1, grad_accum=12, max_tokens_per_batch=96) == expected
+    assert at(70, 2, batch_size=2, grad_accum=3, max_tokens_per_batch=200) == expected
 
 
 def test_reading_ahead_gives_the_same_steps(rows):
@@ -90,14 +78,13 @@ def test_reading_ahead_gives_the_same_steps(rows):
 
 
 def test_a_run_with_a_token_budget_learns_the_same(base, data, tmp_path):
-    more = {"max_steps": 4, "batch_size": 8, "lr": 1e-4, "save_every": 2, "save_total_limit": 9}
-    assert run(config(base, data, tmp_path / "plain", **more), quiet=True) == 0
+    more = {"batch_size": 8, "lr": 1e-4, "save_every": 2, "save_total_limit": 9}
+    plain = trained(base, data, tmp_path / "plain", **more)
     more |= {"max_tokens_per_batch": 130}
-    assert run(config(base, data, tmp_path / "budget", **more), quiet=True) == 0
-    assert losses_of(tmp_path / "plain") == pytest.approx(losses_of(tmp_path / "budget"), rel=1e-5)
-    norms = [[r["grad_norm"] for r in rows_of(tmp_path / x)] for x in ("plain", "budget")]
+    budget = trained(base, data, tmp_path / "budget", **more)
+    assert losses_of(plain) == pytest.approx(losses_of(budget), rel=1e-5)
+    norms = [[r["grad_norm"] for r in rows_of(x)] for x in (plain, budget)]
     assert norms[0] == pytest.approx(norms[1], rel=1e-4)
-    more["resume"] = str(tmp_path / "budget/checkpoints/step-2")
-    assert run(config(base, data, tmp_path / "again", **more), quiet=True) == 0
-    one, two = (load_file(tmp_path / x / "head/model.safetensors") for x in ("budget", "again"))
-    assert all(torch.equal(one[k], two[k]) for k in one)
+    more["resume"] = str(budget / "checkpoints/step-2")
+    again = trained(base, data, tmp_path / "again", **more)
+    require_same_tensors(budget / "head/model.safetensors", again / "head/model.safetensors")

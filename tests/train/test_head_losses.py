@@ -2,35 +2,31 @@
 
 import pytest
 import torch
-from head_helpers import tiny_head
+from head_helpers import mask_of, tiny_head
 
 from configs.schema import LossConfig
 from kernels.draft_loss import position_loss
-from train.head.losses import depth_weights, feature_loss, objective_of
 from train.head.metrics import COLUMNS, depth_metrics
+from train.head.teacher import objective_of
 from train.head.ttt import UnrolledHead, plan_unroll
 
 H, V, D = 32, 60, 24
 
 
-def distributions(rows=50, seed=0):
-    torch.manual_seed(seed)
-    return torch.randn(rows, D), torch.randn(rows, D)
+def distributions():
+    torch.manual_seed(0)
+    return torch.randn(50, D), torch.randn(50, D)
 
 
 def losses(teacher, logits, **settings):
-    return position_loss(teacher, logits, objective_of(LossConfig(**settings)))
+    return position_loss(teacher, logits, objective_of(LossConfig(**settings)))[0]
 
 
 def fake_batch(mask, seed=0):
     """Random features, embeddings, and a teacher's logits and choice for every (row, source)."""
     generator = torch.Generator().manual_seed(seed)
-    B, T = mask.shape
-    features = torch.randn(B, T, 3 * H, generator=generator)
-    embeds = torch.randn(B, T, H, generator=generator)
-    everywhere = torch.randn(B, T, D, generator=generator)
-    best = torch.randint(-4, D, (B, T), generator=generator).clamp_min(-1)
-    return features, embeds, everywhere, best
+    parts = [torch.randn(*mask.shape, size, generator=generator) for size in (3 * H, H, D)]
+    return *parts, torch.randint(-4, D, mask.shape, generator=generator).clamp_min(-1)
 
 
 def run(module, mask, data, totals=None):
@@ -41,9 +37,8 @@ def run(module, mask, data, totals=None):
     def teacher(start, stop):
         return logits[start:stop], choices[start:stop]
 
-    return module(
-        features, embeds, plan, teacher, plan.counts.float() if totals is None else totals
-    )
+    totals = plan.counts.float() if totals is None else totals
+    return module(features, embeds, plan, teacher, totals)
 
 
 def make(steps=3, loss=None):
@@ -53,10 +48,9 @@ def make(steps=3, loss=None):
 @pytest.mark.parametrize("over", ["soft_ce", "kl", "reverse_kl", "overlap", "total_variation"])
 def test_focal_without_gamma_is_the_loss_it_is_over(over):
     teacher, logits = distributions()
-    plain, _ = losses(teacher, logits, name=over)
-    focal, _ = losses(teacher, logits, name="focal", focal_over=over, gamma=0.0)
-    torch.testing.assert_close(focal, plain)
-    scaled, _ = losses(teacher, logits, name="focal", focal_over=over, gamma=0.0, alpha=0.25)
+    plain, focal = losses(teacher, logits, name=over), {"name": "focal", "focal_over": over}
+    torch.testing.assert_close(losses(teacher, logits, gamma=0.0, **focal), plain)
+    scaled = losses(teacher, logits, gamma=0.0, alpha=0.25, **focal)
     torch.testing.assert_close(scaled, 0.25 * plain)
 
 
@@ -64,41 +58,24 @@ def test_focal_without_gamma_is_the_loss_it_is_over(over):
 def test_focal_fades_as_the_overlap_grows(gamma):
     teacher, logits = distributions()
     ratio = [
-        (losses(teacher, x, name="focal", gamma=gamma)[0] / losses(teacher, x)[0]).mean().item()
+        (losses(teacher, x, name="focal", gamma=gamma) / losses(teacher, x)).mean().item()
         for x in (logits, teacher + 1e-3 * logits, teacher)
     ]
     assert ratio[0] > 0.05 > ratio[1] > ratio[2] >= 0 and ratio[2] < 1e-2
 
 
 def test_depth_weights():
-    assert depth_weights(LossConfig(), 3, 0.5) == [1, 0.5, 0.25]
-    assert depth_weights(LossConfig(depth_weights=[3, 2, 1]), 3, 0.5) == [3, 2, 1]
-    mask = torch.zeros(2, 14, dtype=torch.bool)
-    mask[:, 5:11] = True
-    by_step = []
+    mask, by_step = mask_of(14, (5, 11), (5, 11)), []
     for only in range(3):
-        weights = [0.0] * 3
-        weights[only] = 1.0
-        module = make(3, LossConfig(depth_weights=weights))
+        module = make(3, LossConfig(depth_weights=[float(i == only) for i in range(3)]))
         by_step.append(float(run(module, mask, fake_batch(mask))[0].detach()))
     whole = float(run(make(), mask, fake_batch(mask))[0].detach())
     assert whole == pytest.approx(sum(0.8**i * x for i, x in enumerate(by_step)), rel=1e-5)
 
 
-def test_feature_loss_is_smooth_l1_and_teaches_the_head_alone():
-    predicted = torch.tensor([[0.0, 3.0]], requires_grad=True)
-    features = torch.tensor([[0.5, 0.0]], requires_grad=True)
-    loss = feature_loss(predicted, features)
-    assert loss.tolist() == [pytest.approx((0.125 + 2.5) / 2)]
-    loss.sum().backward()
-    assert predicted.grad.tolist() == [[-0.25, 0.5]] and features.grad is None
-
-
 @pytest.mark.parametrize("steps", [1, 2, 4])
 def test_the_last_step_has_gradient_exactly_where_its_token_is_supervised(steps):
-    mask = torch.zeros(2, 14, dtype=torch.bool)
-    mask[0, 6:9] = True
-    mask[1, 11:14] = True  # up to the right edge
+    mask = mask_of(14, (6, 9), (11, 14))  # up to the right edge
     module, kept = make(steps), []
     unroll = module.unroll
 
@@ -121,19 +98,8 @@ def test_the_last_step_has_gradient_exactly_where_its_token_is_supervised(steps)
         assert found == expected
 
 
-def test_nothing_is_detached_between_the_steps():
-    mask = torch.zeros(1, 12, dtype=torch.bool)
-    mask[0, 5:12] = True
-    module = make(3, LossConfig(depth_weights=[0, 0, 1]))
-    data = fake_batch(mask)
-    data[3][:] = 1
-    run(module, mask, data)[0].backward()
-    assert module.head.fc.weight.grad.abs().sum() > 0  # only step 0 uses it
-
-
 def test_what_the_head_cannot_propose_teaches_nothing():
-    mask = torch.zeros(1, 10, dtype=torch.bool)
-    mask[0, 4:9] = True
+    mask = mask_of(10, (4, 9))
     data = fake_batch(mask)
     data[3][:] = -1
     module = make()
@@ -144,8 +110,7 @@ def test_what_the_head_cannot_propose_teaches_nothing():
 
 
 def test_loss_ignores_padding_and_what_stands_there():
-    mask = torch.zeros(3, 12, dtype=torch.bool)
-    mask[0, 3:6], mask[1, 7:12], mask[2, 2:4] = True, True, True
+    mask = mask_of(12, (3, 6), (7, 12), (2, 4))
     module, data = make(), fake_batch(mask)
     loss, sums = run(module, mask, data)
     wider = torch.cat([mask, torch.zeros(3, 7, dtype=torch.bool)], 1)
@@ -173,9 +138,7 @@ def test_loss_and_gradient_do_not_change_with_the_split_into_micro_batches():
 
 
 def test_a_batch_without_targets_has_zero_loss_and_zero_gradient():
-    mask = torch.zeros(2, 6, dtype=torch.bool)
-    mask[:, 1] = True  # nothing precedes what precedes it
-    module = make()
+    mask, module = mask_of(6, (1, 2), (1, 2)), make()  # nothing precedes what precedes it
     loss, _ = run(module, mask, fake_batch(mask))
     loss.backward()
     assert float(loss.detach()) == 0
@@ -185,13 +148,9 @@ def test_a_batch_without_targets_has_zero_loss_and_zero_gradient():
 def test_metrics_of_a_known_chain():
     # two starts: both right at depth 0, one of them at depth 1; a third target is outside the
     # vocabulary
-    sums = torch.zeros(2, len(COLUMNS))
-    column = {name: i for i, name in enumerate(COLUMNS)}
     first = {"targets": 4, "known": 3, "right": 2, "asked": 4, "held": 2}
     second = {"targets": 4, "known": 4, "right": 1, "asked": 2, "held": 1}
-    for depth, values in enumerate([first, second]):
-        for name, value in values.items():
-            sums[depth, column[name]] = value
-    m = depth_metrics(sums, 0.8)
+    sums = torch.tensor([[depth.get(name, 0.0) for name in COLUMNS] for depth in (first, second)])
+    m = depth_metrics(sums, [1.0, 0.8])
     assert m["accuracy_by_depth"] == [0.5, 0.25] and m["acceptance_by_depth"] == [0.5, 0.5]
     assert m["tau_simulated"] == pytest.approx(1 + 0.5 + 0.25) and m["outside_draft_vocab"] == 1

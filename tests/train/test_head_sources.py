@@ -1,14 +1,14 @@
 """A run on several sources: their shares, loss weights and metrics."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
 from data_helpers import chat, write_jsonl
-from head_helpers import config, losses_of, rows_of, write_fim
+from head_helpers import losses_of, require_same_tensors, rows_of, trained, write_fim
 
 from train.head.metrics import COLUMNS, SourceMetrics, by_source
-from train.main import run
 
 
 @pytest.fixture(scope="module")
@@ -21,38 +21,26 @@ def files(tmp_path_factory):
     return folder
 
 
-def mixed(
-    base, files, output, loss_weights=(1.0, 1.0), weights=(1.0, 1.0), data_more=None, **train
-):
+def mixed(base, files, output, loss_weights=(1.0, 1.0), **more):
     mixture = [
-        {"format": "fim", "path": str(files / "fim.jsonl"), "loss_weight": loss_weights[0]},
-        {"format": "chat", "path": str(files / "chat.jsonl"), "loss_weight": loss_weights[1]},
+        {"format": name, "path": str(files / f"{name}.jsonl"), "loss_weight": weight}
+        for name, weight in zip(("fim", "chat"), loss_weights, strict=True)
     ]
-    for source, weight in zip(mixture, weights, strict=True):
-        source["weight"] = weight
-    more = {
-        "format": "mixed",
-        "path": None,
-        "mixture": mixture,
-        "cache_dir": str(files / "cache"),
-        **(data_more or {}),
-    }
-    return config(base, files / "fim.jsonl", output, data_more=more, **train)
+    rows = {"format": "mixed", "path": None, "mixture": mixture, "cache_dir": str(files / "cache")}
+    return trained(base, files / "fim.jsonl", output, data_more=rows, **more)
 
 
 def test_metrics_and_evaluation_are_told_by_source(base, files, tmp_path):
     more = {"max_steps": 6, "log_every": 3, "batch_size": 4, "eval": {"num_prompts": 5}}
-    assert run(mixed(base, files, tmp_path / "run", **more), quiet=True) == 0
-    rows = rows_of(tmp_path / "run")
+    output = mixed(base, files, tmp_path / "run", **more)
+    rows = rows_of(output)
     assert [row["step"] for row in rows] == [1, 3, 6]
     last = rows[-1]["sources"]
     assert last.keys() == {"fim", "chat"}
     for values in last.values():
         assert values["loss"] > 0 and len(values["acceptance_by_depth"]) == 3
-        assert (
-            values["targets"] > rows[-1]["targets"] / 8
-        )  # of the three steps since the row before
-    summary = json.loads((tmp_path / "run/summary.json").read_text())
+        assert values["targets"] > rows[-1]["targets"] / 8  # of three steps, since the row before
+    summary = json.loads((output / "summary.json").read_text())
     assert summary["final"]["sources"].keys() == {"fim", "chat"}
     assert summary["draft_vocabulary"]["coverage_by_source"].keys() == {"fim", "chat"}
     evaluation = summary["evaluations"][-1]["sources"]
@@ -61,21 +49,14 @@ def test_metrics_and_evaluation_are_told_by_source(base, files, tmp_path):
 
 
 def test_a_source_of_no_weight_leaves_the_gradient_of_the_other(base, files, tmp_path):
-    """With 1e-6 beside 1 the gradient is that of the other source's rows alone, and so is the
-    loss.
-    """
-    more = {"max_steps": 1, "batch_size": 8}
+    """With 1e-6 beside 1, gradient and loss are those of the other source's rows alone."""
     found = {}
     for name, weights in (("both", (1, 1)), ("fim", (1, 1e-6)), ("chat", (1e-6, 1))):
-        output = tmp_path / name
-        assert run(mixed(base, files, output, loss_weights=weights, **more), quiet=True) == 0
+        output = mixed(base, files, tmp_path / name, weights, max_steps=1, batch_size=8)
         [found[name]] = rows_of(output)
-    sources = found["both"]["sources"]
     for name in ("fim", "chat"):
-        assert found[name]["loss"] == pytest.approx(sources[name]["loss"], rel=1e-3)
-        assert found[name]["sources"][name]["loss"] == pytest.approx(
-            sources[name]["loss"], rel=1e-3
-        )
+        loss = pytest.approx(found["both"]["sources"][name]["loss"], rel=1e-3)
+        assert found[name]["loss"] == loss == found[name]["sources"][name]["loss"]
         assert found[name]["grad_norm"] != pytest.approx(found["both"]["grad_norm"], rel=1e-2)
 
 
@@ -83,24 +64,18 @@ def test_the_cut_into_micro_batches_leaves_loss_weights_alone(base, files, tmp_p
     more = {"max_steps": 3, "lr": 1e-4, "loss_weights": (3.0, 0.5)}
     whole = mixed(base, files, tmp_path / "whole", batch_size=8, **more)
     parts = mixed(base, files, tmp_path / "parts", batch_size=2, grad_accum=4, zero=1, **more)
-    assert run(whole, quiet=True) == run(parts, quiet=True) == 0
-    assert losses_of(tmp_path / "whole") == pytest.approx(losses_of(tmp_path / "parts"), rel=1e-5)
-    norms = [[row["grad_norm"] for row in rows_of(tmp_path / x)] for x in ("whole", "parts")]
+    assert losses_of(whole) == pytest.approx(losses_of(parts), rel=1e-5)
+    norms = [[row["grad_norm"] for row in rows_of(x)] for x in (whole, parts)]
     assert norms[0] == pytest.approx(norms[1], rel=1e-4)
 
 
 def test_a_mixture_resumes_bit_for_bit(base, files, tmp_path):
-    from safetensors.torch import load_file
-
-    more = {"max_steps": 40, "save_every": 15, "save_total_limit": 9, "log_every": 4}  # epochs pass
-    assert run(mixed(base, files, tmp_path / "whole", **more), quiet=True) == 0
-    more |= {"resume": str(tmp_path / "whole/checkpoints/step-30")}
-    assert run(mixed(base, files, tmp_path / "cut", **more), quiet=True) == 0
-    one, two = (load_file(tmp_path / x / "head/model.safetensors") for x in ("whole", "cut"))
-    assert all(torch.equal(one[k], two[k]) for k in one)
-    whole = {row["step"]: row["sources"] for row in rows_of(tmp_path / "whole")}
-    for row in rows_of(tmp_path / "cut"):
-        assert row["sources"] == whole[row["step"]]
+    more = {"max_steps": 20, "batch_size": 8, "save_every": 10, "log_every": 4}  # an epoch passes
+    whole = mixed(base, files, tmp_path / "whole", **more)
+    cut = mixed(base, files, tmp_path / "cut", resume=str(whole / "checkpoints/step-10"), **more)
+    require_same_tensors(whole / "head/model.safetensors", cut / "head/model.safetensors")
+    expected = {row["step"]: row["sources"] for row in rows_of(whole)}
+    assert all(row["sources"] == expected[row["step"]] for row in rows_of(cut))
 
 
 def test_source_metrics_weigh_what_is_minimised_alone():
@@ -109,7 +84,8 @@ def test_source_metrics_weigh_what_is_minimised_alone():
     sums[..., column["targets"]] = 2.0
     sums[0, :, column["loss"]], sums[1, :, column["loss"]], sums[2, :, column["loss"]] = 2, 4, 10
     found = by_source(sums, torch.tensor([0, 0, 1]), 2)
-    metrics = SourceMetrics(["a", "b"], [1.0, 3.0], [1.0, 0.5])
+    pair = [SimpleNamespace(name=n, loss_weight=weight) for n, weight in (("a", 1.0), ("b", 3.0))]
+    metrics = SourceMetrics(pair, [1.0, 0.5])
     row = metrics.step(found)
     assert row["loss_by_depth"] == pytest.approx([(6 + 3 * 10) / (4 + 3 * 2)] * 2)
     assert row["loss"] == pytest.approx(1.5 * 3.6) and row["targets"] == 6

@@ -1,22 +1,15 @@
 """Options of a step that change what it costs and not what it learns."""
 
-import ctypes
-import os
-import subprocess
-import sys
-from pathlib import Path
+from functools import partial
 
 import pytest
 import torch
-from head_helpers import config, losses_of, rows_of
+from head_helpers import config, losses_of, rows_of, trained
 from safetensors.torch import load_file
 
 from eagle.errors import EagleError
 from train.head.accumulate import Accumulator
 from train.main import run
-
-ROOT = Path(__file__).parents[2]
-ENV = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
 
 def require_alike(a, b, rel=1e-4):
@@ -33,30 +26,30 @@ def require_alike(a, b, rel=1e-4):
 def test_checkpointed_activations_change_nothing_but_memory(base, data, tmp_path, zero):
     kept = {}
     for name, on in (("plain", False), ("checkpointed", True)):
-        sizes = []
-        cfg = config(base, data, tmp_path / name, checkpoint_activations=on, zero=zero, max_steps=3)
+        sizes, more = [], {"checkpoint_activations": on, "zero": zero, "max_steps": 2}
 
         def pack(tensor, sizes=sizes):
             sizes.append(tensor.numel() * tensor.element_size())
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            assert run(cfg, quiet=True) == 0
+            trained(base, data, tmp_path / name, **more)
         kept[name] = sum(sizes)
     assert kept["checkpointed"] < 0.7 * kept["plain"]
     require_alike(tmp_path / "plain", tmp_path / "checkpointed", rel=1e-5)
 
 
-@pytest.mark.slow
-def test_a_compiled_layer_trains_the_same(base, data, tmp_path):
+def test_a_compiled_layer_trains_the_same(base, data, tmp_path, monkeypatch):
+    """Graphs and their gradients; to make C++ of them is torch's, and slow."""
     from torch._dynamo.utils import counters
 
-    more = {"max_steps": 4, "lr": 1e-4, "ttt_steps": 2}
-    assert run(config(base, data, tmp_path / "eager", **more), quiet=True) == 0
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    more = {"lr": 1e-4, "ttt_steps": 2, "max_steps": 2}
+    eager = trained(base, data, tmp_path / "eager", **more)
     counters.clear()
-    assert run(config(base, data, tmp_path / "compiled", compile=True, **more), quiet=True) == 0
+    compiled = trained(base, data, tmp_path / "compiled", compile=True, **more)
     assert counters["stats"]["unique_graphs"] >= 2
-    require_alike(tmp_path / "eager", tmp_path / "compiled")
+    require_alike(eager, compiled)
 
 
 def test_a_layer_that_does_not_compile_ends_the_run(base, data, tmp_path, monkeypatch):
@@ -76,29 +69,3 @@ def test_a_device_without_memory_ends_the_run_with_the_remedy(base, data, tmp_pa
     monkeypatch.setattr(Accumulator, "forward", full)
     with pytest.raises(EagleError, match=r"out of memory \(no room\); .*max_tokens_per_batch"):
         run(config(base, data, tmp_path / "run"), quiet=True)
-
-
-GROWN = """
-import ctypes, sys
-from train.main import train
-more = "train.max_steps=10 train.batch_size=4 data.max_length=256 train.report_to=none"
-folder = sys.argv[1]
-more += f" eval.num_prompts=0 data.cache_dir={folder}"
-train(*more.split(), data_format="chat", output=f"{folder}/run")
-def resident():
-    return int(open("/proc/self/statm").read().split()[1]) * 4096 / 2**20
-before = resident()
-ctypes.CDLL(None).malloc_trim(0)
-print(before - resident())
-"""
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="needs glibc")
-def test_what_freed_tensors_leave_does_not_pile_up(tmp_path):
-    """Steps on rows of all lengths: of what the process holds hardly anything is free (160 MB of it
-    were)."""
-    command = [sys.executable, "-c", GROWN, str(tmp_path)]
-    done = subprocess.run(command, env=ENV, cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert float(done.stdout.splitlines()[-1]) < 100

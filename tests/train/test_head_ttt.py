@@ -2,29 +2,23 @@
 
 import pytest
 import torch
-from head_helpers import tiny_head
+from head_helpers import mask_of, tiny_head
 
 from configs.schema import LossConfig
 from train.head.ttt import UnrolledHead, plan_unroll
 
 
 class GrowingKeys:
-    """The way of inference: every pass appends its keys and sees all that are there, in each
-    layer.
-    """
+    """The way of inference: every pass appends its keys and sees all of its layer."""
 
     def __init__(self):
         self.kept = {}
 
     def __call__(self, layer, q, k, v):
-        past = 0
-        if layer in self.kept:
-            before = self.kept[layer]
-            past = before[0].shape[2]
-            k, v = (torch.cat(pair, 2) for pair in zip(before, (k, v), strict=True))
-        self.kept[layer] = k, v
-        groups = q.shape[1] // k.shape[1]
-        keys, values = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+        before = self.kept.get(layer, (k[:, :, :0], v[:, :, :0]))
+        past = before[0].shape[2]
+        k, v = self.kept[layer] = [torch.cat(p, 2) for p in zip(before, (k, v), strict=True)]
+        keys, values = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
         scores = q @ keys.transpose(2, 3) * q.shape[-1] ** -0.5
         future = torch.arange(keys.shape[2]) > torch.arange(past, past + q.shape[2])[:, None]
         return (scores.masked_fill(future, float("-inf")).softmax(-1) @ values).transpose(1, 2)
@@ -80,8 +74,7 @@ def test_unrolled_equals_incremental(options):
 
 def test_no_position_sees_a_later_token():
     head, T, H = tiny_head(), 12, 32
-    mask = torch.zeros(1, T, dtype=torch.bool)
-    mask[0, 4:10] = True
+    mask = mask_of(T, (4, 10))
     plan = plan_unroll(mask, 3)
     module = UnrolledHead(head, 3, 0.8, LossConfig(), amp=False)
     features, embeds = torch.randn(T, 3 * H), torch.randn(T, H, requires_grad=True)
@@ -100,8 +93,7 @@ def test_blocks_of_a_long_row_are_one_attention(chains, monkeypatch):
     found = []
     for size in (256, 10_000):
         monkeypatch.setattr("train.head.ttt.BLOCK", size)
-        mask = torch.zeros(2, chains + 9, dtype=torch.bool)
-        mask[0, 4 : 4 + chains], mask[1, 5:8] = True, True
+        mask = mask_of(chains + 9, (4, 4 + chains), (5, 8))
         plan = plan_unroll(mask, 2)
         torch.manual_seed(0)
         head = tiny_head()
@@ -116,8 +108,7 @@ def test_blocks_of_a_long_row_are_one_attention(chains, monkeypatch):
 
 def test_rows_are_packed_by_their_lengths():
     """Padding changes no place among the packed tokens."""
-    mask = torch.zeros(2, 12, dtype=torch.bool)
-    mask[0, 3:6], mask[1, 4:9] = True, True
+    mask = mask_of(12, (3, 6), (4, 9))
     plan = plan_unroll(mask, 3, lengths=torch.tensor([7, 10]))
     starts = torch.tensor([0, 7])
     assert torch.equal(plan.keys[plan.chain_keys], starts[plan.chain_rows] + plan.positions)

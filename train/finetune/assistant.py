@@ -23,8 +23,7 @@ from pathlib import Path
 
 from eagle.checkpoint import atomic_write_text
 from eagle.errors import EagleError
-from records.shipped import shipped
-from records.sources import read_records
+from records.sources import read_records, shipped
 
 CODE_LIMIT, TEXT_LIMIT = 500, 240  # characters
 DRAWS = 3  # rankings of each test, against others

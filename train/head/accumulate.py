@@ -1,7 +1,6 @@
 """Forward and backward of one step's rows: what a rank adds to the gradient before it is shared.
 
-B rows of a micro-batch, G sources, S unrolled steps, C columns of `train.head.metrics`.
-"""
+B rows of a micro-batch, G sources, S unrolled steps, C columns of `train.head.metrics`."""
 
 from __future__ import annotations
 
@@ -42,8 +41,7 @@ class Accumulator:
         self.noise = feature_noise(self.cfg, self.parts.head.config.method)
 
     def __call__(self, batches: list[MicroBatch], step: int) -> torch.Tensor:
-        """Add the gradient of step number `step`'s rows -> this rank's sums [G, S, C] for the
-        metrics."""
+        """Add the gradient of step `step`'s rows -> this rank's sums [G, S, C] for the metrics."""
         with self.seen.phase("data"):
             plans = [self._plan(batch) for batch in batches]
             totals = self.world.sum(torch.stack([plan.counts for plan in plans]).sum(0))
@@ -65,7 +63,7 @@ class Accumulator:
         if int(batch.input_ids.max()) >= self.parts.target.vocab_size:
             raise EagleError(
                 f"rows {self._named(batch)} hold token ids outside the target's vocabulary of "
-                f"{self.parts.target.vocab_size}; the data was made with another tokenizer"
+                f"{self.parts.target.vocab_size}; tokenise with the target's tokenizer"
             )
         real = batch.attention_mask
         mask = real if self.cfg.loss.tokens == "all" else batch.loss_mask
@@ -92,8 +90,7 @@ class Accumulator:
     def _require_finite(
         self, batches: list[MicroBatch], losses: torch.Tensor, sums: list, step: int
     ) -> None:
-        """All ranks stop where the loss of one is not finite, and name the rows that it came
-        from."""
+        """All ranks stop where the loss of one is not finite, and name the rows of its origin."""
         problem = None
         if not losses.isfinite().all():
             n = int((~losses.isfinite()).nonzero()[0])
@@ -107,16 +104,12 @@ class Accumulator:
     def _named(self, batch: MicroBatch, rows: list[int] | None = None) -> str:
         """Row numbers of the data set, with the file and line of each."""
         places = [batch.places[n] for n in rows] if rows else batch.places
-        named = [f"{row} ({self.steps.where((epoch, row))})" for epoch, row in places]
-        more = f" and {len(named) - MOST_NAMED} more" if len(named) > MOST_NAMED else ""
-        return ", ".join(named[:MOST_NAMED]) + more
+        named = [f"{row} ({self.steps.where((epoch, row))})" for epoch, row in places[:MOST_NAMED]]
+        return ", ".join(named) + (", ..." if len(places) > MOST_NAMED else "")
 
 
 def not_finite(what: str, place: str) -> EagleError:
-    return EagleError(
-        f"the {what} at {place}; lower train.lr, or look at those rows with train.inspect; the "
-        "last checkpoint is whole"
-    )
+    return EagleError(f"the {what} at {place}; lower train.lr; the last checkpoint is whole")
 
 
 @contextmanager
@@ -125,17 +118,14 @@ def failures_told(compiled: bool) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        reason = " ".join(str(error).split())[:300]
-        kind = type(error)
-        if issubclass(kind, (torch.OutOfMemoryError, MemoryError)) or any(
-            text in reason for text in NO_MEMORY
-        ):
+        reason, of = " ".join(str(error).split())[:300], type(error).__module__
+        full = isinstance(error, (torch.OutOfMemoryError, MemoryError))
+        if full or any(text in reason for text in NO_MEMORY):
             raise EagleError(
-                f"out of memory ({reason}); set train.max_tokens_per_batch, lower data.max_length "
-                "or train.ttt_steps, or set train.checkpoint_activations=true; continue with "
-                "--resume"
+                f"out of memory ({reason}); set train.max_tokens_per_batch or "
+                "train.checkpoint_activations=true, or lower data.max_length; then --resume"
             ) from error
-        if compiled and kind.__module__.startswith(("torch._dynamo", "torch._inductor")):
+        if compiled and of.startswith(("torch._dynamo", "torch._inductor")):
             raise EagleError(
                 f"train.compile=true: the head's layer could not be compiled ({reason}); install a "
                 "C++ compiler (g++) or, for a GPU, triton, or leave train.compile out"

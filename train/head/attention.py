@@ -7,8 +7,7 @@ packed, and each is worked on in blocks of chains; of long rows the backward pas
 scores again, so that they are held for one block at a time.
 
 C chains of all rows, K tokens of all rows that serve as keys, c chains and n keys of one block, Hkv
-key/value heads, G query heads a key/value head, hd head_dim.
-"""
+key/value heads, G query heads a key/value head, hd head_dim."""
 
 from __future__ import annotations
 
@@ -34,17 +33,12 @@ class Queries(NamedTuple):
 
 
 class UnrolledAttention:
-    """The `attend` of each step.
+    """The `attend` of each step. A step may run again in the backward pass (activation
+    checkpointing): it then replaces its own keys."""
 
-    A step may run again in the backward pass (activation checkpointing): it then replaces its own
-    keys.
-    """
-
-    def __init__(
-        self, key_counts: list[int], chains: Queries, every: Queries | None = None
-    ) -> None:
-        """key_counts: keys of each row. every: all tokens, where they are the queries of step 0."""
-        self.key_counts, self.chains, self.first = key_counts, chains, every or chains
+    def __init__(self, key_counts: list[int], chains: Queries, first: Queries) -> None:
+        """key_counts: keys of each row. first: the queries of step 0."""
+        self.key_counts, self.chains, self.first = key_counts, chains, first
         self.keys: list[torch.Tensor] = []
         self.values: list[torch.Tensor] = []
 
@@ -61,19 +55,16 @@ class UnrolledAttention:
         own = [x.split(counts, 1) for x in (*self.keys[1:], *self.values[1:])]
         queries = q.unflatten(0, (k.shape[0], -1)).split(counts, 2)
         out = []
-        for query, block, place, *later in zip(
-            queries, blocks, positions.split(counts), *own, strict=True
-        ):
-            known = (x[block.row][:, : block.n] for x in rows)
-            out.append(_attend(query, place, *known, *later))
+        parts = zip(queries, blocks, positions.split(counts), *own, strict=True)
+        for query, block, place, *later in parts:
+            known = [x[block.row][:, : block.n] for x in rows]
+            given = query, place, *known, *later
+            if block.n <= BLOCK:
+                out.append(attend(*given))
+            else:  # scores of many keys are made again in the backward pass; few cost less to keep
+                kept = {"use_reentrant": False, "preserve_rng_state": False}
+                out.append(checkpoint(attend, *given, **kept))
         return torch.cat(out, 2).flatten(0, 1).transpose(0, 1)[None]
-
-
-def _attend(*given: torch.Tensor) -> torch.Tensor:
-    """`attend`. Scores of many keys are made again in the backward pass; few cost less to keep."""
-    if given[2].shape[1] <= BLOCK:
-        return attend(*given)
-    return checkpoint(attend, *given, use_reentrant=False, preserve_rng_state=False)
 
 
 def attend(

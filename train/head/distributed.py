@@ -52,27 +52,26 @@ class World:
         its error ends the other ranks too."""
         if self.size == 1:
             return work()
-        if not self.first:
-            done, value = self._from_first(None)
-            if not done:
-                raise EagleError(f"rank 0 failed: {value}")
-            return value
-        try:
-            value = work()
-        except BaseException as error:
-            self._from_first((False, str(error) or type(error).__name__))
-            raise
-        return self._from_first((True, value))[1]
-
-    def _from_first(self, value):
-        box = [value]
+        value = failed = None
+        if self.first:
+            try:
+                value = work()
+            except BaseException as error:
+                failed = error
+        box = [(value, failed and (str(failed) or type(failed).__name__))]
         try:
             dist.broadcast_object_list(box, src=0, group=_patient())
         except RuntimeError as error:
-            if self.first:
+            if not self.first:
+                raise EagleError("rank 0 is gone; see what it wrote last") from error
+            if not failed:
                 raise
-            raise EagleError("rank 0 is gone; see what it wrote last") from error
-        return box[0]
+        if failed:
+            raise failed
+        value, reason = box[0]
+        if reason:
+            raise EagleError(f"rank 0 failed: {reason}")
+        return value
 
     def gather(self, value) -> list:
         """Every rank's picklable value, by rank, on every rank."""
@@ -89,8 +88,8 @@ class World:
 
 @functools.cache
 def _patient() -> dist.ProcessGroup:
-    """Where ranks wait for work of any length. A collective of the main group would give up after
-    minutes; this one notices at once when a process is gone, as its connection closes."""
+    """Where ranks wait for work of any length: a collective of the main group would give up after
+    minutes. It notices at once when a process is gone, as its connection closes."""
     return dist.new_group(backend="gloo", timeout=timedelta(days=30))
 
 
@@ -117,20 +116,14 @@ def join_world() -> World:
         if store is not None:
             dist.init_process_group(backend, store=store, rank=0, world_size=1)
         deepspeed.init_distributed(dist_backend=backend, verbose=False)
-        atexit.register(_leave_world)
+        # at the end of the process, not of a run: DeepSpeed cannot join a second time
+        atexit.register(lambda: dist.is_initialized() and dist.destroy_process_group())
     return World(dist.get_rank(), dist.get_world_size(), device)
-
-
-def _leave_world() -> None:
-    """At the end of the process, not of a run: DeepSpeed cannot join a second time."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 def import_deepspeed():
     """DeepSpeed without its chatter."""
     os.environ.setdefault("DS_LOG_LEVEL", "error")
-    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     try:
         with silence():
             import deepspeed

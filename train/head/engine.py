@@ -1,8 +1,7 @@
 """The DeepSpeed engine around the unrolled head, and its optimizer state as plain full tensors.
 
 The head keeps fp32 weights, which are the master weights; bf16 is the dtype it computes in
-(autocast). So a state is independent of the ZeRO stage and of the number of ranks.
-"""
+(autocast). So a state is independent of the ZeRO stage and of the number of ranks."""
 
 from __future__ import annotations
 
@@ -25,10 +24,6 @@ class MuonAdamW(torch.optim.Optimizer):
     learning rate."""
 
     def __init__(self, named: Iterable[tuple[str, nn.Parameter]], cfg: TrainConfig) -> None:
-        if not hasattr(torch.optim, "Muon"):
-            raise EagleError(
-                "train.optimizer=muon needs torch 2.9 or newer; use train.optimizer=adamw"
-            )
         named = list(named)
         matrices = [p for name, p in named if p.ndim == 2 and "lm_head" not in name]
         rest = [p for name, p in named if p.ndim != 2 or "lm_head" in name]
@@ -57,19 +52,14 @@ class Engine:
         config, optimizer = deepspeed_config(cfg, world.size), None
         if cfg.train.optimizer == "muon":
             if self.zero:
-                raise EagleError(
-                    f"train.optimizer=muon needs whole matrices, train.zero={self.zero} splits "
-                    "them; use train.zero=0 or train.optimizer=adamw"
-                )
+                raise EagleError("train.optimizer=muon needs whole matrices: use train.zero=0")
             optimizer = MuonAdamW(self._trained(), cfg.train)
             config.pop("optimizer")
         if self.zero == 3:
             config["zero_optimization"].setdefault("stage3_param_persistence_threshold", 10_000)
+        trained = [p for p in module.parameters() if p.requires_grad]
         self.engine, *_ = import_deepspeed().initialize(
-            model=module,
-            model_parameters=[p for p in module.parameters() if p.requires_grad],
-            optimizer=optimizer,
-            config=config,
+            model=module, model_parameters=trained, optimizer=optimizer, config=config
         )
 
     def __call__(self, *args):
@@ -105,7 +95,7 @@ class Engine:
         return self.engine.optimizer.optimizer if self.zero else self.engine.optimizer
 
     def weights(self) -> dict[str, torch.Tensor]:
-        """Full trained fp32 weights, on the CPU of every rank. All ranks must call it."""
+        """Full trained fp32 weights, on the CPU of every rank, which all must call it."""
         from deepspeed.utils import safe_get_full_fp32_param
 
         full = safe_get_full_fp32_param if self.zero else torch.Tensor.detach
@@ -129,11 +119,8 @@ class Engine:
     def load_optimizer_state(
         self, state: dict[str, torch.Tensor], prime: Callable[[], None]
     ) -> None:
-        """Put `optimizer_state()` back; the weights must be in the head already.
-
-        ZeRO makes its partitioned state at the first update: `prime` runs one, at learning rate 0,
-        which leaves the weights as they are.
-        """
+        """Put `optimizer_state()` back; the weights must be in the head already. ZeRO makes its
+        state at the first update: `prime` runs one, at learning rate 0, which changes no weight."""
         from deepspeed.utils import safe_set_full_optimizer_state
 
         of: dict[str, dict[str, torch.Tensor]] = {}
@@ -144,8 +131,7 @@ class Engine:
         for name, _ in self._trained():
             if not of.get(name) or needed - of[name].keys():
                 raise EagleError(
-                    f"the checkpoint lacks optimizer state for {name}: it was written by another "
-                    "optimizer; start a new run"
+                    f"the checkpoint has no state of this optimizer for {name}; start a new run"
                 )
         if self.zero == 0:
             for name, p in self._trained():
@@ -161,7 +147,5 @@ class Engine:
                 safe_set_full_optimizer_state(p, of[name][key].to(self.world.device), key)
             steps = float(of[name][STEP])
         for kept in self._inner.state.values():
-            if torch.is_tensor(kept.get(STEP)):
+            if STEP in kept:  # a tensor: the presets ask for torch's AdamW
                 kept[STEP].fill_(steps)
-            elif STEP in kept:
-                kept[STEP] = steps

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from typing import NamedTuple
 
 import numpy as np
 
@@ -14,16 +13,13 @@ from eagle.target import Target
 from records import TokenizedData
 from train.head.distributed import World
 
-
-class Prompt(NamedTuple):
-    ids: list[int]
-    source: str  # its name
+Prompt = tuple[str, list[int]]  # name of its source, token ids
 
 
 def heldout_prompts(data: TokenizedData, count: int, limit: int) -> list[Prompt]:
-    """`count` rows, as many of each source of `data`, spread over it: what precedes a row's first
-    supervised token, at most `limit` tokens (the end is kept). Rows that are supervised from the
-    start, as plain text, give their first half."""
+    """`count` rows, as many of each source, spread over it: what precedes a row's first supervised
+    token, its last `limit` tokens. Rows supervised from the start, as plain text, give their first
+    half."""
     sources, prompts = data.sources, []
     for n, source in enumerate(sources):
         share = (count + len(sources) - 1 - n) // len(sources)
@@ -32,7 +28,7 @@ def heldout_prompts(data: TokenizedData, count: int, limit: int) -> list[Prompt]
             ids, mask = list(row["input_ids"]), list(row["loss_mask"])
             first = mask.index(1)
             ids = ids[: first if first > 1 else max(len(ids) // 2, 1)][-limit:]
-            prompts.append(Prompt(ids, source.name))
+            prompts.append((source.name, ids))
     return prompts
 
 
@@ -44,14 +40,14 @@ def acceptance(
     world: World,
     batch: int = 8,
 ) -> dict:
-    """Greedy decoding of every prompt -> tau (tokens a verification), acceptance by depth, counts,
-    seconds; and the same under `sources` by name where there are several. Every rank decodes its
-    share of the prompts: all must call it, and get the same."""
+    """Greedy decoding -> tau (tokens a verification), acceptance by depth, counts, seconds; and the
+    same under `sources` by name where there are several. Every rank decodes its share of the
+    prompts: all must call it, and get the same."""
     started = time.monotonic()
     model = EaModel(target, head=head, tree=cfg.tree)
     mine, found = prompts[world.rank :: world.size], []
     for start in range(0, len(mine), batch):
-        ids = [prompt.ids for prompt in mine[start : start + batch]]
+        ids = [ids for _, ids in mine[start : start + batch]]
         rows = model.generate(ids, max_new_tokens=cfg.max_new_tokens, temperature=0.0).rows
         found += [(row.cycles, len(row.tokens), row.accepted) for row in rows]
     rows = [None] * len(prompts)
@@ -59,8 +55,8 @@ def acceptance(
         rows[rank :: world.size] = part
     result = {**_counted(rows), "seconds": time.monotonic() - started}
     of: dict[str, list] = {}
-    for row, prompt in zip(rows, prompts, strict=True):
-        of.setdefault(prompt.source, []).append(row)
+    for row, (source, _) in zip(rows, prompts, strict=True):
+        of.setdefault(source, []).append(row)
     if len(of) > 1:
         result["sources"] = {name: _counted(part) for name, part in of.items()}
     return result

@@ -1,16 +1,14 @@
 """What the target computes for each training row, kept on disk: the format, and reading it back.
 
     DIR/index.json                  what the features belong to, and each row's place
-    DIR/shard-00000.safetensors     features [N, F] and hidden [N, H] of the shard's rows, end to
-    end
+    DIR/shard-00000.safetensors     features [N, F] and hidden [N, H] of its rows, end to end
 
 A row is known by a hash of its token ids: order, mixture, batches and loss masks may change, tokens
-may not. The index is written first and never changes; shards follow, each whole or not at all.
-`train.prepare features` writes them (train/prepare/features.py).
+may not. The index is written first and never changes; shards follow, each whole or not at all
+(train/prepare/features.py).
 
 B rows, T tokens of the longest, N tokens of all rows of a shard or a batch, F features (3 x
-hidden), H hidden.
-"""
+hidden), H hidden."""
 
 from __future__ import annotations
 
@@ -50,16 +48,9 @@ class Belongs:
     @classmethod
     def to(cls, target: Target) -> Belongs:
         """Of a target whose feature layers are set."""
-        who = target.identity
-        return cls(
-            target.name,
-            who["fingerprint"],
-            who["adapter"],
-            who["quantization"],
-            NAMES[target.dtype],
-            list(target.feature_layers),
-            target.config.hidden_size,
-        )
+        who = [target.identity[name] for name in ("fingerprint", "adapter", "quantization")]
+        dtype, layers = NAMES[target.dtype], list(target.feature_layers)
+        return cls(target.name, *who, dtype, layers, target.config.hidden_size)
 
     @property
     def bytes_per_token(self) -> int:
@@ -98,21 +89,17 @@ class Index:
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
             if found.pop("version") != VERSION:
-                raise EagleError(f"{path} has another version; prepare the features again")
+                raise ValueError("another version")
             found["belongs"] = Belongs(**found["belongs"])
             found["rows"] = {key: tuple(place) for key, place in found["rows"].items()}
             return cls(**found)
-        except EagleError:
-            raise
         except OSError as error:
             raise EagleError(
                 f"no features in {folder}: cannot read {INDEX} ({error.strerror}); write them with "
                 "python -m train.prepare features --output DIR"
             ) from error
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise EagleError(
-                f"{path} is damaged ({error}); delete {folder} and prepare the features again"
-            ) from error
+            raise EagleError(f"{path} is damaged ({error}); prepare the features again") from error
 
 
 def row_key(ids) -> str:
@@ -121,15 +108,10 @@ def row_key(ids) -> str:
 
 
 def token_rows(data) -> Iterator[np.ndarray]:
-    """Token ids [T] of every row of every source of a `TokenizedData`, sources one after the
-    other.
-    """
+    """Token ids [T] of every row of a `TokenizedData`, one source after the other."""
     for source in data.sources:
-        table = source.entry.table.select(source.indices).select_columns(["input_ids"])
-        for batch in table.with_format("arrow").iter(batch_size=1000):
-            column = batch["input_ids"].combine_chunks()
-            ids, ends = column.flatten().to_numpy(), np.cumsum(column.value_lengths().to_numpy())
-            yield from np.split(ids, ends[:-1])
+        ends = np.cumsum(source.lengths[source.indices])
+        yield from np.split(*source.columns("input_ids"), ends[:-1])
 
 
 class FeatureStore:
@@ -145,8 +127,7 @@ class FeatureStore:
     def _open(self, number: int):
         """EagleError where the shard is missing, cut short or of another index."""
         path = self.folder / self.index.shards[number]["file"]
-        reason = damage(path, self.index, number)
-        if reason:
+        if reason := damage(path, self.index, number):
             repair = f"{self.index.command} --output {self.folder}"
             raise EagleError(f"{path} {reason}; write it again with: {repair}")
         return safe_open(path, "pt")
@@ -154,24 +135,23 @@ class FeatureStore:
     def require_fit(self, run: Belongs, data, cfg) -> None:
         """Refuse features of another target, of other layers or numbers, or without a row of
         `data`. cfg: the run's `DataConfig`, to say which setting differs."""
-        ours, made = asdict(self.index.belongs), asdict(run)
-        for name, remedy in REMEDIES.items():
-            if ours[name] != made[name]:
-                had, has = (str(values[name])[:40] for values in (ours, made))
-                if name in ("fingerprint", "adapter"):
-                    had, has = f"{had} of {ours['target']}", f"{has} of {made['target']}"
-                raise EagleError(
-                    f"the features in {self.folder} belong to another target: "
-                    f"{name.replace('_', ' ')} {had}, this run has {has}; {remedy}, or prepare "
-                    "features for this run"
-                )
+        made, ours = asdict(self.index.belongs), asdict(run)
+        for name in [name for name in ours if name != "target" and ours[name] != made[name]]:
+            setting = name if name in ("adapter", "dtype", "feature_layers") else "base"
+            raise EagleError(
+                f"the features in {self.folder}, of {made['target']}, belong to another target: "
+                f"{name.replace('_', ' ')} {made[name]}, this run has {ours[name]}; set "
+                f"model.{setting} to what it was then, or prepare features for this run"
+            )
         known = [row_key(ids) in self.index.rows for ids in token_rows(data)]
         if not all(known):
+            before, now = self.index.data, data_settings(cfg, data)
+            named = [k for k in now if before.get(k) != now[k]]
+            told = "; ".join(f"{k}={before.get(k)}, this run has {now[k]}" for k in named)
             raise EagleError(
                 f"the features in {self.folder} lack {known.count(False)} of the {len(known)} rows "
-                f"of this run's data{_told_apart(self.index.data, data_settings(cfg, data))}; "
-                "train on the data they were made of, or prepare features of this data in another "
-                "folder"
+                f"of this run's data (made of {told or 'other files'}); train on the data they "
+                "were made of, or prepare features of this data in another folder"
             )
 
     def hidden_and_features(
@@ -193,22 +173,12 @@ class FeatureStore:
         return tuple(torch.cat(parts).to(ids.device) for parts in found.values())
 
 
-REMEDIES = {
-    "fingerprint": "set model.base to that target",
-    "adapter": "use that adapter",
-    "quantization": "load the target as it was then",
-    "feature_layers": "set model.feature_layers to those",
-    "dtype": "set model.dtype to that one",
-    "hidden_size": "set model.base to that target",
-}
 SETTINGS = """format max_length supervise instruction_template fim_spm_rate fim_spans_per_file
 heldout_fraction seed""".split()
 
 
 def damage(path: Path, index: Index, number: int) -> str | None:
-    """What is wrong with a shard's file, None when it is whole (its length and header are looked
-    at).
-    """
+    """What its length and header say is wrong with a shard's file, None when it is whole."""
     if not path.exists():
         return "is missing"
     tokens, H = index.shards[number]["tokens"], index.belongs.hidden_size
@@ -227,15 +197,5 @@ def damage(path: Path, index: Index, number: int) -> str | None:
 
 def data_settings(cfg, data) -> dict:
     """What made the rows: the settings that shape them, and the files."""
-    return {
-        **{name: getattr(cfg, name) for name in SETTINGS},
-        "files": [path.name for path in data.paths],
-        "cache": [source.entry.folder.name for source in data.sources],
-    }
-
-
-def _told_apart(made: dict, run: dict) -> str:
-    """` (made of max_length=96, this run has 256)` for what differs, without the cache's hashes."""
-    names = [k for k in run if k != "cache" and made.get(k) != run[k]]
-    parts = [f"{k}={made.get(k)}, this run has {run[k]}" for k in names]
-    return f" (made of {'; '.join(parts)})" if parts else ""
+    settings = {name: getattr(cfg, name) for name in SETTINGS}
+    return {**settings, "files": [path.name for path in data.paths]}

@@ -1,17 +1,16 @@
 """Which rows a step sees, how they are cut into micro-batches, and reading them ahead of time.
 
-The rows of a step are a function of the seed and of how many rows were seen before: a run can be
-resumed at another world size, two ranks equal one, and a token budget or a smaller micro-batch
-changes what a step costs but not what it learns. Nothing here needs to be saved.
+The rows of a step are a function of the seed and of how many rows were seen before: nothing needs
+to be saved, and other world sizes or cuts change what a step costs but not what it learns.
 
-B rows, T tokens of the longest row, rounded up.
-"""
+B rows, T tokens of the longest row, rounded up."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -22,24 +21,15 @@ from records import Collator, TokenizedData
 WIDTH = 8  # batches are as wide as a multiple of it
 
 
-class RowOrder:
-    """An endless sequence of row numbers: one permutation an epoch."""
+@lru_cache(2)
+def permutation(rows: int, seed: int, epoch: int) -> np.ndarray:
+    return np.random.default_rng((seed, epoch)).permutation(rows)
 
-    def __init__(self, rows: int, seed: int) -> None:
-        assert rows > 0, rows
-        self.rows, self.seed = rows, seed
-        self._epoch, self._permutation = -1, np.empty(0, dtype=np.int64)
 
-    def take(self, start: int, count: int) -> list[tuple[int, int]]:
-        """(epoch, row) number start, …, start + count - 1 of the sequence."""
-        out = []
-        for n in range(start, start + count):
-            epoch, place = divmod(n, self.rows)
-            if epoch != self._epoch:
-                self._epoch = epoch
-                self._permutation = np.random.default_rng((self.seed, epoch)).permutation(self.rows)
-            out.append((epoch, int(self._permutation[place])))
-        return out
+def row_order(rows: int, seed: int, start: int, count: int) -> list[tuple[int, int]]:
+    """(epoch, row) number start, …, start + count - 1 of an endless sequence of permutations."""
+    numbers = [divmod(n, rows) for n in range(start, start + count)]
+    return [(epoch, int(permutation(rows, seed, epoch)[place])) for epoch, place in numbers]
 
 
 def cut_step(
@@ -48,10 +38,9 @@ def cut_step(
     """Token counts of a step's rows -> micro-batches of places in it; rank r's are number r, r +
     world, …
 
-    Rows of like length stand together, the longest first, so that padding is least and what does
-    not fit into memory is met at once. Without `max_tokens`, `batch_size` rows each; with it, as
-    few as keep padded rows x longest row within it, and equally many a rank.
-    """
+    Rows of like length stand together, the longest first: little padding, and what does not fit
+    into memory is met at once. `batch_size` rows each, or as few batches as keep padded rows x
+    longest row within `max_tokens`, equally many a rank."""
     assert len(lengths) % world == 0, (len(lengths), world)
     order = sorted(range(len(lengths)), key=lambda n: (-lengths[n], n))
     if max_tokens is None:
@@ -93,12 +82,12 @@ class Steps:
         self, data: TokenizedData, cfg: TrainConfig, pad_id: int, rank: int, world: int
     ) -> None:
         self.data, self.cfg, self.rank, self.world = data, cfg, rank, world
-        self.order, self.collate = RowOrder(len(data), cfg.seed), Collator(pad_id, WIDTH)
+        self.collate = Collator(pad_id, WIDTH)
         self.rows = world * cfg.batch_size * cfg.grad_accum
         self._epoch = 0
 
     def __getitem__(self, start: int) -> list[MicroBatch]:
-        places = self.order.take(start, self.rows)
+        places = row_order(len(self.data), self.cfg.seed, start, self.rows)
         lengths = [self.collate.padded(self._at(place, self.data.length)) for place in places]
         parts = cut_step(lengths, self.world, self.cfg.batch_size, self.cfg.max_tokens_per_batch)
         return [self._batch([places[n] for n in part]) for part in parts[self.rank :: self.world]]
@@ -120,8 +109,7 @@ class Steps:
 
 
 def read_ahead(steps: Steps, start: int, device: torch.device) -> Iterator[list[MicroBatch]]:
-    """The steps from row `start` on, without end; a thread, which ends with the iterator, reads the
-    next one while a step is computed."""
+    """The steps from row `start` on, without end; a thread reads one while another is computed."""
     with ThreadPoolExecutor(1) as reader:
         coming = reader.submit(steps.__getitem__, start)
         while True:

@@ -1,5 +1,4 @@
-"""The training loop: rows -> target -> unrolled head -> update, with evaluations and
-checkpoints."""
+"""The training loop: rows -> target -> unrolled head -> update, evaluations, checkpoints."""
 
 from __future__ import annotations
 
@@ -45,11 +44,8 @@ from train.tracking.recorder import Recorder
 
 @dataclass(frozen=True)
 class Schedule:
-    """Linear warmup, then cosine, over the true length of the run.
-
-    total: optimizer steps, None when only the clock ends the run. budget: seconds, None when only
-    steps do.
-    """
+    """Linear warmup, then cosine, over the run. total: optimizer steps, None when only the clock
+    ends it. budget: seconds, None when only steps do."""
 
     cfg: TrainConfig
     total: int | None
@@ -113,20 +109,15 @@ class Trainer:
         self.steps = Steps(parts.data, t, parts.pad_id, world.rank, world.size)
         self.batches: Iterator[list[MicroBatch]] | None = None
         self.schedule = Schedule.of(t, len(parts.data), self.steps.rows)
-        self.sources = SourceMetrics(
-            [s.name for s in parts.data.sources],
-            [s.loss_weight for s in parts.data.sources],
-            self.module.depth_weights,
-        )
+        self.sources = SourceMetrics(parts.data.sources, self.module.depth_weights)
         self.signals = StopSignals()
         self.step, self.rows_seen, self.elapsed_before = 0, 0, 0.0
         self.evaluations: list[dict] = []
         self.row: dict = {}
         runs = parts.states is parts.target
         flops = FlopCount.of(parts.target, self.blank, t.ttt_steps, target_runs=runs)
-        self.seen = Recorder(
-            cfg, output, world, total=self.schedule.total, quiet=quiet, flops=flops
-        )
+        total = self.schedule.total
+        self.seen = Recorder(cfg, output, world, total=total, quiet=quiet, flops=flops)
         self.accumulate = Accumulator(cfg, world, parts, self.engine, self.steps, self.seen)
         if resumed is not None:
             self._restore(resumed)
@@ -135,12 +126,9 @@ class Trainer:
         """The checkpoint to go on from, which the first rank chooses."""
         if not resume:
             return None
-
-        def find() -> Path | None:
-            state = disk.find_checkpoint(self.output, resume)
-            return state and state.path
-
-        path = self.world.first_does(find)
+        path = self.world.first_does(
+            lambda: (state := disk.find_checkpoint(self.output, resume)) and state.path
+        )
         return path and disk.load_checkpoint(path)
 
     def _restore(self, resumed: disk.TrainState) -> None:
@@ -154,12 +142,11 @@ class Trainer:
         disk.set_rng_state(resumed.rng)
         self._point_best()
         self.parts.notes.append(f"continues {resumed.path}")
-        before, now = info["world"]["global_batch"], self.steps.rows
-        if before != now:
-            self.parts.notes.append(f"a step has {now} rows, it had {before} before")
+        if info["world"]["global_batch"] != self.steps.rows:
+            self.parts.notes.append(f"a step has another number of rows now: {self.steps.rows}")
 
     def _prime(self) -> None:
-        """One update at learning rate 0, which makes the optimizer's state and changes nothing."""
+        """One update at learning rate 0, which makes the optimizer's state."""
         self.seen.begin(self.step + 1)
         self.accumulate(self.steps[self.rows_seen], self.step + 1)
         self.engine.update()
@@ -242,12 +229,10 @@ class Trainer:
         self.batches = None  # ends the reader
         self.seen.progress.close()
         if number:
-            saved = saved or self._save()
-            self.seen.note(
-                f"stopped by signal at step {self.step}; continue with --resume; saved {saved}"
-            )
+            path = saved or self._save()
+            self.seen.note(f"stopped at step {self.step}; continue with --resume; saved {path}")
             return 128 + number
-        if not self.evaluations or self.evaluations[-1]["step"] != self.step:
+        if self._tau_at(self.step) is None:
             self._evaluate()
         elif pointed(self.output, "latest") is None:
             self._save()
@@ -255,16 +240,12 @@ class Trainer:
         return 0
 
     def _stalled(self) -> bool:
-        """Whether the acceptance length has not risen for so many evaluations that the run is to
-        end."""
+        """Has the acceptance length not risen for so many evaluations that the run is to end?"""
         patience = self.cfg.train.early_stopping_patience
         taus = [e["tau"] for e in self.evaluations if e["step"] > 0]
         if not patience or not taus or len(taus) - 1 - taus.index(max(taus)) < patience:
             return False
-        self.seen.note(
-            f"no better acceptance length in {patience} evaluations: the run ends at step "
-            f"{self.step}"
-        )
+        self.seen.note(f"no better acceptance length in {patience} evaluations: the run ends")
         return True
 
     def _report(self, row: dict, done: float, elapsed: float, last: bool) -> None:
@@ -289,22 +270,18 @@ class Trainer:
             "tau_after": taus[-1] if taus else None,
             "best": {"checkpoint": best.name, "tau": self._tau_at(step_of(best))},
             "evaluations": self.evaluations,
-            "draft_vocabulary": self.parts.vocabulary,
-            "data": self.parts.provenance["data"],
+            **{name: self.parts.provenance[name] for name in ("draft_vocabulary", "data")},
             "paths": {
-                "head": str(self.output / "head"),
-                "metrics": str(self.output / "metrics.jsonl"),
-                "checkpoints": str(self.output / "checkpoints"),
+                name.split(".")[0]: str(self.output / name)
+                for name in ("head", "metrics.jsonl", "checkpoints")
             },
         }
         atomic_write_text(self.output / "summary.json", json.dumps(summary, indent=2) + "\n")
         if taus:
-            self.seen.note(
-                f"acceptance length on held-out prompts: {taus[0]:.2f} before, {taus[-1]:.2f} after"
-            )
-        self.seen.note(
-            f"{self.step} steps in {clock(self.elapsed())}; head: {self.output / 'head'}"
-        )
+            text = f"{taus[0]:.2f} before, {taus[-1]:.2f} after"
+            self.seen.note(f"acceptance length on held-out prompts: {text}")
+        spent = clock(self.elapsed())
+        self.seen.note(f"{self.step} steps in {spent}; head: {self.output / 'head'}")
 
     def _tau_at(self, step: int) -> float | None:
         return next((e["tau"] for e in self.evaluations if e["step"] == step), None)
@@ -318,8 +295,7 @@ class Trainer:
         return head.to(torch.bfloat16 if self.cfg.train.dtype == "bf16" else torch.float32)
 
     def _evaluate(self) -> Path | None:
-        """Measure, remember, and point `best` at the checkpoint of the highest acceptance
-        length."""
+        """Measure, remember, save, and point `best` at the checkpoint of the highest tau."""
         head = self._export()
         if self.parts.prompts:
             target = self.parts.target
@@ -329,10 +305,8 @@ class Trainer:
                 warnings.simplefilter("ignore")
                 result = acceptance(target, fit, self.parts.prompts, self.cfg.eval, self.world)
             depths = " ".join(f"{a:.2f}" for a in result["acceptance_by_depth"])
-            self.seen.note(
-                f"held-out at step {self.step}: tau {result['tau']:.3f}, acceptance by depth "
-                f"{depths}"
-            )
+            text = f"tau {result['tau']:.3f}, acceptance by depth {depths}"
+            self.seen.note(f"held-out at step {self.step}: {text}")
             self.evaluations.append({"step": self.step, **result})
             self.seen.evaluation(self.evaluations[-1])
         if self.step == 0:
@@ -342,8 +316,7 @@ class Trainer:
         return path
 
     def _point_best(self) -> None:
-        """At the checkpoint of the highest acceptance length, the latest of equals. Also when
-        resumed: a kill may have come between a checkpoint and the pointer."""
+        """The latest of equals. Also when resumed: a kill may have come before the pointer."""
         folder = self.output / "checkpoints"
         kept = [e for e in self.evaluations if (folder / f"step-{e['step']}").is_dir()]
         if self.world.first and kept:
@@ -352,25 +325,12 @@ class Trainer:
 
     def _save(self, head: DraftHead | None = None) -> Path:
         """All ranks must call it; rank 0 writes."""
-        head = head or self._export()
-        weights = self.engine.weights()
+        head, weights = head or self._export(), self.engine.weights()
         optimizer = self.engine.optimizer_state() if self.step else {}
-
-        def write() -> Path:
-            vocabulary = {"draft_ids": self.blank.draft_token_ids().cpu()}
-            state = disk.TrainState(self._info(), weights, optimizer, disk.rng_state(), vocabulary)
-            path = disk.save_checkpoint(self.output, state, head, self._provenance())
-            safe = (pointed(self.output, name) for name in ("best", "latest"))
-            prune(self.output, self.cfg.train.save_total_limit, *safe)
-            return path
-
-        return self.world.first_does(write)
-
-    def _info(self) -> dict:
-        """state.json: what a resumed run needs besides tensors."""
-        return {
-            "step": self.step,
-            "rows_seen": self.rows_seen,
+        vocabulary = {"draft_ids": self.blank.draft_token_ids().cpu()}
+        seen = {"step": self.step, "rows_seen": self.rows_seen}
+        info = {
+            **seen,
             "elapsed": self.elapsed(),
             "evaluations": self.evaluations,
             "row": self.row,
@@ -379,15 +339,21 @@ class Trainer:
             "world": {"size": self.world.size, "global_batch": self.steps.rows},
             "config": self.cfg.model_dump(mode="json"),
         }
-
-    def _provenance(self) -> dict:
         training = {
-            "step": self.step,
-            "rows_seen": self.rows_seen,
+            **seen,
             "loss": self.row.get("loss"),
             "tau": self._tau_at(self.step),
             "ttt_steps": self.cfg.train.ttt_steps,
             "loss_name": self.cfg.loss.name,
             "dtype": self.cfg.train.dtype,
         }
-        return {**self.parts.provenance, "training": training}
+
+        def write() -> Path:
+            state = disk.TrainState(info, weights, optimizer, disk.rng_state(), vocabulary)
+            provenance = {**self.parts.provenance, "training": training}
+            path = disk.save_checkpoint(self.output, state, head, provenance)
+            safe = (pointed(self.output, name) for name in ("best", "latest"))
+            prune(self.output, self.cfg.train.save_total_limit, *safe)
+            return path
+
+        return self.world.first_does(write)

@@ -1,7 +1,6 @@
 """From what a step sums to the numbers that are shown and logged, of all rows and by source.
 
-S unrolled steps; a depth of the metrics is a step. G sources, C columns.
-"""
+S unrolled steps; a depth of the metrics is a step. G sources, C columns."""
 
 from __future__ import annotations
 
@@ -17,12 +16,10 @@ OF_SOURCES = ("loss", "accuracy_by_depth", "acceptance_by_depth", "tau_simulated
 def depth_metrics(sums: torch.Tensor, depth_weights: list[float]) -> dict:
     """sums [S, C] of the global batch, depth_weights [S] -> metrics.
 
-    accuracy_by_depth: the head's best token is the target's, whatever came before (targets outside
-    the draft vocabulary count as wrong). acceptance_by_depth: the same, given that all earlier
-    depths of the same chain were right. overlap_by_depth: mean Σ min(p, q) where the target's token
-    is in the draft vocabulary. tau_simulated: 1 + Σ of the products of acceptance_by_depth, a
-    chain's acceptance length.
-    """
+    accuracy_by_depth: the head's best token is the target's, whatever came before (wrong outside
+    the draft vocabulary). acceptance_by_depth: the same, given that all earlier depths of the chain
+    were right. overlap_by_depth: mean Σ min(p, q) where the target's token is in the draft
+    vocabulary. tau_simulated: 1 + Σ of the products of acceptance_by_depth."""
     column = {name: sums[:, i].double() for i, name in enumerate(COLUMNS)}
 
     def share(a: str, b: str) -> list[float]:
@@ -50,15 +47,14 @@ def by_source(sums: torch.Tensor, source: torch.Tensor, count: int) -> torch.Ten
 
 
 class SourceMetrics:
-    """Metrics of a mixture's sources, summed over the steps between two rows of the log.
+    """Metrics of a mixture's sources, summed over the steps between two rows of the log. Each has a
+    name and a loss weight; only the ratios of these matter."""
 
-    names [G], weights [G]: how much a source's losses count; only their ratios matter.
-    """
-
-    def __init__(self, names: list[str], weights: list[float], depth_weights: list[float]) -> None:
-        self.names, self.depth_weights = names, depth_weights
-        self.weights = torch.tensor(weights, dtype=torch.float64) / min(weights)
-        self.sums = torch.zeros(len(names), len(depth_weights), len(COLUMNS), dtype=torch.float64)
+    def __init__(self, sources: list, depth_weights: list[float]) -> None:
+        self.names, self.depth_weights = [source.name for source in sources], depth_weights
+        weights = torch.tensor([source.loss_weight for source in sources], dtype=torch.float64)
+        self.weights = weights / weights.min()
+        self.sums = torch.zeros(len(sources), len(depth_weights), len(COLUMNS), dtype=torch.float64)
 
     def step(self, sums: torch.Tensor) -> dict:
         """A step's sums [G, S, C] -> its metrics; `loss` is what was minimised, so loss weights
@@ -72,8 +68,7 @@ class SourceMetrics:
         return metrics
 
     def take(self) -> dict[str, dict]:
-        """Metrics by name since the last call, of sources that had a row; {} for a single
-        source."""
+        """Metrics by name since the last call, of sources that had a row; {} for a single one."""
         found = {}
         for name, sums in zip(self.names, self.sums, strict=True):
             if len(self.names) > 1 and sums.any():
@@ -93,18 +88,14 @@ class Progress(Bar):
     def update(
         self, step: int, fraction: float, eta: float, row: dict, memory: int | None = None
     ) -> None:
-        """eta: seconds. memory: bytes in use."""
+        """eta: seconds. memory: bytes in use. acceptance is shown by depth, conditional."""
+        text = (
+            f"loss {row['loss']:.3f}  "
+            f"acceptance {' '.join(f'{a:.2f}' for a in row['acceptance_by_depth'])}  "
+            f"tau~{row['tau_simulated']:.2f}  {row['tokens_per_second']:.0f} tok/s  "
+            f"{row['steps_per_second']:.2f} steps/s  ETA {clock(eta)}"
+        )
+        text += f"  {memory / 2**30:.1f} GiB" if memory else ""
         count = f"step {step}/{self.total}" if self.total else f"step {step}"
-        self.show(count, fraction, describe(row, eta, memory), now=self.first or fraction >= 1)
+        self.show(count, fraction, text, now=self.first or fraction >= 1)
         self.first = False
-
-
-def describe(row: dict, eta: float, memory: int | None) -> str:
-    """A step's metrics on one line. acceptance: conditional, by depth."""
-    text = (
-        f"loss {row['loss']:.3f}  "
-        f"acceptance {' '.join(f'{a:.2f}' for a in row['acceptance_by_depth'])}  "
-        f"tau~{row['tau_simulated']:.2f}  {row['tokens_per_second']:.0f} tok/s  "
-        f"{row['steps_per_second']:.2f} steps/s  ETA {clock(eta)}"
-    )
-    return f"{text}  {memory / 2**30:.1f} GiB" if memory else text

@@ -1,9 +1,12 @@
-"""What a run is made of before its first step: target, data, draft vocabulary, head."""
+"""What a run is made of before its first step: target, data, draft vocabulary, head.
+
+V target vocabulary, D draft vocabulary: which target tokens the head can propose."""
 
 from __future__ import annotations
 
 import copy
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,16 +25,14 @@ from records.card import who_answered
 from records.tokens import tokenizer_hash
 from train.head.evaluate import Prompt, heldout_prompts
 from train.head.features import Belongs, FeatureStore
-from train.head.vocab import choose_draft_vocab, coverage, describe, special_ids
 from train.runs import require_supervised
 
 
 @dataclass
 class Parts:
     """states: what gives features and final hidden states of rows, the target or what it wrote
-    before. embed: ids [...] -> embeddings [..., H], the target's or the head's own, which is not
-    trained. identity: what a resumed run must have in common. notes: what is to be known before the
-    first step."""
+    before. embed: ids [...] -> embeddings [..., H], the target's or the head's own, not trained.
+    identity: what a resumed run must have in common. notes: to be told before the first step."""
 
     target: Target
     states: Target | FeatureStore
@@ -39,7 +40,6 @@ class Parts:
     embed: torch.nn.Module
     data: TokenizedData
     prompts: list[Prompt]
-    vocabulary: dict
     provenance: dict
     identity: dict
     pad_id: int
@@ -50,15 +50,14 @@ def settle(
     cfg: HeadTrainConfig, device: torch.device, before: dict | None = None
 ) -> HeadTrainConfig:
     """`cfg` with the dtypes that the run is to have. before: the config of the run that is resumed,
-    which keeps its own: what "auto" meant there, another machine may read otherwise."""
+    which keeps what "auto" meant on its first machine."""
     dtypes = {}
     for name in ("model", "train"):
         asked = getattr(cfg, name).dtype
         had = before[name]["dtype"] if before else asked
         if "auto" not in (asked, had) and asked != had:
             raise EagleError(
-                f"the run to resume has {name}.dtype={had}, not {asked}; leave {name}.dtype out, "
-                "or start a new run with another --output"
+                f"the run to resume has {name}.dtype={had}, not {asked}; leave {name}.dtype out"
             )
         dtypes[name] = had if asked == "auto" else asked
     return with_dtypes(cfg, dtypes["model"], resolve_compute(dtypes["train"], device))
@@ -76,27 +75,27 @@ def build(
     device: torch.device,
     draft_ids: torch.Tensor | None = None,
 ) -> Parts:
-    """Load what `cfg` names. `output`: where rejected rows are listed (None: nowhere). `draft_ids`
-    [D]: the draft vocabulary of the run that is resumed (None: chosen by the data, or the warm
-    start's)."""
+    """Load what `cfg` names. output: where rejected rows are listed (None: nowhere). draft_ids [D]:
+    the draft vocabulary of the run that is resumed."""
     tokenizer = load_tokenizer(cfg.model.base)
     data = load_dataset_for(cfg.data, tokenizer, split="train", out_dir=output)
     require_supervised(data.stats["supervised_tokens"], cfg.data.min_supervised_tokens)
     m = cfg.model
     with Bar(quiet=output is None) as bar:
         bar.doing("loading the target")
-        target = Target.from_pretrained(
-            m.base,
-            dtype=m.dtype,
-            device=device,
-            adapter_path=m.adapter,
-            quantization=m.quantization,
+        options = {"adapter_path": m.adapter, "quantization": m.quantization}
+        target = Target.from_pretrained(m.base, dtype=m.dtype, device=device, **options)
+    if cfg.data.max_length > target.max_positions:
+        raise EagleError(
+            f"data.max_length={cfg.data.max_length} exceeds the {target.max_positions} positions "
+            f"of {target.name}; lower it"
         )
-    _require_room(cfg, target)
     prompts = []
     if cfg.eval.num_prompts:
         held_out = load_dataset_for(cfg.data, tokenizer, split="eval", out_dir=output)
         limit = target.max_positions - cfg.eval.max_new_tokens
+        if limit < 1:
+            raise EagleError("eval.max_new_tokens leaves no room for a prompt; lower it")
         prompts = heldout_prompts(held_out, cfg.eval.num_prompts, limit)
     counts = data.token_counts(target.vocab_size)
     always = special_ids(tokenizer, target.vocab_size)
@@ -116,9 +115,17 @@ def build(
         head.embed_tokens.requires_grad_(False)
         embed = copy.deepcopy(head.embed_tokens).to(device)  # ZeRO may split the head's weights
     ids = head.draft_token_ids().cpu().numpy()
+    seen = [data.stats[name] for name in ("rows", "tokens", "supervised_tokens")]
     sources = {s.name: s.token_counts(target.vocab_size) for s in data.sources}
     vocabulary = coverage(counts, ids, always, sources)
-    pad = tokenizer.pad_token_id
+    pad, identity = tokenizer.pad_token_id, target.identity
+    who = identity["fingerprint"], identity["adapter"]
+    data_card = {
+        "format": cfg.data.format,
+        "files": [p.name for p in data.paths],
+        **{k: v for k, v in data.stats.items() if k != "cache_hit"},
+        "answers": who_answered(data.paths, cfg.data.on_policy, *who),
+    }
     return Parts(
         target=target,
         states=states,
@@ -126,53 +133,23 @@ def build(
         embed=embed,
         data=data,
         prompts=prompts,
-        vocabulary=vocabulary,
         provenance={
-            "target": target.identity,
+            "target": identity,
             "tokenizer": tokenizer_hash(tokenizer),
-            "data": _data_card(cfg, data, target),
+            "data": data_card,
             "draft_vocabulary": vocabulary,
         },
-        identity=_identity(cfg, data, target, head),
+        identity={
+            "target": [*who, identity["quantization"]],
+            "head": head.config.to_dict(),
+            "data": [cfg.data.format, *seen, data.digest],
+            "data.seed": cfg.data.seed,
+            "train.seed": cfg.train.seed,
+            "train.optimizer": cfg.train.optimizer,
+        },
         pad_id=pad if pad is not None and 0 <= pad < target.vocab_size else 0,
         notes=[describe(vocabulary)],
     )
-
-
-def _require_room(cfg: HeadTrainConfig, target: Target) -> None:
-    if cfg.eval.max_new_tokens >= target.max_positions:
-        raise EagleError(
-            f"eval.max_new_tokens={cfg.eval.max_new_tokens} leaves no room for a prompt; lower it"
-        )
-    if cfg.data.max_length > target.max_positions:
-        raise EagleError(
-            f"data.max_length={cfg.data.max_length} exceeds the {target.max_positions} positions "
-            f"of {target.name}; lower it"
-        )
-
-
-def _data_card(cfg: HeadTrainConfig, data: TokenizedData, target: Target) -> dict:
-    who = target.identity["fingerprint"], target.identity["adapter"]
-    return {
-        "format": cfg.data.format,
-        "files": [p.name for p in data.paths],
-        **{k: v for k, v in data.stats.items() if k != "cache_hit"},
-        "answers": who_answered(data.paths, cfg.data.on_policy, *who),
-    }
-
-
-def _identity(
-    cfg: HeadTrainConfig, data: TokenizedData, target: Target, head: DraftHead
-) -> dict[str, object]:
-    counts = [data.stats[name] for name in ("rows", "tokens", "supervised_tokens")]
-    return {
-        "target": [target.identity[k] for k in ("fingerprint", "adapter", "quantization")],
-        "head": head.config.to_dict(),
-        "data": [cfg.data.format, *counts, data.digest],
-        "data.seed": cfg.data.seed,
-        "train.seed": cfg.train.seed,
-        "train.optimizer": cfg.train.optimizer,
-    }
 
 
 def output_rows(target: Target) -> torch.Tensor:
@@ -192,18 +169,13 @@ def fresh_config(
     m: ModelConfig, config, vocab_size: int, feature_layers: tuple[int, ...] | None = None
 ) -> HeadConfig:
     """Of the head that `m` asks for, over a target of text config `config`."""
-    size = m.draft_vocab_size or min(32000, max(vocab_size // 2, 1))
-    if size > vocab_size:
-        raise EagleError(
-            f"model.draft_vocab_size={size} exceeds the target's vocabulary of {vocab_size}; lower "
-            "it"
-        )
+    half = min(32000, max(vocab_size // 2, 1))
     if m.method == "eagle1":
-        size, feature_layers = vocab_size, None
+        half, feature_layers = vocab_size, None
     return HeadConfig.for_target(
         config,
         vocab_size=vocab_size,
-        draft_vocab_size=size,
+        draft_vocab_size=m.draft_vocab_size or half,
         intermediate_size=m.intermediate_size,
         feature_layers=m.feature_layers or feature_layers,
         num_attention_heads=m.num_heads,
@@ -213,7 +185,6 @@ def fresh_config(
 
 
 def _options(m: ModelConfig) -> dict:
-    """What `m` says of a head's options."""
     return {name: value for name in OPTIONS if (value := getattr(m, name, None)) is not None}
 
 
@@ -234,7 +205,7 @@ def _fresh(
                 p.data.mul_(0.1)  # the residual path carries the features through at first
         elif name.endswith("bias"):
             p.data.zero_()
-    ids, _ = choose_draft_vocab(counts, always, size)
+    ids = choose_draft_vocab(counts, always, size)
     head.set_draft_vocab(ids)
     rows = target.model.get_output_embeddings().weight
     if head.has_output and rows.is_floating_point():
@@ -248,16 +219,58 @@ def _fresh(
 def _warm(cfg: HeadTrainConfig, target: Target) -> DraftHead:
     """The head to start from; its draft vocabulary stays, whatever the data holds."""
     head, _ = load_head(cfg.model.init_head, target, dtype="float32")
-    m, c = cfg.model, head.config
-    same = ("draft_vocab_size", "feature_layers", "intermediate_size")
-    asked = {name: (getattr(m, name), getattr(c, name)) for name in same}
-    asked["num_heads"] = m.num_heads, c.num_attention_heads
-    asked["num_kv_heads"] = m.num_kv_heads, c.num_key_value_heads
-    asked |= {name: (value, getattr(c, name)) for name, value in _options(m).items()}
-    for name, (value, has) in asked.items():
+    renamed = {"num_heads": "num_attention_heads", "num_kv_heads": "num_key_value_heads"}
+    names = ["draft_vocab_size", "feature_layers", "intermediate_size", *renamed]
+    for name in [*names, *_options(cfg.model)]:
+        value, has = getattr(cfg.model, name), getattr(head.config, renamed.get(name, name))
         if value is not None and tuple(np.atleast_1d(value)) != tuple(np.atleast_1d(has)):
             raise EagleError(
                 f"model.{name}={value} contradicts the head to start from, which has {has}; set "
                 "that, or leave it out"
             )
     return head.requires_grad_(True)
+
+
+def special_ids(tokenizer, vocab_size: int) -> list[int]:
+    """End, FIM, chat and other added tokens that lie in the model's vocabulary."""
+    ids = set(tokenizer.added_tokens_decoder) | set(tokenizer.all_special_ids)
+    return sorted(i for i in ids if 0 <= i < vocab_size)
+
+
+def choose_draft_vocab(counts: np.ndarray, always: list[int], size: int) -> torch.Tensor:
+    """counts [V]: how often a token is supervised -> ids [size] int64 sorted: `always`, then the
+    most frequent, then the lowest unused ids; ties go to the lower id."""
+    chosen = list(dict.fromkeys(always))[:size]
+    taken = np.zeros(len(counts), dtype=bool)
+    taken[chosen] = True
+    ranked = np.argsort(-counts, kind="stable")  # unseen ones come last, lowest id first
+    chosen += ranked[~taken[ranked]][: size - len(chosen)].tolist()
+    return torch.tensor(sorted(chosen))
+
+
+def coverage(
+    counts: np.ndarray, ids: np.ndarray, always: Sequence[int] = (), sources: dict | None = None
+) -> dict:
+    """How much of the supervised tokens the draft vocabulary `ids` can express. always: the special
+    tokens. sources: [V] counts of each source, by name."""
+
+    def share(counts: np.ndarray) -> float:
+        return float(counts[ids].sum() / max(counts.sum(), 1))
+
+    return {
+        "draft_vocab_size": len(ids),
+        "vocab_size": len(counts),
+        "distinct_supervised": int((counts > 0).sum()),
+        "coverage": share(counts),
+        "special_tokens": len(set(always) & set(ids.tolist())),
+        "coverage_by_source": {name: share(each) for name, each in (sources or {}).items()},
+    }
+
+
+def describe(report: dict) -> str:
+    """`coverage()` in one line."""
+    parts = [f"{name} {share:.2%}" for name, share in report["coverage_by_source"].items()]
+    return (
+        f"draft vocabulary: {report['draft_vocab_size']} of {report['vocab_size']} tokens hold "
+        f"{report['coverage']:.2%} of what is supervised ({', '.join(parts)})"
+    )

@@ -2,18 +2,15 @@
 
 step-N/head/               the head, published layout
 step-N/state.safetensors   fp32 master weights, optimizer and generator states, draft vocabulary
-step-N/state.json          step, rows seen, evaluations, what the run was, the digest of
-                           state.safetensors
-"""
+step-N/state.json          step, rows seen, evaluations, what the run was, state's sha256"""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
 import shutil
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -24,41 +21,37 @@ from eagle.checkpoint import atomic_dir, require_equal, save_head, write_json
 from eagle.errors import EagleError
 from eagle.files import tidy
 from eagle.heads.head import DraftHead
+from records.card import file_hash
 from train.runs import NAME, checkpoints, full_disk_told, point, run_of, step_of
 
 logger = logging.getLogger("train.head")
 
 PARTS = ("weights", "optimizer", "rng", "vocabulary")
-NEEDED = ("step", "identity", "digest")
 
 
 @dataclass
 class TrainState:
-    """`info` is state.json: step, rows_seen, elapsed, identity, evaluations …
-
-    vocabulary: `draft_ids` [D] int64, which a resumed run must not choose anew.
-    """
+    """`info` is state.json; vocabulary: `draft_ids` [D] int64, which a resumed run keeps."""
 
     info: dict
     weights: dict[str, torch.Tensor]
     optimizer: dict[str, torch.Tensor]
     rng: dict[str, torch.Tensor]
-    vocabulary: dict[str, torch.Tensor] = field(default_factory=dict)
+    vocabulary: dict[str, torch.Tensor]
     path: Path | None = None
 
 
 def save_checkpoint(output: Path, state: TrainState, head: DraftHead, provenance: dict) -> Path:
     """Write `checkpoints/step-N` whole, then point `latest` at it."""
     path = output / "checkpoints" / f"step-{state.info['step']}"
-    tensors = {
-        f"{part}/{k}": v.contiguous() for part in PARTS for k, v in getattr(state, part).items()
-    }
+    parts = {part: getattr(state, part) for part in PARTS}
+    tensors = {f"{part}/{k}": v.contiguous() for part in PARTS for k, v in parts[part].items()}
     with full_disk_told(output):
         with atomic_dir(path) as folder:
             save_head(head, folder / "head", provenance)
             save_file(tensors, folder / "state.safetensors")
             require_equal(load_file(folder / "state.safetensors"), tensors, path)
-            digest = _digest(folder / "state.safetensors")
+            digest = file_hash(folder / "state.safetensors")
             write_json(folder / "state.json", {**state.info, "digest": digest})
         point(output, "latest", path.name)
     return path
@@ -69,12 +62,11 @@ def load_checkpoint(path: Path) -> TrainState:
     try:
         info = json.loads((path / "state.json").read_text(encoding="utf-8"))
         tensors = load_file(path / "state.safetensors")
-        lacking = [key for key in NEEDED if key not in info]
-        if lacking:
-            raise ValueError(f"state.json lacks {', '.join(lacking)}")
-        if _digest(path / "state.safetensors") != info["digest"]:
+        if not {"step", "identity", "digest"} <= info.keys():
+            raise ValueError("state.json is not whole")
+        if file_hash(path / "state.safetensors") != info["digest"]:
             raise ValueError("state.safetensors is not what was written")
-    except (OSError, ValueError, TypeError, SafetensorError) as error:
+    except (OSError, ValueError, AttributeError, SafetensorError) as error:
         raise EagleError(
             f"the checkpoint {path} cannot be read ({error}); resume from another one"
         ) from error
@@ -85,21 +77,10 @@ def load_checkpoint(path: Path) -> TrainState:
     return TrainState(info, **parts, path=path)
 
 
-def _digest(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()
-
-
 def find_checkpoint(output: Path, resume: str) -> TrainState | None:
     """`auto`: the newest readable checkpoint of the run, None when there is none; else of the
-    folder named.
-
-    In the run that goes on, what a kill left is removed, and a checkpoint that is damaged, or later
-    than the one that is resumed, is set aside under another name. Another run is only read.
-    """
+    folder named. In the run that goes on, what a kill left is removed, and a checkpoint that is
+    damaged or later is set aside under another name. Another run is only read."""
     path = output if resume == "auto" else Path(resume).expanduser()
     run = run_of(path)
     own = run.resolve() == output.expanduser().resolve()
@@ -112,8 +93,7 @@ def find_checkpoint(output: Path, resume: str) -> TrainState | None:
         state = _newest_readable(run, own)
         if state is None and resume != "auto":
             raise EagleError(
-                f"--resume {path}: no checkpoint there; give a run folder or one of its step-N "
-                "folders"
+                f"--resume {path}: no checkpoint there; give a run folder, or a step-N folder of it"
             )
     if state is not None and own:
         for later in checkpoints(run):

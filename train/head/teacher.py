@@ -1,9 +1,9 @@
 """What the frozen target tells the head: features, final hidden states, and from these its
-distributions. Rows are packed: their tokens lie end to end, padding is left out.
+distributions; and the loss against them at the head's output layer (`kernels.draft_loss`). Rows are
+packed: their tokens lie end to end, padding is left out.
 
-B rows, T tokens of the longest, N tokens of all rows, U supervised targets, R of a tile, H hidden,
-F features (3 x hidden), D draft vocabulary, V target vocabulary.
-"""
+B rows, T tokens of the longest, N tokens of all rows, S unrolled steps, U supervised targets, R of
+a tile, H hidden, F features (3 x hidden), D draft vocabulary, V target vocabulary."""
 
 from __future__ import annotations
 
@@ -11,21 +11,20 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
-from configs.schema import HeadTrainConfig
+from configs.schema import HeadTrainConfig, LossConfig
 from eagle.attention import TreeContext
 from eagle.cache import StaticKVCache
 from eagle.target import Target
+from kernels.draft_loss import Objective, draft_loss
 
 LOGITS = 2**22  # of the target's vocabulary, held at a time on a CPU; 2^26 on a GPU
 
 
 class PackedRows(TreeContext):
-    """A causal pass over whole rows that keeps no keys: padding is not run.
-
-    On a CPU rows attend one by one, each over its own length; elsewhere they are padded for the
-    attention.
-    """
+    """A causal pass over whole rows that keeps no keys: padding is not run. On a CPU rows attend
+    one by one, each over its own length; elsewhere they are padded for the attention."""
 
     def __init__(self, target: Target, lengths: list[int], width: int) -> None:
         rows, device = len(lengths), target.device
@@ -78,15 +77,13 @@ def hidden_and_features(
 
 def feature_noise(cfg: HeadTrainConfig, method: str) -> float:
     """Half the width of the noise on features of a row of 512 tokens."""
-    if cfg.train.feature_noise is not None:
-        return cfg.train.feature_noise
-    return 0.1 if method == "eagle1" else 0.0
+    given = cfg.train.feature_noise
+    return (0.1 if method == "eagle1" else 0.0) if given is None else given
 
 
 def with_noise(features: torch.Tensor, mask: torch.Tensor, width: float) -> torch.Tensor:
-    """features [N, F] of the tokens in mask [B, T], plus uniform noise of ± width · 512 / length,
-    so that the head learns to draft from features that are not exact, as its own are (Li et al.
-    2024, section 4.2; the scale by lengths is that of the authors' code)."""
+    """features [N, F] of the tokens in mask [B, T], plus uniform noise of ± width · 512 / length: a
+    head's own features are not exact (Li et al. 2024, section 4.2; scaled as the authors' code)."""
     if width == 0:
         return features
     real = mask.bool()
@@ -98,12 +95,10 @@ def with_noise(features: torch.Tensor, mask: torch.Tensor, width: float) -> torc
 
 @dataclass(frozen=True)
 class Teacher:
-    """The target's distributions at U positions, a `kernels.draft_loss.Teacher`: made tile by tile,
-    when asked.
+    """The target's distributions at U positions, a `kernels.draft_loss.Teacher`: made when asked.
 
     hidden [U, H]: the target's, after its final norm. draft_ids [D]: target ids of the draft
-    vocabulary. to_draft [V]: draft id of each target id, -1 outside.
-    """
+    vocabulary. to_draft [V]: draft id of each target id, -1 outside."""
 
     target: Target
     hidden: torch.Tensor
@@ -129,3 +124,45 @@ class Teacher:
             best.append(logits.argmax(-1))
             kept.append(logits.index_select(-1, self.draft_ids))
         return torch.cat(kept), self.to_draft[torch.cat(best)]
+
+
+def objective_of(cfg: LossConfig) -> Objective:
+    """The loss between the head's and the target's distributions that `cfg` names."""
+    if cfg.name != "focal":
+        return Objective(cfg.name, smoothing=cfg.label_smoothing)
+    return Objective(cfg.focal_over, cfg.gamma, cfg.alpha, cfg.weight, cfg.label_smoothing)
+
+
+class Projection(nn.Module):
+    """The loss at the head's output layer. A module with a weight of its own name, as ZeRO-3
+    gathers the weights of a module when it is called."""
+
+    loss = staticmethod(draft_loss)
+
+    def __init__(self, weight: torch.Tensor, cfg: LossConfig, amp: bool) -> None:
+        super().__init__()
+        self.weight, self.objective, self.amp = weight, objective_of(cfg), amp
+
+    def forward(self, hidden: torch.Tensor, teacher: Teacher, importance: torch.Tensor) -> tuple:
+        """hidden [S, U, H], importance [S, U] -> the fields of `DraftLoss`."""
+        hidden = hidden.bfloat16() if self.amp else hidden
+        found = self.loss(hidden, self.weight, teacher, importance, self.objective)
+        return found.total, found.loss, found.overlap, found.right, found.known
+
+
+class FeatureProjection(Projection):
+    """EAGLE-1's (Li et al. 2024, arXiv:2401.15077, section 4.2): the output is to be the target's
+    hidden state (smooth L1), and what the target's LM head makes of it the target's distribution.
+    weight [V, H]: that LM head's, which is not trained."""
+
+    def __init__(self, weight: torch.Tensor, cfg: LossConfig, amp: bool) -> None:
+        super().__init__(weight.detach(), cfg, amp)
+        self.on_feature = 1.0 if cfg.feature_weight is None else cfg.feature_weight
+        self.on_token = 0.1 if cfg.token_weight is None else cfg.token_weight
+
+    def forward(self, hidden: torch.Tensor, teacher: Teacher, importance: torch.Tensor) -> tuple:
+        total, loss, *rest = super().forward(hidden, teacher, importance)
+        wanted = teacher.hidden.expand_as(hidden).float()
+        apart = F.smooth_l1_loss(hidden.float(), wanted, reduction="none").mean(-1)  # [S, U]
+        total = self.on_token * total + self.on_feature * (apart * importance).sum()
+        return total, self.on_token * loss + self.on_feature * apart.detach(), *rest

@@ -11,8 +11,7 @@ step 0 the others give keys and values and nothing else. Everything is packed: r
 padding is left out.
 
 B rows, T tokens of the longest, N tokens of all rows, C chains and K key tokens of all rows, U
-supervised targets, S steps, F features, H hidden, D draft vocabulary, V target vocabulary.
-"""
+supervised targets, S steps, F features, H hidden, D draft vocabulary, V target vocabulary."""
 
 from __future__ import annotations
 
@@ -27,17 +26,15 @@ from torch.utils.checkpoint import checkpoint
 from configs.schema import LossConfig
 from eagle.heads.head import DraftHead
 from train.head.attention import BLOCK, Block, Queries, UnrolledAttention
-from train.head.losses import FeatureProjection, Projection, depth_weights
 from train.head.metrics import COLUMNS
-from train.head.teacher import Teacher
+from train.head.teacher import FeatureProjection, Projection, Teacher
 
 COMPILED_VARIANTS = 64  # graphs of one function: dtypes, and sizes that were 1
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Which positions are taught what, from the loss mask alone. A place is one of the N packed
-    tokens.
+    """Which positions are taught what. A place is one of the N packed tokens.
 
     rows, sources [U]: the row of target u, and the place where the target model gives its
     distribution. chain_rows, positions [C]: the chains, row by row, ascending. last [C]: the place
@@ -46,8 +43,7 @@ class Plan:
     taught target u at step i; taught [S, U] bool: there is one. weights [B] fp32: how much a row's
     targets count. counts [S]: targets that step i has, each counted by its row's weight.
     key_counts: keys of each row; blocks, key_blocks: the chains, and all K tokens, as attention
-    takes them.
-    """
+    takes them."""
 
     rows: torch.Tensor
     sources: torch.Tensor
@@ -76,8 +72,8 @@ def plan_unroll(
     weights: torch.Tensor | None = None,
     lengths: torch.Tensor | None = None,
 ) -> Plan:
-    """loss_mask [B, T] bool -> Plan; weights [B], 1 by default; lengths [B] tokens of each row, T
-    by default. Token 0 and 1 of a row cannot be drafted: nothing lies before."""
+    """From loss_mask [B, T] bool, weights [B] (1 by default) and lengths [B] of the rows (T).
+    Tokens 0 and 1 of a row cannot be drafted: nothing lies before."""
     B, T = loss_mask.shape
     weights = torch.ones(B) if weights is None else weights.float()
     lengths = torch.full((B,), T) if lengths is None else lengths
@@ -129,8 +125,7 @@ def _blocks(counts: list[int], positions: list[int]) -> list[Block]:
 
 
 class UnrolledHead(nn.Module):
-    """The module that the engine wraps: one micro-batch -> its share of the global loss, and
-    sums."""
+    """The module that the engine wraps: a micro-batch -> its share of the global loss, and sums."""
 
     attention = UnrolledAttention
 
@@ -152,19 +147,18 @@ class UnrolledHead(nn.Module):
         else:
             self.projection = FeatureProjection(output, loss, amp)
         self.steps, self.amp, self.recompute = steps, amp, recompute
-        self.depth_weights = depth_weights(loss, steps, decay)
+        self.depth_weights = loss.depth_weights or [decay**i for i in range(steps)]
 
     def compile_layers(self) -> None:
         """Compile in place, lazily: the first step builds two graphs a pass, before and after
-        attention, for all lengths and row counts. Attention works in blocks of each row and stays
-        as it is."""
+        attention, which works in blocks of each row and stays as it is."""
 
         class Opaque(UnrolledAttention):
             __call__ = torch.compiler.disable(UnrolledAttention.__call__)
 
         self.attention = Opaque
-        limit = max(COMPILED_VARIANTS, torch._dynamo.config.recompile_limit)
-        torch._dynamo.config.recompile_limit = limit
+        config = torch._dynamo.config
+        config.recompile_limit = max(COMPILED_VARIANTS, config.recompile_limit)
         for layer in self.head.decoder_layers:
             layer.compile(dynamic=True)
         self._first = torch.compile(self._first, dynamic=True)
@@ -190,10 +184,8 @@ class UnrolledHead(nn.Module):
         dtype, layers = self.head.fc.weight.dtype, self.head.config.num_layers
         chains = Queries(plan.blocks, plan.positions)
         every = Queries(plan.key_blocks, plan.key_positions)  # below the last layer all go on
-        attention = [
-            self.attention(plan.key_counts, chains, every if n + 1 < layers else None)
-            for n in range(layers)
-        ]
+        first = [every] * (layers - 1) + [chains]
+        attention = [self.attention(plan.key_counts, chains, queries) for queries in first]
 
         def attend(step: int, layer: int, q, k, v) -> torch.Tensor:
             return attention[layer](step, q, k, v)
@@ -216,12 +208,7 @@ class UnrolledHead(nn.Module):
             yield hidden[0]
 
     def forward(
-        self,
-        features: torch.Tensor,
-        embeds: torch.Tensor,
-        plan: Plan,
-        teacher: Teacher,
-        totals: torch.Tensor,
+        self, features, embeds, plan: Plan, teacher: Teacher, totals: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """totals [S]: `counts` of the global batch -> loss, Σ depth weight · Σ weight · loss /
         totals[i], and sums [B, S, len(COLUMNS)] of each row for the metrics, unweighted."""
