@@ -35,7 +35,6 @@ setup(
         "deepspeed>=0.18",
         "datasets>=4",
         "safetensors>=0.5",
-        "fire>=0.7",
         "triton>=3.3; platform_system == 'Linux'",
         "pydantic>=2.7",
         "omegaconf>=2.3",

@@ -1,5 +1,6 @@
 """What the README and docs/ show runs as it stands there."""
 
+import json
 import os
 import re
 import shlex
@@ -78,6 +79,23 @@ def test_commands_with_the_readers_own_files_have_real_flags(words):
     name = [word for word in words[:2] if re.fullmatch(r"[a-z_.]+", word)]
     said = run(*name, "--help").stdout
     assert said and not {flag for flag in flags if not re.search(rf"{flag}\b", said)}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "words",
+    [
+        "inference.evaluate taco --allow_code_execution --limit 1 --n_samples 1 --max_new_tokens 8 --output made",
+        f"inference.convert {ROOT}/eagle/embedded/heads/eagle3 made --to vllm --target embedded",
+        "train.finetune sft --data rows.jsonl --output made train.max_steps=1 data.heldout_fraction=0.1",
+    ],
+    ids=lambda words: words.split()[0],
+)
+def test_main_commands_are_quiet(words, tmp_path):
+    rows = [{"instruction": f"say {n}", "output": "x " * n} for n in range(1, 21)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    test_commands_of_the_readme(tuple(words.split()), tmp_path)
+    assert list((tmp_path / "made").iterdir())
 
 
 def test_python_of_the_readme(capsys):

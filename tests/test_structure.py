@@ -108,6 +108,11 @@ def test_the_oldest_and_the_newest_python_are_enough():
     assert version_dependent(*BELOW, "tests", "setup.py") == []
 
 
+def test_the_check_sees_what_one_python_lacks(tmp_path):
+    (tmp_path / "x.py").write_text("print(int.from_bytes(b'12'))\n")
+    assert version_dependent(tmp_path / "x.py")
+
+
 def test_configs_and_kernels_are_leaves():
     for path in sources("configs"):
         assert not set(imported(path)) & {"torch", "transformers", "deepspeed"}, path

@@ -10,7 +10,7 @@ from commands import run
 from engine_helpers import make_config, make_head, make_model
 from transformers import AutoTokenizer
 
-from configs import cli
+import configs.cli
 from eagle.checkpoint import save_head
 from eagle.target import Target
 from tools.embedded.tokenizer import train_tokenizer
@@ -71,7 +71,7 @@ def in_process(capsys):
 
     def run(function, *arguments):
         with pytest.raises(SystemExit) as exit:
-            cli.main(function, list(map(str, arguments)))
+            configs.cli.main(function, list(map(str, arguments)))
         captured = capsys.readouterr()
         return exit.value.code or 0, captured.out, captured.err
 

@@ -18,7 +18,7 @@ from eagle.errors import EagleError
 from records.rows import RowError
 from train.finetune import assistant
 from train.finetune.run import load_rows
-from train.finetune.tasks import count_labels, render_record
+from train.finetune.tasks import count_labels, measure_task, render_record
 from train.head.distributed import World
 
 TASK_LIST = [TaskConfig.model_validate(t) for t in TASKS]
