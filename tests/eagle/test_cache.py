@@ -51,23 +51,21 @@ def test_committed_slots_equal_a_fresh_prefill_after_50_cycles(targets, family):
 @pytest.mark.parametrize("family", ["llama", "mistral", "gemma2"])
 @pytest.mark.parametrize("lengths", [(8, 8), (9, 2, 15)], ids=["even", "ragged"])
 def test_slots_past_the_length_are_never_read(targets, family, lengths):
-    target = targets(family)
-    prompts = make_prompts(lengths)
-    model = head_model(target, "16,4,4", draft_vocab=128)
-    clean = new_tokens(model.generate(prompts, max_new_tokens=40))
+    target, prompts = targets(family), make_prompts(lengths)
+    clean = plain(target, prompts, max_new_tokens=40)
 
     def poison(cache, drafter):
-        for each in [cache] + ([drafter.cache] if drafting else []):
+        for each in (cache, getattr(drafter, "cache", cache)):
             for row, length in zip(each.order, each.host_lengths, strict=True):
                 each.buffer[:, :, row, :, length:] = float("nan")
 
-    for drafting in (True, False):
-        result = model.generate(prompts, max_new_tokens=40, on_cache=poison, draft=drafting)
+    for model in (  # accepted drafts must survive it too
+        head_model(target, "16,4,4", draft_vocab=128),
+        EaModel(target),
+        EaModel(target, drafter=ScriptedDrafter(clean, True, "8,4,2")),
+    ):
+        result = model.generate(prompts, max_new_tokens=40, on_cache=poison)
         assert new_tokens(result) == clean
-    # accepted drafts must survive it too
-    drafting = False
-    scripted = EaModel(target, drafter=ScriptedDrafter(clean, True, "8,4,2"))
-    assert new_tokens(scripted.generate(prompts, max_new_tokens=40, on_cache=poison)) == clean
 
 
 @pytest.mark.parametrize("spare", [-1, 0, 1])
@@ -81,11 +79,9 @@ def test_model_limit(spare, right):
     assert room == min(new, new + spare)
     answers = plain(target, prompts, max_new_tokens=new)
     assert [len(a) for a in answers] == [room, new]
-    model = (
-        head_model(target, "60,7,10")
-        if right is None
-        else EaModel(target, drafter=ScriptedDrafter(answers, right, "16,4,4"))
-    )
+    model = head_model(target, "60,7,10")
+    if right is not None:
+        model = EaModel(target, drafter=ScriptedDrafter(answers, right, "16,4,4"))
     result = model.generate(prompts, max_new_tokens=new)
     assert new_tokens(result) == answers
     assert [row.finish_reason for row in result.rows] == ["length", "length"]
@@ -139,12 +135,9 @@ def test_the_cost_of_a_pass_follows_the_context(llama):
     """Attention is given the live slots, never the capacity."""
     cache = llama.new_cache(2, 1000)
     cache.advance(torch.tensor([5, 9]), [5, 9])
-    depth = torch.arange(4).expand(2, 4)
+    positions = cache.lengths[:, None] + torch.arange(4)
     mask = torch.ones(4, 4, dtype=torch.bool).tril().expand(2, 4, 4)
-    context = TreeContext(
-        cache, cache.lengths[:, None] + depth, mask, cache.lengths[:, None] + depth
-    )
-    keys, values = context.read(0)
+    keys, values = TreeContext(cache, positions, mask, positions).read(0)
     assert keys.shape[2] == values.shape[2] == 13
 
 

@@ -182,9 +182,8 @@ def test_learned_positions_end_where_the_model_ends(name):
         assert stock_greedy(short_case.target, prompt, len(row)) == row
     for tree in TREES:
         assert short_case.drafted(tree) == short_case.greedy
-    right = EaModel(
-        short_case.target, drafter=ScriptedDrafter(short_case.greedy, True, TREES["branching"])
-    )
+    drafter = ScriptedDrafter(short_case.greedy, True, TREES["branching"])
+    right = EaModel(short_case.target, drafter=drafter)
     result = right.generate(short_case.prompts, max_new_tokens=NEW)
     assert new_tokens(result) == short_case.greedy
 
@@ -210,39 +209,28 @@ def test_refusals_name_the_family_the_reason_and_the_remedy(refused):
     warnings.warn(f"{refused.name} works now: it belongs into SERVED", stacklevel=1)
 
 
-def test_a_family_that_newly_works_is_reported():
-    works = Family("Llama", "LlamaConfig", reason="none")
-    with pytest.warns(UserWarning, match="Llama works now"):
-        test_refusals_name_the_family_the_reason_and_the_remedy(works)
-
-
 def test_the_probe_exercises_sliding_windows():
     """transformers gives OLMoE's attention a window that its masks do not have: no window, or no
     such model."""
     with pytest.raises(EagleError, match="standard deviations"):
         Target(family("OLMoE", sliding_window=200).build())
-    target = Target(
-        family("OLMoE", sliding_window=256).build()
-    )  # as long as the model: never reached
+    # as long as the model: never reached
+    target = Target(family("OLMoE", sliding_window=256).build())
     assert target.config.sliding_window == 256
     target = Target(family("Gemma 2", sliding_window=100).build())
     assert target.config.sliding_window == 100
     assert [layer.self_attn.sliding_window for layer in target.layers] == [100, None] * 2
 
 
-def test_the_probe_finds_what_mixes_tokens():
+def test_the_probe_finds_mixed_tokens_and_arguments_that_are_not_honoured():
     model = family("Llama").build()
-    model.model.layers[1].mlp.register_forward_hook(
-        lambda module, args, out: out + out.mean(1, keepdim=True)
-    )
+    mlp = model.model.layers[1].mlp
+    hook = mlp.register_forward_hook(lambda _, args, out: out + out.mean(1, keepdim=True))
     with pytest.raises(EagleError, match="standard deviations"):
         Target(model)
-
-
-def test_the_probe_finds_attention_arguments_that_are_not_honoured():
-    model = family("Llama").build()
+    hook.remove()
     model.model.layers[2].self_attn.register_forward_pre_hook(
-        lambda module, args, kwargs: (args, {**kwargs, "block_indices": torch.zeros(1)}),
+        lambda _, args, kwargs: (args, {**kwargs, "block_indices": torch.zeros(1)}),
         with_kwargs=True,
     )
     with pytest.raises(EagleError, match="also needs block_indices"):
@@ -254,8 +242,3 @@ def test_the_table_in_the_docs():
         pytest.skip(f"this transformers has no {', '.join(absent)}")
     page = PAGE.read_text("utf-8")
     assert with_table(page) == page, "run: .venv/bin/python tests/eagle/families.py --write"
-
-
-def test_family_names_are_told_once():
-    names = [f.name for f in (*SERVED, *REFUSED)]
-    assert len(set(names)) == len(names) and len(SERVED) >= 22
