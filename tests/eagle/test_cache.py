@@ -5,7 +5,6 @@ import torch
 from engine_helpers import ScriptedDrafter, head_model, make_prompts, make_target, new_tokens, plain
 
 from eagle.attention import TreeContext
-from eagle.cache import StaticKVCache
 from eagle.errors import EagleError
 from eagle.model import EaModel
 
@@ -88,19 +87,18 @@ def test_model_limit(spare, right):
     assert result.sequences.shape[1] <= limit
 
 
-def test_prompts_at_the_limit(llama):
-    target = make_target("llama", max_position_embeddings=16)
-    model = head_model(target, "60,7,10")
+def test_prompts_at_the_limit():
+    model = head_model(make_target("llama", max_position_embeddings=16), "60,7,10")
     (longest,) = make_prompts((15,))
-    result = model.generate([longest], max_new_tokens=50)
-    assert len(result.rows[0].tokens) == 1 and result.rows[0].finish_reason == "length"
-    for length in (16, 17, 40):
+    row = model.generate([longest], max_new_tokens=50).rows[0]
+    assert len(row.tokens) == 1 and row.finish_reason == "length"
+    for length in (16, 40):
         with pytest.raises(EagleError, match="limit is 16.*shorten"):
             model.generate([[1, 2], make_prompts((length,))[0]], max_new_tokens=5)
     with pytest.raises(EagleError, match="limit is 10"):
         model.generate([longest], max_length=10)
-    assert model.eagenerate([longest[:5]], max_length=9).shape[1] == 9
-    assert model.eagenerate([longest[:5]], max_length=99).shape[1] == 16
+    for limit, end in ((9, 9), (99, 16)):
+        assert model.eagenerate([longest[:5]], max_length=limit).shape[1] == end
 
 
 def test_finished_rows_are_not_computed(llama):
@@ -121,10 +119,7 @@ def test_finished_rows_are_not_computed(llama):
                 checks += 1
             frozen[row] = cache.buffer[:, :, row].nan_to_num()
 
-    start = model._start(prompts, max_new_tokens=40, eos_token_id=list(eos), on_cache=watch)
-    rows = start.rows
-    for _ in start.steps:
-        pass
+    rows = model.generate(prompts, max_new_tokens=40, eos_token_id=list(eos), on_cache=watch).rows
     assert checks > 5 and len(seen[0]) > len(seen[-1]) >= 1
     assert len({row.finish_reason for row in rows}) == 2
     expected = plain(llama, prompts, max_new_tokens=40, eos_token_id=list(eos))
@@ -139,22 +134,3 @@ def test_the_cost_of_a_pass_follows_the_context(llama):
     mask = torch.ones(4, 4, dtype=torch.bool).tril().expand(2, 4, 4)
     keys, values = TreeContext(cache, positions, mask, positions).read(0)
     assert keys.shape[2] == values.shape[2] == 13
-
-
-@pytest.mark.parametrize("lengths", [[3, 3], [2, 5]], ids=["even", "ragged"])
-def test_update_writes_each_row_at_its_own_length(lengths):
-    cache = StaticKVCache(2, 2, 3, 20, 4, torch.float32, "cpu")
-    cache.advance(torch.tensor(lengths), lengths)
-    before = torch.randn_like(cache.buffer)
-    cache.buffer.copy_(before)
-    positions = cache.lengths[:, None] + torch.arange(6)
-    mask = torch.ones(2, 4, 6, dtype=torch.bool)  # two slots of the tree are there already
-    context = TreeContext(cache, positions[:, 2:], mask, positions)
-    new = torch.randn(2, 3, 4, 4)
-    packed = new.transpose(1, 2).flatten(0, 1).transpose(0, 1)[None]  # [1, H, T, D]
-    context.write(1, packed, packed + 1)
-    expected = before.clone()
-    for row, length in enumerate(lengths):
-        expected[1, 0, row, :, length + 2 : length + 6] = new[row]
-        expected[1, 1, row, :, length + 2 : length + 6] = new[row] + 1
-    assert torch.equal(cache.buffer, expected)

@@ -24,12 +24,11 @@ def test_another_model_is_refused(model, targets):
         other.generate(torch.tensor([[1, 2]]), custom_generate=model.custom_generate, **OPTIONS)
 
 
-class Collect:
-    def __init__(self):
-        self.got, self.ended = [], 0
+class Collect(list):
+    ended = 0
 
     def put(self, value):
-        self.got += value.flatten().tolist()
+        self += value.flatten().tolist()
 
     def end(self):
         self.ended += 1
@@ -51,7 +50,7 @@ def test_the_streamer_and_the_result_are_the_calls_own(model, way, tmp_path):
         expected = stock.generate(ids, streamer=theirs, **options)
     out = stock.generate(ids, streamer=streamer, return_dict_in_generate=True, **how, **options)
     assert torch.equal(out.sequences, expected)
-    assert streamer.got == theirs.got == expected[0].tolist()
+    assert streamer == theirs == expected[0].tolist()
     assert streamer.ended == theirs.ended == 1
     stop = tokenizer.decode(expected[0, 12:14])
     with model.target.stock():

@@ -77,19 +77,19 @@ def test_generation_is_the_tuned_targets_own(base, adapter, quantization, tuned)
 
 
 def test_a_head_for_another_adapter_or_quantization_is_named(base, adapter, tmp_path):
-    tuned = Target.from_pretrained(base, device="cpu", adapter_path=adapter, quantization="nf4")
-    save_head(make_head(tuned, 64), tmp_path / "head", {"target": tuned.identity})
+    def load(**options):
+        return Target.from_pretrained(base, device="cpu", **options)
+
+    folder, tuned = tmp_path / "head", load(adapter_path=adapter, quantization="nf4")
+    save_head(make_head(tuned, 64), folder, {"target": tuned.identity})
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        load_head(tmp_path / "head", tuned)
+        load_head(folder, tuned)
     with pytest.warns(UserWarning, match="no adapter.*quantization=nf4.*--init_head"):
-        load_head(tmp_path / "head", Target.from_pretrained(base, device="cpu"))
+        load_head(folder, load())
     other = make_adapter(base, tmp_path / "other", seed=1)
     with pytest.warns(UserWarning, match="with the adapter .* has the adapter") as said:
-        load_head(
-            tmp_path / "head",
-            Target.from_pretrained(base, device="cpu", adapter_path=other, quantization="nf4"),
-        )
+        load_head(folder, load(adapter_path=other, quantization="nf4"))
     assert "quantization" not in str(said[0].message)
 
 

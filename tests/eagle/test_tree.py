@@ -5,9 +5,8 @@ import random
 
 import pytest
 import torch
-from engine_helpers import make_head, make_tree, paths_of
+from engine_helpers import make_tree
 
-from eagle.draft import HeadDrafter
 from eagle.errors import EagleError
 from eagle.tree import DraftTree, TreeShape, ancestors, rerank
 from eagle.verify import verify
@@ -156,18 +155,3 @@ def test_rerank_keeps_the_best_with_their_parents(ties):
         assert tree.depth.max() <= shape.levels
         assert torch.equal(tree.mask, ancestors(tree.parents, N))
         assert torch.equal(tree.mask.sum(-1), tree.depth + 1)
-
-
-@torch.inference_mode()
-def test_trees_have_distinct_children_and_falling_scores(llama):
-    drafter = HeadDrafter(make_head(llama, 30), llama.embed, TreeShape(40, 5, 6))
-    drafter.begin(2, 20)
-    tokens, counts = torch.randint(0, 128, (2, 9)), [9, 4]
-    drafter.ingest(torch.randn(2, 9, 96), tokens, torch.tensor(counts), counts)
-    tree = drafter.expand(torch.tensor([3, 4]))
-    allowed = set(drafter.head.draft_token_ids().tolist())
-    for b in range(2):
-        assert len(paths_of(tree, b)) == 39 and set(tree.tokens[b, 1:].tolist()) <= allowed
-    assert (tree.scores <= tree.scores.gather(1, tree.parents)).all()
-    assert tree.tokens[:, 0].tolist() == [3, 4]
-    assert (tree.parents[:, 1:] < torch.arange(1, 40)).all()
