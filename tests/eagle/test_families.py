@@ -84,8 +84,6 @@ def test_sampled(case):
     inputs = {"input_ids": ids, "attention_mask": mask}
     assert case.drafted("branching", inputs, **SAMPLED) == case.sampled
     assert case.sampled != case.greedy
-    another = plain(case.target, case.prompts, max_new_tokens=NEW, **{**SAMPLED, "seed": 1})
-    assert all(a != b for a, b in zip(another, case.sampled, strict=True))
 
 
 def test_rows_do_not_depend_on_their_batch(case):
@@ -96,8 +94,6 @@ def test_rows_do_not_depend_on_their_batch(case):
     ):
         alone = {"input_ids": [case.prompts[row]]}
         assert case.drafted(tree, alone, **sampling) == [answers[row]]
-        own = plain(case.target, [case.prompts[row]], max_new_tokens=NEW, **sampling)
-        assert own == [answers[row]]
 
 
 @pytest.mark.parametrize("tree", TREES)

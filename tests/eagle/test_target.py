@@ -70,7 +70,7 @@ TREE = [(9, 0), (4, 0), (7, 0), (5, 1), (6, 1), (4, 2), (8, 3), (1, 5), (2, 6)]
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-@pytest.mark.parametrize("lengths", [(6, 6), (9, 2, 13)], ids=["even", "ragged"])
+@pytest.mark.parametrize("lengths", [(6, 6), (9, 2)], ids=["even", "ragged"])
 @torch.inference_mode()
 def test_tree_logits_equal_every_path_on_its_own(targets, name, lengths):
     target = targets(name)
