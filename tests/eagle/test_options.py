@@ -238,7 +238,8 @@ def test_processors_of_a_batch_do_what_they_do_in_stock_generate(llama, name):
         expected = torch.tensor([SAME_LENGTH[0] + stock_greedy(llama, SAME_LENGTH[0], 18, **alone)])
     answers = [line[7:] for line in expected.tolist()]
     answers = [a[: a.index(3) + 1] if 3 in a else a for a in answers]
-    for model in engines(llama, answers):
+    right = EaModel(llama, drafter=ScriptedDrafter(answers, True, "16,4,4"))
+    for model in (right, head_model(llama)):
         got = model.eagenerate(ids, logits_processor=[make()], **options)
         assert torch.equal(got, expected)
     how = dict(custom_generate=head_model(llama).custom_generate, do_sample=False)
