@@ -73,19 +73,6 @@ def test_eos_is_taken_from_the_model(answer):
     assert whole.new_tokens == 40
 
 
-def test_batch_rows_end_apart_and_are_padded(llama):
-    prompts = make_prompts((6, 2, 9))
-    answers = plain(llama, prompts, max_new_tokens=20)
-    eos = [answers[0][0], answers[1][first_use(answers[1], 5)]]
-    expected = plain(llama, prompts, max_new_tokens=20, eos_token_id=eos)
-    assert len(expected[0]) == 1 and len({len(e) for e in expected}) == 3
-    model = head_model(llama, "16,4,4")
-    ids = model.eagenerate(prompts, max_new_tokens=20, eos_token_id=eos, pad_token_id=77)
-    for line, prompt, tokens in zip(ids.tolist(), prompts, expected, strict=True):
-        whole = prompt + tokens
-        assert line == whole + [77] * (len(line) - len(whole))
-
-
 @pytest.mark.parametrize("kind", ["letters", "pairs", "llama2"])
 def test_stop_strings_mean_what_they_mean_in_stock_generate(llama, answer, kind):
     """Those that begin in the prompt, that begin with a space that a decoder strips, and parts of a

@@ -8,7 +8,7 @@ import torch
 from engine_helpers import make_tree
 
 from eagle.errors import EagleError
-from eagle.tree import DraftTree, TreeShape, ancestors, rerank
+from eagle.tree import TreeShape, ancestors, rerank
 from eagle.verify import verify
 
 BAD_SHAPES = "|16|16,4|16,4,4,4|a,b,c|16;4;4|1.5,4,4|1,4,4|0,4,4|16,-1,4|16,4,0|16,,4"
@@ -93,13 +93,6 @@ def test_verify_against_a_walk():
             assert verdict.tokens[b].tolist()[: accepted + 1] == [choices[b][n] for n in path]
             assert verdict.path.shape == verdict.tokens.shape == (rows, levels + 1)
             assert verdict.path.max() < nodes
-
-
-def test_plain_decoding_is_a_tree_of_one_node():
-    tree = DraftTree.root_only(torch.tensor([5, 6]))
-    verdict = verify(tree, torch.tensor([[8], [9]]), 0)
-    assert verdict.num_accepted.tolist() == [0, 0]
-    assert verdict.path.tolist() == [[0], [0]] and verdict.tokens.tolist() == [[8], [9]]
 
 
 def candidates(rng, k, depth, ties):
