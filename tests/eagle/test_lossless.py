@@ -36,11 +36,11 @@ BATCHES = (1, 2, 5)
 
 
 def cases():
-    """Every family with every tree, sampling and form; batch sizes and heads go round."""
+    """Every family, tree, sampling and form, not in all combinations; batch sizes and heads go round."""
     batch = itertools.cycle(BATCHES)
     vocab = itertools.cycle((48, 128, 3))
     for f, family in enumerate(FAMILIES):
-        for i in range(6):
+        for i in range(f % 2, 6, 2):
             case = family, TREES[(f + i) % 4], SAMPLING[i], FORMS[(2 * f + i) % 4]
             yield pytest.param(*case, next(batch), next(vocab), id=f"{family}-{i}")
 
