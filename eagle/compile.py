@@ -177,7 +177,7 @@ def compiled_folder() -> Path:
 
 
 def key(module: Pass, example: tuple) -> str:
-    """All that a package depends on: weights to the last bit, code, versions, processor, threads."""
+    """All that a package depends on: weights to the last bit, code, versions, machine, threads."""
     import transformers
 
     shapes = [(x.dtype, x.shape[2:]) for x in example]

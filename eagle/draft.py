@@ -101,7 +101,7 @@ class HeadDrafter:
     def _pass(
         self, hidden: torch.Tensor, tokens: torch.Tensor, context: TreeContext
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """hidden [b, N, H], tokens [b, N] -> the next pass's hidden [b, N, H], and log-probabilities
+        """hidden [b, N, H], tokens [b, N] -> the next pass's hidden [b, N, H], log-probabilities
         [b, N, D] float32 over the draft vocabulary."""
         inputs = map(context.pack, (hidden, tokens, context.positions))
         out, log_probs = (self.compiled or self).step(context, *inputs)

@@ -73,7 +73,7 @@ class Bar:
 
 
 class Meter(Bar):
-    """`done` of `total` things, with a rate of what costs the time (`unit`, tokens mostly); rate and
+    """`done` of `total` things, with a rate of what costs time (`unit`, tokens mostly). Rate and
     ETA are of this process: what was done before, `done` at the start, does not count."""
 
     def __init__(

@@ -221,7 +221,7 @@ class Options(BaseModel):
 
 @dataclass(frozen=True)
 class Processor:
-    """transformers' processors as plain decoding calls them: once a token, in the order of the text,
+    """transformers' processors as plain decoding calls them: once a token, in order of the text,
     with a batch of copies of this row. steps: (processor, place, rows)."""
 
     steps: list[tuple[Callable, int, int]]

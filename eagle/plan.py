@@ -40,8 +40,8 @@ def size_of(rows: int) -> int:
 
 
 class Experience:
-    """What calls of one kind teach those that follow: [candidate, depth] how often a draft token was
-    judged (`seen`) and refused (`missed`), fading; by rows, how many cycles a rest has to go."""
+    """What calls of one kind teach those that follow: [candidate, depth] how often a draft token
+    was judged (`seen`) and refused (`missed`), fading; by rows, how long a rest has to go."""
 
     def __init__(self) -> None:
         self.seen, self.missed = np.zeros((2, len(SHAPES), WIDEST.levels))
@@ -69,7 +69,7 @@ class Experience:
 
 
 class Plan:
-    """One call's decisions. `costs(rows)` looks up the costs for that many rows. A cycle is `begin`,
+    """One call's decisions. `costs(rows)`: the costs for that many rows. A cycle is `begin`,
     which says what to draft, and `end`, which hears what came of it."""
 
     def __init__(self, costs: Callable[[int], Costs], experience: Experience) -> None:

@@ -40,7 +40,7 @@ class Prompts:
 
 
 def read_prompts(input_ids, attention_mask=None, pad: int | None = None, **beside) -> Prompts:
-    """[B, T] or [T] of torch or numpy with padding marked by a mask, else by the token `pad`; a list
+    """[B, T] or [T] of torch or numpy, padding marked by a mask, else by the token `pad`; a list
     of lists, or one list; or what a tokenizer returns, with its further outputs `beside`."""
     if isinstance(input_ids, Mapping):
         inside = {**input_ids, **beside}

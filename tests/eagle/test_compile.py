@@ -118,7 +118,7 @@ def test_compiled_equals_eager(model, target, monkeypatch, batch, sampling, tree
 
 
 def test_drafts_are_the_same_too(model):
-    """Compiled drafting is as good as eager: the same trees are accepted, node for node. And compiled
+    """Compiled drafting is as good as eager: the same trees are accepted, node for node. Compiled
     passes take a prompt in pieces: rows that end before, at and after a piece's end."""
     width = CHUNK // 5
     chunks = make_prompts((width - 1, width, width + 1, 2 * width + 1, 1), seed=5)

@@ -367,7 +367,7 @@ def reached(shape, p):
 
 
 class Simulation:
-    """A plan at work. `cycles`: of each whether it drafted, its milliseconds, and the tokens that its
+    """A plan at work. `cycles`: whether it drafted, its milliseconds, and the tokens that its
     rows gain in the mean, so that what is judged is the choice and not the luck."""
 
     def __init__(self, rows, *args):
