@@ -52,7 +52,7 @@ class TreeContext:
     ) -> None:
         self.cache, self.positions = cache, positions
         self.mask, self.tree_positions = mask, tree_positions
-        b, N = self.shape = tuple(positions.shape)
+        _, N = self.shape = tuple(positions.shape)
         self.offset = 0 if mask is None else mask.shape[2] - N
         self.counts = counts if counts is not None and min(counts) < N else None
         self.layers_seen = 0
@@ -94,12 +94,8 @@ class TreeContext:
         """What the CPU kernel asks of a pass over a tree: buffer, rows, starts [b + 1] of each
         row's tokens among the packed, lengths, mask, tree_positions, offset."""
         b, N = self.shape
-        if self.counts is None:
-            starts = torch.arange(0, b * N + 1, N)
-        else:
-            starts = torch.tensor([0, *itertools.accumulate(self.counts)])
-        cache = self.cache
-        slots = cache.buffer, cache.rows, starts, cache.lengths
+        starts = torch.tensor([0, *itertools.accumulate(self.counts or [N] * b)])
+        slots = self.cache.buffer, self.cache.rows, starts, self.cache.lengths
         return *slots, self.mask, self.tree_positions, self.offset
 
     def write(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> None:
@@ -111,7 +107,7 @@ class TreeContext:
             values[row, :, start : start + k.shape[2]] = v[0]
             return
         if self._slots is None:
-            step = torch.arange(self.shape[1], device=k.device) + self.offset
+            step = torch.arange(self.offset, self.offset + self.shape[1], device=k.device)
             slots = self.cache.lengths[:, None] + step  # [b, N]
             rows = self.cache.rows[:, None].expand(self.shape)
             self._slots = self.pack(rows)[0], self.pack(slots)[0]
@@ -120,19 +116,19 @@ class TreeContext:
         keys[rows, :, slots] = k[0].transpose(0, 1)
         values[rows, :, slots] = v[0].transpose(0, 1)
 
-    def _padding_fits(self) -> bool:
-        lengths = self.cache.host_lengths
-        room = self.cache.capacity - self.offset - self.shape[1]
-        return lengths is not None and max(lengths) <= room
-
-    def write_padding(self, layer: int) -> None:
-        """Zeros to all N slots of every row."""
-        keys, values = self.cache.layer(layer)
-        slots = self.cache.lengths[:, None] + torch.arange(self.shape[1], device=keys.device)
-        slots = slots + self.offset
-        rows = self.cache.rows[:, None].expand(self.shape)
-        keys[rows, :, slots] = 0
-        values[rows, :, slots] = 0
+    def write_padding(self, layer: int) -> bool:
+        """Zeros to all N slots of every row, where they fit."""
+        lengths, N = self.cache.host_lengths, self.shape[1]
+        if lengths is None or max(lengths) + self.offset + N > self.cache.capacity:
+            return False
+        step = torch.arange(self.offset, self.offset + N, device=self.positions.device)
+        slots, rows = (
+            self.cache.lengths[:, None] + step,
+            self.cache.rows[:, None].expand(self.shape),
+        )
+        for half in self.cache.layer(layer):
+            half[rows, :, slots] = 0
+        return True
 
     def read(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Live keys and values [b, Hkv, S, D]; a view where rows are even."""
@@ -147,8 +143,8 @@ class TreeContext:
         return k, v
 
     def bias(self, dtype: torch.dtype, window: int | None, groups: int) -> torch.Tensor | None:
-        """The additive bias, folded for `groups` query heads a key/value head; built once for all
-        layers that share a window. None: everything is visible."""
+        """The additive bias, folded for `groups` query heads a key/value head, one for all layers
+        that share a window. None: everything is visible."""
         key = (dtype, window, groups)
         if key in self._bias:
             return self._bias[key]
@@ -174,15 +170,7 @@ class TreeContext:
         return self._bias[key]
 
     def attend(
-        self,
-        layer: int,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        scaling: float,
-        window: int | None = None,
-        softcap: float | None = None,
-        sinks: torch.Tensor | None = None,
+        self, layer: int, q, k, v, scaling: float, window=None, softcap=None, sinks=None
     ) -> torch.Tensor:
         """Write this pass's keys and values, and attend. q [1, Hq, T, D], k and v [1, Hkv, T, D]
         -> [1, T, Hq, D]."""
@@ -190,18 +178,15 @@ class TreeContext:
         kernel = self.mask is not None and use_triton(q)
         if kernel and self.index is not None:
             # the kernel reads all N slots of a row: what is not a token must be a number at least
-            kernel = self._padding_fits()
-            if kernel:
-                self.write_padding(layer)
+            kernel = self.write_padding(layer)
         self.write(layer, k, v)
-        if kernel:
-            return self._attend_kernel(layer, q, scaling, window, softcap, sinks)
         groups = q.shape[1] // k.shape[1]
         queries = self.unpack(q.transpose(1, 2)).transpose(1, 2)  # [b, Hq, N, D]
+        if kernel:
+            return self._attend_kernel(layer, queries, scaling, window, softcap, sinks)
         if self.mask is None:
             # padding comes after a row's tokens, so that no token sees it
-            k = self.unpack(k.transpose(1, 2)).transpose(1, 2)
-            v = self.unpack(v.transpose(1, 2)).transpose(1, 2)
+            k, v = (self.unpack(x.transpose(1, 2)).transpose(1, 2) for x in (k, v))
             if window is None and softcap is None and sinks is None:
                 out = F.scaled_dot_product_attention(
                     queries, k, v, is_causal=True, scale=scaling, enable_gqa=groups > 1
@@ -212,11 +197,10 @@ class TreeContext:
         bias = self.bias(q.dtype, window, groups)
         return self.pack(attend(queries, k, v, bias, scaling, softcap, sinks))
 
-    def _attend_kernel(self, layer, q, scaling, window, softcap, sinks) -> torch.Tensor:
+    def _attend_kernel(self, layer, queries, scaling, window, softcap, sinks) -> torch.Tensor:
         """The Triton kernel reads each row's live slots in place."""
         if self._bits is None:
             self._bits = pack_bits(self.mask)
-        queries = self.unpack(q.transpose(1, 2)).transpose(1, 2)  # [b, Hq, N, D]
         out = tree_attention(
             queries,
             *self.cache.layer(layer),
@@ -234,15 +218,15 @@ class TreeContext:
 
 def tree_attention_forward(
     module: torch.nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    dropout: float = 0.0,
-    scaling: float | None = None,
-    softcap: float | None = None,
-    sliding_window: int | None = None,
-    s_aux: torch.Tensor | None = None,
+    query,
+    key,
+    value,
+    attention_mask,
+    dropout=0.0,
+    scaling=None,
+    softcap=None,
+    sliding_window=None,
+    s_aux=None,
     tree: TreeContext | None = None,
     **kwargs,
 ) -> tuple[torch.Tensor, None]:

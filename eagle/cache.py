@@ -2,11 +2,10 @@
 
 L layers, B buffer rows, b rows in use, H key/value heads, C capacity (slots), D head_dim.
 
-Invariant: the context of the i-th row in use is slots 0 … lengths[i]-1 of buffer row order[i],
-contiguous. What lies past it is scratch for the tree being tried; it is never read once the tree is
-gone. `host_lengths` mirrors `lengths` without a device read, so the live range of a pass is known
-before it starts; in a captured graph, where the host knows nothing, it is None and passes see the
-whole capacity."""
+Invariant: the context of the i-th row in use is slots 0 … lengths[i]-1 of buffer row order[i]. What
+lies past it is scratch for the tree being tried, never read once the tree is gone. `host_lengths`
+mirrors `lengths` without a device read, so the live range of a pass is known before it starts; in a
+captured graph, where the host knows nothing, it is None and passes see the whole capacity."""
 
 from __future__ import annotations
 
@@ -20,14 +19,7 @@ class StaticKVCache(Cache):
     """Passed to stock models as their cache; the head uses the same class with one layer."""
 
     def __init__(
-        self,
-        num_layers: int,
-        rows: int,
-        kv_heads: int,
-        capacity: int,
-        head_dim: int,
-        dtype: torch.dtype,
-        device: torch.device | str,
+        self, num_layers: int, rows: int, kv_heads: int, capacity: int, head_dim: int, dtype, device
     ) -> None:
         super().__init__(layers=[])
         self.buffer = torch.empty(  # never read where it was not written
@@ -73,14 +65,11 @@ class StaticKVCache(Cache):
 
     def layer(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values [B, H, C, D] of one layer, views of the buffer."""
-        both = self.buffer[index]
-        return both[0], both[1]
+        return self.buffer[index].unbind(0)
 
     def commit(self, path: torch.Tensor, counts: torch.Tensor) -> None:
-        """Move the nodes path[i, :counts[i]] of the last tree into the prefix. path [b, K], counts
-        [b].
-
-        `advance` must follow."""
+        """Move the nodes path[i, :counts[i]] of the last tree into the prefix; `advance` must
+        follow. path [b, K], counts [b]."""
         if self.whole:
             commit_kv(self.buffer, self.lengths, path, counts)
             return

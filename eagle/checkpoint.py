@@ -16,7 +16,6 @@ from .files import atomic_dir as atomic_dir
 from .files import atomic_write_text as atomic_write_text
 from .files import read_json as read_json
 from .files import require_equal as require_equal
-from .files import tidy as tidy
 from .files import write_json as write_json
 from .heads.configs import DTYPES, own_config
 from .heads.head import DraftHead, build
@@ -74,22 +73,19 @@ def require_fit(path: Path, config: HeadConfig, target: Target) -> None:
         ("vocabulary", config.vocab_size, target.vocab_size),
     ):
         if ours != theirs:
+            said = f"the head {path} does not belong to {target.name}: its {what} is {ours}"
             raise EagleError(
-                f"the head {path} does not belong to {target.name}: its {what} is {ours}, the "
-                f"target's is {theirs}; use a head trained for this target"
+                f"{said}, the target's is {theirs}; use a head trained for this target"
             )
-    L = len(target.layers)
-    if any(not 0 <= i <= L and i != FINAL for i in config.feature_layers):
-        raise EagleError(
-            f"the head {path} reads layers {list(config.feature_layers)}, {target.name} has {L}; "
-            "use a head trained for this target"
-        )
+    L, layers = len(target.layers), list(config.feature_layers)
+    if any(not 0 <= i <= L and i != FINAL for i in layers):
+        said = f"the head {path} reads layers {layers}, {target.name} has {L}"
+        raise EagleError(f"{said}; use a head trained for this target")
 
 
 def _warn_if_foreign(path: Path, provenance: dict, target: Target) -> None:
     recorded = {**provenance, **(provenance.get("target") or {})}
-    said = differences(recorded, target.identity)
-    if said:
+    if said := differences(recorded, target.identity):
         warnings.warn(
             f"the head {path}: {'; '.join(said)}. Output stays the target's own, fewer drafts may "
             "be accepted; a short run of `python -m train.main --init_head HEAD` with this target "

@@ -14,6 +14,7 @@ import hashlib
 import platform
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -30,6 +31,7 @@ from .target import Target
 
 # weights are folded into the package and live beside the model's own
 LARGEST = 4 * 2**30
+CODE = "attention cache compile draft heads/head heads/head_config target".split()
 
 _library = torch.library.Library("eagle", "DEF")
 _library.define(
@@ -56,92 +58,65 @@ torch.library.register_fake("eagle::attend", _attend_shape, lib=_library)
 class Opaque:
     """Stands for a `TreeContext` while a pass is exported: calls the operator in its place."""
 
-    def __init__(self, cache: StaticKVCache) -> None:
-        self.cache = cache
+    cache = StaticKVCache(0, 1, 1, 1, 1, torch.float32, "cpu")
 
     def attend(self, layer, q, k, v, scaling, window=None, softcap=None, sinks=None):
         return torch.ops.eagle.attend(q, k, v, layer, scaling, window or 0, softcap or 0.0, sinks)
 
 
-class TargetPass(torch.nn.Module):
-    def __init__(self, target: Target) -> None:
+class Pass(torch.nn.Module):
+    """A pass to be exported: the method `run` of a context and tensors, the modules that it uses,
+    and what else decides what it computes."""
+
+    def __init__(self, run: Callable, parts: list, *facts) -> None:
         super().__init__()
-        self.model, self.target = target.model, [target]  # in a list: not a submodule
+        self.run, self.parts, self.facts = run, torch.nn.ModuleList(parts), facts
 
-    def forward(self, ids, positions):
-        target = self.target[0]
-        cache = StaticKVCache(0, 1, 1, 1, 1, target.dtype, target.device)
-        return target.run(ids, positions, Opaque(cache))
+    def forward(self, *inputs):
+        return self.run(Opaque(), *inputs)
 
 
-class HeadPass(torch.nn.Module):
-    """A draft pass: every token's continuation is asked for."""
-
-    def __init__(self, drafter: HeadDrafter) -> None:
-        super().__init__()
-        self.head, self.embed, self.drafter = drafter.head, drafter.embed, [drafter]
-        if not drafter.head.has_output:
-            self.head_logits = drafter.logits  # the target's: a part of the package
-
-    def forward(self, hidden, tokens, positions):
-        drafter = self.drafter[0]
-        out = drafter.run(hidden, tokens, positions, Opaque(None))
-        return out, drafter.log_probs(out)
+def target_pass(target: Target) -> Pass:
+    return Pass(target.run, [target.model], target.config.to_json_string(), target.feature_layers)
 
 
-class IngestPass(HeadPass):
-    """Takes the target's features, and asks for the continuation of the tokens `keep` only."""
-
-    def forward(self, features, tokens, positions, keep):
-        drafter = self.drafter[0]
-        out = drafter.run(self.head.fuse(features), tokens, positions, Opaque(None))
-        last = out[:, keep]
-        return last, drafter.log_probs(last)
+def head_pass(drafter: HeadDrafter, run: Callable) -> Pass:
+    """run: the drafter's `step` or `read`."""
+    others = [] if drafter.head.has_output else [drafter.logits]  # the target's
+    return Pass(run, [drafter.head, drafter.embed, *others], drafter.head.config)
 
 
-class CompiledTarget:
-    """`Target.run` for trees: ids, positions [1, T] -> logits [1, T, V], features [1, T, F]."""
-
-    def __init__(self, target: Target, seconds: dict[str, float]) -> None:
-        ids = torch.zeros(1, 8, dtype=torch.int64)
-        self.run = load(TargetPass(target), (ids, ids), "target", seconds)
-
-    def __call__(self, ids, positions, context, features):
-        logits, found = self.run(context, ids, positions)
-        return logits, found if features else None
+def compile_target(target: Target, seconds: dict[str, float]):
+    """`Target.run` for trees."""
+    ids = torch.zeros(1, 8, dtype=torch.int64)
+    return load(target_pass(target), (ids, ids), "target", seconds)
 
 
 class CompiledHead:
-    """Passes of the head over packed tokens [1, T], returning hidden [1, ., H] and
-    log-probabilities [1, ., D]."""
+    """`step` and `read` of a HeadDrafter."""
 
     def __init__(self, drafter: HeadDrafter, seconds: dict[str, float]) -> None:
         ids, keep = torch.zeros(1, 8, dtype=torch.int64), torch.zeros(4, dtype=torch.int64)
         config, dtype = drafter.head.config, drafter.head.fc.weight.dtype
         widths = config.hidden_size, config.feature_size
         hidden, features = (torch.zeros(1, 8, width, dtype=dtype) for width in widths)
-        self.run = load(HeadPass(drafter), (hidden, ids, ids), "head", seconds)
-        self.run_ingest = load(IngestPass(drafter), (features, ids, ids, keep), "ingest", seconds)
+        self.step = load(head_pass(drafter, drafter.step), (hidden, ids, ids), "head", seconds)
+        read = head_pass(drafter, drafter.read)
+        self._read = load(read, (features, ids, ids, keep), "ingest", seconds)
 
-    def __call__(self, hidden, tokens, positions, context):
-        return self.run(context, hidden, tokens, positions)
-
-    def ingest(self, features, tokens, positions, context, keep):
+    def read(self, context, features, tokens, positions, keep):
         # a package takes two rows at least
         twice = keep if len(keep) > 1 else keep.expand(2)
-        out, log_probs = self.run_ingest(context, features, tokens, positions, twice)
+        out, log_probs = self._read(context, features, tokens, positions, twice)
         return out[:, : len(keep)], log_probs[:, : len(keep)]
 
 
-def load(module: torch.nn.Module, example: tuple, name: str, seconds: dict[str, float]):
-    """The module compiled for one token and for any number of tokens; from the disk where it is
-    there."""
+def load(module: Pass, example: tuple, name: str, seconds: dict[str, float]):
+    """The module compiled for one token and for any number of tokens, or read from the disk."""
     size = sum(p.numel() * p.element_size() for p in module.parameters())
     if size > LARGEST:
-        raise EagleError(
-            f"compile='max' keeps a second copy of the weights, and {size / 2**30:.1f} GiB is too "
-            "much for that; use compile='off'"
-        )
+        said = f"compile='max' keeps a second copy of the weights, and {size / 2**30:.1f} GiB is"
+        raise EagleError(f"{said} too much for that; use compile='off'")
     started = time.perf_counter()
     try:
         load_extension(compiled_folder(), cpu_flags())
@@ -149,12 +124,12 @@ def load(module: torch.nn.Module, example: tuple, name: str, seconds: dict[str, 
         raise cannot_compile(error) from error
     folder = compiled_folder() / f"{name}-{key(module, example)}"
     tokens, rows = (torch.export.Dim(name, min=2, max=2**20) for name in ("T", "b"))
-    shapes = [{1: tokens} if x.ndim > 1 else {0: rows} for x in example]
-    fixed = [None if x.ndim > 1 else {0: rows} for x in example]
+    shapes = tuple({1: tokens} if x.ndim > 1 else {0: rows} for x in example)
+    fixed = tuple(None if x.ndim > 1 else {0: rows} for x in example)
     single = tuple(x[:, :1].clone() if x.ndim > 1 else x.clone() for x in example)
-    one = package(module, single, folder / "one.pt2", fixed)
+    one = package(module, single, folder / "one.pt2", [fixed])
     # no two inputs may be one tensor: export would take them for one
-    many = package(module, tuple(x.clone() for x in example), folder / "many.pt2", shapes)
+    many = package(module, tuple(x.clone() for x in example), folder / "many.pt2", [shapes])
     seconds[name] = round(time.perf_counter() - started, 2)
 
     def run(context, *inputs):
@@ -175,15 +150,13 @@ def load(module: torch.nn.Module, example: tuple, name: str, seconds: dict[str, 
 def package(module, example, path: Path, dynamic):
     def make(scratch: Path) -> Path:
         with torch.inference_mode(False), torch.no_grad():
-            exported = torch.export.export(
-                module, example, dynamic_shapes=tuple(dynamic), strict=False
-            )
+            shapes, made = tuple(dynamic), scratch / path.name
+            exported = torch.export.export(module, example, dynamic_shapes=shapes, strict=False)
+            options = {"freezing": True, "cpp.enable_concat_linear": True}
             torch._inductor.aoti_compile_and_package(
-                exported,
-                package_path=str(scratch / path.name),
-                inductor_configs={"freezing": True, "cpp.enable_concat_linear": True},
+                exported, package_path=str(made), inductor_configs=options
             )
-        return scratch / path.name
+        return made
 
     try:
         return torch._inductor.aoti_load_package(str(keep(path, make)))
@@ -203,38 +176,17 @@ def compiled_folder() -> Path:
     return cache_folder() / "compiled"
 
 
-def key(module: torch.nn.Module, example: tuple) -> str:
-    """All that a package depends on: weights to the last bit, code, versions, processor,
-    threads."""
+def key(module: Pass, example: tuple) -> str:
+    """All that a package depends on: weights to the last bit, code, versions, machine, threads."""
     import transformers
 
-    digest = hashlib.sha256()
-    facts = (
-        torch.__version__,
-        transformers.__version__,
-        platform.machine(),
-        torch.get_num_threads(),
-        type(module).__name__,
-        torch.backends.cpu.get_cpu_capability(),
-        cpu_flags(),
-        str(module),
-        [(x.dtype, x.shape[2:]) for x in example],
-    )
-    digest.update(repr(facts).encode())
-    if isinstance(module, TargetPass):
-        target = module.target[0]
-        digest.update(repr((target.config.to_json_string(), target.feature_layers)).encode())
-    if isinstance(module, HeadPass):
-        digest.update(repr(module.drafter[0].head.config).encode())
-    for name in (
-        "attention",
-        "cache",
-        "compile",
-        "draft",
-        "heads/head",
-        "heads/head_config",
-        "target",
-    ):
+    shapes = [(x.dtype, x.shape[2:]) for x in example]
+    versions = torch.__version__, transformers.__version__
+    processor = platform.machine(), torch.backends.cpu.get_cpu_capability(), cpu_flags()
+    made_of = module.run.__name__, str(module), module.facts, shapes
+    facts = versions, processor, torch.get_num_threads(), made_of
+    digest = hashlib.sha256(repr(facts).encode())
+    for name in CODE:
         digest.update((Path(__file__).parent / f"{name}.py").read_bytes())
     for name, weight in [*module.named_parameters(), *module.named_buffers()]:
         digest.update(f"{name}{tuple(weight.shape)}{weight.dtype}".encode())
@@ -244,9 +196,7 @@ def key(module: torch.nn.Module, example: tuple) -> str:
 
 def cpu_flags() -> str:
     try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("flags"):
-                return line
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
-        pass
-    return platform.processor()
+        lines = []
+    return next((line for line in lines if line.startswith("flags")), platform.processor())

@@ -10,7 +10,6 @@ import json
 import os
 import platform
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -19,7 +18,7 @@ from .decode import Batch
 from .draft import HeadDrafter
 from .files import atomic_write_text
 from .loading import target_fingerprint
-from .plan import CANDIDATES, WIDEST, Costs, size_of
+from .plan import SHAPES, WIDEST, Costs, size_of
 from .request import Request, Row, Stopping
 from .target import Target
 from .verify import verify
@@ -33,44 +32,26 @@ class CostTable:
 
     def __init__(self, target: Target, drafter: HeadDrafter, mode: str, folder: Path) -> None:
         self.target, self.drafter = target, drafter
-        facts = (
-            target_fingerprint(target.model),
-            str(target.dtype),
-            device_name(target.device),
-            torch.get_num_threads(),
-            mode,
-            torch.__version__,
-            str(drafter.head.config),
-            [str(shape) for shape, _ in CANDIDATES],
-        )
-        name = hashlib.sha256(repr(facts).encode()).hexdigest()[:24]
-        self.path = folder / f"costs-{name}.json"
+        machine = device_name(target.device), torch.get_num_threads(), torch.__version__
+        model = target_fingerprint(target.model), target.dtype, drafter.head.config
+        facts = repr((machine, model, mode, SHAPES))
+        self.path = folder / f"costs-{hashlib.sha256(facts.encode()).hexdigest()[:24]}.json"
         try:
-            found = json.loads(self.path.read_text())
-        except (OSError, ValueError):  # none yet, or one that cannot be read: measured anew
-            found = None
-        self.known = found if isinstance(found, dict) else {}
+            self.known = dict(json.loads(self.path.read_text()))
+        except (OSError, ValueError, TypeError):  # none yet, or damaged: measured anew
+            self.known = {}
 
     def __call__(self, rows: int, context: int) -> Costs:
         """For `rows` rows of about `context` tokens: both are rounded up, see `size_of`."""
         rows = size_of(rows)
         context = min(1 << max(context - 1, 127).bit_length(), self.target.max_positions // 2)
         key = f"{rows}x{context}"
-        costs = read(self.known.get(key))
-        if costs is None:
-            self.known[key] = costs = measure(self.target, self.drafter, rows, context)
+        if key not in self.known:
+            self.known[key] = measure(self.target, self.drafter, rows, context)
             # a folder that cannot be written costs the next process a measurement
             with contextlib.suppress(OSError):
                 atomic_write_text(self.path, json.dumps(self.known))
-        return costs
-
-
-def read(entry: object) -> Costs | None:
-    """What `measure` returned, as it comes back from JSON; None where it is not that."""
-    if not isinstance(entry, dict) or len(entry) < 2 or "plain" not in entry:
-        return None
-    good = all(isinstance(ms, float) and 0 < ms < float("inf") for ms in entry.values())
-    return entry if good else None
+        return self.known[key]
 
 
 def device_name(device: torch.device) -> str:
@@ -85,19 +66,18 @@ def measure(target: Target, drafter: HeadDrafter, rows: int, context: int) -> Co
     alone: between two runs of a pass, others use the caches of the processor."""
     drafter = copy.copy(drafter)
     drafter.reshape(WIDEST)
-    costs = {"plain": fastest(middle_of(target, None, rows, context), target.device)}
+    costs = {"plain": fastest(middle_of(target, None, rows, context))}
     speculative = middle_of(target, drafter, rows, context)
-    for n, (shape, _) in enumerate(CANDIDATES):
+    for n, shape in enumerate(SHAPES):
         if n and rows * shape.num_nodes > MOST.get(target.device.type, 256):
             break
         speculative.drafter.reshape(shape)
-        costs[str(shape)] = fastest(speculative, target.device)
+        costs[str(shape)] = fastest(speculative)
     return costs
 
 
 def middle_of(target: Target, drafter: HeadDrafter | None, rows: int, context: int) -> Batch:
-    """Rows in the middle of a generation: which numbers their slots hold does not change the
-    time."""
+    """Rows in the middle of a generation, whatever their slots hold."""
     some = [Row(Request([1 + i % 7, 2], stopping=Stopping(10**6)), 10**6) for i in range(rows)]
     made = Batch(target, drafter, rows, context + 64, verify, None)
     made.admit(some)
@@ -108,23 +88,17 @@ def middle_of(target: Target, drafter: HeadDrafter | None, rows: int, context: i
     return made
 
 
-def fastest(batch: Batch, device: torch.device) -> float:
-    """The least of some cycles: what else runs on the machine only ever adds."""
-    spent = []
+def fastest(batch: Batch) -> float:
+    """The least of some cycles at one context: what else runs on the machine only ever adds."""
+    spent, device = [], batch.target.device
     for _ in range(1 + REPEATS):
-        with lengths_kept(batch):
-            started = time.perf_counter()
-            batch.settle()
-            batch.judge(batch.expand())
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            spent.append(1e3 * (time.perf_counter() - started))
+        before = [(cache, cache.lengths, cache.host_lengths) for cache in batch.caches()]
+        started = time.perf_counter()
+        batch.settle()
+        batch.judge(batch.expand())
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        spent.append(1e3 * (time.perf_counter() - started))
+        for cache, lengths, host_lengths in before:
+            cache.lengths, cache.host_lengths = lengths, host_lengths
     return min(spent[1:])
-
-
-@contextlib.contextmanager
-def lengths_kept(batch: Batch) -> Iterator[None]:
-    before = [(cache, cache.lengths, cache.host_lengths) for cache in batch.caches()]
-    yield
-    for cache, lengths, host_lengths in before:
-        cache.lengths, cache.host_lengths = lengths, host_lengths

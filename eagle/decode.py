@@ -1,5 +1,4 @@
-"""The decode loop: plain and speculative decoding, fixed batches and queues of requests are this
-one loop.
+"""The decode loop: plain and speculative decoding, fixed batches and queues of requests.
 
 b rows in flight, T prompt tokens, N tree nodes, K = 1 + longest path, F features, V vocabulary."""
 
@@ -32,19 +31,6 @@ class Timings:
     commit: float = 0.0
 
 
-class Clock:
-    def __init__(self, device: torch.device, synchronise: bool) -> None:
-        self.device, self.synchronise = device, synchronise and device.type == "cuda"
-        self.last = time.perf_counter()
-
-    def lap(self) -> float:
-        if self.synchronise:
-            torch.cuda.synchronize(self.device)
-        now = time.perf_counter()
-        elapsed, self.last = now - self.last, now
-        return elapsed
-
-
 @torch.inference_mode()
 def decode(
     target: Target,
@@ -60,36 +46,41 @@ def decode(
     plan: Plan | None = None,
 ) -> Iterator[Sequence[Row]]:
     """Runs `rows`, at most `slots` at a time, the next one entering as soon as one is done. Yields
-    those in flight after every prompt pass and every cycle; their tokens grow in place.
+    those in flight after every prompt pass and every cycle; their tokens grow in place. Lossless:
+    each token is the target's own choice at its position, whatever the drafter proposed.
 
-    capacity: tokens that a slot can hold, prompt and new ones; by default what the largest row
-      needs.
-    plan: how much to draft, cycle by cycle; without one every cycle drafts the drafter's whole
-      tree.
-    `on_cache(cache, drafter)` is called after each commit, to look at what the caches hold.
-
-    Lossless: each token is the target's own choice at its position, whatever the drafter proposed.
-    """
+    capacity: tokens that a slot can hold, by default what the largest row needs. plan: how much to
+    draft, cycle by cycle; by default the drafter's whole tree. on_cache(cache, drafter) is called
+    after each commit, to look at what the caches hold."""
     if not rows:
         return
     slots = min(slots or len(rows), len(rows))
     needed = max(len(row.prompt) + row.budget for row in rows)
     batch = Batch(target, drafter, slots, max(capacity or 0, needed), verify, plan)
-    timings, clock = timings or Timings(), Clock(target.device, synchronise)
+    timings, last = timings or Timings(), time.perf_counter()
+
+    def lap(part: str) -> None:
+        """What went by since the last lap went into this part."""
+        nonlocal last
+        if synchronise and target.device.type == "cuda":
+            torch.cuda.synchronize(target.device)
+        before, last = last, time.perf_counter()
+        setattr(timings, part, getattr(timings, part) + last - before)
+
     waiting = collections.deque(rows)
     while waiting or batch.rows:
         if waiting and batch.free:
             batch.admit([waiting.popleft() for _ in batch.free[: len(waiting)]])
-            timings.prefill += clock.lap()
+            lap("prefill")
         else:
             batch.settle()
-            timings.commit += clock.lap()
+            lap("commit")
             if on_cache is not None:
                 on_cache(batch.cache, batch.drafter)
             tree = batch.expand()
-            timings.draft += clock.lap()
+            lap("draft")
             batch.judge(tree)
-            timings.verify += clock.lap()
+            lap("verify")
         yield batch.rows
         batch.drop_finished()
 
@@ -98,15 +89,7 @@ class Batch:
     """The rows in flight; lists and tensors are in the order of `rows`. What a verification gained
     is `pending` until `settle` brings it into the caches: decided, and not yet run by anyone."""
 
-    def __init__(
-        self,
-        target: Target,
-        drafter: Drafter | None,
-        slots: int,
-        capacity: int,
-        verify: Callable,
-        plan: Plan | None,
-    ) -> None:
+    def __init__(self, target: Target, drafter: Drafter | None, slots, capacity, verify, plan):
         self.target, self.verify, self.plan = target, verify, plan
         nodes = drafter.shape.num_nodes if drafter else 1
         self.cache = target.new_cache(slots, capacity + nodes).empty_rows([])
@@ -127,18 +110,15 @@ class Batch:
         return [self.cache] + ([self.drafter.cache] if self.drafter is not None else [])
 
     def admit(self, rows: list[Row]) -> None:
-        """The prompts' pass: the target writes its cache and chooses the roots, the head
-        follows."""
+        """The prompts' pass: the target writes its cache, roots are chosen, the head follows."""
         order, self.free = self.free[: len(rows)], self.free[len(rows) :]
         cache, device = self.cache.empty_rows(order), self.target.device
         ids, lengths, host_lengths = padded([row.prompt for row in rows], device)
         draft = self.drafter is not None
         logits, features = self.target.prefill(ids, lengths, host_lengths, cache, features=draft)
         root = choose(rows, sampler_of(rows, device), logits, None, lengths[:, None])
-        counts = [
-            0 if row.done else row.take([token])
-            for row, token in zip(rows, root[:, 0].tolist(), strict=True)
-        ]
+        firsts = zip(rows, root.tolist(), strict=True)
+        counts = [row.take(token) for row, token in firsts]
         keep_logprobs(rows, logits, torch.zeros_like(root), root, counts)
         self.settle()
         if draft:
@@ -156,8 +136,8 @@ class Batch:
         self.root, self._sampler = torch.cat([self.root, root[:, 0]]), None
 
     def settle(self) -> None:
-        """Bring what was gained into the caches: accepted slots move to the front, the head
-        ingests, now or when it is next asked to draft."""
+        """Bring what was gained into the caches: accepted slots move to the front; the head ingests
+        when it is next asked to draft."""
         pending, self.pending = self.pending, None
         if pending is None or not self.rows:
             return
@@ -201,13 +181,11 @@ class Batch:
         outcome = torch.cat([verdict.num_accepted[:, None], verdict.tokens], dim=1).tolist()
         counts, kept = [], []
         for row, (accepted, *gained) in zip(self.rows, outcome, strict=True):
-            if row.done:  # cancelled, or failed in this very pass
-                counts.append(0)
-                continue
-            row.cycles += 1
-            row.accepted += [0] * (levels + 1 - len(row.accepted))
-            row.accepted[accepted] += 1
-            kept.append(accepted)
+            if not row.done:  # else cancelled, or failed in this very pass: it takes nothing
+                row.cycles += 1
+                row.accepted += [0] * (levels + 1 - len(row.accepted))
+                row.accepted[accepted] += 1
+                kept.append(accepted)
             counts.append(row.take(gained[: accepted + 1]))
         keep_logprobs(self.rows, logits, verdict.path, verdict.tokens, counts)
         K = max(max(counts), 1)
@@ -224,25 +202,22 @@ class Batch:
         keep = [i for i, row in enumerate(self.rows) if not row.done]
         if len(keep) == len(self.rows):
             return
-        self.free = sorted(
-            set(self.free) | (set(self.cache.order) - {self.cache.order[i] for i in keep})
-        )
+        left = set(self.free) | set(self.cache.order)
         self.rows = [self.rows[i] for i in keep]
         self.cache.select(keep)
+        self.free = sorted(left - set(self.cache.order))
         if self.drafter is not None:
             self.drafter.select(keep)
         self.root, self._sampler = self.root[keep], None
         if self.pending is not None:
             self.pending = self.pending.select(keep)
-        self.deferred = [
-            (rows, late) for rows, late in self.deferred if any(not row.done for row in rows)
-        ]
+        self.deferred = [x for x in self.deferred if any(not row.done for row in x[0])]
 
 
 @dataclass
 class Pending:
-    """Tokens gained: counts [b]; path, tokens [b, K]; features [b, K, F] or None. path: None where
-    they are of no one tree."""
+    """Tokens gained: counts [b]; path (None where they are of no one tree), tokens [b, K]; features
+    [b, K, F] or None."""
 
     host_counts: list[int]
     counts: torch.Tensor
@@ -257,8 +232,7 @@ class Pending:
 
 
 def merge(parts: list[tuple[list[Row], Pending]], rows: list[Row]) -> Pending:
-    """What `rows` gained in all parts, each row's without gaps; rows that have left are left
-    out."""
+    """What `rows` gained in all parts, each row's without gaps."""
     if len(parts) == 1 and parts[0][0] is rows:
         return parts[0][1]
     places: dict[int, list[int]] = {id(row): [] for row in rows}  # among the tokens of all parts
@@ -269,9 +243,9 @@ def merge(parts: list[tuple[list[Row], Pending]], rows: list[Row]) -> Pending:
             places.get(id(row), []).extend(range(start, start + count))
             start += K
     counts = [len(found) for found in places.values()]
-    index = torch.tensor([found + [0] * (max(counts) - len(found)) for found in places.values()])
+    lines = [found + [0] * (max(counts) - len(found)) for found in places.values()]
     device = parts[0][1].tokens.device
-    index = index.to(device)
+    index = torch.tensor(lines, device=device)
     tokens = torch.cat([part.tokens.flatten() for _, part in parts])[index]
     features = torch.cat([part.features.flatten(0, 1) for _, part in parts])[index]
     return Pending(counts, torch.tensor(counts, device=device), None, tokens, features)
@@ -281,13 +255,7 @@ def sampler_of(rows: list[Row], device: torch.device) -> Sampler:
     return Sampler([r.request.sampling for r in rows], [r.request.seed for r in rows], device)
 
 
-def choose(
-    rows: list[Row],
-    sampler: Sampler,
-    logits: torch.Tensor,
-    tree: DraftTree | None,
-    positions: torch.Tensor,
-) -> torch.Tensor:
+def choose(rows: list[Row], sampler: Sampler, logits, tree, positions) -> torch.Tensor:
     """logits [b, N, V], positions [b, N] of the tokens to be chosen -> choices [b, N]."""
     choices = sampler.choose(logits, positions)
     for i, row in enumerate(rows):
@@ -301,23 +269,15 @@ def choose(
     return choices
 
 
-def follow(
-    row: Row,
-    tokens: torch.Tensor,
-    parents: torch.Tensor,
-    logits: torch.Tensor,
-    positions: torch.Tensor,
-    choices: torch.Tensor,
-) -> None:
-    """Choices of a row with processors: from the root on, only where they lead. So processors are
+def follow(row: Row, tokens, parents, logits, positions, choices: torch.Tensor) -> None:
+    """Choices of a row with processors, from the root on, only where they lead: so processors are
     called as plain decoding calls them, once a token and in its order, and may keep state. tokens,
     parents, positions [N], logits [N, V]; writes into choices [N]."""
     request, seen = row.request, row.seen
     sampler = sampler_of([row], logits.device)
     edges = zip(parents.tolist(), tokens.tolist(), strict=True)
     child = {edge: n for n, edge in enumerate(edges) if n}
-    node: int | None = 0
-    left = row.budget - len(row.tokens)
+    node, left = 0, row.budget - len(row.tokens)
     while node is not None:
         scores = request.processor(seen, logits[node])
         choice = sampler.choose(scores[None, None], positions[node : node + 1][None])[0, 0]
@@ -328,13 +288,7 @@ def follow(
         seen, node = [*seen, token], child.get((node, token))
 
 
-def keep_logprobs(
-    rows: list[Row],
-    logits: torch.Tensor,
-    path: torch.Tensor,
-    tokens: torch.Tensor,
-    counts: list[int],
-) -> None:
+def keep_logprobs(rows: list[Row], logits, path, tokens, counts: list[int]) -> None:
     """For rows that ask: the target's own log-probability, unprocessed, of each token gained."""
     for i, row in enumerate(rows):
         if row.request.logprobs and counts[i]:

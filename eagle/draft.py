@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Protocol
 
 import torch
@@ -26,40 +27,27 @@ CHUNK = 512  # tokens of a row that the head ingests in one pass
 
 
 class Drafter(Protocol):
-    """What the decode loop asks of whoever proposes tokens."""
+    """What the decode loop asks of whoever proposes tokens. `begin`: forget everything; so many
+    rows of at most `capacity` committed tokens follow. `empty_rows`: a drafter over the same
+    buffers with other rows in use, empty; `join` takes them over. `select`: go on with these rows.
+
+    ingest: features [b, K, F] of newly committed positions, tokens [b, K] that follow each; counts
+    [b] say how many of a row's K are real. expand: root [b] -> the tree to verify."""
 
     shape: TreeShape
 
-    def begin(self, rows: int, capacity: int) -> None:
-        """Forget everything; `rows` rows of at most `capacity` committed tokens follow."""
-
-    def ingest(
-        self,
-        features: torch.Tensor,
-        tokens: torch.Tensor,
-        counts: torch.Tensor,
-        host_counts: list[int],
-    ) -> None:
-        """features [b, K, F] of newly committed positions, tokens [b, K] that follow each; counts
-        [b] say how many of a row's K are real."""
-
-    def expand(self, root: torch.Tensor) -> DraftTree:
-        """root [b] -> the tree to verify."""
-
-    def empty_rows(self, order: list[int]) -> Drafter:
-        """A drafter over the same buffers with other rows in use, empty; `join` takes them over."""
-
-    def select(self, keep: list[int]) -> None:
-        """Go on with these of the rows in use, in this order."""
-
+    def begin(self, rows: int, capacity: int) -> None: ...
+    def empty_rows(self, order: list[int]) -> Drafter: ...
+    def select(self, keep: list[int]) -> None: ...
     def join(self, other: Drafter) -> None: ...
+    def ingest(self, features, tokens, counts: torch.Tensor, host_counts: list[int]) -> None: ...
+    def expand(self, root: torch.Tensor) -> DraftTree: ...
 
 
 class HeadDrafter:
-    """A draft head over a static cache of its layers.
-
-    embed: the target's embedding, for a head without one. head_logits: the target's LM head, final
-    hidden [..., H] -> [..., V], for a head without an output layer (EAGLE-1)."""
+    """A draft head over a static cache of its layers. embed: the target's embedding, for a head
+    without one. head_logits: the target's LM head, final hidden [..., H] -> [..., V], for a head
+    without an output layer (EAGLE-1)."""
 
     def __init__(
         self,
@@ -72,7 +60,6 @@ class HeadDrafter:
             raise EagleError("an EAGLE-1 head needs the target's LM head; give head_logits")
         self.head, self.embed = head, head.embed_tokens if head.config.own_embedding else embed
         self.logits = head.logits if head.has_output else head_logits
-        self._to_target = head.draft_token_ids()  # [D]
         self.compiled = None  # compiled passes, while a mode that has them is in use
         self.reshape(shape)
 
@@ -80,7 +67,7 @@ class HeadDrafter:
         """Draft trees of this shape from now on."""
         # fewer draft tokens than beams: nothing is left to fill the others with
         beams = min(shape.top_k, self.head.config.draft_vocab_size)
-        self.shape = TreeShape(shape.total_token, shape.depth, beams)
+        self.shape = replace(shape, top_k=beams)
 
     @property
     def scratch(self) -> int:
@@ -89,10 +76,9 @@ class HeadDrafter:
 
     def begin(self, rows: int, capacity: int) -> None:
         c, weight = self.head.config, self.head.fc.weight
-        slots, kind = capacity + self.scratch, (weight.dtype, weight.device)
-        self.cache = StaticKVCache(
-            c.num_layers, rows, c.num_key_value_heads, slots, c.head_dim, *kind
-        )
+        size = c.num_layers, rows, c.num_key_value_heads, capacity + self.scratch, c.head_dim
+        self.cache = StaticKVCache(*size, weight.dtype, weight.device)
+        self._to_target = self.head.draft_token_ids()  # [D]
         self.last = weight.new_zeros(rows, c.hidden_size)
         self.first = weight.new_zeros(rows, c.draft_vocab_size, dtype=torch.float32)
 
@@ -115,23 +101,29 @@ class HeadDrafter:
     def _pass(
         self, hidden: torch.Tensor, tokens: torch.Tensor, context: TreeContext
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """One draft pass: hidden [b, N, H], tokens [b, N] -> the next pass's hidden [b, N, H] and
-        log-probabilities [b, N, D] float32 over the draft vocabulary."""
-        inputs = (*map(context.pack, (hidden, tokens, context.positions)), context)
-        if self.compiled is not None:
-            out, log_probs = self.compiled(*inputs)
-        else:
-            out = self.run(*inputs)
-            log_probs = self.log_probs(out)
+        """hidden [b, N, H], tokens [b, N] -> the next pass's hidden [b, N, H], log-probabilities
+        [b, N, D] float32 over the draft vocabulary."""
+        inputs = map(context.pack, (hidden, tokens, context.positions))
+        out, log_probs = (self.compiled or self).step(context, *inputs)
         return context.unpack(out), context.unpack(log_probs)
 
+    # over packed tokens, [1, T, ...]; also what is exported to be compiled
     def run(self, hidden, tokens, positions, context) -> torch.Tensor:
-        """The head's forward with our attention over packed tokens, [1, T, ...]."""
+        """The head's forward with our attention."""
 
         def over_cache(layer, q, k, v):
             return context.attend(layer, q, k, v, q.shape[-1] ** -0.5)
 
         return self.head(hidden, self.embed(tokens).to(hidden.dtype), positions, over_cache)
+
+    def step(self, context, hidden, tokens, positions) -> tuple[torch.Tensor, torch.Tensor]:
+        out = self.run(hidden, tokens, positions, context)
+        return out, self.log_probs(out)
+
+    def read(self, context, features, tokens, positions, keep):
+        """The target's features; the continuation is asked for of the tokens `keep` [b] only."""
+        out = self.run(self.head.fuse(features), tokens, positions, context)[:, keep]
+        return out, self.log_probs(out)
 
     def log_probs(self, hidden: torch.Tensor) -> torch.Tensor:
         return self.logits(hidden).float().log_softmax(-1)
@@ -140,11 +132,9 @@ class HeadDrafter:
         b, K = tokens.shape
         if K > CHUNK:  # a mask of K x K is made
             for start in range(0, K, CHUNK):
-                piece = slice(start, start + CHUNK)
-                some = [min(max(n - start, 0), CHUNK) for n in host_counts]
-                self.ingest(
-                    features[:, piece], tokens[:, piece], (counts - start).clamp(0, CHUNK), some
-                )
+                piece, some = slice(start, start + CHUNK), (counts - start).clamp(0, CHUNK)
+                host = [min(max(n - start, 0), CHUNK) for n in host_counts]
+                self.ingest(features[:, piece], tokens[:, piece], some, host)
             return
         cache = self.cache
         positions = cache.lengths[:, None] + torch.arange(K, device=tokens.device)
@@ -153,16 +143,9 @@ class HeadDrafter:
         else:  # a chain behind what is committed
             causal = torch.ones(K, K, dtype=torch.bool, device=tokens.device).tril()
             context = TreeContext(cache, positions, causal.expand(b, K, K), positions, host_counts)
-        features, tokens, positions = map(
-            context.pack, (features.to(self.last.dtype), tokens, positions)
-        )
+        inputs = map(context.pack, (features.to(self.last.dtype), tokens, positions))
         keep = counts.cumsum(0) - 1  # the last of each row among the packed tokens
-        if self.compiled is not None:
-            last, first = self.compiled.ingest(features, tokens, positions, context, keep)
-        else:
-            last = self.run(self.head.fuse(features), tokens, positions, context)[:, keep]
-            first = self.log_probs(last)
-        last, first = last[0], first[0]
+        last, first = (x[0] for x in (self.compiled or self).read(context, *inputs, keep))
         if not all(host_counts):
             gained = (counts > 0)[:, None]
             last = torch.where(gained, last, self.last)
@@ -189,8 +172,7 @@ class HeadDrafter:
             score, token = candidates(log_probs, beam_score, self._to_target, k)
             tokens.append(token)
             scores.append(score)
-        # k candidates at depth 1, k * k at each further one; found without the host, which would
-        # have to wait
+        # k candidates at depth 1, k * k at each further one; the host need not wait for that
         place = torch.arange(base - 1 + score.shape[1], device=root.device)
         depth = (place - k).div(k * k, rounding_mode="floor") + 2
         every = (torch.cat(levels, 1) for levels in (tokens, parents, scores))

@@ -25,11 +25,9 @@ from .errors import EagleError
 @contextmanager
 def atomic_dir(path: str | Path) -> Iterator[Path]:
     """Fill a sibling temporary folder; on success it is synced and takes the place of `path` in one
-    step.
-
-    A kill leaves the old folder or the new one. Where the file system cannot exchange two names,
-    there is a moment between two renames: a kill then leaves the old folder under the name at which
-    `standing` looks, and the next writer puts it right. Readers change nothing."""
+    step: a kill leaves the old folder or the new one. Where the file system cannot exchange two
+    names, there is a moment between two renames: a kill then leaves the old folder under the name
+    at which `standing` looks, and the next writer puts it right. Readers change nothing."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     tidy(path)
@@ -86,12 +84,9 @@ def _beside(path: Path, kind: str) -> Path:
 def _machine() -> str:
     """Where a process id means what it means here: this boot of this host, and its namespace."""
     facts = [platform.node()]
-    for read in (
-        lambda: Path("/proc/sys/kernel/random/boot_id").read_text(),
-        lambda: os.readlink("/proc/self/ns/pid"),
-    ):
-        with suppress(OSError):
-            facts.append(read())
+    with suppress(OSError):
+        facts.append(Path("/proc/sys/kernel/random/boot_id").read_text())
+        facts.append(os.readlink("/proc/self/ns/pid"))
     return hashlib.sha256(repr(facts).encode()).hexdigest()[:12]
 
 
@@ -106,8 +101,7 @@ def _alive(pid: str) -> bool:
 
 
 def exchange(a: Path, b: Path) -> bool:
-    """Let two names change places in one step; False where the system or the file system has no
-    such thing."""
+    """Let two names change places in one step; False where that is not to be had."""
     try:
         rename = ctypes.CDLL(None, use_errno=True).renameat2
     except (OSError, AttributeError, TypeError):
@@ -146,8 +140,8 @@ def read_json(path: Path, kind: type[BaseModel] | None = None) -> dict:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        said = f"cannot read {path}: {error.strerror}; a head folder needs {path.name}"
-        raise EagleError(said) from error
+        said = f"cannot read {path}: {error.strerror}"
+        raise EagleError(f"{said}; a head folder needs {path.name}") from error
     except (ValueError, RecursionError) as error:
         raise EagleError(f"{path} is not valid JSON ({error}); restore the file") from error
     if not isinstance(value, dict):
@@ -157,8 +151,8 @@ def read_json(path: Path, kind: type[BaseModel] | None = None) -> dict:
             kind.model_validate(value)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        where = ".".join(map(str, first["loc"]))
-        raise EagleError(f"{path}: {where}: {first['msg'].lower()}; restore the file") from error
+        said = f"{'.'.join(map(str, first['loc']))}: {first['msg'].lower()}"
+        raise EagleError(f"{path}: {said}; restore the file") from error
     return value
 
 
@@ -194,5 +188,6 @@ def require_equal(
     """What was read back is bit for bit what was written; else the disk lied."""
     for key in sorted(read.keys() | written.keys()):
         if key not in read or key not in written or not same_bits(read[key], written[key]):
-            said = f"{path}: {key} read back differs from what was written; check the disk"
-            raise EagleError(said)
+            raise EagleError(
+                f"{path}: {key} read back differs from what was written; check the disk"
+            )

@@ -10,14 +10,12 @@ from dataclasses import dataclass
 import torch
 
 from .decode import Timings
-from .errors import EagleError
 from .request import Row
 
 
 @dataclass
 class Generation:
-    """What a call produced. `sequences` [B, L]: prompts as given and new tokens, right-padded; see
-    `eagenerate`."""
+    """What a call produced. `sequences` [B, L]: see `EaModel.eagenerate`."""
 
     rows: list[Row]
     sequences: torch.Tensor
@@ -40,8 +38,7 @@ class Generation:
 
     @property
     def acceptance_by_depth(self) -> list[float]:
-        """Conditional: of the cycles that accepted depth d-1, the share that accepted depth d (d
-        from 1)."""
+        """Of the cycles that accepted depth d - 1, the share that accepted depth d, from 1."""
         return acceptance_by_depth([row.accepted for row in self.rows])
 
 
@@ -56,8 +53,7 @@ def acceptance_by_depth(histograms: Sequence[list[int]]) -> list[float]:
 
 @dataclass
 class Span:
-    """tokens: what the row at `index` gained since its last span; empty when it ended without
-    any."""
+    """tokens: what the row at `index` gained since its last span, perhaps none when it ended."""
 
     index: int
     tokens: list[int]
@@ -66,8 +62,8 @@ class Span:
 
 @dataclass
 class Start:
-    """A generation about to run: `steps` yields after each cycle, `rows` grow meanwhile. tensor [B,
-    T]: what was given, where it was one."""
+    """A generation about to run: `steps` yields after each cycle, `rows` grow meanwhile. tensor
+    [B, T]: what was given, where it was one."""
 
     rows: list[Row]
     steps: Iterator
@@ -81,15 +77,6 @@ class Start:
         lines = [p + r.tokens for p, r in zip(prompts, self.rows, strict=True)]
         width = max(map(len, lines))
         return torch.tensor([x + [self.pad] * (width - len(x)) for x in lines], device=self.device)
-
-
-def require_room(i: int, row: Row, capacity: int) -> None:
-    needed = len(row.prompt) + row.budget
-    if needed > capacity:
-        raise EagleError(
-            f"request {i} needs {needed} tokens and a slot holds {capacity}; raise capacity, or "
-            "lower max_new_tokens"
-        )
 
 
 def raise_errors(rows: list[Row]) -> None:

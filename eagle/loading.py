@@ -1,5 +1,4 @@
-"""Where models, heads, adapters and tokenizers are found; a target's weights from there: base,
-quantization, adapter, and what they are called in a head's record.
+"""Where models, heads, adapters and tokenizers are found, and a target's weights from there.
 
 An identity is {"id": folder or hub id (with "@REVISION", if one was given), "fingerprint": of the
 base's weights as the checkpoint has them, "dtype", "quantization": "none", "nf4" or "int8",
@@ -34,6 +33,11 @@ NEEDS = {
     "head": "config.json and model.safetensors",
     "adapter": f"{CONFIG} and {WEIGHTS}",
 }
+# of the text config, in a target's fingerprint
+ARCHITECTURE = (
+    "model_type hidden_size intermediate_size num_hidden_layers num_attention_heads "
+    "num_key_value_heads vocab_size"
+).split()
 HUB_OPTIONS = ("cache_dir", "token", "local_files_only", "force_download")
 
 
@@ -77,10 +81,10 @@ def find_folder(
         raise EagleError(f"{said}; {give}, or a hub id ORG/NAME") from error
     except (OSError, ValueError, HfHubHTTPError) as error:
         reason = str(error.__cause__ or error).strip() or type(error).__name__
-        reason = reason.splitlines()[0].split(". ")[0]
+        said += f", and the hub does not give it ({reason.splitlines()[0].split('. ')[0][:200]})"
+        elsewhere = f"hf download {hub_id} --local-dir FOLDER"
         raise EagleError(
-            f"{said}, and the hub does not give it ({reason[:200]}); {give}, or make one where the "
-            f"hub can be reached: hf download {hub_id} --local-dir FOLDER"
+            f"{said}; {give}, or make one where the hub can be reached: {elsewhere}"
         ) from error
     return found
 
@@ -101,10 +105,8 @@ def load_tokenizer(name: str | Path | None = None) -> Any:
         return AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError, KeyError, TypeError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise EagleError(
-            f"cannot load a tokenizer from {str(folder)!r}: {reason} (give a folder with "
-            "tokenizer.json)"
-        ) from error
+        said = f"cannot load a tokenizer from {str(folder)!r}: {reason}"
+        raise EagleError(f"{said} (give a folder with tokenizer.json)") from error
 
 
 def load_model(
@@ -116,54 +118,47 @@ def load_model(
     adapter_path: str | Path | None = None,
     **hf_kwargs,
 ) -> tuple[nn.Module, dict]:
-    """A causal LM and its identity; the path is a folder or a hub id, none means the embedded
-    model.
+    """A causal LM and its identity; the path is as of `find_folder`.
 
     dtype "auto" is the checkpoint's, but float32 for a bf16 one on a CPU that would emulate bf16.
     quantization: "nf4" (double quantization, Dettmers et al. 2023, arXiv:2305.14314) or "int8", of
     the linear layers except the LM head, computing in the dtype. adapter_path: a LoRA folder, or a
     run of train.finetune."""
-    device = resolve_device(device)
+    device, dtype = resolve_device(device), resolve_dtype(dtype)
     embedded = path in (None, "embedded")
     if embedded and not (EMBEDDED / "model.safetensors").exists():
         raise EagleError("this installation has no embedded model; give a model path")
     if quantization not in QUANTIZATIONS:
         raise EagleError(f"unknown quantization {quantization!r}; use {', '.join(QUANTIZATIONS)}")
+    quantize = quantization != "none"
+    if quantize and "quantization_config" in hf_kwargs:
+        raise EagleError("give quantization or quantization_config, not both")
     revision = hf_kwargs.pop("revision", None)
     name = "embedded" if embedded else str(path) if revision is None else f"{path}@{revision}"
-    dtype = resolve_dtype(dtype)
     hub = {k: hf_kwargs.pop(k) for k in HUB_OPTIONS if k in hf_kwargs}
     files = (hf_kwargs["gguf_file"],) if "gguf_file" in hf_kwargs else ()
     source = find_folder(path, revision=revision, weights=not files, files=files, **hub)
-    if not hf_kwargs.get("device_map"):
-        hf_kwargs.pop("device_map", None)
-    placed = "device_map" in hf_kwargs
-    if quantization == "none":
-        model = read_model(source, dtype, hf_kwargs)
-        slow = dtype == "auto" and model.dtype == torch.bfloat16 and not fast_bf16(device)
-        if not placed and not getattr(model, "is_quantized", False):
-            model = model.to(device=device, dtype=torch.float32 if slow else None)
-        identity = identity_of(model, name)
-    else:
-        if "quantization_config" in hf_kwargs:
-            raise EagleError("give quantization or quantization_config, not both")
-        plain = read_model(
-            source, "auto", {k: v for k, v in hf_kwargs.items() if k != "device_map"}
-        )
-        if getattr(plain, "is_quantized", False):
+    device_map = hf_kwargs.pop("device_map", None)
+    placed = {"device_map": device_map} if device_map else {}
+    # what is quantized here is read as it is first, for the identity of its weights
+    where = {} if quantize else placed
+    model = read_model(source, "auto" if quantize else dtype, {**hf_kwargs, **where})
+    stored_quantized = getattr(model, "is_quantized", False)
+    slow = dtype == "auto" and model.dtype == torch.bfloat16 and not fast_bf16(device)
+    identity = identity_of(model, name)
+    if quantize:
+        if stored_quantized:
             raise EagleError(f"{name} is stored quantized; leave quantization={quantization!r} out")
-        identity = identity_of(plain, name)
         if dtype == "auto":
-            dtype = plain.dtype
-            if dtype == torch.bfloat16 and not fast_bf16(device):
-                dtype = torch.float32
-        del plain
-        hf_kwargs["quantization_config"] = quantization_config(quantization, dtype)
-        if not placed:
-            hf_kwargs["device_map"] = {"": device}
-        model = read_model(source, dtype, hf_kwargs)
+            dtype = torch.float32 if slow else model.dtype
+        del model
+        placed = placed or {"device_map": {"": device}}
+        config = {"quantization_config": quantization_config(quantization, dtype)}
+        model = read_model(source, dtype, {**hf_kwargs, **placed, **config})
         _restrain_repacking(model, dtype)
         identity |= {"quantization": quantization}
+    elif not placed and not stored_quantized:
+        model = model.to(device=device, dtype=torch.float32 if slow else None)
     identity["dtype"] = str(model.dtype).split(".")[-1]
     if adapter_path is not None:
         identity["adapter"] = attach(model, find_adapter(adapter_path), identity)
@@ -183,10 +178,8 @@ def read_model(
         raise EagleError(f"{error}: pip install 'eagle-heads[finetune]'") from error
     except (OSError, ValueError, TypeError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise EagleError(
-            f"cannot load the {role} model {str(source)!r}: {reason} (give a folder with "
-            "config.json and weights)"
-        ) from error
+        said = f"cannot load the {role} model {str(source)!r}: {reason}"
+        raise EagleError(f"{said} (give a folder with {NEEDS['model']})") from error
 
 
 def quantization_config(quantization: str, compute: torch.dtype, double_quant: bool = True) -> Any:
@@ -194,15 +187,10 @@ def quantization_config(quantization: str, compute: torch.dtype, double_quant: b
 
     quiet_bitsandbytes()
     if quantization == "int8":
-        # without the outliers' own product: which columns hold one would depend on a pass's other
-        # tokens
+        # no product of its own for outliers: their columns would depend on a pass's other tokens
         return BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=0.0)
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=double_quant,
-        bnb_4bit_compute_dtype=compute,
-    )
+    nf4 = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": double_quant}
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=compute, **nf4)
 
 
 def quiet_bitsandbytes() -> None:
@@ -211,9 +199,8 @@ def quiet_bitsandbytes() -> None:
 
 
 def _restrain_repacking(model: nn.Module, compute: torch.dtype) -> None:
-    """On a CPU with AVX512-BF16, bitsandbytes repacks 4-bit weights in the first pass for a kernel
-    that computes in bf16, whatever was asked for, and fails where a layer's width is no multiple of
-    32."""
+    """On a CPU with AVX512-BF16, bitsandbytes repacks 4-bit weights for a kernel that computes in
+    bf16, whatever was asked for, and fails where a layer's width is no multiple of 32."""
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             fits = compute == torch.bfloat16 and module.out_features % 32 == 0
@@ -226,15 +213,12 @@ def find_adapter(path: str | Path) -> Path:
     for candidate in (folder, standing(folder / "adapter")):
         if (candidate / CONFIG).exists() and (candidate / WEIGHTS).exists():
             return candidate
-    raise EagleError(
-        f"no adapter in {str(path)!r}: give a folder with {CONFIG} and {WEIGHTS}, or the run that "
-        "made it"
-    )
+    said = f"no adapter in {str(path)!r}: give a folder with {NEEDS['adapter']}"
+    raise EagleError(f"{said}, or the run that made it")
 
 
 def read_record(folder: Path) -> dict:
-    """An adapter's `eagle.json`, or {} for one of another program, which does not say what it
-    belongs to."""
+    """An adapter's `eagle.json`, or {} for one of another program."""
     from .heads.read import RecordFile
 
     return read_json(folder / RECORD, RecordFile) if (folder / RECORD).exists() else {}
@@ -256,6 +240,8 @@ def attach(model: nn.Module, folder: Path, identity: dict) -> str:
     another base, or does not have this one's shapes, is refused."""
     require_base(folder, read_record(folder), identity["id"], identity["fingerprint"])
     tensors = read_tensors(folder / WEIGHTS)
+    misfit = f"the adapter {folder} does not fit {identity['id']}"
+    remedy = "give the base it was trained on"
     quiet_bitsandbytes()  # peft imports it
     try:
         model.load_adapter(str(folder))
@@ -263,35 +249,28 @@ def attach(model: nn.Module, folder: Path, identity: dict) -> str:
         raise EagleError("adapters need peft: pip install 'eagle-heads[finetune]'") from error
     except (OSError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:300]
-        raise EagleError(
-            f"the adapter {folder} does not fit {identity['id']}: {reason}; give the base it was "
-            "trained on"
-        ) from error
+        raise EagleError(f"{misfit}: {reason}; {remedy}") from error
     # what does not match by name is only warned about by transformers, and left random
     held = {n.replace(".default", ""): p.shape for n, p in model.named_parameters() if "lora_" in n}
-    brought = {
-        n.removeprefix("base_model.model."): t.shape for n, t in tensors.items() if "lora_" in n
-    }
-    if not held or held != brought:
-        strange = sorted(set(held.items()) ^ set(brought.items()))
-        raise EagleError(
-            f"the adapter {folder} does not fit {identity['id']}: {len(strange)} of its weights "
-            f"and the model's do not match, {strange[0][0] if strange else 'no LoRA weight'} "
-            "first; give the base it was trained on"
-        )
+    lora = {n.removeprefix("base_model.model."): t for n, t in tensors.items() if "lora_" in n}
+    strange = sorted(set(held.items()) ^ {(n, t.shape) for n, t in lora.items()})
+    if not held or strange:
+        first = strange[0][0] if strange else "no LoRA weight"
+        said = f"{len(strange)} of its weights and the model's do not match, {first} first"
+        raise EagleError(f"{misfit}: {said}; {remedy}")
     model.requires_grad_(False)
     return weights_hash(tensors)
 
 
 def identity_of(model: nn.Module, name: str) -> dict:
     """Of a model as it is: what was quantized before cannot be told from its checkpoint."""
-    config = getattr(model.config, "quantization_config", None)
-    kind = "none"
-    if config is not None:
-        values = config if isinstance(config, dict) else config.to_dict()
-        kind = "int8" if values.get("load_in_8bit") else str(values.get("quant_method", "other"))
-        if values.get("bnb_4bit_quant_type") == "nf4" and values.get("load_in_4bit"):
-            kind = "nf4"
+    config = getattr(model.config, "quantization_config", None) or {}
+    values = config if isinstance(config, dict) else config.to_dict()
+    kind = str(values.get("quant_method", "other")) if values else "none"
+    if values.get("load_in_8bit"):
+        kind = "int8"
+    elif values.get("load_in_4bit") and values.get("bnb_4bit_quant_type") == "nf4":
+        kind = "nf4"
     lora = {n: p.detach() for n, p in model.named_parameters() if "lora_" in n}
     return {
         "id": name,
@@ -303,24 +282,17 @@ def identity_of(model: nn.Module, name: str) -> dict:
 
 
 def decoder_layers(backbone: nn.Module) -> nn.ModuleList | None:
-    """The decoder's blocks, under whatever name the family keeps them: Llama's layers, GPT-2's
-    h."""
-    for name in ("layers", "h", "blocks"):
-        if isinstance(found := getattr(backbone, name, None), nn.ModuleList):
-            return found
-    return None
+    """The decoder's blocks, under whatever name the family keeps them."""
+    found = (getattr(backbone, name, None) for name in ("layers", "h", "blocks"))
+    return next((blocks for blocks in found if isinstance(blocks, nn.ModuleList)), None)
 
 
 @torch.no_grad()
 def target_fingerprint(model: torch.nn.Module) -> str:
-    """A hash of the architecture and of sampled weights: equal for one checkpoint in fp32 and in
-    bf16."""
+    """A hash of the architecture and of sampled weights, the same in fp32 and in bf16."""
     config = model.config.get_text_config()
-    names = (
-        "model_type hidden_size intermediate_size num_hidden_layers num_attention_heads "
-        "num_key_value_heads vocab_size"
-    ).split()
-    digest = hashlib.sha256(repr([(n, getattr(config, n, None)) for n in names]).encode())
+    facts = [(name, getattr(config, name, None)) for name in ARCHITECTURE]
+    digest = hashlib.sha256(repr(facts).encode())
     layers = decoder_layers(model.get_decoder())
     modules = [("embed", model.get_input_embeddings()), ("first", layers[0]), ("last", layers[-1])]
     for prefix, module in modules:
@@ -330,35 +302,28 @@ def target_fingerprint(model: torch.nn.Module) -> str:
             flat = weight.detach().reshape(weight.shape[0], -1)
             rows = torch.linspace(0, flat.shape[0] - 1, 8).long().to(flat.device)
             sample = flat[rows, :64].to(torch.bfloat16).cpu().contiguous()
-            digest.update(
-                f"{prefix}.{name.replace('base_layer.', '')}{tuple(weight.shape)}".encode()
-            )
+            name = name.replace("base_layer.", "")
+            digest.update(f"{prefix}.{name}{tuple(weight.shape)}".encode())
             digest.update(sample.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 
 def differences(recorded: dict, found: dict) -> list[str]:
-    """Why a head that was trained for one target may draft worse for another, in words; empty for
-    the same."""
+    """Why a head that was trained for one target may draft worse for another, in words."""
     said = []
-    if recorded.get("fingerprint") not in (None, found["fingerprint"]):
+    before, now = recorded.get("fingerprint"), found["fingerprint"]
+    if before not in (None, now):
         said.append(
-            f"it was trained on {recorded.get('id', 'another model')} (weights "
-            f"{recorded['fingerprint'][:12]}), this target is {found['id']} (weights "
-            f"{found['fingerprint'][:12]})"
+            f"it was trained on {recorded.get('id', 'another model')} (weights {before[:12]}), "
+            f"this target is {found['id']} (weights {now[:12]})"
         )
-    if "adapter" in recorded and recorded["adapter"] != found["adapter"]:
-        ours, theirs = (
-            "no adapter" if a is None else f"the adapter {a[:12]}"
-            for a in (recorded["adapter"], found["adapter"])
-        )
-        said.append(f"it was trained with {ours}, this target has {theirs}")
-    quantization = recorded.get("quantization") or "none"
-    if quantization != found["quantization"]:
-        said.append(
-            f"it was trained with quantization={quantization}, this target has "
-            f"{found['quantization']}"
-        )
+    before, now = recorded.get("adapter", found["adapter"]), found["adapter"]
+    if before != now:
+        before, now = (f"the adapter {x[:12]}" if x else "no adapter" for x in (before, now))
+        said.append(f"it was trained with {before}, this target has {now}")
+    before, now = recorded.get("quantization") or "none", found["quantization"]
+    if before != now:
+        said.append(f"it was trained with quantization={before}, this target has {now}")
     return said
 
 
@@ -375,15 +340,13 @@ def resolve_dtype(dtype: str | torch.dtype) -> torch.dtype | str:
     if isinstance(dtype, torch.dtype) or dtype == "auto":
         return dtype
     full = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
-    names = {name: getattr(torch, full.get(name, name)) for name in (*full, *full.values())}
-    if dtype not in names:
+    if (name := full.get(dtype, dtype)) not in full.values():
         raise EagleError(f"unknown dtype {dtype!r}; use auto, float32, bfloat16 or float16")
-    return names[dtype]
+    return getattr(torch, name)
 
 
 def resolve_compute(dtype: str, device: torch.device) -> str:
-    """What training computes in: `dtype`, where it is "auto" "bf16" on a device that has it and
-    else "fp32"."""
+    """What training computes in: of "auto", "bf16" on a device that has it and else "fp32"."""
     if dtype != "auto":
         return dtype
     old = device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False)
@@ -393,9 +356,7 @@ def resolve_compute(dtype: str, device: torch.device) -> str:
 def fast_bf16(device: torch.device) -> bool:
     """Does the device multiply bf16 natively? x86 CPUs without AVX512-BF16 or AMX emulate it,
     slowly, and so does a torch that is held to AVX2."""
-    if device.type != "cpu":
-        return True
-    if platform.machine() not in ("x86_64", "AMD64"):
+    if device.type != "cpu" or platform.machine() not in ("x86_64", "AMD64"):
         return True
     if torch.backends.cpu.get_cpu_capability() in ("DEFAULT", "NO AVX", "AVX2"):
         return False

@@ -1,5 +1,4 @@
-"""How far a long job is: a line kept up to date on a terminal; elsewhere a plain line every half
-minute, whatever the job is at."""
+"""How far a long job is: a line kept up to date on a terminal, elsewhere one every half minute."""
 
 from __future__ import annotations
 
@@ -39,8 +38,7 @@ class Bar:
             self._write()
 
     def doing(self, what: str) -> None:
-        """What takes the time now, where nothing can be counted; without a terminal it is shown,
-        with its time, if it takes long."""
+        """What takes the time now, where nothing can be counted; shown with its time."""
         self._say(what, time.monotonic())
 
     def note(self, text: str) -> None:
@@ -75,9 +73,8 @@ class Bar:
 
 
 class Meter(Bar):
-    """`done` of `total` things, with a rate of what costs the time (`unit`, tokens mostly).
-
-    Rate and ETA are of this process: what was done before, `done` at the start, does not count."""
+    """`done` of `total` things, with a rate of what costs time (`unit`, tokens mostly). Rate and
+    ETA are of this process: what was done before, `done` at the start, does not count."""
 
     def __init__(
         self,

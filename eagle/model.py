@@ -8,7 +8,7 @@ import collections
 import copy
 import functools
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from numbers import Integral
 from pathlib import Path
@@ -17,12 +17,12 @@ import torch
 
 from . import stock_generate
 from .checkpoint import load_head
-from .compile import CompiledHead, CompiledTarget, compiled_folder
+from .compile import CompiledHead, compile_target, compiled_folder
 from .costs import CostTable
 from .decode import Timings, decode
 from .draft import Drafter, HeadDrafter
 from .errors import EagleError
-from .generation import Generation, Span, Start, raise_errors, require_room, show
+from .generation import Generation, Span, Start, raise_errors, show
 from .generation import acceptance_by_depth as acceptance_by_depth
 from .heads.head import DraftHead
 from .loading import EMBEDDED, load_tokenizer
@@ -36,18 +36,20 @@ from .tree import TreeShape
 from .verify import force, verify
 
 EMBEDDED_HEAD = EMBEDDED / "heads" / "eagle3"
-EMBEDDED_TREE = TreeShape(16, 4, 4)
 MODES = ("auto", "off", "max")
 
 
 def default_tree(target: Target) -> TreeShape:
     """Upstream's; for the embedded model a smaller one, which is faster there."""
-    return EMBEDDED_TREE if target.name == "embedded" else TreeShape()
+    return TreeShape(16, 4, 4) if target.name == "embedded" else TreeShape()
 
 
-class EaModel:
+class EaModel(torch.nn.Module):
     """A target with its draft head. Generation is lossless: the head changes the speed, never a
     token."""
+
+    # compiled, measured and learnt, here and on this device: no part of copies and pickles
+    MADE = ("plan", "_costs", "_experience", "_compiled")
 
     def __init__(
         self,
@@ -58,34 +60,30 @@ class EaModel:
         drafter: Drafter | None = None,
         compile: str = "auto",
     ) -> None:
+        super().__init__()
         # a view of its own: another head over the same target may read other layers
         self.target, self.head, self._tokenizer = copy.copy(target), head, tokenizer
+        self.base_model = target.model  # upstream's name
         tree = default_tree(target) if tree is None else tree
         self.compile, self.tree = compile, tree if tree == "auto" else TreeShape.parse(tree)
         self.drafter = drafter
         self._forget()
         if head is not None:
             self.target.set_feature_layers(head.config.feature_layers)
-            shape = WIDEST if tree == "auto" else TreeShape.parse(tree)
+            shape = WIDEST if tree == "auto" else self.tree
             self.drafter = drafter or HeadDrafter(head, target.embed, shape, target.head_logits)
 
     def _forget(self) -> None:
-        """What was compiled, measured and learnt, here and on this device."""
         self.plan: Plan | None = None  # of the last call with tree="auto"
         self._costs: dict[str, CostTable] = {}
         self._experience: dict[tuple, Experience] = {}
         self._compiled: dict[str, tuple] = {}
-        self._criteria: Callable = functools.lru_cache(64)(self._stop_criteria)
 
     def __getstate__(self) -> dict:
-        """For copies and pickles: without what `_forget` makes anew."""
-        state = dict(self.__dict__)
-        for name in ("plan", "_costs", "_experience", "_compiled", "_criteria"):
-            del state[name]
-        return state
+        return {k: v for k, v in self.__dict__.items() if k not in self.MADE}
 
     def __setstate__(self, state: dict) -> None:
-        self.__dict__.update(state)
+        super().__setstate__(state)
         self._forget()
 
     @classmethod
@@ -106,48 +104,41 @@ class EaModel:
         **hf_kwargs,
     ) -> EaModel:
         """Load a target and its head, each a folder or a hub id (ORG/NAME, ORG/NAME@REVISION;
-        revision=: the target's); without paths, the embedded model and its head.
+        revision=: the target's); without paths, the embedded model and its head. A base model
+        without ea_model_path generates plainly.
 
         total_token, depth, top_k: the draft tree, upstream's meaning (total_token counts the root;
-        -1 alone is tree="auto"). They default to 60, 7, 10, and to 16, 4, 4 for the embedded model,
-        where the smaller tree is faster. tree: the three in one, "60,7,10", or "auto"; not both.
-        use_eagle3: False is for EAGLE-1 heads (and so EAGLE-2's); None is whichever the files hold.
-        dtype "auto" is the checkpoint's (float32 where a CPU would emulate bf16). adapter_path: a
-        LoRA folder; quantization: "none", "nf4" or "int8" (bitsandbytes). Further arguments go to
-        transformers' `from_pretrained`; of upstream's, `load_in_8bit` and `load_in_4bit` are
-        quantization, `Type` says nothing that the files do not, and a `threshold` other than 1 is
-        refused.
+        -1 alone is tree="auto"), 60, 7, 10 by default, and 16, 4, 4 for the embedded model. tree:
+        the three in one, "60,7,10", or "auto"; not both. use_eagle3: False is for EAGLE-1 heads
+        (and so EAGLE-2's); None is whichever the files hold. dtype "auto" is the checkpoint's
+        (float32 where a CPU would emulate bf16). adapter_path: a LoRA folder; quantization: "none",
+        "nf4" or "int8" (bitsandbytes); upstream's `load_in_4bit` and `load_in_8bit` say the same.
+        Further arguments go to transformers' `from_pretrained`.
 
-        A base model without ea_model_path generates plainly. Raises EagleError when the files
-        cannot be read, or the head does not fit the target."""
+        Raises EagleError when the files cannot be read, or the head does not fit the target."""
         if hf_kwargs.pop("threshold", 1.0) != 1.0:
             raise EagleError("threshold is not used here; leave it out, or use tree='auto'")
-        hf_kwargs.pop("Type", None)
+        hf_kwargs.pop("Type", None)  # upstream's, and told by the files
         for older, name in (("load_in_8bit", "int8"), ("load_in_4bit", "nf4")):
             if hf_kwargs.pop(older, False):
                 quantization = name
-        if "torch_dtype" in hf_kwargs:
-            dtype = hf_kwargs.pop("torch_dtype")
         given = {"total_token": total_token, "depth": depth, "top_k": top_k}
         given = {k: v for k, v in given.items() if v is not None}
         if tree is not None and given:
-            raise EagleError(
-                f"tree={str(tree)!r} and {', '.join(f'{k}={v}' for k, v in given.items())} say two "
-                "things; give one"
-            )
+            raise EagleError(f"tree={str(tree)!r} and {', '.join(given)} say two things; give one")
         if given == {"total_token": -1}:
             tree, given = "auto", {}
-        loading = {"dtype": dtype, "device": device, "adapter_path": adapter_path}
         target = Target.from_pretrained(
-            base_model_path, quantization=quantization, **loading, **hf_kwargs
+            base_model_path,
+            quantization=quantization,
+            dtype=hf_kwargs.pop("torch_dtype", dtype),
+            device=device,
+            adapter_path=adapter_path,
+            **hf_kwargs,
         )
         if given:
             tree = replace(default_tree(target), **{k: v for k, v in given.items() if v != -1})
-        if (
-            ea_model_path is None
-            and base_model_path in (None, "embedded")
-            and EMBEDDED_HEAD.exists()
-        ):
+        if ea_model_path is None and target.name == "embedded" and EMBEDDED_HEAD.exists():
             ea_model_path = EMBEDDED_HEAD
         head = None
         if ea_model_path is not None:
@@ -155,10 +146,8 @@ class EaModel:
             head.eval().requires_grad_(False)
             is_eagle3 = head.config.method == "eagle3"
             if use_eagle3 not in (None, is_eagle3):
-                raise EagleError(
-                    f"{ea_model_path} is an {'EAGLE-3' if is_eagle3 else 'EAGLE-1'} head; leave "
-                    f"use_eagle3 unset, or set it to {is_eagle3}"
-                )
+                said = f"{ea_model_path} is an {'EAGLE-3' if is_eagle3 else 'EAGLE-1'} head"
+                raise EagleError(f"{said}; leave use_eagle3 unset, or set it to {is_eagle3}")
         return cls(target, head, tree, compile=compile)
 
     # as people handle models
@@ -173,69 +162,31 @@ class EaModel:
     @property
     def config(self):
         """The target's."""
-        return self.target.model.config
-
-    @property
-    def base_model(self) -> torch.nn.Module:
-        """The target as transformers has it (upstream's name)."""
-        return self.target.model
+        return self.base_model.config
 
     def get_tokenizer(self):
         return self.tokenizer
-
-    def parameters(self) -> Iterator[torch.nn.Parameter]:
-        yield from self.target.model.parameters()
-        yield from self.head.parameters() if self.head is not None else ()
-
-    def eval(self) -> EaModel:
-        return self
 
     def train(self, mode: bool = True) -> EaModel:
         if mode:
             raise EagleError("an EaModel only generates; train a head with python -m train.main")
         return self
 
-    def requires_grad_(self, requires_grad: bool = True) -> EaModel:
-        return self.train(requires_grad)
-
-    def to(self, *args, **kwargs) -> EaModel:
-        """Moves target and head, in place as `torch.nn.Module.to` does; takes its arguments."""
-        try:
-            self.target.model.to(*args, **kwargs)
-        except ValueError as error:  # a quantized model
-            raise EagleError(f"this target stays as it was loaded: {error}") from error
+    def _apply(self, *args, **kwargs) -> EaModel:
+        """Behind `to`, `cuda`, `half` and their like."""
+        if getattr(self.base_model, "is_quantized", False):
+            raise EagleError("a quantized target stays as it was loaded; load it with device=")
+        super()._apply(*args, **kwargs)
         self.target._identity = None
-        if self.head is not None:
-            self.head.to(*args, **kwargs)
-        if isinstance(self.drafter, HeadDrafter):
-            target = self.target
-            self.drafter = HeadDrafter(
-                self.head, target.embed, self.drafter.shape, target.head_logits
-            )
         self._forget()
         return self
-
-    def cuda(self, device: int | str | torch.device | None = None) -> EaModel:
-        return self.to("cuda" if device is None else torch.device(device))
-
-    def cpu(self) -> EaModel:
-        return self.to("cpu")
-
-    def float(self) -> EaModel:
-        return self.to(torch.float32)
-
-    def half(self) -> EaModel:
-        return self.to(torch.float16)
-
-    def bfloat16(self) -> EaModel:
-        return self.to(torch.bfloat16)
 
     @property
     def tokenizer(self):
         """The target's tokenizer, loaded when first asked for."""
         if self._tokenizer is None:
             # name_or_path: the folder that the weights came from, of one revision
-            self._tokenizer = load_tokenizer(self.target.model.name_or_path or self.target.name)
+            self._tokenizer = load_tokenizer(self.base_model.name_or_path or self.target.name)
         return self._tokenizer
 
     def eagenerate(self, input_ids, attention_mask=None, *, log: bool = False, **options):
@@ -247,26 +198,15 @@ class EaModel:
         as given, and from column T on the answers, right-padded. Of lists it is prompt and answer
         of each row, right-padded. With `log=True`: (ids, new tokens, cycles), summed over rows.
 
-        max_new_tokens is 512, temperature 0 (greedy) by default; max_length counts the row as
-        given. seed: an int (row i uses seed + i) or one a row. A logits_processor is called as
-        stock `generate` calls it, once a token and in order. Further options: top_p, top_k, min_p,
-        do_sample, eos_token_id, stop_strings, streamer, min_length, min_new_tokens,
-        repetition_penalty, no_repeat_ngram_size, bad_words_ids, suppress_tokens, generation_config
-        (a transformers GenerationConfig; arguments win over it), is_llama3 (upstream's: end at
-        <|eot_id|> too), and for this call tree, compile, draft, capacity. `generate` takes the same
-        arguments and returns statistics and log-probabilities too."""
+        options: those of `Options` (max_new_tokens 512 and temperature 0 by default; max_length
+        counts the row as given), and seed, an int (row i uses seed + i) or one a row; streamer;
+        generation_config, of transformers, over which arguments win; is_llama3, upstream's: end at
+        <|eot_id|> too; and for this call tree, compile, draft, capacity. A logits_processor is
+        called as stock `generate` calls it, once a token and in order."""
         result = self.generate(input_ids, attention_mask, **options)
         if log:
             return result.sequences, result.new_tokens, result.cycles
         return result.sequences
-
-    def _with_turn_end(self, eos_token_id) -> frozenset[int]:
-        """Upstream's `is_llama3`."""
-        found = self.tokenizer.get_vocab().get("<|eot_id|>")
-        if found is None:
-            raise EagleError("is_llama3: this tokenizer has no <|eot_id|>; leave it out")
-        given = Options().over(eos_token_id=eos_token_id).eos_token_id
-        return (self.eos_token_ids if given is None else given) | {found}
 
     def naivegenerate(self, input_ids, attention_mask=None, **kwargs):
         """`eagenerate` without drafting: the same engine, one token a pass."""
@@ -296,23 +236,13 @@ class EaModel:
         raise_errors(start.rows)
         return Generation(start.rows, start.sequences(), timings)
 
-    def custom_generate(
-        self,
-        model,
-        input_ids,
-        logits_processor=None,
-        stopping_criteria=None,
-        generation_config=None,
-        **kwargs,
-    ) -> torch.Tensor:
+    def custom_generate(self, model, input_ids, generation_config=None, **kwargs) -> torch.Tensor:
         """For stock `model.generate(ids, custom_generate=ea_model.custom_generate, ...)`, where
-        `model` is this object's target (`ea_model.target.model`): the length, sampling, end tokens,
-        processors and streamer of that call are kept; what cannot be is refused."""
-        if model is not self.target.model:
-            raise EagleError("custom_generate belongs to another model: ea_model.target.model")
-        asked = stock_generate.arguments(
-            model, input_ids, logits_processor, stopping_criteria, generation_config, kwargs
-        )
+        `model` is `ea_model.base_model`: the length, sampling, end tokens, processors and streamer
+        of that call are kept; what cannot be is refused."""
+        if model is not self.base_model:
+            raise EagleError("custom_generate belongs to another model: ea_model.base_model")
+        asked = stock_generate.arguments(model, input_ids, generation_config, kwargs)
         ids = self.eagenerate(input_ids, **asked)
         if not generation_config.return_dict_in_generate:
             return ids
@@ -325,19 +255,13 @@ class EaModel:
         row up; closing the iterator gives all up. Takes what `generate_many` takes."""
         start = self._start(input_ids, attention_mask, lenient=True, **kwargs)
         index = {id(row): i for i, row in enumerate(start.rows)}
-        shown = [0] * len(start.rows)
-        told = [False] * len(start.rows)
+        shown, told = [0] * len(start.rows), [False] * len(start.rows)
         for rows in start.steps:
-            for row in rows:
+            for row in (*rows, *rows):  # one that is cancelled meanwhile is not seen again
                 i = index[id(row)]
                 if len(row.tokens) > shown[i] or row.done and not told[i]:
                     tokens, shown[i], told[i] = row.tokens[shown[i] :], len(row.tokens), row.done
                     yield Span(i, tokens, row)
-            for row in rows:  # cancelled just now: this is the last that is seen of it
-                i = index[id(row)]
-                if row.done and not told[i]:
-                    told[i] = True
-                    yield Span(i, [], row)
 
     def generate_many(
         self, prompts, *, slots: int = 8, as_completed: bool = False, **options
@@ -388,9 +312,13 @@ class EaModel:
         for name, value in (("slots", slots), ("capacity", capacity)):
             if value is not None and not (isinstance(value, int) and value >= 1):
                 raise EagleError(f"{name} must be a whole number of at least 1, not {value!r}")
-        if is_llama3:
-            options["eos_token_id"] = self._with_turn_end(options.get("eos_token_id"))
         common, eos = Options().over(generation_config, **options), self.eos_token_ids
+        if is_llama3:
+            turn_end = self.tokenizer.get_vocab().get("<|eot_id|>")
+            if turn_end is None:
+                raise EagleError("is_llama3: this tokenizer has no <|eot_id|>; leave it out")
+            ends = eos if common.eos_token_id is None else common.eos_token_id
+            common = common.over(eos_token_id=ends | {turn_end})
         pad = self._pad_token(pad_token_id, generation_config)
         marks = pad if pad not in (common.eos_token_id or eos) else None  # padding, without a mask
         beside = {} if token_type_ids is None else {"token_type_ids": token_type_ids}
@@ -406,8 +334,10 @@ class EaModel:
             batch = (i, 1 if slots or lenient else len(own))
             try:
                 rows.append(self._row(i, prompt, mine, common, seeds[i], batch))
-                if capacity is not None and lenient:
-                    require_room(i, rows[-1], capacity)
+                needed = len(prompt.ids) + rows[-1].budget
+                if lenient and needed > (capacity or needed):
+                    said = f"request {i} needs {needed} tokens and a slot holds {capacity}"
+                    raise EagleError(f"{said}; raise capacity, or lower max_new_tokens")
             except Exception as error:
                 if not lenient:
                     raise
@@ -416,28 +346,16 @@ class EaModel:
                 ids = [] if isinstance(prompt, EagleError) else prompt.ids
                 rows[i:] = [Row(Request(ids), 0, finish_reason="error", error=error)]
         live = [row for row in rows if not row.done]
-        drafter = self._drafter(tree) if draft else None
-        with self.target.lock:  # another thread may be about to compile the same
-            target = self._compile(compile, drafter)
-        plan = None
-        automatic = (self.tree if tree is None else tree) == "auto" and forced_acceptance is None
-        if automatic and isinstance(drafter, HeadDrafter) and live:
-            plan = self._plan(target, drafter, compile, live)
-        judge = verify
+        mode, tree = compile or self.compile, self.tree if tree is None else tree
+        target, drafter = self._engine(mode, tree, draft)
+        plan, judge = None, verify
         if forced_acceptance is not None:
             judge = functools.partial(force, forced_acceptance)
-        steps = decode(
-            target,
-            live,
-            slots=slots,
-            capacity=capacity,
-            drafter=drafter,
-            plan=plan,
-            timings=timings,
-            synchronise=synchronise,
-            on_cache=on_cache,
-            verify=judge,
-        )
+        elif tree == "auto" and isinstance(drafter, HeadDrafter) and live:
+            plan = self._plan(target, drafter, mode, live)
+        watching = {"timings": timings, "synchronise": synchronise, "on_cache": on_cache}
+        how = {"drafter": drafter, "plan": plan, "verify": judge, **watching}
+        steps = decode(target, live, slots=slots, capacity=capacity, **how)
         if len(live) < len(rows):
             steps = itertools.chain([rows], steps if live else [])
         if streamer is not None:
@@ -460,35 +378,31 @@ class EaModel:
 
     def _request(self, options: Options, prompt: Prompt, seed: int, *batch: int) -> Request:
         eos, device = self.eos_token_ids, self.target.device
-        return options.request(prompt, seed, eos, self._criteria, device, *batch)
+        return options.request(prompt, seed, eos, lambda: self.tokenizer, device, *batch)
 
     def _pad_token(self, asked: int | None, config) -> int | None:
         """As in stock `generate`: what is asked for, else what the configurations say."""
-        model = getattr(self.target.model, "generation_config", None)
+        model = getattr(self.base_model, "generation_config", None)
         said = [getattr(c, "pad_token_id", None) for c in (config, model, self.target.config)]
         return next((int(p) for p in (asked, *said) if isinstance(p, Integral)), None)
 
-    def _stop_criteria(self, strings: tuple[str, ...]):
-        """transformers' own, which looks at the whole vocabulary when it is made."""
-        from transformers import StopStringCriteria
-
-        tokenizer = self.tokenizer
-        try:
-            return StopStringCriteria(tokenizer, list(strings))
-        except Exception as error:  # of whatever tokenizer it is
-            said = f"{type(error).__name__}: {error}"
-            raise EagleError(f"stop_strings {list(strings)} with this tokenizer: {said}") from error
-
-    def _drafter(self, tree: TreeShape | str | None) -> Drafter | None:
-        """A drafter of its own for each call, so that interleaved calls do not share a cache."""
-        drafter, tree = copy.copy(self.drafter), self.tree if tree is None else tree
+    def _engine(self, mode: str, tree: TreeShape | str, draft: bool):
+        """The target and the drafter of one call, which share no cache with another's; they run
+        compiled passes where the mode has them."""
+        drafter = copy.copy(self.drafter) if draft else None
         if isinstance(drafter, HeadDrafter):
             drafter.reshape(WIDEST if tree == "auto" else TreeShape.parse(tree))
-        return drafter
+        with self.target.lock:  # another thread may be about to compile the same
+            self.prepare(mode, drafter is not None)
+            target = copy.copy(self.target).refresh()
+        if mode == "max" and target.device.type == "cpu":
+            target.compiled = self._compiled["target"][1]
+            if isinstance(drafter, HeadDrafter):
+                drafter.compiled = self._compiled["head"][1]
+        return target, drafter
 
-    def _plan(self, target, drafter, mode: str | None, rows: list[Row]) -> Plan:
+    def _plan(self, target, drafter, mode: str, rows: list[Row]) -> Plan:
         """A plan for one call; what was learnt is kept from call to call."""
-        mode = self.compile if mode is None else mode
         context = max(len(row.prompt) + row.budget // 2 for row in rows)
         if mode not in self._costs:
             self._costs[mode] = CostTable(target, drafter, mode, compiled_folder())
@@ -501,23 +415,20 @@ class EaModel:
 
     def explain(self) -> str:
         """Why tree="auto" drafted as it did in the last call: costs, rates, break-even."""
-        if self.plan is None:
-            return 'no call with tree="auto" has drafted yet'
-        return self.plan.explain()
+        return self.plan.explain() if self.plan else 'no call with tree="auto" has drafted yet'
 
     def prepare(self, compile: str | None = None, draft: bool = True) -> dict[str, float]:
-        """Compile, or load from the disk, what `compile` needs; returns the seconds spent on each
-        part, and nothing for what was ready. Generation calls it when needed.
-
-        "off": eager. "max": on a CPU, AOTInductor packages kept on disk. "auto": off on a CPU."""
-        mode = self.compile if compile is None else compile
+        """Compile, or load from the disk, what `compile` needs, as generation does; returns the
+        seconds spent on each part, and nothing for what was ready. "off": eager. "max": on a CPU,
+        AOTInductor packages kept on disk. "auto": off on a CPU."""
+        mode = compile or self.compile
         if mode not in MODES:
             raise EagleError(f"unknown compile {mode!r}; use {', '.join(MODES)}")
         seconds: dict[str, float] = {}
         if mode != "max" or self.target.device.type != "cpu":
             return seconds
         # features are part of a package: another head's layers are another package
-        wanted = {"target": (CompiledTarget, self.target, self.target.feature_layers)}
+        wanted = {"target": (compile_target, self.target, self.target.feature_layers)}
         if draft and isinstance(self.drafter, HeadDrafter):
             wanted["head"] = (CompiledHead, self.drafter, self.head)
         for name, (make, subject, version) in wanted.items():
@@ -525,42 +436,19 @@ class EaModel:
                 self._compiled[name] = version, make(subject, seconds)
         return seconds
 
-    def _compile(self, mode: str | None, drafter: Drafter | None) -> Target:
-        """The target of one call; it and the drafter run compiled passes where the mode has
-        them."""
-        self.prepare(mode, drafter is not None)
-        target = copy.copy(self.target).refresh()
-        if (self.compile if mode is None else mode) == "max" and target.device.type == "cpu":
-            target.compiled = self._compiled["target"][1]
-            if isinstance(drafter, HeadDrafter):
-                drafter.compiled = self._compiled["head"][1]
-        return target
-
     @property
     def eos_token_ids(self) -> frozenset[int]:
         """The model's own end tokens."""
-        generation = getattr(self.target.model, "generation_config", None)
-        found = getattr(generation, "eos_token_id", None)
+        found = getattr(getattr(self.base_model, "generation_config", None), "eos_token_id", None)
         found = self.target.config.eos_token_id if found is None else found
         ids = [] if found is None else [found] if isinstance(found, int) else found
         return frozenset(i for i in ids if i >= 0)
 
 
-class Engines(dict):
-    """What `engine_for` made of a model, kept with it; copies and pickles of the model go
-    without."""
-
-    def __deepcopy__(self, memo):
-        return Engines()
-
-    def __reduce__(self):
-        return dict, ()
-
-
 def engine_for(model: torch.nn.Module, head: str, tree: str | None = None) -> EaModel:
     """The engine that runs a loaded transformers model with the head in this folder, made once a
     model."""
-    engines = model.__dict__.setdefault("_eagle_engines", Engines())
+    engines = model.__dict__.setdefault("_eagle_engines", {})
     if (head, tree) not in engines:
         target = Target(model)
         loaded, _ = load_head(head, target, dtype=target.dtype, device=target.device)

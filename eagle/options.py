@@ -5,6 +5,7 @@ B rows, T columns of the prompt as given, V vocabulary."""
 from __future__ import annotations
 
 import copy
+import functools
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -28,12 +29,6 @@ from .prompts import Prompt, plain
 from .request import Request, Stopping
 from .sampling import SamplingParams
 
-# fields of a GenerationConfig that mean the same here
-SAME = (
-    "max_new_tokens max_length min_new_tokens min_length do_sample temperature top_k top_p min_p "
-    "repetition_penalty no_repeat_ngram_size bad_words_ids suppress_tokens eos_token_id "
-    "stop_strings"
-).split()
 # fields that change the text and that we do not honour, with the value that means "off"
 REFUSED = {
     **dict.fromkeys(("num_beams", "num_beam_groups", "num_return_sequences"), 1),
@@ -102,9 +97,7 @@ Ends = Annotated[
 
 class Options(BaseModel):
     """What a request may ask for. temperature 0 is greedy; top_k 0, top_p 0 or 1 and min_p 0 are
-    off.
-
-    do_sample=True alone samples at temperature 1. seed: an int; in a batch row i uses seed + i."""
+    off. do_sample=True alone samples at temperature 1."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
@@ -132,8 +125,8 @@ class Options(BaseModel):
     def over(self, generation_config=None, **options) -> Options:
         """These options under those of a GenerationConfig, and both under the arguments of a call.
         Unknown names are errors."""
-        known = set(Options.model_fields)
-        if unknown := sorted(set(options) - known):
+        known = Options.model_fields.keys()
+        if unknown := sorted(options.keys() - known):
             raise EagleError(
                 f"unknown option {', '.join(unknown)}; use some of {', '.join(sorted(known))}"
             )
@@ -150,8 +143,8 @@ class Options(BaseModel):
             first = error.errors(include_url=False)[0]
             said = re.sub("^(Input|String) should", "must", first["msg"])
             said = said.removeprefix("Value error, ")
-            given = str(first["input"])[:60]
-            raise EagleError(f"{first['loc'][0]} {said}, not {given!r}") from error
+            wrong = f"{first['loc'][0]} {said}, not {str(first['input'])[:60]!r}"
+            raise EagleError(wrong) from error
 
     @property
     def sampling(self) -> SamplingParams:
@@ -166,32 +159,23 @@ class Options(BaseModel):
         return SamplingParams(temperature, self.top_k or 0, self.top_p or 0.0, self.min_p or 0.0)
 
     def request(
-        self,
-        prompt: Prompt,
-        seed: int,
-        eos: frozenset[int],
-        criteria: Callable,
-        device,
-        place: int = 0,
-        rows: int = 1,
+        self, prompt: Prompt, seed: int, eos: frozenset[int], tokenizer, device, place=0, rows=1
     ) -> Request:
-        """eos: the model's own end tokens, for when none are named. criteria(strings):
-        transformers' StopStringCriteria for them. device: of the logits that processors will see.
-        place, rows: of a batch, where processors are shown one."""
+        """eos: the model's own end tokens, for when none are named. tokenizer(): asked for where
+        there are stop strings. device: of the logits that processors will see. place, rows: of a
+        batch, where processors are shown one."""
         if self.eos_token_id is not None:
             eos = self.eos_token_id
         tests = list(self.stopping_criteria or [])
         if self.stop_strings:
-            tests.append(criteria(tuple(self.stop_strings)))
+            tests.append(string_criteria(tokenizer(), tuple(self.stop_strings)))
         stop = stopper(tests, prompt.given) if tests else None
-        max_length = self.max_length
+        ids, given, max_length = prompt.ids, prompt.given, self.max_length
         if max_length is not None:  # of the row as given; positions that are padding do not count
-            max_length -= len(prompt.given) - len(prompt.ids)
+            max_length -= len(given) - len(ids)
         stopping = Stopping(self.max_new_tokens, eos, stop, max_length)
-        processor = self._processor(len(prompt.given), eos, device, place, rows)
-        return Request(
-            prompt.ids, self.sampling, seed, stopping, processor, self.logprobs, prompt.given
-        )
+        processor = self._processor(len(given), eos, device, place, rows)
+        return Request(ids, self.sampling, seed, stopping, processor, self.logprobs, given)
 
     def _processor(self, length: int, eos: frozenset[int], device, place: int, rows: int):
         """transformers' own processors for what is asked, in its order, then those given; None
@@ -201,7 +185,10 @@ class Options(BaseModel):
         steps = []
 
         def own(make, *args, **options):
-            steps.append((checked(make, *args, **options), 0, 1))
+            try:
+                steps.append((make(*args, **options), 0, 1))
+            except (ValueError, TypeError) as error:
+                raise EagleError(str(error)) from error
 
         if self.repetition_penalty not in (None, 1.0):
             own(hf.RepetitionPenaltyLogitsProcessor, self.repetition_penalty)
@@ -209,17 +196,14 @@ class Options(BaseModel):
             own(hf.NoRepeatNGramLogitsProcessor, self.no_repeat_ngram_size)
         if self.bad_words_ids:
             own(hf.NoBadWordsLogitsProcessor, plain(self.bad_words_ids), sorted(eos))
-        if self.min_length and eos and not self.min_new_tokens:
+        least, most = self.min_new_tokens, self.max_new_tokens
+        if least and least > most:
+            raise EagleError(f"min_new_tokens {least} is above max_new_tokens {most}")
+        if least and eos:
+            how = length, least, sorted(eos)
+            own(hf.MinNewTokensLengthLogitsProcessor, *how, device=device)
+        elif self.min_length and eos:
             own(hf.MinLengthLogitsProcessor, self.min_length, sorted(eos), device=device)
-        if self.min_new_tokens:
-            if self.min_new_tokens > self.max_new_tokens:
-                raise EagleError(
-                    f"min_new_tokens {self.min_new_tokens} is above max_new_tokens "
-                    f"{self.max_new_tokens}"
-                )
-            if eos:
-                least = (length, self.min_new_tokens, sorted(eos))
-                own(hf.MinNewTokensLengthLogitsProcessor, *least, device=device)
         if self.suppress_tokens:
             own(hf.SuppressTokensLogitsProcessor, plain(self.suppress_tokens), device=device)
         for given in self.logits_processor or []:
@@ -237,9 +221,8 @@ class Options(BaseModel):
 
 @dataclass(frozen=True)
 class Processor:
-    """transformers' processors as plain decoding calls them: once a token, in the order of the
-    text, with a batch in which this row has its place. The others of that batch are copies of it.
-    steps: (processor, place, rows)."""
+    """transformers' processors as plain decoding calls them: once a token, in order of the text,
+    with a batch of copies of this row. steps: (processor, place, rows)."""
 
     steps: list[tuple[Callable, int, int]]
 
@@ -249,27 +232,20 @@ class Processor:
         ids = torch.tensor([context], dtype=torch.int64, device=logits.device)
         for processor, place, rows in self.steps:
             out = processor(ids.repeat(rows, 1), scores.repeat(rows, 1))
-            if not isinstance(out, torch.Tensor) or out.shape != (rows, logits.shape[0]):
-                shape = list(out.shape) if isinstance(out, torch.Tensor) else out
+            shape = list(getattr(out, "shape", ()))
+            if shape != [rows, logits.shape[0]]:
                 raise ValueError(f"it returned {shape}, not scores {[rows, logits.shape[0]]}")
             scores = out[place : place + 1].float()
         return scores[0]
 
 
-def checked(make, *args, **options):
-    try:
-        return make(*args, **options)
-    except (ValueError, TypeError) as error:
-        raise EagleError(str(error)) from error
-
-
 def read_config(config) -> dict:
-    """The options that a transformers GenerationConfig asks for; what we do not honour is
-    refused."""
+    """The options that a GenerationConfig asks for; what we do not honour is refused."""
     if not hasattr(config, "max_new_tokens"):
         raise EagleError(f"generation_config must be a GenerationConfig, not {config!r}")
     refuse(config, REFUSED)
-    values = {name: getattr(config, name, None) for name in SAME}
+    same = Options.model_fields.keys() - {"logits_processor", "stopping_criteria", "logprobs"}
+    values = {name: getattr(config, name, None) for name in same}
     values = {k: v for k, v in values.items() if v is not None}
     # what transformers puts in for what a config leaves open
     values = {"do_sample": False, "temperature": 1.0, "top_k": 50, **values}
@@ -294,15 +270,26 @@ def refuse(config, names: Iterable[str]) -> None:
         value = getattr(config, name, off)
         if value not in (off, None, False):
             raise EagleError(
-                f"generation_config asks for {name}={value!r}, which lossless decoding of one "
-                f"sequence does not honour; leave it at {off!r}, or pass a logits_processor that "
-                "does it"
+                f"generation_config asks for {name}={value!r}, which is not honoured here; leave "
+                f"it at {off!r}, or pass a logits_processor that does it"
             )
+
+
+@functools.lru_cache(64)
+def string_criteria(tokenizer, strings: tuple[str, ...]):
+    """transformers' own, which looks at the whole vocabulary when it is made."""
+    from transformers import StopStringCriteria
+
+    try:
+        return StopStringCriteria(tokenizer, list(strings))
+    except Exception as error:  # of whatever tokenizer it is
+        said = f"{type(error).__name__}: {error}"
+        raise EagleError(f"stop_strings {list(strings)} with this tokenizer: {said}") from error
 
 
 def stopper(criteria: list, given: list[int]) -> Callable[[list[int]], int | None]:
     """How many new tokens to keep: up to the one that completes a stop string, which may begin in
-    the prompt. criteria: transformers' StopStringCriteria."""
+    the prompt."""
     reach = max(c.maximum_token_len for c in criteria)
     before, checked = given[-reach:], 0
 

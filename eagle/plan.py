@@ -14,21 +14,12 @@ import numpy as np
 
 from .tree import TreeShape
 
-# trees, and what they miss at a depth beside what a chain misses there
-CANDIDATES: tuple[tuple[TreeShape, float], ...] = (
-    (TreeShape(3, 1, 1), 1.0),
-    (TreeShape(4, 2, 1), 1.0),
-    (TreeShape(6, 3, 2), 0.9),
-    (TreeShape(8, 4, 2), 0.85),
-    (TreeShape(12, 4, 3), 0.7),
-    (TreeShape(16, 4, 4), 0.65),
-    (TreeShape(24, 5, 5), 0.6),
-    (TreeShape(40, 6, 7), 0.55),
-    (TreeShape(60, 7, 10), 0.5),
-)
-WIDEST = CANDIDATES[-1][0]  # room for any candidate
-LEVELS = np.array([shape.levels for shape, _ in CANDIDATES])
-MISSES = np.array([misses for _, misses in CANDIDATES])[:, None]
+TREES = "3,1,1 4,2,1 6,3,2 8,4,2 12,4,3 16,4,4 24,5,5 40,6,7 60,7,10"
+SHAPES = [TreeShape.parse(text) for text in TREES.split()]
+# what each misses at a depth, beside what a chain misses there
+MISSES = np.array([[1.0, 1.0, 0.9, 0.85, 0.7, 0.65, 0.6, 0.55, 0.5]]).T
+WIDEST = SHAPES[-1]  # room for any candidate
+LEVELS = np.array([shape.levels for shape in SHAPES])
 WITHIN = np.arange(WIDEST.levels) < LEVELS[:, None]  # [candidates, depth]
 HOPE = 0.2  # what a chain is taken to miss before anything is seen: promises are found out
 DOUBT = 24.0  # cycles of a row that an expectation weighs against what is seen
@@ -49,12 +40,11 @@ def size_of(rows: int) -> int:
 
 
 class Experience:
-    """What calls of one kind have taught those that follow: [candidate, depth] how often a draft
-    token there was judged (`seen`) and refused (`missed`), fading; and by number of rows, how many
-    plain cycles a rest has to go."""
+    """What calls of one kind teach those that follow: [candidate, depth] how often a draft token
+    was judged (`seen`) and refused (`missed`), fading; by rows, how long a rest has to go."""
 
     def __init__(self) -> None:
-        self.seen, self.missed = np.zeros((2, len(CANDIDATES), WIDEST.levels))
+        self.seen, self.missed = np.zeros((2, len(SHAPES), WIDEST.levels))
         self.resting: dict[int, int] = {}
 
     def learn(self, place: int, accepted: list[int]) -> None:
@@ -79,9 +69,8 @@ class Experience:
 
 
 class Plan:
-    """One call's decisions. `costs(rows)` looks up the costs for that many rows.
-
-    A cycle is `begin`, which says what to draft, and `end`, which hears what came of it."""
+    """One call's decisions. `costs(rows)`: the costs for that many rows. A cycle is `begin`,
+    which says what to draft, and `end`, which hears what came of it."""
 
     def __init__(self, costs: Callable[[int], Costs], experience: Experience) -> None:
         self.costs, self.learnt = costs, experience
@@ -95,7 +84,7 @@ class Plan:
         self.size = size_of(rows)
         found = self.costs(self.size)
         self.plain = found["plain"]
-        self.ms = np.array([found.get(str(shape), np.inf) for shape, _ in CANDIDATES])
+        self.ms = np.array([found.get(str(shape), np.inf) for shape in SHAPES])
         self.left, self.lost = TRIAL, 0.0
         if self.size not in self.learnt.resting:
             known = self.learnt.seen[:, 0].sum() >= TRIAL
@@ -126,9 +115,9 @@ class Plan:
         self.cycles += 1
         if self.cycles % AGAIN == 0:
             near = self.place + (1 if self.cycles // AGAIN % 2 else -1)
-            if 0 <= near < len(CANDIDATES) and np.isfinite(self.ms[near]):
+            if 0 <= near < len(SHAPES) and np.isfinite(self.ms[near]):
                 self.place = near
-        return CANDIDATES[self.place][0]
+        return SHAPES[self.place]
 
     def end(self, accepted: list[int]) -> None:
         """The cycle drafted, and so many draft tokens were kept of each row."""
@@ -146,20 +135,16 @@ class Plan:
         if not self.rows:
             return "nothing has been planned yet"
         tokens, best = self.learnt.tokens(), self._best()
-        shape, ms = CANDIDATES[best][0], self.ms[best]
         rests = self.learnt.resting[self.size]
-        state = "plain decoding: speculation loses" if rests else f"drafting {shape}"
+        state = "plain decoding: speculation loses" if rests else f"drafting {SHAPES[best]}"
         lines = [
             f"{self.rows} rows, {state}",
-            f"plain cycle {self.plain:.2f} ms; a cycle of the best tree ({shape}) {ms:.2f} ms: it "
-            f"pays from tau {ms / self.plain:.2f} on, and is expected to make {tokens[best]:.2f}",
+            f"plain cycle {self.plain:.2f} ms; the best tree ({SHAPES[best]}) pays from tau "
+            f"{self.ms[best] / self.plain:.2f} on, and is expected to make {tokens[best]:.2f}",
         ]
-        for (shape, _), ms, gain, seen in zip(
-            CANDIDATES, self.ms, tokens, self.learnt.seen[:, 0], strict=True
-        ):
+        facts = zip(SHAPES, self.ms, tokens, self.learnt.seen[:, 0], strict=True)
+        for shape, ms, gain, seen in facts:
             if np.isfinite(ms):
-                lines.append(
-                    f"  {shape}: {ms:.2f} ms, {gain:.2f} tokens a row, {gain / ms:.3f} tokens/ms "
-                    f"({seen:.0f} cycles of a row seen)"
-                )
+                rate = f"{gain:.2f} tokens a row, {gain / ms:.3f} tokens/ms"
+                lines.append(f"  {shape}: {ms:.2f} ms, {rate} ({seen:.0f} cycles of a row seen)")
         return "\n".join(lines)

@@ -15,6 +15,8 @@ import torch
 
 from .errors import EagleError
 
+EMPTY = "the batch is empty; give at least one prompt"
+
 
 def plain(value: Any) -> Any:
     """A number, or a list of them, of numpy or torch as Python has it."""
@@ -31,17 +33,15 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Prompts:
-    """A row each: a Prompt, or why it is none. tensor [B, T]: what was given, where it was a
-    tensor."""
+    """A row each: a Prompt, or why it is none. tensor [B, T]: what was given, where it was one."""
 
     rows: list[Prompt | EagleError]
     tensor: torch.Tensor | None = None
 
 
 def read_prompts(input_ids, attention_mask=None, pad: int | None = None, **beside) -> Prompts:
-    """[B, T] or [T] of torch or numpy with padding marked by a mask, or by the token `pad` where
-    there is no mask; a list of lists, or one list; or what a tokenizer returns. beside: its further
-    outputs."""
+    """[B, T] or [T] of torch or numpy, padding marked by a mask, else by the token `pad`; a list
+    of lists, or one list; or what a tokenizer returns, with its further outputs `beside`."""
     if isinstance(input_ids, Mapping):
         inside = {**input_ids, **beside}
         if "input_ids" not in inside:
@@ -57,17 +57,15 @@ def read_prompts(input_ids, attention_mask=None, pad: int | None = None, **besid
     if isinstance(input_ids, torch.Tensor):
         return read_tensor(input_ids, attention_mask, pad)
     if isinstance(input_ids, str) or not isinstance(input_ids, Iterable):
-        raise EagleError(
-            f"input_ids must be token ids [B, T] or a list of lists, not {input_ids!r}; tokenize "
-            "text first"
-        )
+        said = f"input_ids must be token ids [B, T] or a list of lists, not {input_ids!r}"
+        raise EagleError(f"{said}; tokenize text first")
     prompts = [plain(p) for p in input_ids]
     masks = None if attention_mask is None else [plain(m) for m in attention_mask]
     if prompts and all(is_id(p) for p in prompts):
         prompts = [prompts]
         masks = [masks] if masks and not isinstance(masks[0], list) else masks
     if not prompts:
-        raise EagleError("the batch is empty; give at least one prompt")
+        raise EagleError(EMPTY)
     rows = [read_list(p) for p in prompts]
     if masks is None or any(isinstance(row, EagleError) for row in rows):
         return Prompts(rows)
@@ -77,15 +75,13 @@ def read_prompts(input_ids, attention_mask=None, pad: int | None = None, **besid
     if len(set(lengths)) == 1:  # a tokenizer's lists
         return read_tensor(torch.tensor(prompts), torch.tensor(masks), pad)
     if not all(all(m) for m in masks):
-        raise EagleError(
-            "attention_mask marks padding in lists of different lengths; pad them to one length"
-        )
+        said = "attention_mask marks padding in lists of different lengths"
+        raise EagleError(f"{said}; pad them to one length")
     return Prompts(rows)
 
 
 def split_options(input_ids, attention_mask, pad: int | None, beside: dict) -> tuple[Prompts, list]:
-    """Prompts, and the options that each brings along. A request that cannot be read is an error of
-    its own."""
+    """Prompts, and the options that each brings along. One that cannot be read is an error."""
     if isinstance(input_ids, Iterator):
         input_ids = list(input_ids)
     several = isinstance(input_ids, (list, tuple))
@@ -102,10 +98,8 @@ def split_options(input_ids, attention_mask, pad: int | None, beside: dict) -> t
 
 def read_list(prompt) -> Prompt | EagleError:
     if not isinstance(prompt, (list, tuple)) or not all(is_id(t) for t in prompt):
-        return EagleError(
-            f"a prompt must be a list of token ids, not {str(prompt)[:60]!r}; tokenize every "
-            "prompt first"
-        )
+        said = f"a prompt must be a list of token ids, not {str(prompt)[:60]!r}"
+        return EagleError(f"{said}; tokenize every prompt first")
     ids = [int(t) for t in prompt]
     return Prompt(ids, ids)
 
@@ -121,14 +115,11 @@ def read_tensor(ids: torch.Tensor, attention_mask, pad: int | None) -> Prompts:
     if ids.ndim != 2 or ids.is_floating_point() or ids.dtype == torch.bool:
         raise EagleError(f"input_ids must be whole numbers [B, T], not {ids.dtype} {[*ids.shape]}")
     if not len(ids):
-        raise EagleError("the batch is empty; give at least one prompt")
-    if attention_mask is None and pad is not None:  # as stock `generate` does
-        attention_mask = ids.ne(pad)
-    if attention_mask is None:
-        mask = torch.ones_like(ids, dtype=torch.bool)
-    else:
-        mask = torch.as_tensor(attention_mask).to(ids.device).bool()
-        mask = mask[None] if mask.ndim == 1 else mask
+        raise EagleError(EMPTY)
+    if attention_mask is None:  # as stock `generate` does
+        attention_mask = torch.ones_like(ids) if pad is None else ids.ne(pad)
+    mask = torch.as_tensor(attention_mask).to(ids.device).bool()
+    mask = mask[None] if mask.ndim == 1 else mask
     if mask.shape != ids.shape:
         raise EagleError(f"attention_mask {[*mask.shape]} does not fit input_ids {[*ids.shape]}")
     # with a False put in front, one run of tokens begins once

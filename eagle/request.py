@@ -19,28 +19,19 @@ class Stopping:
     stop: Callable[[list[int]], int | None] | None = None
     max_length: int | None = None
 
-    def __post_init__(self) -> None:
-        if not (isinstance(self.max_new_tokens, int) and self.max_new_tokens >= 1):
-            raise EagleError(f"max_new_tokens must be at least 1, not {self.max_new_tokens}")
-
     def budget(self, prompt_length: int, max_positions: int) -> int:
         """How many new tokens a row may have; raises when not even one fits."""
         limit = max_positions if self.max_length is None else min(max_positions, self.max_length)
-        if prompt_length < 1:
-            raise EagleError("a prompt is empty; give at least one token")
         if prompt_length >= limit:
-            raise EagleError(
-                f"the prompt has {prompt_length} tokens and the limit is {limit} with one new "
-                "token at least; shorten the prompt or raise max_length"
-            )
+            said = f"the prompt has {prompt_length} tokens and the limit is {limit} with a new one"
+            raise EagleError(f"{said}; shorten the prompt or raise max_length")
         return min(self.max_new_tokens, limit - prompt_length)
 
 
 @dataclass(frozen=True)
 class Request:
-    """What is asked for. processor(context, logits [V]) -> scores [V]; logprobs: keep the target's
-    log-probability of each new token; given: the prompt as processors see it, with the padding it
-    came with."""
+    """processor(context, logits [V]) -> scores [V]; logprobs: keep the target's log-probability of
+    each new token; given: the prompt as processors see it, with the padding it came with."""
 
     prompt: list[int]
     sampling: SamplingParams = field(default_factory=SamplingParams)
@@ -54,9 +45,8 @@ class Request:
 @dataclass
 class Row:
     """A request in work. `tokens` are new tokens, an end token kept once; `accepted[a]` counts the
-    cycles in which a draft tokens were accepted, before any cut at an end token or limit. `error`
-    is set when the request's own processor or stopping failed; its neighbours are not touched by
-    it."""
+    cycles in which a draft tokens were accepted, before any cut at an end token or limit. `error`:
+    the request's own processor or stopping failed."""
 
     request: Request
     budget: int
@@ -78,7 +68,7 @@ class Row:
     @property
     def seen(self) -> list[int]:
         """What processors are shown."""
-        return (self.prompt if self.request.given is None else self.request.given) + self.tokens
+        return (self.request.given or self.prompt) + self.tokens
 
     @property
     def done(self) -> bool:

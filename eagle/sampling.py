@@ -18,9 +18,8 @@ LARGEST, TINY = float(np.finfo(np.float32).max), float(np.finfo(np.float32).tiny
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """temperature 0 is greedy, and so is one below 1e-5, whose scores float32 cannot hold. top_k 0,
-    top_p 0 or 1 and min_p 0 are off. Numbers are kept as the float32 that kernels see, so that a
-    row is the same alone and in company."""
+    """temperature 0 is greedy, and so is one below 1e-5, whose scores float32 cannot hold. Numbers
+    are kept as the float32 that kernels see, so that a row is the same alone and in company."""
 
     temperature: float = 0.0
     top_k: int = 0
@@ -29,10 +28,8 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.temperature <= LARGEST:
-            raise EagleError(
-                f"temperature must be a number in [0, {LARGEST:.1e}] (0 is greedy), not "
-                f"{self.temperature}"
-            )
+            said = f"temperature must be a number in [0, {LARGEST:.1e}] (0 is greedy)"
+            raise EagleError(f"{said}, not {self.temperature}")
         if not 0 <= self.top_k < 2**63 or int(self.top_k) != self.top_k:
             raise EagleError(f"top_k must be a whole number >= 0 (0 is off), not {self.top_k}")
         for name, off in (("top_p", "0 and 1 are off"), ("min_p", "0 is off")):
@@ -54,18 +51,15 @@ class Sampler:
     """The sampling of rows in flight: each parameter is a number where all rows agree, else a
     tensor [b]."""
 
-    def __init__(
-        self, params: Sequence[SamplingParams], seeds: Sequence[int], device: torch.device
-    ) -> None:
-        self.seeds = torch.tensor(list(seeds), dtype=torch.int64, device=device)
+    def __init__(self, params: list[SamplingParams], seeds: list[int], device) -> None:
+        self.seeds = torch.tensor(seeds, dtype=torch.int64, device=device)
         self.values: dict[str, int | float | torch.Tensor] = {}
         for name in ("temperature", "top_k", "top_p", "min_p"):
             column = [getattr(p, name) for p in params]
             dtype = torch.int64 if name == "top_k" else torch.float32
-            same = len(set(column)) == 1
-            self.values[name] = (
-                column[0] if same else torch.tensor(column, dtype=dtype, device=device)
-            )
+            several = len(set(column)) > 1
+            column = torch.tensor(column, dtype=dtype, device=device) if several else column[0]
+            self.values[name] = column
 
     def choose(self, logits: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """logits [b, N, V], positions [b, N] -> choices [b, N]."""
@@ -83,9 +77,8 @@ def row_seeds(seed: int | Sequence[int] | None, rows: int) -> list[int]:
     if seeds is None or any(not isinstance(s, int) for s in seeds):
         raise EagleError(f"seed must be an int or one int a row, not {seed!r}")
     if len(seeds) != rows:
-        raise EagleError(
-            f"{len(seeds)} seeds were given for {rows} rows; give one int, or one a row"
-        )
+        said = f"{len(seeds)} seeds were given for {rows} rows"
+        raise EagleError(f"{said}; give one int, or one a row")
     if any(not -(2**63) <= s < 2**63 for s in seeds):
         raise EagleError(f"seed must fit in 64 bits, signed; {seeds} does not")
     return seeds

@@ -8,8 +8,7 @@ import regex
 
 from .errors import EagleError
 
-# of scripts that put no spaces between words each letter counts, of others each word; marks go with
-# their letter
+# a letter of scripts without spaces between words, else a word; marks go with their letter
 SPACELESS = r"[\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}]"
 WORD = regex.compile(rf"{SPACELESS}\p{{M}}*|(?:(?!{SPACELESS})\w)+|[^\w\s]")
 
@@ -23,10 +22,8 @@ def rouge_l(predictions: Sequence[str], references: Sequence[str]) -> float:
     """F1 of the longest common subsequence of words, cased, mean over texts: 0 … 1."""
     from torchmetrics.functional.text.rouge import rouge_score
 
-    found = rouge_score(
-        list(predictions), list(references), rouge_keys="rougeL", normalizer=str, tokenizer=words
-    )
-    return float(found["rougeL_fmeasure"])
+    texts, how = (list(predictions), list(references)), {"normalizer": str, "tokenizer": words}
+    return float(rouge_score(*texts, rouge_keys="rougeL", **how)["rougeL_fmeasure"])
 
 
 def ranking(pairs: Sequence[tuple[Sequence[float], Sequence[float]]]) -> dict[str, float]:
@@ -78,8 +75,8 @@ def classification(
     if scores is not None and count > 1 and len(target.unique()) == count:
         if missing := [name for name in classes if any(name not in row for row in scores)]:
             raise EagleError(f"rows without a score for {missing[0]!r}; each needs one for all")
-        table = [[row[name] for name in classes] for row in scores]
-        table = torch.tensor(table, dtype=torch.float64)
+        lines = [[row[name] for name in classes] for row in scores]
+        table = torch.tensor(lines, dtype=torch.float64)
         if table.min() < 0 or table.max() > 1:  # logits
             table = table.softmax(-1)
         two = count == 2

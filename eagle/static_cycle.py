@@ -22,86 +22,62 @@ from eagle.verify import force, verify
 from kernels.choose import choose
 
 
-class StaticPlain:
-    """One greedy token a row and step: `tokens` [b, 1] are chosen and not yet in the cache."""
-
-    def __init__(self, target: Target, rows: int, capacity: int) -> None:
-        self.target, self.cache = target, target.new_cache(rows, capacity + 1)
-        device = target.device
-        self.cache.lengths = torch.zeros(rows, dtype=torch.int64, device=device)
-        self.cache.host_lengths = None
-        self.tokens = torch.zeros(rows, 1, dtype=torch.int64, device=device)
-        self.seeds = torch.zeros(rows, dtype=torch.int64, device=device)
-
-    @torch.inference_mode()
-    def begin(self, prompts: list[list[int]]) -> None:
-        """The prompts' pass."""
-        ids, lengths, counts = padded(prompts, self.target.device)
-        cache = self.cache.empty_rows(self.cache.order)
-        logits, _ = self.target.prefill(ids, lengths, counts, cache, features=False)
-        self.cache.lengths.copy_(lengths)
-        self.tokens.copy_(choose(logits, self.seeds, lengths[:, None]))
-
-    @torch.inference_mode()
-    def step(self) -> None:
-        tree = DraftTree.root_only(self.tokens[:, 0])
-        logits, _ = self.target.verify_tree(
-            tree.tokens, tree.depth, tree.mask, self.cache, features=False
-        )
-        chosen = choose(logits, self.seeds, self.cache.lengths[:, None] + 1)
-        self.cache.lengths.add_(1)
-        self.tokens.copy_(chosen)
-
-
 class StaticCycle:
-    """A greedy speculative cycle. accept: keep that many draft tokens, right or wrong; None:
-    verify.
+    """A greedy cycle, plain without a drafter. accept: keep that many draft tokens, right or wrong;
+    None: verify.
 
-    After `step`: num_accepted [b], and tokens [b, K], of which num_accepted + 1 are gained."""
+    root [b]: chosen, and not yet in the target's cache. After `step`: num_accepted [b], and tokens
+    [b, K], of which num_accepted + 1 are gained."""
 
     def __init__(
-        self, target: Target, drafter: HeadDrafter, rows: int, capacity: int, accept: int | None
+        self,
+        target: Target,
+        drafter: HeadDrafter | None,
+        rows: int,
+        capacity: int,
+        accept: int | None = None,
     ) -> None:
         self.target, self.drafter, self.accept = target, copy.copy(drafter), accept
-        shape, device = drafter.shape, target.device
-        self.cache = target.new_cache(rows, capacity + shape.num_nodes)
-        self.drafter.begin(rows, capacity)
+        nodes, self.levels = (drafter.shape.num_nodes, drafter.shape.levels) if drafter else (1, 0)
+        self.cache = target.new_cache(rows, capacity + nodes)
+        self.caches = [self.cache]
+        if drafter is not None:
+            self.drafter.begin(rows, capacity)
+            self.caches.append(self.drafter.cache)
+        integers = {"dtype": torch.int64, "device": target.device}
         for cache in self.caches:
-            cache.lengths = torch.zeros(rows, dtype=torch.int64, device=device)
-            cache.host_lengths = None
-        self.levels = shape.levels
-        integers = {"dtype": torch.int64, "device": device}
-        self.root = torch.zeros(rows, **integers)
+            cache.lengths, cache.host_lengths = torch.zeros(rows, **integers), None
+        self.root, self.num_accepted, self.seeds = torch.zeros(3, rows, **integers)
         self.tokens = torch.zeros(rows, self.levels + 1, **integers)
-        self.num_accepted = torch.zeros(rows, **integers)
-        self.seeds = torch.zeros(rows, **integers)
-
-    @property
-    def caches(self) -> list:
-        return [self.cache, self.drafter.cache]
 
     @torch.inference_mode()
     def begin(self, prompts: list[list[int]]) -> None:
-        """The prompts' pass: both caches are filled, the roots chosen."""
+        """The prompts' pass: the caches are filled, the roots chosen."""
         ids, lengths, counts = padded(prompts, self.target.device)
-        cache = self.cache.empty_rows(self.cache.order)
-        logits, features = self.target.prefill(ids, lengths, counts, cache, features=True)
+        cache, draft = self.cache.empty_rows(self.cache.order), self.drafter is not None
+        logits, features = self.target.prefill(ids, lengths, counts, cache, features=draft)
         self.root.copy_(choose(logits, self.seeds, lengths[:, None])[:, 0])
-        reader = self.drafter.empty_rows(self.drafter.cache.order)
-        reader.ingest(features, following(ids, lengths, self.root), lengths, counts)
-        self.cache.lengths.copy_(lengths)
-        self.drafter.cache.lengths.copy_(lengths)
-        self.drafter.last.copy_(reader.last)
-        self.drafter.first.copy_(reader.first)
+        for cache in self.caches:
+            cache.lengths.copy_(lengths)
+        if draft:
+            reader = self.drafter.empty_rows(self.drafter.cache.order)
+            reader.ingest(features, following(ids, lengths, self.root), lengths, counts)
+            self.drafter.last.copy_(reader.last)
+            self.drafter.first.copy_(reader.first)
 
     @torch.inference_mode()
     def step(self) -> None:
-        tree = self.drafter.expand(self.root)
+        draft = self.drafter is not None
+        tree = self.drafter.expand(self.root) if draft else DraftTree.root_only(self.root)
         logits, features = self.target.verify_tree(
-            tree.tokens, tree.depth, tree.mask, self.cache, features=True
+            tree.tokens, tree.depth, tree.mask, self.cache, features=draft
         )
-        positions = self.cache.lengths[:, None] + tree.depth + 1
-        choices = choose(logits, self.seeds, positions)
+        choices = choose(logits, self.seeds, self.cache.lengths[:, None] + tree.depth + 1)
+        if not draft:
+            self.cache.lengths.add_(1)
+            self.tokens.copy_(choices)
+            self.root.copy_(choices[:, 0])
+            return
         if self.accept is None:
             verdict = verify(tree, choices, self.levels)
         else:
@@ -123,11 +99,9 @@ class StaticCycle:
         positions = cache.lengths[:, None] + torch.arange(K, device=tokens.device)
         causal = torch.ones(K, K, dtype=torch.bool, device=tokens.device).tril()
         context = TreeContext(cache, positions, causal.expand(b, K, K), positions)
-        packed = map(context.pack, (features.to(drafter.last.dtype), tokens, positions))
-        states, following, at = packed
-        out = context.unpack(drafter.run(drafter.head.fuse(states), following, at, context))
-        place = (counts - 1)[:, None, None].expand(b, 1, out.shape[-1])
-        last = out.gather(1, place)[:, 0]
-        drafter.last.copy_(last)
-        drafter.first.copy_(drafter.log_probs(last))
+        states = map(context.pack, (features.to(drafter.last.dtype), tokens, positions))
+        keep = torch.arange(0, b * K, K, device=tokens.device) + counts - 1
+        last, first = drafter.read(context, *states, keep)
+        drafter.last.copy_(last[0])
+        drafter.first.copy_(first[0])
         cache.lengths.add_(counts)

@@ -22,22 +22,16 @@ OUTPUTS = ("output_scores", "output_logits", "output_attentions", "output_hidden
 PREPARED = (
     "use_cache logits_to_keep attention_mask position_ids cache past_key_values cache_position"
 ).split()
+OURS = ("logits_processor", "stopping_criteria")
 # ours to apply, or to end by
 WARPERS = ("TemperatureLogitsWarper", "TopKLogitsWarper", "TopPLogitsWarper", "MinPLogitsWarper")
 ENDS = ("MaxLengthCriteria", "EosTokenCriteria")
 
 
-def arguments(
-    model: torch.nn.Module,
-    ids: torch.Tensor,
-    logits_processor,
-    stopping_criteria,
-    config,
-    kwargs: dict,
-) -> dict:
-    """ids [B, T], and what a `generate` call of `model` hands to a custom one -> arguments of
-    `eagenerate`."""
+def arguments(model: torch.nn.Module, ids: torch.Tensor, config, kwargs: dict) -> dict:
+    """ids [B, T], and what `generate` of `model` hands to a custom one -> `eagenerate`'s words."""
     refuse(config, ELSEWHERE)
+    processors, criteria = (kwargs.pop(name, None) or [] for name in OURS)
     call = running_call(model)
     other = {name: getattr(config, name, None) for name in OUTPUTS}
     other["assistant_model"] = call.get("assistant_model")
@@ -54,8 +48,8 @@ def arguments(
         "max_new_tokens": config.max_length - ids.shape[1],
         "eos_token_id": -1 if config.eos_token_id is None else config.eos_token_id,
         "pad_token_id": config.pad_token_id,
-        "logits_processor": [p for p in logits_processor or [] if type(p).__name__ not in WARPERS],
-        "stopping_criteria": [c for c in stopping_criteria or [] if type(c).__name__ not in ENDS],
+        "logits_processor": [p for p in processors if type(p).__name__ not in WARPERS],
+        "stopping_criteria": [c for c in criteria if type(c).__name__ not in ENDS],
         "streamer": call.get("streamer"),
         "prompt_shown": True,
     }

@@ -1,5 +1,4 @@
-"""Which stock models can be served: what is read of their code and configuration, a probe, and
-refusals."""
+"""Which stock models can be served: what their code and configuration say, and a probe."""
 
 from __future__ import annotations
 
@@ -14,22 +13,20 @@ from transformers import AttentionInterface
 from .attention import NAME, TreeContext, tree_attention_forward
 from .cache import StaticKVCache
 from .errors import EagleError
+from .loading import decoder_layers
 
 INSTEAD = "use a decoder-only causal language model such as Llama, Qwen, Mistral or Gemma"
-# layer types that see all of the context, or a sliding window of it ("attention" is an older name
-# for the first)
+# layer types that see all of the context ("attention" is an older name), or a sliding window of it
 ATTENDING = {"full_attention", "sliding_attention", "attention"}
 RECURRENT = ("mamba", "linear_attention", "recurrent", "conv", "rwkv", "ssm")
-# whose decoder layers take keyword arguments and do not hand them to their attention (transformers
-# 5.23)
+# whose decoder layers do not hand keyword arguments to their attention (transformers 5.23)
 DROP_ARGUMENTS = ("nemotron", "stablelm")
 # what models that do not fit raise, whose code is not made for our arguments
 MISFITS = (TypeError, AttributeError, LookupError, RuntimeError, ValueError)
 
 
 def relay_context(config, layers: nn.ModuleList) -> list:
-    """Hooks that carry the `tree` argument from a layer to its attention where the family's layers
-    drop it."""
+    """Hooks that carry the `tree` argument to the attention where the family's layers drop it."""
     if getattr(config, "model_type", None) not in DROP_ARGUMENTS:
         return []
     current: list = [None]
@@ -49,25 +46,21 @@ def relay_context(config, layers: nn.ModuleList) -> list:
 def short_windows(model: nn.Module, config, window: int, below: int) -> Iterator[None]:
     """Every sliding window that is shorter than `below` is `window` tokens, for masks (the config)
     and layers."""
-    owners = [
-        owner
-        for owner in (config, *model.modules())
-        if type(width := getattr(owner, "sliding_window", None)) is int and 0 < width < below
-    ]
-    before = [owner.sliding_window for owner in owners]
+    widths = [(each, getattr(each, "sliding_window", None)) for each in (config, *model.modules())]
+    widths = [(owner, x) for owner, x in widths if type(x) is int and 0 < x < below]
     try:
-        for owner in owners:
+        for owner, _ in widths:
             owner.sliding_window = window
         yield
     finally:
-        for owner, value in zip(owners, before, strict=True):
+        for owner, value in widths:
             owner.sliding_window = value
 
 
 @contextmanager
 def unread_arguments() -> Iterator[set[str]]:
-    """Collects what the layers give to our attention and it does not read: tensors by name, and a
-    mask other than the positions that `run` hands in."""
+    """Collects what our attention is given and does not read: tensors by name, and a mask other
+    than the positions that `run` hands in."""
     read = {*inspect.signature(tree_attention_forward).parameters, "position_ids"}
     unread: set[str] = set()
 
@@ -84,86 +77,78 @@ def unread_arguments() -> Iterator[set[str]]:
         AttentionInterface.register(NAME, tree_attention_forward)
 
 
-def unsupported(config, why: str, remedy: str = INSTEAD) -> EagleError:
-    kind = getattr(config, "model_type", "?")
-    return EagleError(f"models of type {kind!r} {why}; {remedy}")
-
-
-def refuse_encoder_decoder(model: nn.Module) -> None:
-    for name in ("is_encoder_decoder", "add_cross_attention"):
-        if getattr(model.config, name, False):
-            raise unsupported(model.config, "attend to an encoder (cross-attention)")
+def unsupported(config, why: str) -> EagleError:
+    return EagleError(f"models of type {getattr(config, 'model_type', '?')!r} {why}; {INSTEAD}")
 
 
 def refuse_shapes(config, found: list[tuple[int, int, int]]) -> None:
     """found: (key/value heads, key dim, value dim) of each layer that reached the cache."""
     if len(set(found)) > 1 or any(key != value for _, key, value in found):
         latent = ", of multi-head latent attention" if hasattr(config, "kv_lora_rank") else ""
-        raise unsupported(
-            config,
-            "are not supported: their key and value shapes differ, (heads, key dim, value dim) "
-            f"{sorted(set(found))}{latent}",
-            "use a model whose layers all cache keys and values of one shape",
-        )
+        said = "are not supported: their key and value shapes differ, (heads, key dim, value dim)"
+        raise unsupported(config, f"{said} {sorted(set(found))}{latent}")
 
 
-def refuse_unsupported(model: nn.Module, config, backbone: nn.Module, layers) -> None:
-    """Models that cannot be served are refused with the reason, where the configuration or the code
-    shows it."""
+def supported_parts(model: nn.Module) -> tuple:
+    """The model's text config, its decoder and the decoder's layers; refuses models that cannot be
+    served, where the configuration or the code shows it."""
+    for name in ("is_encoder_decoder", "add_cross_attention"):
+        if getattr(model.config, name, False):
+            raise unsupported(model.config, "attend to an encoder (cross-attention)")
+    config, backbone = model.config.get_text_config(), model.get_decoder()
+    layers = decoder_layers(backbone)
     types = {str(t) for t in getattr(config, "layer_types", None) or []}
     recurrent = sorted(t for t in types if any(r in t for r in RECURRENT))
-    if getattr(model, "_is_stateful", False) or recurrent:
-        raise unsupported(
-            config,
+    unknown = sorted(types - ATTENDING)
+    biased = any(getattr(c, "alibi", 0) for c in (config, getattr(config, "attn_config", None)))
+    takes_ours = getattr(type(model), "_can_set_attn_implementation", lambda: True)
+    numbered = "position_ids" in inspect.signature(type(backbone).forward).parameters
+    for refused, why in (
+        (
+            recurrent or getattr(model, "_is_stateful", False),
             f"keep a recurrent state {', '.join(recurrent)} that cannot be rolled back to an "
             "accepted token",
-            "use a model of attention layers only",
-        )
-    if "chunked_attention" in types:
-        raise unsupported(config, "use chunked attention, which is not supported")
-    if unknown := sorted(types - ATTENDING):
-        said = f"have layers of type {', '.join(unknown)}, which tree attention does not know"
-        raise unsupported(config, said)
-    if getattr(config, "num_kv_shared_layers", None):
-        said = "share keys and values between layers, and the cache holds one pair a layer"
-        raise unsupported(config, said)
-    biased = (config, getattr(config, "attn_config", None))
-    if any(getattr(c, "alibi", False) for c in biased) or config.model_type == "bloom":
-        raise unsupported(
-            config,
-            "add a bias to the attention scores by distance (ALiBi), which tree attention does not "
-            "know",
-            "use a model with rotary or learned positions",
-        )
-    if layers is None and getattr(config, "is_decoder", None) is False:
-        raise unsupported(config, "attend in both directions")
-    if layers is None or model.get_output_embeddings() is None:
-        said = "are not supported: their decoder shows no list of `layers` and an output embedding"
-        raise unsupported(config, said)
-    interface = getattr(type(model), "_can_set_attn_implementation", None)
-    if interface is not None and not interface():
-        raise unsupported(
-            config,
-            "do not take our attention: they compute attention in code of their own, not through "
-            "transformers' attention interface",
-        )
-    if "position_ids" not in inspect.signature(type(backbone).forward).parameters:
-        raise unsupported(
-            config,
+        ),
+        ("chunked_attention" in types, "use chunked attention, which is not supported"),
+        (unknown, f"have layers of type {', '.join(unknown)}, which tree attention does not know"),
+        (
+            getattr(config, "num_kv_shared_layers", None),
+            "share keys and values between layers, and the cache holds one pair a layer",
+        ),
+        (
+            biased or config.model_type == "bloom",
+            "add a bias to the attention scores by distance (ALiBi), unknown to tree attention",
+        ),
+        (
+            layers is None and getattr(config, "is_decoder", None) is False,
+            "attend in both directions",
+        ),
+        (
+            layers is None or model.get_output_embeddings() is None,
+            "are not supported: their decoder shows no list of `layers` and an output embedding",
+        ),
+        (
+            not takes_ours(),
+            "compute attention in code of their own, not through transformers' attention interface",
+        ),
+        (
+            not numbered,
             "do not take position_ids: they number tokens by their place in the cache, and the "
             "nodes of a tree need positions of their own",
-        )
+        ),
+    ):
+        if refused:
+            raise unsupported(config, why)
+    return config, backbone, layers
 
 
 @torch.inference_mode()
 def probe(target) -> None:
-    """Run six tokens through our attention and cache, as a prompt and as a tree, and through
-    stock ones: same logits, or refuse.
-
-    This finds models whose layers drop the context, see the future, keep state of their own, or
-    give the attention what ours does not read. Sets the target's kv_heads and head_dim."""
-    # spread over the vocabulary: the first ids are often special tokens with degenerate
-    # embeddings
+    """Run six tokens through our attention and cache, as a prompt and as a tree, and through stock
+    ones: same logits, or refuse. This finds models whose layers drop the context, see the future,
+    keep state of their own, or give the attention what ours does not read. Sets the target's
+    kv_heads and head_dim."""
+    # spread over the vocabulary: the first ids are often special, with degenerate embeddings
     ids = (torch.arange(1, 7, device=target.device) * (target.vocab_size // 7))[None]
     found: list[tuple[int, int, int]] = []
     try:
@@ -180,21 +165,16 @@ def probe(target) -> None:
     tolerance = {torch.float32: 1e-3, torch.float16: 5e-2}.get(target.dtype, 2e-1)
     error = (logits.float() - expected).abs().max().item() / max(expected.std().item(), 1e-6)
     if not error < tolerance:
-        raise unsupported(
-            target.config,
-            "are not supported: logits through our attention differ from transformers' by "
-            f"{error:.3g} standard deviations",
-        )
+        said = "are not supported: logits through our attention differ from transformers' by"
+        raise unsupported(target.config, f"{said} {error:.3g} standard deviations")
 
 
 def _record_shapes(target, ids: torch.Tensor, found: list[tuple[int, int, int]]) -> None:
-    """Which (heads, key dim, value dim) each layer hands to our attention; refuses models whose
+    """(heads, key dim, value dim) of what each layer hands to our attention; refuses models whose
     layers do not all do so, and those that hand in more than it reads."""
     updated: list[int] = []
 
     class Recorder(TreeContext):
-        """Takes note of shapes and attends to nothing."""
-
         def attend(self, layer, q, k, v, *args):
             self.layers_seen += 1
             found.append((k.shape[1], k.shape[3], v.shape[3]))
@@ -213,16 +193,12 @@ def _record_shapes(target, ids: torch.Tensor, found: list[tuple[int, int, int]])
     if context.layers_seen != L or len(updated) != L:
         raise unsupported(
             target.config,
-            f"are not supported: of {L} layers, {context.layers_seen} calls reach "
-            f"transformers' attention interface with our arguments and {len(updated)} our "
-            "cache",
+            f"are not supported: of {L} layers, {context.layers_seen} calls reach transformers' "
+            f"attention interface with our arguments and {len(updated)} our cache",
         )
     if unread:
-        raise unsupported(
-            target.config,
-            f"are not supported: their attention also needs {', '.join(sorted(unread))}, which "
-            "tree attention does not honour",
-        )
+        said = f"are not supported: their attention also needs {', '.join(sorted(unread))}"
+        raise unsupported(target.config, f"{said}, which tree attention does not honour")
 
 
 def _both_ways(target, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

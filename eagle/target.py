@@ -19,31 +19,25 @@ from .attention import NAME, TreeContext
 from .cache import StaticKVCache
 from .errors import EagleError
 from .heads.head_config import FINAL, default_feature_layers
-from .loading import decoder_layers, identity_of, load_model
-from .support import INSTEAD as INSTEAD
-from .support import probe, refuse_encoder_decoder, refuse_unsupported, relay_context
+from .loading import identity_of, load_model
+from .support import probe, relay_context, supported_parts
 
 CHUNK = 256
-
-
 # one a model, whatever holds the model: passes take turns
 _LOCKS: weakref.WeakKeyDictionary[nn.Module, threading.RLock] = weakref.WeakKeyDictionary()
 _PROBING = threading.RLock()  # it registers an attention function of its own meanwhile
 
 
 class OutputLayer(nn.Module):
-    """Final hidden [..., H] -> logits [..., V], with the scale or soft cap that some families
-    apply."""
+    """Final hidden [..., H] -> logits [..., V], with a family's scale or soft cap."""
 
     def __init__(self, model: nn.Module, config) -> None:
         super().__init__()
         self.projection = model.get_output_embeddings()
         scaling = getattr(config, "logits_scaling", None) or 1.0
         # Granite divides by it, HyperCLOVA X multiplies
-        multiply = getattr(config, "model_type", "") == "hyperclovax"
-        self.scale = (getattr(config, "logit_scale", None) or 1.0) * (  # Cohere
-            scaling if multiply else 1 / scaling
-        )
+        scaling = scaling if config.model_type == "hyperclovax" else 1 / scaling
+        self.scale = scaling * (getattr(config, "logit_scale", None) or 1.0)  # Cohere's
         self.cap = getattr(config, "final_logit_softcapping", None)
 
     def extra_repr(self) -> str:
@@ -55,11 +49,9 @@ class OutputLayer(nn.Module):
 
 
 class Target:
-    """Wraps a loaded model; `forward` runs a tree or a prompt over a `StaticKVCache`.
-
-    The model stays the caller's: hooks, our attention and eval mode are its own for the length of a
-    pass, and it is then left as it was found. Passes over one model take turns, whatever thread or
-    Target they come from."""
+    """Wraps a loaded model; `forward` runs a tree or a prompt over a `StaticKVCache`. The model
+    stays the caller's: after a pass with our hooks and attention, in eval mode, it is left as it
+    was found. Passes over one model take turns, whatever thread or Target they come from."""
 
     def __init__(
         self,
@@ -70,11 +62,7 @@ class Target:
     ) -> None:
         self.model = model
         self.name = name or getattr(model, "name_or_path", "") or "model"
-        refuse_encoder_decoder(model)
-        self.config = model.config.get_text_config()
-        self.backbone = model.get_decoder()
-        self.layers = decoder_layers(self.backbone)
-        refuse_unsupported(model, self.config, self.backbone, self.layers)
+        self.config, self.backbone, self.layers = supported_parts(model)
         accepted = inspect.signature(model.forward).parameters
         self.cache_argument = "cache" if "cache" in accepted else "past_key_values"  # before 5.21
         self.compiled = None  # compiled passes, while a mode that has them is in use
@@ -102,17 +90,12 @@ class Target:
     @property
     def identity(self) -> dict:
         """What a head belongs to; see `eagle.loading`."""
-        if self._identity is None:
-            self._identity = identity_of(self.model, self.name)
+        self._identity = self._identity or identity_of(self.model, self.name)
         return self._identity
 
     @classmethod
     def from_pretrained(
-        cls,
-        path: str | Path | None = None,
-        *,
-        feature_layers: tuple[int, ...] | None = None,
-        **options,
+        cls, path: str | Path | None = None, *, feature_layers=None, **options
     ) -> Target:
         """Load a model folder or hub id; options as of `eagle.loading.load_model`."""
         model, identity = load_model(path, **options)
@@ -150,16 +133,15 @@ class Target:
     def set_feature_layers(self, layers: tuple[int, ...]) -> None:
         """Three entering-layer ids, 0 … L; L is the last layer's output before the final norm. Or
         (FINAL,): what enters the output embedding, as EAGLE-1 reads it."""
-        L = len(self.layers)
-        final = tuple(layers) == (FINAL,)
-        if not final and (len(layers) != 3 or any(not 0 <= i <= L for i in layers)):
+        L, layers = len(self.layers), tuple(layers)
+        three = len(layers) == 3 and all(0 <= i <= L for i in layers)
+        if not three and layers != (FINAL,):
             raise EagleError(f"feature layers {layers} must be three ids in 0 … {L}")
-        self.feature_layers = tuple(layers)
+        self.feature_layers = layers
 
     @contextmanager
     def _lent(self, attention: str) -> Iterator[None]:
-        """The model in eval mode and with this attention, for this thread alone; then as it was
-        found."""
+        """The model in eval mode and with this attention, for this thread alone."""
         with self.lock:
             training = [m for m in self._modules if m.training]
             found = [c._attn_implementation_internal for c in self._configs]
@@ -216,28 +198,22 @@ class Target:
         return torch.cat([states[i] for i in self.feature_layers], dim=-1)
 
     def new_cache(self, rows: int, capacity: int) -> StaticKVCache:
-        return StaticKVCache(
-            len(self.layers), rows, self.kv_heads, capacity, self.head_dim, self.dtype, self.device
-        )
+        size = len(self.layers), rows, self.kv_heads, capacity, self.head_dim
+        return StaticKVCache(*size, self.dtype, self.device)
 
     @torch.inference_mode()
     def forward(
-        self,
-        ids: torch.Tensor,
-        context: TreeContext,
-        keep: torch.Tensor | None = None,
-        features: bool = True,
+        self, ids: torch.Tensor, context: TreeContext, keep=None, features: bool = True
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """One pass over packed tokens: ids [1, T] -> logits [1, T, V] and features [1, T, F].
-
-        keep [b]: logits of these tokens only, [1, b, V]."""
+        """One pass over packed tokens: ids [1, T] -> logits [1, T, V] and features [1, T, F]. keep
+        [b]: logits of these tokens only, [1, b, V]."""
         positions = context.pack(context.positions)
         if self.compiled is None or context.mask is None:
-            return self.run(ids, positions, context, keep, features)
-        logits, found = self.compiled(ids, positions, context, features)
-        return logits if keep is None else logits[:, keep], found
+            return self.run(context, ids, positions, keep, features)
+        logits, found = self.compiled(context, ids, positions)
+        return logits if keep is None else logits[:, keep], found if features else None
 
-    def run(self, ids, positions, context, keep=None, features=True):
+    def run(self, context, ids, positions, keep=None, features=True):
         """The stock model's forward with our context; also what is exported to be compiled."""
         states = {} if features else None
         with self._lent(NAME), self._tapped(states, keep):
@@ -253,12 +229,7 @@ class Target:
         return out.logits, self._features(states) if features else None
 
     def prefill(
-        self,
-        ids: torch.Tensor,
-        lengths: torch.Tensor,
-        host_lengths: list[int],
-        cache: StaticKVCache,
-        features: bool,
+        self, ids, lengths, host_lengths: list[int], cache: StaticKVCache, features: bool
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """ids [b, T] right-padded, lengths [b], the cache's rows empty -> logits [b, 1, V] of each
         row's last token, features [b, T, F]. Padding is not run. Compiled passes, which project
@@ -275,8 +246,7 @@ class Target:
             mask = None
             if self.compiled is not None:  # which attend to the cache
                 mask = torch.ones(N, N, dtype=torch.bool, device=ids.device).tril().expand(b, N, N)
-            tree_positions = None if mask is None else positions
-            context = TreeContext(cache, positions, mask, tree_positions, host_counts)
+            context = TreeContext(cache, positions, mask, positions, host_counts)
             keep = counts.cumsum(0) - 1  # the last of each row among the packed tokens
             logits, states = self.forward(context.pack(piece), context, keep, features)
             logits = logits.transpose(0, 1)
@@ -288,12 +258,7 @@ class Target:
         return last, torch.cat(found, 1) if features else None
 
     def verify_tree(
-        self,
-        tokens: torch.Tensor,
-        depth: torch.Tensor,
-        mask: torch.Tensor,
-        cache: StaticKVCache,
-        features: bool,
+        self, tokens, depth, mask, cache: StaticKVCache, features: bool
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """tokens, depth [b, N], mask [b, N, N] -> logits [b, N, V] and features [b, N, F]; nothing
         is committed."""
@@ -308,10 +273,8 @@ class Target:
     def hidden_and_features(
         self, ids: torch.Tensor, attention_mask: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """For training: ids [B, T] -> final hidden [B, T, H] (after the norm) and features [B, T,
-        F].
-
-        attention_mask [B, T]: 1 on real tokens. The stock attention is used."""
+        """For training, with the stock attention: ids [B, T], attention_mask [B, T] (1 on real
+        tokens) -> final hidden [B, T, H] (after the norm) and features [B, T, F]."""
         states: dict[int, torch.Tensor] = {}
         with self.stock(), self._tapped(states):
             out = self.backbone(input_ids=ids, attention_mask=attention_mask, use_cache=False)
@@ -320,12 +283,9 @@ class Target:
 
     @contextmanager
     def stock(self) -> Iterator[nn.Module]:
-        """The model as transformers runs it, in eval mode, for `generate` baselines and for
-        training."""
-        eager = (
-            getattr(self.config, "attn_logit_softcapping", None) or not self.model._supports_sdpa
-        )
-        with self._lent("eager" if eager else "sdpa"):
+        """The model as transformers runs it, in eval mode."""
+        capped = getattr(self.config, "attn_logit_softcapping", None)
+        with self._lent("eager" if capped or not self.model._supports_sdpa else "sdpa"):
             yield self.model
 
 

@@ -16,10 +16,9 @@ from .errors import EagleError
 @dataclass(frozen=True)
 class TreeShape:
     """How far to expand and how much to keep (EAGLE-2, Li et al. 2024, arXiv:2406.16858).
-
     total_token: nodes verified in one pass, the root included. top_k: beams a level. depth: draft
-      passes after the one that ingests the accepted tokens, as in upstream: that pass yields level
-      1, so the longest path has depth + 1 draft tokens, and a cycle gains at most depth + 2."""
+    passes after the one that ingests the accepted tokens, as in upstream: that pass yields level 1,
+    so the longest path has depth + 1 draft tokens, and a cycle gains at most depth + 2."""
 
     total_token: int = 60
     depth: int = 7
@@ -44,10 +43,8 @@ class TreeShape:
             parts = text.split(",") if isinstance(text, str) else list(text)
             total_token, depth, top_k = (int(p) for p in parts)
         except (TypeError, ValueError):
-            raise EagleError(
-                f"tree {text!r} is neither auto nor total_token,depth,top_k; write for instance "
-                "--tree auto or --tree 16,4,4"
-            ) from None
+            said = f"tree {text!r} is neither auto nor total_token,depth,top_k"
+            raise EagleError(f"{said}; write for instance --tree auto or --tree 16,4,4") from None
         return cls(total_token, depth, top_k)
 
     @property
@@ -88,8 +85,7 @@ def ancestors(parents: torch.Tensor, levels: int) -> torch.Tensor:
     """parents [B, N] -> [B, N, N] bool: [b, n, m] is true when m is n or one of its ancestors."""
     B, N = parents.shape
     seen = torch.eye(N, dtype=torch.bool, device=parents.device).expand(B, N, N)
-    jump = parents
-    reach = 1
+    jump, reach = parents, 1
     while reach <= levels:  # pointer jumping: the known chain doubles each time
         seen = seen | seen.gather(1, jump[..., None].expand(B, N, N))
         jump = jump.gather(1, jump)
@@ -97,29 +93,18 @@ def ancestors(parents: torch.Tensor, levels: int) -> torch.Tensor:
     return seen
 
 
-def rerank(
-    root: torch.Tensor,
-    tokens: torch.Tensor,
-    parents: torch.Tensor,
-    scores: torch.Tensor,
-    depth: torch.Tensor,
-    num_nodes: int,
-    levels: int,
-) -> DraftTree:
+def rerank(root, tokens, parents, scores, depth, num_nodes: int, levels: int) -> DraftTree:
     """Keep the best num_nodes - 1 of P candidates, every one with its parent.
 
     root [B]; tokens, parents, scores [B, P]; depth [P]. A parent is named by its candidate's place
     plus one, 0 being the root. Candidates are ordered by level, so with a stable sort a parent,
     whose cumulative log-probability is never below its child's, is always picked before it."""
     if fast(scores):
-        return DraftTree(
-            *torch.ops.eagle_cpu.keep_best(root, tokens, parents, scores, depth, num_nodes)
-        )
-    B, P = scores.shape
-    device = root.device
-    scores = scores.nan_to_num(
-        nan=float("-inf")
-    )  # of a broken head: NaN would sort before its parent
+        candidates = tokens, parents, scores, depth
+        return DraftTree(*torch.ops.eagle_cpu.keep_best(root, *candidates, num_nodes))
+    (B, P), device = scores.shape, root.device
+    # of a broken head: NaN would sort before its parent
+    scores = scores.nan_to_num(nan=float("-inf"))
     keep = scores.sort(dim=-1, descending=True, stable=True).indices[:, : num_nodes - 1]
     keep = keep.sort(dim=-1).values  # [B, N-1]: by level, parents first
     place = torch.zeros((B, P + 1), dtype=torch.int64, device=device)

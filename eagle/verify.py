@@ -50,15 +50,14 @@ def along(tree: DraftTree, choices: torch.Tensor, deepest: torch.Tensor, levels:
     node = torch.arange(N, device=choices.device).expand(B, N)
     path = torch.zeros((B, levels + 2), dtype=torch.int64, device=choices.device)
     path = path.scatter(1, step, node)[:, : levels + 1]
-    # the token at step j is the choice at the path's j-th node: for accepted nodes that is the next
-    # accepted token, and at the deepest one it is the target's own next token
+    # the token at step j is the choice at the path's j-th node: the next accepted token, or at the
+    # deepest one the target's own
     return Verdict(num_accepted[:, 0], path, choices.gather(1, path))
 
 
 def force(accept: int, tree: DraftTree, choices: torch.Tensor, levels: int) -> Verdict:
     """A verdict that accepts `accept` draft tokens whatever the target chose, or the deepest path
-    where the
-    tree is not that deep: for measuring a cycle apart from the head. Not lossless."""
+    of a shallower tree: for measuring a cycle apart from the head. Not lossless."""
     within = tree.depth <= accept
     goal = torch.where(within, tree.depth, -1).argmax(-1, keepdim=True)
     verdict = along(tree, choices, goal, levels)

@@ -23,7 +23,8 @@ from eagle.checkpoint import load_head, require_fit
 from eagle.errors import EagleError
 from eagle.heads.head import HeadConfig, make_head, mlp_width
 from eagle.loading import find_folder
-from eagle.target import INSTEAD, Target, decoder_layers, refuse_encoder_decoder, refuse_unsupported
+from eagle.support import INSTEAD, supported_parts
+from eagle.target import Target
 from records.quarantine import BadRow, object_of
 from records.render import make_renderer
 from records.rows import Row, RowError
@@ -131,10 +132,8 @@ def target(subject: Subject, cfg: HeadTrainConfig) -> Iterator[Finding]:
             text = f"its configuration makes no {kind!r} model: {text}"
             yield Finding("problem", "target", text, "repair config.json")
         return
-    refuse_encoder_decoder(model)
-    text, backbone = model.config.get_text_config(), model.get_decoder()
-    refuse_unsupported(model, text, backbone, decoder_layers(backbone))
-    subject.model, subject.text = model, text
+    subject.text, _, _ = supported_parts(model)
+    subject.model = model
     subject.weight_bytes = weight_bytes(source, model, cfg.model.dtype)
     count = sum(p.numel() for p in model.parameters()) / 1e6
     facts = f"{subject.name}: {kind}, {count:.1f} M parameters, {size(subject.weight_bytes)}"

@@ -22,7 +22,7 @@ from eagle.draft import HeadDrafter
 from eagle.errors import EagleError
 from eagle.heads.head import Eagle3Head, HeadConfig
 from eagle.model import EaModel
-from eagle.static_cycle import StaticCycle, StaticPlain
+from eagle.static_cycle import StaticCycle
 from eagle.target import Target
 from eagle.tree import TreeShape
 from inference.bench import cycle, engines
@@ -202,7 +202,7 @@ class Graphs:
         }
 
     def plain(self, rows: int, context: int, capacity: int) -> dict:
-        static = StaticPlain(self.target, rows, capacity)
+        static = StaticCycle(self.target, None, rows, capacity)
         return {"ms": self.timed([static.cache], context, static.step)}
 
     def cycle(self, rows: int, context: int, capacity: int, tree: str) -> dict:

@@ -3,6 +3,7 @@
 import copy
 import random
 import re
+import string
 
 import torch
 from transformers import (
@@ -20,7 +21,6 @@ from eagle.target import Target
 from eagle.tree import DraftTree, TreeShape, ancestors
 
 VOCAB = 128
-FAMILIES = ("llama", "qwen2", "qwen3", "mistral", "gemma2")
 BASE = dict(
     vocab_size=VOCAB,
     hidden_size=32,
@@ -37,27 +37,31 @@ BASE = dict(
 )
 
 
-def make_config(name, **changes):
-    values = {**BASE, **changes}
-    if name == "llama":
-        return LlamaConfig(**values)
-    if name == "qwen2":
-        values.pop("head_dim")
-        return Qwen2Config(**values)
-    if name == "qwen3":
-        return Qwen3Config(**values)
-    if name == "mistral":
-        return MistralConfig(**{"sliding_window": 7, **values})
-    if name == "gemma2":
-        extra = dict(
+OWN = {
+    "llama": (LlamaConfig, {}),
+    "qwen2": (Qwen2Config, {}),
+    "qwen3": (Qwen3Config, {}),
+    "mistral": (MistralConfig, {"sliding_window": 7}),
+    "gemma2": (
+        Gemma2Config,
+        dict(
             sliding_window=6,
             query_pre_attn_scalar=8,
             attn_logit_softcapping=2.0,
             final_logit_softcapping=5.0,
             tie_word_embeddings=False,
-        )
-        return Gemma2Config(**{**extra, **values})
-    raise KeyError(name)
+        ),
+    ),
+}
+FAMILIES = tuple(OWN)
+
+
+def make_config(name, **changes):
+    kind, own = OWN[name]
+    values = {**own, **BASE, **changes}
+    if name == "qwen2":
+        del values["head_dim"]
+    return kind(**values)
 
 
 def make_model(config, seed=0):
@@ -94,36 +98,21 @@ def make_tokenizer(kind="letters", vocab=VOCAB):
     from transformers import PreTrainedTokenizerFast
 
     if kind == "llama2":
-        pieces = [
-            "<unk>",
-            *(f"<0x{b:02X}>" for b in "é€".encode()),
-            *"abcdefghijklmnopqrstuvwxyz",
-            "\u2581",
-        ]
-        pieces += [f"\u2581{a}{b}" for a in "abcdefghijkl" for b in "xyzuvwst"][
-            : vocab - len(pieces)
-        ]
-        made = Tokenizer(
-            models.BPE(
-                {p: i for i, p in enumerate(pieces)}, [], unk_token="<unk>", byte_fallback=True
-            )
-        )
-        made.normalizer = normalizers.Replace(" ", "\u2581")
-        steps = [
-            decoders.Replace("\u2581", " "),
-            decoders.ByteFallback(),
-            decoders.Fuse(),
-            decoders.Strip(" ", 1, 0),
-        ]
-        made.decoder = decoders.Sequence(steps)
+        pieces = ["<unk>", *(f"<0x{b:02X}>" for b in "é€".encode()), *string.ascii_lowercase, "▁"]
+        pairs = [f"▁{a}{b}" for a in "abcdefghijkl" for b in "xyzuvwst"]
+        pieces += pairs[: vocab - len(pieces)]
+        known = {p: i for i, p in enumerate(pieces)}
+        made = Tokenizer(models.BPE(known, [], unk_token="<unk>", byte_fallback=True))
+        made.normalizer = normalizers.Replace(" ", "▁")
+        whole = [decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+        made.decoder = decoders.Sequence([decoders.Replace("▁", " "), *whole])
         assert len(pieces) == vocab
     else:
         letters = [chr(33 + i) if i < 94 else chr(0x100 + i) for i in range(vocab)]
         if kind == "pairs":
             letters = [c + "+" * (i % 5 == 0 and c not in "abcdef") for i, c in enumerate(letters)]
-        made = Tokenizer(
-            models.WordLevel({c: i for i, c in enumerate(letters)}, unk_token=letters[0])
-        )
+        known = {c: i for i, c in enumerate(letters)}
+        made = Tokenizer(models.WordLevel(known, unk_token=letters[0]))
         made.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
         made.decoder = decoders.Fuse()
     return PreTrainedTokenizerFast(tokenizer_object=made)
@@ -173,12 +162,8 @@ class ScriptedDrafter:
     distractors that come before it; otherwise no child of the root is the target's choice."""
 
     def __init__(self, answers, right, shape, vocab=VOCAB):
-        self.answers, self.right, self.shape, self.vocab = (
-            answers,
-            right,
-            TreeShape.parse(shape),
-            vocab,
-        )
+        self.answers, self.right, self.vocab = answers, right, vocab
+        self.shape = TreeShape.parse(shape)
 
     def begin(self, rows, capacity):
         assert rows == len(self.answers)
@@ -203,6 +188,10 @@ class ScriptedDrafter:
         else:
             self.known = [k + c for k, c in zip(self.known, host_counts, strict=True)]
 
+    def wrong(self, nodes, parent, *right):
+        taken = {t for t, p in nodes[1:] if p == parent} | {*right}
+        return next(t for t in range(self.vocab) if t not in taken), parent
+
     def expand(self, root):
         rows = []
         for answer, known, first in zip(self.answers, self.known, root.tolist(), strict=True):
@@ -210,20 +199,15 @@ class ScriptedDrafter:
             nodes, tip, reach = [(first, 0)], 0, 0
             spare = self.shape.num_nodes - 1 - self.shape.levels
             while len(nodes) < self.shape.num_nodes:
-                token = truth[reach] if reach < self.shape.levels else None
+                on_path = reach < self.shape.levels
                 if spare > 0:  # a wrong sibling in front of the right one
                     spare -= 1
-                    parent = tip if self.right and token is not None else 0
-                    taken = {t for t, p in nodes[1:] if p == parent} | {token, truth[0]}
-                    nodes.append((next(t for t in range(self.vocab) if t not in taken), parent))
-                if token is None:
-                    continue
-                if self.right or tip:
-                    nodes.append((token, tip))
-                else:
-                    taken = {t for t, p in nodes[1:] if p == 0} | {truth[0]}
-                    nodes.append((next(t for t in range(self.vocab) if t not in taken), 0))
-                tip, reach = len(nodes) - 1, reach + 1
+                    parent = tip if self.right and on_path else 0
+                    nodes.append(self.wrong(nodes, parent, truth[0], *truth[reach : reach + 1]))
+                if on_path:
+                    on = self.right or tip
+                    nodes.append((truth[reach], tip) if on else self.wrong(nodes, 0, truth[0]))
+                    tip, reach = len(nodes) - 1, reach + 1
             rows.append(nodes)
         return make_tree(rows, self.shape.levels)
 
@@ -240,15 +224,9 @@ def plain(target, prompts, **options):
 def stock_greedy(target, prompt, max_new_tokens, **options):
     """transformers' own greedy continuation of one prompt."""
     ids = torch.tensor([prompt])
+    options = dict(max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=0, **options)
     with target.stock() as model, torch.no_grad():
-        out = model.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            pad_token_id=0,
-            **options,
-        )
+        out = model.generate(ids, attention_mask=torch.ones_like(ids), **options)
     return out[0, len(prompt) :].tolist()
 
 

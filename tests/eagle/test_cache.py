@@ -5,7 +5,6 @@ import torch
 from engine_helpers import ScriptedDrafter, head_model, make_prompts, make_target, new_tokens, plain
 
 from eagle.attention import TreeContext
-from eagle.cache import StaticKVCache
 from eagle.errors import EagleError
 from eagle.model import EaModel
 
@@ -51,23 +50,21 @@ def test_committed_slots_equal_a_fresh_prefill_after_50_cycles(targets, family):
 @pytest.mark.parametrize("family", ["llama", "mistral", "gemma2"])
 @pytest.mark.parametrize("lengths", [(8, 8), (9, 2, 15)], ids=["even", "ragged"])
 def test_slots_past_the_length_are_never_read(targets, family, lengths):
-    target = targets(family)
-    prompts = make_prompts(lengths)
-    model = head_model(target, "16,4,4", draft_vocab=128)
-    clean = new_tokens(model.generate(prompts, max_new_tokens=40))
+    target, prompts = targets(family), make_prompts(lengths)
+    clean = plain(target, prompts, max_new_tokens=40)
 
     def poison(cache, drafter):
-        for each in [cache] + ([drafter.cache] if drafting else []):
+        for each in (cache, getattr(drafter, "cache", cache)):
             for row, length in zip(each.order, each.host_lengths, strict=True):
                 each.buffer[:, :, row, :, length:] = float("nan")
 
-    for drafting in (True, False):
-        result = model.generate(prompts, max_new_tokens=40, on_cache=poison, draft=drafting)
+    for model in (  # accepted drafts must survive it too
+        head_model(target, "16,4,4", draft_vocab=128),
+        EaModel(target),
+        EaModel(target, drafter=ScriptedDrafter(clean, True, "8,4,2")),
+    ):
+        result = model.generate(prompts, max_new_tokens=40, on_cache=poison)
         assert new_tokens(result) == clean
-    # accepted drafts must survive it too
-    drafting = False
-    scripted = EaModel(target, drafter=ScriptedDrafter(clean, True, "8,4,2"))
-    assert new_tokens(scripted.generate(prompts, max_new_tokens=40, on_cache=poison)) == clean
 
 
 @pytest.mark.parametrize("spare", [-1, 0, 1])
@@ -81,30 +78,27 @@ def test_model_limit(spare, right):
     assert room == min(new, new + spare)
     answers = plain(target, prompts, max_new_tokens=new)
     assert [len(a) for a in answers] == [room, new]
-    model = (
-        head_model(target, "60,7,10")
-        if right is None
-        else EaModel(target, drafter=ScriptedDrafter(answers, right, "16,4,4"))
-    )
+    model = head_model(target, "60,7,10")
+    if right is not None:
+        model = EaModel(target, drafter=ScriptedDrafter(answers, right, "16,4,4"))
     result = model.generate(prompts, max_new_tokens=new)
     assert new_tokens(result) == answers
     assert [row.finish_reason for row in result.rows] == ["length", "length"]
     assert result.sequences.shape[1] <= limit
 
 
-def test_prompts_at_the_limit(llama):
-    target = make_target("llama", max_position_embeddings=16)
-    model = head_model(target, "60,7,10")
+def test_prompts_at_the_limit():
+    model = head_model(make_target("llama", max_position_embeddings=16), "60,7,10")
     (longest,) = make_prompts((15,))
-    result = model.generate([longest], max_new_tokens=50)
-    assert len(result.rows[0].tokens) == 1 and result.rows[0].finish_reason == "length"
-    for length in (16, 17, 40):
+    row = model.generate([longest], max_new_tokens=50).rows[0]
+    assert len(row.tokens) == 1 and row.finish_reason == "length"
+    for length in (16, 40):
         with pytest.raises(EagleError, match="limit is 16.*shorten"):
             model.generate([[1, 2], make_prompts((length,))[0]], max_new_tokens=5)
     with pytest.raises(EagleError, match="limit is 10"):
         model.generate([longest], max_length=10)
-    assert model.eagenerate([longest[:5]], max_length=9).shape[1] == 9
-    assert model.eagenerate([longest[:5]], max_length=99).shape[1] == 16
+    for limit, end in ((9, 9), (99, 16)):
+        assert model.eagenerate([longest[:5]], max_length=limit).shape[1] == end
 
 
 def test_finished_rows_are_not_computed(llama):
@@ -125,10 +119,7 @@ def test_finished_rows_are_not_computed(llama):
                 checks += 1
             frozen[row] = cache.buffer[:, :, row].nan_to_num()
 
-    start = model._start(prompts, max_new_tokens=40, eos_token_id=list(eos), on_cache=watch)
-    rows = start.rows
-    for _ in start.steps:
-        pass
+    rows = model.generate(prompts, max_new_tokens=40, eos_token_id=list(eos), on_cache=watch).rows
     assert checks > 5 and len(seen[0]) > len(seen[-1]) >= 1
     assert len({row.finish_reason for row in rows}) == 2
     expected = plain(llama, prompts, max_new_tokens=40, eos_token_id=list(eos))
@@ -139,29 +130,7 @@ def test_the_cost_of_a_pass_follows_the_context(llama):
     """Attention is given the live slots, never the capacity."""
     cache = llama.new_cache(2, 1000)
     cache.advance(torch.tensor([5, 9]), [5, 9])
-    depth = torch.arange(4).expand(2, 4)
+    positions = cache.lengths[:, None] + torch.arange(4)
     mask = torch.ones(4, 4, dtype=torch.bool).tril().expand(2, 4, 4)
-    context = TreeContext(
-        cache, cache.lengths[:, None] + depth, mask, cache.lengths[:, None] + depth
-    )
-    keys, values = context.read(0)
+    keys, values = TreeContext(cache, positions, mask, positions).read(0)
     assert keys.shape[2] == values.shape[2] == 13
-
-
-@pytest.mark.parametrize("lengths", [[3, 3], [2, 5]], ids=["even", "ragged"])
-def test_update_writes_each_row_at_its_own_length(lengths):
-    cache = StaticKVCache(2, 2, 3, 20, 4, torch.float32, "cpu")
-    cache.advance(torch.tensor(lengths), lengths)
-    before = torch.randn_like(cache.buffer)
-    cache.buffer.copy_(before)
-    positions = cache.lengths[:, None] + torch.arange(6)
-    mask = torch.ones(2, 4, 6, dtype=torch.bool)  # two slots of the tree are there already
-    context = TreeContext(cache, positions[:, 2:], mask, positions)
-    new = torch.randn(2, 3, 4, 4)
-    packed = new.transpose(1, 2).flatten(0, 1).transpose(0, 1)[None]  # [1, H, T, D]
-    context.write(1, packed, packed + 1)
-    expected = before.clone()
-    for row, length in enumerate(lengths):
-        expected[1, 0, row, :, length + 2 : length + 6] = new[row]
-        expected[1, 1, row, :, length + 2 : length + 6] = new[row] + 1
-    assert torch.equal(cache.buffer, expected)

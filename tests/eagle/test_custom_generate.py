@@ -5,7 +5,7 @@ import inspect
 import pytest
 import torch
 from engine_helpers import head_model, make_tokenizer
-from transformers import DynamicCache, StopStringCriteria
+from transformers import DynamicCache, LlamaModel, MaxTimeCriteria, StopStringCriteria
 
 from eagle import EagleError
 from eagle.heads.pack import pack_head
@@ -24,12 +24,11 @@ def test_another_model_is_refused(model, targets):
         other.generate(torch.tensor([[1, 2]]), custom_generate=model.custom_generate, **OPTIONS)
 
 
-class Collect:
-    def __init__(self):
-        self.got, self.ended = [], 0
+class Collect(list):
+    ended = 0
 
     def put(self, value):
-        self.got += value.flatten().tolist()
+        self += value.flatten().tolist()
 
     def end(self):
         self.ended += 1
@@ -45,25 +44,21 @@ def test_the_streamer_and_the_result_are_the_calls_own(model, way, tmp_path):
         folder = tmp_path / "packed"
         pack_head(model.head, folder, to="eagle", license="mit", base_model="a/b", provenance={})
         how = dict(custom_generate=str(folder), trust_remote_code=True)
-    streamer, theirs = Collect(), Collect()
+    streamer, theirs, tokenizer = Collect(), Collect(), make_tokenizer()
+    options = dict(do_sample=False, **OPTIONS)
     with model.target.stock():
-        expected = stock.generate(ids, do_sample=False, streamer=theirs, **OPTIONS)
-    out = stock.generate(
-        ids, do_sample=False, streamer=streamer, return_dict_in_generate=True, **how, **OPTIONS
-    )
+        expected = stock.generate(ids, streamer=theirs, **options)
+    out = stock.generate(ids, streamer=streamer, return_dict_in_generate=True, **how, **options)
     assert torch.equal(out.sequences, expected)
-    assert streamer.got == theirs.got == expected[0].tolist()
+    assert streamer == theirs == expected[0].tolist()
     assert streamer.ended == theirs.ended == 1
-    tokenizer = make_tokenizer()
     stop = tokenizer.decode(expected[0, 12:14])
     with model.target.stock():
-        expected = stock.generate(
-            ids, do_sample=False, tokenizer=tokenizer, stop_strings=stop, **OPTIONS
-        )
+        expected = stock.generate(ids, tokenizer=tokenizer, stop_strings=stop, **options)
     stops = dict(stopping_criteria=[StopStringCriteria(tokenizer, stop)])
     if way == "folder":
         stops = dict(tokenizer=tokenizer, stop_strings=stop)
-    assert torch.equal(stock.generate(ids, do_sample=False, **stops, **how, **OPTIONS), expected)
+    assert torch.equal(stock.generate(ids, **stops, **how, **options), expected)
     assert expected.shape[1] < 35
 
 
@@ -89,37 +84,18 @@ def test_what_it_cannot_do_is_refused_by_name(model, asked):
         stock(ids, **{name: cache})
         asked = {name: cache}
         ids = torch.cat([ids, ids], dim=1)
-    with pytest.raises(
-        (EagleError, ValueError),
-        match="|".join({*asked, "cache"} if "cache" in str(asked) else asked),
-    ):
-        stock.generate(
-            ids,
-            custom_generate=model.custom_generate,
-            do_sample=False,
-            return_dict_in_generate=True,
-            **asked,
-            **OPTIONS,
-        )
+    named = "|".join({*asked, "cache"} if "cache" in str(asked) else asked)
+    how = dict(custom_generate=model.custom_generate, return_dict_in_generate=True)
+    with pytest.raises((EagleError, ValueError), match=named):
+        stock.generate(ids, do_sample=False, **how, **asked, **OPTIONS)
 
 
 def cache_argument():
-    from transformers import LlamaModel
-
-    return (
-        "cache"
-        if "cache" in inspect.signature(LlamaModel.forward).parameters
-        else "past_key_values"
-    )
+    names = inspect.signature(LlamaModel.forward).parameters
+    return "cache" if "cache" in names else "past_key_values"
 
 
 def test_foreign_stopping_criteria_are_refused(model):
-    from transformers import MaxTimeCriteria, StoppingCriteriaList
-
+    how = dict(custom_generate=model.custom_generate, stopping_criteria=[MaxTimeCriteria(1.0)])
     with pytest.raises(EagleError, match="MaxTimeCriteria"):
-        model.target.model.generate(
-            torch.tensor([[1, 2]]),
-            custom_generate=model.custom_generate,
-            stopping_criteria=StoppingCriteriaList([MaxTimeCriteria(1.0)]),
-            **OPTIONS,
-        )
+        model.target.model.generate(torch.tensor([[1, 2]]), **how, **OPTIONS)

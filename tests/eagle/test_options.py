@@ -31,23 +31,21 @@ def answers(llama):
 
 def engines(target, expected, tree="16,4,4"):
     """Without drafts, with a random head, and with drafts that are always and never right."""
-    yield EaModel(target), False
-    yield head_model(target, tree, draft_vocab=128), True
-    yield EaModel(target, drafter=ScriptedDrafter(expected, True, tree)), True
-    yield EaModel(target, drafter=ScriptedDrafter(expected, False, tree)), True
+    yield EaModel(target)
+    yield head_model(target, tree, draft_vocab=128)
+    yield EaModel(target, drafter=ScriptedDrafter(expected, True, tree))
+    yield EaModel(target, drafter=ScriptedDrafter(expected, False, tree))
 
 
-def stock(target, prompts, config, **options):
+def stock(target, prompts, asked):
     """transformers' own continuations under a GenerationConfig."""
-    out = []
+    ids = [torch.tensor([prompt]) for prompt in prompts]
     with target.stock() as model, torch.no_grad():
-        for prompt in prompts:
-            ids = torch.tensor([prompt])
-            got = model.generate(
-                ids, attention_mask=torch.ones_like(ids), generation_config=config, **options
-            )
-            out.append(got[0, len(prompt) :].tolist())
-    return out
+        got = [
+            model.generate(x, attention_mask=torch.ones_like(x), generation_config=asked)
+            for x in ids
+        ]
+    return [line[0, x.shape[1] :].tolist() for x, line in zip(ids, got, strict=True)]
 
 
 def config(**values):
@@ -69,17 +67,9 @@ def configs(answers):
     yield "bad words and eos", config(bad_words_ids=[*bad, [first[4]]], eos_token_id=first[4])
     yield "suppressed", config(suppress_tokens=[first[0], first[5], answers[3][1]])
     yield "length", GenerationConfig(max_length=15, pad_token_id=0)
-    yield (
-        "all",
-        config(
-            repetition_penalty=1.4,
-            no_repeat_ngram_size=3,
-            bad_words_ids=bad,
-            suppress_tokens=[first[1]],
-            eos_token_id=[first[4], answers[2][3]],
-            min_new_tokens=7,
-        ),
-    )
+    several = dict(repetition_penalty=1.4, no_repeat_ngram_size=3, bad_words_ids=bad)
+    ends = dict(eos_token_id=[first[4], answers[2][3]], min_new_tokens=7)
+    yield "all", config(suppress_tokens=[first[1]], **several, **ends)
 
 
 NAMES = [name for name, _ in configs([list(range(NEW))] * 4)]
@@ -92,23 +82,22 @@ def test_a_generation_config_gives_what_stock_generate_gives(llama, answers, nam
     prompts = PROMPTS[:3] if name == "length" else PROMPTS
     expected = stock(llama, prompts, asked[name])
     assert expected != answers[: len(prompts)]
-    for model, draft in engines(llama, expected):
-        result = model.generate(prompts, generation_config=asked[name], draft=draft)
+    for model in engines(llama, expected):
+        result = model.generate(prompts, generation_config=asked[name])
         assert new_tokens(result) == expected
-    many = head_model(llama).generate_many(prompts, slots=2, generation_config=asked[name])
+    model = head_model(llama)
+    many = model.generate_many(prompts, slots=2, generation_config=asked[name])
     assert [row.tokens for row in many] == expected
-
-
-@pytest.mark.parametrize("name", ["penalty", "min new tokens", "bad words", "all"])
-def test_arguments_mean_what_a_generation_config_means(llama, answers, name):
-    asked = dict(configs(answers))[name]
-    names = (
-        "repetition_penalty min_new_tokens eos_token_id bad_words_ids no_repeat_ngram_size "
-        "suppress_tokens"
-    ).split()
-    options = {n: getattr(asked, n) for n in names if getattr(asked, n) is not None}
-    result = head_model(llama, "8,4,2").generate(PROMPTS, max_new_tokens=NEW, **options)
-    assert new_tokens(result) == stock(llama, PROMPTS, asked)
+    sampled = dict(generation_config=asked[name], temperature=1.1, top_p=0.95, seed=21)
+    assert new_tokens(model.generate(prompts, **sampled)) == plain(llama, prompts, **sampled)
+    # as arguments they mean the same
+    names = Options.model_fields.keys() & vars(asked[name]).keys()
+    options = {n: v for n in names if (v := getattr(asked[name], n)) is not None}
+    assert new_tokens(model.generate(prompts, **options)) == expected
+    how = dict(custom_generate=model.custom_generate, generation_config=asked[name])
+    ids = torch.tensor(prompts[:1])
+    ours = llama.model.generate(ids, attention_mask=torch.ones_like(ids), **how)
+    assert ours[0].tolist() == prompts[0] + expected[0]
 
 
 def test_arguments_win_over_a_generation_config(llama, answers):
@@ -128,26 +117,20 @@ def test_arguments_win_over_a_generation_config(llama, answers):
     assert run(with_both) == stock(llama, PROMPTS, with_both) == answers
 
     sampling = GenerationConfig(do_sample=True, temperature=1.3, top_k=30, max_new_tokens=NEW)
-    sampled = run(None, temperature=1.3, top_k=30, seed=3, max_new_tokens=NEW)
-    assert run(sampling, seed=3) == sampled != answers
-    assert run(sampling, seed=3, do_sample=False) == run(sampling, temperature=0.0) == answers
-    colder = run(None, temperature=0.4, top_k=30, seed=3, max_new_tokens=NEW)
-    assert run(sampling, seed=3, temperature=0.4) == colder
     silent = GenerationConfig(temperature=1.3, top_k=30, max_new_tokens=NEW)  # asks for no sampling
-    assert run(silent) == answers
-    assert run(silent, do_sample=True, seed=3) == run(silent, temperature=1.3, seed=3) == sampled
-
-
-@pytest.mark.parametrize("name", ["penalty", "ngram", "min new tokens", "bad words", "all"])
-def test_sampling_with_context_dependent_options(llama, answers, name):
-    asked = dict(configs(answers))[name]
-    options = dict(generation_config=asked, temperature=1.1, top_p=0.95, seed=21)
-    expected = plain(llama, PROMPTS, **options)
-    del options["generation_config"]
-    assert expected != plain(llama, PROMPTS, max_new_tokens=NEW, **options)
-    options["generation_config"] = asked
-    for model, draft in engines(llama, expected):
-        assert new_tokens(model.generate(PROMPTS, draft=draft, **options)) == expected
+    sampled = run(None, temperature=1.3, top_k=30, seed=3, max_new_tokens=NEW)
+    colder = run(None, temperature=0.4, top_k=30, seed=3, max_new_tokens=NEW)
+    assert len({str(x) for x in (answers, sampled, colder)}) == 3
+    for given, options, expected in (
+        (sampling, {}, sampled),
+        (sampling, {"do_sample": False}, answers),
+        (sampling, {"temperature": 0.0}, answers),
+        (sampling, {"temperature": 0.4}, colder),
+        (silent, {}, answers),
+        (silent, {"do_sample": True}, sampled),
+        (silent, {"temperature": 1.3}, sampled),
+    ):
+        assert run(given, seed=3, **options) == expected
 
 
 class Whole(LogitsProcessor):
@@ -173,12 +156,11 @@ def test_a_processor_that_reads_the_whole_context(targets, family, sampling):
     if not sampling:
         for prompt, tokens in zip(PROMPTS, expected, strict=True):
             assert stock_greedy(target, prompt, NEW, logits_processor=[Whole()]) == tokens
-    for tree in ("16,4,4", "6,4,1"):
-        for model, draft in engines(target, expected, tree):
-            result = model.generate(PROMPTS, draft=draft, **options)
-            assert new_tokens(result) == expected
-            if isinstance(model.drafter, ScriptedDrafter) and model.drafter.right:
-                assert result.tau > 4  # the processor ran on deep nodes, not on the roots alone
+    for model in engines(target, expected):
+        result = model.generate(PROMPTS, **options)
+        assert new_tokens(result) == expected
+        if isinstance(model.drafter, ScriptedDrafter) and model.drafter.right:
+            assert result.tau > 4  # the processor ran on deep nodes, not on the roots alone
 
 
 def stock_processors(model, ids):
@@ -188,7 +170,6 @@ def stock_processors(model, ids):
 
     T, V, eos = ids.shape[1], 128, 3
     watermark = SynthIDTextWatermarkingConfig(keys=[5, 9, 31], ngram_len=3, context_history_size=8)
-    negative = ids.flip(1)
     return {
         "MinLength": lambda: hf.MinLengthLogitsProcessor(T + 9, eos),
         "MinNewTokens": lambda: hf.MinNewTokensLengthLogitsProcessor(T, 9, eos),
@@ -210,9 +191,7 @@ def stock_processors(model, ids):
         "SuppressAtBegin": lambda: hf.SuppressTokensAtBeginLogitsProcessor(range(100), T),
         "Suppress": lambda: hf.SuppressTokensLogitsProcessor(range(0, V, 2)),
         "UnbatchedClassifierFreeGuidance": lambda: (
-            hf.UnbatchedClassifierFreeGuidanceLogitsProcessor(
-                2.5, model, unconditional_ids=negative
-            )
+            hf.UnbatchedClassifierFreeGuidanceLogitsProcessor(2.5, model, ids.flip(1))
         ),
         "Watermark": lambda: hf.WatermarkLogitsProcessor(V, "cpu", bias=8.0),
         "SynthID": lambda: watermark.construct_processor(V, "cpu"),
@@ -255,25 +234,16 @@ def test_processors_of_a_batch_do_what_they_do_in_stock_generate(llama, name):
     with llama.stock() as stock_model, torch.no_grad():
         expected = stock_model.generate(ids, logits_processor=[make()], do_sample=False, **options)
     if name == "reads the first row":  # which in a batch is another's: alone it is its own
-        ids = ids[:1]
-        expected = torch.tensor(
-            [
-                SAME_LENGTH[0]
-                + stock_greedy(llama, SAME_LENGTH[0], 18, eos_token_id=3, logits_processor=[make()])
-            ]
-        )
+        ids, alone = ids[:1], dict(eos_token_id=3, logits_processor=[make()])
+        expected = torch.tensor([SAME_LENGTH[0] + stock_greedy(llama, SAME_LENGTH[0], 18, **alone)])
     answers = [line[7:] for line in expected.tolist()]
     answers = [a[: a.index(3) + 1] if 3 in a else a for a in answers]
-    for model, draft in engines(llama, answers):
-        got = model.eagenerate(ids, logits_processor=[make()], draft=draft, **options)
+    right = EaModel(llama, drafter=ScriptedDrafter(answers, True, "16,4,4"))
+    for model in (right, head_model(llama)):
+        got = model.eagenerate(ids, logits_processor=[make()], **options)
         assert torch.equal(got, expected)
-    ours = llama.model.generate(
-        ids,
-        logits_processor=[make()],
-        custom_generate=head_model(llama).custom_generate,
-        do_sample=False,
-        **options,
-    )
+    how = dict(custom_generate=head_model(llama).custom_generate, do_sample=False)
+    ours = llama.model.generate(ids, logits_processor=[make()], **how, **options)
     assert torch.equal(ours, expected)
     sampled = dict(temperature=1.2, seed=4, **options)
     slow = EaModel(llama).naivegenerate(ids, logits_processor=[make()], **sampled)
@@ -300,7 +270,7 @@ def test_a_shared_constraint_knows_each_requests_number(llama):
     make = stock_processors(llama.model, torch.tensor(SAME_LENGTH))["PrefixConstrained"]
     model, options = head_model(llama), dict(max_new_tokens=12, logits_processor=[make()])
     rows = model.generate_many(SAME_LENGTH, slots=2, **options)
-    slow = model.generate(SAME_LENGTH, draft=False, **options)
+    slow = model.generate(SAME_LENGTH, **options)
     assert [row.tokens for row in rows] == new_tokens(slow)
 
 
@@ -314,59 +284,31 @@ def stock_logprobs(target, row):
 
 
 WAYS = {
-    "greedy": {},
-    "sampled": {"temperature": 1.3, "top_p": 0.9, "seed": 5},
-    "processed": {"repetition_penalty": 1.6, "no_repeat_ngram_size": 2},
+    "greedy": lambda text, answers: {},
+    "sampled": lambda text, answers: {"temperature": 1.3, "top_p": 0.9, "seed": 5},
+    "processed": lambda text, answers: {"repetition_penalty": 1.6, "no_repeat_ngram_size": 2},
+    "eos": lambda text, answers: {"eos_token_id": [answers[0][6], answers[1][3], answers[2][0]]},
+    "stop": lambda text, answers: {"stop_strings": [text.decode(a)[5:7] for a in answers]},
+    "limit": lambda text, answers: {"max_new_tokens": 7},
 }
 
 
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("family", ["llama", "gemma2"])
+@pytest.mark.parametrize("family, way", [*(("llama", way) for way in WAYS), ("gemma2", "sampled")])
 def test_logprobs(targets, family, way):
-    """They are the target's own, whatever processors and cut-offs chose the token."""
-    target = targets(family)
-    options = dict(max_new_tokens=NEW, logprobs=True, **WAYS[way])
-    expected = plain(target, PROMPTS, **options)
-    for model, draft in engines(target, expected):
-        result = model.generate(PROMPTS, draft=draft, **options)
-        assert new_tokens(result) == expected
+    """They are the target's own, whatever processors and cut-offs chose the token, and end with the
+    tokens."""
+    target, text = targets(family), make_tokenizer()
+    answers = plain(target, PROMPTS, max_new_tokens=NEW)
+    options = {"max_new_tokens": NEW, "logprobs": True, **WAYS[way](text, answers)}
+    for model in engines(target, answers):
+        model._tokenizer = text
+        result = model.generate(PROMPTS, **options)
         for row in result.rows:
-            assert len(row.logprobs) == len(row.tokens) == NEW
+            assert len(row.logprobs) == len(row.tokens)
             found = torch.tensor(row.logprobs)
             assert torch.allclose(found, stock_logprobs(target, row), atol=1e-4)
-
-
-@pytest.mark.parametrize("cut", ["eos", "stop", "limit"])
-def test_logprobs_end_with_the_tokens(llama, answers, cut):
-    text = make_tokenizer()
-    ends = {
-        "eos": {"eos_token_id": [answers[0][6], answers[1][3], answers[2][0]]},
-        "stop": {"stop_strings": [text.decode(a)[5:7] for a in answers]},
-        "limit": {"max_new_tokens": 7},
-    }[cut]
-    options = {"max_new_tokens": NEW, **ends}
-    for model, draft in engines(llama, answers):
-        model._tokenizer = text
-        result = model.generate(PROMPTS, draft=draft, logprobs=True, **options)
-        assert min(len(row.tokens) for row in result.rows) < NEW
-        for row, answer in zip(result.rows, answers, strict=True):
-            assert row.tokens == answer[: len(row.tokens)] and len(row.logprobs) == len(row.tokens)
-            assert torch.allclose(torch.tensor(row.logprobs), stock_logprobs(llama, row), atol=1e-4)
-
-
-@pytest.mark.parametrize("name", ["eos", "length", "all"])
-def test_custom_generate(llama, answers, name):
-    asked = dict(configs(answers))[name]
-    model = head_model(llama)
-    for prompt, expected in zip(PROMPTS[:3], stock(llama, PROMPTS[:3], asked), strict=True):
-        ids = torch.tensor([prompt])
-        ours = llama.model.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            custom_generate=model.custom_generate,
-            generation_config=asked,
-        )
-        assert ours[0].tolist() == prompt + expected
+        shortest = min(len(row.tokens) for row in result.rows)
+        assert (shortest < NEW) == (way in ("eos", "stop", "limit"))
 
 
 REFUSED = {
@@ -387,15 +329,14 @@ def test_what_is_not_honoured_is_refused(llama, name):
     asked = GenerationConfig()
     setattr(asked, name, REFUSED[name])
     with pytest.raises(EagleError, match=f"asks for {name}="):
-        EaModel(llama).eagenerate(PROMPTS, generation_config=asked, draft=False)
+        EaModel(llama).eagenerate(PROMPTS, generation_config=asked)
 
 
 def test_a_generation_config_of_defaults_is_taken(llama, answers):
-    asked = GenerationConfig(**GenerationConfig._get_default_generation_params())
-    asked.guidance_scale = 1.0  # off
-    result = EaModel(llama).generate(
-        PROMPTS, generation_config=asked, max_new_tokens=NEW, draft=False
+    asked = GenerationConfig(
+        **GenerationConfig._get_default_generation_params(), guidance_scale=1.0
     )
+    result = EaModel(llama).generate(PROMPTS, generation_config=asked, max_new_tokens=NEW)
     assert new_tokens(result) == answers
 
 
@@ -439,11 +380,10 @@ def test_the_lengths_of_a_generation_config(llama, answers):
 
 def test_the_padding_of_a_generation_config(llama, answers):
     asked = GenerationConfig(eos_token_id=answers[0][1], pad_token_id=99, max_new_tokens=6)
-    ids = EaModel(llama).naivegenerate(PROMPTS[:2], generation_config=asked)
-    new = answers[0][: answers[0].index(answers[0][1]) + 1]
-    assert ids[0].tolist() == PROMPTS[0] + new + [99] * (ids.shape[1] - 9 - len(new))
-    ids = EaModel(llama).naivegenerate(PROMPTS[:2], generation_config=asked, pad_token_id=98)
-    assert ids[1, -1] == 98
+    for options, pad in (({}, 99), ({"pad_token_id": 98}, 98)):
+        ids = EaModel(llama).naivegenerate(PROMPTS[:2], generation_config=asked, **options)
+        new = answers[0][: answers[0].index(answers[0][1]) + 1]
+        assert ids[0].tolist() == PROMPTS[0] + new + [pad] * (ids.shape[1] - 9 - len(new))
 
 
 def test_options_are_layered():
@@ -465,6 +405,6 @@ def test_options_on_a_gpu(answers):
     model = EaModel(target, make_head(target).cuda(), "8,4,2")
     asked = dict(configs(answers))["all"]
     fast = model.generate(PROMPTS, generation_config=asked, logprobs=True)
-    slow = model.generate(PROMPTS, generation_config=asked, logprobs=True, draft=False)
+    slow = model.generate(PROMPTS, generation_config=asked, logprobs=True)
     assert new_tokens(fast) == new_tokens(slow)
     assert all(len(row.logprobs) == len(row.tokens) for row in fast.rows)

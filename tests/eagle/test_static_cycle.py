@@ -6,7 +6,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from eagle.draft import HeadDrafter
 from eagle.model import EaModel
-from eagle.static_cycle import StaticCycle, StaticPlain
+from eagle.static_cycle import StaticCycle
 from eagle.tree import TreeShape
 
 PROMPTS = make_prompts((5, 2, 9))
@@ -18,7 +18,7 @@ def test_the_static_cycle_makes_the_engines_tokens():
     texts = ["def add(a, b):\n    return", "import os\n\n\nclass Path:\n    def", "x = ["]
     prompts = [model.tokenizer(text).input_ids for text in texts]
     engine = model.generate(prompts, max_new_tokens=24, eos_token_id=-1)
-    static = StaticCycle(model.target, model.drafter, len(prompts), 200, accept=None)
+    static = StaticCycle(model.target, model.drafter, len(prompts), 200)
     static.begin(prompts)
     rows = [[token] for token in static.root.tolist()]
     accepted = [[0] * len(engine.rows[0].accepted) for _ in prompts]
@@ -37,12 +37,12 @@ def test_the_static_cycle_makes_the_engines_tokens():
 def test_the_static_step_makes_the_plain_tokens(llama):
     model = EaModel(llama)
     expected = [row.tokens for row in model.generate(PROMPTS, max_new_tokens=12).rows]
-    static = StaticPlain(llama, len(PROMPTS), 60)
+    static = StaticCycle(llama, None, len(PROMPTS), 60)
     static.begin(PROMPTS)
-    steps = [static.tokens[:, 0].tolist()]
+    steps = [static.root.tolist()]
     for _ in range(11):
         static.step()
-        steps.append(static.tokens[:, 0].tolist())
+        steps.append(static.root.tolist())
     assert [list(row) for row in zip(*steps, strict=True)] == expected
 
 
@@ -65,9 +65,9 @@ class HostBound(TorchDispatchMode):
 
 def test_a_graph_can_hold_the_static_passes(llama):
     drafter = HeadDrafter(make_head(llama), llama.embed, TreeShape.parse("8,4,2"))
-    static = StaticCycle(llama, drafter, len(PROMPTS), 60, accept=None)
+    static = StaticCycle(llama, drafter, len(PROMPTS), 60)
     static.begin(PROMPTS)
-    plain = StaticPlain(llama, len(PROMPTS), 60)
+    plain = StaticCycle(llama, None, len(PROMPTS), 60)
     plain.begin(PROMPTS)
     static.step()  # what is made once, rotary tables for instance, is made
     with HostBound() as watch:
