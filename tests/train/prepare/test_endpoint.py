@@ -16,7 +16,6 @@ from eagle.errors import EagleError
 from records.card import card_path, who_answered
 from train.prepare import regenerate as work
 from train.prepare.answering import Endpoint, Sampling
-from train.prepare.regenerate import regenerate
 
 
 class Server:
@@ -84,20 +83,12 @@ def answer(path, body, text=None, finish="stop"):
     return 200, {"choices": [{"text": said, "finish_reason": finish}], "usage": usage}, {}
 
 
-def write(url, cfg, output, tokenizer=None, temperatures=(0.0,), limit=None, **options):
+def write(url, cfg, output, base=None, temperatures=(0.0,), retries=6, **options):
     sampling = Sampling(temperatures, max_new_tokens=20)
-    given = {"concurrency": options.pop("concurrency", 3), "timeout": options.pop("timeout", 5.0)}
-    if "api_key_env" in options:
-        given["api_key_env"] = options.pop("api_key_env")
-    extra = options.pop("extra", None)
-    rewriter, engine, who = work.open_endpoint(
-        cfg, sampling, url, "served", tokenizer, extra, **given
-    )
-    engine.pause = 0.01
-    engine.retries = options.pop("retries", 6)
-    return regenerate(
-        work.find_files(cfg), output, rewriter, engine, who, sampling, limit=limit, quiet=True
-    )
+    options = {"concurrency": 3, "timeout": 5.0, **options}
+    engine = Endpoint(url, "served", sampling, base=base, **options)
+    engine.pause, engine.retries = 0.01, retries
+    return work.regenerate(cfg, work.find_files(cfg), output, engine, quiet=True)
 
 
 def rows(path):
@@ -120,7 +111,7 @@ def test_chats_are_answered_turn_by_turn(serve, tmp_path, monkeypatch):
         tmp_path / "new.jsonl",
         temperatures=(0.0, 0.8),
         api_key_env="SERVED_KEY",
-        extra={"top_k": 20},
+        body={"top_k": 20},
     )
     first, second = rows(tmp_path / "new.jsonl")
     assert [m["content"] for m in first["messages"]] == ["one", "re: one", "two", "re: two"]
@@ -199,13 +190,6 @@ def test_busy_and_broken_servers_are_asked_again(serve, tmp_path):
     card = write(server.url, settings("chat", path), tmp_path / "new.jsonl")
     assert len(asked) == 7 and card["counts"]["failed"] == 0
     assert rows(tmp_path / "new.jsonl")[0]["messages"][1]["content"] == "re: one"
-
-
-def test_the_server_says_how_long_to_wait():
-    engine = Endpoint("http://x/v1", "m", Sampling())
-    assert engine._pause(0, 7.0) == 7.0 and engine._pause(0, 9e9) == 60.0
-    assert 0.5 <= engine._pause(0, None) <= 1.0 and 2 <= engine._pause(2, None) <= 4.0
-    assert engine._pause(30, None) <= 60.0
 
 
 def test_a_request_that_is_refused_is_set_aside(serve, tmp_path):
