@@ -49,7 +49,7 @@ def features(
     cfg = load_config(HeadTrainConfig, config, overrides, flags)
     from transformers.utils.logging import disable_progress_bar
 
-    from train.prepare.features import gigabytes, write_features
+    from train.prepare.features import write_features
 
     disable_progress_bar()
     given = dict(data_format=data_format, base=base, data=data, config=config)
@@ -57,8 +57,8 @@ def features(
     words = [f"--{name}={value}" for name, value in given.items() if value is not None]
     command = shlex.join(["python", "-m", "train.prepare", "features", *words, *overrides])
     index = write_features(cfg, Path(output).expanduser(), command, shard_mb, batch_size)
-    size = gigabytes(index.tokens * index.belongs.bytes_per_token)
-    print(f"{size} of features in {output}; train with: --features {output}")
+    size = index.tokens * index.belongs.bytes_per_token / 1e9
+    print(f"{size:.3g} GB of features in {output}; train with: --features {output}")
 
 
 def regenerate(

@@ -151,7 +151,7 @@ class Endpoint:
                 raise EagleError(f"--api_key_env {api_key_env}: this environment variable is unset")
             self.headers["Authorization"] = f"Bearer {os.environ[api_key_env]}"
         self.url, self.sampling, self.timeout = url.rstrip("/"), sampling, timeout
-        self.retries, self.pause = 6, 1.0
+        self.retries, self.pause = 6, 1.0  # seconds, doubled each time
         self.concurrency, self.block = concurrency, 4 * concurrency
         self.tokenizer, self.eos = load_tokenizer(base) if base is not None else None, frozenset()
         self.body: dict[str, Any] = {"model": model, "max_tokens": sampling.max_new_tokens}

@@ -18,6 +18,7 @@ import os
 import time
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from eagle.checkpoint import atomic_write_text
 from eagle.errors import EagleError
 from eagle.meter import Meter
 from records import shipped
-from records.card import BY_TARGET, QUARANTINE, at_endpoint, card_path, file_hash
+from records.card import BY_TARGET, QUARANTINE, at_endpoint, card_path, file_hash, read_card
 from records.quarantine import BadRow, diagnose, object_of, write_quarantine
 from records.rows import RowError
 from records.sources import Record, read_records, resolve
@@ -73,7 +74,11 @@ def regenerate(
     card = finished(output, identity)
     if card is not None:
         return card
-    total = sum(1 for _ in itertools.islice(read_all(files), limit))
+
+    def read_all() -> Iterator[Record]:
+        return itertools.islice(itertools.chain.from_iterable(map(read_records, files)), limit)
+
+    total = sum(1 for _ in read_all())
     if not total:
         raise EagleError(f"{files[0]} holds no record; put at least one row into it (--data)")
     started, counts, bad = now(), Counter(dict.fromkeys(COUNTS, 0)), []
@@ -81,13 +86,19 @@ def regenerate(
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         with (
-            Journal(output, identity) as journal,
+            closing(Journal(output, identity)) as journal,
             Meter("answers", total, done=len(journal.records), quiet=quiet) as meter,
             part.open("w", encoding="utf-8", errors="backslashreplace") as file,
         ):
-            records = enumerate(itertools.islice(read_all(files), total))
+            records = enumerate(read_all())
             while block := list(itertools.islice(records, engine.block)):
-                tasks = begin(block, rewriter, bad)
+                tasks = []
+                for number, record in block:
+                    try:
+                        parts = enumerate(rewriter.steps(object_of(record)))
+                        tasks += [Task(record, number, part, steps) for part, steps in parts]
+                    except RowError as error:
+                        bad.append(BadRow.of(record, error))
                 answer(tasks, engine, rewriter.ends, journal, meter)
                 file.writelines(results(tasks, rewriter, counts, bad))
                 counts["records"] += len(block)
@@ -145,24 +156,12 @@ def finished(output: Path, identity: dict) -> dict | None:
     """The card of an output that is done. Refuses to write over anything else."""
     if output.suffix.lower() != ".jsonl":
         raise EagleError(f"--output {output}: answers are JSON lines, name a .jsonl file")
-    path = card_path(output)
-    if not path.exists():
-        if output.exists() and not output.with_suffix(".journal").exists():
-            raise EagleError(f"{output} exists and has no {path.name}; choose another --output")
-        return None
-    try:
-        card = json.loads(path.read_text(encoding="utf-8"))
-        digest = card["sha256"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise EagleError(
-            f"{path} is not a readable data card ({error!r}); delete it and {output.name}, or "
-            "choose another --output"
-        ) from error
-    require_same(output, card, identity)
-    if not output.exists() or file_hash(output) != digest:
-        raise EagleError(
-            f"{output} has changed since {path.name} was written; delete both, and start again"
-        )
+    card = read_card(output) if output.exists() else None
+    if card is not None:
+        require_same(output, card, identity)
+    elif output.exists() and not output.with_suffix(".journal").exists():
+        name = card_path(output).name
+        raise EagleError(f"{output} exists and {name} is not its card; choose another --output")
     return card
 
 
@@ -203,10 +202,7 @@ class Journal:
             self._append(identity)
         self.records = {number for number, _, _ in self.places}
 
-    def __enter__(self) -> Journal:
-        return self
-
-    def __exit__(self, *_) -> None:
+    def close(self) -> None:
         self.file.close()
 
     def known(self, key: Key) -> Answer | None:
@@ -223,17 +219,6 @@ class Journal:
     def _append(self, value: Any) -> None:
         self.file.write(json.dumps(value).encode() + b"\n")
         self.file.flush()
-
-
-def begin(block: list[tuple[int, Record]], rewriter: Rewriter, bad: list[BadRow]) -> list[Task]:
-    tasks = []
-    for number, record in block:
-        try:
-            parts = rewriter.steps(object_of(record))
-            tasks += [Task(record, number, part, steps) for part, steps in enumerate(parts)]
-        except RowError as error:
-            bad.append(BadRow.of(record, error))
-    return tasks
 
 
 def answer(
@@ -291,14 +276,9 @@ def results(
 
 
 def request_seed(seed: int, record: int, part: int, turn: int) -> int:
-    """62 bits that depend on nothing else, so that an interrupted run goes on with the same
-    noise."""
+    """62 bits that depend on nothing else: an interrupted run goes on with the same noise."""
     digest = hashlib.blake2b(repr((seed, record, part, turn)).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 2
-
-
-def read_all(files: list[Path]) -> Iterator[Record]:
-    return itertools.chain.from_iterable(map(read_records, files))
 
 
 def now() -> str:
