@@ -89,7 +89,6 @@ def parts(
     found = guarded("versions", machine.versions) + guarded("names", machine.clashes)
     found += guarded("deepspeed", partial(machine.deepspeed, cfg.train.zero))
     found += guarded("device", machine.devices) + guarded("c++", machine.compiler)
-    found += guarded("disk", partial(machine.disk, cfg))
     yield "Installation", found, None
     if with_target:
         from train.doctor_target import examine

@@ -1,4 +1,4 @@
-"""The doctor's findings about the installation, the devices and the disk."""
+"""The doctor's findings about the installation and the devices."""
 
 from __future__ import annotations
 
@@ -20,7 +20,6 @@ COLOURS = {"ok": "green", "note": "cyan", "warning": "yellow", "problem": "bold 
 OURS = "eagle-heads"
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("configs", "eagle", "records", "train", "inference")  # our top-level ones
-LITTLE = 5 * 2**30  # bytes of free disk
 
 
 @dataclass(frozen=True)
@@ -240,30 +239,3 @@ def compiler() -> Iterator[Finding]:
     yield Finding.of(good, "c++", text, remedy, "warning")
     if not is_ninja_available():
         yield Finding("warning", "c++", "ninja does not run", "pip install ninja")
-
-
-def folders(cfg: HeadTrainConfig) -> dict[str, Path]:
-    """Where a run writes, by the setting that says so."""
-    from eagle.loading import cache_folder
-
-    return {
-        "data.cache_dir or $EAGLE_CACHE": Path(cfg.data.cache_dir or cache_folder()),
-        "train.output": Path(cfg.train.output or "runs"),
-    }
-
-
-def existing(folder: Path) -> Path:
-    """`folder`, or its nearest parent that exists."""
-    folder = folder.expanduser().absolute()
-    return next(parent for parent in (folder, *folder.parents) if parent.exists())
-
-
-def disk(cfg: HeadTrainConfig) -> Iterator[Finding]:
-    for name, folder in folders(cfg).items():
-        parent = existing(folder)
-        left = shutil.disk_usage(parent).free
-        if not parent.is_dir() or not os.access(parent, os.W_OK):
-            yield Finding("problem", "disk", f"{folder} cannot be written", f"change {name}")
-        else:
-            text, remedy = f"{folder}: {size(left)} free", f"free some space, or change {name}"
-            yield Finding.of(left >= LITTLE, "disk", text, remedy, "warning")

@@ -23,7 +23,7 @@ from eagle.loading import find_folder
 from eagle.target import INSTEAD, Target, decoder_layers, refuse_encoder_decoder, refuse_unsupported
 from records import TokenizedData, load_dataset_for, load_tokenizer
 from records.dataset import Source
-from train.doctor_machine import Finding, existing, guarded, one_line, size
+from train.doctor_machine import Finding, guarded, one_line, size
 from train.head.setup import fresh_config, settle
 from train.head.teacher import LOGITS
 from train.inspect import print_samples
@@ -245,8 +245,8 @@ def needs(subject: Subject, cfg: HeadTrainConfig, device: torch.device) -> Itera
     # weights and moments in fp32, and the head as it is exported
     one = weights * (4 + moments(cfg) + (2 if t.dtype == "bf16" else 4))
     kept = one * (t.save_total_limit + 2)  # the best one, and the one being written
-    output = Path(t.output or "runs")
-    left = disk_usage(existing(output)).free
+    output = Path(t.output or "runs").expanduser().absolute()
+    left = disk_usage(next(p for p in (output, *output.parents) if p.exists())).free
     text = f"a checkpoint takes {size(one)}, those that are kept {size(kept)}; "
     text += f"{size(left)} free for {output}"
     remedy = "free some space, choose another --output, or lower train.save_total_limit"

@@ -1,6 +1,4 @@
-"""Answers from a server: a small one that speaks the protocol, and everything that it may do
-wrong.
-"""
+"""Answers from a server: a small one that speaks the protocol, and all that it may do wrong."""
 
 import json
 import re
@@ -218,9 +216,7 @@ def test_a_server_that_refuses_us_ends_the_run(serve, tmp_path, status):
 
 
 def test_a_server_that_goes_away_loses_nothing(serve, tmp_path):
-    """The run stops with what to do; started again with a server on another port it goes on, each
-    record once.
-    """
+    """The run stops with what to do; started again with another server it goes on, each once."""
     path = write_jsonl(tmp_path / "chat.jsonl", [chat(f"question {n}", "OLD") for n in range(30)])
     asked = []
 

@@ -16,8 +16,9 @@ from safetensors.torch import load_file
 from eagle.errors import EagleError
 from eagle.target import Target
 from records import load_dataset_for, load_tokenizer
-from train.head.features import FeatureStore, Index, row_key
+from train.head.features import Belongs, FeatureStore, Index, row_key
 from train.main import run
+from train.prepare import features as writing
 from train.prepare.features import write_features
 
 TINY = 0.05  # megabytes a shard
@@ -31,9 +32,8 @@ def data(tmp_path_factory):
 
 
 def prepare(cfg, output, **options):
-    return write_features(
-        cfg, output, "python -m train.prepare features", TINY, quiet=True, **options
-    )
+    command = "python -m train.prepare features"
+    return write_features(cfg, output, command, TINY, quiet=True, **options)
 
 
 @pytest.fixture(scope="module")
@@ -164,10 +164,7 @@ def test_a_damaged_shard_is_named_with_its_repair(stores, base, data, tmp_path, 
         ({"base": 1}, "another target: fingerprint"),
         ({"model": {"feature_layers": [0, 1, 2]}}, r"feature layers \[1, 2, 4\].*has \[0, 1, 2\]"),
         ({"model": {"dtype": "bfloat16"}}, "dtype float32, this run has bfloat16; set model.dtype"),
-        (
-            {"data": 1},
-            r"lack \d+ of the \d+ rows.*files=\['fim.jsonl'\], this run has \['other.jsonl'\]",
-        ),
+        ({"data": 1}, r"lack \d+ of the \d+ rows.*files=\['fim.jsonl'\], this run has \['other"),
         ({"data_more": {"max_length": 48}}, "lack .*max_length=96, this run has 48"),
         ({"data_more": {"heldout_fraction": 0}}, "lack .*heldout_fraction=0.1, this run has 0"),
     ],
@@ -189,9 +186,7 @@ def test_features_of_something_else_are_refused(
 
 
 def test_a_part_of_the_data_is_enough(stores, base, data, tmp_path):
-    """Rows are known by their tokens: another seed, order or share of them needs no other
-    features.
-    """
+    """Rows are known by their tokens: in another order, or some of them."""
     part = tmp_path / "part.jsonl"
     part.write_text("".join(data.read_text().splitlines(keepends=True)[::2]))
     more = {"features": str(stores("float32")), "seed": 3, "heldout_fraction": 0.2}
@@ -217,17 +212,13 @@ def test_other_features_are_not_overwritten(stores, base, data, tmp_path):
 def test_too_little_disk_is_refused_before_work(base, data, tmp_path, monkeypatch, capsys):
     usage = SimpleNamespace(free=1_500_000)
     monkeypatch.setattr("train.prepare.features.shutil.disk_usage", lambda path: usage)
-    with pytest.raises(
-        EagleError, match=r"need .* GB and .* has 0.0015 GB free: choose an --output"
-    ):
+    with pytest.raises(EagleError, match=r"need .* GB and .* has 0.0015 GB free: choose an --o"):
         write_features(config(base, data, tmp_path), tmp_path / "features", "again", TINY)
     assert "x 512 bytes = " in capsys.readouterr().err
     assert not (tmp_path / "features").exists()
 
 
 def test_a_disk_that_fills_up_leaves_whole_shards(base, data, tmp_path, monkeypatch):
-    from train.prepare import features as writing
-
     written, save = [], writing.save_file
 
     def full(tensors, path, metadata):
@@ -248,8 +239,6 @@ def test_a_disk_that_fills_up_leaves_whole_shards(base, data, tmp_path, monkeypa
 
 
 def test_an_adapter_is_part_of_the_target(base):
-    from train.head.features import Belongs
-
     target = Target.from_pretrained(base, dtype="float32")
     bare = Belongs.to(target)
     target._identity["adapter"] = "a" * 64

@@ -1,6 +1,4 @@
-"""Answers written by the target itself: what is asked, what is kept, and what a kill or a bad row
-does.
-"""
+"""Answers by the target itself: what is asked, what is kept, what a kill or a bad row does."""
 
 import json
 import os
