@@ -1,10 +1,9 @@
-"""The doctor's findings about the installation, the devices and the disk."""
+"""The doctor's findings about the installation and the devices."""
 
 from __future__ import annotations
 
 import importlib.util
 import os
-import platform
 import shutil
 import subprocess
 import sys
@@ -20,8 +19,7 @@ from eagle.errors import EagleError
 COLOURS = {"ok": "green", "note": "cyan", "warning": "yellow", "problem": "bold red"}
 OURS = "eagle-heads"
 ROOT = Path(__file__).parents[1]
-PACKAGES = ("configs", "eagle", "records", "train", "inference")
-LITTLE, NOTHING = 5 * 2**30, 2**30  # bytes of free disk
+PACKAGES = ("configs", "eagle", "records", "train", "inference")  # our top-level ones
 
 
 @dataclass(frozen=True)
@@ -39,38 +37,37 @@ class Finding:
     def __post_init__(self) -> None:
         assert self.level in COLOURS and bool(self.remedy) != (self.level == "ok"), self
 
-
-def failed(check: str, error: Exception) -> Finding:
-    """An exception as a problem. The remedy of our own errors follows their last semicolon or
-    colon; anything else is what a broken installation or file raises."""
-    text = " ".join(str(error).split())
-    if not isinstance(error, (EagleError, ConfigError)):
-        reason = f"this check broke: {type(error).__name__}: {text[:300]}"
-        return Finding("problem", check, reason, "repair what it names, or report it with --json")
-    for mark in ("; ", ": "):
-        what, found, remedy = text.rpartition(mark)
-        if found:
-            return Finding("problem", check, what, remedy)
-    return Finding("problem", check, text, "see the message")
+    @classmethod
+    def of(cls, good: bool, check: str, text: str, remedy: str, level: str = "problem") -> Finding:
+        """`ok` if it is good, else `level` with the remedy."""
+        return cls("ok", check, text) if good else cls(level, check, text, remedy)
 
 
 def guarded(check: str, run: Callable[[], Iterable[Finding]]) -> list[Finding]:
-    """What `run` finds. A check that breaks is itself a finding: the others still count."""
+    """What `run` finds. A check that breaks is itself a finding: the others still count. The remedy
+    of our own errors follows their last semicolon or colon."""
     found: list[Finding] = []
     try:
         found.extend(run())
-    except Exception as error:  # whatever it is, the doctor is there to say so
-        found.append(failed(check, error))
+    except (EagleError, ConfigError) as error:
+        text = one_line(error)
+        what, _, remedy = text.rpartition("; " if "; " in text else ": ")
+        found.append(Finding("problem", check, what or text, remedy or "see the message"))
+    except Exception as error:  # what a broken installation or file raises
+        reason = f"this check broke: {type(error).__name__}: {one_line(error)}"
+        remedy = "repair what it names, or report it with --json"
+        found.append(Finding("problem", check, reason, remedy))
     return found
+
+
+def one_line(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return text if isinstance(error, (EagleError, ConfigError)) else text[:200]
 
 
 def size(count: float) -> str:
     """Bytes for people."""
-    for unit in ("B", "KiB", "MiB"):
-        if count < 1024:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1024
-    return f"{count:.1f} GiB"
+    return f"{count / 2**30:.3g} GiB"
 
 
 # the installation
@@ -81,12 +78,6 @@ def versions() -> Iterator[Finding]:
     from packaging.requirements import Requirement
     from packaging.version import Version
 
-    low, high = (3, 10), (3, 13)
-    text = f"Python {platform.python_version()}"
-    if low <= sys.version_info[:2] <= high:
-        yield Finding("ok", "python", text)
-    else:
-        yield Finding("warning", "python", f"{text} is untested", "use Python 3.10 to 3.13")
     try:
         declared = metadata.requires(OURS) or []
     except metadata.PackageNotFoundError:
@@ -95,27 +86,29 @@ def versions() -> Iterator[Finding]:
         return
     good = []
     for need in map(Requirement, declared):
-        optional = "extra" in str(need.marker or "")
-        found = _version(need.name)
-        if (need.marker and not optional and not need.marker.evaluate()) or (
-            optional and found is None
-        ):
-            continue
+        found = version(need.name)
+        wanted = need.marker is None or need.marker.evaluate({"extra": ""})
         command = f"pip install '{need.name}{need.specifier}'"
-        if found is None:
+        if found is None and wanted:
             yield Finding("problem", "versions", f"{need.name} is not installed", command)
-        elif need.specifier.contains(found, prereleases=True):
+        elif found and need.specifier.contains(found, prereleases=True):
             good.append(f"{need.name} {found}")
-        else:
-            bounds = [s for s in need.specifier if s.operator in ("<", "<=")]
-            above = any(Version(found) >= Version(s.version) for s in bounds)
-            text = f"{need.name} {found} is {'newer' if above else 'older'} than supported"
-            yield Finding("warning" if above else "problem", "versions", text, command)
+        elif found:
+            newer = Version(found) >= max(Version(bound.version) for bound in need.specifier)
+            text = f"{need.name} {found} is {'newer' if newer else 'older'} than supported"
+            yield Finding("warning" if newer else "problem", "versions", text, command)
     yield Finding("ok", "versions", ", ".join(dict.fromkeys(good)))
 
 
+def version(distribution: str) -> str | None:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None
+
+
 def clashes() -> Iterator[Finding]:
-    """Distributions that install a top-level package of ours, and imports that end elsewhere."""
+    """Other distributions that install a top-level package of ours."""
     import eagle  # noqa: F401  (appends our folder to kernels.__path__)
 
     owners = metadata.packages_distributions()
@@ -125,45 +118,34 @@ def clashes() -> Iterator[Finding]:
             text = f"{', '.join(others)} also installs a package called {name!r}"
             remedy = f"pip uninstall {' '.join(others)}, or use an environment of its own"
             yield Finding("problem", "names", text, remedy)
-        spec = importlib.util.find_spec(name)
-        places = list(spec.submodule_search_locations or []) if spec else []
-        if places and Path(places[0]).resolve() != ROOT / name:
-            text = f"'import {name}' finds {places[0]}, not ours"
-            remedy = "remove that folder from sys.path (PYTHONPATH, the current folder)"
-            yield Finding("problem", "names", text, remedy)
-    if importlib.util.find_spec("kernels.tree_attention") is None:
-        text = "another package 'kernels' hides ours"
-        remedy = "import eagle before kernels, or pip uninstall kernels"
-        yield Finding("problem", "names", text, remedy)
-    else:
-        beside = sorted(set(owners.get("kernels", ())) - {OURS})
-        text = f"beside Hugging Face's ({', '.join(beside)})" if beside else "alone of that name"
-        yield Finding("ok", "names", f"our kernels are found, {text}")
+    found = importlib.util.find_spec("kernels.tree_attention") is not None
+    text = "our kernels are found" if found else "another package 'kernels' hides ours"
+    yield Finding.of(found, "names", text, "import eagle before kernels, or pip uninstall kernels")
 
 
 def deepspeed(zero: int = 0, seconds: float = 90) -> Iterator[Finding]:
     """Trains a step in a process of its own: DeepSpeed can be initialised once in each."""
     ranks = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
     environment = {k: v for k, v in os.environ.items() if k not in ranks}
-    paths = [str(ROOT), os.environ.get("PYTHONPATH")]
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
     code = f"from train.doctor_machine import deepspeed_step; deepspeed_step({zero})"
-    command = [sys.executable, "-c", code]
+    good, lines = said_by([sys.executable, "-c", code], seconds, env=environment, cwd=ROOT)
+    text = lines[-1] if good else f"it cannot train one step: {lines[-1][:300]}"
+    remedy = (
+        f"repair it; to see all of it: python -c '{code}'; where it hangs, delete a stale lock in "
+        "~/.cache/torch_extensions"
+    )
+    yield Finding.of(good, "deepspeed", text, remedy)
+
+
+def said_by(command: list[str], seconds: float = 60, **options) -> tuple[bool, list[str]]:
+    """Has it ended well? And the lines that it wrote, to stderr where it has not."""
+    given = {"capture_output": True, "text": True, "timeout": seconds, **options}
     try:
-        done = subprocess.run(
-            command, env=environment, capture_output=True, text=True, timeout=seconds
-        )
+        done = subprocess.run(command, **given)
     except subprocess.TimeoutExpired:
-        text = f"one training step took more than {seconds:g} s"
-        remedy = "delete a stale lock in ~/.cache/torch_extensions"
-        yield Finding("problem", "deepspeed", text, remedy)
-        return
-    if done.returncode:
-        reason = (done.stderr.strip().splitlines() or ["no output"])[-1][:300]
-        remedy = f"repair it; to see all of it: python -c '{code}'"
-        yield Finding("problem", "deepspeed", f"it cannot train one step: {reason}", remedy)
-        return
-    yield Finding("ok", "deepspeed", done.stdout.strip().splitlines()[-1])
+        return False, [f"it took more than {seconds:g} s"]
+    said = done.stderr if done.returncode else done.stdout
+    return not done.returncode, said.strip().splitlines() or ["no output"]
 
 
 def deepspeed_step(zero: int) -> None:
@@ -196,29 +178,22 @@ def devices() -> Iterator[Finding]:
             remedy = "install a CUDA build of torch (see pytorch.org)"
             yield Finding("warning", "device", text, remedy)
         else:
-            hidden = os.environ.get("CUDA_VISIBLE_DEVICES") == ""
-            text = "CUDA_VISIBLE_DEVICES is empty: GPUs are hidden" if hidden else "no GPU"
+            text = f"no GPU (CUDA_VISIBLE_DEVICES={os.environ.get('CUDA_VISIBLE_DEVICES')})"
             remedy = "use a GPU for targets above a billion parameters"
-            yield Finding("note", "device", text, "unset it" if hidden else remedy)
-        if fast_bf16(torch.device("cpu")):
-            yield Finding("ok", "bf16", "this CPU multiplies bf16 natively")
-        else:
-            remedy = (
-                "leave dtypes at their defaults, or set train.dtype=fp32, in fine-tuning "
-                "model.compute=fp32, in generation --dtype float32"
-            )
-            yield Finding("note", "bf16", "this CPU emulates bf16, slowly", remedy)
+            yield Finding("note", "device", text, remedy)
+        fast = fast_bf16(torch.device("cpu"))
+        text = f"this CPU {'multiplies bf16 natively' if fast else 'emulates bf16, slowly'}"
+        remedy = (
+            "leave dtypes at their defaults, or set train.dtype=fp32, in fine-tuning "
+            "model.compute=fp32, in generation --dtype float32"
+        )
+        yield Finding.of(fast, "bf16", text, remedy, "note")
         return
     for index in range(torch.cuda.device_count()):
         facts = torch.cuda.get_device_properties(index)
         free, total = torch.cuda.mem_get_info(index)
         text = f"cuda:{index} {facts.name}, sm_{facts.major}{facts.minor}, "
-        text += f"{size(free)} of {size(total)} free"
-        if free < 0.5 * total:
-            remedy = "see nvidia-smi, or choose another GPU with CUDA_VISIBLE_DEVICES"
-            yield Finding("warning", "device", f"{text}: others hold the rest", remedy)
-        else:
-            yield Finding("ok", "device", text)
+        yield Finding("ok", "device", f"{text}{size(free)} of {size(total)} free")
         if facts.major < 8 and torch.version.hip is None:
             remedy = "set model.dtype=float16 train.dtype=fp32"
             yield Finding("note", "bf16", f"cuda:{index} has no bf16 tensor cores", remedy)
@@ -237,17 +212,13 @@ def triton() -> Iterator[Finding]:
     path = torch.tensor([[1, 3]], device="cuda")
     try:
         commit_kv(buffer, lengths, path, counts)
+        commit_kv_reference(expected, lengths, path, counts)
+        said = "" if torch.equal(buffer, expected) else "a result differs from its reference"
     except Exception as error:  # a compiler's, a driver's or a linker's
-        text = f"our kernels do not compile: {' '.join(str(error).split())[:200]}"
-        remedy = "install gcc and the Python headers, or set EAGLE_TRITON=0 for the references"
-        yield Finding("problem", "triton", text, remedy)
-        return
-    commit_kv_reference(expected, lengths, path, counts)
-    if torch.equal(buffer, expected):
-        yield Finding("ok", "triton", "our kernels compile and agree with their references")
-    else:
-        remedy = "set EAGLE_TRITON=0, and report this GPU and version"
-        yield Finding("problem", "triton", "a compiled kernel is wrong", remedy)
+        said = one_line(error)
+    text = f"our kernels do not work: {said}" if said else "our kernels equal their references"
+    remedy = "install gcc and the Python headers, or set EAGLE_TRITON=0 for the references"
+    yield Finding.of(not said, "triton", text, remedy)
 
 
 def compiler() -> Iterator[Finding]:
@@ -257,57 +228,14 @@ def compiler() -> Iterator[Finding]:
     from kernels.cpu_extension import FLAGS
 
     name = os.environ.get("CXX", "g++")
-    text = "#include <vector>\n#include <bit>\nint main() {}\n"
+    source = "#include <vector>\n#include <bit>\nint main() {}\n"
     command = [name, *FLAGS, "-x", "c++", "-fsyntax-only", "-"]
-    remedy = "install g++ 11 or newer (Debian: apt-get install g++); compile='max' needs it"
     try:
-        done = subprocess.run(command, input=text, capture_output=True, text=True, timeout=60)
+        good, lines = said_by(command, input=source)
+        text = f"{name} compiles C++20" if good else f"{name} cannot compile C++20: {lines[0]}"
     except OSError:
-        yield Finding("warning", "c++", f"no C++ compiler ({name})", remedy)
-    else:
-        if done.returncode:
-            reason = (done.stderr.strip().splitlines() or ["no message"])[0][:200]
-            yield Finding("warning", "c++", f"{name} cannot compile C++20: {reason}", remedy)
-        else:
-            yield Finding("ok", "c++", f"{name} compiles C++20 with {' '.join(FLAGS)}")
+        good, text = False, f"no C++ compiler ({name})"
+    remedy = "install g++ 11 or newer (Debian: apt-get install g++); compile='max' needs it"
+    yield Finding.of(good, "c++", text, remedy, "warning")
     if not is_ninja_available():
         yield Finding("warning", "c++", "ninja does not run", "pip install ninja")
-
-
-def folders(cfg: HeadTrainConfig) -> dict[str, Path]:
-    """Where a run writes, by the setting that says so."""
-    from eagle.loading import cache_folder
-
-    return {
-        "data.cache_dir or $EAGLE_CACHE": Path(cfg.data.cache_dir or cache_folder()),
-        "train.output": Path(cfg.train.output or "runs"),
-    }
-
-
-def free_bytes(folder: Path) -> int:
-    return shutil.disk_usage(existing(folder)).free
-
-
-def existing(folder: Path) -> Path:
-    """`folder`, or its nearest parent that exists."""
-    folder = folder.expanduser().absolute()
-    return next(parent for parent in (folder, *folder.parents) if parent.exists())
-
-
-def disk(cfg: HeadTrainConfig) -> Iterator[Finding]:
-    for name, folder in folders(cfg).items():
-        parent, left = existing(folder), free_bytes(folder)
-        text, remedy = f"{folder}: {size(left)} free", f"free some space, or change {name}"
-        if not parent.is_dir() or not os.access(parent, os.W_OK):
-            yield Finding("problem", "disk", f"{folder} cannot be written", f"change {name}")
-        elif left < LITTLE:
-            yield Finding("problem" if left < NOTHING else "warning", "disk", text, remedy)
-        else:
-            yield Finding("ok", "disk", text)
-
-
-def _version(distribution: str) -> str | None:
-    try:
-        return metadata.version(distribution)
-    except metadata.PackageNotFoundError:
-        return None

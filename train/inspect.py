@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
+from itertools import groupby
+from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
 from configs import ConfigError, HeadTrainConfig, load_config
@@ -37,10 +39,8 @@ def inspect(
     num:         samples to show.     split: train or eval.     color: auto, always or never.
     """
     console = make_console(color)
-    if split not in ("train", "eval"):
-        raise ConfigError(f"--split={split}: must be train or eval")
-    if num < 0:
-        raise ConfigError(f"--num={num}: must be 0 or more")
+    if split not in ("train", "eval") or num < 0:
+        raise ConfigError(f"--split={split} --num={num}: must be train or eval, and 0 or more")
     flags = {"data.format": data_format, "data.path": data, "model.base": base}
     cfg = load_config(HeadTrainConfig, config, overrides, flags)
 
@@ -49,12 +49,23 @@ def inspect(
     tokenizer = load_tokenizer(cfg.model.base)
     lenient = cfg.data.model_copy(update={"max_bad_fraction": 1.0})
     loaded = load_dataset_for(lenient, tokenizer, split=split)
-    print_header(console, loaded, cfg)
-    step = max(1, len(loaded) // num) if num else 1
-    for index in range(0, min(len(loaded), num * step), step):
-        print_sample(console, loaded[index], index, tokenizer)
-    print_bad(console, loaded)
-    records, bad = loaded.stats["records"], loaded.stats["bad"]
+    stats = loaded.stats
+    console.print(f"{cfg.data.format} from {', '.join(map(str, loaded.paths))}", markup=False)
+    console.print(
+        f"{stats['rows']} rows, {stats['tokens']} tokens, {stats['supervised_tokens']} supervised "
+        f"({stats['supervised_tokens'] / stats['tokens']:.1%}), {stats['truncated']} truncated to "
+        f"{cfg.data.max_length} tokens, {stats['bad']} of {stats['records']} records bad"
+    )
+    console.print(f"[{SUPERVISED}]supervised tokens[/], [{CONTEXT}]context[/]")
+    print_samples(loaded, num, tokenizer, console)
+    if loaded.bad_rows:
+        console.rule(f"{len(loaded.bad_rows)} bad rows")
+    for reason, count in Counter(row.reason for row in loaded.bad_rows).most_common():
+        first = next(row for row in loaded.bad_rows if row.reason == reason)
+        console.print(f"{count} x {reason}", style="bold red", markup=False)
+        console.print(f"  first: {first.where}: {first.message}", markup=False)
+        console.print(f"  to do: {first.remedy}", markup=False)
+    records, bad = stats["records"], stats["bad"]
     if bad > cfg.data.max_bad_fraction * records:
         raise EagleError(
             f"{bad} of {records} rows are unusable: training would stop, because that is more than "
@@ -77,62 +88,24 @@ def make_console(color: str) -> Console:
     )
 
 
-def print_header(console: Console, loaded: TokenizedData, cfg: HeadTrainConfig) -> None:
-    stats = loaded.stats
-    share = stats["supervised_tokens"] / stats["tokens"]
-    console.print(f"[bold]{cfg.data.format}[/bold] from {', '.join(map(str, loaded.paths))}")
-    console.print(
-        f"{stats['rows']} rows, {stats['tokens']} tokens, {stats['supervised_tokens']} supervised "
-        f"({share:.1%}), {stats['truncated']} truncated to {cfg.data.max_length} tokens, "
-        f"{stats['bad']} of {stats['records']} records bad"
-        + (" (from the cache)" if loaded.cache_hit else "")
-    )
-    console.print(f"[{SUPERVISED}]supervised tokens[/], [{CONTEXT}]context[/]")
-
-
-def print_sample(console: Console, row: dict[str, Any], index: int, tokenizer: Any) -> None:
-    """One row; without colour, supervised runs stand between ⟦ and ⟧."""
+def print_samples(loaded: TokenizedData, num: int, tokenizer: Any, console: Console) -> None:
+    """Rows from all over the data; without colour, supervised runs stand between ⟦ and ⟧."""
     from rich.text import Text
 
-    mask = row["loss_mask"]
-    console.rule(f"row {index}: {row['format']}, {len(mask)} tokens, {sum(mask)} supervised")
-    text = Text()
-    for supervised, ids in _runs(row["input_ids"], mask):
-        piece = tokenizer.decode(ids, skip_special_tokens=False)
-        if not supervised:
-            text.append(piece, CONTEXT)
-        elif console.color_system is None or console.no_color:
-            text.append(f"⟦{piece}⟧")
-        else:
-            text.append(piece, SUPERVISED)
-    console.print(text)
-
-
-def print_bad(console: Console, loaded: TokenizedData) -> None:
-    """Reasons with counts, the first rows of each, and what to do."""
-    from rich.markup import escape
-
-    bad = loaded.bad_rows
-    if not bad:
-        return
-    console.rule(f"{len(bad)} bad rows")
-    for reason, count in Counter(row.reason for row in bad).most_common():
-        rows = [row for row in bad if row.reason == reason]
-        console.print(f"[bold red]{count} x {escape(reason)}[/]  to do: {escape(rows[0].remedy)}")
-        for row in rows[:3]:
-            console.print(escape(f"  {row.where}: {row.message}"))
-        if count > 3:
-            console.print(f"  and {count - 3} more")
-
-
-def _runs(ids: list[int], mask: list[int]) -> list[tuple[int, list[int]]]:
-    """Neighbouring tokens of one kind, together."""
-    runs: list[tuple[int, list[int]]] = []
-    for token, supervised in zip(ids, mask, strict=True):
-        if not runs or runs[-1][0] != supervised:
-            runs.append((supervised, []))
-        runs[-1][1].append(token)
-    return runs
+    step = max(1, len(loaded) // num) if num else 1
+    for index in range(0, min(len(loaded), num * step), step):
+        row, text = loaded[index], Text()
+        mask = row["loss_mask"]
+        console.rule(f"row {index}: {row['format']}, {len(mask)} tokens, {sum(mask)} supervised")
+        for supervised, run in groupby(zip(mask, row["input_ids"], strict=True), itemgetter(0)):
+            piece = tokenizer.decode([token for _, token in run], skip_special_tokens=False)
+            if not supervised:
+                text.append(piece, CONTEXT)
+            elif console.color_system is None or console.no_color:
+                text.append(f"⟦{piece}⟧")
+            else:
+                text.append(piece, SUPERVISED)
+        console.print(text)
 
 
 if __name__ == "__main__":

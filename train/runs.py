@@ -1,9 +1,8 @@
-"""A training run on disk, whatever it trains: its folder, the checkpoints in it, its log and its
-end.
+"""A training run on disk, whatever it trains: its folder, its checkpoints, its log and its end.
 
-    OUTPUT/config.yaml  metrics.jsonl  summary.json
-    OUTPUT/checkpoints/step-N, checkpoint-N   whole, or not there
-    OUTPUT/checkpoints/latest, best           names of checkpoints
+OUTPUT/config.yaml  metrics.jsonl  summary.json
+OUTPUT/checkpoints/step-N, checkpoint-N   whole, or not there
+OUTPUT/checkpoints/latest, best           names of checkpoints
 """
 
 from __future__ import annotations
@@ -91,9 +90,8 @@ def require_writable(path: Path) -> None:
         probe.touch()
         probe.unlink()
     except OSError as error:
-        raise EagleError(
-            f"cannot write to {path}: {error.strerror}; choose another --output"
-        ) from error
+        text = f"cannot write to {path}: {error.strerror}; choose another --output"
+        raise EagleError(text) from error
 
 
 def write_config(output: Path, cfg) -> None:

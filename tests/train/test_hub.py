@@ -1,6 +1,4 @@
-"""Hub ids wherever a base, a head or an adapter is asked for: from a real hub cache, without a
-network.
-"""
+"""Hub ids wherever a base, a head or an adapter is asked for: from a real hub cache, offline."""
 
 import importlib
 import json
@@ -26,9 +24,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def publish(cache, name, folder, revision="main"):
-    """As the hub's own client lays a download out: blobs, snapshots of links to them, and a name
-    for a snapshot.
-    """
+    """As the hub's client lays a download out: blobs, snapshots of links to them, their names."""
     repository = cache / f"models--{name.replace('/', '--')}"
     commit = f"{len(list(repository.glob('snapshots/*'))) + 1:040x}"
     snapshot = repository / "snapshots" / commit
@@ -44,9 +40,7 @@ def publish(cache, name, folder, revision="main"):
 
 @pytest.fixture(scope="module")
 def hub(tmp_path_factory, tokenizer_dir):
-    """org/tiny (main, and another model with another tokenizer at `old`), tiny, org/head for both,
-    org/lora.
-    """
+    """org/tiny (main, and another model and tokenizer at `old`), tiny, org/head for both, org/lora."""
     cache, work = tmp_path_factory.mktemp("hub"), tmp_path_factory.mktemp("work")
     for seed, revision in enumerate(("main", "old")):
         base, head = work / revision, work / f"head-{revision}"
@@ -86,12 +80,9 @@ def test_the_api(online):
     assert ids.tolist() == model.naivegenerate([[5, 6, 7]], max_new_tokens=8).tolist()
     assert model.target.identity["id"] == model.target.name == "org/tiny"
     assert model.tokenizer.model_max_length != 77
-    for options in (
-        {"base_model_path": "org/tiny@old"},
-        {"base_model_path": "org/tiny", "revision": "old"},
-    ):
+    for base, options in (("org/tiny@old", {}), ("org/tiny", {"revision": "old"})):
         old = EaModel.from_pretrained(
-            ea_model_path="org/head@old", dtype="float32", device="cpu", **options
+            base, "org/head@old", dtype="float32", device="cpu", **options
         )
         assert old.target.identity["id"] == "org/tiny@old"
         assert old.target.identity["fingerprint"] != model.target.identity["fingerprint"]
@@ -108,15 +99,12 @@ def test_a_folder_is_a_folder_and_everything_else_is_an_id(online, tmp_path):
         (tmp_path / name).mkdir(parents=True)
         assert find_folder(name).samefile(tmp_path / name)
     for name in ("org/none", "org/tiny@none", "none"):
-        with pytest.raises(
-            EagleError,
-            match=f"no model folder '{name}', and the hub.*; give a folder with .*hf download",
-        ):
+        said = f"no model folder '{name}', and the hub.*; give a folder with .*hf download"
+        with pytest.raises(EagleError, match=said):
             find_folder(name)
     for name in ("./none", "a/b/c", "/nowhere/at/all", "~/none"):
-        with pytest.raises(
-            EagleError, match="no head folder .*; give a folder with .*, or a hub id ORG/NAME"
-        ):
+        said = "no head folder .*; give a folder with .*, or a hub id ORG/NAME"
+        with pytest.raises(EagleError, match=said):
             find_folder(name, "head")
 
 
@@ -159,50 +147,43 @@ def test_the_commands(online, tmp_path, capsys, line):
 
 
 def run(hub, folder, line, **environment):
-    """In a real process: the hub's client reads these variables at its import."""
+    """In a process whose hub client reads these variables at its import."""
     outside = {k: v for k, v in os.environ.items() if not k.endswith(("RANK", "WORLD_SIZE"))}
-    env = outside | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_CACHE": str(hub)}
-    env |= {"HF_HUB_OFFLINE": "1", "EAGLE_CACHE": str(folder / "cache"), **environment}
+    env = {"HF_HUB_CACHE": str(hub), "HF_HUB_OFFLINE": "1", "EAGLE_CACHE": str(folder / "cache")}
+    env |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment}
     command = [sys.executable, "-m", *line.split()]
-    return subprocess.run(command, env=env, cwd=folder, capture_output=True, text=True, timeout=300)
+    return subprocess.run(
+        command, env=outside | env, cwd=folder, capture_output=True, text=True, timeout=300
+    )
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "line, record",
     [
+        ("main --init_head org/head@old eval.num_prompts=0 train.dtype=fp32", "head target"),
         (
-            "train.main --init_head org/head@old eval.num_prompts=0 train.dtype=fp32",
-            "head/eagle.json target",
-        ),
-        (
-            "train.finetune sft model.quantization=none model.compute=fp32 data.heldout_fraction=0.2",
-            "adapter/eagle.json base",
+            "finetune sft model.quantization=none model.compute=fp32 data.heldout_fraction=0.2",
+            "adapter base",
         ),
     ],
 )
 def test_training_and_fine_tuning(hub, tmp_path, line, record):
     write_fim(tmp_path / "fim.jsonl", rows=12)
     small = f"--base org/tiny@old {FIM} --output run train.max_steps=1 train.batch_size=2"
-    done = run(hub, tmp_path, f"{line} {small}")
+    done = run(hub, tmp_path, f"train.{line} {small}")
     assert done.returncode == 0, done.stderr
-    file, part = record.split()
-    assert json.loads((tmp_path / "run" / file).read_text())[part]["id"] == "org/tiny@old"
+    folder, part = record.split()
+    made = json.loads((tmp_path / "run" / folder / "eagle.json").read_text())
+    assert made[part]["id"] == "org/tiny@old"
 
 
-@pytest.mark.parametrize(
-    "line, environment",
-    [
-        (
-            "inference.generate --prompt x",
-            {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": "http://127.0.0.1:9"},
-        ),
-        ("train.main --output run", {}),
-    ],
-    ids=["unreachable", "offline"],
-)
-def test_what_the_hub_does_not_give_is_one_line(hub, tmp_path, line, environment):
-    done = run(hub, tmp_path, f"{line} --base org/none", **environment)
+UNREACHABLE = {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": "http://127.0.0.1:9"}
+
+
+@pytest.mark.parametrize("environment", [UNREACHABLE, {}], ids=["unreachable", "offline"])
+def test_what_the_hub_does_not_give_is_one_line(hub, tmp_path, environment):
+    done = run(hub, tmp_path, "train.main --output run --base org/none", **environment)
     assert done.returncode == 1
     (line,) = done.stderr.splitlines()
     assert "'org/none'" in line and "hf download org/none --local-dir" in line

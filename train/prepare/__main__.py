@@ -49,22 +49,16 @@ def features(
     cfg = load_config(HeadTrainConfig, config, overrides, flags)
     from transformers.utils.logging import disable_progress_bar
 
-    from train.prepare.features import gigabytes, write_features
+    from train.prepare.features import write_features
 
     disable_progress_bar()
-    given = {
-        "data_format": data_format,
-        "base": base,
-        "data": data,
-        "config": config,
-        "shard_mb": f"{shard_mb:g}",
-        "batch_size": str(batch_size),
-    }
-    words = [w for name, value in given.items() if value is not None for w in (f"--{name}", value)]
+    given = dict(data_format=data_format, base=base, data=data, config=config)
+    given |= dict(shard_mb=shard_mb, batch_size=batch_size)
+    words = [f"--{name}={value}" for name, value in given.items() if value is not None]
     command = shlex.join(["python", "-m", "train.prepare", "features", *words, *overrides])
     index = write_features(cfg, Path(output).expanduser(), command, shard_mb, batch_size)
-    size = gigabytes(index.tokens * index.belongs.bytes_per_token)
-    print(f"{size} of features in {output}; train with: --features {output}")
+    size = index.tokens * index.belongs.bytes_per_token / 1e9
+    print(f"{size:.3g} GB of features in {output}; train with: --features {output}")
 
 
 def regenerate(
@@ -89,7 +83,7 @@ def regenerate(
     device: str | None = None,
     endpoint: str | None = None,
     endpoint_model: str | None = None,
-    endpoint_body: str | None = None,
+    endpoint_body: str = "{}",
     api_key_env: str | None = None,
     concurrency: int = 8,
     timeout: float = 600.0,
@@ -118,44 +112,24 @@ def regenerate(
     flags = {"data.format": data_format, "data.path": data}
     cfg = load_config(HeadTrainConfig, config, overrides, flags).data
     from train.prepare import regenerate as work
-    from train.prepare.answering import Sampling
+    from train.prepare.answering import Endpoint, Local, Sampling
 
-    sampling = Sampling(_temperatures(temperature), top_p, top_k, max_new_tokens)
+    sampling = Sampling(_temperatures(temperature), top_p, top_k, max_new_tokens, seed)
     files = work.find_files(cfg)
-    notes = {}
     if endpoint is not None and endpoint_model is not None:
-        parts = work.open_endpoint(
-            cfg,
-            sampling,
-            endpoint,
-            endpoint_model,
-            base,
-            _json_object(endpoint_body),
-            api_key_env,
-            concurrency,
-            timeout,
-        )
-        notes["url"] = endpoint.rpartition("@")[2]  # without a password
-    elif endpoint or endpoint_model or endpoint_body or api_key_env:
+        body = _json_object(endpoint_body)
+        asking = dict(base=base, body=body, api_key_env=api_key_env, concurrency=concurrency)
+        engine = Endpoint(endpoint, endpoint_model, sampling, timeout=timeout, **asking)
+    elif endpoint or endpoint_model or endpoint_body != "{}" or api_key_env:
         raise ConfigError(
             "--endpoint URL and --endpoint_model NAME go together, and --endpoint_body and "
             "--api_key_env with them"
         )
     else:
-        parts = work.open_local(
-            cfg,
-            sampling,
-            base,
-            head,
-            slots,
-            adapter,
-            quantization=quantization,
-            dtype=dtype,
-            device=device,
-            compile=compile,
-        )
+        loading = dict(adapter_path=adapter, quantization=quantization, compile=compile)
+        engine = Local(sampling, base, head, slots, dtype=dtype, device=device, **loading)
     target = Path(output).expanduser()
-    counts = work.regenerate(files, target, *parts, sampling, seed, limit, notes)["counts"]
+    counts = work.regenerate(cfg, files, target, engine, limit)["counts"]
     print(
         f"{counts['written']} of {counts['records']} records in {output}: {counts['answers']} "
         f"answers, {counts['cut_at_max_new_tokens']} cut at {max_new_tokens} tokens, "
@@ -185,9 +159,9 @@ def _temperatures(text: str) -> tuple[float, ...]:
     return values
 
 
-def _json_object(text: str | None) -> dict[str, Any]:
+def _json_object(text: str) -> dict[str, Any]:
     try:
-        value = json.loads(text or "{}")
+        value = json.loads(text)
     except ValueError:
         value = None
     if not isinstance(value, dict):

@@ -1,12 +1,14 @@
 """Who writes the answers: the target in this process, or one that is served elsewhere.
 
-Both take a list of `Ask` and yield (number of the ask, its `Answer`) as soon as one is done.
+Both take a list of `Request` and yield (number of the request, its `Answer`) as soon as one is
+done. who: "target" {id, fingerprint, adapter} and "engine" of the data card.
 """
 
 from __future__ import annotations
 
 import http.client
 import json
+import os
 import random
 import threading
 import urllib.error
@@ -14,9 +16,10 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from eagle.errors import EagleError
+from records import load_tokenizer
 from train.prepare.records import Answer, Ask
 
 BUSY = (408, 425, 429, 500, 502, 503, 504)  # try again
@@ -24,40 +27,61 @@ OURS = (401, 403, 404, 405)  # every request would fail
 LONGEST_PAUSE = 60.0  # seconds
 TAIL = 4  # prompt tokens that are decoded along, so that a first blank is not lost
 
+
+class Request(NamedTuple):
+    ask: Ask
+    seed: int
+    temperature: float
+
+
 Progress = Callable[[int], None]  # told the tokens that have come
+Answers = Iterator[tuple[int, Answer]]
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """temperatures take turns by request; 0 is greedy. top_p 0 or 1 and top_k 0 are off."""
+    """temperatures take turns by record; 0 is greedy. top_p 0 or 1 and top_k 0 are off."""
 
     temperatures: tuple[float, ...] = (0.0,)
     top_p: float = 0.0
     top_k: int = 0
     max_new_tokens: int = 512
+    seed: int = 0
 
 
 class Local:
     """The target in this process, over `slots` rows that are refilled as soon as one is done.
 
-    draft: use the model's head. It changes no answer (in fp32), and pays with few slots only.
+    base None is the embedded model. It drafts if `head` is given, which changes no answer (in
+    fp32), and pays with few slots only. loading: of `EaModel.from_pretrained`.
     """
 
     def __init__(
-        self, model, ends: frozenset[int], sampling: Sampling, slots: int, draft: bool = False
+        self,
+        sampling: Sampling,
+        base: str | None = None,
+        head: str | None = None,
+        slots: int = 8,
+        **loading: Any,
     ) -> None:
-        self.model, self.ends, self.sampling = model, ends, sampling
-        self.slots, self.draft = slots, draft
+        from transformers.utils.logging import disable_progress_bar
+
+        from eagle.model import EaModel
+
+        disable_progress_bar()
+        self.sampling, self.slots, self.draft = sampling, slots, head is not None
+        self.model = EaModel.from_pretrained(base, head, **loading)
+        self.tokenizer, self.eos = load_tokenizer(base), self.model.eos_token_ids
+        self.who = {"target": self.model.target.identity, "engine": {"kind": "local"}}
+        self.notes: dict = {}
         self.block = 8 * slots
 
-    def answers(
-        self, asks: list[Ask], seeds: list[int], temperatures: list[float], progress: Progress
-    ) -> Iterator[tuple[int, Answer]]:
+    def answers(self, asked: list[Request], ends: frozenset[int], progress: Progress) -> Answers:
         # the longest prompts first: what runs alone at the end is short
-        order = sorted(range(len(asks)), key=lambda n: -len(asks[n].ids))
+        order = sorted(range(len(asked)), key=lambda n: -len(asked[n].ask.ids))
         requests = [
-            {"input_ids": asks[n].ids, "seed": seeds[n], "temperature": temperatures[n]}
-            for n in order
+            {"input_ids": ask.ids, "seed": seed, "temperature": temperature}
+            for ask, seed, temperature in (asked[n] for n in order)
         ]
         spans = self.model.stream(
             requests,
@@ -65,22 +89,21 @@ class Local:
             max_new_tokens=self.sampling.max_new_tokens,
             top_p=self.sampling.top_p,
             top_k=self.sampling.top_k,
-            eos_token_id=sorted(self.ends),
+            eos_token_id=sorted(ends),
             draft=self.draft,
         )
         for span in spans:
             progress(len(span.tokens))
             if span.row.done:
                 n = order[span.index]
-                yield n, self._answer(asks[n], span.row)
+                yield n, self._answer(asked[n].ask, span.row, ends)
 
-    def _answer(self, ask: Ask, row) -> Answer:
+    def _answer(self, ask: Ask, row, ends: frozenset[int]) -> Answer:
         if row.error is not None:
             return Answer(error=str(row.error))
         cut, ids = row.finish_reason == "length", row.tokens
-        text = decode_after(
-            self.model.tokenizer, ask.ids, ids[:-1] if ids[-1] in self.ends else ids, cut
-        )
+        said = ids[:-1] if ids[-1] in ends else ids
+        text = decode_after(self.model.tokenizer, ask.ids, said, cut)
         return Answer(ask.opened + text, ids, len(ids), cut)
 
 
@@ -95,15 +118,8 @@ def decode_after(tokenizer: Any, prompt: list[int], ids: list[int], cut: bool) -
     return text.rstrip("\ufffd") if cut else text
 
 
-class RequestError(Exception):
-    """The server does not serve this one request. again: whether it may the next time, after `wait`
-    seconds if it says so; lost: it was not reached."""
-
-    def __init__(
-        self, reason: str, again: bool = True, wait: float | None = None, lost: bool = False
-    ) -> None:
-        super().__init__(reason)
-        self.again, self.wait, self.lost = again, wait, lost
+class Refused(Exception):
+    """The server does not serve this one request."""
 
 
 class Endpoint:
@@ -111,7 +127,8 @@ class Endpoint:
 
     Busy servers, timeouts and broken connections are tried again, with growing pauses or as
     `Retry-After` says. A server that cannot be reached or refuses us ends the run; a request that
-    it refuses becomes an answer with an error.
+    it refuses becomes an answer with an error. Nobody compares its weights: the card has no
+    fingerprint. base: of the tokenizer; body: further fields of each request.
     """
 
     def __init__(
@@ -120,35 +137,38 @@ class Endpoint:
         model: str,
         sampling: Sampling,
         *,
-        key: str | None = None,
+        base: str | None = None,
+        body: dict | None = None,
+        api_key_env: str | None = None,
         concurrency: int = 8,
         timeout: float = 600.0,
-        retries: int = 6,
-        extra: dict | None = None,
-        pause: float = 1.0,
     ) -> None:
         if not url.startswith(("http://", "https://")):
             raise EagleError(f"--endpoint {url} is no URL: give for instance http://host:8000/v1")
-        self.url, self.timeout, self.retries, self.pause = url.rstrip("/"), timeout, retries, pause
-        self.concurrency, self.block = concurrency, 4 * concurrency
         self.headers = {"Content-Type": "application/json"}
-        if key:
-            self.headers["Authorization"] = f"Bearer {key}"
+        if api_key_env is not None:
+            if not os.environ.get(api_key_env):
+                raise EagleError(f"--api_key_env {api_key_env}: this environment variable is unset")
+            self.headers["Authorization"] = f"Bearer {os.environ[api_key_env]}"
+        self.url, self.sampling, self.timeout = url.rstrip("/"), sampling, timeout
+        self.retries, self.pause = 6, 1.0  # seconds, doubled each time
+        self.concurrency, self.block = concurrency, 4 * concurrency
+        self.tokenizer, self.eos = load_tokenizer(base) if base is not None else None, frozenset()
         self.body: dict[str, Any] = {"model": model, "max_tokens": sampling.max_new_tokens}
         if 0 < sampling.top_p < 1:
             self.body["top_p"] = sampling.top_p
         if sampling.top_k:
             self.body["top_k"] = sampling.top_k
-        self.body |= extra or {}
+        self.body |= body or {}
+        target = {"id": model, "fingerprint": None, "adapter": None, "dtype": None}
+        self.who = {"target": target, "engine": {"kind": "endpoint", "body": body or {}}}
+        self.notes = {"url": url.rpartition("@")[2]}  # without a password
         self._stop = threading.Event()
 
-    def answers(
-        self, asks: list[Ask], seeds: list[int], temperatures: list[float], progress: Progress
-    ) -> Iterator[tuple[int, Answer]]:
+    def answers(self, asked: list[Request], ends: frozenset[int], progress: Progress) -> Answers:
         pool = ThreadPoolExecutor(self.concurrency)
         try:
-            every = enumerate(zip(asks, seeds, temperatures, strict=True))
-            numbers = {pool.submit(self._one, *one): n for n, one in every}
+            numbers = {pool.submit(self._one, request): n for n, request in enumerate(asked)}
             for future in as_completed(numbers):
                 answer = future.result()
                 progress(answer.tokens)
@@ -159,13 +179,13 @@ class Endpoint:
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 
-    def _one(self, ask: Ask, seed: int, temperature: float) -> Answer:
-        chat = ask.messages is not None
-        body = {"temperature": temperature, "seed": seed % 2**31, **self.body}
-        body |= {"messages": ask.messages} if chat else {"prompt": ask.ids}
+    def _one(self, request: Request) -> Answer:
+        chat = request.ask.messages is not None
+        body = {"temperature": request.temperature, "seed": request.seed % 2**31, **self.body}
+        body |= {"messages": request.ask.messages} if chat else {"prompt": request.ask.ids}
         try:
             reply = self._post("chat/completions" if chat else "completions", body)
-        except RequestError as error:
+        except Refused as error:
             return Answer(error=str(error))
         try:
             choice = reply["choices"][0]
@@ -180,62 +200,49 @@ class Endpoint:
         return Answer(text, None, usage.get("completion_tokens") or 0, reason == "length")
 
     def _post(self, path: str, body: dict) -> Any:
+        url, data = f"{self.url}/{path}", json.dumps(body).encode()
         for attempt in range(self.retries + 1):
+            pause = self.pause * 2**attempt * random.uniform(0.5, 1.0)  # not all at once
+            lost = False
             try:
-                return self._try(f"{self.url}/{path}", json.dumps(body).encode())
-            except RequestError as error:
-                if not error.again:
-                    raise
-                failure = error
-            if attempt < self.retries and self._stop.wait(self._pause(attempt, failure.wait)):
+                request = urllib.request.Request(url, data, self.headers)
+                with urllib.request.urlopen(request, timeout=self.timeout) as reply:
+                    return json.loads(reply.read())
+            except urllib.error.HTTPError as error:
+                said = " ".join(error.read(2000).decode("utf-8", "replace").split())[:300]
+                failure = f"{url} replied {error.code} {error.reason}: {said}"
+                if error.code in OURS:
+                    raise EagleError(
+                        f"{failure}; check --endpoint (it ends in /v1 as a rule), --endpoint_model "
+                        "and --api_key_env"
+                    ) from error
+                if error.code not in BUSY:
+                    raise Refused(failure) from error
+                asked = error.headers.get("Retry-After") or ""
+                pause = float(asked) if asked.isdigit() else pause  # a date says nothing to us
+            except ValueError as error:
+                failure = f"{self.url} replied no JSON ({error})"
+            except (OSError, http.client.HTTPException) as error:
+                cause = getattr(error, "reason", None) or error
+                lost = not isinstance(cause, TimeoutError)
+                said = f"cannot be reached ({str(cause) or type(cause).__name__})"
+                failure = f"{self.url} " + (
+                    said if lost else f"did not answer in {self.timeout:g} s"
+                )
+            if attempt < self.retries and self._stop.wait(min(pause, LONGEST_PAUSE)):
                 break
-        reason = f"{failure}, {self.retries + 1} times"
-        if failure.lost:
-            raise EagleError(
-                f"{reason}; start the server or correct --endpoint, and run the same command "
-                "again: what was written stays"
-            )
-        raise RequestError(reason)
-
-    def _try(self, url: str, data: bytes) -> Any:
-        request = urllib.request.Request(url, data, self.headers)
-        try:
-            with urllib.request.urlopen(request, timeout=self.timeout) as reply:
-                return json.loads(reply.read())
-        except urllib.error.HTTPError as error:
-            said = " ".join(error.read(2000).decode("utf-8", "replace").split())[:300]
-            reason = f"{url} replied {error.code} {error.reason}: {said}"
-            if error.code in OURS:
-                raise EagleError(
-                    f"{reason}; check --endpoint (it ends in /v1 as a rule), --endpoint_model and "
-                    "--api_key_env"
-                ) from error
-            wait = error.headers.get("Retry-After") or ""
-            seconds = float(wait) if wait.isdigit() else None  # a date says nothing to us
-            raise RequestError(reason, error.code in BUSY, seconds) from error
-        except ValueError as error:  # JSON
-            raise RequestError(f"{self.url} replied no JSON ({error})") from error
-        except (OSError, http.client.HTTPException) as error:
-            cause = getattr(error, "reason", None) or error
-            if isinstance(cause, TimeoutError):
-                said = f"{self.url} did not answer in {self.timeout:g} s"
-                raise RequestError(said) from error
-            said = str(cause) or type(cause).__name__
-            raise RequestError(f"{self.url} cannot be reached ({said})", lost=True) from error
-
-    def _pause(self, attempt: int, asked: float | None) -> float:
-        """Seconds: what the server asks for, else doubling with a random part so that not all come
-        at once.
-        """
-        if asked is not None:
-            return min(asked, LONGEST_PAUSE)
-        return min(self.pause * 2**attempt, LONGEST_PAUSE) * random.uniform(0.5, 1.0)
+        failure = f"{failure}, {self.retries + 1} times"
+        if not lost:
+            raise Refused(failure)
+        raise EagleError(
+            f"{failure}; start the server or correct --endpoint, and run the same command again: "
+            "what was written stays"
+        )
 
 
 def _chat_text(message: dict) -> str:
     """The answer; reasoning that a server keeps apart goes back before it, as the model wrote
-    it.
-    """
+    it."""
     text = message["content"]
     reasoning = message.get("reasoning_content") or message.get("reasoning")
     return f"<think>\n{reasoning.strip()}\n</think>\n\n{text or ''}" if reasoning else text

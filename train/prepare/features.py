@@ -45,7 +45,12 @@ def write_features(
     target = open_target(cfg)
     index = Index(Belongs.to(target), data_settings(cfg.data, data), command)
     rows = plan_shards(index, data, round(shard_mb * 2**20))
-    require_rows_fit(target, rows)
+    longest = max(map(len, rows))
+    if longest > target.max_positions:
+        raise EagleError(
+            f"a row has {longest} tokens and {target.name} {target.max_positions} positions; lower "
+            "data.max_length"
+        )
     todo = find_todo(output, index)
     require_room(output, index, todo, quiet)
     done = len(rows) - sum(index.shards[n]["rows"] for n in todo)
@@ -78,9 +83,8 @@ def open_target(cfg: HeadTrainConfig) -> Target:
         adapter_path=m.adapter,
         quantization=m.quantization,
     )
-    layers = m.feature_layers
-    if m.init_head:
-        layers = load_head(m.init_head, target)[0].config.feature_layers
+    head = load_head(m.init_head, target)[0].config if m.init_head else m
+    layers = head.feature_layers
     if m.method == "eagle1" or layers == (FINAL,):
         raise EagleError(
             "EAGLE-1 heads are trained with the target at hand: its last hidden state is all that "
@@ -93,8 +97,7 @@ def open_target(cfg: HeadTrainConfig) -> Target:
 
 def plan_shards(index: Index, data, shard_bytes: int) -> list[np.ndarray]:
     """Fill `index.shards` and `index.rows`; returns the distinct rows in the order of their
-    places.
-    """
+    places."""
     size = max(shard_bytes // index.belongs.bytes_per_token, 1)  # tokens
     kept: list[np.ndarray] = []
     for ids in token_rows(data):
@@ -110,20 +113,6 @@ def plan_shards(index: Index, data, shard_bytes: int) -> list[np.ndarray]:
         shard["tokens"] += len(ids)
         kept.append(ids)
     return kept
-
-
-def require_rows_fit(target: Target, rows: list[np.ndarray]) -> None:
-    longest, largest = max(map(len, rows)), max(int(ids.max()) for ids in rows)
-    if longest > target.max_positions:
-        raise EagleError(
-            f"a row has {longest} tokens and {target.name} {target.max_positions} positions; lower "
-            "data.max_length"
-        )
-    if largest >= target.vocab_size:
-        raise EagleError(
-            f"a row holds token {largest}, outside the target's vocabulary of {target.vocab_size}; "
-            "the data was made with another tokenizer"
-        )
 
 
 def find_todo(output: Path, index: Index) -> list[int]:
@@ -149,38 +138,30 @@ def find_todo(output: Path, index: Index) -> list[int]:
 
 def require_room(output: Path, index: Index, todo: list[int], quiet: bool) -> None:
     """Say how much disk this takes, and refuse when there is not as much."""
-    belongs, shards = index.belongs, index.shards
+    shards, each = index.shards, index.belongs.bytes_per_token
     there = next(p for p in (output.absolute(), *output.absolute().parents) if p.exists())
-    free = shutil.disk_usage(there).free
-    needed = sum(shards[n]["tokens"] for n in todo) * belongs.bytes_per_token
+    free, needed = shutil.disk_usage(there).free, sum(shards[n]["tokens"] for n in todo) * each
     if not quiet:
-        size = gigabytes(index.tokens * belongs.bytes_per_token)
         print(
-            f"features: {len(index.rows)} rows, {index.tokens} tokens x {4 * belongs.hidden_size} "
-            f"{belongs.dtype} = {size} in {len(shards)} shards; {len(shards) - len(todo)} are "
-            f"there; {gigabytes(free)} free at {there}",
+            f"features: {len(index.rows)} rows, {index.tokens} tokens x {each} bytes = "
+            f"{index.tokens * each / 1e9:.3g} GB in {len(shards)} shards; "
+            f"{len(shards) - len(todo)} are there; {free / 1e9:.3g} GB free at {there}",
             file=sys.stderr,
         )
     replaced = sum(p.stat().st_size for n in todo if (p := output / shards[n]["file"]).exists())
     if needed + SPARE > free + replaced:
         raise EagleError(
-            f"features need {gigabytes(needed)} and {there} has {gigabytes(free)} free: choose an "
-            "--output on a larger disk, make room, take fewer rows or a smaller data.max_length, "
-            "or train without --features"
+            f"features need {needed / 1e9:.3g} GB and {there} has {free / 1e9:.3g} GB free: choose an "
+            "--output on a larger disk, take fewer rows, or train without --features"
         )
-
-
-def gigabytes(size: float) -> str:
-    return f"{size / 1e9:.2f} GB" if size >= 1e7 else f"{size / 1e6:.2f} MB"
 
 
 def compute(
     target: Target, rows: list[np.ndarray], batch_size: int, meter: Meter
 ) -> dict[str, torch.Tensor]:
     """rows -> features [tokens, F] and hidden [tokens, H], rows end to end, by the pass that
-    training makes.
-    """
-    found: dict[int, list[torch.Tensor]] = {}
+    training makes."""
+    found: dict[int, tuple[torch.Tensor, ...]] = {}
     order = sorted(range(len(rows)), key=lambda n: (len(rows[n]), n))  # little padding
     for first in range(0, len(order), batch_size):
         chosen = order[first : first + batch_size]
@@ -191,12 +172,10 @@ def compute(
         hidden, features = hidden_and_features(target, ids, mask)
         lengths = [len(rows[n]) for n in chosen]
         parts = (x.to("cpu", target.dtype).split(lengths) for x in (features, hidden))
-        for n, *both in zip(chosen, *parts, strict=True):
-            found[n] = both
-        meter.add(len(chosen), sum(len(rows[n]) for n in chosen))
-    ordered = zip(*(found[n] for n in range(len(rows))), strict=True)
-    features, hidden = map(torch.cat, ordered)
-    return {"features": features, "hidden": hidden}
+        found |= zip(chosen, zip(*parts, strict=True), strict=True)
+        meter.add(len(chosen), sum(lengths))
+    features, hidden = zip(*(found[n] for n in range(len(rows))), strict=True)
+    return {"features": torch.cat(features), "hidden": torch.cat(hidden)}
 
 
 def write_shard(path: Path, tensors: dict[str, torch.Tensor], index_id: str) -> None:

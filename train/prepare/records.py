@@ -7,8 +7,8 @@ from __future__ import annotations
 import copy
 import random
 import re
-from collections.abc import Callable, Generator
-from dataclasses import dataclass
+from collections.abc import Generator
+from dataclasses import dataclass, field
 from typing import Any
 
 from configs.fim_tokens import find_fim_tokens
@@ -27,17 +27,10 @@ from records.chat import (
 from records.fim import FILE_FIELDS, read_fim, render_fim, spans_of
 from records.render import make_renderer, record_key
 from records.rows import RowError
+from records.sources import Record
 from records.tokens import added_tokens, encode, leading_ids
 
-FORMATS = ("chat", "instruction", "fim", "tokenized")
 UNLIMITED = 1 << 20  # tokens: an answer is not judged by data.max_length here
-
-
-def require_answers(cfg: DataConfig) -> None:
-    if cfg.format not in FORMATS:
-        raise EagleError(
-            f"data.format={cfg.format} has no answers to write: use {', '.join(FORMATS)}"
-        )
 
 
 @dataclass(frozen=True)
@@ -48,6 +41,7 @@ class Ask:
     ids: list[int] | None
     messages: list[dict] | None = None
     opened: str = ""
+    may_be_blank: bool = False
 
 
 @dataclass(frozen=True)
@@ -65,40 +59,45 @@ class Answer:
 Steps = Generator[Ask, Answer, dict]  # asks, is sent the answers, and returns the record with them
 
 
+@dataclass
 class Task:
-    """A record, or a span of one, in work: `ask` is what it waits for, None at its end, when it has
-    either a `record` or an `error`."""
+    """Record number `number`, or span `part` of it, in work: `ask` is what it waits for, None at
+    its end, when it is either `written` or has an `error`."""
 
-    def __init__(self, steps: Steps, kept: int = 0, may_be_blank: bool = False) -> None:
-        self.steps, self.kept, self.may_be_blank = steps, kept, may_be_blank
-        self.answers: list[Answer] = []
-        self.record: dict | None = None
-        self.error: RowError | None = None
-        self._advance(lambda: next(self.steps))
+    record: Record
+    number: int
+    part: int
+    steps: Steps
+    answers: list[Answer] = field(default_factory=list)
+    ask: Ask | None = None
+    written: dict | None = None
+    error: RowError | None = None
 
-    def take(self, answer: Answer) -> None:
-        if answer.error is not None:
-            self._fail(RowError(answer.error, "repair the record or remove it"))
-        elif not (answer.text.strip() or self.may_be_blank):
-            self._fail(RowError("the answer is empty", "remove the record, or ask it another way"))
-        else:
-            self.answers.append(answer)
-            self._advance(lambda: self.steps.send(answer))
+    @property
+    def key(self) -> tuple[int, int, int]:
+        """Of the answer that it waits for."""
+        return self.number, self.part, len(self.answers)
 
-    def _advance(self, step: Callable[[], Ask]) -> None:
+    def take(self, answer: Answer | None) -> None:
+        """On to the next ask; answer: None at the begin."""
         try:
-            self.ask: Ask | None = step()
+            if answer is not None:
+                if answer.error is not None:
+                    raise RowError(answer.error, "repair the record or remove it")
+                if not (answer.text.strip() or self.ask.may_be_blank):
+                    remedy = "remove the record, or ask it another way"
+                    raise RowError("the answer is empty", remedy)
+                self.answers.append(answer)
+            self.ask = self.steps.send(answer)
         except StopIteration as end:
-            self.ask, self.record = None, end.value
+            self.ask, self.written = None, end.value
         except RowError as error:
-            self._fail(error)
-
-    def _fail(self, error: RowError) -> None:
-        self.ask, self.error = None, error
+            self.ask, self.error = None, error
 
 
 class Rewriter:
-    """From records of a format to tasks, and the proof that a result can be trained on.
+    """From records of a format to what is asked for them, and the proof that a result can be
+    trained on.
 
     tokenizer: the target's; None for an endpoint that is asked with messages, which needs none.
     eos: the target's own end tokens; `ends` are these and what ends an answer of this format.
@@ -107,17 +106,15 @@ class Rewriter:
     def __init__(
         self, cfg: DataConfig, tokenizer: Any | None, eos: frozenset[int] = frozenset()
     ) -> None:
-        require_answers(cfg)
         self.cfg, self.tokenizer, self.ends = cfg, tokenizer, frozenset(eos)
         self.as_chat = cfg.format == "chat" or (
             cfg.format == "instruction" and as_chat(tokenizer, cfg.instruction_template)
         )
-        self._render = None
+        if tokenizer is None and not self.as_chat:
+            raise EagleError(
+                f"{cfg.format} prompts need the target's tokenizer: give --base FOLDER_OR_ID"
+            )
         if tokenizer is None:
-            if not self.as_chat:
-                raise EagleError(
-                    f"{cfg.format} prompts need the target's tokenizer: give --base FOLDER_OR_ID"
-                )
             return
         wide = cfg.model_copy(update={"max_length": UNLIMITED, "supervise": "assistant"})
         self._render = make_renderer(cfg.format, wide, tokenizer)
@@ -128,59 +125,50 @@ class Rewriter:
             self.fim = find_fim_tokens(tokenizer, cfg.fim_tokens)
             self.ends |= frozenset(self.fim[:4])
 
-    def tasks(self, record: dict) -> list[Task]:
-        """Raises RowError for a record that is not of the format. A whole file (FIM) makes several
-        tasks.
-        """
+    def steps(self, record: dict) -> list[Steps]:
+        """Raises RowError for a record that is not of the format. A whole file (FIM) is several."""
         return getattr(self, f"_{self.cfg.format}")(record)
 
-    def check(self, task: Task) -> bool | None:
-        """Can the result be trained on (else RowError), and does it read back as the tokens that
-        were generated? None where that is not known."""
+    def check(self, task: Task) -> None:
+        """Can the result be trained on? Else RowError."""
         if task.error is not None:
             raise task.error
-        if self._render is None:
-            return None
-        (row,) = self._render(task.record)
-        if task.kept or any(answer.ids is None for answer in task.answers):
-            return None
-        supervised = [i for i, m in zip(row.input_ids, row.loss_mask, strict=True) if m]
-        written = [i for answer in task.answers for i in answer.ids or []]
-        return _without(supervised, self.ends) == _without(written, self.ends)
+        if self.tokenizer is not None:
+            self._render(task.written)
 
-    def _chat(self, record: dict) -> list[Task]:
+    def _chat(self, record: dict) -> list[Steps]:
         messages = read_messages(record)
-        turns = [n for n, m in enumerate(messages) if m["role"] == "assistant"]
-        asked = [n for n in turns if any(m["role"] == "user" for m in messages[:n])]
-        if not asked:
+        roles = [m["role"] for m in messages]
+        turns = [n for n, r in enumerate(roles) if r == "assistant" and "user" in roles[:n]]
+        if not turns:
             raise RowError("no assistant turn follows a user's", "remove the record")
 
         def steps() -> Steps:
             new = copy.deepcopy(record)
             written = new["messages" if "messages" in new else "conversations"]
-            for n in asked:
+            for n in turns:
                 answer = yield self._ask(messages[:n])
                 messages[n] = {**messages[n], "content": answer.text}
                 written[n]["content" if "content" in written[n] else "value"] = answer.text
             return new
 
-        return [Task(steps(), kept=len(turns) - len(asked))]
+        return [steps()]
 
-    def _instruction(self, record: dict) -> list[Task]:
+    def _instruction(self, record: dict) -> list[Steps]:
         instruction, context, _ = read_instruction(record)
-        if self.as_chat:
-            ask = self._ask([{"role": "user", "content": question(instruction, context)}])
-        else:
-            text = alpaca_prompt(instruction, context)
-            ask = Ask(leading_ids(self.tokenizer) + encode(self.tokenizer, text))
 
         def steps() -> Steps:
+            if self.as_chat:
+                ask = self._ask([{"role": "user", "content": question(instruction, context)}])
+            else:
+                text = alpaca_prompt(instruction, context)
+                ask = Ask(leading_ids(self.tokenizer) + encode(self.tokenizer, text))
             answer = yield ask
             return {**record, "response" if "response" in record else "output": answer.text}
 
-        return [Task(steps())]
+        return [steps()]
 
-    def _fim(self, record: dict) -> list[Task]:
+    def _fim(self, record: dict) -> list[Steps]:
         found = read_fim(record)
         rng = random.Random(f"{self.cfg.seed}:{record_key(found)}")  # cuts a file as training does
         rest = record
@@ -191,17 +179,16 @@ class Rewriter:
             answer = yield Ask(prompt)
             return {**rest, "prefix": span[0], "middle": answer.text, "suffix": span[2]}
 
-        tasks = []
+        all_steps = []
         for span in spans_of(found, self.cfg.fim_spans_per_file, rng):
             spm = rng.random() < self.cfg.fim_spm_rate
             row = render_fim(span, self.tokenizer, self.fim, self.cfg.max_length, spm)
-            tasks.append(Task(steps(span, row.input_ids[: row.loss_mask.index(1)])))
-        return tasks
+            all_steps.append(steps(span, row.input_ids[: row.loss_mask.index(1)]))
+        return all_steps
 
-    def _tokenized(self, record: dict) -> list[Task]:
+    def _tokenized(self, record: dict) -> list[Steps]:
         """`input_ids` up to the first supervised token, all of them where nothing is, are the
-        prompt.
-        """
+        prompt."""
         ids = record.get("input_ids")
         marks = record.get("loss_mask") or [int(i != -100) for i in record.get("labels") or []]
         if not isinstance(ids, list) or not ids or not all(isinstance(i, int) for i in ids):
@@ -209,12 +196,12 @@ class Rewriter:
         prompt = ids[: marks.index(1)] if 1 in marks else ids
 
         def steps() -> Steps:
-            new = (yield Ask(prompt)).ids or []
+            new = (yield Ask(prompt, may_be_blank=True)).ids or []
             kept = {k: v for k, v in record.items() if k not in ("labels", "loss_mask")}
             mask = [0] * len(prompt) + [1] * len(new)
             return {**kept, "input_ids": prompt + new, "loss_mask": mask}
 
-        return [Task(steps(), may_be_blank=True)]
+        return [steps()]
 
     def _ask(self, messages: list[dict]) -> Ask:
         if self.tokenizer is None:
@@ -226,14 +213,9 @@ class Rewriter:
 
 def _turn_end(tokenizer: Any) -> list[int]:
     """The token that the chat template puts after an assistant's text, if it is one of the added
-    ones.
-    """
+    ones."""
     messages = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}]
     text, turns = assistant_spans(messages, tokenizer)
     after = text[turns[-1][1] :].lstrip(" \t")
     found = [t for t in added_tokens(tokenizer) if after.startswith(t)]
     return [tokenizer.convert_tokens_to_ids(max(found, key=len))] if found else []
-
-
-def _without(ids: list[int], ends: frozenset[int]) -> list[int]:
-    return [i for i in ids if i not in ends]

@@ -16,6 +16,7 @@ from eagle.costs import device_name
 PACKAGES = """eagle-heads torch transformers deepspeed datasets safetensors triton peft bitsandbytes
 flash-attn flash-attn-4""".split()
 BINS = 20
+QUANTILES = {"min": 0, "p5": 0.05, "median": 0.5, "p95": 0.95, "max": 1}
 
 
 def environment(device: torch.device, world_size: int) -> dict[str, Any]:
@@ -58,31 +59,23 @@ def spread(values: np.ndarray) -> dict[str, Any]:
     if len(values) == 0:
         return {}
     counts, edges = np.histogram(values, bins=BINS)
-    names = ("min", "p5", "median", "p95", "max")
     return {
-        **dict(zip(names, np.quantile(values, (0, 0.05, 0.5, 0.95, 1)).tolist(), strict=True)),
+        **{name: float(np.quantile(values, at)) for name, at in QUANTILES.items()},
         "mean": float(values.mean()),
         "counts": counts.tolist(),
         "edges": edges.tolist(),
     }
 
 
-def source_lengths(source) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens and targets of each row of a `records.dataset.Source`."""
-    lengths = np.array([source.length(index) for index in range(len(source))], dtype=np.int64)
-    [mask] = source.columns("loss_mask")
-    ends = np.cumsum(lengths)
-    total = np.concatenate([[0], np.cumsum(mask, dtype=np.int64)])
-    return lengths, total[ends] - total[ends - lengths]
-
-
 def run_card(parts) -> dict[str, Any]:
     """What a run's `train.head.setup.Parts` are."""
+    masks = {}
+    for source in parts.data.sources:
+        lengths = np.array([source.length(n) for n in range(len(source))], dtype=np.int64)
+        [mask] = source.columns("loss_mask")
+        total = np.concatenate([[0], np.cumsum(mask, dtype=np.int64)])
+        masks[source.name] = mask_statistics(lengths, np.diff(total[[0, *np.cumsum(lengths)]]))
     kept = ("target", "tokenizer", "data", "draft_vocabulary")
     weights = sum(p.numel() for p in parts.head.parameters())
-    masks = {s.name: mask_statistics(*source_lengths(s)) for s in parts.data.sources}
-    return {
-        **{name: parts.provenance[name] for name in kept},
-        "head": {"parameters": weights},
-        "masks": masks,
-    }
+    card = {name: parts.provenance[name] for name in kept}
+    return {**card, "head": {"parameters": weights}, "masks": masks}

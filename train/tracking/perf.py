@@ -19,21 +19,12 @@ from eagle.heads.head import DraftHead
 from eagle.target import Target
 
 # TFLOP/s of dense bf16 matrix products, as the makers state them without sparsity
-PEAKS = {
-    "A100": 312,
-    "L4": 121,
-    "L40S": 362,
-    "H100": 989,
-    "H200": 989,
-    "B200": 2250,
-    "MI300X": 1307,
-}
+PEAKS = dict(A100=312, L4=121, L40S=362, H100=989, H200=989, B200=2250, MI300X=1307)
 PHASES = ("data", "target", "head", "backward", "optimizer")
 
 
 def peak_flops(name: str, dtype: str) -> float | None:
-    """FLOP/s that the device called `name` is sold for; None where unknown, and for all but
-    bf16."""
+    """FLOP/s that the device called `name` is sold for; None where unknown, and but for bf16."""
     found = [peak for known, peak in PEAKS.items() if re.search(rf"\b{known}\b", name)]
     return found[0] * 1e12 if found and dtype == "bf16" else None
 
@@ -57,15 +48,12 @@ class FlopCount:
     @classmethod
     def of(cls, target: Target, head: DraftHead, steps: int, target_runs: bool = True) -> FlopCount:
         """target_runs: False where features come from disk."""
-        c, h = target.config, head.config
-        used = weights_of(target.layers, c) if target_runs else 0
+        h, used = head.config, weights_of(target.layers, target.config) if target_runs else 0
         layers = sum(weights_of(layer, h) for layer in head.decoder_layers)
         logits = steps * h.hidden_size * h.draft_vocab_size
-        teacher = target.vocab_size * c.hidden_size
-        return cls(
-            2 * used + 4 * weights_of(head.fc, h) + 6 * layers,
-            2 * teacher + 6 * ((steps - 1) * layers + logits),
-        )
+        teacher = target.vocab_size * target.config.hidden_size
+        token = 2 * used + 4 * weights_of(head.fc, h) + 6 * layers
+        return cls(token, 2 * teacher + 6 * ((steps - 1) * layers + logits))
 
     def __call__(self, tokens: int, supervised: int) -> float:
         return float(tokens * self.token + supervised * self.supervised)

@@ -62,8 +62,8 @@ class Recorder(logging.Handler):
 
     @contextlib.contextmanager
     def running(self, step: int, card: dict) -> Iterator[None]:
-        """The run's time: files and trackers are open, and warnings of `train` and `eagle` loggers
-        are kept. Whatever ends it, trackers are closed and the report is written.
+        """Files and trackers are open, and warnings of `train` and `eagle` loggers are kept.
+        Whatever ends it, trackers are closed and the report is written.
 
         step: 0, or the one that is resumed; what an earlier process wrote of later ones is dropped.
         card: what the run is made of; with the environment it becomes run.json.
@@ -73,15 +73,12 @@ class Recorder(logging.Handler):
             return
         self.at = step
         self._open(step, card)
-        loggers = [logging.getLogger(name) for name in ("train", "eagle")]
-        for logger in loggers:
-            logger.addHandler(self)
-        try:
+        with contextlib.ExitStack() as stack:
+            stack.callback(self._close)
+            for logger in map(logging.getLogger, ("train", "eagle")):
+                logger.addHandler(self)
+                stack.callback(logger.removeHandler, self)
             yield
-        finally:
-            for logger in loggers:
-                logger.removeHandler(self)
-            self._close()
 
     def _open(self, step: int, card: dict) -> None:
         t, keep_to = self.cfg.train, step or -1
@@ -94,17 +91,11 @@ class Recorder(logging.Handler):
         self._event("start", date=self.facts["date"], processes=self.world.size)
         config = self.cfg.model_dump(mode="json")
         self.trackers = open_trackers(t.report_to, self.output, config, step)
-        if t.report_to is None and not self.trackers:
-            self.note("no TensorBoard files: pip install tensorboardX, or set train.report_to=none")
         if t.profile:
             os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # it announces itself
             steps = schedule(wait=1, warmup=1, active=t.profile, repeat=1)
-            self.profiler = profile(
-                schedule=steps,
-                on_trace_ready=self._write_trace,
-                record_shapes=True,
-                profile_memory=True,
-            )
+            kept = {"record_shapes": True, "profile_memory": True}
+            self.profiler = profile(schedule=steps, on_trace_ready=self._write_trace, **kept)
             self.profiler.start()
 
     def _write_trace(self, profiler: profile) -> None:

@@ -28,10 +28,7 @@ class RunFiles:
 
     def __init__(self, folder: Path) -> None:
         if not any((folder / name).exists() for name in ("metrics.jsonl", "run.json")):
-            raise EagleError(
-                f"{folder} holds no training run (no metrics.jsonl); give the folder that --output "
-                "named"
-            )
+            raise EagleError(f"{folder} holds no training run; give the folder that --output named")
         self.folder, self.damaged = folder, []
         self.rows, self.perf, self.events, rejected = (
             self._read(f"{name}.jsonl", json.loads, lines=True)
@@ -98,10 +95,8 @@ def conclusions(run: RunFiles) -> list[str]:
         of = f"{data['bad']} of {data['records']} records"
         found.append(f"{of} were unusable; quarantine.jsonl names each")
     if (coverage := run.vocabulary.get("coverage", 1)) < 0.95:
-        found.append(
-            f"the draft vocabulary holds {coverage:.1%} of the supervised tokens: the head cannot "
-            "propose the rest; raise model.draft_vocab_size"
-        )
+        text = f"the draft vocabulary holds {coverage:.1%} of the supervised tokens"
+        found.append(f"{text}: the head cannot propose the rest; raise model.draft_vocab_size")
     taus = [e["tau"] for e in run.evaluations if e.get("step") and "tau" in e]
     if taus and taus[-1] < 0.98 * max(taus):
         fell = f"acceptance length fell from {max(taus):.3f} to {taus[-1]:.3f}"
@@ -193,12 +188,9 @@ def values(rows: list[dict], key: str) -> Series:
 
 def by_source(rows: list[dict], key: str) -> Series:
     """The same of a mixture: {"sources": {"chat": {"loss": 1.2}}}."""
-    found = [
-        {"step": row["step"], key: {name: of.get(key) for name, of in row["sources"].items()}}
-        for row in rows
-        if row.get("sources")
-    ]
-    return values(found, key)
+    found = ((row["step"], row.get("sources") or {}) for row in rows)
+    split = [{"step": n, key: {name: s.get(key) for name, s in of.items()}} for n, of in found]
+    return values(split, key)
 
 
 def plot(series: Series, bars: tuple | None = None) -> str:

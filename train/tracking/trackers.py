@@ -95,11 +95,9 @@ def open_trackers(report_to: list[str] | None, output: Path, config: dict, step:
 def require_installed(report_to: list[str] | None) -> None:
     """Before a run loads anything: EagleError for a tracker whose package is not there."""
     for name in report_to or []:
-        if not find_spec(PACKAGES[name]):
-            raise EagleError(
-                f"train.report_to names {name}, which is not installed: pip install "
-                f"{PACKAGES[name]}, or take it out"
-            )
+        if not find_spec(package := PACKAGES[name]):
+            text = f"train.report_to names {name}, which is not installed: pip install {package}"
+            raise EagleError(f"{text}, or take it out")
 
 
 def reason(error: Exception) -> str:

@@ -1,37 +1,30 @@
-"""Answers written by the target itself: what is asked, what is kept, and what a kill or a bad row
-does.
-"""
+"""Answers by the target itself: what is asked, what is kept, what a kill or a bad row does."""
 
 import json
 import os
 import signal
 import time
-from pathlib import Path
 
 import pytest
 from commands import Command
-from data_helpers import chat, write_jsonl
+from data_helpers import THINKING, chat, write_jsonl
 from head_helpers import config, save_tiny_model, write_fim
 
+from configs import cli
 from configs.fim_tokens import find_fim_tokens
 from configs.schema import DataConfig
 from eagle.errors import EagleError
 from eagle.model import EaModel
 from records import load_dataset_for, load_tokenizer
 from records.card import card_path, who_answered
+from train.main import run
+from train.prepare import __main__ as command_line
 from train.prepare import regenerate as work
-from train.prepare.answering import Sampling
-from train.prepare.regenerate import regenerate
+from train.prepare.answering import Local, Sampling, decode_after
+from train.prepare.records import Answer, Rewriter, Task
 
-ROOT = Path(__file__).parents[2]
 NEW = 12
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory, tokenizer_dir):
-    folder = tmp_path_factory.mktemp("base")
-    save_tiny_model(folder, tokenizer_dir)
-    return folder
+ENDPOINT = ["--endpoint", "http://x", "--endpoint_model", "m"]
 
 
 @pytest.fixture(scope="module")
@@ -42,12 +35,10 @@ def model(base):
 @pytest.fixture
 def in_process(capsys):
     """Run `train.prepare regenerate` in this process: (code, stdout, stderr)."""
-    from configs import cli
-    from train.prepare.__main__ import regenerate as command
 
     def run(*arguments):
         with pytest.raises(SystemExit) as exit:
-            cli.main(command, list(map(str, arguments)))
+            cli.main(command_line.regenerate, list(map(str, arguments)))
         captured = capsys.readouterr()
         return exit.value.code or 0, captured.out, captured.err
 
@@ -60,11 +51,11 @@ def settings(data_format, path, **more):
     )
 
 
-def write(base, cfg, output, temperatures=(0.0,), seed=0, slots=4, limit=None, **opening):
+def write(base, cfg, output, temperatures=(0.0,), seed=0, slots=4, limit=None):
     """Regenerate with the tiny target; returns the card."""
-    sampling = Sampling(temperatures, max_new_tokens=NEW)
-    parts = work.open_local(cfg, sampling, str(base), slots=slots, dtype="float32", **opening)
-    return regenerate(work.find_files(cfg), output, *parts, sampling, seed, limit, quiet=True)
+    sampling, files = Sampling(temperatures, max_new_tokens=NEW, seed=seed), work.find_files(cfg)
+    engine = Local(sampling, str(base), slots=slots, dtype="float32")
+    return work.regenerate(cfg, files, output, engine, limit, quiet=True)
 
 
 def rows(path):
@@ -81,81 +72,56 @@ def continued(model, ids, ends=()):
 
 
 def test_each_turn_is_answered_after_the_new_ones(base, model, tmp_path):
+    asked = [{"from": "human", "value": "Write a class"}, {"from": "gpt", "value": "OLD"}]
+    greeting = {"role": "assistant", "content": "Welcome!"}  # nobody asked for it
     records = [
         chat("Hello", "OLD one", "thanks", "OLD two") | {"source": "a.py"},
-        {
-            "conversations": [
-                {"from": "human", "value": "Write a class"},
-                {"from": "gpt", "value": "OLD"},
-                {"from": "human", "value": "and then?"},
-            ]
-        },
+        {"conversations": [*asked, {"from": "human", "value": "and then?"}]},
+        {"messages": [greeting, *chat("Hi", "OLD")["messages"]]},
     ]
     path = write_jsonl(tmp_path / "chat.jsonl", records)
     card = write(base, settings("chat", path), tmp_path / "new.jsonl")
-    first, second = rows(tmp_path / "new.jsonl")
-    end = model.tokenizer.convert_tokens_to_ids("<|im_end|>")
+    first, second, third = rows(tmp_path / "new.jsonl")
+    tokenizer = model.tokenizer
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
 
-    def expected(messages):
-        text = model.tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=True
-        )
-        return continued(model, model.tokenizer(text, add_special_tokens=False).input_ids, [end])
+    def expected(*turns, before=()):
+        messages = [*before, *chat(*turns)["messages"]]
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        return continued(model, tokenizer(text, add_special_tokens=False).input_ids, [end])
 
-    said = expected([{"role": "user", "content": "Hello"}])
-    history = [
-        {"role": "user", "content": "Hello"},
-        {"role": "assistant", "content": said},
-        {"role": "user", "content": "thanks"},
-    ]
-    assert [m["content"] for m in first["messages"]] == ["Hello", said, "thanks", expected(history)]
-    assert first["source"] == "a.py" and "OLD" not in json.dumps([first, second])
-    assert second["conversations"][1] == {
-        "from": "gpt",
-        "value": expected([{"role": "user", "content": "Write a class"}]),
-    }
-    assert second["conversations"][2]["value"] == "and then?"
+    said = expected("Hello")
+    again = expected("Hello", said, "thanks")
+    assert first == chat("Hello", said, "thanks", again) | {"source": "a.py"}
+    written = {"from": "gpt", "value": expected("Write a class")}
+    assert second["conversations"] == [asked[0], written, records[1]["conversations"][2]]
+    answer = {"role": "assistant", "content": expected("Hi", before=[greeting])}
+    assert third["messages"] == [greeting, records[2]["messages"][1], answer]
     counts = card["counts"]
-    assert (counts["records"], counts["written"], counts["answers"]) == (2, 2, 3)
-    data = load_dataset_for(
-        settings("chat", tmp_path / "new.jsonl", heldout_fraction=0), model.tokenizer
-    )
-    assert len(data) == 2 and not data.bad_rows
-
-
-def test_a_greeting_that_nobody_asked_for_stays(base, tmp_path):
-    greeting = {
-        "messages": [{"role": "assistant", "content": "Welcome!"}, *chat("Hi", "OLD")["messages"]]
-    }
-    path = write_jsonl(tmp_path / "chat.jsonl", [greeting])
-    card = write(base, settings("chat", path), tmp_path / "new.jsonl")
-    (row,) = rows(tmp_path / "new.jsonl")
-    assert row["messages"][0]["content"] == "Welcome!" and row["messages"][2]["content"] != "OLD"
-    assert card["counts"]["kept_turns"] == 1
+    assert (counts["records"], counts["written"], counts["answers"]) == (3, 3, 4)
+    cfg = settings("chat", tmp_path / "new.jsonl", heldout_fraction=0)
+    data = load_dataset_for(cfg, tokenizer)
+    assert len(data) == 3 and not data.bad_rows
 
 
 @pytest.mark.parametrize("template", ["auto", "alpaca"])
 def test_instructions(base, model, tmp_path, template):
     record = {"instruction": "Write a function", "input": "add", "response": "OLD"}
     path = write_jsonl(tmp_path / "instruction.jsonl", [record])
-    write(
-        base, settings("instruction", path, instruction_template=template), tmp_path / "new.jsonl"
+    cfg = settings("instruction", path, instruction_template=template)
+    write(base, cfg, tmp_path / "new.jsonl")
+    tokenizer, ends = model.tokenizer, []
+    text = (
+        "Below is an instruction that describes a task, paired with an input that gives it "
+        "context. Write a response that appropriately completes the request.\n\n"
+        "### Instruction:\nWrite a function\n\n### Input:\nadd\n\n### Response:\n"
     )
-    (row,) = rows(tmp_path / "new.jsonl")
-    tokenizer = model.tokenizer
     if template == "auto":
         messages = [{"role": "user", "content": "Write a function\n\nadd"}]
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         ends = [tokenizer.convert_tokens_to_ids("<|im_end|>")]
-    else:
-        text = (
-            "Below is an instruction that describes a task, paired with an input that gives it "
-            "context. Write a response that appropriately completes the request.\n\n"
-            "### Instruction:\nWrite a function\n\n### Input:\nadd\n\n### Response:\n"
-        )
-        ends = []
     said = continued(model, tokenizer(text, add_special_tokens=False).input_ids, ends)
-    assert row == {"instruction": "Write a function", "input": "add", "response": said}
+    assert rows(tmp_path / "new.jsonl") == [record | {"response": said}]
 
 
 def test_middles_and_whole_files(base, model, tmp_path):
@@ -165,14 +131,9 @@ def test_middles_and_whole_files(base, model, tmp_path):
     write(base, settings("fim", path, fim_spans_per_file=3), tmp_path / "new.jsonl")
     first, *cuts = rows(tmp_path / "new.jsonl")
     fim, tokenizer = find_fim_tokens(model.tokenizer), model.tokenizer
-    encode = lambda text: tokenizer(text, add_special_tokens=False).input_ids  # noqa: E731
-    prompt = [
-        fim.prefix,
-        *encode(record["prefix"]),
-        fim.suffix,
-        *encode(record["suffix"]),
-        fim.middle,
-    ]
+    parts = [record["prefix"], record["suffix"]]
+    before, after = tokenizer(parts, add_special_tokens=False).input_ids
+    prompt = [fim.prefix, *before, fim.suffix, *after, fim.middle]
     assert first == record | {"middle": continued(model, prompt, fim[:4])}
     assert len(cuts) == 3
     for row in cuts:
@@ -183,11 +144,10 @@ def test_middles_and_whole_files(base, model, tmp_path):
 def test_tokens_in_tokens_out(base, model, tmp_path):
     records = [{"input_ids": [9, 8, 7, 6], "loss_mask": [0, 0, 0, 1]}, {"input_ids": [9, 8, 7, 6]}]
     path = write_jsonl(tmp_path / "rows.jsonl", records)
-    card = write(base, settings("tokenized", path), tmp_path / "new.jsonl")
+    write(base, settings("tokenized", path), tmp_path / "new.jsonl")
     for row, prompt in zip(rows(tmp_path / "new.jsonl"), ([9, 8, 7], [9, 8, 7, 6]), strict=True):
         new = model.generate([prompt], max_new_tokens=NEW).rows[0].tokens
         assert row == {"input_ids": prompt + new, "loss_mask": [0] * len(prompt) + [1] * len(new)}
-    assert card["counts"]["token_exact"] == card["counts"]["compared"] == 2
 
 
 def test_output_depends_on_seed_and_record_alone(base, tmp_path):
@@ -215,7 +175,7 @@ def command(base, path, output):
 @pytest.mark.slow
 def test_killed_and_started_again_it_writes_the_same_file(base, tmp_path):
     path, output = tmp_path / "fim.jsonl", tmp_path / "killed.jsonl"
-    write_fim(path, rows=120)
+    write_fim(path, rows=60)
     whole = write(base, settings("fim", path), tmp_path / "whole.jsonl", (0.0, 1.0))
     process = Command(*command(base, path, output))
     deadline = time.monotonic() + 100
@@ -226,15 +186,14 @@ def test_killed_and_started_again_it_writes_the_same_file(base, tmp_path):
     assert process.kill() == -signal.SIGKILL, "it was done before the kill"
     assert not output.exists() and not card_path(output).exists()
     with open(journal, "ab") as file:
-        file.write(b'[[119, 0, 0], {"text": "torn by the')
+        file.write(b'[[59, 0, 0], {"text": "torn by the')
     done = Command(*command(base, path, output)).output()
     assert done.returncode == 0, done.stderr
     assert output.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
     card = json.loads(card_path(output).read_text())
-    assert (
-        card["complete"] and card["counts"] == whole["counts"] and card["sha256"] == whole["sha256"]
-    )
-    assert "ETA" in done.stderr and f"{card['counts']['written']} of 120 records" in done.stdout
+    assert card["complete"]
+    assert all(card[key] == whole[key] for key in ("counts", "sha256"))
+    assert "ETA" in done.stderr and f"{card['counts']['written']} of 60 records" in done.stdout
     before = output.stat().st_mtime_ns
     assert write(base, settings("fim", path), output, (0.0, 1.0)) == card  # nothing is left to do
     assert output.stat().st_mtime_ns == before
@@ -242,25 +201,22 @@ def test_killed_and_started_again_it_writes_the_same_file(base, tmp_path):
 
 def test_no_answer_is_asked_for_twice(base, tmp_path, monkeypatch):
     """Each is kept when it is there, those of a chat's first turns too; the rate is told while the
-    first one grows.
-    """
-    path = write_jsonl(
-        tmp_path / "chat.jsonl", [chat(f"Hello {i}", "x", "add", "y") for i in range(6)]
-    )
+    first one grows."""
+    chats = [chat(f"Hello {i}", "x", "add", "y") for i in range(6)]
+    path = write_jsonl(tmp_path / "chat.jsonl", chats)
     cfg, output, journal = settings("chat", path), tmp_path / "new.jsonl", tmp_path / "new.journal"
     write(base, cfg, tmp_path / "whole.jsonl", (0.0, 1.0))
-    answer, progress, asked = work.Local._answer, [], []
+    answer, progress, asked = Local._answer, [], []
 
-    def count(self, ask, row):
+    def count(self, ask, *more):
         if len(asked) == stop:
             raise KeyboardInterrupt
         asked.append(tuple(ask.ids))
-        return answer(self, ask, row)
+        return answer(self, ask, *more)
 
-    monkeypatch.setattr(work.Local, "_answer", count)
-    monkeypatch.setattr(
-        work.Meter, "add", lambda self, things, amount=0: progress.append((things, amount))
-    )
+    monkeypatch.setattr(Local, "_answer", count)
+    note = lambda self, things, amount=0: progress.append((things, amount))  # noqa: E731
+    monkeypatch.setattr(work.Meter, "add", note)
     for stop in (2, 8):
         with pytest.raises(KeyboardInterrupt):
             write(base, cfg, output, (0.0, 1.0))
@@ -287,9 +243,8 @@ def test_a_disk_that_fills_up_can_be_made_room_on(base, tmp_path, monkeypatch):
         keep(self, key, answer)
 
     monkeypatch.setattr(work.Journal, "keep", full)
-    with pytest.raises(
-        EagleError, match="new.journal: No space left on device; make room, and run the same"
-    ):
+    said = "new.journal: No space left on device; make room, and run the same"
+    with pytest.raises(EagleError, match=said):
         write(base, cfg, output, slots=1)
     monkeypatch.undo()
     write(base, cfg, output, slots=1)
@@ -298,13 +253,8 @@ def test_a_disk_that_fills_up_can_be_made_room_on(base, tmp_path, monkeypatch):
 
 def test_failures_are_listed_and_the_others_go_on(base, tmp_path):
     long = " ".join(["class"] * 400)
-    records = [
-        chat("Hello", "x"),
-        "{no json",
-        {"text": "no chat"},
-        chat(long, "x"),
-        chat("add", "x"),
-    ]
+    good = [chat(text, "x") for text in ("Hello", "add", long)]
+    records = [good[0], "{no json", {"text": "no chat"}, good[2], good[1]]
     path = write_jsonl(tmp_path / "chat.jsonl", records)
     card = write(base, settings("chat", path), tmp_path / "new.jsonl")
     assert card["counts"]["written"] == 2 and card["counts"]["failed"] == 3
@@ -313,9 +263,8 @@ def test_failures_are_listed_and_the_others_go_on(base, tmp_path):
     assert "malformed JSON" in bad[2]["message"] and "missing field 'messages'" in bad[3]["message"]
     assert "prompt has" in bad[4]["message"] and bad[4]["where"] == f"{path}:4"
     # beside the data they are not data
-    data = load_dataset_for(
-        settings("chat", tmp_path, max_bad_fraction=1), load_tokenizer(str(base))
-    )
+    cfg = settings("chat", tmp_path, max_bad_fraction=1)
+    data = load_dataset_for(cfg, load_tokenizer(str(base)))
     assert {p.name for p in data.paths} == {"chat.jsonl", "new.jsonl"}
 
 
@@ -325,9 +274,8 @@ def test_too_many_failures_end_the_run(base, tmp_path, in_process):
     code, _, err = in_process(*arguments, "--output", tmp_path / "new.jsonl", "--max_new_tokens", 4)
     assert code == 1 and "3 of 4 records got no answer, more than data.max_bad_fraction=0.05" in err
     path = write_jsonl(tmp_path / "bad.jsonl", [{"text": "no chat"}] * 40)
-    with pytest.raises(
-        EagleError, match="the first 32 records got no answer: 32 x missing field 'messages'"
-    ):
+    said = "the first 32 records got no answer: 32 x missing field 'messages'"
+    with pytest.raises(EagleError, match=said):
         write(base, settings("chat", path), tmp_path / "bad_new.jsonl")
 
 
@@ -342,14 +290,14 @@ def test_what_does_not_belong_together_is_refused(base, tmp_path, tokenizer_dir)
     with pytest.raises(EagleError, match="begun with target="):
         write(other, cfg, output)
     (tmp_path / "mine.jsonl").write_text("precious\n")
-    with pytest.raises(EagleError, match="exists and has no mine.card.json"):
+    with pytest.raises(EagleError, match="exists and mine.card.json is not its card"):
         write(base, cfg, tmp_path / "mine.jsonl")
     with pytest.raises(EagleError, match="name a .jsonl file"):
         write(base, cfg, tmp_path / "new.txt")
     with pytest.raises(EagleError, match="plain has no answers to write"):
         write(base, settings("plain", path), tmp_path / "plain.jsonl")
     os.truncate(output, 10)
-    with pytest.raises(EagleError, match="has changed since"):
+    with pytest.raises(EagleError, match="new.card.json is not its card"):
         write(base, cfg, output)
 
 
@@ -363,14 +311,8 @@ def test_what_does_not_belong_together_is_refused(base, tmp_path, tokenizer_dir)
         (["--data_format", "plain"], "data.format=plain has no answers"),
         (["--data", "nowhere.jsonl"], "nowhere.jsonl: no such data file"),
         (["--endpoint", "x", "--endpoint_model", "m"], "--endpoint x is no URL"),
-        (
-            ["--endpoint", "http://x", "--endpoint_model", "m", "--api_key_env", "NO_SUCH_KEY"],
-            "NO_SUCH_KEY",
-        ),
-        (
-            ["--endpoint", "http://x", "--endpoint_model", "m", "--endpoint_body", "[]"],
-            "a JSON object",
-        ),
+        ([*ENDPOINT, "--api_key_env", "NO_SUCH_KEY"], "NO_SUCH_KEY"),
+        ([*ENDPOINT, "--endpoint_body", "[]"], "a JSON object"),
     ],
 )
 def test_wrong_arguments_are_one_line(in_process, tmp_path, arguments, named):
@@ -400,9 +342,8 @@ def test_a_card_says_who_answered(own, tmp_path, caplog):
     assert "written by another target" in caplog.records[0].getMessage()
     assert "another target" in who_answered([own], None, mine[0], "an adapter")
     caplog.clear()
-    assert (
-        who_answered([own], True, "f" * 64, None) == "written by the target"
-    )  # the user knows better
+    # the user knows better
+    assert who_answered([own], True, "f" * 64, None) == "written by the target"
     assert who_answered([own], False, *mine) == "as in the data" and not caplog.records
     own.write_text(own.read_text() + own.read_text().splitlines()[0] + "\n")
     assert who_answered([own], None, *mine) == "as in the data"
@@ -412,23 +353,14 @@ def test_a_card_says_who_answered(own, tmp_path, caplog):
         who_answered([own], None, *mine)
 
 
-def test_a_head_records_whose_answers_it_learnt(base, own, tmp_path, tokenizer_dir, caplog):
-    from train.main import run
-
+def test_a_head_records_whose_answers_it_learnt(base, own, tmp_path):
     assert run(config(base, own, tmp_path / "run", max_steps=1), quiet=True) == 0
     recorded = json.loads((tmp_path / "run" / "head" / "eagle.json").read_text())
     assert recorded["data"]["answers"] == "written by the target"
-    other = tmp_path / "other"
-    save_tiny_model(other, tokenizer_dir, seed=5)
-    assert run(config(other, own, tmp_path / "foreign", max_steps=1), quiet=True) == 0
-    recorded = json.loads((tmp_path / "foreign" / "head" / "eagle.json").read_text())
-    assert "another target" in recorded["data"]["answers"]
-    assert any("regenerate the answers with it" in r.getMessage() for r in caplog.records)
 
 
 def test_a_blank_before_the_first_word_is_kept():
     """SentencePiece drops it from a text that is decoded alone."""
-    from train.prepare.answering import decode_after
 
     class Tokenizer:
         def decode(self, ids, **_):
@@ -441,16 +373,14 @@ def test_a_blank_before_the_first_word_is_kept():
 
 
 def test_reasoning_that_the_template_opens_belongs_to_the_answer(base, tmp_path, tokenizer):
-    from data_helpers import THINKING
-
-    from train.prepare.records import Answer, Rewriter
-
     tokenizer.chat_template = THINKING + (
         "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}"
     )
     rewriter = Rewriter(DataConfig(format="chat"), tokenizer)
-    (task,) = rewriter.tasks(chat("Hello", "OLD"))
-    ask = task.ask
-    assert ask.opened == "<think>\n"
-    task.take(Answer(ask.opened + "reason\n</think>\n\nWorld", [5], 1))
-    assert task.ask is None and rewriter.check(task) is not None
+    (steps,) = rewriter.steps(chat("Hello", "OLD"))
+    task = Task(None, 0, 0, steps)
+    task.take(None)
+    assert task.ask.opened == "<think>\n"
+    task.take(Answer(task.ask.opened + "reason\n</think>\n\nWorld", [5], 1))
+    assert task.ask is None
+    rewriter.check(task)
