@@ -25,13 +25,12 @@ from collections.abc import Sequence
 import torch
 
 from ..errors import EagleError
-from .head_config import FINAL, SHAPE, HeadConfig
+from .head_config import FINAL, NORMS, SHAPE, HeadConfig
 from .tables import EMBEDDING, Format, table
 
 IDS, IDS_CONVENTION = "eagle_aux_hidden_state_layer_ids", "eagle_aux_hidden_state_convention"
 SHIFT = {"entering": 0, "output": 1, "one-based": -1}  # entering id = number + shift
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
-NORMS = ("norm_before_residual", "norm_before_fc", "fc_norm", "norm_output")
 FLAT_VLLM = {"Eagle3LlamaForCausalLM", "Eagle3Qwen3ForCausalLM"}
 SPECULATORS_VERSION = "0.9.0"  # whose fields these are
 # of ModelOpt's eagle_config: other values are other heads
@@ -77,32 +76,10 @@ def entering_ids(numbers: Sequence[int], convention: str) -> tuple[int, ...]:
     return tuple(i + SHIFT[convention] for i in numbers)
 
 
-def written_ids(layers: Sequence[int], convention: str, name: str) -> list[int]:
-    """Entering-layer ids -> numbers in that convention."""
-    numbers = [i - SHIFT[convention] for i in layers]
-    if min(numbers) < 0:
-        raise EagleError(
-            f"the head reads the target's embedding (entering layer 0), which {name} has no id "
-            "for; use --to vllm"
-        )
-    return numbers
-
-
 def candidates(numbers: Sequence[int], num_layers: int) -> dict[str, tuple[int, ...]]:
     """The readings of `numbers` that a target of L layers has."""
     every = {convention: entering_ids(numbers, convention) for convention in SHIFT}
     return {c: ids for c, ids in every.items() if all(0 <= i <= num_layers for i in ids)}
-
-
-def absent(path: object, name: str) -> EagleError:
-    """No ids are written: what to do."""
-    return EagleError(
-        f"{path} ({name}) names no feature layers. Give --layer_ids i,j,k with --convention, or "
-        "find out with --probe --target PATH, which measures acceptance under each. entering: i is "
-        "the state that enters layer i (EAGLE, vLLM, speculators: 2, L//2, L-3); output: the "
-        "output of layer i (SGLang, SpecForge, ModelOpt: 1, L//2-1, L-4); one-based: the state "
-        "that enters layer i when layers are counted from 1"
-    )
 
 
 def read_config(
@@ -228,7 +205,10 @@ def write_config(fmt: Format, config: HeadConfig, dtype: torch.dtype, verifier: 
             kind, factor = config.rope_scaling["rope_type"], config.rope_scaling["factor"]
             written["rope_scaling"] = {"type": kind, "factor": float(factor)}
         return written
-    ids = written_ids(config.feature_layers, fmt.convention, fmt.engine)
+    ids = [i - SHIFT[fmt.convention] for i in config.feature_layers]
+    if min(ids) < 0:
+        said = f"the head reads the target's embedding (entering layer 0): {fmt.engine} has no id"
+        raise EagleError(f"{said} for it; use --to vllm")
     draft = {"draft_vocab_size": config.draft_vocab_size}
     flat = {"model_type": "llama", **_flat(config, dtype)}
     if fmt.name == "modelopt":

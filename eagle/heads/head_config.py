@@ -20,7 +20,7 @@ Vocabulary = Annotated[int, Field(gt=0, le=2**24)]
 Positions = Annotated[int, Field(gt=0, le=2**31)]
 Layer = Annotated[int, Field(ge=FINAL, le=2**12)]
 Positive = Annotated[float, Field(gt=0)]
-EAGLE3_ONLY = ("norm_before_residual", "norm_before_fc", "fc_norm", "norm_output")
+NORMS = ("norm_before_residual", "norm_before_fc", "fc_norm", "norm_output")
 
 
 class HeadConfig(BaseModel):
@@ -96,7 +96,7 @@ class HeadConfig(BaseModel):
         yield self.hidden_act not in ACT2FN, said
         layers, resized = self.feature_layers, self.target_hidden_size != self.hidden_size
         if self.method == "eagle1":
-            given = [name for name in EAGLE3_ONLY if getattr(self, name)]
+            given = [name for name in NORMS if getattr(self, name)]
             said = f"EAGLE-1 heads have no {', '.join(given)}; use method=eagle3"
             yield given != [], said
             said = f"an EAGLE-1 head reads the target's final hidden state, not layers {layers}"

@@ -117,7 +117,12 @@ def probe(
             raise EagleError("the target writes nothing after these prompts; give others")
         readings.append(Reading(convention, layers, result.tau, torch.cat(given)))
     readings.sort(key=lambda r: -r.rate)
-    return Probed(tuple(numbers), tuple(readings), _sigmas(readings))
+    sigmas = float("inf")
+    if len(readings) > 1:
+        ahead = readings[0].given - readings[1].given
+        error = (ahead.std() / ahead.numel() ** 0.5).item()  # NaN of one token
+        sigmas = ahead.mean().item() / error if error > 0 else 0.0
+    return Probed(tuple(numbers), tuple(readings), sigmas)
 
 
 @torch.inference_mode()
@@ -141,11 +146,3 @@ def known(head: DraftHead, target: Target, ids: list[int], start: int) -> torch.
     at = torch.arange(max(start, 2), text.shape[1], device=target.device)
     column = place[text[0, at]]
     return torch.where(column < 0, 0.0, draft[at - 2, column.clamp(min=0)]).cpu()
-
-
-def _sigmas(readings: list[Reading]) -> float:
-    if len(readings) < 2:
-        return float("inf")
-    ahead = readings[0].given - readings[1].given
-    error = (ahead.std() / ahead.numel() ** 0.5).item()  # NaN of one token
-    return ahead.mean().item() / error if error > 0 else 0.0

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, create_model
 
 from ..errors import EagleError
 from ..files import read_json, read_tensors
-from .configs import SHIFT, absent, detect, entering_ids, is_eagle1, read_config, written_layers
+from .configs import SHIFT, detect, entering_ids, is_eagle1, read_config, written_layers
 from .head import make_head
 from .head_config import FINAL, HeadConfig, default_feature_layers
 from .tables import EMBEDDING, Format, table, to_ours
@@ -81,7 +81,13 @@ class Published:
         if numbers is None:
             if self.format.name == "eagle" and num_layers is not None and convention is None:
                 return default_feature_layers(num_layers)
-            raise absent(self.path, self.format.name)
+            raise EagleError(
+                f"{self.path} ({self.format.name}) names no feature layers. Give --layer_ids i,j,k "
+                "with --convention, or find out with --probe --target PATH, which measures "
+                "acceptance under each. entering: i is the state that enters layer i (EAGLE, vLLM, "
+                "speculators: 2, L//2, L-3); output: the output of layer i (SGLang, SpecForge, "
+                "ModelOpt: 1, L//2-1, L-4); one-based: as entering, with layers counted from 1"
+            )
         if layer_ids is not None and convention is None:
             raise EagleError(f"say with --convention what --layer_ids mean: {', '.join(SHIFT)}")
         whole = isinstance(numbers, (list, tuple)) and all(type(i) is int for i in numbers)

@@ -203,6 +203,8 @@ def test_absent_layer_ids(tmp_path, llama, case):
         assert head.config.feature_layers == layers
 
 
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+LLAMA3["original_max_position_embeddings"] = 64
 OPTIONS = {
     "norm_before_residual": {"norm_before_residual": True},
     "norm_before_fc": {"norm_before_fc": True},
@@ -215,15 +217,7 @@ OPTIONS = {
     "embedding": {"own_embedding": True},
     "target_hidden": {"hidden_size": 24, "own_embedding": True},
     "linear": {"rope_scaling": {"rope_type": "linear", "factor": 2.0}},
-    "llama3": {
-        "rope_scaling": {
-            "rope_type": "llama3",
-            "factor": 8.0,
-            "low_freq_factor": 1.0,
-            "high_freq_factor": 4.0,
-            "original_max_position_embeddings": 64,
-        }
-    },
+    "llama3": {"rope_scaling": LLAMA3},
 }
 RUN_BY = {
     "layers": {"vllm", "modelopt"},
