@@ -8,8 +8,7 @@ python -m inference.convert HEAD OUT --to eagle --pack --license apache-2.0 --be
 
 from __future__ import annotations
 
-import dataclasses
-import json
+import os
 import re
 import sys
 from pathlib import Path
@@ -49,109 +48,74 @@ def convert(
     inference.bench --json for its numbers) and custom_generate/ for stock generate.
     """
     from eagle.checkpoint import build, find_folder, require_fit
+    from eagle.heads import probe as probing
+    from eagle.heads.pack import pack_head
     from eagle.heads.read import read_folder
     from eagle.heads.tables import EMBEDDING, table
-    from eagle.heads.write import export_head, public_name, recorded, require_apart
+    from eagle.heads.write import export_head, public_name, recorded
+    from eagle.loading import load_tokenizer
+    from records.prompts import load_prompts
 
-    source, destination = _folders(folders, to, probe)
+    if (len(folders), to is None) not in [(2, False), *([(1, True)] if probe else [])]:
+        raise EagleError(
+            "give SRC DST --to eagle|sglang|vllm|modelopt, or SRC --probe --target PATH to measure "
+            "alone"
+        )
+    destination = None if to is None else Path(folders[1])
     if to is not None:
         table(to)
-    published = read_folder(find_folder(source, "head"), from_format)
-    if destination is not None:
-        require_apart(published.path, destination)
-    ids = _ids(layer_ids)
+    published = read_folder(find_folder(folders[0], "head"), from_format)
+    if destination and os.path.realpath(published.path) == os.path.realpath(destination):
+        raise EagleError(f"{destination} is the source itself; give another folder")
+    ids = None
+    if layer_ids is not None:
+        if not re.fullmatch(r"-?\d+(,-?\d+){2}", layer_ids.replace(" ", "")):
+            raise EagleError(f"--layer_ids {layer_ids!r} must be three numbers: 2,8,13")
+        ids = [int(i) for i in layer_ids.split(",")]
     loaded = None if target is None else load_target(target)
     if probe:
-        ids, convention = _probe(
-            published, loaded, ids, prompts, num_prompts, max_new_tokens, destination
-        )
-    if destination is None:
-        return 0
+        if loaded is None:
+            raise EagleError("--probe generates: give --target PATH (or --target embedded)")
+        texts = load_prompts(prompts, load_tokenizer(loaded.name), num_prompts)
+        found = probing.probe(published, loaded, [p.ids for p in texts], max_new_tokens, ids)
+        print("\n".join(found.lines()))
+        if destination is None:
+            return 0
+        ids, convention = list(found.numbers), found.best().convention
     layers = published.layers(None, ids, convention)
     # EAGLE-1 files hold a copy of the target's embedding
     embedding = None if loaded is None or published.eagle1 else loaded.embed.weight
     config, state = published.parse(layers, embedding)
+    record = published.provenance
+    verifier = recorded(record)
     if loaded is not None:
         require_fit(published.path, config, loaded)
         if published.eagle1 and not config.own_embedding:
-            config = dataclasses.replace(config, own_embedding=True)
+            config = config.model_copy(update={"own_embedding": True})
             state[EMBEDDING] = loaded.embed.weight.detach().to(state["fc.weight"].dtype)
-    head, record = build(config, state), published.provenance
-    verifier = recorded(record)
-    if loaded is not None:
         architectures = list(loaded.model.config.architectures or [type(loaded.model).__name__])
-        verifier = {
-            "name_or_path": base_model or public_name(target),
-            "architectures": architectures,
-        }
-    elif base_model is not None:
-        verifier["name_or_path"] = base_model
+        verifier = {"name_or_path": public_name(target), "architectures": architectures}
+    verifier["name_or_path"] = base_model or verifier["name_or_path"]
+    head = build(config, state)
     if pack:
-        from eagle.heads.pack import pack_head
-
-        name = base_model or verifier["name_or_path"]
+        name = verifier["name_or_path"]
         if license is None or name is None:
             raise EagleError(
                 "--pack needs --license (apache-2.0, mit, …) and --base_model, the target's hub id"
             )
-        pack_head(
-            head,
-            destination,
-            to=to,
-            license=license,
-            base_model=name,
-            provenance=record,
-            verifier=verifier,
-            bench=_bench(bench),
-        )
+        card = {"license": license, "base_model": name, "bench": bench}
+        pack_head(head, destination, to=to, provenance=record, verifier=verifier, **card)
     else:
         export_head(head, destination, to, record, verifier)
-    told = "" if config.method == "eagle1" else f", feature layers entered {list(layers)}"
-    print(
-        f"{published.format.name} -> {to}: {destination} ({len(state)} tensors, reads back with equal logits{told})"
-    )
+    read = f"{published.format.name} -> {to}: {destination} ({len(state)} tensors"
     if config.method == "eagle1":
+        print(f"{read}, reads back with equal logits)")
         print("not for vLLM: it loads an EAGLE-1 folder and accepts none of its drafts")
-    elif to in ("sglang", "modelopt"):
-        print(
-            "not for vLLM: it takes these layer ids as its own, one off, and drafts worse; use --to vllm"
-        )
+        return 0
+    print(f"{read}, reads back with equal logits, feature layers entered {list(layers)})")
+    if to in ("sglang", "modelopt"):
+        print("not for vLLM, which reads these layer ids one off and drafts worse: use --to vllm")
     return 0
-
-
-def _folders(folders: tuple[str, ...], to: str | None, probe: bool) -> tuple[str, Path | None]:
-    if len(folders) == 2 and to is not None:
-        return folders[0], Path(folders[1])
-    if len(folders) == 1 and probe and to is None:
-        return folders[0], None
-    raise EagleError(
-        "give SRC DST --to eagle|sglang|vllm|modelopt, or SRC --probe --target PATH to measure alone"
-    )
-
-
-def _ids(text: str | None) -> list[int] | None:
-    if text is None:
-        return None
-    if not re.fullmatch(r"-?\d+(,-?\d+){2}", text.replace(" ", "")):
-        raise EagleError(f"--layer_ids {text!r} must be three numbers: 2,8,13")
-    return [int(i) for i in text.split(",")]
-
-
-def _probe(published, target, ids, prompts, num_prompts, max_new_tokens, destination):
-    from eagle.heads.probe import describe, probe
-    from eagle.loading import load_tokenizer
-    from records.prompts import load_prompts
-
-    if target is None:
-        raise EagleError("--probe generates: give --target PATH (or --target embedded)")
-    tokenizer = load_tokenizer(target.name)
-    loaded = load_prompts(prompts, tokenizer, num_prompts)
-    found = probe(published, target, [p.ids for p in loaded], max_new_tokens, ids)
-    print("\n".join(describe(found)))
-    if destination is None:
-        return ids, None
-    best = found.require_clear()
-    return list(found.numbers), best.convention
 
 
 def load_target(path: str):
@@ -161,24 +125,7 @@ def load_target(path: str):
 
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
-
     return Target.from_pretrained(path)
-
-
-def _bench(path: str | None) -> dict | None:
-    from eagle.heads.describe import bench_file
-
-    if path is None:
-        return None
-    try:
-        value = json.loads(bench_file(path).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise EagleError(
-            f"{path} is not JSON ({error}); give what inference.bench --json wrote"
-        ) from error
-    if not isinstance(value, dict):
-        raise EagleError(f"{path} is not a bench file; give what inference.bench --json wrote")
-    return value
 
 
 if __name__ == "__main__":

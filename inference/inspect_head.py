@@ -4,49 +4,44 @@ belongs to.
 
 from __future__ import annotations
 
-import json
 import re
 import sys
+from json import dumps
 
 from configs.cli import main
 from eagle.errors import EagleError
 
 
 def inspect_head(
-    *folders: str,
-    json_lines: bool = False,
-    from_format: str | None = None,
-    target: str | None = None,
+    *folders: str, json: bool = False, from_format: str | None = None, target: str | None = None
 ) -> int:
     """Describe the head in a folder, in any format. --json prints one JSON object. --target: also
     what differs from what the head was trained for; the exit status is then 1."""
     from eagle.checkpoint import find_folder, require_fit
-    from eagle.heads.describe import describe, lines
+    from eagle.heads.describe import describe, facts
     from eagle.heads.read import read_folder
     from eagle.loading import differences
+    from inference.convert import load_target
 
     if len(folders) != 1:
         raise EagleError("give one head folder: eagle inspect head PATH")
     published = read_folder(find_folder(folders[0], "head"), from_format)
-    said = describe(published)
-    found = []
+    said, found = describe(published), []
     if target is not None:
-        from inference.convert import load_target
-
         loaded = load_target(target)
         config, _ = published.parse(published.layers(len(loaded.layers)))
         require_fit(published.path, config, loaded)
         record = published.provenance
         found = differences({**record, **(record.get("target") or {})}, loaded.identity)
-    if json_lines:
-        print(json.dumps(said | ({"differences": found} if target is not None else {})))
-    else:
-        verdict = [f"differs: {d}" for d in found] or ["fits this target"] if target else []
-        print("\n".join([*lines(said), *verdict]))
+    if json:
+        print(dumps(said | ({} if target is None else {"differences": found})))
+        return 1 if found else 0
+    print("\n".join(f"{name:<13} {value}" for name, value in facts(said).items()))
+    if target is not None:
+        print("\n".join(f"differs: {d}" for d in found) or "fits this target")
     return 1 if found else 0
 
 
 if __name__ == "__main__":
-    flags = {"--json": "--json_lines", "--from": "--from_format"}
-    arguments = [re.sub(r"^--\w+", lambda m: flags.get(m[0], m[0]), a) for a in sys.argv[1:]]
+    arguments = [re.sub(r"^--from(?==|$)", "--from_format", a) for a in sys.argv[1:]]
     main(inspect_head, arguments, name="eagle inspect head")

@@ -13,7 +13,7 @@ import math
 
 import torch
 
-from kernels.dispatch import use_triton
+from kernels.dispatch import dispatched
 
 MASK32 = 0xFFFFFFFF
 
@@ -100,7 +100,7 @@ def per_row(
     return value.to(dtype).reshape(-1, *[1] * (logits.dim() - 1))
 
 
-def choose(
+def choose_reference(
     logits: torch.Tensor,
     seeds: torch.Tensor,
     positions: torch.Tensor,
@@ -117,25 +117,6 @@ def choose(
     row; see `process_logits`. Rows of temperature 0 take the largest logit, the first of equals.
     Numbers tell the host what need not be done: pass temperature=0.0 when all rows are greedy,
     top_p=1.0 when none cuts."""
-    implementation = choose_reference
-    if use_triton(logits):
-        from kernels.triton_choose import choose_triton as implementation
-    return implementation(
-        logits, seeds, positions, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p
-    )
-
-
-def choose_reference(
-    logits: torch.Tensor,
-    seeds: torch.Tensor,
-    positions: torch.Tensor,
-    *,
-    temperature: float | torch.Tensor = 0.0,
-    top_k: int | torch.Tensor = 0,
-    top_p: float | torch.Tensor = 1.0,
-    min_p: float | torch.Tensor = 0.0,
-) -> torch.Tensor:
-    """The specification of `choose`, in plain PyTorch."""
     mixed = isinstance(temperature, torch.Tensor)
     if not mixed and temperature == 0.0:
         return logits.float().argmax(-1)
@@ -144,3 +125,6 @@ def choose_reference(
     if not mixed:
         return sampled
     return torch.where(temperature[:, None] == 0, logits.float().argmax(-1), sampled)
+
+
+choose = dispatched(choose_reference, "triton_choose", "choose_triton")

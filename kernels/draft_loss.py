@@ -17,9 +17,10 @@ from dataclasses import dataclass
 
 import torch
 
-from kernels.dispatch import use_triton
-from kernels.tile_loss import Loss as Loss
+from kernels.dispatch import dispatched
 from kernels.tile_loss import Objective, position_loss, tile_loss_reference
+
+tile_loss = dispatched(tile_loss_reference, "triton_draft_loss", "tile_loss_triton")
 
 # (start, stop) -> the target's logits [R, D] over the draft vocabulary and its choice [R] int64: a
 # draft id, or -1 where the target's best token is not in the draft vocabulary
@@ -130,19 +131,3 @@ class _DraftLoss(torch.autograd.Function):
         (d_hidden, d_weight), ctx.gradients = ctx.gradients, None
         d_weight = None if d_weight is None else d_weight.mul_(d_total)
         return d_hidden.mul_(d_total), d_weight, None, None, None, None, None
-
-
-def tile_loss(
-    logits: torch.Tensor,
-    teacher_logits: torch.Tensor,
-    importance: torch.Tensor,
-    objective: Objective,
-    grad: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """logits [S, R, D], teacher_logits [R, D], importance [S, R] fp32 -> loss [S, R] and overlap
-    [S, R] fp32, the first best token [S, R] int64, and with `grad` importance * d loss / d logits
-    [S, R, D] in the logits' dtype, which may take the logits' place."""
-    implementation = tile_loss_reference
-    if use_triton(logits):
-        from kernels.triton_draft_loss import tile_loss_triton as implementation
-    return implementation(logits, teacher_logits, importance, objective, grad)

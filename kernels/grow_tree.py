@@ -8,11 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from kernels import cpu_extension
-
-
-def fast(tensor: torch.Tensor) -> bool:
-    return cpu_extension.loaded and tensor.device.type == "cpu"
+from kernels.dispatch import fast as fast
 
 
 def candidates(

@@ -84,7 +84,11 @@ def tile_loss_reference(
     objective: Objective,
     grad: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """`position_loss` with its gradient written out, few passes and few copies."""
+    """logits [S, R, D], teacher_logits [R, D], importance [S, R] fp32 -> loss [S, R] and overlap
+    [S, R] fp32, the first best token [S, R] int64, and with `grad` importance * d loss / d logits
+    [S, R, D] in the logits' dtype, which may take the logits' place.
+
+    `position_loss` with its gradient written out, few passes and few copies."""
     kind = objective.loss
     x = logits.float()
     top, best = x.max(-1)

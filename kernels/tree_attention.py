@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from kernels.dispatch import use_triton
+from kernels.dispatch import dispatched
 
 
 def attention_bias(
@@ -109,7 +109,7 @@ def unpack_bits(bits: torch.Tensor, M: int) -> torch.Tensor:
     return ((bits[..., None] >> shifts) & 1).bool().reshape(B, N, 32 * W)[..., :M]
 
 
-def tree_attention(
+def tree_attention_reference(
     q: torch.Tensor,
     k_cache: torch.Tensor,
     v_cache: torch.Tensor,
@@ -132,40 +132,7 @@ def tree_attention(
     gradients.
 
     A row's result depends on its own arguments alone, bit for bit on the Triton path: not on the
-    rows beside it, and not on C."""
-    implementation = tree_attention_reference
-    if use_triton(q):
-        from kernels.triton_tree_attention import tree_attention_triton as implementation
-    return implementation(
-        q,
-        k_cache,
-        v_cache,
-        lengths,
-        tree_bits,
-        tree_positions,
-        scaling=scaling,
-        sliding_window=sliding_window,
-        softcap=softcap,
-        sinks=sinks,
-        rows=rows,
-    )
-
-
-def tree_attention_reference(
-    q: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
-    lengths: torch.Tensor,
-    tree_bits: torch.Tensor,
-    tree_positions: torch.Tensor,
-    *,
-    scaling: float,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    sinks: torch.Tensor | None = None,
-    rows: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """The specification of `tree_attention`, in plain PyTorch. Reads max(lengths) on the host."""
+    rows beside it, and not on C. This reference reads max(lengths) on the host."""
     M = tree_positions.shape[1]
     live = int(lengths.max()) + M
     if rows is not None:
@@ -174,6 +141,11 @@ def tree_attention_reference(
     bias = attention_bias(lengths, mask, tree_positions, live, q.dtype, sliding_window)
     k, v = reachable(k_cache[:, :, :live], v_cache[:, :, :live], lengths + M)
     return attend(q, k, v, bias, scaling, softcap, sinks)
+
+
+tree_attention = dispatched(
+    tree_attention_reference, "triton_tree_attention", "tree_attention_triton"
+)
 
 
 def reachable(

@@ -36,29 +36,32 @@ inline v16 load(const float* p) {
 inline void store(float* p, v16 x) { __builtin_memcpy(p, &x, sizeof x); }
 inline v16 all(float x) { return x - v16{}; }
 
-// c[r][0..63] (+)= sum_k a[r][k] * b[k][0..63], for ROWS lines r
-template <int ROWS>
-inline void multiply(const float* a, int64_t lda, const float* b, int64_t ldb, int64_t depth, float* c,
+inline v16 multiply_add(float x, const float* line, v16 sum) { return sum + all(x) * load(line); }
+#ifdef __AVX512BF16__
+// the same with pairs of bf16 in a 32-bit word: vdpbf16ps adds both products to a float32
+inline v16 multiply_add(uint32_t x, const uint32_t* line, v16 sum) {
+  const __m512bh pairs = (__m512bh)_mm512_set1_epi32(x);
+  return (v16)_mm512_dpbf16_ps((__m512)sum, pairs, (__m512bh)_mm512_loadu_si512(line));
+}
+#endif
+
+// c[r][0..63] (+)= sum_k a[r][k] * b[k][0..63], for ROWS lines r; a word of a and b is one number or a pair
+template <int ROWS, typename word>
+inline void multiply(const word* a, int64_t lda, const word* b, int64_t ldb, int64_t depth, float* c,
                      int64_t ldc, bool add) {
   v16 sum[ROWS][4];
   for (int r = 0; r < ROWS; ++r)
     for (int j = 0; j < 4; ++j) sum[r][j] = add ? load(c + r * ldc + 16 * j) : v16{};
-  for (int64_t k = 0; k < depth; ++k) {
-    const float* line = b + k * ldb;
-    const v16 b0 = load(line), b1 = load(line + 16), b2 = load(line + 32), b3 = load(line + 48);
-    for (int r = 0; r < ROWS; ++r) {
-      const v16 x = all(a[r * lda + k]);
-      sum[r][0] += x * b0;
-      sum[r][1] += x * b1;
-      sum[r][2] += x * b2;
-      sum[r][3] += x * b3;
-    }
-  }
+  for (int64_t k = 0; k < depth; ++k)
+    for (int r = 0; r < ROWS; ++r)
+      for (int j = 0; j < 4; ++j)
+        sum[r][j] = multiply_add(a[r * lda + k], b + k * ldb + 16 * j, sum[r][j]);
   for (int r = 0; r < ROWS; ++r)
     for (int j = 0; j < 4; ++j) store(c + r * ldc + 16 * j, sum[r][j]);
 }
 
-void multiply_lines(int64_t lines, const float* a, int64_t lda, const float* b, int64_t ldb, int64_t depth,
+template <typename word>
+void multiply_lines(int64_t lines, const word* a, int64_t lda, const word* b, int64_t ldb, int64_t depth,
                     float* c, int64_t ldc, bool add) {
   int64_t r = 0;
   for (; r + 4 <= lines; r += 4) multiply<4>(a + r * lda, lda, b, ldb, depth, c + r * ldc, ldc, add);
@@ -121,36 +124,7 @@ struct Products {
 };
 
 #ifdef __AVX512BF16__
-// The same with pairs of bf16 in a 32-bit word and vdpbf16ps, which adds both products to a float32.
-template <int ROWS>
-inline void multiply_pairs(const uint32_t* a, int64_t lda, const uint32_t* b, int64_t ldb, int64_t pairs,
-                           float* c, int64_t ldc, bool add) {
-  __m512 sum[ROWS][4];
-  for (int r = 0; r < ROWS; ++r)
-    for (int j = 0; j < 4; ++j) sum[r][j] = add ? _mm512_loadu_ps(c + r * ldc + 16 * j) : _mm512_setzero_ps();
-  for (int64_t k = 0; k < pairs; ++k) {
-    __m512bh line[4];
-    for (int j = 0; j < 4; ++j) line[j] = (__m512bh)_mm512_loadu_si512(b + k * ldb + 16 * j);
-    for (int r = 0; r < ROWS; ++r) {
-      const __m512bh x = (__m512bh)_mm512_set1_epi32(a[r * lda + k]);
-      for (int j = 0; j < 4; ++j) sum[r][j] = _mm512_dpbf16_ps(sum[r][j], x, line[j]);
-    }
-  }
-  for (int r = 0; r < ROWS; ++r)
-    for (int j = 0; j < 4; ++j) _mm512_storeu_ps(c + r * ldc + 16 * j, sum[r][j]);
-}
-
-void multiply_pair_lines(int64_t lines, const uint32_t* a, int64_t lda, const uint32_t* b, int64_t ldb,
-                         int64_t pairs, float* c, int64_t ldc, bool add) {
-  int64_t r = 0;
-  for (; r + 4 <= lines; r += 4)
-    multiply_pairs<4>(a + r * lda, lda, b, ldb, pairs, c + r * ldc, ldc, add);
-  a += r * lda, c += r * ldc;
-  if (lines - r == 3) multiply_pairs<3>(a, lda, b, ldb, pairs, c, ldc, add);
-  if (lines - r == 2) multiply_pairs<2>(a, lda, b, ldb, pairs, c, ldc, add);
-  if (lines - r == 1) multiply_pairs<1>(a, lda, b, ldb, pairs, c, ldc, add);
-}
-
+// The same in pairs: keys [pairs of D, BLOCK], values [pairs of slots, Dp], weights in the scores' place.
 template <>
 struct Products<c10::BFloat16> {
   static void query(const c10::BFloat16* from, int64_t D, float* line) {
@@ -186,8 +160,8 @@ struct Products<c10::BFloat16> {
     }
   }
   static void scores(int64_t lines, const float* Q, const float* Kt, int64_t D, int64_t Dp, float* S) {
-    multiply_pair_lines(lines, reinterpret_cast<const uint32_t*>(Q), Dp,
-                        reinterpret_cast<const uint32_t*>(Kt), BLOCK, (D + 1) / 2, S, BLOCK, false);
+    multiply_lines(lines, reinterpret_cast<const uint32_t*>(Q), Dp,
+                   reinterpret_cast<const uint32_t*>(Kt), BLOCK, (D + 1) / 2, S, BLOCK, false);
   }
   static void weigh(int64_t lines, float* S, const float* V, int64_t width, int64_t Dp, float* acc) {
     for (int64_t r = 0; r < lines; ++r) {  // the weights of a line become bf16 in its own place
@@ -198,8 +172,8 @@ struct Products<c10::BFloat16> {
       }
     }
     for (int64_t d = 0; d < Dp; d += BLOCK)
-      multiply_pair_lines(lines, reinterpret_cast<const uint32_t*>(S), BLOCK,
-                          reinterpret_cast<const uint32_t*>(V) + d, Dp, (width + 1) / 2, acc + d, Dp, true);
+      multiply_lines(lines, reinterpret_cast<const uint32_t*>(S), BLOCK,
+                     reinterpret_cast<const uint32_t*>(V) + d, Dp, (width + 1) / 2, acc + d, Dp, true);
   }
 };
 #endif

@@ -33,111 +33,20 @@ LOG2E = 1.4426950408889634
 
 
 @triton.jit
-def _span(
-    lengths,
-    positions,
-    positions_b,
-    row,
-    N,
-    M,
-    C,
-    window,
-    WINDOW: tl.constexpr,
-    SPLIT: tl.constexpr,
-    SPLITS: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    """Row's prefix length, first reachable slot, end of its tree, and keys a split."""
-    length = tl.load(lengths + row).to(tl.int32)
+def _span(length, places, N, M, C, window, WINDOW, SPLIT, SPLITS, BLOCK_N, BLOCK_K):
+    """First reachable slot, end of the tree, and keys a split, of the row with this prefix and
+    these positions of its queries."""
     end = tl.minimum(length + M, C)
     first = 0
     if WINDOW:
         # no query looks further back than the one that stands lowest (in one load, as a loop here
         # would keep the compiler from pipelining the main one)
         index = tl.arange(0, BLOCK_N)
-        at = tl.load(positions + row * positions_b + (M - N) + index, mask=index < N, other=2**62)
+        at = tl.load(places + index, mask=index < N, other=2**62)
         begin = tl.min(at, axis=0) - window + 1
         first = tl.minimum(tl.maximum(begin, 0), length.to(tl.int64)).to(tl.int32)
     size = tl.maximum(tl.cdiv(tl.cdiv(end - first, SPLITS), BLOCK_K) * BLOCK_K, SPLIT)
-    return length, first, end, size
-
-
-@triton.jit
-def _visit(
-    q,
-    best,
-    total,
-    acc,
-    keys,
-    values,
-    stride_k,
-    stride_v,
-    start,
-    stop,
-    length,
-    words,
-    W,
-    seen_from,
-    live,
-    positions,
-    scale,
-    softcap,
-    TREE: tl.constexpr,
-    WINDOW: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-    PRECISION: tl.constexpr,
-    D: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    """One block of slots start … start+BLOCK_K-1 (those < stop), all in the tree or all in the
-    prefix; at most 32 in the tree."""
-    index = tl.arange(0, BLOCK_K)
-    channel = tl.arange(0, BLOCK_D)
-    slot = start + index
-    inside = slot < stop
-    mask = inside[:, None] & (channel < D)[None, :]
-    # the block's address in 64 bits, offsets inside the block in 32. What is out of reach is never
-    # loaded: it may hold NaN
-    base = start + tl.zeros((), tl.int64)
-    k = tl.load(
-        keys + base * stride_k + index[:, None] * stride_k + channel[None, :], mask=mask, other=0.0
-    )
-    scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
-    if SOFTCAP:
-        # tanh by an exponential that cannot overflow; scale already holds 1 / softcap
-        decay = tl.exp2(tl.abs(scores) * -2.8853900817779268)
-        scores = softcap * tl.where(scores < 0, decay - 1, 1 - decay) / (1 + decay)
-    visible = inside[None, :] & live[:, None]
-    if TREE:
-        # the block's bits, which two words hold between them, as one word
-        node = start - length
-        word, shift = node // 32, (node % 32).to(tl.uint32)
-        low = tl.load(words + word, mask=live, other=0).to(tl.uint32, bitcast=True)
-        high = tl.load(words + tl.minimum(word + 1, W - 1), mask=live, other=0)
-        high = high.to(tl.uint32, bitcast=True)
-        block = (low >> shift) | ((high << 1) << (31 - shift))  # a shift by 32 is undefined
-        visible = visible & (((block[:, None] >> index.to(tl.uint32)[None, :]) & 1) != 0)
-    if WINDOW:
-        if TREE:
-            at = tl.load(positions + (slot - length), mask=inside, other=0).to(tl.int32)
-        else:
-            at = slot
-        visible = visible & (at[None, :] > seen_from[:, None])
-    scores = tl.where(visible, scores, float("-inf"))
-    higher = tl.maximum(best, tl.max(scores, axis=1))
-    shift = tl.where(higher == float("-inf"), 0.0, higher)  # -inf - -inf is NaN
-    fade = tl.exp2(best - shift)
-    weights = tl.exp2(scores - shift[:, None])
-    total = total * fade + tl.sum(weights, axis=1)
-    v = tl.load(
-        values + base * stride_v + index[:, None] * stride_v + channel[None, :],
-        mask=mask,
-        other=0.0,
-    )
-    acc = tl.dot(weights.to(v.dtype), v, acc * fade[:, None], input_precision=PRECISION)
-    return higher, total, acc
+    return first, end, size
 
 
 @triton.jit
@@ -192,20 +101,10 @@ def _attend_split(
     tiles = tl.cdiv(N * G, BLOCK_R)
     # tiles of one split run side by side and share its keys in the L2 cache
     tile, split = tl.program_id(0) % tiles, tl.program_id(0) // tiles
-    length, first, end, size = _span(
-        lengths,
-        positions,
-        positions_b,
-        row,
-        N,
-        M,
-        C,
-        window,
-        WINDOW,
-        SPLIT,
-        SPLITS,
-        BLOCK_N,
-        BLOCK_K,
+    length = tl.load(lengths + row).to(tl.int32)
+    places = positions + row * positions_b + (M - N)
+    first, end, size = _span(
+        length, places, N, M, C, window, WINDOW, SPLIT, SPLITS, BLOCK_N, BLOCK_K
     )
     low = first + split * size
     if low >= end:
@@ -225,8 +124,7 @@ def _attend_split(
     positions += row * positions_b
     seen_from = query
     if WINDOW:  # a key is seen at positions above this one
-        here = tl.load(positions + (M - N) + query, mask=live, other=0)
-        seen_from = (here - window).to(tl.int32)
+        seen_from = (tl.load(places + query, mask=live, other=0) - window).to(tl.int32)
     place = row  # in the cache
     if ROWS:
         place = tl.load(rows + row)
@@ -236,63 +134,53 @@ def _attend_split(
     total = tl.zeros((BLOCK_R,), tl.float32)
     acc = tl.zeros((BLOCK_R, BLOCK_D), tl.float32)
     border = tl.minimum(tl.maximum(low, length), high)  # prefix below, tree from here
-    for start in tl.range(low, border, BLOCK_K):
-        best, total, acc = _visit(
-            q_tile,
-            best,
-            total,
-            acc,
-            keys,
-            values,
-            k_c,
-            v_c,
-            start,
-            border,
-            length,
-            words,
-            W,
-            seen_from,
-            live,
-            positions,
-            scale,
-            softcap,
-            False,
-            WINDOW,
-            SOFTCAP,
-            PRECISION,
-            D,
-            BLOCK_D,
-            BLOCK_K,
-        )
     BLOCK_T: tl.constexpr = min(BLOCK_K, 32)
-    for start in tl.range(border, high, BLOCK_T, num_stages=1):  # few blocks: no pipeline
-        best, total, acc = _visit(
-            q_tile,
-            best,
-            total,
-            acc,
-            keys,
-            values,
-            k_c,
-            v_c,
-            start,
-            high,
-            length,
-            words,
-            W,
-            seen_from,
-            live,
-            positions,
-            scale,
-            softcap,
-            True,
-            WINDOW,
-            SOFTCAP,
-            PRECISION,
-            D,
-            BLOCK_D,
-            BLOCK_T,
-        )
+    for TREE in tl.static_range(2):  # few blocks lie in the tree: no pipeline
+        index = tl.arange(0, BLOCK_T if TREE else BLOCK_K)
+        begin = border if TREE else low
+        stop = high if TREE else border
+        for start in tl.range(
+            begin, stop, BLOCK_T if TREE else BLOCK_K, num_stages=1 if TREE else 2
+        ):
+            slot = start + index
+            inside = slot < stop
+            mask = inside[:, None] & (channel < D)[None, :]
+            # the block's address in 64 bits, offsets inside the block in 32. What is out of reach
+            # is never loaded: it may hold NaN
+            base = start + tl.zeros((), tl.int64)
+            at = keys + base * k_c + index[:, None] * k_c + channel[None, :]
+            k = tl.load(at, mask=mask, other=0.0)
+            scores = tl.dot(q_tile, tl.trans(k), input_precision=PRECISION) * scale
+            if SOFTCAP:
+                # tanh by an exponential that cannot overflow; scale already holds 1 / softcap
+                decay = tl.exp2(tl.abs(scores) * -2.8853900817779268)
+                scores = softcap * tl.where(scores < 0, decay - 1, 1 - decay) / (1 + decay)
+            visible = inside[None, :] & live[:, None]
+            if TREE:
+                # the block's bits, which two words hold between them, as one word
+                node = start - length
+                word, shift = node // 32, (node % 32).to(tl.uint32)
+                below = tl.load(words + word, mask=live, other=0).to(tl.uint32, bitcast=True)
+                above = tl.load(words + tl.minimum(word + 1, W - 1), mask=live, other=0)
+                above = above.to(tl.uint32, bitcast=True)
+                block = (below >> shift) | ((above << 1) << (31 - shift))  # not by 32: undefined
+                seen = (block[:, None] >> index.to(tl.uint32)[None, :]) & 1
+                visible = visible & (seen != 0)
+            if WINDOW:
+                here = slot
+                if TREE:
+                    here = tl.load(positions + (slot - length), mask=inside, other=0).to(tl.int32)
+                visible = visible & (here[None, :] > seen_from[:, None])
+            scores = tl.where(visible, scores, float("-inf"))
+            higher = tl.maximum(best, tl.max(scores, axis=1))
+            level = tl.where(higher == float("-inf"), 0.0, higher)  # -inf - -inf is NaN
+            fade = tl.exp2(best - level)
+            weights = tl.exp2(scores - level[:, None])
+            total = total * fade + tl.sum(weights, axis=1)
+            at = values + base * v_c + index[:, None] * v_c + channel[None, :]
+            v = tl.load(at, mask=mask, other=0.0)
+            acc = tl.dot(weights.to(v.dtype), v, acc * fade[:, None], input_precision=PRECISION)
+            best = higher
 
     R = N * G
     at = ((split * tl.num_programs(2) + row) * tl.num_programs(1) + kv) * R + r
@@ -335,20 +223,10 @@ def _merge(
 ):
     """Grid (tiles, Hkv, B): the splits of BLOCK_R tile rows, and the sinks, in one softmax."""
     kv, row = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
-    length, first, end, size = _span(
-        lengths,
-        positions,
-        positions_b,
-        row,
-        N,
-        M,
-        C,
-        window,
-        WINDOW,
-        SPLIT,
-        SPLITS,
-        BLOCK_N,
-        BLOCK_K,
+    length = tl.load(lengths + row).to(tl.int32)
+    places = positions + row * positions_b + (M - N)
+    first, end, size = _span(
+        length, places, N, M, C, window, WINDOW, SPLIT, SPLITS, BLOCK_N, BLOCK_K
     )
     R = N * G
     r = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)

@@ -4,5 +4,3 @@ each engine.
 `eagle` is SafeAILab/EAGLE's (and this package's own), `sglang` SpecForge's, `vllm` speculators',
 `modelopt` NVIDIA ModelOpt's. Knows names, shapes and JSON fields; knows nothing of training or
 text."""
-
-FORMATS = ("eagle", "sglang", "vllm", "modelopt")

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import LlamaConfig
 from transformers.activations import ACT2FN
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, rotate_half
 
 from ..errors import EagleError
 from .head_config import FINAL as FINAL
@@ -45,17 +45,19 @@ def causal(layer, q, k, v) -> torch.Tensor:
 
 def rotary_embedding(c: HeadConfig, device: torch.device) -> LlamaRotaryEmbedding:
     """transformers' rotary embedding of a head, scaled as `rope_scaling` says."""
-    scaling = dict(c.rope_scaling or {})
-    kind = scaling.pop("type", None)  # the older name
-    kind = scaling.pop("rope_type", None) or kind or "default"
-    if kind == "mrope":  # text alone: all sections count the same positions
-        kind = "default"
-    rope = {**scaling, "rope_type": kind, "rope_theta": c.rope_theta}
+    rope = {"rope_type": "default", **(c.rope_scaling or {}), "rope_theta": c.rope_theta}
+    if rope["rope_type"] == "mrope":  # text alone: all sections count the same positions
+        rope["rope_type"] = "default"
     with torch.device(device):
         one = {"num_attention_heads": 1, "hidden_size": c.head_dim, "head_dim": c.head_dim}
         limit = c.max_position_embeddings
         config = LlamaConfig(**one, max_position_embeddings=limit, rope_parameters=rope)
         return LlamaRotaryEmbedding(config).to(device)
+
+
+def turn(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotary positions, as transformers has them: x [B, heads, T, hd]; cos, sin [B, T, hd]."""
+    return x * cos[:, None] + rotate_half(x) * sin[:, None]
 
 
 class RMSNorm(nn.Module):
@@ -93,15 +95,10 @@ class Attention(nn.Module):
         keep: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """x [B, T, width] -> [B, T, H]; of the tokens `keep` [C] alone, if given, [B, C, H]."""
-        k = self.k_norm(self._split(self.k_proj(x)))
+        at = slice(None) if keep is None else keep
+        q = turn(self.q_norm(self._split(self.q_proj(x[:, at]))), cos[:, at], sin[:, at])
+        k = turn(self.k_norm(self._split(self.k_proj(x))), cos, sin)
         v = self._split(self.v_proj(x))
-        if keep is None:
-            q = self.q_norm(self._split(self.q_proj(x)))
-            q, k = apply_rotary_pos_emb(q, k, cos, sin)
-        else:
-            q = self.q_norm(self._split(self.q_proj(x[:, keep])))
-            q, _ = apply_rotary_pos_emb(q, q, cos[:, keep], sin[:, keep])
-            k, _ = apply_rotary_pos_emb(k, k, cos, sin)
         return self.o_proj(attend(layer, q, k, v).flatten(2))
 
     def _split(self, x: torch.Tensor) -> torch.Tensor:
@@ -178,9 +175,8 @@ class DraftHead(nn.Module):
         self._rotary: LlamaRotaryEmbedding | None = None
         try:
             rotary_embedding(c, torch.device("cpu"))
-        except (
-            Exception
-        ) as error:  # transformers checks little, and fails wherever a value takes it
+        # transformers checks little, and fails wherever a value takes it
+        except Exception as error:
             raise EagleError(
                 f"transformers cannot scale rotary positions by {c.rope_scaling} "
                 f"({type(error).__name__}: {error}); correct rope_scaling in the head's config"
@@ -193,19 +189,15 @@ class DraftHead(nn.Module):
 
     @torch.no_grad()
     def set_draft_vocab(self, token_ids: torch.Tensor) -> None:
-        """token_ids [D] sorted, distinct target ids: d2t holds the offset to add, t2d the
-        membership."""
+        """token_ids [D] distinct target ids: d2t holds the offset to add, t2d the membership."""
         c = self.config
         if not c.reduced_vocab:
             return
-        token_ids = token_ids.to(torch.int64).sort().values
-        if (
-            token_ids.numel() != c.draft_vocab_size
-            or token_ids.unique().numel() != token_ids.numel()
-        ):
+        given, token_ids = token_ids.numel(), token_ids.to(torch.int64).unique()
+        if not given == len(token_ids) == c.draft_vocab_size:
             raise EagleError(
                 f"the draft vocabulary needs {c.draft_vocab_size} distinct tokens, not "
-                f"{token_ids.unique().numel()} among {token_ids.numel()}"
+                f"{len(token_ids)} among {given}"
             )
         self.d2t.copy_(token_ids - torch.arange(c.draft_vocab_size))
         self.t2d.zero_()

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import functools
-from dataclasses import MISSING, asdict, dataclass, fields
-from typing import Annotated, Literal, get_type_hints
+from collections.abc import Iterator
+from typing import Annotated, Literal
 
-from pydantic import ConfigDict, Field, ValidationError, create_model
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from transformers.activations import ACT2FN
 
 from ..errors import EagleError
@@ -15,24 +14,16 @@ FINAL = -1  # as a feature layer: the target's last hidden state, after its fina
 
 # what a field may be: no head comes near the bounds, and a damaged file allocates nothing
 Size = Annotated[int, Field(gt=0, le=2**20)]
-
 Few = Annotated[int, Field(gt=0, le=2**12)]
-
 Layers = Annotated[int, Field(gt=0, le=2**6)]
-
 Vocabulary = Annotated[int, Field(gt=0, le=2**24)]
-
 Positions = Annotated[int, Field(gt=0, le=2**31)]
-
 Layer = Annotated[int, Field(ge=FINAL, le=2**12)]
-
 Positive = Annotated[float, Field(gt=0)]
+NORMS = ("norm_before_residual", "norm_before_fc", "fc_norm", "norm_output")
 
-EAGLE3_ONLY = ("norm_before_residual", "norm_before_fc", "fc_norm", "norm_output")
 
-
-@dataclass(frozen=True)
-class HeadConfig:
+class HeadConfig(BaseModel):
     """The flat Llama fields of a published config.json, which target states are the features, and
     in what published heads differ.
 
@@ -43,6 +34,8 @@ class HeadConfig:
       draft step is fed the output after the last norm. attention_bias: of q, k, v and o; qkv_bias:
       of q, k and v alone. own_embedding: [V, H], in place of the target's. qk_norm: RMSNorm of
       queries and keys over head_dim."""
+
+    model_config = ConfigDict(frozen=True, strict=True, allow_inf_nan=False, extra="forbid")
 
     hidden_size: Size
     intermediate_size: Size
@@ -71,52 +64,52 @@ class HeadConfig:
     own_embedding: bool = False
     qk_norm: bool = False
 
-    def __post_init__(self) -> None:
-        if self.fc_bias is None:
-            object.__setattr__(self, "fc_bias", self.method == "eagle1")
-        require_typed(HeadConfig, vars(self))
-        if self.head_dim % 2:
-            raise EagleError(f"head_dim {self.head_dim} must be even: rotary positions turn pairs")
-        if self.num_attention_heads % self.num_key_value_heads:
+    def __init__(self, **values) -> None:
+        """Refuses, as an EagleError, what no head is: values may come from files of others."""
+        if values.get("fc_bias") is None:
+            values["fc_bias"] = values.get("method") == "eagle1"
+        rope = values.get("rope_scaling")
+        if isinstance(rope, dict):  # "type" is the older name
+            kind = rope.get("rope_type") or rope.get("type") or "default"
+            rope = {k: v for k, v in rope.items() if k != "type"} | {"rope_type": kind}
+            values["rope_scaling"] = None if kind == "default" else rope
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            name = first["loc"][0]
             raise EagleError(
-                f"{self.num_attention_heads} attention heads cannot share "
-                f"{self.num_key_value_heads} key/value heads evenly; choose a divisor"
-            )
-        if self.draft_vocab_size > self.vocab_size:
-            raise EagleError(
-                f"draft_vocab_size {self.draft_vocab_size} must lie in 1 … {self.vocab_size} (the "
-                "target's)"
-            )
-        if self.hidden_act not in ACT2FN:
-            raise EagleError(f"transformers knows no activation {self.hidden_act!r}; use silu")
-        if self.method == "eagle1":
-            self._require_eagle1()
-        elif len(self.feature_layers) != 3 or min(self.feature_layers) < 0:
-            raise EagleError(
-                f"an EAGLE-3 head reads three layers, not {list(self.feature_layers)}; give three "
-                "ids"
-            )
-        if self.target_hidden_size != self.hidden_size and not self.own_embedding:
-            raise EagleError(
-                f"a head of hidden size {self.hidden_size} cannot read the embedding of a target "
-                f"of {self.target_hidden_size}; set own_embedding, or use the target's size"
-            )
+                f"a head's {name} cannot be {str(values.get(name))[:60]}: {first['msg'].lower()}"
+            ) from error
+        for wrong, said in self._contradictions():
+            if wrong:
+                raise EagleError(said)
 
-    def _require_eagle1(self) -> None:
-        """What EAGLE-1 has no place for: its output goes through the target's LM head."""
-        given = [name for name in EAGLE3_ONLY if getattr(self, name)]
-        if given:
-            raise EagleError(f"EAGLE-1 heads have no {', '.join(given)}; use method=eagle3")
-        if self.feature_layers != (FINAL,):
-            raise EagleError(
-                f"an EAGLE-1 head reads the target's final hidden state, ({FINAL},), not layers "
-                f"{list(self.feature_layers)}; leave feature_layers out"
-            )
-        if self.reduced_vocab or self.target_hidden_size != self.hidden_size:
-            raise EagleError(
-                "an EAGLE-1 head has the target's hidden size and vocabulary: its output goes "
-                "through the target's LM head; use method=eagle3 for a smaller one"
-            )
+    def _contradictions(self) -> Iterator[tuple[bool, str]]:
+        yield self.head_dim % 2 != 0, f"head_dim {self.head_dim} must be even: rotary turns pairs"
+        heads, shared = self.num_attention_heads, self.num_key_value_heads
+        said = f"{heads} attention heads cannot share {shared} key/value heads evenly"
+        yield heads % shared != 0, f"{said}; choose a divisor"
+        said = f"draft_vocab_size {self.draft_vocab_size} must lie in 1 … {self.vocab_size}"
+        yield self.draft_vocab_size > self.vocab_size, f"{said} (the target's)"
+        said = f"transformers knows no activation {self.hidden_act!r}; use silu"
+        yield self.hidden_act not in ACT2FN, said
+        layers, resized = self.feature_layers, self.target_hidden_size != self.hidden_size
+        if self.method == "eagle1":
+            given = [name for name in NORMS if getattr(self, name)]
+            said = f"EAGLE-1 heads have no {', '.join(given)}; use method=eagle3"
+            yield given != [], said
+            said = f"an EAGLE-1 head reads the target's final hidden state, not layers {layers}"
+            yield layers != (FINAL,), f"{said}; leave feature_layers out"
+            said = "an EAGLE-1 head has the target's hidden size and vocabulary: its output goes"
+            said += " through the target's LM head; use method=eagle3 for a smaller one"
+            yield self.reduced_vocab or resized, said
+        else:
+            said = f"an EAGLE-3 head reads three layers, not {list(layers)}; give three ids"
+            yield len(layers) != 3 or min(layers) < 0, said
+        said = f"a head of hidden size {self.hidden_size} cannot read the embedding of a target of "
+        said += f"{self.target_hidden_size}; set own_embedding, or use the target's size"
+        yield resized and not self.own_embedding, said
 
     @property
     def reduced_vocab(self) -> bool:
@@ -159,40 +152,14 @@ class HeadConfig:
 
     def to_dict(self) -> dict:
         """As JSON holds it; options are named where they are not the default."""
-        values = {**asdict(self), "feature_layers": list(self.feature_layers)}
-        defaults = {f.name: f.default for f in fields(self) if f.default is not MISSING}
+        defaults = {name: field.default for name, field in type(self).model_fields.items()}
         defaults["fc_bias"] = self.method == "eagle1"
+        values = self.model_dump(mode="json")
         return {k: v for k, v in values.items() if k not in OPTIONS or v != defaults[k]}
 
-    @classmethod
-    def names(cls) -> set[str]:
-        return {f.name for f in fields(cls)}
 
-
-@functools.cache
-def _typed(cls: type) -> type:
-    strict = ConfigDict(strict=True, allow_inf_nan=False)
-    hints = get_type_hints(cls, include_extras=True)
-    return create_model(cls.__name__, __config__=strict, **{k: (v, ...) for k, v in hints.items()})
-
-
-def require_typed(cls: type, values: dict) -> None:
-    """Refuse values that the annotations of a dataclass do not allow: they may come from files of
-    others."""
-    try:
-        _typed(cls).model_validate(values)
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        raise EagleError(
-            f"a head's {first['loc'][0]} cannot be {str(values[first['loc'][0]])[:60]}: "
-            f"{first['msg'].lower()}"
-        ) from error
-
-
-NAMES = [f.name for f in fields(HeadConfig)]
-
+NAMES = list(HeadConfig.model_fields)
 OPTIONS = NAMES[NAMES.index("method") :]  # in what published heads differ
-
 SHAPE = [name for name in NAMES if name not in ("feature_layers", *OPTIONS)]
 
 

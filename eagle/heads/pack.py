@@ -5,14 +5,16 @@ The card's numbers are copied from a bench file; without one it says that nothin
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
 from ..errors import EagleError
 from ..files import write_json
 from . import remote_generate
-from .describe import require_bench_of
+from .describe import describe, facts
 from .head import DraftHead
+from .read import read_folder
 from .write import export_head
 
 # of the card's table: title -> field of a run in the bench file
@@ -30,55 +32,61 @@ def pack_head(
     base_model: str,
     provenance: dict,
     verifier: dict | None = None,
-    bench: dict | None = None,
+    bench: str | None = None,
 ) -> Path:
     """license: an SPDX id as hubs have it (apache-2.0, mit, other). base_model: hub id of the
-    target. bench: what inference.bench --json wrote of this head."""
-    plain = {"license": license, "base_model": base_model}
-    for name, value in plain.items():
+    target. bench: the file that inference.bench --json wrote of this head."""
+    for name, value in {"license": license, "base_model": base_model}.items():
         if not value or any(c in value for c in "\n:#'\"{}[]"):
             raise EagleError(f"{name} {value!r} cannot stand in a model card; give a plain name")
-    runs = None if bench is None else require_bench_of(bench, provenance)
+    figures = None if bench is None else read_bench(bench, provenance)
 
     def add(folder: Path) -> None:
-        card = model_card(head, to, license, base_model, provenance, bench, runs)
+        said = facts(describe(read_folder(folder)))
+        data = provenance.get("data") or {}
+        said["training data"] = ", ".join(data.get("files") or []) or "not recorded"
+        said["answers"] = data.get("answers", "not recorded")
+        del said["head"]  # a folder of this machine
+        card = model_card(head.config.method, license, base_model, said, measured(figures))
         (folder / "README.md").write_text(card, encoding="utf-8")
         scripts = folder / "custom_generate"
         scripts.mkdir()
         shutil.copyfile(remote_generate.__file__, scripts / "generate.py")
-        if bench is not None:
-            write_json(folder / "bench.json", bench)
+        if figures is not None:
+            write_json(folder / "bench.json", figures)
 
     return export_head(head, path, to, provenance, verifier, add)
 
 
-def model_card(
-    head: DraftHead,
-    to: str,
-    license: str,
-    base_model: str,
-    provenance: dict,
-    bench: dict | None,
-    runs: list[dict] | None,
-) -> str:
-    config, target = head.config, provenance.get("target") or {}
-    data = provenance.get("data") or {}
-    facts = [
-        ("method", config.method),
-        ("format", to),
-        ("target", base_model),
-        ("weights of the target (fingerprint)", target.get("fingerprint", "not recorded")),
-        ("adapter", target.get("adapter") or provenance.get("adapter") or "none recorded"),
-        (
-            "quantization",
-            target.get("quantization") or provenance.get("quantization") or "none recorded",
-        ),
-        ("feature layers (states that enter layer)", list(config.feature_layers)),
-        ("draft vocabulary", f"{config.draft_vocab_size} of {config.vocab_size}"),
-        ("training data", ", ".join(data.get("files") or []) or "not recorded"),
-        ("answers", data.get("answers", "not recorded")),
-    ]
-    table = "\n".join(f"| {name} | {value} |" for name, value in facts)
+def read_bench(path: str, provenance: dict) -> dict:
+    """A bench file; refused where it is of another target, or forced to accept."""
+    try:
+        bench = json.loads(Path(path).read_text(encoding="utf-8"))
+        drafted = drafted_runs(bench)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise EagleError(
+            f"{path} is no bench file ({error}); give what inference.bench --json wrote"
+        ) from error
+    target = (provenance.get("target") or {}).get("id")
+    if target is not None and bench.get("model") != target:
+        raise EagleError(
+            f"the bench file is of target {bench.get('model')!r}, the head belongs to {target!r}; "
+            "measure this head"
+        )
+    if not drafted:
+        raise EagleError("the bench file has no run of an eagle engine; use --engines hf,eagle")
+    if any(r.get("forced_acceptance") is not None for r in drafted):
+        raise EagleError("the bench file has forced acceptance; measure without")
+    return bench
+
+
+def drafted_runs(bench: dict) -> list[dict]:
+    runs = bench["runs"]
+    return [r for r in runs if str(r.get("engine", "")).startswith("eagle") and r.get("tau")]
+
+
+def model_card(method: str, license: str, base_model: str, said: dict, figures: str) -> str:
+    table = "\n".join(f"| {name} | {value} |" for name, value in said.items())
     return f"""---
 license: {license}
 base_model: {base_model}
@@ -86,7 +94,7 @@ library_name: transformers
 pipeline_tag: text-generation
 tags:
 - speculative-decoding
-- {config.method.replace("eagle", "eagle-")}
+- {method.replace("eagle", "eagle-")}
 - custom_generate
 ---
 
@@ -112,18 +120,18 @@ ids = model.generate(**inputs, max_new_tokens=64, custom_generate=FOLDER, trust_
 
 ## Measured
 
-{measured(bench, runs)}
+{figures}
 """
 
 
-def measured(bench: dict | None, runs: list[dict] | None) -> str:
+def measured(bench: dict | None) -> str:
     """Acceptance length and speed as the bench file has them."""
-    if bench is None or runs is None:
+    if bench is None:
         return "Nothing was measured when this folder was made."
     torch = (bench.get("versions") or {}).get("torch")
     where = f"{bench.get('device', 'unknown device')}, {bench.get('dtype')}, torch {torch}"
     rows = ["| " + " | ".join(COLUMNS) + " |", "|---" * len(COLUMNS) + "|"]
-    for run in runs:
+    for run in drafted_runs(bench):
         cells = ("" if run.get(key) is None else str(run[key]) for key in COLUMNS.values())
         rows.append("| " + " | ".join(cells) + " |")
     asked = f"{bench.get('num_prompts')} prompts, {bench.get('max_new_tokens')} new tokens"

@@ -8,7 +8,6 @@ T tokens of a text, F features, H hidden."""
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -17,10 +16,9 @@ import torch
 from ..errors import EagleError
 from ..model import EaModel
 from ..target import Target
-from .configs import written_layers
+from .configs import candidates, written_layers
 from .head import DraftHead, build, causal
 from .head_config import default_feature_layers
-from .layers import candidates
 from .read import Published
 
 TREE = "16,4,4"
@@ -52,23 +50,33 @@ class Probed:
     readings: tuple[Reading, ...]
     sigmas: float
 
-    @property
     def best(self) -> Reading:
-        return self.readings[0]
-
-    @property
-    def clear(self) -> bool:
-        return self.sigmas >= SURE
-
-    def require_clear(self) -> Reading:
-        if not self.clear:
+        """Refused where it is not clear which is."""
+        if self.sigmas < SURE:
             first, second = self.readings[:2]
             raise EagleError(
                 f"--probe cannot tell {first.convention} (acceptance rate {first.rate:.3f}) from "
                 f"{second.convention} ({second.rate:.3f}); give more prompts with --prompts and "
                 "--num_prompts"
             )
-        return self.best
+        return self.readings[0]
+
+    def lines(self) -> list[str]:
+        """What was measured, in words."""
+        first, apart = self.readings[0], f"{self.sigmas:.1f} standard errors"
+        verdict = f"{first.convention} is right ({apart} ahead)"
+        if self.sigmas < SURE:
+            verdict = f"the two best cannot be told apart ({apart}); give more prompts"
+        tokens = f"{first.given.numel()} tokens of the target's own text"
+        return [
+            f"ids {list(self.numbers)}, {tokens}, read as:",
+            *(
+                f"{r.convention:<10} layers entered {list(r.layers)}: acceptance length "
+                f"{r.tau:.2f}, rate {r.rate:.3f}"
+                for r in self.readings
+            ),
+            verdict,
+        ]
 
 
 def probe(
@@ -84,7 +92,11 @@ def probe(
     if published.eagle1:
         raise EagleError(f"{published.path} is an EAGLE-1 head: there are no ids")
     if numbers is None:
-        numbers = written_numbers(published, len(target.layers))
+        numbers, _ = written_layers(published.format, published.raw)
+        if numbers is None:
+            numbers = default_feature_layers(len(target.layers))
+        else:
+            published.layers()  # refuses ids that are none
     possible = candidates(numbers, len(target.layers))
     if not possible:
         raise EagleError(
@@ -94,7 +106,7 @@ def probe(
     config, state = published.parse(next(iter(possible.values())), target.embed.weight)
     readings, texts = [], None
     for convention, layers in possible.items():
-        head = build(dataclasses.replace(config, feature_layers=layers), state)
+        head = build(config.model_copy(update={"feature_layers": layers}), state)
         head = head.to(device=target.device, dtype=target.dtype)
         model = EaModel(target, head, TREE, compile="off")
         result = model.generate(list(prompts), max_new_tokens=max_new_tokens)
@@ -105,16 +117,12 @@ def probe(
             raise EagleError("the target writes nothing after these prompts; give others")
         readings.append(Reading(convention, layers, result.tau, torch.cat(given)))
     readings.sort(key=lambda r: -r.rate)
-    return Probed(tuple(numbers), tuple(readings), _sigmas(readings))
-
-
-def written_numbers(published: Published, num_layers: int) -> tuple[int, ...]:
-    """The ids as the folder has them; where it has none, EAGLE's for a target of L layers."""
-    numbers, _ = written_layers(published.format, published.raw)
-    if numbers is None:
-        return default_feature_layers(num_layers)
-    published.layers()  # refuses ids that are none
-    return tuple(numbers)
+    sigmas = float("inf")
+    if len(readings) > 1:
+        ahead = readings[0].given - readings[1].given
+        error = (ahead.std() / ahead.numel() ** 0.5).item()  # NaN of one token
+        sigmas = ahead.mean().item() / error if error > 0 else 0.0
+    return Probed(tuple(numbers), tuple(readings), sigmas)
 
 
 @torch.inference_mode()
@@ -125,50 +133,16 @@ def known(head: DraftHead, target: Target, ids: list[int], start: int) -> torch.
     _, features = target.hidden_and_features(text)
     features = features.to(head.fc.weight.dtype)
     embed = head.embed_tokens if head.config.own_embedding else target.embed
-    embeds = embed(text[:, 1:]).to(
-        features.dtype
-    )  # [1, T - 1, H]: the token that follows each feature
+    # [1, T - 1, H]: the token that follows each feature
+    embeds = embed(text[:, 1:]).to(features.dtype)
     positions = torch.arange(text.shape[1] - 1, device=target.device)[None]
 
     out = head(head.fuse(features[:, :-1]), embeds, positions, causal)
-    draft = (
-        head.logits(out)[0].float().softmax(-1)
-    )  # [T - 1, D]: position t gives the token at t + 2
+    # [T - 1, D]: position t gives the token at t + 2
+    draft = head.logits(out)[0].float().softmax(-1)
     ids_of_draft = head.draft_token_ids()
     place = torch.full((head.config.vocab_size,), -1, device=draft.device)  # draft id of each token
     place[ids_of_draft] = torch.arange(len(ids_of_draft), device=draft.device)
     at = torch.arange(max(start, 2), text.shape[1], device=target.device)
     column = place[text[0, at]]
     return torch.where(column < 0, 0.0, draft[at - 2, column.clamp(min=0)]).cpu()
-
-
-def _sigmas(readings: list[Reading]) -> float:
-    if len(readings) < 2:
-        return float("inf")
-    ahead = readings[0].given - readings[1].given
-    if ahead.numel() < 2:
-        return 0.0
-    error = (ahead.std() / ahead.numel() ** 0.5).item()
-    mean = ahead.mean().item()
-    return mean / error if error else float("inf") if mean else 0.0
-
-
-def describe(probed: Probed) -> list[str]:
-    """Lines that say what was measured."""
-    lines = [
-        f"{r.convention:<10} layers entered {list(r.layers)}: acceptance length {r.tau:.2f}, rate "
-        f"{r.rate:.3f}"
-        for r in probed.readings
-    ]
-    verdict = (
-        f"{probed.best.convention} is right ({probed.sigmas:.1f} standard errors ahead)"
-        if probed.clear
-        else f"the two best cannot be told apart ({probed.sigmas:.1f} standard errors); "
-        "give more prompts"
-    )
-    tokens = probed.best.given.numel()
-    return [
-        f"ids {list(probed.numbers)}, {tokens} tokens of the target's own text, read as:",
-        *lines,
-        verdict,
-    ]

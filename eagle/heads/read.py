@@ -7,72 +7,48 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, create_model
 
 from ..errors import EagleError
 from ..files import read_json, read_tensors
-from .configs import detect, is_eagle1, read_config, written_layers
+from .configs import SHIFT, detect, entering_ids, is_eagle1, read_config, written_layers
 from .head import make_head
 from .head_config import FINAL, HeadConfig, default_feature_layers
-from .layers import SHIFT, absent, entering_ids
 from .tables import EMBEDDING, Format, table, to_ours
 
 
-class Part(BaseModel):
-    model_config = ConfigDict(extra="allow", strict=True, allow_inf_nan=False)
+def part(name: str, base: type[BaseModel] | None = None, /, **fields) -> type[BaseModel]:
+    """A JSON object in which these fields may stand, of these types; it may hold more."""
+    config = None if base else ConfigDict(extra="allow", strict=True, allow_inf_nan=False)
+    fields = {field: (kind | None, None) for field, kind in fields.items()}
+    return create_model(name, __config__=config, __base__=base, **fields)
 
 
-class Decoder(Part):
-    """Fields of a Llama config; those of `HeadConfig` are checked there."""
-
-    model_type: str | None = None
-    architectures: list[str] | None = None
-    layer_types: list[str] | None = None
-    rope_theta: float | None = None
-    rope_scaling: dict | None = None
-    rope_parameters: dict | None = None
-    tie_word_embeddings: bool | None = None
-
-
-class Verifier(Part):
-    name_or_path: str | None = None
-
-
-class Speculators(Part):
-    verifier: Verifier | None = None
-
-
-class ConfigFile(Decoder):
-    """config.json of any format."""
-
-    speculators_model_type: str | None = None
-    speculators_config: Speculators | None = None
-    transformer_layer_config: Decoder | None = None
-    eagle_config: dict | None = None
-    eagle_aux_hidden_state_convention: str | None = None
-
-
-class Owner(Part):
-    """A target, as a record names it."""
-
-    id: str | None = None
-    fingerprint: str | None = None
-    adapter: str | None = None
-    quantization: str | None = None
-
-
-class Data(Part):
-    files: list[str] | None = None
-
-
-class RecordFile(Owner):
-    """eagle.json of a head or an adapter: what it belongs to."""
-
-    target: Owner | None = None
-    base: Owner | None = None
-    tokenizer: str | None = None
-    training: dict | None = None
-    data: Data | None = None
+# of a Llama config; the fields of `HeadConfig` are checked there
+ROPE = {"rope_theta": float, "rope_scaling": dict, "rope_parameters": dict}
+NAMED = {"model_type": str, "architectures": list[str], "layer_types": list[str]}
+Decoder = part("Decoder", tie_word_embeddings=bool, **NAMED, **ROPE)
+# config.json of any format
+ConfigFile = part(
+    "ConfigFile",
+    Decoder,
+    speculators_model_type=str,
+    speculators_config=part("Speculators", verifier=part("Verifier", name_or_path=str)),
+    transformer_layer_config=Decoder,
+    eagle_config=dict,
+    eagle_aux_hidden_state_convention=str,
+)
+# a target, as a record names it; eagle.json of a head or an adapter: what it belongs to
+Owner = part("Owner", id=str, fingerprint=str, adapter=str, quantization=str)
+RecordFile = part(
+    "RecordFile",
+    Owner,
+    target=Owner,
+    base=Owner,
+    tokenizer=str,
+    training=dict,
+    data=part("Data", files=list[str]),
+)
 
 
 @dataclass(frozen=True)
@@ -105,7 +81,13 @@ class Published:
         if numbers is None:
             if self.format.name == "eagle" and num_layers is not None and convention is None:
                 return default_feature_layers(num_layers)
-            raise absent(self.path, self.format.name)
+            raise EagleError(
+                f"{self.path} ({self.format.name}) names no feature layers. Give --layer_ids i,j,k "
+                "with --convention, or find out with --probe --target PATH, which measures "
+                "acceptance under each. entering: i is the state that enters layer i (EAGLE, vLLM, "
+                "speculators: 2, L//2, L-3); output: the output of layer i (SGLang, SpecForge, "
+                "ModelOpt: 1, L//2-1, L-4); one-based: as entering, with layers counted from 1"
+            )
         if layer_ids is not None and convention is None:
             raise EagleError(f"say with --convention what --layer_ids mean: {', '.join(SHIFT)}")
         whole = isinstance(numbers, (list, tuple)) and all(type(i) is int for i in numbers)
@@ -157,12 +139,11 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
     binary = path / "pytorch_model.bin"
     if binary.exists():
         try:
-            tensors = torch.load(binary, map_location="cpu", weights_only=True)
+            tensors = dict(torch.load(binary, map_location="cpu", weights_only=True))
         except Exception as error:  # pickle, zip and runtime errors alike: not a file of weights
             reason = str(error).split(".")[0]
             raise EagleError(f"{binary} holds no plain weights ({reason})") from error
-        plain = isinstance(tensors, dict) and all(torch.is_tensor(v) for v in tensors.values())
-        if not plain:
+        if not all(torch.is_tensor(v) for v in tensors.values()):
             raise EagleError(f"{binary} holds no dict of tensors; give the head's state_dict")
-        return dict(tensors)
+        return tensors
     raise EagleError(f"{path} has neither model.safetensors nor pytorch_model.bin; give a head")

@@ -16,9 +16,8 @@ def generate(model, head=None, tree=None, tokenizer=None, stop_strings=None, **k
 
     config = kwargs.get("generation_config")
     stop_strings = stop_strings or getattr(config, "stop_strings", None)
-    if (
-        stop_strings
-    ):  # a function given as custom_generate is not handed the tokenizer that they need
+    # a function given as custom_generate is not handed the tokenizer that they need
+    if stop_strings:
         from transformers import StopStringCriteria
 
         if tokenizer is None:

@@ -24,34 +24,31 @@ MAPS = (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8, torch.bo
 
 @dataclass(frozen=True)
 class Format:
-    """rename: our prefix -> the format's. options: those of HeadConfig that its engine runs. maps:
+    """options: those of HeadConfig that its engine runs. layer: its prefix of an only layer. maps:
     d2t and t2d where the vocabulary is reduced ("reduced"), always ("always"), or d2t alone
     ("d2t")."""
 
     name: str
     engine: str
     convention: str
-    rename: tuple[tuple[str, str], ...]
     options: frozenset[str]
+    layer: str = "midlayer."
     maps: str = "reduced"
 
     def theirs(self, key: str) -> str:
-        for ours, theirs in self.rename:
-            if key.startswith(ours):
-                return theirs + key.removeprefix(ours)
-        return key
+        ours = "midlayer."
+        return self.layer + key.removeprefix(ours) if key.startswith(ours) else key
 
 
-MIDLAYER = (("midlayer.", "layers.0."),)
 EAGLE = frozenset({"method", "num_layers", "qkv_bias", "fc_bias", "own_embedding"})
 SGLANG = frozenset({"fc_bias", "own_embedding"})
 VLLM = frozenset(OPTIONS) - {"method", "fc_bias", "qkv_bias"}
 MODELOPT = frozenset({"num_layers", "attention_bias", "mlp_bias"})
 FORMATS = (
-    Format("eagle", "SafeAILab/EAGLE", "entering", (), EAGLE),
-    Format("sglang", "SGLang", "output", (), SGLANG, maps="always"),
-    Format("vllm", "vLLM", "entering", MIDLAYER, VLLM),
-    Format("modelopt", "ModelOpt", "output", MIDLAYER, MODELOPT, maps="d2t"),
+    Format("eagle", "SafeAILab/EAGLE", "entering", EAGLE),
+    Format("sglang", "SGLang", "output", SGLANG, maps="always"),
+    Format("vllm", "vLLM", "entering", VLLM, "layers.0."),
+    Format("modelopt", "ModelOpt", "output", MODELOPT, "layers.0.", maps="d2t"),
 )
 TABLE = {f.name: f for f in FORMATS}
 
@@ -77,7 +74,8 @@ def _without_place(config: HeadConfig, fmt: Format) -> list[str]:
     options = fmt.options
     if fmt.name == "eagle" and config.method == "eagle3":
         options = options - {"num_layers", "qkv_bias", "fc_bias"}  # EAGLE-1's alone
-    wrong = [o for o in OPTIONS if o not in options and _set(config, o)]
+    given = config.to_dict()  # options that are at their default are not in it
+    wrong = [o for o in OPTIONS if o in given and o not in options]
     same_hidden = config.target_hidden_size == config.hidden_size
     if fmt.name == "sglang" and config.own_embedding and same_hidden:
         # SGLang puts the target's in its place where the sizes allow
@@ -87,18 +85,11 @@ def _without_place(config: HeadConfig, fmt: Format) -> list[str]:
     if fmt.name == "vllm" and config.qk_norm and config.mlp_bias:
         wrong.append("mlp_bias together with qk_norm")  # Qwen3's MLP has none
     if fmt.name == "eagle" and config.method == "eagle3" and config.rope_scaling:
-        kind = config.rope_scaling.get("rope_type") or config.rope_scaling.get("type")
+        kind = config.rope_scaling["rope_type"]
         # cnets.py knows these two, and scales a base of 10000 whatever rope_theta says
         if kind not in ("linear", "dynamic") or config.rope_theta != 10000.0:
             wrong.append(f"rope_scaling {kind} with rope_theta {config.rope_theta:g}")
     return wrong
-
-
-def _set(config: HeadConfig, option: str) -> bool:
-    value = getattr(config, option)
-    if option == "fc_bias":
-        return value != (config.method == "eagle1")
-    return value != HeadConfig.__dataclass_fields__[option].default
 
 
 def to_theirs(config: HeadConfig, state: dict, fmt: Format) -> dict[str, torch.Tensor]:
@@ -124,33 +115,27 @@ def to_ours(
         state.pop("t2d", None)
     if reduced and fmt.maps == "d2t" and "t2d" not in state and "d2t" in state:
         state["t2d"] = membership(path, config, state["d2t"])
-    said = []
-    missing = sorted(n for n in names.values() if n not in state)
-    extra = sorted(state.keys() - set(names.values()))
-    said += [f"missing: {', '.join(missing)}"] if missing else []
-    said += [f"left over: {', '.join(extra)}"] if extra else []
-    wrong = [
-        f"{n} {list(state[n].shape)} instead of {list(expected[k].shape)}"
-        for k, n in sorted(names.items())
-        if n in state and state[n].shape != expected[k].shape
-    ]
-    said += [f"of another shape than config.json gives: {'; '.join(wrong)}"] if wrong else []
+    wrong = {
+        "missing": [n for n in names.values() if n not in state],
+        "left over": state.keys() - set(names.values()),
+        "of another shape than config.json gives": [
+            f"{n} {list(state[n].shape)} instead of {list(expected[k].shape)}"
+            for k, n in names.items()
+            if n in state and state[n].shape != expected[k].shape
+        ],
+        "of a dtype that no head has (the file is damaged or quantized)": [
+            f"{n} {str(state[n].dtype).removeprefix('torch.')}"
+            for k, n in names.items()
+            if n in state and state[n].dtype not in (MAPS if k in ("d2t", "t2d") else WEIGHTS)
+        ],
+    }
+    said = "; ".join(
+        f"{what}: {', '.join(sorted(those))}" for what, those in wrong.items() if those
+    )
     if said:
-        raise EagleError(
-            f"{path} is not an {config.method.upper().replace('EAGLE', 'EAGLE-')} head in the "
-            f"{fmt.name} format; {'; '.join(said)}"
-        )
+        kind = config.method.upper().replace("EAGLE", "EAGLE-")
+        raise EagleError(f"{path} is not an {kind} head in the {fmt.name} format; {said}")
     out = {k: state[n] for k, n in names.items()}
-    foreign = [
-        f"{names[k]} {str(v.dtype).removeprefix('torch.')}"
-        for k, v in sorted(out.items())
-        if v.dtype not in (MAPS if k in ("d2t", "t2d") else WEIGHTS)
-    ]
-    if foreign:
-        raise EagleError(
-            f"{path}: {', '.join(foreign)}: not of a dtype that a head has; the file is damaged or "
-            "quantized"
-        )
     if reduced:
         out["d2t"], out["t2d"] = out["d2t"].to(torch.int64), out["t2d"].bool()
         if not torch.equal(membership(path, config, out["d2t"]), out["t2d"]):
@@ -170,17 +155,12 @@ def _identity(config: HeadConfig, state: dict) -> bool:
 
 def membership(path: object, config: HeadConfig, d2t: torch.Tensor) -> torch.Tensor:
     """d2t [D] of offsets -> t2d [V], which target tokens have a draft id."""
-    if d2t.shape != (config.draft_vocab_size,):
+    D, V = config.draft_vocab_size, config.vocab_size
+    ids = d2t.flatten().to(torch.int64) + torch.arange(d2t.numel())
+    if d2t.shape != (D,) or ids.min() < 0 or ids.max() >= V or ids.unique().numel() != D:
         raise EagleError(
-            f"{path}: d2t {list(d2t.shape)} instead of {[config.draft_vocab_size]}; the file is "
-            "damaged"
-        )
-    ids = d2t.to(torch.int64) + torch.arange(config.draft_vocab_size)
-    if ids.min() < 0 or ids.max() >= config.vocab_size or ids.unique().numel() != ids.numel():
-        raise EagleError(
-            f"{path}: d2t does not give {config.draft_vocab_size} distinct tokens of "
-            f"{config.vocab_size}; d2t holds offsets (target id = draft id + d2t), the file is "
-            "damaged or holds target ids"
+            f"{path}: d2t does not give {D} distinct tokens of {V}; d2t holds offsets (target id "
+            "= draft id + d2t), the file is damaged or holds target ids"
         )
     t2d = torch.zeros(config.vocab_size, dtype=torch.bool)
     t2d[ids] = True

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -32,9 +31,8 @@ def save_folder(
     """A head's folder with these tensors and this config.json, whole or not at all. check: looks at
     the folder before it gets its name, and may add to it. feature_layers: entering-layer ids."""
     path = Path(path)
-    # a copy where two names share memory, which safetensors does not write
-    seen: set[int] = set()
-    state = {k: _alone(v.detach().cpu().contiguous(), seen) for k, v in state.items()}
+    # copies, since two names may share memory, which safetensors does not write
+    state = {k: v.detach().cpu().clone().contiguous() for k, v in state.items()}
     with atomic_dir(path) as folder:
         save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
         write_json(folder / "config.json", config)
@@ -44,14 +42,6 @@ def save_folder(
         if check is not None:
             check(folder)
     return path
-
-
-def _alone(tensor: torch.Tensor, seen: set[int]) -> torch.Tensor:
-    where = tensor.untyped_storage().data_ptr()
-    if where in seen:
-        return tensor.clone()
-    seen.add(where)
-    return tensor
 
 
 def export_head(
@@ -121,11 +111,5 @@ def draft_outputs(head: DraftHead) -> torch.Tensor:
     embeds = torch.randn(1, TOKENS, c.hidden_size, generator=random)
     if c.own_embedding:
         embeds = head.embed_tokens(torch.randint(c.vocab_size, (1, TOKENS), generator=random))
-
     out = head(head.fuse(features), embeds, torch.arange(TOKENS)[None], causal)
     return head.logits(out) if head.has_output else out
-
-
-def require_apart(source: Path, destination: Path) -> None:
-    if os.path.realpath(source) == os.path.realpath(destination):
-        raise EagleError(f"{destination} is the source itself; give another folder")

@@ -5,7 +5,6 @@ The geometry is that of the tiny Llama of engine_helpers: hidden 32, 4 heads of 
 values), vocabulary 128, MLP 48, 4 layers; a draft vocabulary of 48 or of 128. Nothing here comes
 from the package's own writer."""
 
-import copy
 import json
 from pathlib import Path
 
@@ -14,7 +13,8 @@ import yaml
 from safetensors.torch import save_file
 
 H, I, Q, K, HD, V, D = 32, 48, 32, 16, 8, 128, 48
-ENTERING, OUTPUT = [1, 2, 3], [0, 1, 2]  # the same states, in the two conventions
+ENTERING = [1, 2, 3]
+IDS = "eagle_aux_hidden_state_layer_ids"
 
 EAGLE3 = {
     "fc.weight": (H, 3 * H),
@@ -62,52 +62,29 @@ def without(config, *keys):
     return {k: v for k, v in config.items() if k not in keys}
 
 
-def _older_vllm():
-    """Speculators before the norms and the ids of other layers: rope_theta flat, no
-    target_hidden_size."""
-    config = copy.deepcopy(CONFIGS["vllm"])
-    del config["transformer_layer_config"]["rope_parameters"]
-    return without(
-        config, "norm_before_fc", "fc_norm", "norm_output", "target_hidden_size", "dtype"
-    ) | {"speculators_version": "0.1.0"}
-
-
+# speculators before the norms and the ids of other layers: rope_theta flat, no target_hidden_size
+OLDER_VLLM = without(
+    CONFIGS["vllm"], "norm_before_fc", "fc_norm", "norm_output", "target_hidden_size"
+)
+OLDER_VLLM["transformer_layer_config"] = without(
+    CONFIGS["vllm"]["transformer_layer_config"], "rope_parameters"
+)
+FLAT_VLLM = FLAT | {"architectures": ["Eagle3LlamaForCausalLM"], IDS: ENTERING}
+# SafeAILab's own files name neither layers nor head_dim
+BIN = without(FLAT, "head_dim") | {"architectures": ["LlamaForCausalLM"]}
+EMBEDDED = EAGLE3 | MAPS | {"embed_tokens.weight": (V, H)}
+UNBIASED = without(LLAMA, "head_dim") | {"bias": False}
 PUBLISHED = {  # case -> (tensors, config, how it is stored)
     "eagle": (TENSORS["eagle"][0], CONFIGS["eagle"], "safetensors"),
-    # SafeAILab's own files name neither layers nor head_dim
-    "eagle-bin": (
-        TENSORS["eagle"][0],
-        without(FLAT, "head_dim", "architectures") | {"architectures": ["LlamaForCausalLM"]},
-        "bin",
-    ),
-    "eagle-embedding": (
-        TENSORS["eagle"][0] | {"embed_tokens.weight": (V, H)},
-        CONFIGS["eagle"],
-        "safetensors",
-    ),
+    "eagle-bin": (TENSORS["eagle"][0], BIN, "bin"),
+    "eagle-embedding": (EMBEDDED, CONFIGS["eagle"], "safetensors"),
     "eagle1-bin": (EAGLE1, without(LLAMA, "head_dim"), "bin"),
-    "eagle1-without-bias": (
-        {k: s for k, s in EAGLE1.items() if k != "fc.bias"},
-        {**without(LLAMA, "head_dim"), "bias": False},
-        "safetensors",
-    ),
+    "eagle1-without-bias": (without(EAGLE1, "fc.bias"), UNBIASED, "safetensors"),
     "sglang": (TENSORS["sglang"][0], CONFIGS["sglang"], "safetensors"),
-    "sglang-full": (
-        TENSORS["sglang"][1],
-        CONFIGS["sglang"] | {"draft_vocab_size": 128},
-        "safetensors",
-    ),
+    "sglang-full": (TENSORS["sglang"][1], CONFIGS["sglang"] | {"draft_vocab_size": V}, "bin"),
     "vllm": (TENSORS["vllm"][0], CONFIGS["vllm"], "safetensors"),
-    "vllm-older": (TENSORS["vllm"][0], _older_vllm(), "safetensors"),
-    "vllm-flat": (
-        TENSORS["vllm"][0],
-        FLAT
-        | {
-            "architectures": ["Eagle3LlamaForCausalLM"],
-            "eagle_aux_hidden_state_layer_ids": ENTERING,
-        },
-        "safetensors",
-    ),
+    "vllm-older": (TENSORS["vllm"][0], OLDER_VLLM, "safetensors"),
+    "vllm-flat": (TENSORS["vllm"][0], FLAT_VLLM, "safetensors"),
     "modelopt": (TENSORS["modelopt"][0], CONFIGS["modelopt"], "safetensors"),
 }
 

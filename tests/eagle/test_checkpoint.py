@@ -12,56 +12,20 @@ from pathlib import Path
 
 import pytest
 import torch
+from engine_helpers import make_head, make_target
 from safetensors.torch import load_file, save_file
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from eagle import files
 from eagle.checkpoint import load_head, save_head, target_fingerprint
 from eagle.errors import EagleError
-from eagle.heads.head import Eagle3Head, HeadConfig
-from eagle.target import Target
 
-H, HD, I, V, D = 32, 8, 48, 90, 30
-
-
-def tiny_target(seed=0, hidden=H, vocab=V, layers=5):
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=vocab,
-        hidden_size=hidden,
-        intermediate_size=I,
-        num_hidden_layers=layers,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=HD,
-        max_position_embeddings=64,
-    )
-    return Target(LlamaForCausalLM(config), name=f"tiny-{seed}")
-
-
-@pytest.fixture(scope="module")
-def target():
-    return tiny_target()
-
-
-def make_head(target, draft=D, **more):
-    torch.manual_seed(1)
-    head = Eagle3Head(HeadConfig.for_target(target.config, draft_vocab_size=draft, **more))
-    head.set_draft_vocab(torch.randperm(head.config.vocab_size)[:draft])
-    return head
+D, V = 48, 128
 
 
 @pytest.fixture
-def saved(tmp_path, target):
-    head = make_head(target).to(torch.bfloat16)
-    provenance = {"target": {"id": target.name, "fingerprint": target_fingerprint(target.model)}}
-    return head, save_head(head, tmp_path / "head", provenance)
-
-
-def edit(folder, change):
-    state = load_file(folder / "model.safetensors")
-    change(state)
-    save_file(state, folder / "model.safetensors")
+def saved(tmp_path, llama):
+    head = make_head(llama, D).to(torch.bfloat16)
+    return head, save_head(head, tmp_path / "head", {"target": llama.identity})
 
 
 IDS = "eagle_aux_hidden_state_layer_ids"
@@ -113,7 +77,7 @@ def shown(change):
 
 @pytest.mark.parametrize("with_target", [False, True], ids=["alone", "with-target"])
 @pytest.mark.parametrize("change", CHANGES, ids=shown)
-def test_a_malformed_config_is_one_error_at_once(saved, target, change, with_target):
+def test_a_malformed_config_is_one_error_at_once(saved, llama, change, with_target):
     """Whatever stands in the files, nothing is allocated for it and no other error comes of it."""
     folder, file = saved[1], "config.json"
     if next(iter(change)).endswith(".json"):
@@ -123,7 +87,7 @@ def test_a_malformed_config_is_one_error_at_once(saved, target, change, with_tar
     (folder / file).write_text(value if isinstance(value, str) else json.dumps(value))
     started = time.perf_counter()
     with pytest.raises(EagleError) as error:
-        load_head(folder, target if with_target else None)
+        load_head(folder, llama if with_target else None)
     assert time.perf_counter() - started < 1 and str(folder) in str(error.value)
 
 
@@ -141,33 +105,32 @@ def test_a_malformed_config_is_one_error_at_once(saved, target, change, with_tar
     ],
     ids="beyond before far-beyond float-d2t float-t2d t2d-of-another int8 float8".split(),
 )
-def test_tensors_that_no_head_has(saved, target, change):
-    edit(saved[1], change)
-    for known in (None, target):
-        with pytest.raises(EagleError, match="d2t does not give|not of a dtype|contradict"):
+def test_tensors_that_no_head_has(saved, llama, change):
+    state = load_file(saved[1] / "model.safetensors")
+    change(state)
+    save_file(state, saved[1] / "model.safetensors")
+    for known in (None, llama):
+        with pytest.raises(EagleError, match="d2t does not give|of a dtype that no|contradict"):
             load_head(saved[1], known)
 
 
-def test_damaged_or_absent_files_are_named(saved, tmp_path, target):
+def test_damaged_or_absent_files_are_named(saved, tmp_path):
     with pytest.raises(EagleError, match="no head folder"):
-        load_head(tmp_path / "nowhere", target)
+        load_head(tmp_path / "nowhere")
     (saved[1] / "model.safetensors").write_bytes(b"not a file of tensors")
     with pytest.raises(EagleError, match="damaged"):
-        load_head(saved[1], target)
+        load_head(saved[1])
 
 
-@pytest.mark.parametrize("other", [{"hidden": 40}, {"vocab": 91}], ids=["hidden", "vocabulary"])
-def test_a_head_of_another_shape_is_refused(saved, other):
-    with pytest.raises(EagleError, match="does not belong"):
-        load_head(saved[1], tiny_target(**other))
-
-
-def test_other_weights_warn_and_the_same_in_bf16_do_not(saved, target):
-    with pytest.warns(UserWarning, match="was trained on tiny-0"):
-        load_head(saved[1], tiny_target(seed=5))
-    half = tiny_target()
+def test_a_head_of_another_target_is_refused_or_warned_about(saved, llama):
+    for other in ({"hidden_size": 40}, {"vocab_size": 129}):
+        with pytest.raises(EagleError, match="does not belong"):
+            load_head(saved[1], make_target("llama", **other))
+    with pytest.warns(UserWarning, match="was trained on tiny-llama"):
+        load_head(saved[1], make_target("llama", seed=5))
+    half = make_target("llama")
     half.model.to(torch.bfloat16)
-    assert target_fingerprint(half.model) == target_fingerprint(target.model)
+    assert target_fingerprint(half.model) == llama.identity["fingerprint"]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         load_head(saved[1], half)
@@ -185,7 +148,6 @@ def test_a_text_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
 WRITER = """
 import sys, torch
 import eagle.checkpoint as c
-from eagle.heads.head import Eagle3Head, HeadConfig
 head, _ = c.load_head(sys.argv[1])
 while True:
     with torch.no_grad():
@@ -195,8 +157,8 @@ while True:
 """
 
 
-def test_a_kill_at_any_moment_leaves_a_whole_head(tmp_path, target):
-    folder = save_head(make_head(target), tmp_path / "head")
+def test_a_kill_at_any_moment_leaves_a_whole_head(tmp_path, llama):
+    folder = save_head(make_head(llama), tmp_path / "head")
     command = [sys.executable, "-c", WRITER, str(folder)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, cwd=Path(__file__).parents[2])
     process.stdout.readline()
@@ -204,7 +166,7 @@ def test_a_kill_at_any_moment_leaves_a_whole_head(tmp_path, target):
     process.send_signal(signal.SIGKILL)
     process.wait()
     left = listing(tmp_path)
-    head, _ = load_head(folder, target)
+    head, _ = load_head(folder, llama)
     assert (head.fc.weight == head.fc.weight[0, 0]).all()
     assert listing(tmp_path) == left  # who reads changes nothing; the next writer tidies up
     save_head(head, folder)
@@ -215,21 +177,21 @@ def listing(folder):
     return sorted(p.name for p in folder.iterdir())
 
 
-def test_a_kill_between_two_renames_is_read_in_place_and_repaired_by_the_writer(saved, target):
+def test_a_kill_between_two_renames_is_read_in_place_and_repaired_by_the_writer(saved):
     """Of file systems that cannot exchange two names."""
     head, folder = saved
     old = f".head.old-{files._machine()}-999999999"
     folder.rename(folder.with_name(old))
-    again, _ = load_head(folder, target)
+    again, _ = load_head(folder)
     assert torch.equal(again.fc.weight, head.fc.weight) and listing(folder.parent) == [old]
     with pytest.raises(RuntimeError), files.atomic_dir(folder):
         raise RuntimeError("a writer that fails")
     assert listing(folder.parent) == ["head"]
-    load_head(folder, target)
+    load_head(folder)
 
 
 @pytest.mark.parametrize("swap", [True, False], ids=["exchange", "renames"])
-def test_another_machines_live_write_is_left_alone(saved, target, monkeypatch, swap):
+def test_another_machines_live_write_is_left_alone(saved, monkeypatch, swap):
     """A process id says nothing on a disk that is shared: 999999999 lives there, and 1 is not this
     machine's."""
     if not swap:
@@ -242,7 +204,7 @@ def test_another_machines_live_write_is_left_alone(saved, target, monkeypatch, s
     for name in theirs:
         (folder.parent / name).mkdir()
     for _ in range(2):
-        load_head(folder, target)
+        load_head(folder)
         save_head(head, folder)
     assert listing(folder.parent) == sorted([*theirs, "head"])
 

@@ -12,18 +12,13 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from eagle.draft import HeadDrafter
 from eagle.errors import EagleError
-from eagle.heads.head import FINAL, HeadConfig, make_head
+from eagle.heads.head import FINAL, HeadConfig, causal, make_head
 from eagle.model import EaModel
 from eagle.tree import TreeShape
 
 H, HD, I, V, D = 32, 8, 40, 128, 48
-LLAMA3 = {
-    "rope_type": "llama3",
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 32,
-}
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+LLAMA3["original_max_position_embeddings"] = 32
 KINDS = {
     "eagle3": {},
     "two-layers": {"num_layers": 2},
@@ -55,12 +50,8 @@ kinds = pytest.mark.parametrize("kind", KINDS)
 def head_of(target, kind, seed=0, scale=0.3):
     """A random head of that kind, norms included; it proposes varied tokens."""
     torch.manual_seed(seed)
-    options = {
-        "draft_vocab_size": V if "eagle1" in kind else D,
-        "intermediate_size": I,
-        **KINDS[kind],
-    }
-    config = HeadConfig.for_target(target.config, **options)
+    options = {"draft_vocab_size": V if "eagle1" in kind else D, "intermediate_size": I}
+    config = HeadConfig.for_target(target.config, **options | KINDS[kind])
     head = make_head(config)
     for p in head.parameters():
         torch.nn.init.normal_(p, std=scale)
@@ -128,11 +119,6 @@ def written_out(head, features, embeds):
     return normed if c.norm_output else hidden, normed
 
 
-def causal(layer, q, k, v):
-    out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-    return out.transpose(1, 2)
-
-
 def embedding(head, target):
     return head.embed_tokens if head.config.own_embedding else target.embed
 
@@ -188,10 +174,8 @@ class Reference:
 
         def children(path, score):
             best = self.log_probs(list(path)).topk(k)
-            return {
-                (*path, target_ids[i].item()): score + s.item()
-                for s, i in zip(best.values, best.indices, strict=True)
-            }
+            tokens, scores = target_ids[best.indices].tolist(), best.values.tolist()
+            return {(*path, t): score + s for t, s in zip(tokens, scores, strict=True)}
 
         every = children((), 0.0)
         beams = dict(every)
@@ -226,15 +210,10 @@ def test_expand_equals_the_slow_reference(llama, kind, shape):
     done = lengths
     for counts in steps:
         drafter.expand(tokens[:, 0])  # what a tree leaves behind must not be seen later
-        width = max(counts)
-        at = torch.tensor(done)[:, None] + torch.arange(width)
+        at = torch.tensor(done)[:, None] + torch.arange(max(counts))
         at = at.clamp_max(max(totals) - 1)
-        drafter.ingest(
-            features.gather(1, at[..., None].expand(-1, -1, F)),
-            tokens.gather(1, at),
-            torch.tensor(counts),
-            counts,
-        )
+        given = features.gather(1, at[..., None].expand(-1, -1, F)), tokens.gather(1, at)
+        drafter.ingest(*given, torch.tensor(counts), counts)
         done = [a + b for a, b in zip(done, counts, strict=True)]
     tree = drafter.expand(torch.tensor([1, 2, 3]))
     assert drafter.cache.host_lengths == totals == drafter.cache.lengths.tolist()
@@ -310,15 +289,10 @@ def test_under_autocast_the_residual_stream_is_not_rounded(llama, kind):
 @pytest.mark.parametrize("name", ["llama3", "linear", "dynamic", "yarn"])
 def test_rope_scaling_is_transformers(llama, name):
     head = head_of(llama, name)
-    scaling = dict(head.config.rope_scaling)
-    kind = scaling.pop("type", None) or scaling.pop("rope_type")
-    config = LlamaConfig(
-        hidden_size=32,
-        num_attention_heads=4,
-        head_dim=HD,
-        max_position_embeddings=head.config.max_position_embeddings,
-        rope_parameters={"rope_type": kind, "rope_theta": head.config.rope_theta, **scaling},
-    )
+    rope = {"rope_theta": head.config.rope_theta, **head.config.rope_scaling}
+    limit = head.config.max_position_embeddings
+    sizes = dict(hidden_size=32, num_attention_heads=4, head_dim=HD)
+    config = LlamaConfig(**sizes, max_position_embeddings=limit, rope_parameters=rope)
     positions = torch.arange(60)[None]
     cos, sin = head.rotary(positions, torch.float32)
     expected = LlamaRotaryEmbedding(config)(torch.zeros(1), positions)

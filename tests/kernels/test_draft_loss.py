@@ -1,8 +1,9 @@
 """The chunked draft loss equals its definition, values and gradients, and holds one tile at a
-time."""
+time; in the interpreter's process a tile is the kernel's."""
 
 import pytest
 import torch
+from kernel_helpers import LOSSES, OBJECTIVES
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -13,13 +14,6 @@ from kernels.draft_loss import (
     position_loss,
     tile_loss_reference,
 )
-
-LOSSES = ["soft_ce", "kl", "reverse_kl", "overlap", "total_variation"]
-OBJECTIVES = [Objective(loss) for loss in LOSSES]
-OBJECTIVES += [Objective(loss, gamma, 1.3, "overlap") for loss in LOSSES for gamma in (0.5, 2.0)]
-OBJECTIVES += [Objective(loss, 2.0, 0.7, "target_prob") for loss in LOSSES]
-OBJECTIVES += [Objective(loss, smoothing=0.1) for loss in ("soft_ce", "kl")]
-OBJECTIVES += [Objective("kl", 1.0, smoothing=0.2), Objective("soft_ce", 0.0)]
 
 
 def name(value):
@@ -52,10 +46,12 @@ class Problem:
         self.asked.append((start, stop))
         return self.teacher_logits[start:stop], self.choices[start:stop]
 
+    def loss(self, implementation, objective, **options):
+        arguments = self.hidden, self.weight, self.teacher, self.importance
+        return implementation(*arguments, objective, **options)
+
     def run(self, implementation, objective, **options):
-        found = implementation(
-            self.hidden, self.weight, self.teacher, self.importance, objective, **options
-        )
+        found = self.loss(implementation, objective, **options)
         gradients = torch.autograd.grad(found.total * 3, (self.hidden, self.weight))
         return found, gradients
 
@@ -65,11 +61,11 @@ TOLERANCE = dict(rtol=1e-4, atol=5e-5)
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES, ids=name)
-@pytest.mark.parametrize("S, U, H, D", [(1, 1, 1, 1), (1, 63, 60, 500), (3, 37, 20, 61)], ids=name)
+@pytest.mark.parametrize("S, U, H, D", [(1, 1, 1, 1), (2, 13, 6, 150)], ids=name)
 def test_chunked_equals_reference(S, U, H, D, objective):
     problem = Problem(S, U, H, D)
     expected, gradients = problem.run(draft_loss_reference, objective)
-    for tile in (1, 7 * S * D, 10**9):
+    for tile in (5 * S * D, 10**9):
         problem.asked.clear()
         found, got = problem.run(draft_loss, objective, tile=tile)
         torch.testing.assert_close(found.total, expected.total, **TOLERANCE)
@@ -77,12 +73,9 @@ def test_chunked_equals_reference(S, U, H, D, objective):
         torch.testing.assert_close(found.overlap, expected.overlap, **TOLERANCE)
         assert torch.equal(found.right, expected.right)
         assert torch.equal(found.known, expected.known)
-        for a, b in zip(got, gradients, strict=True):
-            assert a.dtype == b.dtype
-            torch.testing.assert_close(a, b, **TOLERANCE)
+        torch.testing.assert_close(got, gradients, **TOLERANCE)
         rows = max(1, tile // (S * D))  # the teacher is asked once for each position
-        expected_parts = [(a, min(a + rows, U)) for a in range(0, U, rows)]
-        assert problem.asked == expected_parts
+        assert problem.asked == [(a, min(a + rows, U)) for a in range(0, U, rows)]
 
 
 def test_gradients_against_finite_differences():
@@ -170,22 +163,15 @@ def test_no_position_and_no_gradient_asked():
     assert float(found.total) == 0 and found.loss.shape == (2, 0)
     assert [g.shape for g in gradients] == [(2, 0, 4), (5, 4)] and not gradients[1].any()
     problem = Problem(2, 9, 4, 5)
-    arguments = (problem.weight, problem.teacher, problem.importance, Objective())
     with torch.no_grad():
-        found = draft_loss(problem.hidden, *arguments)
-    expected = draft_loss_reference(problem.hidden, *arguments)
+        found = problem.loss(draft_loss, Objective())
+    expected = problem.loss(draft_loss_reference, Objective())
     assert not found.total.requires_grad
     torch.testing.assert_close(found.total, expected.total, **TOLERANCE)
-    fixed = draft_loss(problem.hidden, problem.weight.detach(), *arguments[1:])
-    fixed.total.backward()
-    assert problem.hidden.grad is not None
 
 
 def test_a_total_is_differentiated_once():
-    problem = Problem(1, 5, 4, 6)
-    found = draft_loss(
-        problem.hidden, problem.weight, problem.teacher, problem.importance, Objective()
-    )
+    found = Problem(1, 5, 4, 6).loss(draft_loss, Objective())
     found.total.backward(retain_graph=True)
     with pytest.raises(AssertionError, match="once"):
         found.total.backward()
@@ -197,10 +183,7 @@ def test_a_frozen_output_layer_costs_no_gradient(objective):
     problem = Problem(2, 9, 6, 31)
     found, (d_hidden, _) = problem.run(draft_loss, objective, tile=64)
     problem.weight.requires_grad_(False)
-    problem.hidden.grad = None
-    total = draft_loss(
-        problem.hidden, problem.weight, problem.teacher, problem.importance, objective, tile=64
-    ).total
+    total = problem.loss(draft_loss, objective, tile=64).total
     (total * 3).backward()
     assert torch.equal(total, found.total) and torch.equal(problem.hidden.grad, d_hidden)
     assert problem.weight.grad is None

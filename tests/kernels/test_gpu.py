@@ -4,6 +4,7 @@ import importlib.util
 
 import pytest
 import torch
+from kernel_helpers import PARAMETERS, attention_problem, commit_problem, row_alone
 
 from kernels.choose import choose, choose_reference, gumbel_noise, process_logits
 from kernels.commit_kv import commit_kv, commit_kv_reference
@@ -20,19 +21,8 @@ pytestmark = [
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 
 
-def attention_problem(lengths, N, M, Hq, Hkv, D, dtype, spare=100):
-    g = torch.Generator("cuda").manual_seed(0)
-    B = len(lengths)
-    q = torch.randn(B, N, Hq, D, generator=g, device="cuda", dtype=dtype).transpose(1, 2)
-    shape = (2, 2, B, Hkv, max(lengths) + M + spare, D)
-    buffer = torch.randn(shape, generator=g, device="cuda", dtype=dtype)
-    for b, length in enumerate(lengths):
-        buffer[:, :, b, :, length + M :] = float("nan")
-    mask = torch.rand(B, N, M, generator=g, device="cuda") < 0.4
-    mask[:, torch.arange(N), M - N + torch.arange(N)] = True
-    lengths = torch.tensor(lengths, device="cuda")
-    depth = torch.randint(0, 9, (B, M), generator=g, device="cuda")
-    return q, buffer[1, 0], buffer[1, 1], lengths, pack_bits(mask), lengths[:, None] + depth
+def on_gpu(lengths, N, M, Hq, Hkv, D, dtype, spare=100):
+    return attention_problem(lengths, N, M, D, Hkv, Hq // Hkv, dtype, spare=spare, device="cuda")
 
 
 def exactly(arguments, **options):
@@ -53,7 +43,7 @@ MODELS = {
 @pytest.mark.parametrize("N, M", [(1, 1), (13, 20), (60, 60), (60, 100)])
 @pytest.mark.parametrize("model", MODELS)
 def test_attention(model, N, M, dtype):
-    arguments = attention_problem([0, 1, 63, 1500, 5000], N, M, dtype=dtype, **MODELS[model])
+    arguments = on_gpu([0, 1, 63, 1500, 5000], N, M, dtype=dtype, **MODELS[model])
     Hq, D = MODELS[model]["Hq"], MODELS[model]["D"]
     assert use_triton(arguments[0])
     sinks = torch.linspace(-1, 2, Hq, device="cuda")
@@ -68,42 +58,25 @@ def test_attention(model, N, M, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_row_does_not_depend_on_its_batch_or_the_capacity(dtype):
-    q, k, v, lengths, bits, positions = attention_problem(
-        [3, 9000, 258, 1024], 60, 60, 32, 8, 128, dtype, spare=8000
-    )
+    lengths = [3, 9000, 258, 1024]
+    arguments = on_gpu(lengths, 60, 60, 32, 8, 128, dtype, spare=8000)
     for options in (dict(scaling=0.09), dict(scaling=0.09, sliding_window=2000)):
-        together = tree_attention(q, k, v, lengths, bits, positions, **options)
-        for b, length in enumerate(lengths.tolist()):
+        together = tree_attention(*arguments, **options)
+        for b, length in enumerate(lengths):
             for capacity in (length + 60, length + 3000):
-                one = slice(b, b + 1)
-                alone = tree_attention(
-                    q[one],
-                    k[one, :, :capacity],
-                    v[one, :, :capacity],
-                    lengths[one],
-                    bits[one],
-                    positions[one],
-                    **options,
-                )
-                assert torch.equal(alone, together[one])
+                alone = tree_attention(*row_alone(arguments, b, capacity), **options)
+                assert torch.equal(alone, together[b : b + 1])
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_commit(dtype):
     """Overlapping moves in many rows; repeated, since a race would not show every time."""
-    g = torch.Generator("cuda").manual_seed(0)
-    L, B, H, C, D, K = 8, 16, 8, 300, 128, 13
     for attempt in range(20):
-        buffer = torch.randn(L, 2, B, H, C, D, generator=g, device="cuda", dtype=dtype)
-        lengths = torch.randint(0, 200, (B,), generator=g, device="cuda")
-        counts = torch.randint(0, K + 1, (B,), generator=g, device="cuda")
-        path = torch.stack(
-            [torch.randperm(K + 3, generator=g, device="cuda")[:K] for _ in range(B)]
-        )
-        path = path.sort(1).values if attempt % 2 else path
+        rising = attempt % 2 == 1
+        buffer, *moves = commit_problem(64, 128, 13, dtype, attempt, rising, device="cuda")
         expected = buffer.clone()
-        commit_kv_reference(expected, lengths, path, counts)
-        commit_kv(buffer, lengths, path, counts)
+        commit_kv_reference(expected, *moves)
+        commit_kv(buffer, *moves)
         assert torch.equal(buffer, expected)
 
 
@@ -171,12 +144,7 @@ def test_choose_a_row_at_a_time():
     g = torch.Generator("cuda").manual_seed(1)
     logits = torch.randn(6, 60, 50257, generator=g, device="cuda").bfloat16() * 3
     seeds, positions = torch.arange(6, device="cuda"), torch.arange(360, device="cuda").view(6, 60)
-    parameters = dict(
-        temperature=torch.tensor([0.0, 0.5, 1.0, 1.7, 0.0, 1.0], device="cuda"),
-        top_k=torch.tensor([3, 0, 50, 60000, 0, 1], device="cuda"),
-        top_p=torch.tensor([0.5, 0.9, 0.0, 0.4, 1.0, 0.2], device="cuda"),
-        min_p=torch.tensor([0.0, 0.1, 0.0, 0.0, 0.3, 0.0], device="cuda"),
-    )
+    parameters = {name: column.cuda() for name, column in PARAMETERS.items()}
     together = choose(logits, seeds, positions, **parameters)
     for b in range(6):
         alone = {name: column[b].item() for name, column in parameters.items()}
@@ -199,7 +167,7 @@ def test_poisoned_logits_end():
 def test_all_three_in_a_cuda_graph():
     """Capture forbids any host synchronisation; replays follow lengths that change on the
     device."""
-    arguments = attention_problem([700, 30], 60, 60, 32, 8, 128, torch.bfloat16)
+    arguments = on_gpu([700, 30], 60, 60, 32, 8, 128, torch.bfloat16)
     lengths = arguments[3]
     buffer = torch.randn(2, 2, 2, 8, 900, 128, device="cuda").bfloat16()
     path, counts = torch.tensor([[0, 3, 7]] * 2, device="cuda"), torch.tensor([3, 2], device="cuda")

@@ -4,57 +4,49 @@ decision."""
 import pytest
 import torch
 
+from eagle.compile import compiled_folder, cpu_flags
 from eagle.tree import ancestors, rerank
 from eagle.verify import verify
 from kernels import cpu_extension
 from kernels.grow_tree import best_beams, candidates
 
 
-@pytest.fixture(scope="module", autouse=True)
-def built():
-    from eagle.compile import compiled_folder, cpu_flags
+@pytest.fixture
+def both(monkeypatch):
+    """both(work) -> what the C++ gives, and what the reference gives."""
+    cpu_extension.load(compiled_folder(), cpu_flags())
 
-    if not cpu_extension.loaded:
-        cpu_extension.load(compiled_folder(), cpu_flags())
+    def run(work):
+        fast = work()
+        with monkeypatch.context() as patch:
+            patch.setattr(cpu_extension, "loaded", False)
+            return fast, work()
 
-
-def both(monkeypatch, work):
-    """What the C++ gives, and what the reference gives."""
-    assert cpu_extension.loaded
-    fast = work()
-    with monkeypatch.context() as patch:
-        patch.setattr(cpu_extension, "loaded", False)
-        slow = work()
-    return fast, slow
-
-
-def level(b, n, k, D, seed):
-    g = torch.Generator().manual_seed(seed)
-    log_probs = torch.randn(b, n, D, generator=g).log_softmax(-1)
-    to_target = torch.randperm(3 * D, generator=g)[:D]
-    return log_probs, -torch.rand(b, n, generator=g), to_target
+    return run
 
 
 @pytest.mark.parametrize(
     "b, n, k, D", [(1, 1, 1, 3), (1, 4, 4, 63), (3, 10, 10, 500), (5, 2, 7, 7)]
 )
 @pytest.mark.parametrize("first", [True, False], ids=["first", "later"])
-def test_candidates(monkeypatch, b, n, k, D, first):
-    log_probs, beam_scores, to_target = level(b, n, k, D, b + n)
-    scores = None if first else beam_scores
-    fast, slow = both(monkeypatch, lambda: candidates(log_probs, scores, to_target, k))
+def test_candidates(both, b, n, k, D, first):
+    g = torch.Generator().manual_seed(b + n)
+    log_probs = torch.randn(b, n, D, generator=g).log_softmax(-1)
+    to_target = torch.randperm(3 * D, generator=g)[:D]
+    scores = None if first else -torch.rand(b, n, generator=g)
+    fast, slow = both(lambda: candidates(log_probs, scores, to_target, k))
     assert all(torch.equal(x, y) for x, y in zip(fast, slow, strict=True))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("b, m, k, M", [(1, 1, 4, 0), (3, 4, 4, 9), (2, 10, 10, 70), (4, 3, 1, 5)])
-def test_best_beams(monkeypatch, b, m, k, M, dtype):
+def test_best_beams(both, b, m, k, M, dtype):
     g = torch.Generator().manual_seed(b + m)
     scores = -torch.rand(b, m * k, generator=g)
     tokens = torch.randint(0, 999, (b, m * k), generator=g)
     hidden = torch.randn(b, m, 13, generator=g).to(dtype)
     seen = torch.rand(b, m, M, generator=g) < 0.5
-    fast, slow = both(monkeypatch, lambda: best_beams(scores, tokens, hidden, seen, k))
+    fast, slow = both(lambda: best_beams(scores, tokens, hidden, seen, k))
     assert all(torch.equal(x, y) for x, y in zip(fast, slow, strict=True))
 
 
@@ -84,17 +76,15 @@ FORESTS = [(1, 1, 4, 6), (2, 4, 4, 16), (3, 10, 6, 60), (2, 3, 0, 3)]
 
 
 @pytest.mark.parametrize("b, k, depth, nodes", FORESTS)
-def test_rerank(monkeypatch, b, k, depth, nodes):
+def test_rerank(both, b, k, depth, nodes):
     root, tokens, parents, scores, levels = forest(b, k, depth, b + k)
-    fast, slow = both(
-        monkeypatch, lambda: rerank(root, tokens, parents, scores, levels, nodes, depth + 1)
-    )
+    fast, slow = both(lambda: rerank(root, tokens, parents, scores, levels, nodes, depth + 1))
     for name in ("tokens", "parents", "depth", "scores", "mask"):
         assert torch.equal(getattr(fast, name), getattr(slow, name)), name
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_verify(monkeypatch, seed):
+def test_verify(both, seed):
     g = torch.Generator().manual_seed(seed)
     b, k, depth = 1 + seed, 3, 4
     tree = rerank(*forest(b, k, depth, seed), 20, depth + 1)
@@ -106,7 +96,7 @@ def test_verify(monkeypatch, seed):
         for node in range(1, tree.tokens.shape[1]):
             if torch.rand((), generator=g) < 0.8:
                 choices[row, tree.parents[row, node]] = tree.tokens[row, node]
-    fast, slow = both(monkeypatch, lambda: verify(tree, choices, depth + 1))
+    fast, slow = both(lambda: verify(tree, choices, depth + 1))
     assert torch.equal(fast.num_accepted, slow.num_accepted)
     assert seed == 0 or fast.num_accepted.max() > 1
     for row, n in enumerate(fast.num_accepted.tolist()):

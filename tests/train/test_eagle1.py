@@ -1,6 +1,5 @@
 """EAGLE-1 heads are trained: teacher-forced features with noise, smooth L1 on features, and the
-tokens' loss.
-"""
+tokens' loss."""
 
 import json
 
@@ -14,7 +13,6 @@ from configs.schema import HeadTrainConfig, LossConfig
 from eagle.checkpoint import load_head, save_head
 from eagle.errors import EagleError
 from eagle.heads.head import FINAL, HeadConfig, make_head
-from eagle.model import EaModel
 from eagle.target import Target
 from kernels.draft_loss import position_loss
 from train.head.setup import output_rows
@@ -37,7 +35,7 @@ class Known:
         return self.logits[start:stop], self.logits[start:stop].argmax(-1)
 
 
-@pytest.mark.parametrize("parts", [(1.0, 0.1), (0.5, 2.0), (0.0, 1.0), (None, None)])
+@pytest.mark.parametrize("parts", [(0.5, 2.0), (0.0, 1.0), (None, None)])
 def test_loss_is_smooth_l1_on_features_and_the_loss_on_tokens(parts):
     torch.manual_seed(0)
     steps, T = 2, 9
@@ -65,14 +63,11 @@ def test_loss_is_smooth_l1_on_features_and_the_loss_on_tokens(parts):
             one = on_feature * apart + on_token * loss
             expected = expected + 0.8**i * one / plan.counts[i]
     torch.testing.assert_close(total, expected, rtol=1e-5, atol=1e-6)
-    weights = torch.tensor([1.0, 0.8]) / plan.counts
-    torch.testing.assert_close(
-        (sums[0, :, 0] * weights).sum(), total.detach(), rtol=1e-5, atol=1e-6
-    )
+    reported = (sums[0, :, 0] * torch.tensor([1.0, 0.8]) / plan.counts).sum()
+    torch.testing.assert_close(reported, total.detach(), rtol=1e-5, atol=1e-6)
     wanted = torch.autograd.grad(expected, list(head.parameters()))
     found = torch.autograd.grad(total, list(head.parameters()))
-    for a, b in zip(found, wanted, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
     assert not any(p is output for p in module.parameters())
 
 
@@ -90,27 +85,19 @@ def test_noise_is_uniform_and_scaled_by_length():
     assert feature_noise(plain, "eagle1") == 0.1 and feature_noise(plain, "eagle3") == 0.0
 
 
+RUN = dict(max_steps=40, save_every=20, lr=3e-3, ttt_steps=2, model=ONE)
+RUN |= dict(loss={"token_weight": 1.0}, eval={"num_prompts": 3})
+
+
 @pytest.fixture(scope="module")
 def trained(base, data, tmp_path_factory):
     """40 steps with noise, a checkpoint in the middle."""
     output = tmp_path_factory.mktemp("runs") / "eagle1"
-    cfg = config(
-        base,
-        data,
-        output,
-        max_steps=40,
-        save_every=20,
-        lr=3e-3,
-        ttt_steps=2,
-        model=ONE,
-        loss={"token_weight": 1.0},
-        eval={"num_prompts": 3},
-    )
-    assert run(cfg, quiet=True) == 0
+    assert run(config(base, data, output, **RUN), quiet=True) == 0
     return output
 
 
-def test_an_eagle1_run_learns_and_its_head_is_lossless(trained, base):
+def test_an_eagle1_run_learns(trained, base):
     losses = losses_of(trained)
     assert sum(losses[-5:]) < 0.95 * sum(losses[:5])
     overlaps = [row["overlap_by_depth"][0] for row in rows_of(trained)]
@@ -121,31 +108,14 @@ def test_an_eagle1_run_learns_and_its_head_is_lossless(trained, base):
     assert provenance["training"]["step"] == 40
     keys = load_file(trained / "head/model.safetensors").keys()
     assert "lm_head.weight" not in keys and "layers.0.self_attn.q_proj.weight" in keys
-    model = EaModel(target, head, "16,4,4")
-    for prompt in ([5, 9, 30, 7], [40, 41, 42]):
-        with target.stock() as stock:
-            expected = stock.generate(torch.tensor([prompt]), max_new_tokens=24, do_sample=False)
-        out = model.generate([prompt], max_new_tokens=24, temperature=0.0)
-        assert out.rows[0].tokens == expected[0, len(prompt) :].tolist()
     summary = json.loads((trained / "summary.json").read_text())
     assert summary["tau_after"] >= 1.0
 
 
 def test_a_resumed_eagle1_run_is_the_same_run(trained, base, data, tmp_path):
     """The noise goes on where it was."""
-    cfg = config(
-        base,
-        data,
-        tmp_path / "again",
-        max_steps=40,
-        save_every=20,
-        lr=3e-3,
-        ttt_steps=2,
-        model=ONE,
-        loss={"token_weight": 1.0},
-        eval={"num_prompts": 3},
-        resume=str(trained / "checkpoints/step-20"),
-    )
+    checkpoint = str(trained / "checkpoints/step-20")
+    cfg = config(base, data, tmp_path / "again", **RUN, resume=checkpoint)
     assert run(cfg, quiet=True) == 0
     assert losses_of(tmp_path / "again") == losses_of(trained)[20:]
     a, b = (load_file(x / "head/model.safetensors") for x in (trained, tmp_path / "again"))
@@ -172,22 +142,12 @@ def test_zero_stages_train_alike(base, data, tmp_path, model):
 def test_an_embedding_of_its_own_is_used_and_not_trained(base, data, tmp_path):
     target = Target.from_pretrained(base, dtype="float32")
     torch.manual_seed(0)
-    start = make_head(
-        HeadConfig.for_target(
-            target.config, hidden_size=24, own_embedding=True, draft_vocab_size=128
-        )
-    )
+    own = dict(hidden_size=24, own_embedding=True, draft_vocab_size=128)
+    start = make_head(HeadConfig.for_target(target.config, **own))
     start.set_draft_vocab(torch.arange(128))
     save_head(start, tmp_path / "start")
-    cfg = config(
-        base,
-        data,
-        tmp_path / "run",
-        max_steps=2,
-        optimizer="muon",
-        save_every=1,
-        model={"init_head": str(tmp_path / "start")},
-    )
+    how = dict(max_steps=2, optimizer="muon", save_every=1)
+    cfg = config(base, data, tmp_path / "run", model={"init_head": str(tmp_path / "start")}, **how)
     assert run(cfg, quiet=True) == 0
     head, _ = load_head(tmp_path / "run/head", target)
     assert torch.equal(head.embed_tokens.weight, start.embed_tokens.weight)
@@ -196,36 +156,26 @@ def test_an_embedding_of_its_own_is_used_and_not_trained(base, data, tmp_path):
     assert run(cfg, quiet=True) == 0
 
 
-def test_a_start_of_another_kind_is_refused(base, data, tmp_path, trained):
-    cfg = config(
-        base,
-        data,
-        tmp_path / "run",
-        model={"init_head": str(trained / "head"), "draft_vocab_size": None},
-    )
+def test_what_does_not_fit_eagle1_is_refused(base, data, tmp_path, trained):
+    model = {"init_head": str(trained / "head")}
+    cfg = config(base, data, tmp_path / "run", model=model | {"draft_vocab_size": None})
     with pytest.raises(EagleError, match="model.method=eagle3 contradicts .* has eagle1; set that"):
         run(cfg, quiet=True)
-
-
-def test_features_on_disk_are_not_for_eagle1(base, data, tmp_path, trained):
-    cfg = config(base, data, tmp_path, model={"init_head": str(trained / "head")})
+    cfg = config(base, data, tmp_path, model=model)
     with pytest.raises(EagleError, match="leave this step out"):
         write_features(cfg, tmp_path / "features", "again")
 
 
-@pytest.mark.parametrize("change", ["cap", "bias"])
-def test_an_lm_head_that_is_no_matrix_is_refused(llama, change, monkeypatch):
-    assert output_rows(llama) is not None
-    if change == "cap":
-        monkeypatch.setattr(llama.head_logits, "cap", 30.0)
-    else:
-        bias = torch.nn.Parameter(torch.zeros(1))
-        monkeypatch.setitem(llama.model.get_output_embeddings()._parameters, "bias", bias)
+def test_the_lm_head_is_one_matrix(llama, monkeypatch):
+    hidden = torch.randn(3, 32)
+    with monkeypatch.context() as patch:
+        patch.setattr(llama.head_logits, "scale", 0.25)
+        torch.testing.assert_close(hidden @ output_rows(llama).T, llama.head_logits(hidden))
+    with monkeypatch.context() as patch:
+        patch.setattr(llama.head_logits, "cap", 30.0)
+        with pytest.raises(EagleError, match="not one plain matrix"):
+            output_rows(llama)
+    bias = torch.nn.Parameter(torch.zeros(1))
+    monkeypatch.setitem(llama.model.get_output_embeddings()._parameters, "bias", bias)
     with pytest.raises(EagleError, match="not one plain matrix"):
         output_rows(llama)
-
-
-def test_a_scaled_lm_head_is_scaled(llama, monkeypatch):
-    monkeypatch.setattr(llama.head_logits, "scale", 0.25)
-    hidden = torch.randn(3, 32)
-    torch.testing.assert_close(hidden @ output_rows(llama).T, llama.head_logits(hidden))

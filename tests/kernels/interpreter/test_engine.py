@@ -1,41 +1,31 @@
 """Whole generations whose attention, commits and choices are the Triton kernels'."""
 
-import sys
-from pathlib import Path
-
 import pytest
-
-sys.path.append(str(Path(__file__).parents[2] / "eagle"))
-
 from engine_helpers import head_model, make_prompts, make_target, plain
 
 import kernels.triton_choose
 import kernels.triton_commit_kv
-import kernels.triton_tree_attention as kernel
+import kernels.triton_tree_attention
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.9])
 def test_rows_that_finish_one_after_the_other(temperature, monkeypatch):
     """The remaining rows still go through the kernel, out of order in their cache."""
     calls = {"rows": 0, "all": 0}
-    attend = kernel.tree_attention_triton
-
-    def counted(*args, rows=None, **options):
-        calls["all" if rows is None else "rows"] += 1
-        return attend(*args, rows=rows, **options)
-
-    monkeypatch.setattr(kernel, "tree_attention_triton", counted)
     for module, name in (
+        (kernels.triton_tree_attention, "tree_attention_triton"),
         (kernels.triton_choose, "choose_triton"),
         (kernels.triton_commit_kv, "commit_kv_triton"),
     ):
         calls[name], function = 0, getattr(module, name)
 
-        def passed_on(*args, name=name, function=function, **options):
+        def counted(*args, name=name, function=function, **options):
             calls[name] += 1
+            if "rows" in options:
+                calls["all" if options["rows"] is None else "rows"] += 1
             return function(*args, **options)
 
-        monkeypatch.setattr(module, name, passed_on)
+        monkeypatch.setattr(module, name, counted)
     target = make_target("llama")
     model = head_model(target, "6,2,2", draft_vocab=128)
     prompts = make_prompts((5, 9, 3))
