@@ -2,7 +2,6 @@
 
 Packages are built once for the whole file, in an empty cache: some 100 s of its time."""
 
-import os
 import shutil
 import signal
 import subprocess
