@@ -97,13 +97,11 @@ def test_names_that_others_have_too(monkeypatch):
     only(doctor.clashes(), "problem", "another package 'kernels' hides ours")
 
 
-def test_deepspeed_trains_a_step_or_says_why_not(monkeypatch, tmp_path):
+def test_deepspeed_trains_a_step_or_says_why_not(monkeypatch):
     only(doctor.deepspeed(zero=2), "ok", "trains a step alone with ZeRO 2")
-    (tmp_path / "deepspeed").mkdir()
-    (tmp_path / "deepspeed" / "__init__.py").write_text("raise ImportError('op_builder is broken')")
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    only(doctor.deepspeed(), "problem", "op_builder is broken")
     only(doctor.deepspeed(seconds=0.01), "problem", "took more than 0.01 s")
+    monkeypatch.setattr(doctor.sys, "executable", "false")
+    only(doctor.deepspeed(), "problem", "it cannot train one step: no output")
 
 
 def test_a_machine_without_a_gpu(monkeypatch):
@@ -353,21 +351,20 @@ def test_activations_are_what_autograd_keeps(amp, recompute):
 # the command
 
 
-@pytest.mark.slow
 def test_the_command_on_a_fit_target_and_on_an_unfit_one(tmp_path, own, data, monkeypatch, capsys):
-    flags = f"--base {own} --data {data} --data_format fim --num 1"
+    monkeypatch.setattr(doctor, "deepspeed", lambda zero: [])
     report = tmp_path / "out.json"
-    overrides = f"--json {report} data.cache_dir={tmp_path} train.output={tmp_path}/run"
-    done = commands.run("train.doctor", *flags.split(), *overrides.split())
-    assert done.returncode == 0, done.stdout + done.stderr
+    overrides = (f"data.cache_dir={tmp_path}", f"train.output={tmp_path}/run")
+    given = {"base": str(own), "data": str(data), "data_format": "fim", "num": 1}
+    code, said = command(*overrides, **given, json=str(report)), capsys.readouterr().out
+    assert code == 0, said
     for part in ("Installation", "Target", "Data", "Needs", "⟦", "0 problem"):
-        assert part in done.stdout
+        assert part in said
     kept = json.loads(report.read_text())
     assert kept["counts"].get("problem", 0) == 0 and kept["seconds"] > 0
     assert all(bool(f["remedy"]) == (f["level"] != "ok") for f in kept["findings"])
     assert not (tmp_path / "run").exists()
     (own / "config.json").write_text(json.dumps({"model_type": "mamba"}))
-    monkeypatch.setattr(doctor, "deepspeed", lambda zero: [])
     assert command(base=str(own), json=str(report), color="never") == 1
     said = capsys.readouterr().out
     assert "recurrent state" in said and "Data" not in said

@@ -109,6 +109,7 @@ def test_a_folder_is_a_folder_and_everything_else_is_an_id(online, tmp_path):
 
 
 FIM = "--data_format fim --data fim.jsonl data.max_length=96"
+SMALL = "--output run train.max_steps=1 train.batch_size=2"
 COMMANDS = f"""
 train.inspect:inspect --base org/tiny@old {FIM}
 train.doctor:doctor --base org/tiny@old --head org/head@old {FIM}
@@ -121,11 +122,17 @@ inference.evaluate:generate --base org/tiny@old --head org/head@old --limit 1 --
  --max_new_tokens 4 --temperature 0
 inference.convert:convert org/head@old vllm --to vllm --target org/tiny@old
 inference.inspect_head:inspect_head org/head@old --base org/tiny@old
+train.main:train --base org/tiny@old --init_head org/head@old {FIM} {SMALL} train.dtype=fp32
+ eval.num_prompts=0
+train.finetune.__main__:sft --base org/tiny@old {FIM} {SMALL} model.quantization=none
+ model.compute=fp32 data.heldout_fraction=0.2
 """
+RECORDS = {"train": ("head", "target"), "sft": ("adapter", "base")}
 
 
 @pytest.mark.parametrize("line", COMMANDS.replace("\n ", " ").split("\n")[1:-1])
-def test_the_commands(online, tmp_path, capsys, line):
+def test_the_commands(online, tmp_path, capsys, monkeypatch, line):
+    monkeypatch.setattr("train.doctor_machine.deepspeed", lambda zero: [])
     write_fim(tmp_path / "fim.jsonl", rows=12)
     (tmp_path / "p.jsonl").write_text('{"prompt": "def"}\n')
     command, *words = line.split()
@@ -144,46 +151,19 @@ def test_the_commands(online, tmp_path, capsys, line):
         assert "fits this target" in said.out
     if name == "regenerate":
         assert json.loads((tmp_path / "a.card.json").read_text())["target"]["id"] == "org/tiny@old"
+    if name in RECORDS:
+        folder, part = RECORDS[name]
+        made = json.loads((tmp_path / "run" / folder / "eagle.json").read_text())
+        assert made[part]["id"] == "org/tiny@old"
 
 
-def run(hub, folder, line, **environment):
+def test_what_the_hub_does_not_give_is_one_line(tmp_path):
     """In a process whose hub client reads these variables at its import."""
+    env = {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": "http://127.0.0.1:9", "PYTHONPATH": str(ROOT)}
     outside = {k: v for k, v in os.environ.items() if not k.endswith(("RANK", "WORLD_SIZE"))}
-    env = {"HF_HUB_CACHE": str(hub), "HF_HUB_OFFLINE": "1", "EAGLE_CACHE": str(folder / "cache")}
-    env |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment}
-    command = [sys.executable, "-m", *line.split()]
-    return subprocess.run(
-        command, env=outside | env, cwd=folder, capture_output=True, text=True, timeout=300
-    )
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "line, record",
-    [
-        ("main --init_head org/head@old eval.num_prompts=0 train.dtype=fp32", "head target"),
-        (
-            "finetune sft model.quantization=none model.compute=fp32 data.heldout_fraction=0.2",
-            "adapter base",
-        ),
-    ],
-)
-def test_training_and_fine_tuning(hub, tmp_path, line, record):
-    write_fim(tmp_path / "fim.jsonl", rows=12)
-    small = f"--base org/tiny@old {FIM} --output run train.max_steps=1 train.batch_size=2"
-    done = run(hub, tmp_path, f"train.{line} {small}")
-    assert done.returncode == 0, done.stderr
-    folder, part = record.split()
-    made = json.loads((tmp_path / "run" / folder / "eagle.json").read_text())
-    assert made[part]["id"] == "org/tiny@old"
-
-
-UNREACHABLE = {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": "http://127.0.0.1:9"}
-
-
-@pytest.mark.parametrize("environment", [UNREACHABLE, {}], ids=["unreachable", "offline"])
-def test_what_the_hub_does_not_give_is_one_line(hub, tmp_path, environment):
-    done = run(hub, tmp_path, "train.main --output run --base org/none", **environment)
+    command = [sys.executable, *"-m train.main --output run --base org/none".split()]
+    options = {"env": outside | env, "cwd": tmp_path, "capture_output": True, "text": True}
+    done = subprocess.run(command, timeout=300, **options)
     assert done.returncode == 1
     (line,) = done.stderr.splitlines()
     assert "'org/none'" in line and "hf download org/none --local-dir" in line
