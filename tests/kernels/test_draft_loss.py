@@ -61,11 +61,11 @@ TOLERANCE = dict(rtol=1e-4, atol=5e-5)
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES, ids=name)
-@pytest.mark.parametrize("S, U, H, D", [(1, 1, 1, 1), (2, 13, 6, 150)], ids=name)
+@pytest.mark.parametrize("S, U, H, D", [(1, 1, 1, 1), (2, 7, 6, 130)], ids=name)
 def test_chunked_equals_reference(S, U, H, D, objective):
     problem = Problem(S, U, H, D)
     expected, gradients = problem.run(draft_loss_reference, objective)
-    for tile in (5 * S * D, 10**9):
+    for tile in (4 * S * D, 10**9):
         problem.asked.clear()
         found, got = problem.run(draft_loss, objective, tile=tile)
         torch.testing.assert_close(found.total, expected.total, **TOLERANCE)
@@ -134,13 +134,13 @@ def test_definition(objective):
 @pytest.mark.parametrize("implementation", [draft_loss, draft_loss_reference])
 @pytest.mark.parametrize("loss", LOSSES)
 def test_unknown_and_unimportant_positions_have_no_gradient(loss, implementation):
-    problem = Problem(2, 21, 12, 30)
+    problem = Problem(2, 7, 12, 30)
     _, (d_hidden, _) = problem.run(implementation, Objective(loss))
     moved = d_hidden.abs().sum(-1) > 0
     assert torch.equal(moved, (problem.choices >= 0) & (problem.importance > 0))
     problem.choices[:] = -1
     found, gradients = problem.run(implementation, Objective(loss))
-    assert float(found.total) == 0 and not any(g.any() for g in gradients)
+    assert found.total == 0 and not any(g.any() for g in gradients)
 
 
 @pytest.mark.parametrize("loss", LOSSES)
@@ -180,7 +180,7 @@ def test_a_total_is_differentiated_once():
 @pytest.mark.parametrize("objective", OBJECTIVES[:5], ids=name)
 def test_a_frozen_output_layer_costs_no_gradient(objective):
     """EAGLE-1's is the target's: the states' gradient is the same, and the weight has none."""
-    problem = Problem(2, 9, 6, 31)
+    problem = Problem(2, 5, 6, 31)
     found, (d_hidden, _) = problem.run(draft_loss, objective, tile=64)
     problem.weight.requires_grad_(False)
     total = problem.loss(draft_loss, objective, tile=64).total

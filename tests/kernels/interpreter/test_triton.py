@@ -5,7 +5,6 @@ import torch
 from kernel_helpers import LOSSES, PARAMETERS, attention_problem, options_of, row_alone
 
 import kernels.triton_choose
-import kernels.triton_draft_loss
 import kernels.triton_tree_attention as attention
 from kernels.choose import choose, choose_reference, gumbel_noise
 from kernels.commit_kv import commit_kv, commit_kv_reference
@@ -15,16 +14,8 @@ from kernels.tree_attention import tree_attention, tree_attention_reference
 from kernels.triton_tree_attention import tree_attention_triton
 
 CLOSE = {torch.float32: dict(atol=2e-5, rtol=1e-4), torch.float16: dict(atol=2e-3, rtol=1e-2)}
-GRID = dict(temperature=[0.7, 2.0], top_k=[0, 1, 5, 70, 2000], top_p=[0.0, 0.05, 0.7])
-GRID |= dict(min_p=[0.0, 0.1])
+GRID = dict(temperature=[0.7], top_k=[0, 1, 5, 70, 2000], top_p=[0.0, 0.05, 0.7], min_p=[0.0, 0.1])
 CUTS = [dict(temperature=0.7, top_k=20, top_p=0.95), dict(temperature=1.0, min_p=0.2)]
-
-
-@pytest.fixture(autouse=True)
-def small_blocks(monkeypatch):
-    """Less work for the interpreter, and several blocks a row."""
-    monkeypatch.setattr(kernels.triton_choose, "SETTLE_BLOCK", 256)
-    monkeypatch.setattr(kernels.triton_draft_loss, "BLOCK", 64)
 
 
 def test_the_public_functions_dispatch(monkeypatch):
@@ -81,7 +72,7 @@ def test_mixed_rows(kind, V):
 
 
 def test_the_cut_of_a_vocabulary_does_not_matter(monkeypatch):
-    logits = logits_of("ties", 6, 1, 700)
+    logits = logits_of("ties", 6, 1, 300)
     for parameters in ({}, PARAMETERS):
         expected = check_choice(logits, **parameters)
         check_choice(logits.half(), **parameters)
@@ -139,11 +130,11 @@ def test_a_strided_buffer_and_path():
 
 @pytest.mark.parametrize("loss", LOSSES)
 def test_half_precision_of_a_tile(loss):
-    g = torch.Generator().manual_seed(0)
-    logits, importance = torch.randn(2, 3, 150, generator=g).half(), torch.rand(2, 3, generator=g)
-    teacher = 2 * torch.randn(3, 150, generator=g).half()
-    expected = tile_loss_reference(logits.clone(), teacher, importance, Objective(loss), True)
-    found = tile_loss(logits.clone(), teacher, importance, Objective(loss), True)
+    g, objective = torch.Generator().manual_seed(0), Objective(loss)
+    logits, importance = torch.randn(2, 2, 150, generator=g).half(), torch.rand(2, 2, generator=g)
+    teacher = 2 * torch.randn(2, 150, generator=g).half()
+    expected = tile_loss_reference(logits.clone(), teacher, importance, objective, True)
+    found = tile_loss(logits.clone(), teacher, importance, objective, True)
     torch.testing.assert_close(found, expected, rtol=2e-3, atol=2e-3)
 
 
@@ -176,7 +167,7 @@ SIZES = {
 }
 
 
-@pytest.mark.parametrize("way", ["plain", "wide window", "all"])
+@pytest.mark.parametrize("way", ["plain", "all"])
 @pytest.mark.parametrize("size", SIZES)
 def test_sizes(size, way):
     arguments = attention_problem(**SIZES[size])
@@ -198,7 +189,7 @@ def splits(monkeypatch, least, most):
     monkeypatch.setattr(attention, "MAX_SPLITS", most)
 
 
-@pytest.mark.parametrize("way", ["plain", "wide window", "all"])
+@pytest.mark.parametrize("way", ["plain", "wide window"])
 def test_a_row_does_not_depend_on_its_batch_or_the_capacity(way, monkeypatch):
     """Bit for bit, alone and among shorter and longer rows, in a capacity of more or fewer splits;
     one row has as many splits as there may be."""
@@ -207,10 +198,8 @@ def test_a_row_does_not_depend_on_its_batch_or_the_capacity(way, monkeypatch):
     together = tree_attention_triton(*arguments, **options_of(way, 2))
     for b, length in enumerate([3, 600, 258]):
         for capacity in (length + 6, length + 300):
-            alone = row_alone(arguments, b, capacity)
-            assert torch.equal(
-                tree_attention_triton(*alone, **options_of(way, 2)), together[b : b + 1]
-            )
+            alone = tree_attention_triton(*row_alone(arguments, b, capacity), **options_of(way, 2))
+            assert torch.equal(alone, together[b : b + 1])
 
 
 def test_more_splits_than_the_limit(monkeypatch):
