@@ -46,9 +46,8 @@ def in_process(capsys):
 
 
 def settings(data_format, path, **more):
-    return DataConfig(
-        format=data_format, path=str(path), cache_dir=str(path.parent / "cache"), **more
-    )
+    cache = str(path.parent / "cache")
+    return DataConfig(format=data_format, path=str(path), cache_dir=cache, **more)
 
 
 def write(base, cfg, output, temperatures=(0.0,), seed=0, slots=4, limit=None):
@@ -59,16 +58,23 @@ def write(base, cfg, output, temperatures=(0.0,), seed=0, slots=4, limit=None):
 
 
 def rows(path):
-    return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+    return list(map(json.loads, path.read_text("utf-8").splitlines()))
 
 
 def continued(model, ids, ends=()):
     """What the target says after `ids`, as text without its end."""
     ends = {*model.eos_token_ids, *ends}
     tokens = model.generate([ids], max_new_tokens=NEW, eos_token_id=sorted(ends)).rows[0].tokens
-    ended = tokens[-1] in ends
-    text = model.tokenizer.decode(tokens[:-1] if ended else tokens)
-    return text if ended else text.rstrip("\ufffd")  # half a character
+    if tokens[-1] in ends:
+        return model.tokenizer.decode(tokens[:-1])
+    return model.tokenizer.decode(tokens).rstrip("\ufffd")  # half a character
+
+
+def answered(model, messages):
+    """What the target says as the next turn of a chat."""
+    text = model.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    end = model.tokenizer.convert_tokens_to_ids("<|im_end|>")
+    return continued(model, model.tokenizer(text, add_special_tokens=False).input_ids, [end])
 
 
 def test_each_turn_is_answered_after_the_new_ones(base, model, tmp_path):
@@ -82,25 +88,17 @@ def test_each_turn_is_answered_after_the_new_ones(base, model, tmp_path):
     path = write_jsonl(tmp_path / "chat.jsonl", records)
     card = write(base, settings("chat", path), tmp_path / "new.jsonl")
     first, second, third = rows(tmp_path / "new.jsonl")
-    tokenizer = model.tokenizer
-    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
-
-    def expected(*turns, before=()):
-        messages = [*before, *chat(*turns)["messages"]]
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        return continued(model, tokenizer(text, add_special_tokens=False).input_ids, [end])
-
-    said = expected("Hello")
-    again = expected("Hello", said, "thanks")
+    said = answered(model, chat("Hello")["messages"])
+    again = answered(model, chat("Hello", said, "thanks")["messages"])
     assert first == chat("Hello", said, "thanks", again) | {"source": "a.py"}
-    written = {"from": "gpt", "value": expected("Write a class")}
+    written = {"from": "gpt", "value": answered(model, chat("Write a class")["messages"])}
     assert second["conversations"] == [asked[0], written, records[1]["conversations"][2]]
-    answer = {"role": "assistant", "content": expected("Hi", before=[greeting])}
-    assert third["messages"] == [greeting, records[2]["messages"][1], answer]
+    start = [greeting, *chat("Hi")["messages"]]
+    assert third["messages"] == [*start, {"role": "assistant", "content": answered(model, start)}]
     counts = card["counts"]
     assert (counts["records"], counts["written"], counts["answers"]) == (3, 3, 4)
     cfg = settings("chat", tmp_path / "new.jsonl", heldout_fraction=0)
-    data = load_dataset_for(cfg, tokenizer)
+    data = load_dataset_for(cfg, model.tokenizer)
     assert len(data) == 3 and not data.bad_rows
 
 
@@ -110,17 +108,15 @@ def test_instructions(base, model, tmp_path, template):
     path = write_jsonl(tmp_path / "instruction.jsonl", [record])
     cfg = settings("instruction", path, instruction_template=template)
     write(base, cfg, tmp_path / "new.jsonl")
-    tokenizer, ends = model.tokenizer, []
     text = (
         "Below is an instruction that describes a task, paired with an input that gives it "
         "context. Write a response that appropriately completes the request.\n\n"
         "### Instruction:\nWrite a function\n\n### Input:\nadd\n\n### Response:\n"
     )
     if template == "auto":
-        messages = [{"role": "user", "content": "Write a function\n\nadd"}]
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        ends = [tokenizer.convert_tokens_to_ids("<|im_end|>")]
-    said = continued(model, tokenizer(text, add_special_tokens=False).input_ids, ends)
+        said = answered(model, chat("Write a function\n\nadd")["messages"])
+    else:
+        said = continued(model, model.tokenizer(text, add_special_tokens=False).input_ids)
     assert rows(tmp_path / "new.jsonl") == [record | {"response": said}]
 
 
@@ -131,8 +127,8 @@ def test_middles_and_whole_files(base, model, tmp_path):
     write(base, settings("fim", path, fim_spans_per_file=3), tmp_path / "new.jsonl")
     first, *cuts = rows(tmp_path / "new.jsonl")
     fim, tokenizer = find_fim_tokens(model.tokenizer), model.tokenizer
-    parts = [record["prefix"], record["suffix"]]
-    before, after = tokenizer(parts, add_special_tokens=False).input_ids
+    parts = (tokenizer(record[name], add_special_tokens=False) for name in ("prefix", "suffix"))
+    before, after = (part.input_ids for part in parts)
     prompt = [fim.prefix, *before, fim.suffix, *after, fim.middle]
     assert first == record | {"middle": continued(model, prompt, fim[:4])}
     assert len(cuts) == 3
@@ -166,19 +162,15 @@ def test_output_depends_on_seed_and_record_alone(base, tmp_path):
     assert first["counts"]["records"] == 3 and rows(tmp_path / "d.jsonl") == outputs[0][:3]
 
 
-def command(base, path, output):
-    given = f"--base {base} --data {path} --data_format fim --output {output} --slots 1"
-    given += f" --temperature 0,1 --max_new_tokens {NEW} --dtype float32"
-    return ["train.prepare", "regenerate", *given.split()]
-
-
 @pytest.mark.slow
 def test_killed_and_started_again_it_writes_the_same_file(base, tmp_path):
     path, output = tmp_path / "fim.jsonl", tmp_path / "killed.jsonl"
     write_fim(path, rows=60)
     whole = write(base, settings("fim", path), tmp_path / "whole.jsonl", (0.0, 1.0))
-    process = Command(*command(base, path, output))
-    deadline = time.monotonic() + 100
+    given = f"--base {base} --data {path} --data_format fim --output {output} --slots 1"
+    given += f" --temperature 0,1 --max_new_tokens {NEW} --dtype float32"
+    command = ["train.prepare", "regenerate", *given.split()]
+    process, deadline = Command(*command), time.monotonic() + 100
     journal = output.with_suffix(".journal")
     while not (journal.exists() and journal.read_bytes().count(b"\n") > 3):
         assert process.poll() is None and time.monotonic() < deadline
@@ -187,12 +179,11 @@ def test_killed_and_started_again_it_writes_the_same_file(base, tmp_path):
     assert not output.exists() and not card_path(output).exists()
     with open(journal, "ab") as file:
         file.write(b'[[59, 0, 0], {"text": "torn by the')
-    done = Command(*command(base, path, output)).output()
+    done = Command(*command).output()
     assert done.returncode == 0, done.stderr
     assert output.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
     card = json.loads(card_path(output).read_text())
-    assert card["complete"]
-    assert all(card[key] == whole[key] for key in ("counts", "sha256"))
+    assert card["complete"] and all(card[key] == whole[key] for key in ("counts", "sha256"))
     assert "ETA" in done.stderr and f"{card['counts']['written']} of 60 records" in done.stdout
     before = output.stat().st_mtime_ns
     assert write(base, settings("fim", path), output, (0.0, 1.0)) == card  # nothing is left to do
@@ -283,19 +274,19 @@ def test_what_does_not_belong_together_is_refused(base, tmp_path, tokenizer_dir)
     path = write_jsonl(tmp_path / "chat.jsonl", [chat("Hello", "x")] * 3)
     cfg, output = settings("chat", path), tmp_path / "new.jsonl"
     write(base, cfg, output)
-    with pytest.raises(EagleError, match="begun with sampling=.*choose another --output"):
-        write(base, cfg, output, seed=1)
     other = tmp_path / "other"
     save_tiny_model(other, tokenizer_dir, seed=5)
-    with pytest.raises(EagleError, match="begun with target="):
-        write(other, cfg, output)
     (tmp_path / "mine.jsonl").write_text("precious\n")
-    with pytest.raises(EagleError, match="exists and mine.card.json is not its card"):
-        write(base, cfg, tmp_path / "mine.jsonl")
-    with pytest.raises(EagleError, match="name a .jsonl file"):
-        write(base, cfg, tmp_path / "new.txt")
-    with pytest.raises(EagleError, match="plain has no answers to write"):
-        write(base, settings("plain", path), tmp_path / "plain.jsonl")
+    plain = settings("plain", path)
+    for error, arguments in {
+        "begun with sampling=.*choose another --output": (base, cfg, output, (0.0,), 1),
+        "begun with target=": (other, cfg, output),
+        "exists and mine.card.json is not its card": (base, cfg, tmp_path / "mine.jsonl"),
+        "name a .jsonl file": (base, cfg, tmp_path / "new.txt"),
+        "plain has no answers to write": (base, plain, tmp_path / "plain.jsonl"),
+    }.items():
+        with pytest.raises(EagleError, match=error):
+            write(*arguments)
     os.truncate(output, 10)
     with pytest.raises(EagleError, match="new.card.json is not its card"):
         write(base, cfg, output)
@@ -322,28 +313,25 @@ def test_wrong_arguments_are_one_line(in_process, tmp_path, arguments, named):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.fixture
-def own(base, tmp_path):
-    """Answers of the tiny target, with their card."""
-    path = tmp_path / "fim.jsonl"
-    write_fim(path, rows=30)
-    write(base, settings("fim", path), tmp_path / "own.jsonl")
-    return tmp_path / "own.jsonl"
-
-
-def test_a_card_says_who_answered(own, tmp_path, caplog):
-    writer = json.loads(card_path(own).read_text())["target"]
-    mine = (writer["fingerprint"], writer["adapter"])
-    assert who_answered([own], None, *mine) == "written by the target" and not caplog.records
-    assert who_answered([own, tmp_path / "fim.jsonl"], None, *mine) == (
+def test_a_card_says_who_answered_and_so_does_a_head(base, tmp_path, caplog):
+    data, own = tmp_path / "fim.jsonl", tmp_path / "own.jsonl"
+    write_fim(data, rows=30)
+    writer = write(base, settings("fim", data), own)["target"]
+    assert run(config(base, own, tmp_path / "run", max_steps=1), quiet=True) == 0
+    recorded = json.loads((tmp_path / "run" / "head" / "eagle.json").read_text())
+    assert recorded["data"]["answers"] == "written by the target"
+    caplog.clear()
+    mine, other = (writer["fingerprint"], writer["adapter"]), ("f" * 64, None)
+    assert who_answered([own, data], None, *mine) == (
         "own.jsonl: written by the target; fim.jsonl: as in the data"
     )
-    assert "another target" in who_answered([own], None, "f" * 64, None)
-    assert "written by another target" in caplog.records[0].getMessage()
-    assert "another target" in who_answered([own], None, mine[0], "an adapter")
+    assert not caplog.records
+    for target in (other, (mine[0], "an adapter")):
+        assert "another target" in who_answered([own], None, *target)
+        assert "written by another target" in caplog.records[-1].getMessage()
     caplog.clear()
     # the user knows better
-    assert who_answered([own], True, "f" * 64, None) == "written by the target"
+    assert who_answered([own], True, *other) == "written by the target"
     assert who_answered([own], False, *mine) == "as in the data" and not caplog.records
     own.write_text(own.read_text() + own.read_text().splitlines()[0] + "\n")
     assert who_answered([own], None, *mine) == "as in the data"
@@ -351,12 +339,6 @@ def test_a_card_says_who_answered(own, tmp_path, caplog):
     card_path(own).write_text("{")
     with pytest.raises(EagleError, match="not a readable data card"):
         who_answered([own], None, *mine)
-
-
-def test_a_head_records_whose_answers_it_learnt(base, own, tmp_path):
-    assert run(config(base, own, tmp_path / "run", max_steps=1), quiet=True) == 0
-    recorded = json.loads((tmp_path / "run" / "head" / "eagle.json").read_text())
-    assert recorded["data"]["answers"] == "written by the target"
 
 
 def test_a_blank_before_the_first_word_is_kept():
