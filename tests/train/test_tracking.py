@@ -14,6 +14,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
+from data_helpers import read_jsonl
 from head_helpers import config, rows_of, tiny_head
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -46,10 +47,6 @@ def finished(base, data, tmp_path_factory):
     return output
 
 
-def lines_of(path):
-    return list(map(json.loads, path.read_text().splitlines()))
-
-
 def tensorboard_scalars(folder):
     """(tag, step, value) of all event files: records are length, its checksum, bytes, their
     checksum."""
@@ -71,13 +68,13 @@ def tensorboard_scalars(folder):
 
 def test_a_run_leaves_rows_at_their_own_frequencies(finished):
     assert [row["step"] for row in rows_of(finished)] == [1, 2, 4, 6, 8, 10, 12]
-    perf = lines_of(finished / "perf.jsonl")
+    perf = read_jsonl(finished / "perf.jsonl")
     assert [row["step"] for row in perf] == [4, 8, 12]
     for row in perf:
         assert sum(row["ratio"].values()) == pytest.approx(1, abs=1e-4)
         assert min(row["seconds"][k] for k in ("target", "head", "backward", "optimizer")) > 0
         assert row["gflops_per_second"] > 0 and row["tokens_per_second"] > 0 and "mfu" not in row
-    events = [(e["kind"], e["step"]) for e in lines_of(finished / "events.jsonl")]
+    events = [(e["kind"], e["step"]) for e in read_jsonl(finished / "events.jsonl")]
     assert events == [("start", 0), *(("evaluation", s) for s in (0, 6, 12))]
     trace = json.loads((finished / "profile" / "trace.json").read_text())["traceEvents"]
     names = [event.get("name") for event in trace]
@@ -95,7 +92,7 @@ def test_tensorboard_and_the_card_hold_what_the_files_hold(finished, data):
     assert card["environment"]["versions"]["torch"].startswith(torch.__version__.split("+")[0])
     for stats in card["masks"].values():
         assert 0 < stats["supervised_tokens"] < stats["tokens"]
-        assert sum(stats["row_length"]["counts"]) == stats["rows"] <= len(lines_of(data))
+        assert sum(stats["row_length"]["counts"]) == stats["rows"] <= len(read_jsonl(data))
     targets = sum(stats["supervised_tokens"] for stats in card["masks"].values())
     assert card["data"]["supervised_tokens"] == targets
     assert list(card["masks"]) == ["<code>", "fim"] and card["head"]["parameters"] > 1000
@@ -135,7 +132,7 @@ def test_a_killed_run_has_a_page_too(finished, tmp_path):
 
 def test_a_resumed_run_repeats_nothing_and_counts_its_starts(base, data, tmp_path):
     output = tmp_path / "run"
-    often = dict(save_every=3, log_every=1, perf_every=2, report_to=[], eval={"num_prompts": 2})
+    often = dict(save_every=3, log_every=1, perf_every=2, report_to=None, eval={"num_prompts": 2})
     assert run(config(base, data, output, max_steps=5, **often), quiet=True) == 0
     (output / "summary.json").unlink()
     for name in ("metrics", "perf", "events"):  # as if the process had been killed within step 5
@@ -148,6 +145,9 @@ def test_a_resumed_run_repeats_nothing_and_counts_its_starts(base, data, tmp_pat
     assert [row["step"] for row in shown.perf] == [2, 4, 6] and shown.damaged == []
     assert len(shown.of_kind("start")) == 2
     assert [e["step"] for e in shown.evaluations] == [0, 6]
+    found = tensorboard_scalars(output / "tensorboard")
+    assert ("purge", 4, 0.0) in found, "TensorBoard hides what the run repeats"
+    assert {step for tag, step, _ in found if tag == "train/loss"} == set(range(1, 7))
 
 
 # the recorder alone
@@ -243,16 +243,6 @@ def test_report_to_is_read_from_a_command_line():
     assert read("tensorboard,wandb") == read("[tensorboard,wandb]") == ["tensorboard", "wandb"]
     with pytest.raises(ValueError, match="report_to"):
         read("mlflow")
-
-
-def test_tensorboard_files_hide_what_a_resumed_run_repeats(tmp_path):
-    for step in (0, 5):
-        (tracker,) = open_trackers(None, tmp_path, {"train": {"lr": 1}}, step).values()
-        tracker.log(step + 1, {"train/loss": 0.5 + step})
-        tracker.close()
-    found = tensorboard_scalars(tmp_path / "tensorboard")
-    assert ("train/loss", 1, 0.5) in found and ("train/loss", 6, 5.5) in found
-    assert ("purge", 6, 0.0) in found
 
 
 @pytest.fixture
@@ -366,14 +356,13 @@ def test_perf_rows_come_at_their_own_frequency_and_add_up():
 
 
 def test_on_a_gpu_only_sampled_steps_wait_and_are_timed(monkeypatch):
-    waited = []
-    monkeypatch.setattr(torch.cuda, "synchronize", waited.append)
+    monkeypatch.setattr(torch.cuda, "synchronize", waited := Mock())
     perf = PerfMeter(torch.device("cuda", 0), FlopCount(100, 10), 3)
     for step in (1, 2, 3):
         perf.begin(step)
         with perf.phase("head"):
-            assert len(waited) == (step == 3)
-    assert len(waited) == 2
+            assert waited.call_count == (step == 3)
+    assert waited.call_count == 2
 
 
 # the progress line

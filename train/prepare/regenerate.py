@@ -11,7 +11,6 @@ for the rest.
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import json
 import os
@@ -30,6 +29,7 @@ from eagle.meter import Meter
 from records import shipped
 from records.card import BY_TARGET, QUARANTINE, at_endpoint, card_path, file_hash, read_card
 from records.quarantine import BadRow, diagnose, object_of, write_quarantine
+from records.render import record_key
 from records.rows import RowError
 from records.sources import Record, read_records, resolve
 from train.prepare.answering import Endpoint, Local, Request
@@ -214,13 +214,7 @@ class Journal:
         self.file.flush()
 
 
-def answer(
-    tasks: list[Task],
-    engine: Local | Endpoint,
-    ends: frozenset[int],
-    journal: Journal,
-    meter: Meter,
-) -> None:
+def answer(tasks: list[Task], engine: Local | Endpoint, ends, journal: Journal, meter) -> None:
     """Turn by turn: the first answers of all tasks together, then the second ones of those that
     have more."""
     left = Counter(task.number for task in tasks)
@@ -241,8 +235,8 @@ def answer(
                 take(task, found)
                 continue
             new.append(task)
-            turn = turns[task.number % len(turns)]
-            requests.append(Request(task.ask, request_seed(seed, *task.key), turn))
+            noise = record_key([seed, *task.key])  # of nothing else: a second start has the same
+            requests.append(Request(task.ask, noise, turns[task.number % len(turns)]))
         answers = engine.answers(requests, ends, lambda tokens: meter.add(0, tokens))
         for number, found in answers if requests else ():
             journal.keep(new[number].key, found)
@@ -263,12 +257,6 @@ def results(
         found = {"answers": len(task.answers), "tokens": tokens, "cut_at_max_new_tokens": cut}
         counts.update({"written": 1, **found})
         yield json.dumps(task.written, ensure_ascii=False) + "\n"
-
-
-def request_seed(seed: int, record: int, part: int, turn: int) -> int:
-    """62 bits that depend on nothing else: an interrupted run goes on with the same noise."""
-    digest = hashlib.blake2b(repr((seed, record, part, turn)).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") >> 2
 
 
 def now() -> str:

@@ -7,7 +7,7 @@ import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
-from data_helpers import chat, write_jsonl
+from data_helpers import chat, read_jsonl, write_jsonl
 
 from configs.fim_tokens import find_fim_tokens
 from configs.schema import DataConfig
@@ -87,13 +87,9 @@ def write(url, cfg, output, base=None, temperatures=(0.0,), retries=6, **options
     return work.regenerate(cfg, work.find_files(cfg), output, engine, quiet=True)
 
 
-def rows(path):
-    return list(map(json.loads, path.read_text("utf-8").splitlines()))
-
-
 def said(path):
     """Of each chat in a file, what the last turn says."""
-    return [row["messages"][-1]["content"] for row in rows(path)]
+    return [row["messages"][-1]["content"] for row in read_jsonl(path)]
 
 
 def settings(data_format, path, **more):
@@ -107,7 +103,7 @@ def test_chats_are_answered_turn_by_turn(serve, tmp_path, monkeypatch):
     path = write_jsonl(tmp_path / "chat.jsonl", chats)
     more = dict(temperatures=(0.0, 0.8), api_key_env="SERVED_KEY", body={"top_k": 20})
     card = write(server.url, settings("chat", path), tmp_path / "new.jsonl", **more)
-    first, second = rows(tmp_path / "new.jsonl")
+    first, second = read_jsonl(tmp_path / "new.jsonl")
     assert [m["content"] for m in first["messages"]] == ["one", "re: one", "two", "re: two"]
     assert [m["content"] for m in second["messages"]] == ["three", "re: three"]
     asked = {body["messages"][-1]["content"]: body for _, body in server.seen}
@@ -134,7 +130,7 @@ def test_middles_are_asked_for_in_tokens(serve, tmp_path, tokenizer_dir, tokeniz
     fim = find_fim_tokens(tokenizer)
     assert asked == "/v1/completions"
     assert (body["prompt"][0], body["prompt"][-1]) == (fim.prefix, fim.middle)
-    assert rows(tmp_path / "new.jsonl")[0]["middle"] == f"middle of {len(body['prompt'])}"
+    assert read_jsonl(tmp_path / "new.jsonl")[0]["middle"] == f"middle of {len(body['prompt'])}"
     with pytest.raises(EagleError, match="fim prompts need the target's tokenizer: give --base"):
         write(server.url, settings("fim", path), tmp_path / "other.jsonl")
 
@@ -196,7 +192,7 @@ def test_a_request_that_is_refused_is_set_aside(serve, tmp_path):
     cfg, output = settings("chat", path), tmp_path / "new.jsonl"
     card = write(serve(reply).url, cfg, output, retries=1, timeout=0.3)
     assert card["counts"]["written"] == 1 and card["counts"]["failed"] == len(replies)
-    messages = {r["line"]: r["message"] for r in rows(tmp_path / "new.quarantine.jsonl")}
+    messages = {r["line"]: r["message"] for r in read_jsonl(tmp_path / "new.quarantine.jsonl")}
     for line, (_, pattern) in enumerate(replies.values(), 2):
         assert re.search(pattern, messages[line]), (pattern, messages[line])
 
@@ -223,7 +219,9 @@ def test_a_server_that_goes_away_loses_nothing(serve, tmp_path):
     with pytest.raises(EagleError, match=lost):
         write(first.url, cfg, output, retries=1, concurrency=2)
     assert not output.exists()
-    kept = len(rows(tmp_path / "new.journal")) - 1  # after the line that says what they belong to
+    kept = (
+        len(read_jsonl(tmp_path / "new.journal")) - 1
+    )  # after the line that says what they belong to
     assert 13 <= kept <= 15
     second = serve(answer)
     write(second.url, cfg, output, concurrency=2)

@@ -2,15 +2,16 @@
 
 import json
 import os
+import re
 import signal
 import time
 
 import pytest
 from commands import Command
-from data_helpers import THINKING, chat, write_jsonl
+from data_helpers import THINKING, chat, read_jsonl, write_jsonl
 from head_helpers import config, save_tiny_model, write_fim
 
-from configs import cli
+from configs.errors import ConfigError
 from configs.fim_tokens import find_fim_tokens
 from configs.schema import DataConfig
 from eagle.errors import EagleError
@@ -24,25 +25,12 @@ from train.prepare.answering import Local, Sampling, decode_after
 from train.prepare.records import Answer, Rewriter, Task
 
 NEW = 12
-ENDPOINT = ["--endpoint", "http://x", "--endpoint_model", "m"]
+ENDPOINT = {"endpoint": "http://x", "endpoint_model": "m"}
 
 
 @pytest.fixture(scope="module")
 def model(base):
     return EaModel.from_pretrained(base, dtype="float32")
-
-
-@pytest.fixture
-def in_process(capsys):
-    """Run `train.prepare regenerate` in this process: (code, stdout, stderr)."""
-
-    def run(*arguments):
-        with pytest.raises(SystemExit) as exit:
-            cli.main(command_line.regenerate, list(map(str, arguments)))
-        captured = capsys.readouterr()
-        return exit.value.code or 0, captured.out, captured.err
-
-    return run
 
 
 def settings(data_format, path, **more):
@@ -55,10 +43,6 @@ def write(base, cfg, output, temperatures=(0.0,), seed=0, slots=4, limit=None):
     sampling, files = Sampling(temperatures, max_new_tokens=NEW, seed=seed), work.find_files(cfg)
     engine = Local(sampling, str(base), slots=slots, dtype="float32")
     return work.regenerate(cfg, files, output, engine, limit, quiet=True)
-
-
-def rows(path):
-    return list(map(json.loads, path.read_text("utf-8").splitlines()))
 
 
 def continued(model, ids, ends=()):
@@ -87,7 +71,7 @@ def test_each_turn_is_answered_after_the_new_ones(base, model, tmp_path):
     ]
     path = write_jsonl(tmp_path / "chat.jsonl", records)
     card = write(base, settings("chat", path), tmp_path / "new.jsonl")
-    first, second, third = rows(tmp_path / "new.jsonl")
+    first, second, third = read_jsonl(tmp_path / "new.jsonl")
     said = answered(model, chat("Hello")["messages"])
     again = answered(model, chat("Hello", said, "thanks")["messages"])
     assert first == chat("Hello", said, "thanks", again) | {"source": "a.py"}
@@ -117,7 +101,7 @@ def test_instructions(base, model, tmp_path, template):
         said = answered(model, chat("Write a function\n\nadd")["messages"])
     else:
         said = continued(model, model.tokenizer(text, add_special_tokens=False).input_ids)
-    assert rows(tmp_path / "new.jsonl") == [record | {"response": said}]
+    assert read_jsonl(tmp_path / "new.jsonl") == [record | {"response": said}]
 
 
 def test_middles_and_whole_files(base, model, tmp_path):
@@ -125,7 +109,7 @@ def test_middles_and_whole_files(base, model, tmp_path):
     record = {"prefix": "def add(a, b):\n", "middle": "OLD", "suffix": "\n\nclass Point:\n"}
     path = write_jsonl(tmp_path / "fim.jsonl", [record, {"text": code, "source": "add.py"}])
     write(base, settings("fim", path, fim_spans_per_file=3), tmp_path / "new.jsonl")
-    first, *cuts = rows(tmp_path / "new.jsonl")
+    first, *cuts = read_jsonl(tmp_path / "new.jsonl")
     fim, tokenizer = find_fim_tokens(model.tokenizer), model.tokenizer
     parts = (tokenizer(record[name], add_special_tokens=False) for name in ("prefix", "suffix"))
     before, after = (part.input_ids for part in parts)
@@ -141,7 +125,8 @@ def test_tokens_in_tokens_out(base, model, tmp_path):
     records = [{"input_ids": [9, 8, 7, 6], "loss_mask": [0, 0, 0, 1]}, {"input_ids": [9, 8, 7, 6]}]
     path = write_jsonl(tmp_path / "rows.jsonl", records)
     write(base, settings("tokenized", path), tmp_path / "new.jsonl")
-    for row, prompt in zip(rows(tmp_path / "new.jsonl"), ([9, 8, 7], [9, 8, 7, 6]), strict=True):
+    found = read_jsonl(tmp_path / "new.jsonl")
+    for row, prompt in zip(found, ([9, 8, 7], [9, 8, 7, 6]), strict=True):
         new = model.generate([prompt], max_new_tokens=NEW).rows[0].tokens
         assert row == {"input_ids": prompt + new, "loss_mask": [0] * len(prompt) + [1] * len(new)}
 
@@ -154,12 +139,12 @@ def test_output_depends_on_seed_and_record_alone(base, tmp_path):
     outputs = []
     for name, seed, slots in (("a", 3, 4), ("b", 3, 1), ("c", 4, 4)):
         write(base, cfg, tmp_path / f"{name}.jsonl", (0.0, 1.0), seed, slots)
-        outputs.append(rows(tmp_path / f"{name}.jsonl"))
+        outputs.append(read_jsonl(tmp_path / f"{name}.jsonl"))
     assert outputs[0] == outputs[1]
     changed = [a != c for a, c in zip(outputs[0], outputs[2], strict=True)]
     assert not any(changed[::2]) and all(changed[1::2])  # temperatures take turns: 0, 1, 0, 1 …
     first = write(base, cfg, tmp_path / "d.jsonl", (0.0, 1.0), 3, limit=3)
-    assert first["counts"]["records"] == 3 and rows(tmp_path / "d.jsonl") == outputs[0][:3]
+    assert first["counts"]["records"] == 3 and read_jsonl(tmp_path / "d.jsonl") == outputs[0][:3]
 
 
 @pytest.mark.slow
@@ -191,8 +176,8 @@ def test_killed_and_started_again_it_writes_the_same_file(base, tmp_path):
 
 
 def test_no_answer_is_asked_for_twice(base, tmp_path, monkeypatch):
-    """Each is kept when it is there, those of a chat's first turns too; the rate is told while the
-    first one grows."""
+    """Each is kept when it is there, those of a chat's first turns too, whatever ends the run; the
+    rate is told while the first one grows."""
     chats = [chat(f"Hello {i}", "x", "add", "y") for i in range(6)]
     path = write_jsonl(tmp_path / "chat.jsonl", chats)
     cfg, output, journal = settings("chat", path), tmp_path / "new.jsonl", tmp_path / "new.journal"
@@ -201,17 +186,22 @@ def test_no_answer_is_asked_for_twice(base, tmp_path, monkeypatch):
 
     def count(self, ask, *more):
         if len(asked) == stop:
-            raise KeyboardInterrupt
+            raise failure
         asked.append(tuple(ask.ids))
         return answer(self, ask, *more)
 
     monkeypatch.setattr(Local, "_answer", count)
     note = lambda self, things, amount=0: progress.append((things, amount))  # noqa: E731
     monkeypatch.setattr(work.Meter, "add", note)
-    for stop in (2, 8):
-        with pytest.raises(KeyboardInterrupt):
+    full = OSError(28, "No space left on device", str(journal))
+    said = "new.journal: No space left on device; make room, and run the same"
+    for stop, failure, seen in (
+        (2, KeyboardInterrupt(said), KeyboardInterrupt),
+        (8, full, EagleError),
+    ):
+        with pytest.raises(seen, match=said):
             write(base, cfg, output, (0.0, 1.0))
-        assert len(rows(journal)) == 1 + stop and not output.exists()
+        assert len(read_jsonl(journal)) == 1 + stop and not output.exists()
         with journal.open("a") as file:
             file.write('[[3, 0, 0], {"text": "cut by the k')
     things, tokens = next(told for told in progress if told[1])
@@ -222,26 +212,6 @@ def test_no_answer_is_asked_for_twice(base, tmp_path, monkeypatch):
     assert output.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
 
 
-def test_a_disk_that_fills_up_can_be_made_room_on(base, tmp_path, monkeypatch):
-    path = write_jsonl(tmp_path / "chat.jsonl", [chat("Hello", "x")] * 20)
-    cfg, output, kept = settings("chat", path), tmp_path / "new.jsonl", []
-    keep = work.Journal.keep
-
-    def full(self, key, answer):
-        if len(kept) == 9:
-            raise OSError(28, "No space left on device", str(self.path))
-        kept.append(key)
-        keep(self, key, answer)
-
-    monkeypatch.setattr(work.Journal, "keep", full)
-    said = "new.journal: No space left on device; make room, and run the same"
-    with pytest.raises(EagleError, match=said):
-        write(base, cfg, output, slots=1)
-    monkeypatch.undo()
-    write(base, cfg, output, slots=1)
-    assert [row["messages"][0]["content"] for row in rows(output)] == ["Hello"] * 20
-
-
 def test_failures_are_listed_and_the_others_go_on(base, tmp_path):
     long = " ".join(["class"] * 400)
     good = [chat(text, "x") for text in ("Hello", "add", long)]
@@ -249,7 +219,7 @@ def test_failures_are_listed_and_the_others_go_on(base, tmp_path):
     path = write_jsonl(tmp_path / "chat.jsonl", records)
     card = write(base, settings("chat", path), tmp_path / "new.jsonl")
     assert card["counts"]["written"] == 2 and card["counts"]["failed"] == 3
-    bad = {row["line"]: row for row in rows(tmp_path / "new.quarantine.jsonl")}
+    bad = {row["line"]: row for row in read_jsonl(tmp_path / "new.quarantine.jsonl")}
     assert bad.keys() == {2, 3, 4}
     assert "malformed JSON" in bad[2]["message"] and "missing field 'messages'" in bad[3]["message"]
     assert "prompt has" in bad[4]["message"] and bad[4]["where"] == f"{path}:4"
@@ -259,11 +229,12 @@ def test_failures_are_listed_and_the_others_go_on(base, tmp_path):
     assert {p.name for p in data.paths} == {"chat.jsonl", "new.jsonl"}
 
 
-def test_too_many_failures_end_the_run(base, tmp_path, in_process):
+def test_too_many_failures_end_the_run(base, tmp_path):
     path = write_jsonl(tmp_path / "chat.jsonl", [chat("Hello", "x"), *["{"] * 3])
-    arguments = ["--model", base, "--dtype", "float32", "--data", path, "--data_format", "chat"]
-    code, _, err = in_process(*arguments, "--output", tmp_path / "new.jsonl", "--max_new_tokens", 4)
-    assert code == 1 and "3 of 4 records got no answer, more than data.max_bad_fraction=0.05" in err
+    given = {"base": str(base), "dtype": "float32", "data": str(path), "data_format": "chat"}
+    said = "3 of 4 records got no answer, more than data.max_bad_fraction=0.05"
+    with pytest.raises(ConfigError, match=said):
+        command_line.regenerate(**given, output=str(tmp_path / "new.jsonl"), max_new_tokens=4)
     path = write_jsonl(tmp_path / "bad.jsonl", [{"text": "no chat"}] * 40)
     said = "the first 32 records got no answer: 32 x missing field 'messages'"
     with pytest.raises(EagleError, match=said):
@@ -295,21 +266,21 @@ def test_what_does_not_belong_together_is_refused(base, tmp_path, tokenizer_dir)
 @pytest.mark.parametrize(
     "arguments, named",
     [
-        (["--temperature", "hot"], "--temperature=hot"),
-        (["--slots", "0"], "--slots=0"),
-        (["--endpoint", "http://x/v1"], "--endpoint_model"),
-        (["--api_key_env", "KEY"], "--api_key_env with them"),
-        (["--data_format", "plain"], "data.format=plain has no answers"),
-        (["--data", "nowhere.jsonl"], "nowhere.jsonl: no such data file"),
-        (["--endpoint", "x", "--endpoint_model", "m"], "--endpoint x is no URL"),
-        ([*ENDPOINT, "--api_key_env", "NO_SUCH_KEY"], "NO_SUCH_KEY"),
-        ([*ENDPOINT, "--endpoint_body", "[]"], "a JSON object"),
+        ({"temperature": "hot"}, "--temperature=hot"),
+        ({"slots": 0}, "--slots=0"),
+        ({"endpoint": "http://x/v1"}, "--endpoint_model"),
+        ({"api_key_env": "KEY"}, "--api_key_env with them"),
+        ({"data_format": "plain"}, "data.format=plain has no answers"),
+        ({"data": "nowhere.jsonl"}, "nowhere.jsonl: no such data file"),
+        ({"endpoint": "x", "endpoint_model": "m"}, "--endpoint x is no URL"),
+        (ENDPOINT | {"api_key_env": "NO_SUCH_KEY"}, "NO_SUCH_KEY"),
+        (ENDPOINT | {"endpoint_body": "[]"}, "a JSON object"),
     ],
 )
-def test_wrong_arguments_are_one_line(in_process, tmp_path, arguments, named):
-    given = ["--data_format", "chat", "--output", tmp_path / "new.jsonl", *arguments]
-    code, _, err = in_process(*given)
-    assert code == 1 and named in err and len(err.strip().splitlines()) == 1
+def test_wrong_arguments_are_told_before_anything_is_written(tmp_path, arguments, named):
+    given = {"data_format": "chat", "output": str(tmp_path / "new.jsonl")} | arguments
+    with pytest.raises((ConfigError, EagleError), match=re.escape(named)):
+        command_line.regenerate(**given)
     assert not list(tmp_path.iterdir())
 
 
