@@ -60,6 +60,13 @@ def standing(folder: Path) -> Path:
     return next(iter(sorted(folder.parent.glob(f".{glob.escape(folder.name)}.old-*"))), folder)
 
 
+def remove(folder: Path) -> None:
+    """A kill leaves no half of it under its name; `tidy` removes what is left."""
+    going = _beside(folder, "tmp")
+    os.rename(folder, going)
+    shutil.rmtree(going, ignore_errors=True)
+
+
 def tidy(path: Path) -> None:
     """Finish what a kill interrupted, for the writer of `path`: bring a folder back that was moved
     away for its successor, and remove what processes of this machine, now gone, were writing.

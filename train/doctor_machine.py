@@ -48,7 +48,7 @@ def guarded(check: str, run: Callable[[], Iterable[Finding]]) -> list[Finding]:
     of our own errors follows their last semicolon or colon."""
     found: list[Finding] = []
     try:
-        found.extend(run())
+        found += run()
     except (EagleError, ConfigError) as error:
         text = one_line(error)
         what, _, remedy = text.rpartition("; " if "; " in text else ": ")
@@ -130,10 +130,7 @@ def deepspeed(zero: int = 0, seconds: float = 90) -> Iterator[Finding]:
     code = f"from train.doctor_machine import deepspeed_step; deepspeed_step({zero})"
     good, lines = said_by([sys.executable, "-c", code], seconds, env=environment, cwd=ROOT)
     text = lines[-1] if good else f"it cannot train one step: {lines[-1][:300]}"
-    remedy = (
-        f"repair it; to see all of it: python -c '{code}'; where it hangs, delete a stale lock in "
-        "~/.cache/torch_extensions"
-    )
+    remedy = f"see all of it: python -c '{code}'; stale locks are in ~/.cache/torch_extensions"
     yield Finding.of(good, "deepspeed", text, remedy)
 
 
@@ -183,10 +180,7 @@ def devices() -> Iterator[Finding]:
             yield Finding("note", "device", text, remedy)
         fast = fast_bf16(torch.device("cpu"))
         text = f"this CPU {'multiplies bf16 natively' if fast else 'emulates bf16, slowly'}"
-        remedy = (
-            "leave dtypes at their defaults, or set train.dtype=fp32, in fine-tuning "
-            "model.compute=fp32, in generation --dtype float32"
-        )
+        remedy = "leave dtypes as they are, or set train.dtype=fp32, model.compute=fp32 (finetune)"
         yield Finding.of(fast, "bf16", text, remedy, "note")
         return
     for index in range(torch.cuda.device_count()):

@@ -235,14 +235,12 @@ def needs(subject: Subject, cfg: HeadTrainConfig, device: torch.device) -> Itera
     total, left = sum(need.values()), available_memory(device)
     parts = ", ".join(f"{name} {size(value)}" for name, value in need.items())
     text = f"training takes about {size(total)} ({parts}); {size(left)} free on {device.type}"
-    remedy = (
-        "lower train.batch_size or data.max_length, set train.checkpoint_activations=true, spread "
-        "with train.zero=2 over more GPUs, or use a smaller target"
-    )
+    remedy = "lower train.batch_size or data.max_length, set train.checkpoint_activations=true, "
+    remedy += "spread with train.zero=2 over more GPUs, or use a smaller target"
     level = "problem" if total > left else "warning"
     yield Finding.of(total <= 0.8 * left, "memory", text, remedy, level)
     # weights and moments in fp32, and the head as it is exported
-    one = weights * (4 + moments(cfg) + (2 if t.dtype == "bf16" else 4))
+    one = weights * (4 + moments(cfg) + number_bytes(cfg))
     kept = one * (t.save_total_limit + 2)  # the best one, and the one being written
     output = Path(t.output or "runs").expanduser().absolute()
     left = disk_usage(next(p for p in (output, *output.parents) if p.exists())).free
@@ -255,6 +253,10 @@ def needs(subject: Subject, cfg: HeadTrainConfig, device: torch.device) -> Itera
 def moments(cfg: HeadTrainConfig) -> int:
     """Bytes a weight: AdamW keeps two numbers, Muon one."""
     return 4 if cfg.train.optimizer == "muon" else 8
+
+
+def number_bytes(cfg: HeadTrainConfig) -> int:
+    return 2 if cfg.train.dtype == "bf16" else 4
 
 
 def memory(
@@ -270,18 +272,14 @@ def memory(
     passing      three tiles of logits in fp32, and the target's pass: N·s·(3·H' + 8·H' + 2·I')
     """
     t = cfg.train
-    N, s = (
-        t.max_tokens_per_batch or t.batch_size * cfg.data.max_length,
-        2 if t.dtype == "bf16" else 4,
-    )
+    N, s = t.max_tokens_per_batch or t.batch_size * cfg.data.max_length, number_bytes(cfg)
     kept = 57 * head.hidden_size + 4 * s * head.intermediate_size
     kept = 16 * head.hidden_size if t.checkpoint_activations else kept
     tiles = 3 * 4 * LOGITS * (1 if device.type == "cpu" else 16)
+    shares = int(os.environ.get("WORLD_SIZE", 1)) if t.zero else 1
     return {
         "head": 8 * weights,
-        "optimizer": moments(cfg)
-        * weights
-        // (int(os.environ.get("WORLD_SIZE", 1)) if t.zero else 1),
+        "optimizer": moments(cfg) * weights // shares,
         "activations": t.ttt_steps * N * kept,
         "passing": tiles + N * s * (11 * head.target_hidden_size + 2 * target_width),
     }
@@ -293,12 +291,9 @@ def available_memory(device: torch.device) -> int:
         return torch.cuda.mem_get_info(device)[0]
     import psutil
 
-    left = psutil.virtual_memory().available
+    left, files = psutil.virtual_memory().available, ("memory.max", "memory.current")
     try:
-        limit, used = (
-            Path("/sys/fs/cgroup", name).read_text().strip()
-            for name in ("memory.max", "memory.current")
-        )
+        limit, used = (Path("/sys/fs/cgroup", name).read_text().strip() for name in files)
     except OSError:
         return left
     return min(left, max(int(limit) - int(used), 0)) if limit.isdigit() else left

@@ -26,6 +26,7 @@ from safetensors import SafetensorError
 from configs.errors import ConfigError
 from eagle.checkpoint import atomic_write_text
 from eagle.errors import EagleError
+from eagle.files import remove, tidy
 from train.head.distributed import World
 
 NAME = re.compile(r"(?:step|checkpoint)-(\d+)")
@@ -148,11 +149,16 @@ def pointed(output: Path, name: str) -> Path | None:
 
 def prune(output: Path, keep: int, *safe: Path | None) -> None:
     """Remove all but the newest `keep` checkpoints and those in `safe`."""
+    finish(output)
     for path in checkpoints(output)[:-keep]:
         if path not in safe:
-            going = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-            os.rename(path, going)  # a kill leaves no half of a checkpoint under its name
-            shutil.rmtree(going, ignore_errors=True)
+            remove(path)
+
+
+def finish(output: Path) -> None:
+    """What a kill interrupted: checkpoints that were being written or removed. For the writer."""
+    for stale in (output / "checkpoints").glob(".*-*"):
+        tidy(stale.with_name(stale.name[1:].split(".", 1)[0]))
 
 
 def require_same_run(checkpoint: Path, before: dict, now: dict) -> None:

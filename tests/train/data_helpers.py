@@ -62,6 +62,10 @@ def chat(*turns):
     return {"messages": [{"role": roles[n % 2], "content": t} for n, t in enumerate(turns)]}
 
 
+def read_jsonl(path):
+    return list(map(json.loads, path.read_text("utf-8").splitlines()))
+
+
 def write_jsonl(path, records):
     lines = [r if isinstance(r, str) else json.dumps(r, ensure_ascii=False) for r in records]
     path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")

@@ -60,25 +60,22 @@ def test_every_finding_but_ok_names_a_remedy_and_a_broken_check_is_one():
 # the installation
 
 
-@pytest.mark.parametrize(
-    ("version", "level", "text"),
-    [
-        ("2.4.1", "problem", "older"),
-        ("2.9.0rc1", "problem", "older"),
+def test_versions_are_held_against_the_supported_range(monkeypatch):
+    needs = ["torch>=2.9,<2.14", 'triton>=3; platform_system == "No"', 'peft>=1; extra == "x"']
+    monkeypatch.setattr(doctor.metadata, "requires", lambda name: needs)
+    found = {"peft": "0.1"}
+    monkeypatch.setattr(doctor, "version", found.get)
+    for version, level, text in (
+        ("2.4.1", "problem", "torch 2.4.1 is older"),
+        ("2.9.0rc1", "problem", "torch 2.9.0rc1 is older"),
         ("2.13.0+cu130", "ok", "torch 2.13.0+cu130"),
         ("3.0", "warning", "newer"),
         (None, "problem", "not installed"),
-    ],
-)
-def test_versions_are_held_against_the_supported_range(monkeypatch, version, level, text):
-    needs = ["torch>=2.9,<2.14", 'triton>=3; platform_system == "No"', 'peft>=1; extra == "x"']
-    monkeypatch.setattr(doctor.metadata, "requires", lambda name: needs)
-    found = {"torch": version}
-    monkeypatch.setattr(doctor, "version", found.get)
-    told = only(doctor.versions(), level, text)
-    assert level == "ok" or told.remedy == "pip install 'torch<2.14,>=2.9'"
-    found["peft"] = "0.1"
-    only(doctor.versions(), "problem", "peft 0.1 is older")
+    ):
+        found["torch"] = version
+        told = only(doctor.versions(), level, text)
+        assert level == "ok" or told.remedy == "pip install 'torch<2.14,>=2.9'"
+        only(doctor.versions(), "problem", "peft 0.1 is older")
     monkeypatch.undo()
     assert not [f for f in doctor.versions() if f.level == "problem"]
 
@@ -115,21 +112,15 @@ def test_a_machine_without_a_gpu(monkeypatch):
     only(doctor.devices(), "warning", "PyTorch is a CPU build")
 
 
-@pytest.mark.parametrize(
-    ("capability", "level", "text"), [((9, 0), "ok", "sm_90"), ((7, 5), "note", "no bf16")]
-)
-def test_gpus(monkeypatch, capability, level, text):
-    facts = SimpleNamespace(name="NVIDIA X", major=capability[0], minor=capability[1])
-    fakes = {
-        "is_available": lambda: True,
-        "device_count": lambda: 1,
-        "get_device_properties": lambda index: facts,
-        "mem_get_info": lambda index: (60 * 2**30, 80 * 2**30),
-    }
-    for name, fake in fakes.items():
-        monkeypatch.setattr(torch.cuda, name, fake)
+def test_gpus(monkeypatch):
+    for name in ("is_available", "device_count"):
+        monkeypatch.setattr(torch.cuda, name, lambda: 1)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda index: (60 * 2**30, 80 * 2**30))
     monkeypatch.setattr(doctor, "triton", lambda: iter(()))
-    only(doctor.devices(), level, text)
+    for major, minor, level, text in ((9, 0, "ok", "sm_90"), (7, 5, "note", "no bf16")):
+        facts = SimpleNamespace(name="NVIDIA X", major=major, minor=minor)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index, facts=facts: facts)
+        only(doctor.devices(), level, text)
 
 
 def test_the_compiler(monkeypatch, tmp_path):
@@ -176,17 +167,17 @@ def test_a_fit_target(base):
 
 
 @pytest.mark.parametrize(
-    ("values", "text"),
+    ("model_type", "values", "text"),
     [
-        ({"model_type": "mamba"}, "recurrent state"),
-        ({"model_type": "t5"}, "Unrecognized configuration class"),
-        ({"model_type": "no-such-model"}, "no causal language model"),
-        ({"model_type": "mpt", "n_layers": 2, "d_model": 64, "n_heads": 4}, "ALiBi"),
-        ({"model_type": "llama", "hidden_act": "sine"}, "'sine'"),
+        ("mamba", {}, "recurrent state"),
+        ("t5", {}, "Unrecognized configuration class"),
+        ("no-such-model", {}, "no causal language model"),
+        ("mpt", {"n_layers": 2, "d_model": 64, "n_heads": 4}, "ALiBi"),
+        ("llama", {"hidden_act": "sine"}, "'sine'"),
     ],
 )
-def test_unfit_targets(tmp_path, values, text):
-    (tmp_path / "config.json").write_text(json.dumps(values))
+def test_unfit_targets(tmp_path, model_type, values, text):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type, **values}))
     subject = doctor_target.Subject("x")
     [found] = guarded("target", lambda: doctor_target.target(subject, config(tmp_path)))
     assert found.level == "problem" and text in found.text and subject.model is None
@@ -243,8 +234,8 @@ def of_format(base, path, data_format, **data):
 def test_good_data(base, data):
     found = examine(of_format(base, data, "fim"))
     assert {f.level for f in found} == {"ok"}, found
-    only(found, "ok", "tokens, ")
-    only(found, "ok", "answers end with a token that stops the model")
+    for text in ("tokens, ", "answers end with a token that stops the model"):
+        only(found, "ok", text)
 
 
 def test_templates_that_are_missing_rewrite_or_do_not_stop(own, tmp_path):
@@ -274,22 +265,19 @@ def test_bad_rows_are_told_by_reason_with_their_place(base, tmp_path):
     assert len([f for f in found if f.level == "problem"]) == 2
 
 
-ROW = {"input_ids": [5] * 99, "loss_mask": [0] * 98 + [1]}
-CUT = {"input_ids": [5] * 30, "loss_mask": [0] + [1] * 29}
-
-
-@pytest.mark.parametrize(
-    ("data_format", "row", "settings", "level", "text"),
-    [
-        ("tokenized", CUT, {"max_length": 16}, "warning", "9 of 9 rows are cut"),
-        ("tokenized", ROW, {}, "warning", "1.0% supervised"),
-        ("tokenized", ROW, {"min_supervised_tokens": 100}, "problem", "9 supervised tokens, fewer"),
-        ("fim", {"prefix": "a", "suffix": "", "middle": "def " * 90}, {}, "warning", "supervised"),
-    ],
-)
-def test_masks_that_are_odd(base, tmp_path, data_format, row, settings, level, text):
-    path = write_jsonl(tmp_path / "d.jsonl", [row] * 9)
-    only(examine(of_format(base, path, data_format, **settings)), level, text)
+def test_masks_that_are_odd(base, tmp_path):
+    one = {"input_ids": [5] * 99, "loss_mask": [0] * 98 + [1]}
+    most = {"input_ids": [5] * 30, "loss_mask": [0] + [1] * 29}
+    middle = {"prefix": "a", "suffix": "", "middle": "def " * 90}
+    for row, settings, level, text in (
+        (most, {"max_length": 16}, "warning", "9 of 9 rows are cut"),
+        (one, {}, "warning", "1.0% supervised"),
+        (one, {"min_supervised_tokens": 100}, "problem", "9 supervised tokens, fewer"),
+        (middle, {}, "warning", "supervised"),
+    ):
+        path = write_jsonl(tmp_path / "d.jsonl", [row] * 9)
+        data_format = "fim" if row is middle else "tokenized"
+        only(examine(of_format(base, path, data_format, **settings)), level, text)
 
 
 def test_mixtures_and_files_that_are_not_there(base, data, tmp_path):
@@ -380,19 +368,16 @@ def test_errors_of_the_command_are_one_line(arguments, text):
 
 
 @pytest.mark.parametrize(
-    "environment, expected",
+    ("ours", "xdg", "expected"),
     [
-        ({"EAGLE_CACHE": "ours", "XDG_CACHE_HOME": "xdg"}, "ours"),
-        ({"EAGLE_CACHE": "~/ours"}, "home/ours"),
-        ({"EAGLE_CACHE": "", "XDG_CACHE_HOME": "xdg"}, "xdg/eagle-heads"),
-        ({}, "home/.cache/eagle-heads"),
+        ("{}/ours", "{}/xdg", "ours"),
+        ("~/ours", "", "ours"),
+        ("", "{}/xdg", "xdg/eagle-heads"),
+        ("", "", ".cache/eagle-heads"),
     ],
 )
-def test_one_rule_for_all_caches(monkeypatch, tmp_path, environment, expected):
-    for name in ("EAGLE_CACHE", "XDG_CACHE_HOME"):
-        monkeypatch.delenv(name, raising=False)
-    for name, value in {"HOME": "home", **environment}.items():
-        fixed = value.startswith("~") or not value
-        monkeypatch.setenv(name, value if fixed else str(tmp_path / value))
+def test_one_rule_for_all_caches(monkeypatch, tmp_path, ours, xdg, expected):
+    for name, value in {"HOME": "{}", "EAGLE_CACHE": ours, "XDG_CACHE_HOME": xdg}.items():
+        monkeypatch.setenv(name, value.format(tmp_path))
     root = tmp_path / expected
     assert compiled_folder() == root / "compiled" and cache_root(DataConfig()) == root / "tokenised"

@@ -14,6 +14,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
+from data_helpers import read_jsonl
 from head_helpers import config, rows_of, tiny_head
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -29,7 +30,7 @@ from train.report import report
 from train.tracking.perf import FlopCount, PerfMeter, peak_flops, weights_of
 from train.tracking.recorder import Recorder
 from train.tracking.report import RunFiles, render
-from train.tracking.trackers import PACKAGES, open_trackers, require_installed, scalars
+from train.tracking.trackers import PACKAGES, open_trackers, require_installed
 
 CPU = torch.device("cpu")
 
@@ -44,10 +45,6 @@ def finished(base, data, tmp_path_factory):
     more = dict(report_to=["tensorboard"], eval={"num_prompts": 2}, data_more=mixed)
     assert run(config(base, data, output, **often, **more), quiet=True) == 0
     return output
-
-
-def lines_of(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def tensorboard_scalars(folder):
@@ -71,13 +68,13 @@ def tensorboard_scalars(folder):
 
 def test_a_run_leaves_rows_at_their_own_frequencies(finished):
     assert [row["step"] for row in rows_of(finished)] == [1, 2, 4, 6, 8, 10, 12]
-    perf = lines_of(finished / "perf.jsonl")
+    perf = read_jsonl(finished / "perf.jsonl")
     assert [row["step"] for row in perf] == [4, 8, 12]
     for row in perf:
         assert sum(row["ratio"].values()) == pytest.approx(1, abs=1e-4)
         assert min(row["seconds"][k] for k in ("target", "head", "backward", "optimizer")) > 0
         assert row["gflops_per_second"] > 0 and row["tokens_per_second"] > 0 and "mfu" not in row
-    events = [(e["kind"], e["step"]) for e in lines_of(finished / "events.jsonl")]
+    events = [(e["kind"], e["step"]) for e in read_jsonl(finished / "events.jsonl")]
     assert events == [("start", 0), *(("evaluation", s) for s in (0, 6, 12))]
     trace = json.loads((finished / "profile" / "trace.json").read_text())["traceEvents"]
     names = [event.get("name") for event in trace]
@@ -95,7 +92,7 @@ def test_tensorboard_and_the_card_hold_what_the_files_hold(finished, data):
     assert card["environment"]["versions"]["torch"].startswith(torch.__version__.split("+")[0])
     for stats in card["masks"].values():
         assert 0 < stats["supervised_tokens"] < stats["tokens"]
-        assert sum(stats["row_length"]["counts"]) == stats["rows"] <= len(lines_of(data))
+        assert sum(stats["row_length"]["counts"]) == stats["rows"] <= len(read_jsonl(data))
     targets = sum(stats["supervised_tokens"] for stats in card["masks"].values())
     assert card["data"]["supervised_tokens"] == targets
     assert list(card["masks"]) == ["<code>", "fim"] and card["head"]["parameters"] > 1000
@@ -135,7 +132,7 @@ def test_a_killed_run_has_a_page_too(finished, tmp_path):
 
 def test_a_resumed_run_repeats_nothing_and_counts_its_starts(base, data, tmp_path):
     output = tmp_path / "run"
-    often = dict(save_every=3, log_every=1, perf_every=2, report_to=[], eval={"num_prompts": 2})
+    often = dict(save_every=3, log_every=1, perf_every=2, report_to=None, eval={"num_prompts": 2})
     assert run(config(base, data, output, max_steps=5, **often), quiet=True) == 0
     (output / "summary.json").unlink()
     for name in ("metrics", "perf", "events"):  # as if the process had been killed within step 5
@@ -148,6 +145,9 @@ def test_a_resumed_run_repeats_nothing_and_counts_its_starts(base, data, tmp_pat
     assert [row["step"] for row in shown.perf] == [2, 4, 6] and shown.damaged == []
     assert len(shown.of_kind("start")) == 2
     assert [e["step"] for e in shown.evaluations] == [0, 6]
+    found = tensorboard_scalars(output / "tensorboard")
+    assert ("purge", 4, 0.0) in found, "TensorBoard hides what the run repeats"
+    assert {step for tag, step, _ in found if tag == "train/loss"} == set(range(1, 7))
 
 
 # the recorder alone
@@ -166,36 +166,24 @@ def metrics_row(step):
     return row | rates | {"seconds": {"data": 0.1}}
 
 
-def test_a_tracker_that_fails_is_dropped_and_the_run_goes_on(tmp_path, capsys):
-    class Failing:
-        calls = 0
-
-        def log(self, step, values):
-            Failing.calls += 1
-            raise ConnectionError("the server\nis gone")
-
-    seen = recorder(tmp_path)
+def test_warnings_are_shown_and_kept_and_a_tracker_that_fails_is_dropped(tmp_path, capsys):
+    seen, failing = recorder(tmp_path), Mock()
+    failing.log.side_effect = ConnectionError("the server\nis gone")
     with seen.running(0, {}):
-        seen.trackers["wandb"] = Failing()
+        seen.trackers["wandb"] = failing
         for step in (1, 2):
             seen.begin(step)
             seen.step(metrics_row(step), step / 3, 1.0, 1.0, keep=True)
-    assert Failing.calls == 1
-    text = "wandb failed and gets nothing more of this run: the server is gone"
-    assert f"warning: {text}" in capsys.readouterr().err
-    assert RunFiles(tmp_path).warnings == [f"step 1: {text}"] and len(rows_of(tmp_path)) == 2
-
-
-def test_warnings_of_loggers_are_shown_and_kept(tmp_path, capsys):
-    seen = recorder(tmp_path)
-    with seen.running(0, {}):
-        seen.begin(2)
         logging.getLogger("train").warning("%d rows were set aside", 3)
         logging.getLogger("train").info("not this")
         seen.warn("loss spike")
     logging.getLogger("train").warning("after the run")
-    assert RunFiles(tmp_path).warnings == ["step 2: 3 rows were set aside", "step 2: loss spike"]
-    assert "warning: 3 rows were set aside" in capsys.readouterr().err
+    assert failing.log.call_count == 1 and len(rows_of(tmp_path)) == 2
+    failed = "wandb failed and gets nothing more of this run: the server is gone"
+    told = [(1, failed), (2, "3 rows were set aside"), (2, "loss spike")]
+    assert RunFiles(tmp_path).warnings == [f"step {step}: {text}" for step, text in told]
+    shown = capsys.readouterr().err
+    assert all(f"warning: {text}" in shown for _, text in told)
 
 
 def test_a_run_that_fails_and_a_full_disk_leave_what_they_can(tmp_path, monkeypatch, capsys):
@@ -226,42 +214,25 @@ def test_other_ranks_write_nothing(tmp_path):
 # what the files themselves warn about
 
 
-def page_of(folder, **files):
-    folder.mkdir(exist_ok=True)
-    (folder / "metrics.jsonl").write_text("")
-    for name, value in files.items():
-        text = value if isinstance(value, str) else json.dumps(value)
-        (folder / re.sub("_(json|yaml)$", r".\1", name)).write_text(text)
-    return RunFiles(folder)
-
-
 def test_the_page_draws_conclusions(tmp_path):
     counts = {"rows": 10, "truncated": 5, "bad": 2, "records": 12}
     card = {"data": counts, "draft_vocabulary": {"coverage": 0.8}}
     taus = [{"step": s, "tau": t} for s, t in ((0, 1.0), (5, 3.0), (10, 2.0))]
-    shown = page_of(tmp_path / "a", run_json=card, summary_json={"evaluations": taus})
-    joined = " ".join(shown.warnings)
+    (tmp_path / "metrics.jsonl").write_text("")
+    assert "No warnings." in render(RunFiles(tmp_path))
+    (tmp_path / "run.json").write_text(json.dumps(card))
+    (tmp_path / "summary.json").write_text(json.dumps({"evaluations": taus}))
+    joined = " ".join(RunFiles(tmp_path).warnings)
     for text in ("5 of 10 rows", "2 of 12 records", "holds 80.0%", "fell from 3.000 to 2.000"):
         assert text in joined
-    assert "No warnings." in render(page_of(tmp_path / "b"))
-    shown = page_of(tmp_path / "c", run_json="{", summary_json="[1]", config_yaml="a: [")
+    for name, torn in (("run.json", "{"), ("summary.json", "[1]"), ("config.yaml", "a: [")):
+        (tmp_path / name).write_text(torn)
+    shown = RunFiles(tmp_path)
     assert len(shown.warnings) == 3 and all("cannot be read" in text for text in shown.warnings)
     render(shown)
 
 
 # trackers
-
-
-def test_scalars_are_flat_and_numbers_only():
-    source = {"chat": {"loss": 2.0, "acceptance_by_depth": [0.25]}}
-    row = {"step": 3, "loss": 1.5, "loss_by_depth": [1.0, 0.5], "warnings": ["text"]}
-    assert scalars(row | {"sources": source}, "train") == {
-        "train/loss": 1.5,
-        "train/loss_by_depth/1": 1.0,
-        "train/loss_by_depth/2": 0.5,
-        "train/sources/chat/loss": 2.0,
-        "train/sources/chat/acceptance_by_depth/1": 0.25,
-    }
 
 
 def test_report_to_is_read_from_a_command_line():
@@ -272,16 +243,6 @@ def test_report_to_is_read_from_a_command_line():
     assert read("tensorboard,wandb") == read("[tensorboard,wandb]") == ["tensorboard", "wandb"]
     with pytest.raises(ValueError, match="report_to"):
         read("mlflow")
-
-
-def test_tensorboard_files_hide_what_a_resumed_run_repeats(tmp_path):
-    for step in (0, 5):
-        (tracker,) = open_trackers(None, tmp_path, {"train": {"lr": 1}}, step).values()
-        tracker.log(step + 1, {"train/loss": 0.5 + step})
-        tracker.close()
-    found = tensorboard_scalars(tmp_path / "tensorboard")
-    assert ("train/loss", 1, 0.5) in found and ("train/loss", 6, 5.5) in found
-    assert ("purge", 6, 0.0) in found
 
 
 @pytest.fixture
@@ -340,9 +301,8 @@ def test_flops_are_what_pytorch_counts():
     ids, place = torch.randint(0, 60, (B, T)), torch.arange(T).expand(B, T)
 
     def attend(layer, q, k, v):
-        return torch.nn.functional.scaled_dot_product_attention(
-            q, k, v, is_causal=True, enable_gqa=True
-        ).transpose(1, 2)
+        attention = torch.nn.functional.scaled_dot_product_attention
+        return attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
 
     with FlopCounterMode(display=False) as of_target:
         _, features = target.hidden_and_features(ids, torch.ones(B, T, dtype=torch.int64))
@@ -354,10 +314,8 @@ def test_flops_are_what_pytorch_counts():
         loss.backward()
     whole, stored = (FlopCount.of(target, head, steps, target_runs=runs) for runs in (True, False))
     n = B * T
-    teacher = n * 2 * 60 * 32
-    assert stored(n, n) - teacher == pytest.approx(of_head.get_total_flops(), rel=0.03)
-    in_target = whole(n, 0) - stored(n, 0)
-    assert in_target == pytest.approx(of_target.get_total_flops(), rel=0.03)
+    assert stored(n, n) - n * 2 * 60 * 32 == pytest.approx(of_head.get_total_flops(), rel=0.03)
+    assert whole(n, 0) - stored(n, 0) == pytest.approx(of_target.get_total_flops(), rel=0.03)
 
 
 def test_only_active_experts_count():
@@ -368,17 +326,10 @@ def test_only_active_experts_count():
     assert weights_of(torch.nn.ModuleList([layer]), config) == 8 * 10 * 5 * 2 / 8 + 40
 
 
-@pytest.mark.parametrize(
-    ("name", "dtype", "peak"),
-    [
-        ("NVIDIA L40S", "bf16", 362e12),
-        ("NVIDIA A100-SXM4-80GB", "bf16", 312e12),
-        ("NVIDIA A100-SXM4-80GB", "fp32", None),
-        ("Some CPU A100X", "bf16", None),
-    ],
-)
-def test_peaks_by_device_name(name, dtype, peak):
-    assert peak_flops(name, dtype) == peak
+def test_peaks_by_device_name():
+    names = ("NVIDIA L40S", "NVIDIA A100-SXM4-80GB", "Some CPU A100X")
+    assert [peak_flops(name, "bf16") for name in names] == [362e12, 312e12, None]
+    assert peak_flops(names[1], "fp32") is None
 
 
 def test_perf_rows_come_at_their_own_frequency_and_add_up():
@@ -405,47 +356,37 @@ def test_perf_rows_come_at_their_own_frequency_and_add_up():
 
 
 def test_on_a_gpu_only_sampled_steps_wait_and_are_timed(monkeypatch):
-    waited = []
-    monkeypatch.setattr(torch.cuda, "synchronize", waited.append)
+    monkeypatch.setattr(torch.cuda, "synchronize", waited := Mock())
     perf = PerfMeter(torch.device("cuda", 0), FlopCount(100, 10), 3)
     for step in (1, 2, 3):
         perf.begin(step)
         with perf.phase("head"):
-            assert len(waited) == (step == 3)
-    assert len(waited) == 2
+            assert waited.call_count == (step == 3)
+    assert waited.call_count == 2
 
 
 # the progress line
 
 
-def progress_row(**changes):
+def test_progress_is_lines_on_a_pipe_and_one_on_a_terminal(monkeypatch, capsys):
     row = {"loss": 1.25, "acceptance_by_depth": [0.5, 0.25], "tau_simulated": 1.62}
-    return row | {"tokens_per_second": 1234.5, "steps_per_second": 2.5} | changes
-
-
-def test_progress_lines_on_a_pipe(capsys):
+    row |= {"tokens_per_second": 1234.5, "steps_per_second": 2.5}
+    line = "loss 1.250  acceptance 0.50 0.25  tau~1.62  1234 tok/s  2.50 steps/s  ETA 1:15  3.0 GiB"
     progress = Progress(40)
-    progress.update(10, 0.25, 75.0, progress_row(), 3 * 2**30)
-    progress.update(11, 0.27, 75.0, progress_row())  # too soon for another line
+    progress.update(10, 0.25, 75.0, row, 3 * 2**30)
+    progress.update(11, 0.27, 75.0, row)  # too soon for another line
     progress.note("[bold]a note[/]")
-    progress.update(40, 1.0, 0.0, progress_row(loss=1.0))
+    progress.update(40, 1.0, 0.0, row | {"loss": 1.0})
     progress.close()
-    lines = capsys.readouterr().err.splitlines()
-    assert lines[0] == (
-        "step 10/40  25%  loss 1.250  acceptance 0.50 0.25  tau~1.62  1234 tok/s  2.50 steps/s  "
-        "ETA 1:15  3.0 GiB"
-    )
-    assert lines[1] == "[bold]a note[/]" and lines[2].startswith("step 40/40 100%  loss 1.000")
-    assert len(lines) == 3
-
-
-def test_progress_is_one_line_on_a_terminal(monkeypatch, capsys):
+    first, note, last = capsys.readouterr().err.splitlines()
+    assert first == f"step 10/40  25%  {line}"
+    assert note == "[bold]a note[/]" and last.startswith("step 40/40 100%  loss 1.000")
     for name, value in {"FORCE_COLOR": "1", "TERM": "xterm", "COLUMNS": "200"}.items():
         monkeypatch.setenv(name, value)
     progress = Progress(40)
     assert progress.live
-    progress.update(10, 0.25, 75.0, progress_row())
+    progress.update(10, 0.25, 75.0, row)
     progress.note("a note")
     progress.close()
-    text = capsys.readouterr().err
-    assert all(t in text for t in ("step 10/40", "acceptance 0.50 0.25", "a note"))
+    shown = capsys.readouterr().err
+    assert all(text in shown for text in ("step 10/40", "acceptance 0.50 0.25", "a note"))

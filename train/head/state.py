@@ -19,10 +19,9 @@ from safetensors.torch import load_file, save_file
 
 from eagle.checkpoint import atomic_dir, require_equal, save_head, write_json
 from eagle.errors import EagleError
-from eagle.files import tidy
 from eagle.heads.head import DraftHead
 from records.card import file_hash
-from train.runs import NAME, checkpoints, full_disk_told, point, run_of, step_of
+from train.runs import NAME, checkpoints, finish, full_disk_told, point, run_of, step_of
 
 logger = logging.getLogger("train.head")
 
@@ -85,8 +84,7 @@ def find_checkpoint(output: Path, resume: str) -> TrainState | None:
     run = run_of(path)
     own = run.resolve() == output.expanduser().resolve()
     if own:
-        for stale in (run / "checkpoints").glob(".step-*"):
-            tidy(stale.with_name(stale.name[1:].split(".", 1)[0]))
+        finish(run)
     if NAME.fullmatch(path.name) and resume != "auto":
         state = load_checkpoint(path)
     else:

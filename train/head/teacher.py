@@ -69,7 +69,7 @@ def hidden_and_features(
     try:
         one = torch.zeros(1, dtype=torch.int64, device=ids.device)
         positions = context.pack(context.positions)
-        _, features = states.run(context.pack(ids), positions, context, keep=one)
+        _, features = states.run(context, context.pack(ids), positions, keep=one)
     finally:
         hook.remove()
     return entered[0][0], features[0]

@@ -106,9 +106,8 @@ def regenerate(
     holds the key, and --endpoint_body JSON adds fields to each request. --base then names the
     tokenizer of the target, which FIM, tokenized and Alpaca prompts need.
     """
-    require_positive(
-        limit=limit, slots=slots, concurrency=concurrency, max_new_tokens=max_new_tokens
-    )
+    require_positive(limit=limit, slots=slots, concurrency=concurrency)
+    require_positive(max_new_tokens=max_new_tokens)
     flags = {"data.format": data_format, "data.path": data}
     cfg = load_config(HeadTrainConfig, config, overrides, flags).data
     from train.prepare import regenerate as work
@@ -121,26 +120,22 @@ def regenerate(
         asking = dict(base=base, body=body, api_key_env=api_key_env, concurrency=concurrency)
         engine = Endpoint(endpoint, endpoint_model, sampling, timeout=timeout, **asking)
     elif endpoint or endpoint_model or endpoint_body != "{}" or api_key_env:
-        raise ConfigError(
-            "--endpoint URL and --endpoint_model NAME go together, and --endpoint_body and "
-            "--api_key_env with them"
-        )
+        also = "--endpoint_body and --api_key_env with them"
+        raise ConfigError(f"--endpoint URL and --endpoint_model NAME go together, and {also}")
     else:
         loading = dict(adapter_path=adapter, quantization=quantization, compile=compile)
         engine = Local(sampling, base, head, slots, dtype=dtype, device=device, **loading)
     target = Path(output).expanduser()
     counts = work.regenerate(cfg, files, target, engine, limit)["counts"]
-    print(
-        f"{counts['written']} of {counts['records']} records in {output}: {counts['answers']} "
-        f"answers, {counts['cut_at_max_new_tokens']} cut at {max_new_tokens} tokens, "
-        f"{counts['failed']} failed"
-    )
-    if counts["failed"] > cfg.max_bad_fraction * counts["records"]:
-        raise ConfigError(
-            f"{counts['failed']} of {counts['records']} records got no answer, more than "
-            f"data.max_bad_fraction={cfg.max_bad_fraction:g}; the reasons are in "
-            f"{work.quarantine_path(target)}"
+    records, failed, most = counts["records"], counts["failed"], cfg.max_bad_fraction
+    cut = f"{counts['cut_at_max_new_tokens']} cut at {max_new_tokens} tokens"
+    told = f"{counts['answers']} answers, {cut}, {failed} failed"
+    print(f"{counts['written']} of {records} records in {output}: {told}")
+    if failed > most * records:
+        told = (
+            f"{failed} of {records} records got no answer, more than data.max_bad_fraction={most:g}"
         )
+        raise ConfigError(f"{told}; the reasons are in {work.quarantine_path(target)}")
 
 
 def require_positive(**values: float | None) -> None:
@@ -151,7 +146,7 @@ def require_positive(**values: float | None) -> None:
 
 def _temperatures(text: str) -> tuple[float, ...]:
     try:
-        values = tuple(float(part) for part in text.split(","))
+        values = tuple(map(float, text.split(",")))
     except ValueError:
         values = (-1.0,)
     if not all(0 <= value < float("inf") for value in values):
@@ -164,20 +159,18 @@ def _json_object(text: str) -> dict[str, Any]:
         value = json.loads(text)
     except ValueError:
         value = None
-    if not isinstance(value, dict):
-        raise ConfigError(
-            f'--endpoint_body={text}: must be a JSON object, for instance {{"top_k": 20}}'
-        )
-    return value
+    if isinstance(value, dict):
+        return value
+    raise ConfigError(f'--endpoint_body={text}: must be a JSON object, as {{"top_k": 20}}')
 
 
 COMMANDS = {"features": features, "regenerate": regenerate}
 
 if __name__ == "__main__":
     name, *arguments = sys.argv[1:] or [""]
+    if name in ("-h", "--help"):
+        print(__doc__)
+        sys.exit()
     if name not in COMMANDS:
-        wanted = name in ("-h", "--help")
-        error = f"error: name a command: {', '.join(COMMANDS)}"
-        print(__doc__ if wanted else error, file=sys.stderr)
-        sys.exit(0 if wanted else 2)
+        sys.exit(f"error: name a command: {', '.join(COMMANDS)}")
     cli.main(COMMANDS[name], arguments, name=f"python -m train.prepare {name}")

@@ -25,6 +25,7 @@ from train.prepare.records import Answer, Ask
 BUSY = (408, 425, 429, 500, 502, 503, 504)  # try again
 OURS = (401, 403, 404, 405)  # every request would fail
 LONGEST_PAUSE = 60.0  # seconds
+AWAY = "start the server or correct --endpoint, and run the same command: what came is kept"
 TAIL = 4  # prompt tokens that are decoded along, so that a first blank is not lost
 
 
@@ -83,16 +84,10 @@ class Local:
             {"input_ids": ask.ids, "seed": seed, "temperature": temperature}
             for ask, seed, temperature in (asked[n] for n in order)
         ]
-        spans = self.model.stream(
-            requests,
-            slots=self.slots,
-            max_new_tokens=self.sampling.max_new_tokens,
-            top_p=self.sampling.top_p,
-            top_k=self.sampling.top_k,
-            eos_token_id=sorted(ends),
-            draft=self.draft,
-        )
-        for span in spans:
+        s = self.sampling
+        common = {"max_new_tokens": s.max_new_tokens, "top_p": s.top_p, "top_k": s.top_k}
+        common |= {"slots": self.slots, "draft": self.draft, "eos_token_id": sorted(ends)}
+        for span in self.model.stream(requests, **common):
             progress(len(span.tokens))
             if span.row.done:
                 n = order[span.index]
@@ -125,10 +120,9 @@ class Refused(Exception):
 class Endpoint:
     """An OpenAI-compatible server: `chat/completions` for messages, `completions` for token ids.
 
-    Busy servers, timeouts and broken connections are tried again, with growing pauses or as
-    `Retry-After` says. A server that cannot be reached or refuses us ends the run; a request that
-    it refuses becomes an answer with an error. Nobody compares its weights: the card has no
-    fingerprint. base: of the tokenizer; body: further fields of each request.
+    What may pass is tried again, with growing pauses or as `Retry-After` says. A server that cannot
+    be reached or refuses us ends the run; a request that it refuses becomes an answer with an
+    error. base: of the tokenizer; body: further fields of each request.
     """
 
     def __init__(
@@ -203,7 +197,7 @@ class Endpoint:
         url, data = f"{self.url}/{path}", json.dumps(body).encode()
         for attempt in range(self.retries + 1):
             pause = self.pause * 2**attempt * random.uniform(0.5, 1.0)  # not all at once
-            lost = False
+            away = False
             try:
                 request = urllib.request.Request(url, data, self.headers)
                 with urllib.request.urlopen(request, timeout=self.timeout) as reply:
@@ -212,10 +206,8 @@ class Endpoint:
                 said = " ".join(error.read(2000).decode("utf-8", "replace").split())[:300]
                 failure = f"{url} replied {error.code} {error.reason}: {said}"
                 if error.code in OURS:
-                    raise EagleError(
-                        f"{failure}; check --endpoint (it ends in /v1 as a rule), --endpoint_model "
-                        "and --api_key_env"
-                    ) from error
+                    remedy = "check --endpoint (as a rule .../v1), --endpoint_model, --api_key_env"
+                    raise EagleError(f"{failure}; {remedy}") from error
                 if error.code not in BUSY:
                     raise Refused(failure) from error
                 asked = error.headers.get("Retry-After") or ""
@@ -224,25 +216,18 @@ class Endpoint:
                 failure = f"{self.url} replied no JSON ({error})"
             except (OSError, http.client.HTTPException) as error:
                 cause = getattr(error, "reason", None) or error
-                lost = not isinstance(cause, TimeoutError)
-                said = f"cannot be reached ({str(cause) or type(cause).__name__})"
-                failure = f"{self.url} " + (
-                    said if lost else f"did not answer in {self.timeout:g} s"
-                )
+                failure = f"{self.url} did not answer in {self.timeout:g} s"
+                if not isinstance(cause, TimeoutError):
+                    failure = f"{self.url} cannot be reached ({str(cause) or type(cause).__name__})"
+                    away = True
             if attempt < self.retries and self._stop.wait(min(pause, LONGEST_PAUSE)):
                 break
         failure = f"{failure}, {self.retries + 1} times"
-        if not lost:
-            raise Refused(failure)
-        raise EagleError(
-            f"{failure}; start the server or correct --endpoint, and run the same command again: "
-            "what was written stays"
-        )
+        raise EagleError(f"{failure}; {AWAY}") if away else Refused(failure)
 
 
 def _chat_text(message: dict) -> str:
-    """The answer; reasoning that a server keeps apart goes back before it, as the model wrote
-    it."""
+    """Reasoning that a server keeps apart goes back before the answer, as the model wrote it."""
     text = message["content"]
     reasoning = message.get("reasoning_content") or message.get("reasoning")
     return f"<think>\n{reasoning.strip()}\n</think>\n\n{text or ''}" if reasoning else text

@@ -47,10 +47,8 @@ def write_features(
     rows = plan_shards(index, data, round(shard_mb * 2**20))
     longest = max(map(len, rows))
     if longest > target.max_positions:
-        raise EagleError(
-            f"a row has {longest} tokens and {target.name} {target.max_positions} positions; lower "
-            "data.max_length"
-        )
+        text = f"a row has {longest} tokens and {target.name} {target.max_positions} positions"
+        raise EagleError(f"{text}; lower data.max_length")
     todo = find_todo(output, index)
     require_room(output, index, todo, quiet)
     done = len(rows) - sum(index.shards[n]["rows"] for n in todo)
@@ -65,24 +63,17 @@ def write_features(
                 tensors = compute(target, part, batch_size, meter)
                 write_shard(output / index.shards[number]["file"], tensors, index.id)
     except (OSError, SafetensorError) as error:
-        raise EagleError(
-            f"cannot write features to {output}: {getattr(error, 'strerror', None) or error}; what "
-            "is there stays whole: make room and run the same command again, or choose another "
-            "--output"
-        ) from error
+        text = f"cannot write features to {output}: {getattr(error, 'strerror', None) or error}"
+        remedy = "make room and run the same command again, or choose another --output"
+        raise EagleError(f"{text}; what is there stays whole: {remedy}") from error
     return index
 
 
 def open_target(cfg: HeadTrainConfig) -> Target:
     """The run's target, with the feature layers of its head."""
     m = cfg.model
-    target = Target.from_pretrained(
-        m.base,
-        dtype=m.dtype,
-        device=resolve_device(None),
-        adapter_path=m.adapter,
-        quantization=m.quantization,
-    )
+    served = {"adapter_path": m.adapter, "quantization": m.quantization}
+    target = Target.from_pretrained(m.base, dtype=m.dtype, device=resolve_device(None), **served)
     head = load_head(m.init_head, target)[0].config if m.init_head else m
     layers = head.feature_layers
     if m.method == "eagle1" or layers == (FINAL,):
@@ -122,14 +113,11 @@ def find_todo(output: Path, index: Index) -> list[int]:
         if found.id != index.id:
             ours, theirs = asdict(index.belongs), asdict(found.belongs)
             what = ", ".join(k for k in ours if ours[k] != theirs[k]) or "data or --shard_mb"
-            raise EagleError(
-                f"{output} holds other features (another {what}); choose another --output, or "
-                "delete it"
-            )
+            text = f"{output} holds other features (another {what})"
+            raise EagleError(f"{text}; choose another --output, or delete it")
     elif output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise EagleError(
-            f"--output {output} is not empty and holds no features; choose another folder"
-        )
+        text = f"--output {output} is not empty and holds no features"
+        raise EagleError(f"{text}; choose another folder")
     for stale in output.glob(".shard-*.tmp"):  # of a run that was killed
         stale.unlink()
     paths = [output / shard["file"] for shard in index.shards]

@@ -11,7 +11,6 @@ for the rest.
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import json
 import os
@@ -30,6 +29,7 @@ from eagle.meter import Meter
 from records import shipped
 from records.card import BY_TARGET, QUARANTINE, at_endpoint, card_path, file_hash, read_card
 from records.quarantine import BadRow, diagnose, object_of, write_quarantine
+from records.render import record_key
 from records.rows import RowError
 from records.sources import Record, read_records, resolve
 from train.prepare.answering import Endpoint, Local, Request
@@ -48,15 +48,12 @@ Key = tuple[int, int, int]  # of an answer: number of the record, part of it, tu
 def find_files(cfg: DataConfig) -> list[Path]:
     """`data.path`, or the shipped file of the format."""
     if cfg.format not in FORMATS:
-        raise EagleError(
-            f"data.format={cfg.format} has no answers to write: use {', '.join(FORMATS)}"
-        )
-    if cfg.paths:
-        return resolve(cfg.paths)
-    found = shipped(cfg.format)
-    if found is None:
+        use = ", ".join(FORMATS)
+        raise EagleError(f"data.format={cfg.format} has no answers to write: use {use}")
+    found = resolve(cfg.paths) if cfg.paths else [shipped(cfg.format)]
+    if found == [None]:
         raise EagleError(f"no {cfg.format} data set is shipped: give data.path (--data FILE)")
-    return [found]
+    return found
 
 
 def regenerate(
@@ -129,10 +126,9 @@ def regenerate(
         atomic_write_text(card_path(output), json.dumps(card, indent=1, ensure_ascii=False) + "\n")
         journal.path.unlink()
     except OSError as error:
-        raise EagleError(
-            f"cannot write {error.filename or output}: {error.strerror}; make room, and run the "
-            "same command again to go on"
-        ) from error
+        text = f"cannot write {error.filename or output}: {error.strerror}"
+        remedy = "make room, and run the same command again to go on"
+        raise EagleError(f"{text}; {remedy}") from error
     return card
 
 
@@ -169,10 +165,9 @@ def require_same(output: Path, begun: dict, identity: dict) -> None:
     for key, value in identity.items():
         if begun.get(key) != value:
             had, has = (json.dumps(v, ensure_ascii=False)[:120] for v in (begun.get(key), value))
-            raise EagleError(
-                f"{output} was begun with {key}={had}, this command has {has}; run the same "
-                "command to go on, or choose another --output"
-            )
+            text = f"{output} was begun with {key}={had}, this command has {has}"
+            remedy = "run the same command to go on, or choose another --output"
+            raise EagleError(f"{text}; {remedy}")
 
 
 def quarantine_path(output: Path) -> Path:
@@ -186,6 +181,7 @@ class Journal:
     def __init__(self, output: Path, identity: dict) -> None:
         self.path, self.places = output.with_suffix(".journal"), {}
         self.file = open(self.path, "ab+")
+        self.close = self.file.close
         self.file.seek(0)
         place = 0
         for line in self.file:
@@ -201,9 +197,6 @@ class Journal:
         if place == 0:
             self._append(identity)
         self.records = {number for number, _, _ in self.places}
-
-    def close(self) -> None:
-        self.file.close()
 
     def known(self, key: Key) -> Answer | None:
         if key not in self.places:
@@ -221,13 +214,7 @@ class Journal:
         self.file.flush()
 
 
-def answer(
-    tasks: list[Task],
-    engine: Local | Endpoint,
-    ends: frozenset[int],
-    journal: Journal,
-    meter: Meter,
-) -> None:
+def answer(tasks: list[Task], engine: Local | Endpoint, ends, journal: Journal, meter) -> None:
     """Turn by turn: the first answers of all tasks together, then the second ones of those that
     have more."""
     left = Counter(task.number for task in tasks)
@@ -242,16 +229,14 @@ def answer(
     for task in tasks:
         take(task, None)
     while waiting := [task for task in tasks if task.ask is not None]:
-        new = []
+        new, requests = [], []
         for task in waiting:
             if found := journal.known(task.key):
                 take(task, found)
-            else:
-                new.append(task)
-        requests = [
-            Request(task.ask, request_seed(seed, *task.key), turns[task.number % len(turns)])
-            for task in new
-        ]
+                continue
+            new.append(task)
+            noise = record_key([seed, *task.key])  # of nothing else: a second start has the same
+            requests.append(Request(task.ask, noise, turns[task.number % len(turns)]))
         answers = engine.answers(requests, ends, lambda tokens: meter.add(0, tokens))
         for number, found in answers if requests else ():
             journal.keep(new[number].key, found)
@@ -268,17 +253,10 @@ def results(
         except RowError as error:
             bad.append(BadRow.of(task.record, error))
             continue
-        counts["written"] += 1
-        counts["answers"] += len(task.answers)
-        counts["tokens"] += sum(answer.tokens for answer in task.answers)
-        counts["cut_at_max_new_tokens"] += sum(answer.cut for answer in task.answers)
+        tokens, cut = (sum(getattr(a, name) for a in task.answers) for name in ("tokens", "cut"))
+        found = {"answers": len(task.answers), "tokens": tokens, "cut_at_max_new_tokens": cut}
+        counts.update({"written": 1, **found})
         yield json.dumps(task.written, ensure_ascii=False) + "\n"
-
-
-def request_seed(seed: int, record: int, part: int, turn: int) -> int:
-    """62 bits that depend on nothing else: an interrupted run goes on with the same noise."""
-    digest = hashlib.blake2b(repr((seed, record, part, turn)).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") >> 2
 
 
 def now() -> str:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 import platform
 from datetime import datetime, timezone
-from importlib import metadata
 from typing import Any
 
 import numpy as np
 import torch
 
 from eagle.costs import device_name
+from train.doctor_machine import version
 
 PACKAGES = """eagle-heads torch transformers deepspeed datasets safetensors triton peft bitsandbytes
 flash-attn flash-attn-4""".split()
@@ -31,26 +31,6 @@ def environment(device: torch.device, world_size: int) -> dict[str, Any]:
         "system": platform.system(),
         "versions": {"python": platform.python_version(), **{p: version(p) for p in PACKAGES}},
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-    }
-
-
-def version(distribution: str) -> str | None:
-    try:
-        return metadata.version(distribution)
-    except metadata.PackageNotFoundError:
-        return None
-
-
-def mask_statistics(lengths: np.ndarray, supervised: np.ndarray) -> dict[str, Any]:
-    """lengths, supervised [rows]: tokens of each row, and how many of them are targets."""
-    return {
-        "rows": len(lengths),
-        "tokens": int(lengths.sum()),
-        "supervised_tokens": int(supervised.sum()),
-        "supervised_share": float(supervised.sum() / max(lengths.sum(), 1)),
-        "row_length": spread(lengths),
-        "supervised_per_row": spread(supervised),
-        "supervised_share_of_row": spread(supervised / np.maximum(lengths, 1)),
     }
 
 
@@ -74,7 +54,16 @@ def run_card(parts) -> dict[str, Any]:
         lengths = np.array([source.length(n) for n in range(len(source))], dtype=np.int64)
         [mask] = source.columns("loss_mask")
         total = np.concatenate([[0], np.cumsum(mask, dtype=np.int64)])
-        masks[source.name] = mask_statistics(lengths, np.diff(total[[0, *np.cumsum(lengths)]]))
+        supervised = np.diff(total[[0, *np.cumsum(lengths)]])  # [rows]
+        masks[source.name] = {
+            "rows": len(lengths),
+            "tokens": int(lengths.sum()),
+            "supervised_tokens": int(supervised.sum()),
+            "supervised_share": float(supervised.sum() / max(lengths.sum(), 1)),
+            "row_length": spread(lengths),
+            "supervised_per_row": spread(supervised),
+            "supervised_share_of_row": spread(supervised / np.maximum(lengths, 1)),
+        }
     kept = ("target", "tokenizer", "data", "draft_vocabulary")
     weights = sum(p.numel() for p in parts.head.parameters())
     card = {name: parts.provenance[name] for name in kept}

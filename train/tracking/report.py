@@ -81,8 +81,8 @@ def render(run: RunFiles) -> str:
     environment.filters["shown"] = shown
     page = environment.from_string(Path(__file__).with_name("page.html").read_text("utf-8"))
     figures = draw(run) if find_spec("matplotlib") else {}
-    name = run.folder.resolve().name
-    return page.render(name=name, warnings=run.warnings, tables=tables(run), figures=figures)
+    about = {"name": run.folder.resolve().name, "warnings": run.warnings}
+    return page.render(**about, tables=tables(run), figures=figures)
 
 
 def conclusions(run: RunFiles) -> list[str]:
@@ -151,9 +151,9 @@ def draw(run: RunFiles) -> dict[str, str]:
     curves = {
         "loss, weighted sum over depths": values(rows, "loss"),
         "loss by depth": values(rows, "loss_by_depth"),
-        "loss by source": by_source(rows, "loss"),
+        "loss by source": values(rows, "sources", "loss"),
         "acceptance length τ": values(held, "tau") | values(rows, "tau_simulated"),
-        "simulated τ by source": by_source(rows, "tau_simulated"),
+        "simulated τ by source": values(rows, "sources", "tau_simulated"),
         f"held-out prompts, {by_depth}": values(held, "acceptance_by_depth"),
         f"training rows, {by_depth}": values(rows, "acceptance_by_depth"),
         "Σ min(p, q) by depth, training rows": values(rows, "overlap_by_depth"),
@@ -173,24 +173,19 @@ def draw(run: RunFiles) -> dict[str, str]:
     return images
 
 
-def values(rows: list[dict], key: str) -> Series:
-    """What stands under a key over the steps; of a list by depth, of a dict by name."""
+def values(rows: list[dict], key: str, of: str | None = None) -> Series:
+    """What stands under a key over the steps; of a list by depth, of a dict by name, there `of`
+    each where that is given."""
     series: Series = {}
     for row in rows:
         value = row.get(key)
         if isinstance(value, list):
             value = {f"depth {n}": item for n, item in enumerate(value, 1)}
         for name, number in (value if isinstance(value, dict) else {key: value}).items():
+            number = number.get(of) if of and isinstance(number, dict) else number
             if isinstance(number, (int, float)):
                 series.setdefault(name, []).append((row["step"], number))
     return series
-
-
-def by_source(rows: list[dict], key: str) -> Series:
-    """The same of a mixture: {"sources": {"chat": {"loss": 1.2}}}."""
-    found = ((row["step"], row.get("sources") or {}) for row in rows)
-    split = [{"step": n, key: {name: s.get(key) for name, s in of.items()}} for n, of in found]
-    return values(split, key)
 
 
 def plot(series: Series, bars: tuple | None = None) -> str:

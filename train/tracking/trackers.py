@@ -20,9 +20,9 @@ class TensorBoard:
 
         # purge_step hides what a killed run wrote after the step it is resumed at; files are named
         # by the second, and a suffix keeps two starts apart
-        purge = step + 1 if step else None
-        folder = str(output / "tensorboard")
-        self.writer = SummaryWriter(folder, purge_step=purge, filename_suffix=f".{step}")
+        kept = {"purge_step": step + 1 if step else None, "filename_suffix": f".{step}"}
+        self.writer = SummaryWriter(str(output / "tensorboard"), **kept)
+        self.close = self.writer.close
         if not step:
             text = "\n".join(f"    {key}: {value}" for key, value in config.items())
             self.writer.add_text("config", text, 0)
@@ -31,9 +31,6 @@ class TensorBoard:
         for name, value in values.items():
             self.writer.add_scalar(name, value, step)
         self.writer.flush()
-
-    def close(self) -> None:
-        self.writer.close()
 
 
 class WandB:
@@ -49,12 +46,10 @@ class WandB:
         atomic_write_text(file, self.run.id + "\n")
         # a resumed run repeats steps, which wandb's own counter would refuse
         self.run.define_metric("*", step_metric="step")
+        self.close = self.run.finish
 
     def log(self, step: int, values: dict[str, float]) -> None:
         self.run.log({**values, "step": step})
-
-    def close(self) -> None:
-        self.run.finish()
 
 
 class Trackio:
@@ -63,14 +58,11 @@ class Trackio:
     def __init__(self, output: Path, config: dict, step: int) -> None:
         import trackio
 
-        self.trackio = trackio
+        self.trackio, self.close = trackio, trackio.finish
         trackio.init(project="eagle-heads", name=output.name, config=config, resume="allow")
 
     def log(self, step: int, values: dict[str, float]) -> None:
         self.trackio.log(values, step=step)
-
-    def close(self) -> None:
-        self.trackio.finish()
 
 
 TRACKERS = {"tensorboard": TensorBoard, "wandb": WandB, "trackio": Trackio}

@@ -7,7 +7,7 @@ import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
-from data_helpers import chat, write_jsonl
+from data_helpers import chat, read_jsonl, write_jsonl
 
 from configs.fim_tokens import find_fim_tokens
 from configs.schema import DataConfig
@@ -23,20 +23,17 @@ class Server:
     def __init__(self, reply):
         server = self
         self.reply, self.seen, self.headers = reply, [], []
-        self.now, self.most = 0, 0
-        lock = threading.Lock()
+        self.now, self.most = set(), 0
 
         class Handler(BaseHTTPRequestHandler):
             def do_POST(self):
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                with lock:
-                    server.seen.append((self.path, body))
-                    server.headers.append(dict(self.headers))
-                    server.now += 1
-                    server.most = max(server.most, server.now)
+                server.seen.append((self.path, body))
+                server.headers.append(dict(self.headers))
+                server.now.add(self)
+                server.most = max(server.most, len(server.now))
                 status, content, headers = server.reply(self.path, body)
-                with lock:
-                    server.now -= 1
+                server.now.remove(self)
                 if status is None:  # hang up
                     self.connection.close()
                     return
@@ -73,13 +70,13 @@ def serve(monkeypatch):
 
 def answer(path, body, text=None, finish="stop"):
     """What a server of the protocol says; its text depends on the prompt alone."""
-    usage = {"completion_tokens": 3}
     if path.endswith("/chat/completions"):
         said = text if text is not None else f"re: {body['messages'][-1]['content']}"
-        message = {"role": "assistant", "content": said}
-        return 200, {"choices": [{"message": message, "finish_reason": finish}], "usage": usage}, {}
-    said = text if text is not None else f"middle of {len(body['prompt'])}"
-    return 200, {"choices": [{"text": said, "finish_reason": finish}], "usage": usage}, {}
+        choice = {"message": {"role": "assistant", "content": said}}
+    else:
+        choice = {"text": f"middle of {len(body['prompt'])}"}
+    choices = [choice | {"finish_reason": finish}]
+    return 200, {"choices": choices, "usage": {"completion_tokens": 3}}, {}
 
 
 def write(url, cfg, output, base=None, temperatures=(0.0,), retries=6, **options):
@@ -90,8 +87,9 @@ def write(url, cfg, output, base=None, temperatures=(0.0,), retries=6, **options
     return work.regenerate(cfg, work.find_files(cfg), output, engine, quiet=True)
 
 
-def rows(path):
-    return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+def said(path):
+    """Of each chat in a file, what the last turn says."""
+    return [row["messages"][-1]["content"] for row in read_jsonl(path)]
 
 
 def settings(data_format, path, **more):
@@ -105,7 +103,7 @@ def test_chats_are_answered_turn_by_turn(serve, tmp_path, monkeypatch):
     path = write_jsonl(tmp_path / "chat.jsonl", chats)
     more = dict(temperatures=(0.0, 0.8), api_key_env="SERVED_KEY", body={"top_k": 20})
     card = write(server.url, settings("chat", path), tmp_path / "new.jsonl", **more)
-    first, second = rows(tmp_path / "new.jsonl")
+    first, second = read_jsonl(tmp_path / "new.jsonl")
     assert [m["content"] for m in first["messages"]] == ["one", "re: one", "two", "re: two"]
     assert [m["content"] for m in second["messages"]] == ["three", "re: three"]
     asked = {body["messages"][-1]["content"]: body for _, body in server.seen}
@@ -119,8 +117,8 @@ def test_chats_are_answered_turn_by_turn(serve, tmp_path, monkeypatch):
     assert card["target"] == {"id": "served", "fingerprint": None, "adapter": None, "dtype": None}
     assert card["counts"]["tokens"] == 9
     assert "secret" not in card_path(tmp_path / "new.jsonl").read_text()
-    said = who_answered([tmp_path / "new.jsonl"], None, "f" * 64, None)
-    assert said == "written by served at an endpoint"
+    writer = who_answered([tmp_path / "new.jsonl"], None, "f" * 64, None)
+    assert writer == "written by served at an endpoint"
 
 
 def test_middles_are_asked_for_in_tokens(serve, tmp_path, tokenizer_dir, tokenizer):
@@ -132,7 +130,7 @@ def test_middles_are_asked_for_in_tokens(serve, tmp_path, tokenizer_dir, tokeniz
     fim = find_fim_tokens(tokenizer)
     assert asked == "/v1/completions"
     assert (body["prompt"][0], body["prompt"][-1]) == (fim.prefix, fim.middle)
-    assert rows(tmp_path / "new.jsonl")[0]["middle"] == f"middle of {len(body['prompt'])}"
+    assert read_jsonl(tmp_path / "new.jsonl")[0]["middle"] == f"middle of {len(body['prompt'])}"
     with pytest.raises(EagleError, match="fim prompts need the target's tokenizer: give --base"):
         write(server.url, settings("fim", path), tmp_path / "other.jsonl")
 
@@ -145,9 +143,7 @@ def test_requests_run_together_and_come_out_in_order(serve, tmp_path):
     server = serve(slowly)
     path = write_jsonl(tmp_path / "chat.jsonl", [chat(f"question {n}", "x") for n in range(40)])
     card = write(server.url, settings("chat", path), tmp_path / "new.jsonl", concurrency=4)
-    assert [r["messages"][0]["content"] for r in rows(tmp_path / "new.jsonl")] == [
-        f"question {n}" for n in range(40)
-    ]
+    assert said(tmp_path / "new.jsonl") == [f"re: question {n}" for n in range(40)]
     assert 2 <= server.most <= 4 and card["counts"]["written"] == 40
 
 
@@ -170,40 +166,34 @@ def test_busy_and_broken_servers_are_asked_again(serve, tmp_path):
     path = write_jsonl(tmp_path / "chat.jsonl", [chat("one", "OLD")])
     card = write(server.url, settings("chat", path), tmp_path / "new.jsonl")
     assert len(asked) == 7 and card["counts"]["failed"] == 0
-    assert rows(tmp_path / "new.jsonl")[0]["messages"][1]["content"] == "re: one"
+    assert said(tmp_path / "new.jsonl") == ["re: one"]
 
 
 def test_a_request_that_is_refused_is_set_aside(serve, tmp_path):
-    replies = {
-        "long": lambda p, b: (400, {"error": {"message": "maximum context length is 4096"}}, {}),
-        "empty": lambda p, b: answer(p, b, text="  "),
-        "filtered": lambda p, b: answer(p, b, finish="content_filter"),
-        "odd": lambda p, b: (200, {"choices": []}, {}),
-        "null": lambda p, b: (200, {"choices": [{"message": {"content": None}}]}, {}),
-        "down": lambda p, b: (503, b"", {}),
-        "slow": lambda p, b: (time.sleep(1.0), answer(p, b))[1],
+    error = {"error": {"message": "maximum context length is 4096"}}
+    null, none = {"choices": [{"message": {"content": None}}]}, {"choices": []}
+    replies = {  # to a question of this text, and what is kept of it
+        "long": (lambda *_: (400, error, {}), "400 Bad Request: .*maximum context length"),
+        "empty": (lambda *asked: answer(*asked, text="  "), "the answer is empty"),
+        "odd": (lambda *_: (200, none, {}), "replied without an answer"),
+        "null": (lambda *_: (200, null, {}), "replied without an answer"),
+        "down": (lambda *_: (503, b"", {}), "503 Service Unavailable: , 2 times"),
+        "slow": (lambda *_: time.sleep(1.0) or (503, b"", {}), "not answer in 0.3 s, 2 times"),
+        "filtered": (
+            lambda *asked: answer(*asked, finish="content_filter"),
+            "ended the answer by 'content_filter'",
+        ),
     }
 
     def reply(path, body):
-        return replies.get(body["messages"][-1]["content"], answer)(path, body)
+        return replies.get(body["messages"][-1]["content"], [answer])[0](path, body)
 
-    server = serve(reply)
-    path = write_jsonl(
-        tmp_path / "chat.jsonl", [chat("fine", "OLD"), *(chat(name, "OLD") for name in replies)]
-    )
-    card = write(server.url, settings("chat", path), tmp_path / "new.jsonl", retries=1, timeout=0.3)
+    path = write_jsonl(tmp_path / "chat.jsonl", [chat(name, "OLD") for name in ("fine", *replies)])
+    cfg, output = settings("chat", path), tmp_path / "new.jsonl"
+    card = write(serve(reply).url, cfg, output, retries=1, timeout=0.3)
     assert card["counts"]["written"] == 1 and card["counts"]["failed"] == len(replies)
-    messages = {r["line"]: r["message"] for r in rows(tmp_path / "new.quarantine.jsonl")}
-    wanted = [
-        "400 Bad Request: .*maximum context length",
-        "the answer is empty",
-        "ended the answer by 'content_filter'",
-        "replied without an answer",
-        "replied without an answer",
-        "503 Service Unavailable: , 2 times",
-        "did not answer in 0.3 s, 2 times",
-    ]
-    for line, pattern in enumerate(wanted, 2):
+    messages = {r["line"]: r["message"] for r in read_jsonl(tmp_path / "new.quarantine.jsonl")}
+    for line, (_, pattern) in enumerate(replies.values(), 2):
         assert re.search(pattern, messages[line]), (pattern, messages[line])
 
 
@@ -225,17 +215,17 @@ def test_a_server_that_goes_away_loses_nothing(serve, tmp_path):
         return answer(path, body) if len(asked) <= 15 else (None, None, {})
 
     first, output, cfg = serve(dying), tmp_path / "new.jsonl", settings("chat", path)
-    said = "cannot be reached .*, 2 times; start the server .*same command"
-    with pytest.raises(EagleError, match=said):
+    lost = "cannot be reached .*, 2 times; start the server .*same command"
+    with pytest.raises(EagleError, match=lost):
         write(first.url, cfg, output, retries=1, concurrency=2)
     assert not output.exists()
-    kept = len(rows(tmp_path / "new.journal")) - 1  # after the line that says what they belong to
+    kept = (
+        len(read_jsonl(tmp_path / "new.journal")) - 1
+    )  # after the line that says what they belong to
     assert 13 <= kept <= 15
     second = serve(answer)
     write(second.url, cfg, output, concurrency=2)
-    assert [r["messages"][1]["content"] for r in rows(output)] == [
-        f"re: question {n}" for n in range(30)
-    ]
+    assert said(output) == [f"re: question {n}" for n in range(30)]
     assert len(second.seen) == 30 - kept
 
 
@@ -246,5 +236,4 @@ def test_reasoning_kept_apart_goes_back_into_the_text(serve, tmp_path):
 
     path = write_jsonl(tmp_path / "chat.jsonl", [chat("2 + 2?", "OLD")])
     write(serve(reply).url, settings("chat", path), tmp_path / "new.jsonl")
-    said = rows(tmp_path / "new.jsonl")[0]["messages"][1]["content"]
-    assert said == "<think>\ntwo and two\n</think>\n\nfour"
+    assert said(tmp_path / "new.jsonl") == ["<think>\ntwo and two\n</think>\n\nfour"]

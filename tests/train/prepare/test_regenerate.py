@@ -2,15 +2,16 @@
 
 import json
 import os
+import re
 import signal
 import time
 
 import pytest
 from commands import Command
-from data_helpers import THINKING, chat, write_jsonl
+from data_helpers import THINKING, chat, read_jsonl, write_jsonl
 from head_helpers import config, save_tiny_model, write_fim
 
-from configs import cli
+from configs.errors import ConfigError
 from configs.fim_tokens import find_fim_tokens
 from configs.schema import DataConfig
 from eagle.errors import EagleError
@@ -24,7 +25,7 @@ from train.prepare.answering import Local, Sampling, decode_after
 from train.prepare.records import Answer, Rewriter, Task
 
 NEW = 12
-ENDPOINT = ["--endpoint", "http://x", "--endpoint_model", "m"]
+ENDPOINT = {"endpoint": "http://x", "endpoint_model": "m"}
 
 
 @pytest.fixture(scope="module")
@@ -32,23 +33,9 @@ def model(base):
     return EaModel.from_pretrained(base, dtype="float32")
 
 
-@pytest.fixture
-def in_process(capsys):
-    """Run `train.prepare regenerate` in this process: (code, stdout, stderr)."""
-
-    def run(*arguments):
-        with pytest.raises(SystemExit) as exit:
-            cli.main(command_line.regenerate, list(map(str, arguments)))
-        captured = capsys.readouterr()
-        return exit.value.code or 0, captured.out, captured.err
-
-    return run
-
-
 def settings(data_format, path, **more):
-    return DataConfig(
-        format=data_format, path=str(path), cache_dir=str(path.parent / "cache"), **more
-    )
+    cache = str(path.parent / "cache")
+    return DataConfig(format=data_format, path=str(path), cache_dir=cache, **more)
 
 
 def write(base, cfg, output, temperatures=(0.0,), seed=0, slots=4, limit=None):
@@ -58,17 +45,20 @@ def write(base, cfg, output, temperatures=(0.0,), seed=0, slots=4, limit=None):
     return work.regenerate(cfg, files, output, engine, limit, quiet=True)
 
 
-def rows(path):
-    return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
-
-
 def continued(model, ids, ends=()):
     """What the target says after `ids`, as text without its end."""
     ends = {*model.eos_token_ids, *ends}
     tokens = model.generate([ids], max_new_tokens=NEW, eos_token_id=sorted(ends)).rows[0].tokens
-    ended = tokens[-1] in ends
-    text = model.tokenizer.decode(tokens[:-1] if ended else tokens)
-    return text if ended else text.rstrip("\ufffd")  # half a character
+    if tokens[-1] in ends:
+        return model.tokenizer.decode(tokens[:-1])
+    return model.tokenizer.decode(tokens).rstrip("\ufffd")  # half a character
+
+
+def answered(model, messages):
+    """What the target says as the next turn of a chat."""
+    text = model.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    end = model.tokenizer.convert_tokens_to_ids("<|im_end|>")
+    return continued(model, model.tokenizer(text, add_special_tokens=False).input_ids, [end])
 
 
 def test_each_turn_is_answered_after_the_new_ones(base, model, tmp_path):
@@ -81,26 +71,18 @@ def test_each_turn_is_answered_after_the_new_ones(base, model, tmp_path):
     ]
     path = write_jsonl(tmp_path / "chat.jsonl", records)
     card = write(base, settings("chat", path), tmp_path / "new.jsonl")
-    first, second, third = rows(tmp_path / "new.jsonl")
-    tokenizer = model.tokenizer
-    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
-
-    def expected(*turns, before=()):
-        messages = [*before, *chat(*turns)["messages"]]
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        return continued(model, tokenizer(text, add_special_tokens=False).input_ids, [end])
-
-    said = expected("Hello")
-    again = expected("Hello", said, "thanks")
+    first, second, third = read_jsonl(tmp_path / "new.jsonl")
+    said = answered(model, chat("Hello")["messages"])
+    again = answered(model, chat("Hello", said, "thanks")["messages"])
     assert first == chat("Hello", said, "thanks", again) | {"source": "a.py"}
-    written = {"from": "gpt", "value": expected("Write a class")}
+    written = {"from": "gpt", "value": answered(model, chat("Write a class")["messages"])}
     assert second["conversations"] == [asked[0], written, records[1]["conversations"][2]]
-    answer = {"role": "assistant", "content": expected("Hi", before=[greeting])}
-    assert third["messages"] == [greeting, records[2]["messages"][1], answer]
+    start = [greeting, *chat("Hi")["messages"]]
+    assert third["messages"] == [*start, {"role": "assistant", "content": answered(model, start)}]
     counts = card["counts"]
     assert (counts["records"], counts["written"], counts["answers"]) == (3, 3, 4)
     cfg = settings("chat", tmp_path / "new.jsonl", heldout_fraction=0)
-    data = load_dataset_for(cfg, tokenizer)
+    data = load_dataset_for(cfg, model.tokenizer)
     assert len(data) == 3 and not data.bad_rows
 
 
@@ -110,18 +92,16 @@ def test_instructions(base, model, tmp_path, template):
     path = write_jsonl(tmp_path / "instruction.jsonl", [record])
     cfg = settings("instruction", path, instruction_template=template)
     write(base, cfg, tmp_path / "new.jsonl")
-    tokenizer, ends = model.tokenizer, []
     text = (
         "Below is an instruction that describes a task, paired with an input that gives it "
         "context. Write a response that appropriately completes the request.\n\n"
         "### Instruction:\nWrite a function\n\n### Input:\nadd\n\n### Response:\n"
     )
     if template == "auto":
-        messages = [{"role": "user", "content": "Write a function\n\nadd"}]
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        ends = [tokenizer.convert_tokens_to_ids("<|im_end|>")]
-    said = continued(model, tokenizer(text, add_special_tokens=False).input_ids, ends)
-    assert rows(tmp_path / "new.jsonl") == [record | {"response": said}]
+        said = answered(model, chat("Write a function\n\nadd")["messages"])
+    else:
+        said = continued(model, model.tokenizer(text, add_special_tokens=False).input_ids)
+    assert read_jsonl(tmp_path / "new.jsonl") == [record | {"response": said}]
 
 
 def test_middles_and_whole_files(base, model, tmp_path):
@@ -129,10 +109,10 @@ def test_middles_and_whole_files(base, model, tmp_path):
     record = {"prefix": "def add(a, b):\n", "middle": "OLD", "suffix": "\n\nclass Point:\n"}
     path = write_jsonl(tmp_path / "fim.jsonl", [record, {"text": code, "source": "add.py"}])
     write(base, settings("fim", path, fim_spans_per_file=3), tmp_path / "new.jsonl")
-    first, *cuts = rows(tmp_path / "new.jsonl")
+    first, *cuts = read_jsonl(tmp_path / "new.jsonl")
     fim, tokenizer = find_fim_tokens(model.tokenizer), model.tokenizer
-    parts = [record["prefix"], record["suffix"]]
-    before, after = tokenizer(parts, add_special_tokens=False).input_ids
+    parts = (tokenizer(record[name], add_special_tokens=False) for name in ("prefix", "suffix"))
+    before, after = (part.input_ids for part in parts)
     prompt = [fim.prefix, *before, fim.suffix, *after, fim.middle]
     assert first == record | {"middle": continued(model, prompt, fim[:4])}
     assert len(cuts) == 3
@@ -145,7 +125,8 @@ def test_tokens_in_tokens_out(base, model, tmp_path):
     records = [{"input_ids": [9, 8, 7, 6], "loss_mask": [0, 0, 0, 1]}, {"input_ids": [9, 8, 7, 6]}]
     path = write_jsonl(tmp_path / "rows.jsonl", records)
     write(base, settings("tokenized", path), tmp_path / "new.jsonl")
-    for row, prompt in zip(rows(tmp_path / "new.jsonl"), ([9, 8, 7], [9, 8, 7, 6]), strict=True):
+    found = read_jsonl(tmp_path / "new.jsonl")
+    for row, prompt in zip(found, ([9, 8, 7], [9, 8, 7, 6]), strict=True):
         new = model.generate([prompt], max_new_tokens=NEW).rows[0].tokens
         assert row == {"input_ids": prompt + new, "loss_mask": [0] * len(prompt) + [1] * len(new)}
 
@@ -158,18 +139,12 @@ def test_output_depends_on_seed_and_record_alone(base, tmp_path):
     outputs = []
     for name, seed, slots in (("a", 3, 4), ("b", 3, 1), ("c", 4, 4)):
         write(base, cfg, tmp_path / f"{name}.jsonl", (0.0, 1.0), seed, slots)
-        outputs.append(rows(tmp_path / f"{name}.jsonl"))
+        outputs.append(read_jsonl(tmp_path / f"{name}.jsonl"))
     assert outputs[0] == outputs[1]
     changed = [a != c for a, c in zip(outputs[0], outputs[2], strict=True)]
     assert not any(changed[::2]) and all(changed[1::2])  # temperatures take turns: 0, 1, 0, 1 …
     first = write(base, cfg, tmp_path / "d.jsonl", (0.0, 1.0), 3, limit=3)
-    assert first["counts"]["records"] == 3 and rows(tmp_path / "d.jsonl") == outputs[0][:3]
-
-
-def command(base, path, output):
-    given = f"--base {base} --data {path} --data_format fim --output {output} --slots 1"
-    given += f" --temperature 0,1 --max_new_tokens {NEW} --dtype float32"
-    return ["train.prepare", "regenerate", *given.split()]
+    assert first["counts"]["records"] == 3 and read_jsonl(tmp_path / "d.jsonl") == outputs[0][:3]
 
 
 @pytest.mark.slow
@@ -177,8 +152,10 @@ def test_killed_and_started_again_it_writes_the_same_file(base, tmp_path):
     path, output = tmp_path / "fim.jsonl", tmp_path / "killed.jsonl"
     write_fim(path, rows=60)
     whole = write(base, settings("fim", path), tmp_path / "whole.jsonl", (0.0, 1.0))
-    process = Command(*command(base, path, output))
-    deadline = time.monotonic() + 100
+    given = f"--base {base} --data {path} --data_format fim --output {output} --slots 1"
+    given += f" --temperature 0,1 --max_new_tokens {NEW} --dtype float32"
+    command = ["train.prepare", "regenerate", *given.split()]
+    process, deadline = Command(*command), time.monotonic() + 100
     journal = output.with_suffix(".journal")
     while not (journal.exists() and journal.read_bytes().count(b"\n") > 3):
         assert process.poll() is None and time.monotonic() < deadline
@@ -187,12 +164,11 @@ def test_killed_and_started_again_it_writes_the_same_file(base, tmp_path):
     assert not output.exists() and not card_path(output).exists()
     with open(journal, "ab") as file:
         file.write(b'[[59, 0, 0], {"text": "torn by the')
-    done = Command(*command(base, path, output)).output()
+    done = Command(*command).output()
     assert done.returncode == 0, done.stderr
     assert output.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
     card = json.loads(card_path(output).read_text())
-    assert card["complete"]
-    assert all(card[key] == whole[key] for key in ("counts", "sha256"))
+    assert card["complete"] and all(card[key] == whole[key] for key in ("counts", "sha256"))
     assert "ETA" in done.stderr and f"{card['counts']['written']} of 60 records" in done.stdout
     before = output.stat().st_mtime_ns
     assert write(base, settings("fim", path), output, (0.0, 1.0)) == card  # nothing is left to do
@@ -200,8 +176,8 @@ def test_killed_and_started_again_it_writes_the_same_file(base, tmp_path):
 
 
 def test_no_answer_is_asked_for_twice(base, tmp_path, monkeypatch):
-    """Each is kept when it is there, those of a chat's first turns too; the rate is told while the
-    first one grows."""
+    """Each is kept when it is there, those of a chat's first turns too, whatever ends the run; the
+    rate is told while the first one grows."""
     chats = [chat(f"Hello {i}", "x", "add", "y") for i in range(6)]
     path = write_jsonl(tmp_path / "chat.jsonl", chats)
     cfg, output, journal = settings("chat", path), tmp_path / "new.jsonl", tmp_path / "new.journal"
@@ -210,17 +186,22 @@ def test_no_answer_is_asked_for_twice(base, tmp_path, monkeypatch):
 
     def count(self, ask, *more):
         if len(asked) == stop:
-            raise KeyboardInterrupt
+            raise failure
         asked.append(tuple(ask.ids))
         return answer(self, ask, *more)
 
     monkeypatch.setattr(Local, "_answer", count)
     note = lambda self, things, amount=0: progress.append((things, amount))  # noqa: E731
     monkeypatch.setattr(work.Meter, "add", note)
-    for stop in (2, 8):
-        with pytest.raises(KeyboardInterrupt):
+    full = OSError(28, "No space left on device", str(journal))
+    said = "new.journal: No space left on device; make room, and run the same"
+    for stop, failure, seen in (
+        (2, KeyboardInterrupt(said), KeyboardInterrupt),
+        (8, full, EagleError),
+    ):
+        with pytest.raises(seen, match=said):
             write(base, cfg, output, (0.0, 1.0))
-        assert len(rows(journal)) == 1 + stop and not output.exists()
+        assert len(read_jsonl(journal)) == 1 + stop and not output.exists()
         with journal.open("a") as file:
             file.write('[[3, 0, 0], {"text": "cut by the k')
     things, tokens = next(told for told in progress if told[1])
@@ -231,26 +212,6 @@ def test_no_answer_is_asked_for_twice(base, tmp_path, monkeypatch):
     assert output.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
 
 
-def test_a_disk_that_fills_up_can_be_made_room_on(base, tmp_path, monkeypatch):
-    path = write_jsonl(tmp_path / "chat.jsonl", [chat("Hello", "x")] * 20)
-    cfg, output, kept = settings("chat", path), tmp_path / "new.jsonl", []
-    keep = work.Journal.keep
-
-    def full(self, key, answer):
-        if len(kept) == 9:
-            raise OSError(28, "No space left on device", str(self.path))
-        kept.append(key)
-        keep(self, key, answer)
-
-    monkeypatch.setattr(work.Journal, "keep", full)
-    said = "new.journal: No space left on device; make room, and run the same"
-    with pytest.raises(EagleError, match=said):
-        write(base, cfg, output, slots=1)
-    monkeypatch.undo()
-    write(base, cfg, output, slots=1)
-    assert [row["messages"][0]["content"] for row in rows(output)] == ["Hello"] * 20
-
-
 def test_failures_are_listed_and_the_others_go_on(base, tmp_path):
     long = " ".join(["class"] * 400)
     good = [chat(text, "x") for text in ("Hello", "add", long)]
@@ -258,7 +219,7 @@ def test_failures_are_listed_and_the_others_go_on(base, tmp_path):
     path = write_jsonl(tmp_path / "chat.jsonl", records)
     card = write(base, settings("chat", path), tmp_path / "new.jsonl")
     assert card["counts"]["written"] == 2 and card["counts"]["failed"] == 3
-    bad = {row["line"]: row for row in rows(tmp_path / "new.quarantine.jsonl")}
+    bad = {row["line"]: row for row in read_jsonl(tmp_path / "new.quarantine.jsonl")}
     assert bad.keys() == {2, 3, 4}
     assert "malformed JSON" in bad[2]["message"] and "missing field 'messages'" in bad[3]["message"]
     assert "prompt has" in bad[4]["message"] and bad[4]["where"] == f"{path}:4"
@@ -268,11 +229,12 @@ def test_failures_are_listed_and_the_others_go_on(base, tmp_path):
     assert {p.name for p in data.paths} == {"chat.jsonl", "new.jsonl"}
 
 
-def test_too_many_failures_end_the_run(base, tmp_path, in_process):
+def test_too_many_failures_end_the_run(base, tmp_path):
     path = write_jsonl(tmp_path / "chat.jsonl", [chat("Hello", "x"), *["{"] * 3])
-    arguments = ["--model", base, "--dtype", "float32", "--data", path, "--data_format", "chat"]
-    code, _, err = in_process(*arguments, "--output", tmp_path / "new.jsonl", "--max_new_tokens", 4)
-    assert code == 1 and "3 of 4 records got no answer, more than data.max_bad_fraction=0.05" in err
+    given = {"base": str(base), "dtype": "float32", "data": str(path), "data_format": "chat"}
+    said = "3 of 4 records got no answer, more than data.max_bad_fraction=0.05"
+    with pytest.raises(ConfigError, match=said):
+        command_line.regenerate(**given, output=str(tmp_path / "new.jsonl"), max_new_tokens=4)
     path = write_jsonl(tmp_path / "bad.jsonl", [{"text": "no chat"}] * 40)
     said = "the first 32 records got no answer: 32 x missing field 'messages'"
     with pytest.raises(EagleError, match=said):
@@ -283,19 +245,19 @@ def test_what_does_not_belong_together_is_refused(base, tmp_path, tokenizer_dir)
     path = write_jsonl(tmp_path / "chat.jsonl", [chat("Hello", "x")] * 3)
     cfg, output = settings("chat", path), tmp_path / "new.jsonl"
     write(base, cfg, output)
-    with pytest.raises(EagleError, match="begun with sampling=.*choose another --output"):
-        write(base, cfg, output, seed=1)
     other = tmp_path / "other"
     save_tiny_model(other, tokenizer_dir, seed=5)
-    with pytest.raises(EagleError, match="begun with target="):
-        write(other, cfg, output)
     (tmp_path / "mine.jsonl").write_text("precious\n")
-    with pytest.raises(EagleError, match="exists and mine.card.json is not its card"):
-        write(base, cfg, tmp_path / "mine.jsonl")
-    with pytest.raises(EagleError, match="name a .jsonl file"):
-        write(base, cfg, tmp_path / "new.txt")
-    with pytest.raises(EagleError, match="plain has no answers to write"):
-        write(base, settings("plain", path), tmp_path / "plain.jsonl")
+    plain = settings("plain", path)
+    for error, arguments in {
+        "begun with sampling=.*choose another --output": (base, cfg, output, (0.0,), 1),
+        "begun with target=": (other, cfg, output),
+        "exists and mine.card.json is not its card": (base, cfg, tmp_path / "mine.jsonl"),
+        "name a .jsonl file": (base, cfg, tmp_path / "new.txt"),
+        "plain has no answers to write": (base, plain, tmp_path / "plain.jsonl"),
+    }.items():
+        with pytest.raises(EagleError, match=error):
+            write(*arguments)
     os.truncate(output, 10)
     with pytest.raises(EagleError, match="new.card.json is not its card"):
         write(base, cfg, output)
@@ -304,46 +266,43 @@ def test_what_does_not_belong_together_is_refused(base, tmp_path, tokenizer_dir)
 @pytest.mark.parametrize(
     "arguments, named",
     [
-        (["--temperature", "hot"], "--temperature=hot"),
-        (["--slots", "0"], "--slots=0"),
-        (["--endpoint", "http://x/v1"], "--endpoint_model"),
-        (["--api_key_env", "KEY"], "--api_key_env with them"),
-        (["--data_format", "plain"], "data.format=plain has no answers"),
-        (["--data", "nowhere.jsonl"], "nowhere.jsonl: no such data file"),
-        (["--endpoint", "x", "--endpoint_model", "m"], "--endpoint x is no URL"),
-        ([*ENDPOINT, "--api_key_env", "NO_SUCH_KEY"], "NO_SUCH_KEY"),
-        ([*ENDPOINT, "--endpoint_body", "[]"], "a JSON object"),
+        ({"temperature": "hot"}, "--temperature=hot"),
+        ({"slots": 0}, "--slots=0"),
+        ({"endpoint": "http://x/v1"}, "--endpoint_model"),
+        ({"api_key_env": "KEY"}, "--api_key_env with them"),
+        ({"data_format": "plain"}, "data.format=plain has no answers"),
+        ({"data": "nowhere.jsonl"}, "nowhere.jsonl: no such data file"),
+        ({"endpoint": "x", "endpoint_model": "m"}, "--endpoint x is no URL"),
+        (ENDPOINT | {"api_key_env": "NO_SUCH_KEY"}, "NO_SUCH_KEY"),
+        (ENDPOINT | {"endpoint_body": "[]"}, "a JSON object"),
     ],
 )
-def test_wrong_arguments_are_one_line(in_process, tmp_path, arguments, named):
-    given = ["--data_format", "chat", "--output", tmp_path / "new.jsonl", *arguments]
-    code, _, err = in_process(*given)
-    assert code == 1 and named in err and len(err.strip().splitlines()) == 1
+def test_wrong_arguments_are_told_before_anything_is_written(tmp_path, arguments, named):
+    given = {"data_format": "chat", "output": str(tmp_path / "new.jsonl")} | arguments
+    with pytest.raises((ConfigError, EagleError), match=re.escape(named)):
+        command_line.regenerate(**given)
     assert not list(tmp_path.iterdir())
 
 
-@pytest.fixture
-def own(base, tmp_path):
-    """Answers of the tiny target, with their card."""
-    path = tmp_path / "fim.jsonl"
-    write_fim(path, rows=30)
-    write(base, settings("fim", path), tmp_path / "own.jsonl")
-    return tmp_path / "own.jsonl"
-
-
-def test_a_card_says_who_answered(own, tmp_path, caplog):
-    writer = json.loads(card_path(own).read_text())["target"]
-    mine = (writer["fingerprint"], writer["adapter"])
-    assert who_answered([own], None, *mine) == "written by the target" and not caplog.records
-    assert who_answered([own, tmp_path / "fim.jsonl"], None, *mine) == (
+def test_a_card_says_who_answered_and_so_does_a_head(base, tmp_path, caplog):
+    data, own = tmp_path / "fim.jsonl", tmp_path / "own.jsonl"
+    write_fim(data, rows=30)
+    writer = write(base, settings("fim", data), own)["target"]
+    assert run(config(base, own, tmp_path / "run", max_steps=1), quiet=True) == 0
+    recorded = json.loads((tmp_path / "run" / "head" / "eagle.json").read_text())
+    assert recorded["data"]["answers"] == "written by the target"
+    caplog.clear()
+    mine, other = (writer["fingerprint"], writer["adapter"]), ("f" * 64, None)
+    assert who_answered([own, data], None, *mine) == (
         "own.jsonl: written by the target; fim.jsonl: as in the data"
     )
-    assert "another target" in who_answered([own], None, "f" * 64, None)
-    assert "written by another target" in caplog.records[0].getMessage()
-    assert "another target" in who_answered([own], None, mine[0], "an adapter")
+    assert not caplog.records
+    for target in (other, (mine[0], "an adapter")):
+        assert "another target" in who_answered([own], None, *target)
+        assert "written by another target" in caplog.records[-1].getMessage()
     caplog.clear()
     # the user knows better
-    assert who_answered([own], True, "f" * 64, None) == "written by the target"
+    assert who_answered([own], True, *other) == "written by the target"
     assert who_answered([own], False, *mine) == "as in the data" and not caplog.records
     own.write_text(own.read_text() + own.read_text().splitlines()[0] + "\n")
     assert who_answered([own], None, *mine) == "as in the data"
@@ -351,12 +310,6 @@ def test_a_card_says_who_answered(own, tmp_path, caplog):
     card_path(own).write_text("{")
     with pytest.raises(EagleError, match="not a readable data card"):
         who_answered([own], None, *mine)
-
-
-def test_a_head_records_whose_answers_it_learnt(base, own, tmp_path):
-    assert run(config(base, own, tmp_path / "run", max_steps=1), quiet=True) == 0
-    recorded = json.loads((tmp_path / "run" / "head" / "eagle.json").read_text())
-    assert recorded["data"]["answers"] == "written by the target"
 
 
 def test_a_blank_before_the_first_word_is_kept():
