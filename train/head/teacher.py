@@ -50,9 +50,7 @@ class PackedRows(TreeContext):
 
 
 @torch.no_grad()
-def hidden_and_features(
-    states, ids: torch.Tensor, mask: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
+def hidden_and_features(states, ids: torch.Tensor, mask: torch.Tensor) -> tuple:
     """Of `states`, a `Target` or a `FeatureStore`: ids [B, T] with padding on the right, mask [B,
     T] 1 on real tokens -> packed hidden [N, H] (what enters the target's output embedding) and
     features [N, F]."""
@@ -69,7 +67,7 @@ def hidden_and_features(
     try:
         one = torch.zeros(1, dtype=torch.int64, device=ids.device)
         positions = context.pack(context.positions)
-        _, features = states.run(context.pack(ids), positions, context, keep=one)
+        _, features = states.run(context, context.pack(ids), positions, keep=one)
     finally:
         hook.remove()
     return entered[0][0], features[0]
