@@ -17,7 +17,7 @@ from configs import cli
 from configs.load import load_config
 from configs.schema import HeadTrainConfig
 from eagle.errors import EagleError
-from eagle.files import atomic_write_text
+from eagle.files import atomic_write_text, read_json
 from eagle.loading import find_folder, load_tokenizer
 from eagle.model import EMBEDDED_HEAD
 from eagle.tree import TreeShape
@@ -33,6 +33,7 @@ CASES = {
     "bench_given": ("b", "given", "tuned"),
     "bench_adapted": ("c", "adapted", "tuned"),
 }
+COPIED = ("tau", "tokens_per_second", "vs_hf", "new_tokens", "looping")
 
 
 def pipeline(
@@ -68,14 +69,15 @@ def pipeline(
     require(locals(), "num_answers", "num_prompts", "max_new_tokens", "repeats")
     if data_format not in FORMATS:
         raise EagleError(f"data_format={data_format!r} has no prompts; use {', '.join(FORMATS)}")
-    embedded = base is None
+    if embedded := base is None:
+        sft_config, head_config = sft_config or "pipeline", head_config or "pipeline_head"
     tree = str(TreeShape.parse(tree or ("16,4,4" if embedded else "60,7,10")))
     given = find_folder(head, "head") if head else EMBEDDED_HEAD if embedded else None
     settings = split_overrides(overrides)
-    sft_config = sft_config or ("pipeline" if embedded else None)
-    head_config = head_config or ("pipeline_head" if embedded else None)
-    quantized = {"model.quantization": quantization}
-    load_config(HeadTrainConfig, head_config, settings["head"], quantized)  # refuses what is wrong
+    # refuses what is wrong
+    load_config(
+        HeadTrainConfig, head_config, settings["head"], {"model.quantization": quantization}
+    )
     folder = Path(output).expanduser()
     steps, cards = Steps(folder), folder / "data"
     if data is None and heldout is None and data_format == "chat":
@@ -129,7 +131,7 @@ def pipeline(
             out = folder / f"{name}.json"
             more = {"head": drafter, "num_prompts": num_prompts, "json": out}
             steps.run(name, words(bench, **target, **more, **same), out)
-            found[name] = read(out)
+            found[name] = read_json(out)
 
     plan = {"base": "embedded" if embedded else Path(base).name, "given_head": given and given.name}
     plan |= {"quantization": quantization, "data_format": data_format, "num_prompts": count}
@@ -165,12 +167,7 @@ def require_rows(data: Path, heldout: Path, base: str | None) -> None:
 
 
 def read_lines(path: Path) -> list[str]:
-    lines = path.read_text("utf-8", errors="replace").split("\n")
-    return [line for line in lines if line.strip()]
-
-
-def read(path: Path) -> dict:
-    return json.loads(path.read_text("utf-8"))
+    return [line for line in path.read_text("utf-8", "replace").split("\n") if line.strip()]
 
 
 def summarise(folder: Path, found: dict[str, dict], spent: dict[str, float], plan: dict) -> dict:
@@ -183,21 +180,19 @@ def summarise(folder: Path, found: dict[str, dict], spent: dict[str, float], pla
         runs = {run["engine"]: run for run in bench["runs"]}
         eagle, plain = runs["eagle"], runs["vanilla"]["tokens_per_second"]
         row = dict(zip(("case", "head", "target"), CASES[name], strict=True))
-        for key in ("tau", "tokens_per_second", "vs_hf", "new_tokens", "looping"):
-            row[key] = eagle[key]
+        row |= {key: eagle[key] for key in COPIED}
         row |= {"plain": plain, "vs_vanilla": eagle["tokens_per_second"] / plain}
-        rows.append({**row, **equality(bench)})
-    answers = read(folder / "answers" / "answers.card.json")["counts"]["answers"]
+        rows.append(row | equality(bench))
+    answers = read_json(folder / "answers" / "answers.card.json")["counts"]["answers"]
     return {
         "kind": "pipeline",
         **plan,
-        "sft": read(folder / "sft" / "summary.json"),
-        "head": {**read(folder / "head" / "summary.json"), "answers": answers},
+        "sft": read_json(folder / "sft" / "summary.json"),
+        "head": {**read_json(folder / "head" / "summary.json"), "answers": answers},
         "rows": rows,
         "exact": exact,
         "identical": all(each["identical"] for each in (*rows, *exact.values())),
-        "dtype": found["bench_adapted"]["dtype"],
-        "environment": found["bench_adapted"]["environment"],
+        **{name: found["bench_adapted"][name] for name in ("dtype", "environment")},
         "stages": {name: round(seconds, 1) for name, seconds in spent.items()},
         "minutes": round(sum(spent.values()) / 60, 2),
         "sample": json.loads(read_lines(folder / "generations.jsonl")[0]),
@@ -216,11 +211,9 @@ def equality(found: dict) -> dict:
 
 
 def markdown(report: dict) -> str:
-    sft = report["sft"]
+    sft, head = report["sft"], report["head"]
     before, after = sft["heldout_before"], sft["heldout_after"]
-    tuning = [["held-out", "before SFT", "after"]]
-    for name in ("loss", "token_accuracy"):
-        tuning.append([name, f"{before[name]:.3f}", f"{after[name]:.3f}"])
+    learned = "; ".join(f"{k} {before[k]:.3f} → {after[k]:.3f}" for k in ("loss", "token_accuracy"))
     columns = {name: name for name in ("case", "head", "target")}
     columns |= {"τ": "tau:.2f", "tokens/s": "tokens_per_second:.0f", "plain": "plain:.0f"}
     columns |= {"vs plain": "vs_vanilla:.2f", "vs stock": "vs_hf:.2f", "looping": "looping:.0%"}
@@ -228,20 +221,17 @@ def markdown(report: dict) -> str:
     parts = [
         "# Fine-tune, then accelerate",
         f"Base {report['base']}, {report['quantization']}: {sft['steps']} steps of SFT on "
-        f"{sft['data']['rows']} rows, then {report['head']['steps']} steps of the head "
-        f"({report['given_head'] or 'from scratch'}) on {report['head']['answers']} answers of the "
-        "tuned model.",
-        grid(tuning),
+        f"{sft['data']['rows']} rows (held-out {learned}), then {head['steps']} steps of the head "
+        f"({report['given_head'] or 'from scratch'}) on {head['answers']} answers of the tuned "
+        "model.",
         grid(tabulate(report["rows"], **columns)),
         f"{report['num_prompts']} held-out prompts, {report['max_new_tokens']} new tokens at most, "
         f"greedy, batch 1, {report['dtype']}, tree {report['tree']}; {report['minutes']} minutes.",
-        *(
-            f"{name} head in fp32: {found['rows']} of {found['compared']} outputs differ from the "
-            "tuned target's own."
-            for name, found in report["exact"].items()
-        ),
-        f"An answer of the tuned model:\n\n````\n{report['sample']['completion']}\n````",
     ]
+    for name, found in report["exact"].items():
+        differ = f"{found['rows']} of {found['compared']} outputs differ"
+        parts.append(f"{name} head in fp32: {differ} from the tuned target's own.")
+    parts.append(f"An answer of the tuned model:\n\n````\n{report['sample']['completion']}\n````")
     return "\n\n".join(parts) + "\n"
 
 

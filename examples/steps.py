@@ -72,15 +72,15 @@ class Steps:
             before = json.loads(mark.read_text("utf-8"))
         except (OSError, ValueError):  # it never began, or its mark is torn
             before = {}
-        same = {key: before.get(key) for key in state} == state
+        same = state.items() <= before.items()
         if same and before["done"] and all(path.exists() for path in outputs):
-            self.spent[name] = before.get("seconds", 0.0)
+            self.spent[name] = before["seconds"]
             self.console.print(f"done before, in {self.spent[name]:.0f} s")
             return
         started = time.monotonic()
         if same and not before["done"] and resume is not None:
             command = [*command, *resume]
-            started -= before.get("seconds", 0.0)
+            started -= before["seconds"]
         else:
             for path in outputs:
                 shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)

@@ -177,9 +177,11 @@ def full_disk_told(output: Path) -> Iterator[None]:
     """A disk that takes no more becomes one line with the remedy."""
     try:
         yield
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, RuntimeError) as error:
         named = re.search(r"os error (\d+)", str(error))  # how safetensors passes one on
         number = int(named[1]) if named else getattr(error, "errno", None)
+        if "PytorchStreamWriter" in str(error):  # torch.save gives no number
+            number = errno.ENOSPC
         if number not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
         raise EagleError(

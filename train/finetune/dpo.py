@@ -22,7 +22,7 @@ from configs.finetune_schema import DpoConfig
 from records.chat import require_template
 from train.finetune.preference import render_pair
 from train.finetune.run import Run, load_rows
-from train.finetune.trainer import RunTrainer, arguments, token_losses
+from train.finetune.trainer import RunTrainer, begin, token_losses
 
 MEASURED = ("loss", "reward_accuracy", "reward_margin", "reward_chosen", "reward_rejected")
 
@@ -37,8 +37,7 @@ def dpo(run: Run) -> int:
     card |= {"format": "preference", "passages_cut": sum(pair.passages_cut for pair in pairs)}
     loss = {"loss_type": [cfg.dpo.loss], **cfg.dpo.model_dump(exclude={"loss"})}
     # pairs that are too long were set aside
-    args = arguments(TrlConfig, run, max_length=None, **loss)
-    run.identify(card)
+    args = begin(run, card, TrlConfig, max_length=None, **loss)
     sets = [Dataset.from_list([pair._asdict() for pair in part]) for part in (pairs, heldout)]
     collate = DataCollatorForPreference(run.tokenizer.pad_token_id or 0, pad_to_multiple_of=8)
     return PreferenceTrainer(run, args, *sets, collate).fit()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 from torch.nn.utils.rnn import pad_sequence
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer
 
 from configs.errors import ConfigError
 from configs.finetune_schema import MultitaskConfig, TaskConfig
@@ -32,7 +33,7 @@ from train.finetune.tasks import (
     reliability,
     render_record,
 )
-from train.finetune.trainer import RunTrainer, arguments
+from train.finetune.trainer import RunTrainer, begin
 
 CALIBRATION = 96  # rows whose states set the heads' scale
 
@@ -49,22 +50,16 @@ def multitask(run: Run) -> int:
     if cfg.data.eval_paths:
         count_labels(heldout, tasks, "held-out")
     run.tasks = [task.model_dump(mode="json") for task in tasks]
-    args = arguments(TrainingArguments, run)
     collate = TaskCollator(run.tokenizer.pad_token_id or 0, tasks)
-    attach_heads(run, rows, collate)
-    run.identify(card)
-    mixture = mix(cfg, by_task(rows))
-    held = RoundRobin(by_task(heldout))
+    args = begin(run, card, attach=partial(attach_heads, rows, collate))
+    kinds, held = by_task(rows), RoundRobin(by_task(heldout))
+    # an epoch lasts until each task has been seen whole
+    weights = [len(kind) ** (1 / cfg.balance.temperature) for kind in kinds]
+    mixture = MixtureDataset(kinds, weights, cfg.data.seed)
     return MultitaskTrainer(run, args, mixture, held, collate, mixture).fit()
 
 
-def mix(cfg: MultitaskConfig, kinds: list[list[TaskRow]]) -> MixtureDataset:
-    """Kinds drawn by rows ** (1 / temperature); an epoch lasts until each has been seen whole."""
-    weights = [len(kind) ** (1 / cfg.balance.temperature) for kind in kinds]
-    return MixtureDataset(kinds, weights, cfg.data.seed)
-
-
-def attach_heads(run: Run, rows: list[TaskRow], collate: TaskCollator) -> None:
+def attach_heads(rows: list[TaskRow], collate: TaskCollator, run: Run) -> None:
     """Heads on the scale of the training labels and of the states before training; the same on
     every rank."""
     cfg: MultitaskConfig = run.cfg

@@ -58,36 +58,26 @@ class Run:
     output: Path
     quiet: bool = False
     resume: Path | None = None
-    tokenizer: Any = None
     model: Any = None
-    record: dict = field(default_factory=dict)
     tasks: list[dict] | None = None
     predictions: list[dict] = field(default_factory=list)
     started: float = field(default_factory=time.monotonic)
 
-    def autocast(self):
-        """Of training and evaluation: bf16 products, fp32 adapter weights and sums."""
-        on = self.cfg.model.compute == "bf16"
-        return torch.autocast(self.world.device.type, torch.bfloat16, enabled=on)
-
-    def note(self, text: str) -> None:
-        if not self.quiet and self.world.first:
-            print(text, flush=True)
-
-    def prepare(self) -> None:
+    def __post_init__(self) -> None:
         """The tokenizer, what an adapter of this run will say of its base, and what "auto" means:
         a resumed run keeps its own, which another machine may read otherwise."""
         m, had = self.cfg.model, read_record(self.resume) if self.resume else {}
         names = [k for k in ("dtype", "compute") if getattr(m, k) == "auto"]
-        m = m.model_copy(update={k: had.get(k, "auto") for k in names})
-        self.settle(dtype=m.dtype, compute=resolve_compute(m.compute, self.world.device))
+        kept = {k: had.get(k, "auto") for k in names}
+        compute = resolve_compute(kept.get("compute", m.compute), self.world.device)
+        self.settle(**{**kept, "compute": compute})
         self.tokenizer = load_tokenizer(m.base)
         found = base_fingerprint(m.base)
         self.record = {
             "method": self.method,
             "base": {"id": base_name(m.base), "fingerprint": found},
             "quantization": m.quantization,
-            "compute": self.cfg.model.compute,
+            "compute": compute,
             "tokenizer": tokenizer_hash(self.tokenizer),
         }
         if m.adapter is not None:
@@ -99,7 +89,18 @@ class Run:
     def settle(self, **values: str) -> None:
         self.cfg = self.cfg.model_copy(update={"model": self.cfg.model.model_copy(update=values)})
 
-    def build_model(self) -> None:
+    def autocast(self):
+        """Of training and evaluation: bf16 products, fp32 adapter weights and sums."""
+        on = self.cfg.model.compute == "bf16"
+        return torch.autocast(self.world.device.type, torch.bfloat16, enabled=on)
+
+    def note(self, text: str) -> None:
+        if not self.quiet and self.world.first:
+            print(text, flush=True)
+
+    def load(self, data: dict, attach: Callable[[Run], None] | None) -> None:
+        """The model, to which `attach` may add, and what a resumed run must share with this one.
+        `data`: what the data card says."""
         with Bar(self.quiet or not self.world.first) as bar:
             bar.doing("loading the base model")
             self.model = build_policy(self.cfg.model, self.cfg.lora, self.cfg.train.seed)
@@ -111,17 +112,16 @@ class Run:
         limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         if limit and (length := self.cfg.data.max_length) > limit:
             raise EagleError(f"data.max_length={length} exceeds the {limit} positions of the base")
-
-    def identify(self, data: dict) -> None:
-        """`data`: what the data card says. Fixes what a resumed run must share with this one."""
+        if attach is not None:
+            attach(self)
         # before TRL adds the reference's adapter; a packed 4-bit weight counts what it stands for
         trainable, total = self.model.get_nb_trainable_parameters()
         self.record |= {"data": data, "trainable_parameters": trainable, "total_parameters": total}
-        lora = self.cfg.lora.model_dump(exclude={"dropout"})
         identity = {
             "base": self.record["base"]["fingerprint"],
             **{k: self.record[k] for k in ("quantization", "dtype", "compute")},
-            "adapter": self.record.get("started_from") or lora,
+            "adapter": self.record.get("started_from")
+            or self.cfg.lora.model_dump(exclude={"dropout"}),
             "data": {k: v for k, v in data.items() if isinstance(v, (int, str))},
             "train.seed": self.cfg.train.seed,
             "tasks": self.tasks,
@@ -145,21 +145,21 @@ class Run:
             shutil.copytree(best, folder, dirs_exist_ok=True, ignore=skip)
         if (made := best / PREDICTIONS).exists():
             atomic_write_text(self.output / PREDICTIONS, made.read_text(encoding="utf-8"))
-        weights = (self.output / "adapter").glob("*.safetensors")
         found = {}
         for row in (row for row in state.log_history if "eval_loss" in row):
             scores = {k[5:]: v for k, v in row.items() if k.startswith("eval_")}
             found[row["step"]] = {k: v for k, v in scores.items() if k not in ("seconds", "tokens")}
         before, after = next(iter(found.values()), {}), found.get(step_of(best), {})
-        totals = {k: self.record[k] for k in ("trainable_parameters", "total_parameters")}
+        trainable, total = (self.record[f"{n}_parameters"] for n in ("trainable", "total"))
         summary = {
             "method": self.method,
             "steps": state.global_step,
             "epochs": state.epoch,
             "seconds": time.monotonic() - self.started,
-            **totals,
-            "trainable_share": totals["trainable_parameters"] / totals["total_parameters"],
-            "adapter_bytes": sum(path.stat().st_size for path in weights),
+            "trainable_parameters": trainable,
+            "total_parameters": total,
+            "trainable_share": trainable / total,
+            "adapter_bytes": sum(f.stat().st_size for f in best.glob("*.safetensors")),
             "peak_memory_mb": peak,
             "heldout_before": before or None,
             "heldout_after": after,
@@ -183,9 +183,7 @@ def execute(cfg: Any, method: str, body: Callable[[Run], int], quiet: bool = Fal
         logging.getLogger("records").setLevel(logging.ERROR)
     with claimed(world, cfg.train.output, method, cfg.train.resume) as output:
         resume = world.first_does(lambda: start_of(output, cfg.train.resume))
-        run = Run(cfg, method, world, output, quiet, resume)
-        run.prepare()
-        return body(run)
+        return body(Run(cfg, method, world, output, quiet, resume))
 
 
 def start_of(output: Path, resume: str | None) -> Path | None:

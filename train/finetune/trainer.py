@@ -7,7 +7,6 @@ ends.
 from __future__ import annotations
 
 import copy
-import errno
 import json
 import math
 import os
@@ -35,9 +34,11 @@ from train.runs import MetricsLog, StopSignals, full_disk_told, prune, trim_heap
 NEVER = 10**9  # steps; evaluations at the start and the end are asked for elsewhere
 
 
-def arguments(cls: type[TrainingArguments], run: Run, **more: Any) -> TrainingArguments:
-    """A run's config as transformers' TrainingArguments, or TRL's, which take `more`; and its model,
-    which ZeRO 3 wants to be made after them."""
+def begin(
+    run: Run, card: dict, cls: type = TrainingArguments, attach: Any = None, **more: Any
+) -> TrainingArguments:
+    """A run's config as transformers' TrainingArguments, or TRL's, which take `more`. Then the
+    model is loaded, which ZeRO 3 wants to be made after them. card and attach: see `Run.load`."""
     t = run.cfg.train
     if t.zero is not None:
         more["deepspeed"] = preset = zero_preset(t.zero)  # the adapter is its own fp32 master copy
@@ -78,7 +79,7 @@ def arguments(cls: type[TrainingArguments], run: Run, **more: Any) -> TrainingAr
         ddp_find_unused_parameters=False,
         **more,
     )
-    run.build_model()
+    run.load(card, attach)
     return made
 
 
@@ -92,11 +93,10 @@ class Journal(TrainerCallback):
         self.spent = 0.0  # share of the time budget
 
     def on_train_begin(self, args, state, control, **kwargs):
-        run, self.began, self.log = self.run, time.monotonic(), None
-        if run.world.first:
-            self.log = MetricsLog(run.output / "metrics.jsonl", state.global_step)
-        quiet = run.quiet or not run.world.first
-        self.bar = Meter("step", state.max_steps, "rows", state.global_step, quiet=quiet)
+        self.began, first, step = time.monotonic(), self.run.world.first, state.global_step
+        self.log = MetricsLog(self.run.output / "metrics.jsonl", step) if first else None
+        quiet = self.run.quiet or not first
+        self.bar = Meter("step", state.max_steps, "rows", step, quiet=quiet)
 
     def on_epoch_begin(self, args, state, control, **kwargs):
         if self.mixture is not None:  # it has another order in each
@@ -140,25 +140,26 @@ class RunTrainer:
         self, run: Run, args: Any, rows: Any, heldout: Any, collate: Any, mixture: Any = None
     ) -> None:
         self.run, self.heldout, self.journal = run, heldout, Journal(run, mixture)
-        watching = [self.journal]
-        if patience := run.cfg.train.early_stopping_patience:
-            watching.append(EarlyStoppingCallback(patience))
-        kept = {n: p.detach().clone() for n, p in run.model.named_parameters() if p.requires_grad}
-        tokenizer = {} if run.tasks else {"processing_class": copy.deepcopy(run.tokenizer)}
-        sets = {"train_dataset": rows, "eval_dataset": rows}  # the second is asked for, never read
-        more = {"data_collator": collate, "callbacks": watching, **sets, **tokenizer}
-        super().__init__(model=run.model, args=args, **more)
-        for name, p in run.model.named_parameters():
-            if name in kept:  # TRL rounds the adapter of a quantized model to bf16
-                p.data = kept[name].to(p.device)
+        patience = run.cfg.train.early_stopping_patience
+        kept = [(p, p.detach().clone()) for p in run.model.parameters() if p.requires_grad]
+        super().__init__(
+            model=run.model,
+            args=args,
+            data_collator=collate,
+            train_dataset=rows,
+            eval_dataset=rows,  # asked for, never read
+            callbacks=[self.journal, *([EarlyStoppingCallback(patience)] if patience else [])],
+            **({} if run.tasks else {"processing_class": copy.deepcopy(run.tokenizer)}),
+        )
+        for p, before in kept:  # TRL rounds the adapter of a quantized model to bf16
+            p.data = before.to(p.device)
         self.remove_callback(PrinterCallback)
 
     def fit(self) -> int:
         """Train, publish, and return the exit code."""
-        resume = str(self.run.resume) if self.run.resume else None
         with self.journal.stop as stop:
             try:
-                self.train(resume_from_checkpoint=resume)
+                self.train(resume_from_checkpoint=self.run.resume and str(self.run.resume))
             finally:
                 self.journal.bar.close()
         if stop.number:
@@ -202,9 +203,8 @@ class RunTrainer:
         found["seconds"] = time.perf_counter() - began
         metrics = {f"{metric_key_prefix}_{k}": v for k, v in found.items()}
         self.log(dict(metrics))
-        self.control = self.callback_handler.on_evaluate(
-            self.args, self.state, self.control, metrics
-        )
+        told = self.args, self.state, self.control, metrics
+        self.control = self.callback_handler.on_evaluate(*told)
         return metrics
 
     def shares(self) -> Iterator[tuple[list, torch.Tensor]]:
@@ -253,11 +253,6 @@ class RunTrainer:
                 super()._save_checkpoint(model, trial)
                 run.world.wait()  # every rank has written its part
                 run.world.first_does(publish)
-        except RuntimeError as error:
-            if "PytorchStreamWriter" not in str(error):
-                raise
-            with full_disk_told(run.output):
-                raise OSError(errno.ENOSPC, str(error)) from error
         finally:
             if run.world.first:
                 shutil.rmtree(staging, ignore_errors=True)

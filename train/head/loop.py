@@ -9,7 +9,6 @@ import math
 import time
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -42,26 +41,19 @@ from train.tracking.perf import FlopCount
 from train.tracking.recorder import Recorder
 
 
-@dataclass(frozen=True)
 class Schedule:
     """Linear warmup, then cosine, over the run. total: optimizer steps, None when only the clock
-    ends it. budget: seconds, None when only steps do."""
+    ends it. budget: seconds."""
 
-    cfg: TrainConfig
-    total: int | None
-    budget: float | None
-
-    @classmethod
-    def of(cls, cfg: TrainConfig, rows: int, rows_a_step: int) -> Schedule:
-        minutes, total = cfg.time_budget_minutes, cfg.max_steps
-        if total is None and minutes is None:
-            total = max(1, math.ceil(rows * cfg.epochs / rows_a_step))
-        return cls(cfg, total, minutes * 60 if minutes else None)
+    def __init__(self, cfg: TrainConfig, rows: int, rows_a_step: int) -> None:
+        self.cfg, self.total, minutes = cfg, cfg.max_steps, cfg.time_budget_minutes
+        if self.total is None and minutes is None:
+            self.total = max(1, math.ceil(rows * cfg.epochs / rows_a_step))
+        self.budget = 60 * (minutes or math.inf)
 
     def fraction(self, steps: int, elapsed: float) -> float:
         """0 … 1: `steps` done after `elapsed` seconds; whatever ends the run first counts."""
-        by_steps = steps / self.total if self.total else 0.0
-        return max(by_steps, elapsed / self.budget if self.budget else 0.0)
+        return max(steps / (self.total or math.inf), elapsed / self.budget)
 
     def lr(self, fraction: float) -> float:
         peak, low, warm = self.cfg.lr, self.cfg.lr * self.cfg.min_lr_ratio, self.cfg.warmup_ratio
@@ -77,8 +69,11 @@ class Trainer:
     def __init__(
         self, cfg: HeadTrainConfig, output: Path, world: World, quiet: bool = False
     ) -> None:
-        self.output, self.world = output, world
-        resumed = self._find_checkpoint(cfg.train.resume)
+        self.output, self.world, resume = output, world, cfg.train.resume
+        path = resume and world.first_does(
+            lambda: (found := disk.find_checkpoint(output, resume)) and found.path
+        )
+        resumed = disk.load_checkpoint(path) if path else None
         cfg = settle(cfg, world.device, resumed.info.get("config") if resumed else None)
         t = cfg.train
         if not world.first:
@@ -108,7 +103,7 @@ class Trainer:
         self.engine = Engine(self.module, cfg, world)
         self.steps = Steps(parts.data, t, parts.pad_id, world.rank, world.size)
         self.batches: Iterator[list[MicroBatch]] | None = None
-        self.schedule = Schedule.of(t, len(parts.data), self.steps.rows)
+        self.schedule = Schedule(t, len(parts.data), self.steps.rows)
         self.sources = SourceMetrics(parts.data.sources, self.module.depth_weights)
         self.signals = StopSignals()
         self.step, self.rows_seen, self.elapsed_before = 0, 0, 0.0
@@ -121,15 +116,6 @@ class Trainer:
         self.accumulate = Accumulator(cfg, world, parts, self.engine, self.steps, self.seen)
         if resumed is not None:
             self._restore(resumed)
-
-    def _find_checkpoint(self, resume: str | None) -> disk.TrainState | None:
-        """The checkpoint to go on from, which the first rank chooses."""
-        if not resume:
-            return None
-        path = self.world.first_does(
-            lambda: (state := disk.find_checkpoint(self.output, resume)) and state.path
-        )
-        return path and disk.load_checkpoint(path)
 
     def _restore(self, resumed: disk.TrainState) -> None:
         info = resumed.info
@@ -207,25 +193,21 @@ class Trainer:
         if self.step == 0 and not self.evaluations:
             self._evaluate()
         elapsed, number = self._agree()
-        span = 0.0  # of a step, to place the learning rate of a timed run in its middle
-        saved = None
-        while not number and not self._stalled() and self.schedule.fraction(self.step, elapsed) < 1:
-            ahead = 1 if self.schedule.total else 0
-            fraction = self.schedule.fraction(self.step + ahead, elapsed + span)
+        done, saved = self.schedule.fraction(self.step, elapsed), None
+        span = 0.0  # of a step, to place the learning rate of a timed run
+        while not number and done < 1 and not self._stalled():
+            fraction = self.schedule.fraction(self.step + 1, elapsed + span)
             row = self.train_step(self.schedule.lr(fraction))
             before = elapsed
             elapsed, number = self._agree()
-            span = elapsed - before if self.schedule.budget else 0.0
+            span = elapsed - before
             done = self.schedule.fraction(self.step, elapsed + span)
-            last = number or done >= 1
-            self._report(row, done, elapsed, bool(last))
-            due = t.eval_every and self.step % t.eval_every == 0
-            if due and not last:
+            last = bool(number) or done >= 1
+            self._report(row, done, elapsed, last)
+            if t.eval_every and self.step % t.eval_every == 0 and not last:
                 saved = self._evaluate()
             elif number or (self.step % t.save_every == 0 and not last):
                 saved = self._save()
-            if done >= 1:
-                break
         self.batches = None  # ends the reader
         self.seen.progress.close()
         if number:

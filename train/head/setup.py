@@ -5,7 +5,6 @@ V target vocabulary, D draft vocabulary: which target tokens the head can propos
 from __future__ import annotations
 
 import copy
-import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -98,9 +97,9 @@ def build(
             raise EagleError("eval.max_new_tokens leaves no room for a prompt; lower it")
         prompts = heldout_prompts(held_out, cfg.eval.num_prompts, limit)
     counts = data.token_counts(target.vocab_size)
-    always = special_ids(tokenizer, target.vocab_size)
-    random.seed(cfg.train.seed)
-    np.random.seed(cfg.train.seed % 2**32)
+    # end, FIM, chat and other added tokens that lie in the model's vocabulary
+    added = set(tokenizer.added_tokens_decoder) | set(tokenizer.all_special_ids)
+    always = sorted(i for i in added if 0 <= i < target.vocab_size)
     torch.manual_seed(cfg.train.seed)
     head = _warm(cfg, target) if m.init_head else _fresh(cfg, target, counts, always)
     if draft_ids is not None:
@@ -229,12 +228,6 @@ def _warm(cfg: HeadTrainConfig, target: Target) -> DraftHead:
                 "that, or leave it out"
             )
     return head.requires_grad_(True)
-
-
-def special_ids(tokenizer, vocab_size: int) -> list[int]:
-    """End, FIM, chat and other added tokens that lie in the model's vocabulary."""
-    ids = set(tokenizer.added_tokens_decoder) | set(tokenizer.all_special_ids)
-    return sorted(i for i in ids if 0 <= i < vocab_size)
 
 
 def choose_draft_vocab(counts: np.ndarray, always: list[int], size: int) -> torch.Tensor:

@@ -50,9 +50,7 @@ class PackedRows(TreeContext):
 
 
 @torch.no_grad()
-def hidden_and_features(
-    states, ids: torch.Tensor, mask: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
+def hidden_and_features(states, ids: torch.Tensor, mask: torch.Tensor) -> tuple:
     """Of `states`, a `Target` or a `FeatureStore`: ids [B, T] with padding on the right, mask [B,
     T] 1 on real tokens -> packed hidden [N, H] (what enters the target's output embedding) and
     features [N, F]."""
