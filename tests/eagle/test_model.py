@@ -2,7 +2,6 @@
 threads."""
 
 import copy
-import dataclasses
 import io
 import pickle
 import threading
@@ -102,7 +101,7 @@ def test_threads_take_turns(llama, sampling):
     """On one model, on another head over the same target that reads other layers, and on a bare
     one."""
     head = make_head(llama, seed=5)
-    head.config = dataclasses.replace(head.config, feature_layers=(0, 1, 4))
+    head.config = head.config.model_copy(update={"feature_layers": (0, 1, 4)})
     first, other, bare = head_model(llama), EaModel(llama, head, "8,4,2"), EaModel(llama)
     jobs = [
         (m, p)

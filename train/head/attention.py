@@ -62,8 +62,8 @@ class UnrolledAttention:
             if block.n <= BLOCK:
                 out.append(attend(*given))
             else:  # scores of many keys are made again in the backward pass; few cost less to keep
-                kept = {"use_reentrant": False, "preserve_rng_state": False}
-                out.append(checkpoint(attend, *given, **kept))
+                made = checkpoint(attend, *given, use_reentrant=False, preserve_rng_state=False)
+                out.append(made)
         return torch.cat(out, 2).flatten(0, 1).transpose(0, 1)[None]
 
 

@@ -133,10 +133,7 @@ class Pretends(EaModel):
         parts = {"target": 1.234, "head": 0.5} if draft else {"target": 1.234}
         return parts if compile == "max" else {}
 
-    def _compile(self, mode, drafter):
-        return super()._compile("off", drafter)
-
-    def generate(self, prompts, tree=None, **options):
+    def generate(self, prompts, tree=None, compile=None, **options):
         return super().generate(prompts, tree=None if tree == "auto" else tree, **options)
 
     def explain(self):

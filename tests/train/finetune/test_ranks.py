@@ -33,7 +33,7 @@ for line in open(sys.argv[1]):
 KEYS = {
     "sft": ("eval_loss", "eval_token_accuracy"),
     "dpo": ("eval_loss", "eval_reward_margin"),
-    "multitask": ("eval_loss", "eval_score/mae", "eval_kind/accuracy", "eval_rank/ndcg"),
+    "multitask": ("eval_loss", "eval_score/mae", "eval_kind/loss", "eval_rank/loss"),
 }
 SIZES = {"sft": 2, "dpo": 2, "multitask": 1}
 # stage 3 last: transformers keeps it for every model that the process loads afterwards
