@@ -63,7 +63,6 @@ def configs(answers):
     yield "one gram", config(no_repeat_ngram_size=1)
     yield "eos", config(eos_token_id=rare[:2])
     yield "min new tokens", config(eos_token_id=[first[2], answers[1][4]], min_new_tokens=11)
-    yield "bad words", config(bad_words_ids=bad)
     yield "bad words and eos", config(bad_words_ids=[*bad, [first[4]]], eos_token_id=first[4])
     yield "suppressed", config(suppress_tokens=[first[0], first[5], answers[3][1]])
     yield "length", GenerationConfig(max_length=15, pad_token_id=0)
@@ -144,25 +143,6 @@ class Whole(LogitsProcessor):
         return scores + 6 * noise
 
 
-@pytest.mark.parametrize(
-    "sampling", [{}, {"temperature": 1.2, "seed": 8}], ids=["greedy", "sampled"]
-)
-@pytest.mark.parametrize("family", ["llama", "mistral"])
-def test_a_processor_that_reads_the_whole_context(targets, family, sampling):
-    target = targets(family)
-    options = dict(max_new_tokens=NEW, logits_processor=Whole(), **sampling)
-    expected = plain(target, PROMPTS, **options)
-    assert expected != plain(target, PROMPTS, max_new_tokens=NEW, **sampling)
-    if not sampling:
-        for prompt, tokens in zip(PROMPTS, expected, strict=True):
-            assert stock_greedy(target, prompt, NEW, logits_processor=[Whole()]) == tokens
-    for model in engines(target, expected):
-        result = model.generate(PROMPTS, **options)
-        assert new_tokens(result) == expected
-        if isinstance(model.drafter, ScriptedDrafter) and model.drafter.right:
-            assert result.tau > 4  # the processor ran on deep nodes, not on the roots alone
-
-
 def stock_processors(model, ids):
     """One of each kind that goes with text; ids [B, T]: the prompts."""
     from transformers import SynthIDTextWatermarkingConfig
@@ -171,7 +151,6 @@ def stock_processors(model, ids):
     T, V, eos = ids.shape[1], 128, 3
     watermark = SynthIDTextWatermarkingConfig(keys=[5, 9, 31], ngram_len=3, context_history_size=8)
     return {
-        "MinLength": lambda: hf.MinLengthLogitsProcessor(T + 9, eos),
         "MinNewTokens": lambda: hf.MinNewTokensLengthLogitsProcessor(T, 9, eos),
         "RepetitionPenalty": lambda: hf.RepetitionPenaltyLogitsProcessor(1.6),
         "EncoderRepetitionPenalty": lambda: hf.EncoderRepetitionPenaltyLogitsProcessor(3.0, ids),
@@ -187,14 +166,13 @@ def stock_processors(model, ids):
         ),
         "ForcedEOS": lambda: hf.ForcedEOSTokenLogitsProcessor(T + 11, eos),
         "ExponentialDecay": lambda: hf.ExponentialDecayLengthPenalty((2, 1.4), eos, T),
-        "LogitNormalization": lambda: hf.LogitNormalization(),
         "SuppressAtBegin": lambda: hf.SuppressTokensAtBeginLogitsProcessor(range(100), T),
-        "Suppress": lambda: hf.SuppressTokensLogitsProcessor(range(0, V, 2)),
         "UnbatchedClassifierFreeGuidance": lambda: (
             hf.UnbatchedClassifierFreeGuidanceLogitsProcessor(2.5, model, ids.flip(1))
         ),
         "Watermark": lambda: hf.WatermarkLogitsProcessor(V, "cpu", bias=8.0),
         "SynthID": lambda: watermark.construct_processor(V, "cpu"),
+        "reads the whole context": Whole,
         "counts its calls": Counting,
         "reads the first row": lambda: (
             lambda seen, scores: scores.index_fill(-1, seen[0, -3:] % V, -1e9)
@@ -223,25 +201,35 @@ class ByRow(LogitsProcessor):
 
 
 SAME_LENGTH = make_prompts((7, 7, 7), seed=3)
+UNEVEN = [[t or 1 for t in p] for p in make_prompts((9, 3, 6))]  # 0 is the padding
+CASES = [(name, SAME_LENGTH) for name in stock_processors(None, torch.ones(1, 1))]
+CASES += [(name, UNEVEN) for name in ("RepetitionPenalty", "MinNewTokens", "NoRepeatNGram")]
+CASES += [("UnbatchedClassifierFreeGuidance", UNEVEN)]
 
 
-@pytest.mark.parametrize("name", stock_processors(None, torch.ones(1, 1)))
-def test_processors_of_a_batch_do_what_they_do_in_stock_generate(llama, name):
-    """Also where they look at the row's number, at one row, or keep state between calls."""
-    ids = torch.tensor(SAME_LENGTH)
+@pytest.mark.parametrize("name, prompts", CASES)
+def test_processors_of_a_batch_do_what_they_do_in_stock_generate(llama, name, prompts):
+    """Also where they look at the row's number, at its padding, at one row, or keep state."""
+    ids, mask = padded(prompts, "left")
     make = stock_processors(llama.model, ids)[name]
-    options = dict(max_new_tokens=18, eos_token_id=3, pad_token_id=0)
+    options = dict(attention_mask=mask, max_new_tokens=18, eos_token_id=3, pad_token_id=0)
     with llama.stock() as stock_model, torch.no_grad():
         expected = stock_model.generate(ids, logits_processor=[make()], do_sample=False, **options)
     if name == "reads the first row":  # which in a batch is another's: alone it is its own
         ids, alone = ids[:1], dict(eos_token_id=3, logits_processor=[make()])
-        expected = torch.tensor([SAME_LENGTH[0] + stock_greedy(llama, SAME_LENGTH[0], 18, **alone)])
-    answers = [line[7:] for line in expected.tolist()]
+        options["attention_mask"] = mask[:1]
+        expected = torch.tensor([prompts[0] + stock_greedy(llama, prompts[0], 18, **alone)])
+    answers = [line[mask.shape[1] :] for line in expected.tolist()]
     answers = [a[: a.index(3) + 1] if 3 in a else a for a in answers]
-    right = EaModel(llama, drafter=ScriptedDrafter(answers, True, "16,4,4"))
-    for model in (right, head_model(llama)):
-        got = model.eagenerate(ids, logits_processor=[make()], **options)
+    right, wrong = (
+        EaModel(llama, drafter=ScriptedDrafter(answers, well, "16,4,4")) for well in (True, False)
+    )
+    for model in (right, wrong, head_model(llama)):
+        got, _, cycles = model.eagenerate(ids, logits_processor=[make()], log=True, **options)
         assert torch.equal(got, expected)
+        assert model is not right or cycles <= 3 * len(
+            ids
+        )  # it ran on deep nodes, not on the roots alone
     how = dict(custom_generate=head_model(llama).custom_generate, do_sample=False)
     ours = llama.model.generate(ids, logits_processor=[make()], **how, **options)
     assert torch.equal(ours, expected)
@@ -249,21 +237,6 @@ def test_processors_of_a_batch_do_what_they_do_in_stock_generate(llama, name):
     slow = EaModel(llama).naivegenerate(ids, logits_processor=[make()], **sampled)
     fast = head_model(llama).eagenerate(ids, logits_processor=[make()], **sampled)
     assert torch.equal(fast, slow)
-
-
-@pytest.mark.parametrize(
-    "name",
-    ["RepetitionPenalty", "MinNewTokens", "NoRepeatNGram", "UnbatchedClassifierFreeGuidance"],
-)
-def test_processors_see_a_rows_padding_as_in_stock_generate(llama, name):
-    prompts = [[t or 1 for t in p] for p in make_prompts((9, 3, 6))]
-    ids, mask = padded(prompts, "left")
-    make = stock_processors(llama.model, ids)[name]
-    options = dict(attention_mask=mask, max_new_tokens=12, eos_token_id=3, pad_token_id=0)
-    with llama.stock() as stock_model, torch.no_grad():
-        expected = stock_model.generate(ids, logits_processor=[make()], do_sample=False, **options)
-    ours = head_model(llama).eagenerate(ids, logits_processor=[make()], **options)
-    assert torch.equal(ours, expected)
 
 
 def test_a_shared_constraint_knows_each_requests_number(llama):
@@ -278,19 +251,11 @@ def stock_logprobs(target, row):
     """log_softmax of the stock model's logits at the places that chose the row's new tokens."""
     with target.stock() as model, torch.no_grad():
         logits = model(torch.tensor([row.context])).logits[0].float()
-    start, new = len(row.prompt), len(row.tokens)
-    chosen = logits[start - 1 : start - 1 + new].log_softmax(-1)
+    chosen = logits[len(row.prompt) - 1 : -1].log_softmax(-1)
     return chosen.gather(1, torch.tensor(row.tokens)[:, None])[:, 0]
 
 
-WAYS = {
-    "greedy": lambda text, answers: {},
-    "sampled": lambda text, answers: {"temperature": 1.3, "top_p": 0.9, "seed": 5},
-    "processed": lambda text, answers: {"repetition_penalty": 1.6, "no_repeat_ngram_size": 2},
-    "eos": lambda text, answers: {"eos_token_id": [answers[0][6], answers[1][3], answers[2][0]]},
-    "stop": lambda text, answers: {"stop_strings": [text.decode(a)[5:7] for a in answers]},
-    "limit": lambda text, answers: {"max_new_tokens": 7},
-}
+WAYS = ("greedy", "sampled", "processed", "eos", "stop", "limit")
 
 
 @pytest.mark.parametrize("family, way", [*(("llama", way) for way in WAYS), ("gemma2", "sampled")])
@@ -299,7 +264,15 @@ def test_logprobs(targets, family, way):
     tokens."""
     target, text = targets(family), make_tokenizer()
     answers = plain(target, PROMPTS, max_new_tokens=NEW)
-    options = {"max_new_tokens": NEW, "logprobs": True, **WAYS[way](text, answers)}
+    own = {
+        "greedy": {},
+        "sampled": {"temperature": 1.3, "top_p": 0.9, "seed": 5},
+        "processed": {"repetition_penalty": 1.6, "no_repeat_ngram_size": 2},
+        "eos": {"eos_token_id": [answers[0][6], answers[1][3], answers[2][0]]},
+        "stop": {"stop_strings": [text.decode(a)[5:7] for a in answers]},
+        "limit": {"max_new_tokens": 7},
+    }[way]
+    options = {"max_new_tokens": NEW, "logprobs": True, **own}
     for model in engines(target, answers):
         model._tokenizer = text
         result = model.generate(PROMPTS, **options)
@@ -311,17 +284,9 @@ def test_logprobs(targets, family, way):
         assert (shortest < NEW) == (way in ("eos", "stop", "limit"))
 
 
-REFUSED = {
-    "num_beams": 4,
-    "num_return_sequences": 2,
-    "penalty_alpha": 0.6,
-    "typical_p": 0.9,
-    "sequence_bias": [[[5], -1.0]],
-    "max_time": 1.0,
-    "forced_eos_token_id": 5,
-    "exponential_decay_length_penalty": (3, 1.1),
-    "renormalize_logits": True,
-}
+REFUSED = dict(num_beams=4, num_return_sequences=2, penalty_alpha=0.6, typical_p=0.9, max_time=1.0)
+REFUSED |= dict(sequence_bias=[[[5], -1.0]], forced_eos_token_id=5, renormalize_logits=True)
+REFUSED |= dict(exponential_decay_length_penalty=(3, 1.1))
 
 
 @pytest.mark.parametrize("name", REFUSED)
@@ -330,14 +295,6 @@ def test_what_is_not_honoured_is_refused(llama, name):
     setattr(asked, name, REFUSED[name])
     with pytest.raises(EagleError, match=f"asks for {name}="):
         EaModel(llama).eagenerate(PROMPTS, generation_config=asked)
-
-
-def test_a_generation_config_of_defaults_is_taken(llama, answers):
-    asked = GenerationConfig(
-        **GenerationConfig._get_default_generation_params(), guidance_scale=1.0
-    )
-    result = EaModel(llama).generate(PROMPTS, generation_config=asked, max_new_tokens=NEW)
-    assert new_tokens(result) == answers
 
 
 ENDS = [{"top_p": 0.0}, {"min_p": 1.0, "top_k": 0}, {"top_k": 0, "top_p": 1.0}]
@@ -367,6 +324,7 @@ def test_the_lengths_of_a_generation_config(llama, answers):
     ended = dict(pad_token_id=0, eos_token_id=answers[0][2])
     for asked in (
         GenerationConfig(**ended),
+        GenerationConfig(**{**GenerationConfig._get_default_generation_params(), **ended}),
         GenerationConfig(min_length=18, **ended),
         GenerationConfig(max_length=15, **ended),
         GenerationConfig(min_length=18, max_length=16, max_new_tokens=14, **ended),
@@ -386,16 +344,6 @@ def test_the_padding_of_a_generation_config(llama, answers):
         assert ids[0].tolist() == PROMPTS[0] + new + [pad] * (ids.shape[1] - 9 - len(new))
 
 
-def test_options_are_layered():
-    """What is said nearer to the request wins, and silence changes nothing."""
-    call = Options().over(config(repetition_penalty=1.3, max_new_tokens=9), top_k=5)
-    assert (call.repetition_penalty, call.max_new_tokens, call.top_k) == (1.3, 9, 5)
-    assert call.sampling.greedy
-    assert call.over(temperature=0.5).sampling.temperature == 0.5
-    assert call.over(do_sample=True).sampling.temperature == 1.0
-    assert call.over() == call.over(top_k=None) == call
-
-
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 def test_options_on_a_gpu(answers):
@@ -404,7 +352,5 @@ def test_options_on_a_gpu(answers):
     target.model.cuda()
     model = EaModel(target, make_head(target).cuda(), "8,4,2")
     asked = dict(configs(answers))["all"]
-    fast = model.generate(PROMPTS, generation_config=asked, logprobs=True)
-    slow = model.generate(PROMPTS, generation_config=asked, logprobs=True)
-    assert new_tokens(fast) == new_tokens(slow)
-    assert all(len(row.logprobs) == len(row.tokens) for row in fast.rows)
+    result = model.generate(PROMPTS, generation_config=asked, logprobs=True)
+    assert all(len(row.logprobs) == len(row.tokens) > 0 for row in result.rows)
