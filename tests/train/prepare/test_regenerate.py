@@ -185,7 +185,7 @@ def test_no_answer_is_asked_for_twice(base, tmp_path, monkeypatch):
     answer, progress, asked = Local._answer, [], []
 
     def count(self, ask, *more):
-        if len(asked) == stop:
+        if failure := failures.pop(len(asked), None):
             raise failure
         asked.append(tuple(ask.ids))
         return answer(self, ask, *more)
@@ -193,20 +193,17 @@ def test_no_answer_is_asked_for_twice(base, tmp_path, monkeypatch):
     monkeypatch.setattr(Local, "_answer", count)
     note = lambda self, things, amount=0: progress.append((things, amount))  # noqa: E731
     monkeypatch.setattr(work.Meter, "add", note)
-    full = OSError(28, "No space left on device", str(journal))
     said = "new.journal: No space left on device; make room, and run the same"
-    for stop, failure, seen in (
-        (2, KeyboardInterrupt(said), KeyboardInterrupt),
-        (8, full, EagleError),
-    ):
+    full = OSError(28, "No space left on device", str(journal))
+    failures = {2: KeyboardInterrupt(said), 8: full}
+    for kept, seen in ((2, KeyboardInterrupt), (8, EagleError)):
         with pytest.raises(seen, match=said):
             write(base, cfg, output, (0.0, 1.0))
-        assert len(read_jsonl(journal)) == 1 + stop and not output.exists()
+        assert len(read_jsonl(journal)) == 1 + kept and not output.exists()
         with journal.open("a") as file:
             file.write('[[3, 0, 0], {"text": "cut by the k')
     things, tokens = next(told for told in progress if told[1])
     assert things == 0 < tokens < NEW
-    stop = None
     write(base, cfg, output, (0.0, 1.0))
     assert len(asked) == len(set(asked)) == 12 and not journal.exists()
     assert output.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
