@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import shlex
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -174,10 +173,4 @@ def _json_object(text: str) -> dict[str, Any]:
 COMMANDS = {"features": features, "regenerate": regenerate}
 
 if __name__ == "__main__":
-    name, *arguments = sys.argv[1:] or [""]
-    if name not in COMMANDS:
-        wanted = name in ("-h", "--help")
-        error = f"error: name a command: {', '.join(COMMANDS)}"
-        print(__doc__ if wanted else error, file=sys.stderr)
-        sys.exit(0 if wanted else 2)
-    cli.main(COMMANDS[name], arguments, name=f"python -m train.prepare {name}")
+    cli.choose(COMMANDS, __doc__, "python -m train.prepare")
