@@ -52,6 +52,18 @@ def main(fn: Callable[..., Any], argv: list[str] | None = None, name: str | None
     sys.exit(result if isinstance(result, int) and not isinstance(result, bool) else 0)
 
 
+def choose(
+    commands: dict[str, Callable[..., Any]], doc: str, name: str, argv: list[str] | None = None
+) -> None:
+    """Run the command that `argv` names first; without one that is known, show `doc` or names."""
+    chosen, *arguments = (sys.argv[1:] if argv is None else argv) or [""]
+    if chosen not in commands:
+        wanted = chosen in ("-h", "--help")
+        print(doc if wanted else f"error: name a command: {', '.join(commands)}", file=sys.stderr)
+        sys.exit(0 if wanted else 2)
+    main(commands[chosen], arguments, f"{name} {chosen}")
+
+
 def _call(fn: Callable[..., Any], argv: list[str], name: str | None) -> Any:
     parameters, hints = dict(inspect.signature(fn).parameters), typing.get_type_hints(fn)
     variadic = [p.name for p in parameters.values() if p.kind is inspect.Parameter.VAR_POSITIONAL]

@@ -46,8 +46,7 @@ def ablation(
     seed: int = 0,
     base: str | None = None,
 ) -> int:
-    """Train one head for each loss, kind of answers and data mixture, and measure acceptance
-    length.
+    """Train a head for each loss, kind of answers and data mixture; measure acceptance length.
 
     --output DIR; the same command goes on with it: an arm that is done is not done again. --steps
     is the budget of an arm. --arms a,b takes some of: soft_ce (the baseline), kl, reverse_kl,
@@ -128,10 +127,9 @@ def summarise(ours: np.ndarray, theirs: np.ndarray, draws: int = 4000) -> dict[s
 def table(summary: dict) -> str:
     parts = [
         "# Ablation: losses, answers and data",
-        f"Target {summary['target']}; {summary['steps']} steps of {BATCH} rows, seed "
-        f"{summary['seed']}, the same for all arms; acceptance length measured by the engine, tree "
-        f"{TREE}, on {summary['prompts']} held-out prompts of each kind, {summary['new_tokens']} "
-        "new tokens. Intervals are over prompts only.",
+        "Target {target}; {steps} steps of {batch} rows, seed {seed}; acceptance length of the "
+        "engine, tree {tree}, on {prompts} held-out prompts of each kind, {new_tokens} new tokens; "
+        "intervals are over prompts only.".format(batch=BATCH, **summary),
     ]
     for temperature in TEMPERATURES:
         lines = [["arm", "τ", *KINDS, f"against {next(iter(summary['arms']))} (95%)"]]

@@ -245,8 +245,8 @@ def test_an_eagle1_head_that_knows_the_target_is_accepted(llama):
     class Knowing(HeadDrafter):
         """Gives the target's final state at the next position in place of the head's."""
 
-        def run(self, context, hidden, tokens, positions):
-            super().run(context, hidden, tokens, positions)
+        def run(self, hidden, tokens, positions, context):
+            super().run(hidden, tokens, positions, context)
             return true[positions[0] + 1][None]
 
     prompt = make_prompts((9,))[0]

@@ -8,7 +8,6 @@
 The result is a folder like `eagle/embedded/`; it is used with `--base DIR --head DIR/heads/eagle3`.
 """
 
-import sys
 from pathlib import Path
 
 from configs import cli
@@ -29,10 +28,4 @@ def everything(
 COMMANDS = {"pretrain": pretrain, "datasets": datasets, "heads": heads, "all": everything}
 
 if __name__ == "__main__":
-    name, *arguments = sys.argv[1:] or [""]
-    if name not in COMMANDS:
-        wanted = name in ("-h", "--help")
-        error = f"error: name a command: {', '.join(COMMANDS)}"
-        print(__doc__ if wanted else error, file=sys.stderr)
-        sys.exit(0 if wanted else 2)
-    cli.main(COMMANDS[name], arguments, name=f"python -m tools.embedded {name}")
+    cli.choose(COMMANDS, __doc__, "python -m tools.embedded")

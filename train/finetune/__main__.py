@@ -59,14 +59,8 @@ def trainer(method: str, schema: type, preset: str | None = None) -> Callable[..
     ) -> int:
         if local_rank is not None:  # the deepspeed launcher's way
             os.environ.setdefault("LOCAL_RANK", str(local_rank))
-        flags = {
-            "model.base": base,
-            "model.adapter": adapter,
-            "data.path": data,
-            "data.format": data_format,
-            "train.output": output,
-            "train.resume": resume,
-        }
+        flags = {"model.base": base, "model.adapter": adapter, "data.path": data}
+        flags |= {"data.format": data_format, "train.output": output, "train.resume": resume}
         return run(method, load_config(schema, config, overrides, flags, "finetune"))
 
     command.__doc__ = HELP[method]
@@ -151,9 +145,4 @@ if __name__ == "__main__":
     given = sys.argv[1:]
     if given[:1] and given[0].startswith("--local_rank"):  # the deepspeed launcher puts it first
         given = [*given[1:], given[0]]
-    if not given or given[0] not in COMMANDS:
-        help_wanted = given[:1] in (["-h"], ["--help"])
-        text = __doc__ if help_wanted else f"error: name a command: {', '.join(COMMANDS)}"
-        print(text, file=sys.stderr)
-        sys.exit(0 if help_wanted else 2)
-    cli.main(COMMANDS[given[0]], given[1:], name=f"python -m train.finetune {given[0]}")
+    cli.choose(COMMANDS, __doc__, "python -m train.finetune", given)

@@ -42,8 +42,7 @@ PHRASES = re.compile(
 
 
 def write_example(kind: str, split: str, out: Path) -> tuple[Path, int]:
-    """The records of a kind (of MAKERS) and split (train or eval) as a file in `out`, and how many
-    there are."""
+    """The records of a kind (of MAKERS) and split as a file in `out`, and how many there are."""
     records = MAKERS[kind](*read_shipped(split), random.Random(f"{kind}-{split}"))
     path = out / f"{'' if split == 'train' else 'heldout_'}{kind}.jsonl"
     atomic_write_text(path, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records))
@@ -52,12 +51,10 @@ def write_example(kind: str, split: str, out: Path) -> tuple[Path, int]:
 
 def read_shipped(split: str) -> tuple[list[dict], list[dict]]:
     """Functions {summary, code, source} and sentences {name, text, source}."""
-    found = []
-    for name in ("instruction", "chat"):
-        if (path := shipped(name, split)) is None:
-            raise EagleError(f"the shipped {name} data set is missing: give --data FILE")
-        found.append([record.value for record in read_records(path)])
-    asked, told = found
+    paths = [shipped(name, split) for name in ("instruction", "chat")]
+    if None in paths:
+        raise EagleError("the shipped data sets are missing: give --data FILE")
+    asked, told = ([record.value for record in read_records(path)] for path in paths)
     functions, sentences = [], []
     for record in asked:
         if found := SIGNATURE.search(record["instruction"]):
@@ -83,9 +80,9 @@ def task_records(functions: list[dict], sentences: list[dict], rng: random.Rando
     for test in tests * DRAWS:
         others = rng.sample([t for t in tests if t["summary"] != test["summary"]], 2)
         shown = rng.sample([test, *others], 3)
-        record = {"claim": test["summary"], "experiments": [e["code"] for e in shown]}
-        relevance = [int(e is test) for e in shown]
-        records.append({**record, "relevance": relevance, "source": test["source"]})
+        codes, relevance = [e["code"] for e in shown], [int(e is test) for e in shown]
+        record = {"claim": test["summary"], "experiments": codes, "relevance": relevance}
+        records.append({**record, "source": test["source"]})
     rng.shuffle(records)
     return records
 
@@ -139,12 +136,9 @@ def card_records(functions: list[dict], sentences: list[dict], rng: random.Rando
     records = []
     for function in functions:
         if found := card(function):
-            ask, answer = (
-                "Describe this function as JSON.\n\n",
-                json.dumps(found, ensure_ascii=False),
-            )
-            turns = (("user", ask + function["code"]), ("assistant", answer))
-            messages = [{"role": role, "content": text} for role, text in turns]
+            ask = f"Describe this function as JSON.\n\n{function['code']}"
+            turns = {"user": ask, "assistant": json.dumps(found, ensure_ascii=False)}
+            messages = [{"role": role, "content": text} for role, text in turns.items()]
             records.append({"messages": messages, "source": function["source"]})
     return records
 
@@ -170,15 +164,12 @@ def card(function: dict) -> dict | None:
     }
 
 
-def preference_records(
-    functions: list[dict], sentences: list[dict], rng: random.Random
-) -> list[dict]:
+def preference_records(_: list[dict], sentences: list[dict], rng: random.Random) -> list[dict]:
     """A correct answer before the same with an error in it."""
     records = []
     for sentence in sentences:
         question, right = f"What does `{sentence['name']}` do?", sentence["text"]
-        broken = put_error(right, rng.choice(ERRORS[1:]), rng)
-        if broken is not None:
+        if (broken := put_error(right, rng.choice(ERRORS[1:]), rng)) is not None:
             records.append({"prompt": question, "chosen": right, "rejected": broken})
     return records
 

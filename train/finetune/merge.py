@@ -57,11 +57,15 @@ def merge(cfg: MergeConfig) -> int:
     logits["adapted"] = logits_of(model, rows)
     merged = model.merge_and_unload(safe_merge=True)
     logits["merged"] = logits_of(merged, rows)
+    labels = torch.cat([torch.tensor(row["input_ids"][1:]) for row in rows])
+    kept = torch.cat([torch.tensor(row["loss_mask"][1:]) for row in rows]).bool()
+    # nats a supervised token
+    losses = {k: float(F.cross_entropy(v[kept], labels[kept])) for k, v in logits.items()}
     report = {
         "rows": cfg.rows,
-        "tokens": sum(len(part) for part in logits["merged"]),
+        "tokens": len(labels),
         "quantization_of_trained": quantization,
-        "heldout_loss": {name: heldout_loss(part, rows) for name, part in logits.items()},
+        "heldout_loss": losses,
         **{f"merged_vs_{name}": difference(logits["merged"], logits[name]) for name in WHY},
     }
     with atomic_dir(output) as staged:
@@ -75,8 +79,8 @@ def merge(cfg: MergeConfig) -> int:
             "report": report,
         }
         write_json(staged / loading.RECORD, provenance)
-    losses = ", ".join(f"{name} {loss:.4f}" for name, loss in report["heldout_loss"].items())
-    print(f"held-out loss: {losses} ({quantization} base while training)")
+    said = ", ".join(f"{name} {loss:.4f}" for name, loss in losses.items())
+    print(f"held-out loss: {said} ({quantization} base while training)")
     for name, text in WHY.items():
         found = report[f"merged_vs_{name}"]
         print(
@@ -89,22 +93,16 @@ def merge(cfg: MergeConfig) -> int:
 
 
 @torch.no_grad()
-def logits_of(model: nn.Module, rows: list[dict]) -> list[torch.Tensor]:
-    """[T-1, V] fp32 of each row's T tokens; one pass a row, as padding would change them."""
+def logits_of(model: nn.Module, rows: list[dict]) -> torch.Tensor:
+    """[tokens, V] fp32 of all rows, but for their last tokens; one pass a row, as padding would
+    change them."""
     passes = (torch.tensor([row["input_ids"]], device=model.device) for row in rows)
-    return [model(input_ids=ids, use_cache=False).logits[0, :-1].float().cpu() for ids in passes]
+    made = (model(input_ids=ids, use_cache=False).logits[0, :-1] for ids in passes)
+    return torch.cat([logits.float().cpu() for logits in made])
 
 
-def heldout_loss(logits: list[torch.Tensor], rows: list[dict]) -> float:
-    """Nats a supervised token."""
-    labels = torch.cat([torch.tensor(row["input_ids"][1:]) for row in rows])
-    kept = torch.cat([torch.tensor(row["loss_mask"][1:]) for row in rows]).bool()
-    return float(F.cross_entropy(torch.cat(logits)[kept], labels[kept]))
-
-
-def difference(ours: list[torch.Tensor], theirs: list[torch.Tensor]) -> dict[str, float]:
-    """How far the first distribution is from the second, over all tokens of all rows."""
-    a, b = torch.cat(ours), torch.cat(theirs)
+def difference(a: torch.Tensor, b: torch.Tensor) -> dict[str, float]:
+    """How far the distributions of logits `a` are from those of `b`."""
     log_a, log_b = a.log_softmax(-1), b.log_softmax(-1)
     return {
         "mean_abs_logit": float((a - b).abs().mean()),

@@ -1,13 +1,11 @@
-"""Multi-task fine-tuning: transformers' trainer over a mixture of tasks.
-
-N tasks.
-"""
+"""Multi-task fine-tuning: transformers' trainer over a mixture of N tasks."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -21,18 +19,10 @@ from configs.errors import ConfigError
 from configs.finetune_schema import MultitaskConfig, TaskConfig
 from records import Collator, MixtureDataset
 from records.mixture import RoundRobin
+from train.finetune import tasks as registry
 from train.finetune.policy import HEADS
 from train.finetune.run import Run, load_rows
 from train.finetune.task_heads import TaskHeads, attach, calibrate
-from train.finetune.tasks import (
-    TaskRow,
-    by_task,
-    count_labels,
-    lines_of,
-    measure_task,
-    reliability,
-    render_record,
-)
 from train.finetune.trainer import RunTrainer, begin
 
 CALIBRATION = 96  # rows whose states set the heads' scale
@@ -44,22 +34,22 @@ def multitask(run: Run) -> int:
     cfg: MultitaskConfig = run.cfg
     tasks, length = cfg.tasks, cfg.data.max_length
     rows, heldout, card = load_rows(
-        run, "tasks", lambda record: render_record(record, tasks, run.tokenizer, length)
+        run, "tasks", lambda record: registry.render_record(record, tasks, run.tokenizer, length)
     )
-    card |= {"format": "tasks", "labels": count_labels(rows, tasks, "training")}
+    card |= {"format": "tasks", "labels": registry.count_labels(rows, tasks, "training")}
     if cfg.data.eval_paths:
-        count_labels(heldout, tasks, "held-out")
+        registry.count_labels(heldout, tasks, "held-out")
     run.tasks = [task.model_dump(mode="json") for task in tasks]
     collate = TaskCollator(run.tokenizer.pad_token_id or 0, tasks)
     args = begin(run, card, attach=partial(attach_heads, rows, collate))
-    kinds, held = by_task(rows), RoundRobin(by_task(heldout))
+    kinds, held = registry.by_task(rows), RoundRobin(registry.by_task(heldout))
     # an epoch lasts until each task has been seen whole
     weights = [len(kind) ** (1 / cfg.balance.temperature) for kind in kinds]
     mixture = MixtureDataset(kinds, weights, cfg.data.seed)
     return MultitaskTrainer(run, args, mixture, held, collate, mixture).fit()
 
 
-def attach_heads(rows: list[TaskRow], collate: TaskCollator, run: Run) -> None:
+def attach_heads(rows: list[registry.TaskRow], collate: TaskCollator, run: Run) -> None:
     """Heads on the scale of the training labels and of the states before training; the same on
     every rank."""
     cfg: MultitaskConfig = run.cfg
@@ -70,9 +60,8 @@ def attach_heads(rows: list[TaskRow], collate: TaskCollator, run: Run) -> None:
             labels = [row.labels[0] for row in rows if row.task == n]
             heads.mean[n], heads.std[n] = np.mean(labels), np.std(labels) or 1.0
     attach(run.model, heads.to(run.world.device))
-    read = RoundRobin([part for part in by_task(rows) if part[0].labels])
-    seen = [read[n] for n in range(min(CALIBRATION, len(read)))]
-    if seen:
+    read = RoundRobin([part for part in registry.by_task(rows) if part[0].labels])
+    if seen := [read[n] for n in range(min(CALIBRATION, len(read)))]:
         parts = (collate(seen[n : n + 8]) for n in range(0, len(seen), 8))
         with run.autocast():
             calibrate(run.model, [{k: v.to(run.world.device) for k, v in b.items()} for b in parts])
@@ -85,7 +74,7 @@ class TaskCollator:
     def __init__(self, pad: int, tasks: Sequence[TaskConfig]) -> None:
         self.collate, self.tasks = Collator(pad, pad_to_multiple=8), tasks
 
-    def __call__(self, rows: list[TaskRow]) -> dict[str, torch.Tensor]:
+    def __call__(self, rows: list[registry.TaskRow]) -> dict[str, torch.Tensor]:
         flat, here = [], torch.zeros(len(self.tasks))  # supervised tokens, or one a label
         for number, row in enumerate(rows):
             here[row.task] += sum(row.mask or [1])
@@ -139,7 +128,7 @@ class MultitaskTrainer(RunTrainer, Trainer):
         found: list[list] = [[] for _ in self.tasks]
         limit = -(-self.run.cfg.balance.max_generations // self.run.world.size)
         for rows, counted in self.shares():
-            rows = [row for row, real in zip(rows, counted, strict=True) if real]
+            rows = rows[: int(counted.sum())]  # those too many are the last
             if not rows:
                 continue
             batch = self.collated(rows)
@@ -153,24 +142,23 @@ class MultitaskTrainer(RunTrainer, Trainer):
         means, gathered = self.means(seen), self.run.world.gather(found)
         self.run.predictions, metrics = [], {}
         for n, task in enumerate(self.tasks):
-            lines = lines_of(task, [pair for part in gathered for pair in part[n]])
+            lines = registry.lines_of(task, [pair for part in gathered for pair in part[n]])
             self.run.predictions += lines
-            metrics[task.name] = measure_task(task, lines)
+            metrics[task.name] = registry.measure_task(task, lines)
         out = {"loss": sum(t.weight * means.get(f"{t.name}/loss", 0) for t in self.tasks), **means}
         out |= {f"{name}/{k}": v for name, values in metrics.items() for k, v in values.items()}
-        composite = reliability(self.tasks, metrics)
+        composite = registry.reliability(self.tasks, metrics)
         return out | ({} if composite is None else {"reliability": composite})
 
-    def collect(self, rows: list[TaskRow], outputs: dict, found: list[list]) -> None:
+    def collect(self, rows: list[registry.TaskRow], outputs: dict, found: list[list]) -> None:
         """(prediction, label) of every row of a task that predicts."""
         for n, output in outputs.items():
-            values, place = self.heads.predict(n, output), 0
+            values, ranked = iter(self.heads.predict(n, output)), self.tasks[n].type == "ranking"
             for row in (row for row in rows if row.task == n):
-                part, place = values[place : place + len(row.labels)], place + len(row.labels)
-                ranked = self.tasks[n].type == "ranking"
+                part = list(islice(values, len(row.labels)))
                 found[n].append((part, row.labels) if ranked else (part[0], row.labels[0]))
 
-    def write(self, task: TaskConfig, rows: list[TaskRow]) -> list[tuple[str, str]]:
+    def write(self, task: TaskConfig, rows: list[registry.TaskRow]) -> list[tuple[str, str]]:
         """Greedy answers to the rows' prompts, with the answers that were wanted."""
         tokenizer, pad = self.run.tokenizer, self.run.tokenizer.pad_token_id or 0
         prompts = [torch.tensor(row.sequences[0][: row.mask.index(1)]) for row in rows]

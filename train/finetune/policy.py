@@ -23,21 +23,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from configs.finetune_schema import LoraSection, PolicyConfig
+from eagle import loading
 from eagle.checkpoint import require_equal, target_fingerprint, write_json
 from eagle.errors import EagleError
-from eagle.loading import (
-    RECORD,
-    WEIGHTS,
-    fast_bf16,
-    find_adapter,
-    find_folder,
-    quantization_config,
-    read_model,
-    resolve_compute,
-    resolve_device,
-    resolve_dtype,
-    weights_hash,
-)
 
 ADAPTER = "default"  # peft's name of the adapter that learns
 HEADS, TASKS = "task_heads.safetensors", "tasks.json"
@@ -53,8 +41,8 @@ def base_name(base: str | None) -> str:
 
 def read_checkpoint(base: str | None) -> nn.Module:
     """The base as its checkpoint has it; weights are mapped, not read."""
-    folder = find_folder(base)
-    model = read_model(folder, "auto", {}, "base")
+    folder = loading.find_folder(base)
+    model = loading.read_model(folder, "auto", {}, "base")
     if getattr(model.config, "quantization_config", None) is not None:
         raise EagleError(
             f"the base {str(folder)!r} is stored quantized; give the checkpoint in full precision, "
@@ -70,27 +58,24 @@ def base_fingerprint(base: str | None) -> str:
 
 def build_policy(cfg: PolicyConfig, lora: LoraSection, seed: int) -> nn.Module:
     """A peft model on this rank's device: the base, its linear layers quantized while it is loaded,
-    and its adapter or a new one, in fp32.
-
-    The frozen weights have the dtype in which they are served: an adapter learns on what it will
-    run on.
-    """
+    and its adapter or a new one, in fp32. The frozen weights have the dtype in which they are
+    served: an adapter learns on what it will run on."""
     from peft import LoraConfig, PeftModel, get_peft_model
     from transformers import set_seed
 
-    dtype, device = cfg.dtype, resolve_device(None)
-    if dtype == "auto" and not fast_bf16(device):  # as `eagle.loading.load_model`
+    dtype, device, source = cfg.dtype, loading.resolve_device(None), loading.find_folder(cfg.base)
+    if dtype == "auto" and not loading.fast_bf16(device):  # as `eagle.loading.load_model`
         dtype = read_checkpoint(cfg.base).dtype
         dtype = torch.float32 if dtype == torch.bfloat16 else dtype
     options: dict[str, Any] = {}
     if cfg.attn_implementation is not None:
         options["attn_implementation"] = cfg.attn_implementation
     if cfg.quantization != "none":
-        arithmetic = resolve_dtype(resolve_compute(cfg.compute, device))
-        options["quantization_config"] = quantization_config(cfg.quantization, arithmetic)
+        arithmetic = loading.resolve_dtype(loading.resolve_compute(cfg.compute, device))
+        options["quantization_config"] = loading.quantization_config(cfg.quantization, arithmetic)
     if torch.cuda.is_available():
         options["device_map"] = {"": int(os.environ.get("LOCAL_RANK", "0"))}
-    model = read_model(find_folder(cfg.base), resolve_dtype(dtype), options, "base")
+    model = loading.read_model(source, loading.resolve_dtype(dtype), options, "base")
     # bitsandbytes repacks 4-bit weights for inference in the first pass without gradients, on a CPU
     # with AVX512-BF16, and no gradient flows through repacked layers: a run that evaluates before
     # it trains would train on wrong gradients without a word
@@ -99,7 +84,7 @@ def build_policy(cfg: PolicyConfig, lora: LoraSection, seed: int) -> nn.Module:
             module.support_avx512bf16_for_cpu = False
     set_seed(seed)
     if cfg.adapter is not None:
-        folder = str(find_adapter(cfg.adapter))
+        folder = str(loading.find_adapter(cfg.adapter))
         return PeftModel.from_pretrained(model, folder, ADAPTER, is_trainable=True)
     settings = lora.model_dump(exclude={"alpha", "dropout", "rslora"})
     settings |= {"lora_alpha": lora.alpha, "lora_dropout": lora.dropout, "use_rslora": lora.rslora}
@@ -125,21 +110,15 @@ def trainable_state(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def write_adapter(
-    folder: Path,
-    model: nn.Module,
-    state: dict[str, torch.Tensor],
-    tokenizer: Any,
-    record: dict,
-    tasks: list[dict] | None = None,
+    folder: Path, model: nn.Module, state: dict, tokenizer: Any, record: dict, tasks: list | None
 ) -> None:
     """Fill `folder` (the caller makes it appear whole). `state`: `trainable_state(model)`."""
     from peft import get_peft_model_state_dict
 
     folder.mkdir(parents=True, exist_ok=True)
-    lora = get_peft_model_state_dict(
-        model, state_dict=state, adapter_name=ADAPTER, save_embedding_layers=False
-    )
-    files = {WEIGHTS: {k: v.contiguous() for k, v in lora.items()}}
+    saved = {"adapter_name": ADAPTER, "save_embedding_layers": False}
+    lora = get_peft_model_state_dict(model, state_dict=state, **saved)
+    files = {loading.WEIGHTS: {k: v.contiguous() for k, v in lora.items()}}
     if (heads := getattr(model.get_base_model(), "task_heads", None)) is not None:
         files[HEADS] = {k: v.cpu() for k, v in heads.state_dict().items()}
     for name, tensors in files.items():
@@ -151,8 +130,9 @@ def write_adapter(
     if tasks is not None:
         (folder / TASKS).write_text(json.dumps(tasks, indent=2) + "\n", encoding="utf-8")
     tokenizer.save_pretrained(str(folder))
-    record = {"kind": "adapter", **record, "fingerprint": weights_hash(files[WEIGHTS])}
-    write_json(folder / RECORD, record)
+    found = loading.weights_hash(files[loading.WEIGHTS])
+    record = {"kind": "adapter", **record, "fingerprint": found}
+    write_json(folder / loading.RECORD, record)
     rows = {key: record.get(key) for key in ("method", "quantization", "trainable_parameters")}
     rows |= {f"{k}: {n}": v for k in CARD for n, v in record.get(k, {}).items()}
     table = "".join(f"| {key} | {value} |\n" for key, value in rows.items())

@@ -102,9 +102,7 @@ def text_of(value: Any, name: str) -> str:
     return value
 
 
-def render_answer(
-    prompt: str | list[dict], answer: str, tokenizer: Any, cfg: PreferenceData
-) -> Row:
+def render_answer(prompt: str | list, answer: str, tokenizer: Any, cfg: PreferenceData) -> Row:
     """One row, of any length, whose mask covers the answer alone."""
     if isinstance(prompt, str):
         record = {"instruction": prompt, "output": answer}
@@ -119,9 +117,7 @@ def too_long(what: str, cfg: PreferenceData) -> RowError:
     return RowError(f"{what} are longer than data.max_length", remedy)
 
 
-def retrieval(
-    record: dict, answers: list[str], tokenizer: Any, cfg: PreferenceData
-) -> tuple[str, int]:
+def retrieval(record: dict, answers: list[str], tokenizer: Any, cfg: PreferenceData) -> tuple:
     """(prompt with the passages that fit, passages that were cut): the short ones whole, and as
     many tokens of each that is cut."""
     query, passages = text_of(record.get("query"), "query"), record.get("retrieval_result")
@@ -180,15 +176,10 @@ def build_pairs(data: str, output: str, margin: float = 0.0, per_prompt: int = 1
                 line = {"prompt": json.loads(prompt), "chosen": chosen, "rejected": rejected}
                 lines.append({**line, "score_chosen": high, "score_rejected": low})
         ties += len(lines) == before
+    counts = f"{len(prompts)} prompts, {ties} prompts tied, {unusable} samples unusable"
     if not lines:
-        raise EagleError(
-            f"no preference in {data}: of {len(prompts)} prompts {ties} are ties or have one "
-            f"sample; {SAMPLES}"
-        )
+        raise EagleError(f"no preference in {data}: {counts}; {SAMPLES}")
     text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
     atomic_write_text(Path(output), text)
-    print(
-        f"{len(lines)} pairs of {len(prompts)} prompts, {ties} prompts tied, "
-        f"{unusable} samples unusable: {output}"
-    )
+    print(f"{len(lines)} pairs of {counts}: {output}")
     return 0

@@ -40,7 +40,6 @@ from train.finetune.assistant import write_example
 from train.finetune.policy import base_fingerprint, base_name, build_policy
 from train.head.distributed import World, join_world
 from train.runs import checkpoints, claimed, is_checkpoint, require_same_run, step_of, write_config
-from train.tracking.perf import memory
 
 PREDICTIONS = "predictions.jsonl"
 # files of a checkpoint that are there to resume; the rest is the adapter folder
@@ -132,12 +131,8 @@ class Run:
         if self.world.first:
             write_config(self.output, self.cfg)
 
-    def publish(self, state: Any) -> None:
-        """The best adapter and the summary; rank 0 writes. `state`: the trainer's."""
-        [peak] = self.world.max([max(memory(self.world.device).values()) / 2**20])
-        self.world.first_does(lambda: self._publish(state, peak))
-
-    def _publish(self, state: Any, peak: float) -> None:
+    def publish(self, state: Any, peak: float) -> None:
+        """The best adapter and the summary. state: the trainer's; peak: MB of memory."""
         kept = {step_of(path): path for path in checkpoints(self.output)}
         best = kept.get(state.best_global_step, kept[max(kept)])
         with atomic_dir(self.output / "adapter") as folder:
@@ -196,24 +191,19 @@ def start_of(output: Path, resume: str | None) -> Path | None:
     path = output if resume == "auto" else Path(resume).expanduser()
     found = [path] if is_checkpoint(path) else checkpoints(path)
     if not found and resume != "auto":
-        raise EagleError(
-            f"--resume {path}: no checkpoint there; give a run folder or one of its checkpoint-N "
-            "folders"
-        )
+        remedy = "give a run folder, or a checkpoint-N folder of it"
+        raise EagleError(f"--resume {path}: no checkpoint there; {remedy}")
     return found[-1] if found else None
 
 
-def load_rows(
-    run: Run, kind: str, render: Callable[[dict], list]
-) -> tuple[list[Any], list[Any], dict]:
+def load_rows(run: Run, kind: str, render: Callable[[dict], list]) -> tuple[list, list, dict]:
     """Rows for training, rows held out, and the data card, of pairs or of tasks; without files, of
     the example `kind`. `render`: a record's rows, each with its `key`. Records that it refuses
     (RowError) are written down, and above data.max_bad_fraction end the run."""
     cfg: TaskData = run.cfg.data
 
     def read(given: list[str] | None, split: str, most: int | None) -> tuple[list[Any], dict]:
-        example = run.output / "data"
-        files = resolve(given) if given else [write_example(kind, split, example)[0]]
+        files = resolve(given) if given else [write_example(kind, split, run.output / "data")[0]]
         rows, bad, records = [], [], 0
         for record in (r for path in files for r in islice(read_records(path), most)):
             records += 1
@@ -236,8 +226,6 @@ def load_rows(
         heldout = [row for row, out in zip(rows, held, strict=True) if out]
         rows = [row for row, out in zip(rows, held, strict=True) if not out]
     if not rows or not heldout:
-        raise EagleError(
-            f"{len(rows)} rows are left to train on and {len(heldout)} held out: add data, or "
-            "change data.heldout_fraction"
-        )
+        said = f"{len(rows)} rows are left to train on and {len(heldout)} held out"
+        raise EagleError(f"{said}: add data, or change data.heldout_fraction")
     return rows, heldout, {**card, "rows": len(rows), "heldout_rows": len(heldout)}

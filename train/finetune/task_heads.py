@@ -34,13 +34,13 @@ class TaskHeads(nn.Module):
         super().__init__()
         self.tasks, self.learned = tasks, learned
         self.heads = nn.ModuleDict()
-        for n, task in enumerate(tasks):
+        for n, task in enumerate(tasks):  # a name may hold a dot, which a module's may not
             if task.type != "generation":
                 # a ranking knows differences only, in which a bias would cancel
                 head = nn.Linear(hidden, len(task.classes or [0]), bias=task.type != "ranking")
-                for p in head.parameters():  # it begins with the mean, and with classes alike
-                    nn.init.zeros_(p)
-                self.heads[str(n)] = head  # a name may hold a dot, which a module's may not
+                self.heads[str(n)] = head
+        for p in self.heads.parameters():  # they begin with the mean, and with classes alike
+            nn.init.zeros_(p)
         if learned:
             self.log_variance = nn.Parameter(torch.zeros(len(tasks)))
         self.register_buffer("center", torch.zeros(hidden))
@@ -61,8 +61,7 @@ class TaskHeads(nn.Module):
 
     def combine(self, sums: torch.Tensor, counts: torch.Tensor, here: torch.Tensor) -> torch.Tensor:
         """sums [N] of losses and labels `here` [N] of a micro batch, `counts` [N] of the step ->
-        its loss. Learned weights are those of Kendall et al. (2018): exp(-s) * loss + s / 2.
-        """
+        its loss. Learned weights are those of Kendall et al. (2018): exp(-s) * loss + s / 2."""
         counts = counts.clamp_min(1)
         means = sums / counts
         if self.learned:
@@ -80,10 +79,8 @@ class TaskHeads(nn.Module):
 
 
 def attach(model: nn.Module, heads: TaskHeads) -> None:
-    """Make the base of a peft model take `task=` batches; without them it is what it was.
-
-    The heads become a part of it, so that they are moved, wrapped and saved together.
-    """
+    """Make the base of a peft model take `task=` batches; without them it is what it was. The heads
+    become a part of it, so that they are moved, wrapped and saved together."""
     base = model.get_base_model()
     base.task_heads = heads
     original = base.forward
@@ -100,10 +97,8 @@ def attach(model: nn.Module, heads: TaskHeads) -> None:
 def task_forward(base: nn.Module, original: Any, task: torch.Tensor, batch: dict) -> dict[str, Any]:
     """task [S]. batch: input_ids, attention_mask, loss_mask [S, T]; labels [S], of tasks that
     predict; group [S], the record of a ranking; here [N] labels of this batch; counts [N] of the
-    step, if this batch is not the whole of it.
-
-    -> {loss, sums [N], outputs {task: [S', ...]}}, S' the rows of a task that predicts, in order.
-    """
+    step, if this batch is not the whole of it -> {loss, sums [N], outputs {task: [S', ...]}}, S'
+    the rows of a task that predicts, in order."""
     heads: TaskHeads = base.task_heads
     ids, attention, here = (batch[k] for k in ("input_ids", "attention_mask", "here"))
     sums = [torch.zeros((), device=ids.device) for _ in heads.tasks]
@@ -137,16 +132,14 @@ def calibrate(model: nn.Module, batches: list[dict[str, torch.Tensor]]) -> None:
     """Set `center` and `spread` of the heads from batches of rows that they will read."""
     base = model.get_base_model()
     model.eval()
-    states = [last_state(base, b["input_ids"], b["attention_mask"]).float() for b in batches]
-    found = torch.cat(states)
+    states = (last_state(base, b["input_ids"], b["attention_mask"]) for b in batches)
+    found = torch.cat([state.float() for state in states])
     base.task_heads.center.copy_(found.mean(0))
     base.task_heads.spread.copy_(found.std(0, correction=0).clamp_min(1e-3))
 
 
-def task_loss(
-    heads: TaskHeads, n: int, output: torch.Tensor, target: torch.Tensor, group: torch.Tensor
-) -> torch.Tensor:
-    """The sum of a task's losses over its rows."""
+def task_loss(heads: TaskHeads, n: int, output, target, group) -> torch.Tensor:
+    """The sum of task n's losses over its rows. target, group [S]."""
     config = heads.tasks[n]
     if config.type == "classification":
         nll = F.cross_entropy(output, target.long(), reduction="none")
@@ -159,9 +152,7 @@ def task_loss(
     return ranking_loss(output, target, group, config.loss_name)
 
 
-def ranking_loss(
-    output: torch.Tensor, target: torch.Tensor, group: torch.Tensor, name: str
-) -> torch.Tensor:
+def ranking_loss(output, target, group, name: str) -> torch.Tensor:
     """RankNet: over the pairs of one record whose labels differ, averaged within each record,
     summed over records. output, target, group [S]."""
     same = group[:, None] == group[None]  # [S, S]

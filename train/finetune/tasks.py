@@ -43,8 +43,7 @@ class TaskRow:
 
 
 def by_task(rows: list[TaskRow]) -> list[list[TaskRow]]:
-    found = {n: [row for row in rows if row.task == n] for n in sorted({row.task for row in rows})}
-    return list(found.values())
+    return [[row for row in rows if row.task == n] for n in sorted({row.task for row in rows})]
 
 
 def count_labels(rows: list[TaskRow], tasks: list[TaskConfig], split: str) -> dict[str, int]:
@@ -58,9 +57,7 @@ def count_labels(rows: list[TaskRow], tasks: list[TaskConfig], split: str) -> di
     return {task.name: counts[n] for n, task in enumerate(tasks)}
 
 
-def render_record(
-    record: dict, tasks: list[TaskConfig], tokenizer: Any, max_length: int
-) -> list[TaskRow]:
+def render_record(record: dict, tasks: list, tokenizer: Any, max_length: int) -> list[TaskRow]:
     """A row for each task that takes the record."""
     key, rows = record_key(record), []
     for n, task in enumerate(tasks):
@@ -101,8 +98,7 @@ def read_candidates(task: TaskConfig, record: dict) -> list[dict]:
         remedy = "give each candidate a number, and not all the same"
         detail = f"{len(candidates)} candidates, labels {scores}"[:200]
         raise RowError(f"{task.name}: labels do not rank the candidates", remedy, detail)
-    pairs = zip(candidates, scores, strict=True)
-    return [{**record, lists[0]: candidate, task.label: score} for candidate, score in pairs]
+    return [{**record, lists[0]: c, task.label: s} for c, s in zip(candidates, scores, strict=True)]
 
 
 def read_label(task: TaskConfig, value: Any) -> float:
@@ -119,13 +115,12 @@ def read_label(task: TaskConfig, value: Any) -> float:
 
 def fill(task: TaskConfig, record: dict) -> str:
     """The template with the record's fields, which must be text or numbers."""
-    for name in task.fields:
-        value = record[name]
+    given = {name: record[name] for name in task.fields}
+    for name, value in given.items():
         if not (isinstance(value, str) and value.strip()) and not _is_number(value):
-            detail = f"it is {type(value).__name__}"
-            remedy = "give it text, or leave it out"
+            detail, remedy = f"it is {type(value).__name__}", "give it text, or leave it out"
             raise RowError(f"{task.name}: field '{name}' is not text", remedy, detail)
-    return task.template.format_map({name: record[name] for name in task.fields})
+    return task.template.format_map(given)
 
 
 def encode_prompt(prompt: str, tokenizer: Any) -> list[int]:
@@ -156,12 +151,12 @@ def lines_of(task: TaskConfig, found: list[tuple[Any, Any]]) -> list[dict]:
     is the probabilities and the label a number."""
     lines = []
     for prediction, label in found:
-        line = {"task": task.name, "type": task.type, "prediction": prediction, "label": label}
+        more = {}
         if task.classes:
-            scores = dict(zip(task.classes, prediction, strict=True))
-            line["prediction"] = max(scores, key=scores.__getitem__)
-            line |= {"label": task.classes[int(label)], "scores": scores}
-        lines.append(line)
+            more["scores"] = scores = dict(zip(task.classes, prediction, strict=True))
+            prediction, label = max(scores, key=scores.get), task.classes[int(label)]
+        line = {"task": task.name, "type": task.type, "prediction": prediction, "label": label}
+        lines.append(line | more)
     return lines
 
 
@@ -189,8 +184,7 @@ def measure_task(task: TaskConfig, lines: list[dict]) -> dict[str, float]:
 def skill(task: TaskConfig, found: dict[str, float]) -> float | None:
     """The task's metric between 0, what is had without looking at the input, and 1, perfection;
     None where the metric could not be computed."""
-    value = found.get(task.metric)
-    if value is None:
+    if (value := found.get(task.metric)) is None:
         return None
     if task.metric == "mae":
         constant = found["mae_of_median"]
@@ -201,7 +195,8 @@ def skill(task: TaskConfig, found: dict[str, float]) -> float | None:
 
 
 def reliability(tasks: list[TaskConfig], found: dict[str, dict[str, float]]) -> float | None:
-    """Our composite: the weighted geometric mean of the tasks' skills (docs/finetune.md). None when a task has no value."""
+    """The weighted geometric mean of the tasks' skills, which is our composite; None when a task has
+    no value."""
     skills = [skill(task, found.get(task.name, {})) for task in tasks]
     if not skills or any(s is None for s in skills):
         return None

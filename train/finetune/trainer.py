@@ -30,6 +30,7 @@ from eagle.meter import Bar, Meter
 from train.finetune.policy import trainable_state, write_adapter
 from train.finetune.run import PREDICTIONS, Run
 from train.runs import MetricsLog, StopSignals, full_disk_told, prune, trim_heap
+from train.tracking.perf import memory
 
 NEVER = 10**9  # steps; evaluations at the start and the end are asked for elsewhere
 
@@ -166,7 +167,9 @@ class RunTrainer:
             step = self.state.global_step
             self.run.note(f"stopped by signal at step {step}; continue with --resume")
             return 128 + stop.number
-        self.run.publish(self.state)
+        world = self.run.world
+        [peak] = world.max([max(memory(world.device).values()) / 2**20])
+        world.first_does(lambda: self.run.publish(self.state, peak))
         return 0
 
     def create_scheduler(self, num_training_steps: int, optimizer=None):
@@ -258,9 +261,7 @@ class RunTrainer:
                 shutil.rmtree(staging, ignore_errors=True)
 
 
-def token_losses(
-    model: nn.Module, ids: torch.Tensor, attention: torch.Tensor, mask: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
+def token_losses(model: nn.Module, ids, attention, mask) -> tuple[torch.Tensor, torch.Tensor]:
     """ids, attention, mask [B, T] -> negative log-likelihoods in nats, fp32 and 0 where the mask is
     0, and whether the token was the likeliest: [B, T-1]."""
     logits = model(input_ids=ids, attention_mask=attention, use_cache=False).logits[:, :-1]

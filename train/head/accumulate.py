@@ -69,9 +69,7 @@ class Accumulator:
         mask = real if self.cfg.loss.tokens == "all" else batch.loss_mask
         return plan_unroll(mask, self.cfg.train.ttt_steps, batch.loss_weight, real.sum(1))
 
-    def forward(
-        self, batch: MicroBatch, plan: Plan, totals: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, batch: MicroBatch, plan: Plan, totals: torch.Tensor) -> tuple:
         """The batch's share of the global loss, and sums [B, S, C]."""
         device = self.world.device
         with self.seen.phase("target"), torch.no_grad():
@@ -87,9 +85,7 @@ class Accumulator:
         with self.seen.phase("head"):
             return self.engine(features, embeds, plan, teacher, totals)
 
-    def _require_finite(
-        self, batches: list[MicroBatch], losses: torch.Tensor, sums: list, step: int
-    ) -> None:
+    def _require_finite(self, batches: list, losses: torch.Tensor, sums: list, step: int) -> None:
         """All ranks stop where the loss of one is not finite, and name the rows of its origin."""
         problem = None
         if not losses.isfinite().all():

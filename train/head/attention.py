@@ -42,9 +42,7 @@ class UnrolledAttention:
         self.keys: list[torch.Tensor] = []
         self.values: list[torch.Tensor] = []
 
-    def __call__(
-        self, step: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
-    ) -> torch.Tensor:
+    def __call__(self, step: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor):
         """q [1, Hkv * G, C, hd] (K of them at step 0 where all tokens ask); k and v [1, Hkv, K, hd]
         at step 0, [1, Hkv, C, hd] later -> [1, C or K, Hkv * G, hd]."""
         q, k, v = (x[0].to(v.dtype) for x in (q, k, v))
@@ -67,13 +65,7 @@ class UnrolledAttention:
         return torch.cat(out, 2).flatten(0, 1).transpose(0, 1)[None]
 
 
-def attend(
-    q: torch.Tensor,
-    positions: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    *own: torch.Tensor,
-) -> torch.Tensor:
+def attend(q: torch.Tensor, positions, keys, values, *own: torch.Tensor) -> torch.Tensor:
     """q [Hkv, G, c, hd], positions [c], keys and values [Hkv, n, hd], own keys and then own values
     [Hkv, c, hd] of each later step -> [Hkv, G, c, hd]."""
     (Hkv, G, c, hd), n, dtype = q.shape, keys.shape[1], q.dtype

@@ -116,9 +116,7 @@ class Engine:
             out |= {f"{name}/{key}": value.cpu().clone() for key, value in found.items()}
         return out
 
-    def load_optimizer_state(
-        self, state: dict[str, torch.Tensor], prime: Callable[[], None]
-    ) -> None:
+    def load_optimizer_state(self, state: dict[str, torch.Tensor], prime: Callable) -> None:
         """Put `optimizer_state()` back; the weights must be in the head already. ZeRO makes its
         state at the first update: `prime` runs one, at learning rate 0, which changes no weight."""
         from deepspeed.utils import safe_set_full_optimizer_state

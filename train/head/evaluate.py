@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import defaultdict
 
 import numpy as np
 
@@ -14,6 +15,7 @@ from records import TokenizedData
 from train.head.distributed import World
 
 Prompt = tuple[str, list[int]]  # name of its source, token ids
+BATCH = 8  # prompts decoded together
 
 
 def heldout_prompts(data: TokenizedData, count: int, limit: int) -> list[Prompt]:
@@ -33,12 +35,7 @@ def heldout_prompts(data: TokenizedData, count: int, limit: int) -> list[Prompt]
 
 
 def acceptance(
-    target: Target,
-    head: DraftHead,
-    prompts: list[Prompt],
-    cfg: EvalConfig,
-    world: World,
-    batch: int = 8,
+    target: Target, head: DraftHead, prompts: list[Prompt], cfg: EvalConfig, world: World
 ) -> dict:
     """Greedy decoding -> tau (tokens a verification), acceptance by depth, counts, seconds; and the
     same under `sources` by name where there are several. Every rank decodes its share of the
@@ -46,17 +43,16 @@ def acceptance(
     started = time.monotonic()
     model = EaModel(target, head=head, tree=cfg.tree)
     mine, found = prompts[world.rank :: world.size], []
-    for start in range(0, len(mine), batch):
-        ids = [ids for _, ids in mine[start : start + batch]]
+    for start in range(0, len(mine), BATCH):
+        ids = [ids for _, ids in mine[start : start + BATCH]]
         rows = model.generate(ids, max_new_tokens=cfg.max_new_tokens, temperature=0.0).rows
         found += [(row.cycles, len(row.tokens), row.accepted) for row in rows]
     rows = [None] * len(prompts)
     for rank, part in enumerate(world.gather(found)):
         rows[rank :: world.size] = part
-    result = {**_counted(rows), "seconds": time.monotonic() - started}
-    of: dict[str, list] = {}
+    result, of = {**_counted(rows), "seconds": time.monotonic() - started}, defaultdict(list)
     for row, (source, _) in zip(rows, prompts, strict=True):
-        of.setdefault(source, []).append(row)
+        of[source].append(row)
     if len(of) > 1:
         result["sources"] = {name: _counted(part) for name, part in of.items()}
     return result

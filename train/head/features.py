@@ -154,9 +154,7 @@ class FeatureStore:
                 "were made of, or prepare features of this data in another folder"
             )
 
-    def hidden_and_features(
-        self, ids: torch.Tensor, lengths: list[int]
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def hidden_and_features(self, ids: torch.Tensor, lengths: list[int]) -> tuple:
         """ids [B, T], padded on the right to the longest of `lengths` -> hidden [N, H] and features
         [N, F], rows end to end, in the target's dtype, on the device of `ids`."""
         found: dict[str, list[torch.Tensor]] = {"hidden": [], "features": []}

@@ -78,9 +78,7 @@ class MicroBatch:
 class Steps:
     """Item n: the micro-batches that one rank takes of the step that begins with row number n."""
 
-    def __init__(
-        self, data: TokenizedData, cfg: TrainConfig, pad_id: int, rank: int, world: int
-    ) -> None:
+    def __init__(self, data: TokenizedData, cfg: TrainConfig, pad_id: int, rank: int, world: int):
         self.data, self.cfg, self.rank, self.world = data, cfg, rank, world
         self.collate = Collator(pad_id, WIDTH)
         self.rows = world * cfg.batch_size * cfg.grad_accum

@@ -17,6 +17,7 @@ from configs.schema import HeadTrainConfig, TrainConfig
 from eagle.checkpoint import atomic_write_text, load_head, save_head
 from eagle.heads.head import DraftHead
 from eagle.meter import clock
+from train import runs
 from train.head import state as disk
 from train.head.accumulate import Accumulator, not_finite
 from train.head.distributed import World
@@ -26,19 +27,11 @@ from train.head.loader import MicroBatch, Steps, read_ahead
 from train.head.metrics import SourceMetrics
 from train.head.setup import build, output_rows, settle, with_dtypes
 from train.head.ttt import UnrolledHead
-from train.runs import (
-    StopSignals,
-    full_disk_told,
-    point,
-    pointed,
-    prune,
-    require_same_run,
-    step_of,
-    trim_heap,
-)
 from train.tracking.card import run_card
 from train.tracking.perf import FlopCount
 from train.tracking.recorder import Recorder
+
+PATHS = ("head", "metrics.jsonl", "checkpoints")
 
 
 class Schedule:
@@ -66,9 +59,7 @@ class Schedule:
 class Trainer:
     """One run. `fit()` returns the process's exit code."""
 
-    def __init__(
-        self, cfg: HeadTrainConfig, output: Path, world: World, quiet: bool = False
-    ) -> None:
+    def __init__(self, cfg: HeadTrainConfig, output: Path, world: World, quiet: bool = False):
         self.output, self.world, resume = output, world, cfg.train.resume
         path = resume and world.first_does(
             lambda: (found := disk.find_checkpoint(output, resume)) and found.path
@@ -84,20 +75,14 @@ class Trainer:
         self.cfg = cfg = with_dtypes(cfg, parts.target.identity["dtype"], t.dtype)
         if resumed is not None:
             now = json.loads(json.dumps(parts.identity))
-            require_same_run(resumed.path, resumed.info["identity"], now)
-            with torch.no_grad():
-                for name, weight in resumed.weights.items():
-                    parts.head.get_parameter(name).copy_(weight)
+            runs.require_same_run(resumed.path, resumed.info["identity"], now)
+            for name, weight in resumed.weights.items():
+                parts.head.get_parameter(name).data.copy_(weight)
         self.blank = copy.deepcopy(parts.head)  # ZeRO splits the weights, not these
-        self.module = UnrolledHead(
-            parts.head.to(world.device),
-            t.ttt_steps,
-            t.ttt_decay,
-            cfg.loss,
-            t.dtype == "bf16",
-            recompute=t.checkpoint_activations,
-            output=None if parts.head.has_output else output_rows(parts.target),
-        )
+        head = parts.head.to(world.device)
+        rows = None if head.has_output else output_rows(parts.target)
+        options = t.dtype == "bf16", t.checkpoint_activations, rows
+        self.module = UnrolledHead(head, t.ttt_steps, t.ttt_decay, cfg.loss, *options)
         if t.compile:
             self.module.compile_layers()
         self.engine = Engine(self.module, cfg, world)
@@ -105,12 +90,12 @@ class Trainer:
         self.batches: Iterator[list[MicroBatch]] | None = None
         self.schedule = Schedule(t, len(parts.data), self.steps.rows)
         self.sources = SourceMetrics(parts.data.sources, self.module.depth_weights)
-        self.signals = StopSignals()
+        self.signals = runs.StopSignals()
         self.step, self.rows_seen, self.elapsed_before = 0, 0, 0.0
         self.evaluations: list[dict] = []
         self.row: dict = {}
-        runs = parts.states is parts.target
-        flops = FlopCount.of(parts.target, self.blank, t.ttt_steps, target_runs=runs)
+        online = parts.states is parts.target
+        flops = FlopCount.of(parts.target, self.blank, t.ttt_steps, target_runs=online)
         total = self.schedule.total
         self.seen = Recorder(cfg, output, world, total=total, quiet=quiet, flops=flops)
         self.accumulate = Accumulator(cfg, world, parts, self.engine, self.steps, self.seen)
@@ -155,7 +140,7 @@ class Trainer:
         sums, tokens = self.world.sum(sums), int(self.world.sum(tokens))
         self.step += 1
         self.rows_seen += self.steps.rows
-        trim_heap(self.step, self.world.device)
+        runs.trim_heap(self.step, self.world.device)
         seconds = time.perf_counter() - started
         return {
             "step": self.step,
@@ -183,7 +168,7 @@ class Trainer:
         self.started = time.monotonic()
         dtype = self.cfg.train.dtype
         card = self.world.first_does(lambda: {**run_card(self.parts), "dtype": dtype})
-        with self.signals, full_disk_told(self.output), self.seen.running(self.step, card):
+        with self.signals, runs.full_disk_told(self.output), self.seen.running(self.step, card):
             for note in self.parts.notes:
                 self.seen.note(note)
             return self._fit()
@@ -216,7 +201,7 @@ class Trainer:
             return 128 + number
         if self._tau_at(self.step) is None:
             self._evaluate()
-        elif pointed(self.output, "latest") is None:
+        elif runs.pointed(self.output, "latest") is None:
             self._save()
         self.world.first_does(self._publish)
         return 0
@@ -239,7 +224,7 @@ class Trainer:
         self.seen.step(row, min(done, 1.0), eta, elapsed, keep=logged)
 
     def _publish(self) -> None:
-        best = pointed(self.output, "best") or pointed(self.output, "latest")
+        best = runs.pointed(self.output, "best") or runs.pointed(self.output, "latest")
         head, provenance = load_head(best / "head")
         save_head(head, self.output / "head", provenance)
         taus = [e["tau"] for e in self.evaluations]
@@ -250,20 +235,17 @@ class Trainer:
             "final": {k: v for k, v in self.row.items() if k != "seconds"},
             "tau_before": taus[0] if taus else None,
             "tau_after": taus[-1] if taus else None,
-            "best": {"checkpoint": best.name, "tau": self._tau_at(step_of(best))},
+            "best": {"checkpoint": best.name, "tau": self._tau_at(runs.step_of(best))},
             "evaluations": self.evaluations,
             **{name: self.parts.provenance[name] for name in ("draft_vocabulary", "data")},
-            "paths": {
-                name.split(".")[0]: str(self.output / name)
-                for name in ("head", "metrics.jsonl", "checkpoints")
-            },
+            "paths": {n.split(".")[0]: str(self.output / n) for n in PATHS},
         }
         atomic_write_text(self.output / "summary.json", json.dumps(summary, indent=2) + "\n")
         if taus:
-            text = f"{taus[0]:.2f} before, {taus[-1]:.2f} after"
-            self.seen.note(f"acceptance length on held-out prompts: {text}")
-        spent = clock(self.elapsed())
-        self.seen.note(f"{self.step} steps in {spent}; head: {self.output / 'head'}")
+            said = f"{taus[0]:.2f} before, {taus[-1]:.2f} after"
+            self.seen.note(f"acceptance length on held-out prompts: {said}")
+        said = f"{self.step} steps in {clock(self.elapsed())}"
+        self.seen.note(f"{said}; head: {self.output / 'head'}")
 
     def _tau_at(self, step: int) -> float | None:
         return next((e["tau"] for e in self.evaluations if e["step"] == step), None)
@@ -303,13 +285,12 @@ class Trainer:
         kept = [e for e in self.evaluations if (folder / f"step-{e['step']}").is_dir()]
         if self.world.first and kept:
             best = max(kept, key=lambda e: (e["tau"], e["step"]))
-            point(self.output, "best", f"step-{best['step']}")
+            runs.point(self.output, "best", f"step-{best['step']}")
 
     def _save(self, head: DraftHead | None = None) -> Path:
         """All ranks must call it; rank 0 writes."""
         head, weights = head or self._export(), self.engine.weights()
         optimizer = self.engine.optimizer_state() if self.step else {}
-        vocabulary = {"draft_ids": self.blank.draft_token_ids().cpu()}
         seen = {"step": self.step, "rows_seen": self.rows_seen}
         info = {
             **seen,
@@ -331,11 +312,12 @@ class Trainer:
         }
 
         def write() -> Path:
+            vocabulary = {"draft_ids": self.blank.draft_token_ids().cpu()}
             state = disk.TrainState(info, weights, optimizer, disk.rng_state(), vocabulary)
             provenance = {**self.parts.provenance, "training": training}
             path = disk.save_checkpoint(self.output, state, head, provenance)
-            safe = (pointed(self.output, name) for name in ("best", "latest"))
-            prune(self.output, self.cfg.train.save_total_limit, *safe)
+            safe = (runs.pointed(self.output, name) for name in ("best", "latest"))
+            runs.prune(self.output, self.cfg.train.save_total_limit, *safe)
             return path
 
         return self.world.first_does(write)

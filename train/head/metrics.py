@@ -85,9 +85,7 @@ class Progress(Bar):
         super().__init__(quiet)
         self.total, self.first = total, True
 
-    def update(
-        self, step: int, fraction: float, eta: float, row: dict, memory: int | None = None
-    ) -> None:
+    def update(self, step: int, fraction: float, eta: float, row: dict, memory: int | None = None):
         """eta: seconds. memory: bytes in use. acceptance is shown by depth, conditional."""
         text = (
             f"loss {row['loss']:.3f}  "

@@ -45,9 +45,7 @@ class Parts:
     notes: list[str]
 
 
-def settle(
-    cfg: HeadTrainConfig, device: torch.device, before: dict | None = None
-) -> HeadTrainConfig:
+def settle(cfg: HeadTrainConfig, device: torch.device, before: dict | None = None):
     """`cfg` with the dtypes that the run is to have. before: the config of the run that is resumed,
     which keeps what "auto" meant on its first machine."""
     dtypes = {}
@@ -76,30 +74,30 @@ def build(
 ) -> Parts:
     """Load what `cfg` names. output: where rejected rows are listed (None: nowhere). draft_ids [D]:
     the draft vocabulary of the run that is resumed."""
-    tokenizer = load_tokenizer(cfg.model.base)
+    m, tokenizer = cfg.model, load_tokenizer(cfg.model.base)
     data = load_dataset_for(cfg.data, tokenizer, split="train", out_dir=output)
     require_supervised(data.stats["supervised_tokens"], cfg.data.min_supervised_tokens)
-    m = cfg.model
     with Bar(quiet=output is None) as bar:
         bar.doing("loading the target")
         options = {"adapter_path": m.adapter, "quantization": m.quantization}
         target = Target.from_pretrained(m.base, dtype=m.dtype, device=device, **options)
-    if cfg.data.max_length > target.max_positions:
+    V, most = target.vocab_size, target.max_positions
+    if cfg.data.max_length > most:
         raise EagleError(
-            f"data.max_length={cfg.data.max_length} exceeds the {target.max_positions} positions "
-            f"of {target.name}; lower it"
+            f"data.max_length={cfg.data.max_length} exceeds the {most} positions of {target.name}; "
+            "lower it"
         )
     prompts = []
     if cfg.eval.num_prompts:
         held_out = load_dataset_for(cfg.data, tokenizer, split="eval", out_dir=output)
-        limit = target.max_positions - cfg.eval.max_new_tokens
+        limit = most - cfg.eval.max_new_tokens
         if limit < 1:
             raise EagleError("eval.max_new_tokens leaves no room for a prompt; lower it")
         prompts = heldout_prompts(held_out, cfg.eval.num_prompts, limit)
-    counts = data.token_counts(target.vocab_size)
+    counts = data.token_counts(V)
     # end, FIM, chat and other added tokens that lie in the model's vocabulary
     added = set(tokenizer.added_tokens_decoder) | set(tokenizer.all_special_ids)
-    always = sorted(i for i in added if 0 <= i < target.vocab_size)
+    always = sorted(i for i in added if 0 <= i < V)
     torch.manual_seed(cfg.train.seed)
     head = _warm(cfg, target) if m.init_head else _fresh(cfg, target, counts, always)
     if draft_ids is not None:
@@ -113,42 +111,32 @@ def build(
     if head.config.own_embedding:
         head.embed_tokens.requires_grad_(False)
         embed = copy.deepcopy(head.embed_tokens).to(device)  # ZeRO may split the head's weights
-    ids = head.draft_token_ids().cpu().numpy()
-    seen = [data.stats[name] for name in ("rows", "tokens", "supervised_tokens")]
-    sources = {s.name: s.token_counts(target.vocab_size) for s in data.sources}
-    vocabulary = coverage(counts, ids, always, sources)
-    pad, identity = tokenizer.pad_token_id, target.identity
-    who = identity["fingerprint"], identity["adapter"]
-    data_card = {
-        "format": cfg.data.format,
-        "files": [p.name for p in data.paths],
-        **{k: v for k, v in data.stats.items() if k != "cache_hit"},
-        "answers": who_answered(data.paths, cfg.data.on_policy, *who),
+    ids, pad = head.draft_token_ids().cpu().numpy(), tokenizer.pad_token_id
+    sources = {s.name: s.token_counts(V) for s in data.sources}
+    who = target.identity["fingerprint"], target.identity["adapter"]
+    provenance = {
+        "target": target.identity,
+        "tokenizer": tokenizer_hash(tokenizer),
+        "data": {
+            "format": cfg.data.format,
+            "files": [p.name for p in data.paths],
+            **{k: v for k, v in data.stats.items() if k != "cache_hit"},
+            "answers": who_answered(data.paths, cfg.data.on_policy, *who),
+        },
+        "draft_vocabulary": coverage(counts, ids, always, sources),
     }
-    return Parts(
-        target=target,
-        states=states,
-        head=head,
-        embed=embed,
-        data=data,
-        prompts=prompts,
-        provenance={
-            "target": identity,
-            "tokenizer": tokenizer_hash(tokenizer),
-            "data": data_card,
-            "draft_vocabulary": vocabulary,
-        },
-        identity={
-            "target": [*who, identity["quantization"]],
-            "head": head.config.to_dict(),
-            "data": [cfg.data.format, *seen, data.digest],
-            "data.seed": cfg.data.seed,
-            "train.seed": cfg.train.seed,
-            "train.optimizer": cfg.train.optimizer,
-        },
-        pad_id=pad if pad is not None and 0 <= pad < target.vocab_size else 0,
-        notes=[describe(vocabulary)],
-    )
+    seen = [data.stats[name] for name in ("rows", "tokens", "supervised_tokens")]
+    identity = {
+        "target": [*who, target.identity["quantization"]],
+        "head": head.config.to_dict(),
+        "data": [cfg.data.format, *seen, data.digest],
+        "data.seed": cfg.data.seed,
+        "train.seed": cfg.train.seed,
+        "train.optimizer": cfg.train.optimizer,
+    }
+    pad = pad if pad is not None and 0 <= pad < V else 0
+    notes = [describe(provenance["draft_vocabulary"])]
+    return Parts(target, states, head, embed, data, prompts, provenance, identity, pad, notes)
 
 
 def output_rows(target: Target) -> torch.Tensor:
@@ -164,19 +152,18 @@ def output_rows(target: Target) -> torch.Tensor:
     return rows if target.head_logits.scale == 1.0 else rows * target.head_logits.scale
 
 
-def fresh_config(
-    m: ModelConfig, config, vocab_size: int, feature_layers: tuple[int, ...] | None = None
-) -> HeadConfig:
-    """Of the head that `m` asks for, over a target of text config `config`."""
+def fresh_config(m: ModelConfig, config, vocab_size: int, layers: tuple | None = None):
+    """The `HeadConfig` that `m` asks for, over a target of text config `config`. layers: of its
+    features."""
     half = min(32000, max(vocab_size // 2, 1))
     if m.method == "eagle1":
-        half, feature_layers = vocab_size, None
+        half, layers = vocab_size, None
     return HeadConfig.for_target(
         config,
         vocab_size=vocab_size,
         draft_vocab_size=m.draft_vocab_size or half,
         intermediate_size=m.intermediate_size,
-        feature_layers=m.feature_layers or feature_layers,
+        feature_layers=m.feature_layers or layers,
         num_attention_heads=m.num_heads,
         num_key_value_heads=m.num_kv_heads,
         **_options(m),
@@ -187,9 +174,7 @@ def _options(m: ModelConfig) -> dict:
     return {name: value for name in OPTIONS if (value := getattr(m, name, None)) is not None}
 
 
-def _fresh(
-    cfg: HeadTrainConfig, target: Target, counts: np.ndarray, always: list[int]
-) -> DraftHead:
+def _fresh(cfg: HeadTrainConfig, target: Target, counts: np.ndarray, always: list) -> DraftHead:
     config = fresh_config(cfg.model, target.config, target.vocab_size, target.feature_layers)
     size = config.draft_vocab_size
     if size < len(always):
@@ -262,8 +247,6 @@ def coverage(
 
 def describe(report: dict) -> str:
     """`coverage()` in one line."""
-    parts = [f"{name} {share:.2%}" for name, share in report["coverage_by_source"].items()]
-    return (
-        f"draft vocabulary: {report['draft_vocab_size']} of {report['vocab_size']} tokens hold "
-        f"{report['coverage']:.2%} of what is supervised ({', '.join(parts)})"
-    )
+    by = ", ".join(f"{name} {share:.2%}" for name, share in report["coverage_by_source"].items())
+    size = f"{report['draft_vocab_size']} of {report['vocab_size']} tokens"
+    return f"draft vocabulary: {size} hold {report['coverage']:.2%} of what is supervised ({by})"

@@ -66,12 +66,7 @@ class Plan:
         return replace(self, **moved)
 
 
-def plan_unroll(
-    loss_mask: torch.Tensor,
-    steps: int,
-    weights: torch.Tensor | None = None,
-    lengths: torch.Tensor | None = None,
-) -> Plan:
+def plan_unroll(loss_mask: torch.Tensor, steps: int, weights=None, lengths=None) -> Plan:
     """From loss_mask [B, T] bool, weights [B] (1 by default) and lengths [B] of the rows (T).
     Tokens 0 and 1 of a row cannot be drafted: nothing lies before."""
     B, T = loss_mask.shape
@@ -176,9 +171,7 @@ class UnrolledHead(nn.Module):
         positions = plan.key_positions[None]
         return self.head(hidden, embeds, positions, attend, keep=plan.chain_keys)
 
-    def unroll(
-        self, features: torch.Tensor, embeds: torch.Tensor, plan: Plan
-    ) -> Iterator[torch.Tensor]:
+    def unroll(self, features: torch.Tensor, embeds: torch.Tensor, plan: Plan) -> Iterator:
         """features [N, F], embeds [N, H] of the rows' tokens -> yields, for each step, the head's
         output [C, H] for the chains."""
         dtype, layers = self.head.fc.weight.dtype, self.head.config.num_layers
@@ -207,9 +200,7 @@ class UnrolledHead(nn.Module):
             hidden = self._pass(self.head, hidden, token, rotary, partial(attend, i))
             yield hidden[0]
 
-    def forward(
-        self, features, embeds, plan: Plan, teacher: Teacher, totals: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, features, embeds, plan: Plan, teacher: Teacher, totals) -> tuple:
         """totals [S]: `counts` of the global batch -> loss, Σ depth weight · Σ weight · loss /
         totals[i], and sums [B, S, len(COLUMNS)] of each row for the metrics, unweighted."""
         with torch.autocast(embeds.device.type, torch.bfloat16, enabled=self.amp):
@@ -222,9 +213,7 @@ class UnrolledHead(nn.Module):
 
 
 @torch.no_grad()
-def row_sums(
-    plan: Plan, loss: torch.Tensor, overlap: torch.Tensor, right: torch.Tensor, known: torch.Tensor
-) -> torch.Tensor:
+def row_sums(plan: Plan, loss, overlap, right, known) -> torch.Tensor:
     """loss, overlap, right [S, U], known [U] -> [B, S, len(COLUMNS)] fp32, what the metrics are
     made of."""
     S, B, taught = len(plan.taught), len(plan.weights), plan.taught

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import shlex
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -167,10 +166,4 @@ def _json_object(text: str) -> dict[str, Any]:
 COMMANDS = {"features": features, "regenerate": regenerate}
 
 if __name__ == "__main__":
-    name, *arguments = sys.argv[1:] or [""]
-    if name in ("-h", "--help"):
-        print(__doc__)
-        sys.exit()
-    if name not in COMMANDS:
-        sys.exit(f"error: name a command: {', '.join(COMMANDS)}")
-    cli.main(COMMANDS[name], arguments, name=f"python -m train.prepare {name}")
+    cli.choose(COMMANDS, __doc__, "python -m train.prepare")

@@ -242,8 +242,7 @@ def test_a_run_has_the_dtype_of_its_first_machine_and_says_so(data, tmp_path, mo
     """
 
     def native(yes):
-        for place in ("eagle.loading", "train.finetune.policy"):
-            monkeypatch.setattr(f"{place}.fast_bf16", lambda device: yes)
+        monkeypatch.setattr("eagle.loading.fast_bf16", lambda device: yes)
 
     for fast, dtype in ((True, torch.bfloat16), (False, torch.float32)):
         native(fast)
