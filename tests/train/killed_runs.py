@@ -61,19 +61,20 @@ def main() -> None:
     whole = Path(values["train"]["output"])
     killed = whole.with_name(whole.name + "-killed")
 
-    begun = time.monotonic()
     pid = start(values, whole, None)
     while not runs.checkpoints(whole) and os.waitpid(pid, os.WNOHANG)[0] == 0:
         time.sleep(0.005)
-    to_first = time.monotonic() - begun
+    begun = time.monotonic()
     assert ended(pid) == 0
-    training = time.monotonic() - begun - to_first
+    training = time.monotonic() - begun
 
     moments, steps, resume = [], [], None
-    for _ in range(kills):
+    for number in range(kills):
+        pid, before = start(values, killed, resume), runs.checkpoints(killed)[-1:]
+        while number % 2 and runs.checkpoints(killed)[-1:] == before:
+            time.sleep(0.005)  # every second one first gets as far as a checkpoint
         # each lets at most its share of the run through, so that it is not done before the last
-        moments.append(rng.uniform(0, to_first + 0.9 * training / kills))
-        pid = start(values, killed, resume)
+        moments.append(rng.uniform(0, training / kills))
         time.sleep(moments[-1])
         os.kill(pid, signal.SIGKILL)
         assert ended(pid) == -signal.SIGKILL, "the run ended before it could be killed"
