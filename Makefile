@@ -26,9 +26,10 @@ demo: install
 pipeline: install
 	$(PY) -m examples.pipeline
 
-# a process a core, one thread each: two that compute with two threads slow each other down tenfold
+# one thread each: two that compute with two threads slow each other down tenfold; one more than
+# two cores, as tests often wait for what they started
 test: install
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n logical --maxprocesses 4 --dist loadscope --no-loadscope-reorder
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 3 --dist loadscope --no-loadscope-reorder
 
 # the same in an environment of its own, with the newest of everything
 test-latest:
