@@ -13,7 +13,6 @@ from commands import run
 from engine_helpers import assert_quiet
 
 ROOT = Path(__file__).parent.parent
-pytestmark = pytest.mark.usefixtures("compile_cache")  # what is compiled is shared
 README = ROOT / "README.md"
 PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
 # what keeps a command short here, by its first words

@@ -185,7 +185,7 @@ def test_from_end_to_end(tmp_path, cli, tiny):
     assert set(summary["pass_at_k"]) == {"pass@1"}  # 5 and 10 are more than there are
     assert summary["speed"]["samples"] == 12 and summary["speed"]["tau"] >= 1.0
     assert sum(summary["causes"].values()) == 12
-    assert "generated 12/12" in err and "executed 12/12" in err
+    assert "generated 12/12" in err  # those executed by then are not counted again
     names = "report.json report.md generations.json metrics.json dataset.json execution.json"
     assert {*names.split(), "executions.jsonl"} < {p.name for p in out.iterdir()}
     # again: everything is there already, and the stages on their own give the same
