@@ -67,9 +67,7 @@ class TaskHeads(nn.Module):
         if self.learned:
             s = self.log_variance
             means = torch.exp(-s) * means + 0.5 * s * (here / counts)
-        loss = (self.weight * means).sum()
-        # a task that is absent here still takes part: ranks wait for the gradient of every weight
-        return loss + 0.0 * sum(p.sum() for p in self.parameters())
+        return (self.weight * means).sum()
 
     def predict(self, n: int, output: torch.Tensor) -> list:
         """Outputs of task n -> probabilities of the classes, or numbers on the labels' scale."""
@@ -109,12 +107,18 @@ def task_forward(base: nn.Module, original: Any, task: torch.Tensor, batch: dict
         nll, _ = token_losses(original, *trim(ids[~reads], attention[~reads], supervised))
         for n in task[~reads].unique().tolist():
             sums[n] = nll[task[~reads] == n].sum()
+    state = torch.zeros(0, heads.center.shape[0], device=ids.device)
     if reads.any():
         state = last_state(base, ids[reads], attention[reads])
-        for n in task[reads].unique().tolist():
-            mine = task == n
-            outputs[n] = heads(n, state[mine[reads]])
-            sums[n] = task_loss(heads, n, outputs[n], batch["labels"][mine], batch["group"][mine])
+    for n in map(int, heads.heads):
+        # every head on every rank, if only on no row: ZeRO joins gradients in the order in which
+        # they come, and it must be the same one everywhere
+        mine = task == n
+        output = heads(n, state[mine[reads]])
+        sums[n] = output.sum()
+        if mine.any():
+            outputs[n], asked = output, (batch["labels"][mine], batch["group"][mine])
+            sums[n] = task_loss(heads, n, output, *asked)
     found, counts = torch.stack(sums), batch.get("counts")
     loss = heads.combine(found, here if counts is None else counts, here)
     return {"loss": loss, "sums": found.detach(), "outputs": outputs}

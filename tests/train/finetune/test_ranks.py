@@ -33,11 +33,11 @@ for line in open(sys.argv[1]):
 KEYS = {
     "sft": ("eval_loss", "eval_token_accuracy"),
     "dpo": ("eval_loss", "eval_reward_margin"),
-    "multitask": ("eval_loss", "eval_score/mae", "eval_kind/loss", "eval_rank/loss"),
+    "multitask": ("eval_loss", "eval_score/mae", "eval_kind/accuracy", "eval_rank/ndcg"),
 }
 SIZES = {"sft": 2, "dpo": 2, "multitask": 1}
 # without DeepSpeed first, stage 3 last: what was switched on stays on in a process
-KINDS = [("multitask", None), ("sft", 2), ("dpo", 2), ("multitask", 2), ("sft", 3)]
+KINDS = [("multitask", None), ("dpo", None), ("sft", 2), ("dpo", 2), ("multitask", 2), ("sft", 3)]
 
 
 @pytest.fixture(scope="module")
@@ -59,9 +59,7 @@ def runs(base, data, whole, tmp_path_factory):
 
     def of(method, name, batch_size, **train):
         model = {"compute": "fp32", "adapter": str(whole) if method == "dpo" else None}
-        # heads see standardised states, which magnify what Adam makes of rounding
-        lr = 1e-6 if method == "multitask" else 1e-3
-        train = {"max_steps": 3, "batch_size": batch_size, "lr": lr, **train}
+        train = {"max_steps": 3, "batch_size": batch_size, **train}
         output = folder / f"{method}-{name}"
         return config(method, base, files[method], output, model=model, train=train, **more[method])
 
@@ -89,9 +87,9 @@ def test_two_ranks_equal_one(runs, method, zero):
         assert max((a[k].float() - b[k].float()).abs().mean().item() for k in b) < 3e-4
     assert summary_of(ours)["trainable_parameters"] == summary_of(one)["trainable_parameters"]
     if method == "multitask":
-        if zero is None:
-            mine, theirs = ([row["grad_norm"] for row in rows_of(run)] for run in (ours, one))
-            assert mine == pytest.approx(theirs, rel=1e-3)
+        # a rank that only writes and one that only predicts: gradients met in the same order
+        mine, theirs = ([row["grad_norm"] for row in rows_of(run)] for run in (ours, one))
+        assert mine == pytest.approx(theirs, rel=1e-4)
         # a step had a task that was absent
         seen = [{k for k in row if k.endswith("/loss")} for row in rows_of(one)]
         assert any(len(tasks) < 4 for tasks in seen)
