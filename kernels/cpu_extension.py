@@ -19,20 +19,25 @@ loaded = False
 
 
 def load(folder: Path, machine: str) -> None:
-    """Build into `folder` unless it is there. machine: what names the processor, as the code is
-    made for it.
+    """`build` it, and use it from now on."""
+    global loaded
+    if not loaded:
+        torch.ops.load_library(str(build(folder, machine)))
+        loaded = True
+
+
+def build(folder: Path, machine: str) -> Path:
+    """Build the library into `folder` unless it is there. machine: what names the processor, as the
+    code is made for it.
 
     Needs g++ (or clang++) and ninja; raises what torch's extension loader raises."""
-    global loaded
-    if loaded:
-        return
-    from torch.utils.cpp_extension import load as build
+    from torch.utils.cpp_extension import load as make
 
     facts = repr(([s.read_text() for s in SOURCES], FLAGS, torch.__version__, machine))
     name = "eagle_cpu_" + hashlib.sha256(facts.encode()).hexdigest()[:16]
 
     def compile(scratch: Path) -> Path:
-        build(
+        make(
             name,
             list(map(str, SOURCES)),
             extra_cflags=FLAGS,
@@ -41,8 +46,7 @@ def load(folder: Path, machine: str) -> None:
         )
         return scratch / f"{name}.so"
 
-    torch.ops.load_library(str(keep(folder / f"{name}.so", compile)))
-    loaded = True
+    return keep(folder / f"{name}.so", compile)
 
 
 def keep(path: Path, make: Callable[[Path], Path]) -> Path:

@@ -203,13 +203,14 @@ _parent: int | None = None  # of the processes that tokenise, while it starts th
 @contextmanager
 def children_end_with_us() -> Iterator[None]:
     """Processes forked in the block leave signals to this one and end with it, even one that still
-    waits for its first work when this one is killed."""
+    waits for its first work when this one is killed. `datasets` puts a copy in the place of
+    os.environ, whose later changes nobody sees who keeps the original (rich): it is put back."""
     global _parent
-    _parent = os.getpid()
+    _parent, environment = os.getpid(), os.environ
     try:
         yield
     finally:
-        _parent = None
+        _parent, os.environ = None, environment
 
 
 def _begin() -> None:

@@ -1,6 +1,7 @@
 """One thread, no network, and the tiny models that the engine's tests share."""
 
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -67,11 +68,19 @@ def llama(targets):
 
 @pytest.fixture(scope="session")
 def compile_cache(tmp_path_factory):
-    """An EAGLE_CACHE that is empty when the tests begin, the same in all their processes: what is
-    compiled is compiled here and now, once."""
+    """An EAGLE_CACHE that is empty when the tests begin, the same in all their processes: the C++
+    extension is compiled here and now, once."""
+    from filelock import FileLock
+
+    from eagle.compile import compiled_folder, cpu_flags
+    from kernels.cpu_extension import build
+
     base = tmp_path_factory.getbasetemp()
     folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "eagle_cache"
     folder.mkdir(exist_ok=True)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("EAGLE_CACHE", str(folder))
+        if shutil.which("g++") and shutil.which("ninja"):
+            with FileLock(folder.with_suffix(".lock")):
+                build(compiled_folder(), cpu_flags())
         yield folder

@@ -1,7 +1,10 @@
 """Compiled passes give the tokens of eager ones, are kept on disk, and fail with a remedy.
 
-Packages are built once for the whole file, in an empty cache: some 100 s of its time."""
+Packages are built once for the whole file, in an empty cache: most of its time. Gemma 2's alternate
+windows and soft caps under a two-layer EAGLE-1 head, which goes through the target's LM head; the
+embedded model with its EAGLE-3 head is compiled by the README's benchmark (test_docs.py)."""
 
+import os
 import shutil
 import signal
 import subprocess
@@ -11,17 +14,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from engine_helpers import (
-    head_model,
-    make_head,
-    make_prompts,
-    make_target,
-    new_tokens,
-    plain,
-    stock_greedy,
-)
+from engine_helpers import make_head, make_prompts, make_target, new_tokens, plain, stock_greedy
 
-from eagle.compile import CompiledHead, head_pass, key, package, target_pass
+from eagle.compile import head_pass, key, package, target_pass
 from eagle.draft import HeadDrafter
 from eagle.errors import EagleError
 from eagle.heads.head import Eagle3Head, HeadConfig
@@ -60,16 +55,46 @@ def quick_builds():
         yield
 
 
+def gemma():
+    """Both kinds of soft cap, and a window shorter than the contexts."""
+    target = make_target("gemma2", num_hidden_layers=2)
+    assert {"sliding_attention", "full_attention"} == set(target.config.layer_types)
+    return target
+
+
+def head_of(target):
+    """Drafts well enough that trees are accepted to some depth: it mostly hands the target's features
+    on."""
+    config = HeadConfig.for_target(target.config, method="eagle1", num_layers=2, qkv_bias=True)
+    torch.manual_seed(1)
+    head = build_head(config).eval()
+    for weight in head.parameters():
+        torch.nn.init.normal_(weight, mean=float(weight.ndim == 1), std=0.02)
+    with torch.no_grad():
+        head.fc.weight[:, : config.hidden_size] += torch.eye(config.hidden_size)
+    return head
+
+
+@pytest.fixture(scope="module")
+def compile_cache(compile_cache, tmp_path_factory):
+    """One of this file's own, with nothing but the C++ extension in it."""
+    folder = tmp_path_factory.mktemp("cache")
+    (folder / "compiled").mkdir()
+    for library in (compile_cache / "compiled").glob("*.so"):
+        os.link(library, folder / "compiled" / library.name)  # a copy would be loaded once more
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("EAGLE_CACHE", str(folder))
+        yield folder
+
+
 @pytest.fixture(scope="module")
 def target():
-    return make_target("llama")
+    return gemma()
 
 
 @pytest.fixture(scope="module")
 def model(compile_cache, target):
-    """Drafts well enough that trees are accepted to some depth: the target's own vocabulary and a
-    fixed seed."""
-    model = head_model(target, "16,4,4", draft_vocab=128)
+    model = EaModel(target, head_of(target), "16,4,4")
     before = packages(compile_cache)
     seconds = model.prepare("max")
     assert set(seconds) == {"target", "head", "ingest"}
@@ -131,7 +156,7 @@ def test_drafts_are_the_same_too(model):
             )
             assert new_tokens(compiled) == new_tokens(slow)
             assert [r.accepted for r in compiled.rows] == [r.accepted for r in eager.rows]
-            assert sum(sum(r.accepted[1:]) for r in eager.rows) > 0
+            assert sum(sum(r.accepted[1:]) for r in eager.rows) > 10
 
 
 @pytest.mark.parametrize("sampling", [{}, SAMPLED], ids=["greedy", "sampled"])
@@ -147,8 +172,8 @@ def test_many_requests(model, target, sampling):
 def test_nothing_is_compiled_anew(model, compile_cache):
     """Batch, capacity, tree, context and options are no part of a package, and another model object
     loads what is there."""
-    before, target = packages(compile_cache), make_target("llama")
-    again = EaModel(target, make_head(target, 128), "16,4,4", compile="max")
+    before, target = packages(compile_cache), gemma()
+    again = EaModel(target, head_of(target), "16,4,4", compile="max")
     assert set(again.prepare()) == {"target", "head", "ingest"}
     assert again.prepare() == {}  # it is ready
     loaded = dict(again._compiled)
@@ -164,8 +189,8 @@ def test_nothing_is_compiled_anew(model, compile_cache):
 
 def test_threads_take_turns_in_compiled_passes(model, target):
     """On one model, and on another whose target is another object."""
-    other = make_target("llama")
-    models = [model, EaModel(other, make_head(other, 128), "8,4,2"), model, model]
+    other = gemma()
+    models = [model, EaModel(other, head_of(other), "8,4,2"), model, model]
     expected = [plain(target, [p], max_new_tokens=NEW, compile="off") for p in PROMPTS]
     got: list = [None] * 12
 
@@ -182,41 +207,6 @@ def test_threads_take_turns_in_compiled_passes(model, target):
     assert got == [expected[i % 5] for i in range(12)]
 
 
-def test_windows_and_soft_caps(compile_cache):
-    """Gemma 2's alternate layers, and its two kinds of soft cap; contexts longer than the
-    window."""
-    target = make_target("gemma2", num_hidden_layers=2)
-    assert {"sliding_attention", "full_attention"} == set(target.config.layer_types)
-    model = EaModel(target, compile="max")
-    assert set(model.prepare()) == {"target"}
-    expected = plain(target, PROMPTS, max_new_tokens=NEW, compile="off")
-    assert new_tokens(model.generate(PROMPTS, max_new_tokens=NEW, draft=False)) == expected
-    assert expected == [stock_greedy(target, p, NEW) for p in PROMPTS]
-    # trees: an eager head over the compiled target
-    drafting = head_model(target, "16,4,4", draft_vocab=128)
-    drafting._compiled = {**model._compiled, "head": (drafting.head, None)}
-    for sampling in ({}, SAMPLED):
-        options = dict(max_new_tokens=NEW, **sampling)
-        rows = drafting.generate_many(PROMPTS, slots=3, compile="max", **options)
-        assert [r.tokens for r in rows] == plain(target, PROMPTS, compile="off", **options)
-
-
-def test_heads_of_several_layers_and_without_an_output_layer(compile_cache, target):
-    """EAGLE-1's goes through the target's LM head; here the target itself is not compiled."""
-    config = HeadConfig.for_target(target.config, method="eagle1", num_layers=2, qkv_bias=True)
-    torch.manual_seed(1)
-    head = build_head(config).eval()
-    for weight in head.parameters():
-        torch.nn.init.normal_(weight, mean=float(weight.ndim == 1), std=0.3)
-    model = EaModel(target, head, "8,3,2")
-    eager = model.generate(PROMPTS, max_new_tokens=NEW, compile="off")
-    compiled = CompiledHead(model.drafter, {})
-    model._compiled = {"target": (model.target.feature_layers, None), "head": (head, compiled)}
-    result = model.generate(PROMPTS, max_new_tokens=NEW, compile="max")
-    assert new_tokens(result) == [stock_greedy(target, p, NEW) for p in PROMPTS]
-    assert [row.accepted for row in result.rows] == [row.accepted for row in eager.rows]
-
-
 def test_the_mode_is_for_a_model_or_a_call(model, target, compile_cache, monkeypatch):
     before = packages(compile_cache)
     eager = EaModel(target, model.head, "8,4,2")
@@ -231,7 +221,7 @@ def test_the_mode_is_for_a_model_or_a_call(model, target, compile_cache, monkeyp
     assert min(count) > 0 and packages(compile_cache) == before
 
 
-def test_a_key_names_all_that_a_package_depends_on(target):
+def test_a_key_names_all_that_a_package_depends_on(llama):
     ids = torch.zeros(1, 8, dtype=torch.int64)
 
     def target_key(target):
@@ -241,7 +231,7 @@ def test_a_key_names_all_that_a_package_depends_on(target):
         drafter = HeadDrafter(head, target.embed, TreeShape())
         return key(head_pass(drafter, getattr(drafter, run)), (torch.zeros(1, 8, 32), ids))
 
-    first = target_key(target)
+    first = target_key(llama)
     assert target_key(make_target("llama")) == first
 
     def changed(change):
@@ -260,20 +250,20 @@ def test_a_key_names_all_that_a_package_depends_on(target):
         changed(lambda other: other.config.rope_parameters.update(rope_theta=5e5)),
         changed(lambda other: other.model.bfloat16()),
     ]
-    head = make_head(target)
-    heads = [head_key(target, head), head_key(target, head, "read")]
-    assert heads[0] == head_key(target, make_head(target))
+    head = make_head(llama)
+    heads = [head_key(llama, head), head_key(llama, head, "read")]
+    assert heads[0] == head_key(llama, make_head(llama))
     head.norm.weight.data[0] += 1e-6
-    heads.append(head_key(target, head))
-    heads.append(head_key(target, make_head(target, seed=1)))
+    heads.append(head_key(llama, head))
+    heads.append(head_key(llama, make_head(llama, seed=1)))
     for change in ({"rms_norm_eps": 1e-3}, {"rope_theta": 5e5}):  # no weight says so
-        head = make_head(target)
+        head = make_head(llama)
         other = Eagle3Head(HeadConfig(**{**dict(head.config), **change}))
         other.load_state_dict(head.state_dict())
-        heads.append(head_key(target, other))
+        heads.append(head_key(llama, other))
     torch.set_num_threads(2)
     try:
-        threads = target_key(target)
+        threads = target_key(llama)
     finally:
         torch.set_num_threads(1)
     everything = [first, *targets, threads, *heads]

@@ -36,11 +36,11 @@ def test_each_node_on_its_own():
 
 def test_what_is_cut_is_never_chosen():
     # close to each other, so that each cut leaves several
-    logits = torch.linspace(0, 2, 50).flip(0).expand(60, 1, 50)
-    positions = torch.zeros(60, 1, dtype=torch.int64)
+    logits = torch.linspace(0, 2, 50).flip(0).expand(24, 1, 50)
+    positions = torch.zeros(24, 1, dtype=torch.int64)
     for options in (dict(top_k=3), dict(top_p=0.3), dict(min_p=0.5)):
         kept = process_logits(logits[0, 0], 2.0, **options).isfinite()
-        chosen = choose(logits, torch.arange(60), positions, temperature=2.0, **options).unique()
+        chosen = choose(logits, torch.arange(24), positions, temperature=2.0, **options).unique()
         assert kept[chosen].all() and len(chosen) > 1
 
 
@@ -83,8 +83,8 @@ def test_cuts_follow_their_definition(ties):
 def test_parameters_a_row():
     """A batch of requests with their own parameters gives each what it gets alone."""
     g = torch.Generator().manual_seed(2)
-    logits = torch.randn(6, 3, 50, generator=g).round(decimals=1) * 2
-    seeds, positions = torch.arange(6), torch.randint(0, 99, (6, 3), generator=g)
+    logits = torch.randn(6, 2, 50, generator=g).round(decimals=1) * 2
+    seeds, positions = torch.arange(6), torch.randint(0, 99, (6, 2), generator=g)
     together = choose(logits, seeds, positions, **PARAMETERS)
     for b in range(6):
         alone = {name: column[b].item() for name, column in PARAMETERS.items()}

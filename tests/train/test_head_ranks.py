@@ -16,8 +16,10 @@ ROOT = Path(__file__).resolve().parents[2]
 ENV = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 RUNS = """
 import sys
+import train.tracking.report
 from configs.schema import HeadTrainConfig
 from train.main import run
+train.tracking.report.draw = lambda run: {}  # takes longer than a run
 for path in sys.argv[1:]:
     assert run(HeadTrainConfig.model_validate_json(open(path).read()), quiet=True) == 0
 """
@@ -68,7 +70,7 @@ def test_ranks_wait_for_the_first_however_long_it_takes_and_end_with_it(tmp_path
 def test_two_ranks_equal_one(base, data, tmp_path):
     """Each ZeRO stage, evaluations shared out, and a checkpoint of two ranks that goes on with
     one."""
-    more = {"max_steps": 5, "save_every": 2, "save_total_limit": 9, "lr": 1e-4}
+    more = {"max_steps": 3, "save_every": 2, "save_total_limit": 9, "lr": 1e-4}
     more["eval"] = {"num_prompts": 3}
     files = []
     for zero in range(4):
@@ -94,7 +96,7 @@ def test_two_ranks_equal_one(base, data, tmp_path):
     for zero in (0, 3):
         more["resume"] = str(tmp_path / f"two{zero}/checkpoints/step-2")
         output = trained(base, data, tmp_path / f"more{zero}", batch_size=4, **more)
-        assert [row["step"] for row in rows_of(output)] == [3, 4, 5]
+        assert [row["step"] for row in rows_of(output)] == [3]
         assert losses_of(output) == pytest.approx(losses[2:], rel=1e-4)
 
 

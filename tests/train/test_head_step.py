@@ -52,7 +52,7 @@ def test_a_compiled_layer_trains_the_same(base, data, tmp_path, monkeypatch):
     from torch._dynamo.utils import counters
 
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
-    more = {"lr": 1e-4, "ttt_steps": 2, "max_steps": 2}
+    more = {"lr": 1e-4, "ttt_steps": 2, "max_steps": 1}
     eager = trained(base, data, tmp_path / "eager", **more)
     counters.clear()
     compiled = trained(base, data, tmp_path / "compiled", compile=True, **more)

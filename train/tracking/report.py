@@ -193,7 +193,8 @@ def plot(series: Series, bars: tuple | None = None) -> str:
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    axes = Figure(figsize=(5.6, 2.6), layout="tight").subplots()
+    edges = {"left": 0.12, "right": 0.98, "bottom": 0.11, "top": 0.96}
+    axes = Figure(figsize=(5.6, 2.6)).subplots(gridspec_kw=edges)
     if bars is not None:
         axes.stairs(*bars, fill=True)
     for name, points in series.items():

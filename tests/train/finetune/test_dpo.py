@@ -164,13 +164,13 @@ def test_real_preferences_are_learned(tmp_path):
     it.
     """
     files = []
-    for split, limit in (("train", 64), ("eval", 16)):
+    for split, limit in (("train", 64), ("eval", 8)):
         lines = write_example("preferences", split, tmp_path)[0].read_text().splitlines()
         kept = [r for r in map(json.loads, lines) if "prompt" in r]
         kept.sort(key=lambda r: len(str(r)))
         start = len(kept) // 6  # short, but not the shortest
         files.append(write_lines(tmp_path / f"{split}.jsonl", kept[start : start + limit]))
-    more = {"data": {"eval_path": str(files[1]), "max_length": 256}, "lora": {"r": 8}}
+    more = {"data": {"eval_path": str(files[1]), "max_length": 192}, "lora": {"r": 8}}
     train = {**QUICK, "batch_size": 4, "lr": 5e-3}
     output = go("dpo", None, files[0], tmp_path / "run", train=train, **more)
     before, after = (summary_of(output)[k] for k in ("heldout_before", "heldout_after"))

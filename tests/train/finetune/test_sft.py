@@ -11,7 +11,17 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from finetune_helpers import SIX, config, go, losses_of, rows_of, run_script, same, summary_of
+from finetune_helpers import (
+    SIX,
+    config,
+    go,
+    losses_of,
+    rows_of,
+    run_script,
+    same,
+    summary_of,
+    write_lines,
+)
 from safetensors.torch import load_file
 
 from configs.finetune_schema import LoraSection, PolicyConfig
@@ -165,9 +175,12 @@ def test_a_full_disk_is_named_and_spares_the_checkpoint_before(base, data, tmp_p
 
 
 def test_early_stopping_keeps_the_best(base, data, tmp_path):
-    train = {"max_steps": 30, "lr": 1.0, "grad_clip": 0, "eval_every": 1, "save_total_limit": 1}
+    """Of answers that are never seen, the loss falls for a while at most."""
+    train = {"max_steps": 30, "lr": 0.1, "grad_clip": 0, "eval_every": 1, "save_total_limit": 1}
     train["early_stopping_patience"] = 2
-    output = go("sft", base, data, tmp_path / "run", lora={"r": 16}, train=train)
+    never = [{"instruction": f"say {n}", "output": "9 8 7 6 5"} for n in range(4)]
+    rows = {"eval_path": str(write_lines(tmp_path / "never.jsonl", never))}
+    output = go("sft", base, data, tmp_path / "run", lora={"r": 16}, train=train, data=rows)
     evaluations = rows_of(output, evaluations=True)[1:]
     losses = [row["eval_loss"] for row in evaluations]
     best = losses.index(min(losses))
