@@ -111,6 +111,16 @@ class TokenizedData:
         source, row = self.order.locate(index)
         return self.sources[source].where(row)
 
+    def require_ids_below(self, vocab_size: int) -> None:
+        """Refuse rows with an id that the target has no embedding for, and name the first."""
+        for source in self.sources:
+            (ids,) = source.columns("input_ids")
+            for place in np.flatnonzero(ids >= vocab_size)[:1]:
+                ends = np.cumsum(source.lengths[source.indices])
+                where = source.where(int(np.searchsorted(ends, place, side="right")))
+                said = f"{where}: token id {ids[place]} is outside the target's vocabulary of "
+                raise EagleError(f"{said}{vocab_size}; tokenise with the target's tokenizer")
+
     @property
     def digest(self) -> str:
         """A hash of the records behind the rows, in order, and of how often a source is seen."""
@@ -162,9 +172,9 @@ def _source(
     renderer = make_renderer(given.format, cfg, tokenizer)
     carve = not given.eval_paths  # are held-out rows taken out of the files?
     if split == "eval" and given.eval_paths:
-        files = resolve(given.eval_paths)
+        files = resolve(given.eval_paths, given.format)
     elif given.paths is not None:
-        files = resolve(given.paths)
+        files = resolve(given.paths, given.format)
     else:
         held_out = shipped(given.format, "eval")
         carve = carve and held_out is None

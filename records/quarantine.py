@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
@@ -13,6 +14,7 @@ from records.rows import RowError
 from records.sources import Record
 
 RAW_LIMIT = 2000
+HALF = re.compile(r"\\u[dD][89a-fA-F]")  # as an escape
 
 
 class BadRow(NamedTuple):
@@ -36,10 +38,18 @@ class BadRow(NamedTuple):
 
 
 def object_of(record: Record) -> dict:
-    """What was read. Raises RowError where that is no object."""
+    """What was read. Raises RowError where that is no object, or text that no tokenizer takes."""
     if record.value is None:
         reason, _, detail = str(record.error).partition(": ")
         raise RowError(reason, "repair or remove this line", detail)
+    if not record.raw.isascii() or HALF.search(record.raw):
+        try:
+            json.dumps(record.value, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            detail = f"U+{ord(error.object[error.start]):X}"
+            raise RowError(
+                "half a character (lone surrogate)", "repair this line", detail
+            ) from error
     return record.value
 
 

@@ -21,6 +21,7 @@ from eagle.meter import Bar
 from eagle.target import Target
 from records import TokenizedData, load_dataset_for, load_tokenizer
 from records.card import who_answered
+from records.sources import names_of
 from records.tokens import tokenizer_hash
 from train.head.evaluate import Prompt, heldout_prompts
 from train.head.features import Belongs, FeatureStore
@@ -82,6 +83,7 @@ def build(
         options = {"adapter_path": m.adapter, "quantization": m.quantization}
         target = Target.from_pretrained(m.base, dtype=m.dtype, device=device, **options)
     V, most = target.vocab_size, target.max_positions
+    data.require_ids_below(V)
     if cfg.data.max_length > most:
         raise EagleError(
             f"data.max_length={cfg.data.max_length} exceeds the {most} positions of {target.name}; "
@@ -90,6 +92,7 @@ def build(
     prompts = []
     if cfg.eval.num_prompts:
         held_out = load_dataset_for(cfg.data, tokenizer, split="eval", out_dir=output)
+        held_out.require_ids_below(V)
         limit = most - cfg.eval.max_new_tokens
         if limit < 1:
             raise EagleError("eval.max_new_tokens leaves no room for a prompt; lower it")
@@ -119,7 +122,7 @@ def build(
         "tokenizer": tokenizer_hash(tokenizer),
         "data": {
             "format": cfg.data.format,
-            "files": [p.name for p in data.paths],
+            "files": names_of(data.paths),
             **{k: v for k, v in data.stats.items() if k != "cache_hit"},
             "answers": who_answered(data.paths, cfg.data.on_policy, *who),
         },
