@@ -23,12 +23,13 @@ CODE = (
 SOURCE_CODE = tuple(f".{name}" for name in CODE.split())
 OTHERS = {"node_modules", "site-packages", "__pycache__", "build", "dist", "vendor"}
 DEEPEST, LARGEST = 32, 1 << 20  # folders below one another; bytes of a file
+STATE = ("state.json", "dataset_info.json")  # of `save_to_disk`
 LONG_LINE = 5000  # characters, of which a person writes none
-GENERATED = re.compile(r"@generated|auto-?generated|\bgenerated (by|from)\b|do not edit", re.I)
+GENERATED = re.compile(r"@generated|\bauto(matically)?[- ]?generated|\bdo not edit\b", re.I)
 
 
-def find_documents(folder: Path, texts: tuple[str, ...]) -> list[Path]:
-    """Source code and `texts` (extensions) in and below a folder. No link is followed, and what
+def find_documents(folder: Path, extensions: tuple[str, ...]) -> list[Path]:
+    """Files with these extensions in and below a folder. No link is followed, and what
     people did not write there is left out: hidden folders and OTHERS, files that are generated,
     binary, empty or large. How many is said."""
     found, skipped = [], Counter()
@@ -39,13 +40,13 @@ def find_documents(folder: Path, texts: tuple[str, ...]) -> list[Path]:
         skipped["folders"] += len(folders) - len(kept)
         folders[:] = sorted(kept)
         for path in (Path(place, name) for name in sorted(names)):
-            if path.suffix.lower() in (*SOURCE_CODE, *texts):
+            if path.suffix.lower() in extensions:
                 if reason := _unfit(path):
                     skipped[reason] += 1
                 else:
                     found.append(path)
     if left_out := ", ".join(f"{count} {reason}" for reason, count in skipped.items() if count):
-        logger.warning("%s: %d documents; left out: %s", folder, len(found), left_out)
+        logger.warning("%s: %d files; left out: %s", folder, len(found), left_out)
     return found
 
 
@@ -77,18 +78,18 @@ def _unfit(path: Path) -> str | None:
 def saved_files(folder: Path, split: str = "") -> list[Path] | None:
     """The Arrow files of a data set that `save_to_disk` wrote; None where it did not. split: the
     one to take of several."""
+    if (names := folder / "dataset_dict.json").is_file():
+        folder /= _one_of(_field(names, "splits"), split, str(folder))
+    elif split or not all((folder / name).is_file() for name in STATE):
+        return None
+    return [folder / file["filename"] for file in _field(folder / STATE[0], "_data_files")]
+
+
+def _field(path: Path, name: str) -> list:
     try:
-        if (names := folder / "dataset_dict.json").is_file():
-            folder /= _one_of(json.loads(names.read_text("utf-8"))["splits"], split, str(folder))
-        elif split:
-            return None
-        if not all((folder / name).is_file() for name in ("state.json", "dataset_info.json")):
-            return None
-        state = json.loads((folder / "state.json").read_text("utf-8"))
-        return [folder / file["filename"] for file in state["_data_files"]]
+        return list(json.loads(path.read_text("utf-8"))[name])
     except (ValueError, KeyError, TypeError) as error:
-        said = f"{folder}: a damaged folder of datasets.save_to_disk ({error!r}); save it again"
-        raise EagleError(said) from error
+        raise EagleError(f"{path}: damaged ({error!r}); save the data set again") from error
 
 
 def hub_files(name: str, config: str | None, split: str | None) -> list[Path]:

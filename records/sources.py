@@ -64,13 +64,16 @@ class Record(NamedTuple):
 def resolve(paths: Iterable[str | Path], data_format: str | None = None) -> list[Path]:
     """Data files that can be opened. A name is that of a file, a pattern of files (`*`, `**`), a
     folder of files or one that `datasets.save_to_disk` wrote, or a hub data set, ORG/NAME or
-    ORG/NAME:CONFIG; `:SPLIT` behind a data set says which. With `data_format` fim or plain also of
-    documents, and a folder without rows stands for all documents in and below it."""
-    files = [file for path in paths for file in _resolve(path, data_format in ("fim", "plain"))]
+    ORG/NAME:CONFIG; `:SPLIT` behind a data set says which. With `data_format` fim also of source
+    code (plain: and texts), of which a folder without rows stands for all in and below it."""
+    documents = {"fim": SOURCE_CODE, "plain": (*TEXTS, *SOURCE_CODE)}.get(data_format, ())
+    files = [file for path in paths for file in _resolve(path, documents)]
     if not files:
         raise EagleError("data.path names no file")
     for path in files:
         try:
+            if path.is_fifo():
+                raise OSError("it is a pipe")
             path.open("rb").close()
         except OSError as error:
             raise _unreadable(path, error) from error
@@ -88,9 +91,9 @@ def kind_of(path: Path) -> str:
     return (path.with_suffix("") if path.suffix.lower() in PACKED else path).suffix.lower()
 
 
-def _resolve(given: str | Path, documents: bool) -> list[Path]:
+def _resolve(given: str | Path, documents: tuple[str, ...]) -> list[Path]:
     name, path = str(given), Path(given).expanduser()
-    known = (*ROWS, *TEXTS, *SOURCE_CODE) if documents else (*ROWS, ".txt")
+    known = (*ROWS, *TEXTS, *documents)
     try:
         if path.is_dir():
             found = _in_folder(path, documents)
@@ -101,26 +104,26 @@ def _resolve(given: str | Path, documents: bool) -> list[Path]:
             matched = [p for p in matched if not p.is_dir() and not p.name.endswith(NO_DATA)]
             if not matched:
                 raise EagleError(f"{path}: no file matches this pattern (data.path)")
-            return [file for match in matched for file in _resolve(glob.escape(match), documents)]
+            each = (_resolve(p, documents) if p.is_file() else [p] for p in matched)
+            return list(itertools.chain.from_iterable(each))
         else:
             return _in_data_set(name)
     except OSError as error:
         raise _unreadable(path, error) from error
     if not found:
-        kinds = ", ".join(known if len(known) < 20 else known[:12])
-        said = f"{path}: neither a {kinds} file nor a folder with one"
+        said = f"{path}: neither a {', '.join(known[:10])} file nor a folder with one"
         raise EagleError(f"{said}; convert it, or name files by a pattern (FOLDER/**/*.parquet)")
     return found
 
 
-def _in_folder(folder: Path, documents: bool) -> list[Path]:
+def _in_folder(folder: Path, documents: tuple[str, ...]) -> list[Path]:
     if (files := saved_files(folder)) is not None:
         return files
     there = [p for p in sorted(folder.iterdir()) if kind_of(p) in ROWS]
     rows = [p for p in there if not p.name.endswith(NO_DATA)]
     if documents and all(kind_of(p) in (".json", ".csv", ".tsv") for p in rows):
         # beside source code these are settings and tables
-        return find_documents(folder, TEXTS) or rows
+        return find_documents(folder, documents) or rows
     return rows
 
 
@@ -167,7 +170,7 @@ def _open(path: Path) -> BinaryIO:
     mark = next((mark for mark in MARKS if head.startswith(mark)), b"")
     codec = MARKS.get(mark, "UTF-8")
     if codec == "UTF-8":
-        if b"\0" in head:
+        if b"\0\0" in (head[::2], head[1::2]):
             remedy = "iconv -f UTF-16LE -t UTF-8 FILE > NEW, for instance"
             raise EagleError(f"{path}: binary, or UTF-16 without a mark; convert it: {remedy}")
         file.read(len(mark))
@@ -275,14 +278,18 @@ def _read_columns(path: Path) -> Iterator[Record]:
             batches = ParquetFile(path).iter_batches(batch_size=1000)
         else:
             batches = pyarrow.ipc.open_stream(pyarrow.memory_map(str(path)))
-        items = itertools.chain.from_iterable(batch.to_pylist() for batch in batches)
-        for number, item in enumerate(items, 1):
+        for number, item in enumerate(itertools.chain.from_iterable(map(_items, batches)), 1):
             value = {key: cell for key, cell in item.items() if cell is not None}
             raw = json.dumps(value, ensure_ascii=False, default=_as_text)
             yield _record(path, number, json.loads(raw), None, raw)
     except (pyarrow.ArrowException, ValueError) as error:
         name, reason = kind_of(path)[1:].capitalize(), " ".join(str(error).split())[:200]
         raise EagleError(f"{path}: not a readable {name} file: {reason}") from error
+
+
+def _items(batch: Any) -> list[dict]:
+    batch.validate(full=True)  # a damaged Arrow file has no check sum
+    return batch.to_pylist()
 
 
 def _as_text(cell: Any) -> str:
