@@ -1,3 +1,4 @@
+import gzip
 import json
 
 import pytest
@@ -6,7 +7,7 @@ from data_helpers import chat, write_jsonl
 from configs.schema import DataConfig
 from eagle.errors import EagleError
 from records import load_dataset_for
-from records.sources import read_records, resolve
+from records.sources import names_of, read_records, resolve
 
 GOOD = [{"prefix": f"a = {n}\n", "middle": "b = 2\n", "suffix": "c\n"} for n in range(40)]
 
@@ -23,16 +24,119 @@ def load(tmp_path, tokenizer):
     return load
 
 
-def test_jsonl_array_and_parquet_hold_the_same(tmp_path, load):
+@pytest.fixture(scope="module")
+def places(tmp_path_factory):
+    """The good rows in every kind of file and folder there is, and in the cache of the hub."""
     import pyarrow as pa
-    import pyarrow.parquet as pq
+    from datasets import Dataset, DatasetDict
+    from datasets.arrow_writer import ArrowWriter
 
-    (tmp_path / "d.json").write_text(json.dumps(GOOD))
-    pq.write_table(pa.Table.from_pylist(GOOD), tmp_path / "d.parquet")
-    rows = [list(load(data)) for data in (GOOD, tmp_path / "d.json", tmp_path / "d.parquet")]
-    assert len(rows[0]) == 40 and rows[0] == rows[1] == rows[2]
-    assert {"input_ids", "loss_mask", "format"} <= set(rows[0][0])
-    assert rows[0][0]["format"] == "fim"
+    folder, dataset = tmp_path_factory.mktemp("places"), Dataset.from_list(GOOD)
+    lines = "".join(json.dumps(row) + "\n" for row in GOOD)
+    for name, text in (("d.jsonl", lines), ("d.json", json.dumps(GOOD))):
+        for number, encoding in enumerate(("utf-8", "utf-8-sig", "utf-16", "utf-32")):
+            for end in ("\n", "\r\n"):
+                path = folder / f"{len(end)}{number}{name}"
+                path.write_bytes(text.replace("\n", end).encode(encoding))
+    (folder / "d.ndjson.gz").write_bytes(gzip.compress(lines.encode()))
+    (folder / "d.jsonl.zst").write_bytes(pa.compress(lines.encode(), "zstd", asbytes=True))
+    dataset.to_parquet(folder / "d.parquet")
+    dataset.to_csv(folder / "d.csv")
+    for name, mark in (("semi.csv", ";"), ("d.tsv", "\t")):
+        dataset.to_csv(folder / name, sep=mark, lineterminator="\r\n", encoding="utf-8-sig")
+    dataset.save_to_disk(folder / "saved", num_shards=3)
+    DatasetDict(train=dataset, test=dataset.select([0])).save_to_disk(folder / "splits")
+    (cached := folder / "hub/org___name/default/0.0.0/abc").mkdir(parents=True)
+    with ArrowWriter(path=str(cached / "name-train.arrow")) as writer:
+        writer.write_table(dataset.data.table)
+        writer.finalize()
+    split = {"name": "train", "num_bytes": 1, "num_examples": len(GOOD), "dataset_name": "name"}
+    info = {"features": dataset.features.to_dict(), "builder_name": "json", "dataset_name": "name"}
+    info |= {"config_name": "default", "splits": {"train": split}}
+    (cached / "dataset_info.json").write_text(json.dumps(info | {"version": "0.0.0"}))
+    return folder
+
+
+LAYOUTS = "11d.jsonl 12d.jsonl 13d.jsonl 20d.jsonl 21d.jsonl 22d.jsonl 10d.json 21d.json 12d.json"
+LAYOUTS += " d.ndjson.gz d.jsonl.zst d.parquet d.csv semi.csv d.tsv saved splits:train splits/train"
+
+
+@pytest.mark.parametrize(
+    "name", [*LAYOUTS.split(), "d.par*", "**/d.tsv", "org/name", "org/name:train"]
+)
+def test_layouts_hold_the_same(places, load, monkeypatch, name):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", places / "hub")
+    expected = list(load(places / "10d.jsonl"))
+    assert len(expected) == 40 and expected[0]["format"] == "fim"
+    assert list(load(name if name.startswith("org/") else places / name)) == expected
+
+
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        ("splits", "has the splits train, test; name one: .*splits:train"),
+        ("splits:nope", "has the splits train, test"),
+        ("org/none", "no such data file, and no hub data set that can be loaded"),
+        ("*.nothing", "no file matches this pattern"),
+        ("loop.jsonl", "no such data file"),
+        ("links", "links/a.jsonl: cannot read this file: No such file"),
+    ],
+)
+def test_places_that_are_refused(places, name, message):
+    (places / "loop.jsonl").unlink(missing_ok=True)
+    (places / "loop.jsonl").symlink_to("loop.jsonl")
+    (places / "links").mkdir(exist_ok=True)
+    (places / "links/a.jsonl").unlink(missing_ok=True)
+    (places / "links/a.jsonl").symlink_to("nowhere")
+    with pytest.raises(EagleError, match=message) as error:
+        resolve([name if name.startswith("org/") else places / name])
+    assert "\n" not in str(error.value)
+
+
+def test_source_code_and_texts(tmp_path, caplog, load):
+    code = tmp_path / "code"
+    for name in (
+        "a.py",
+        "deep/b.rs",
+        "node_modules/c.js",
+        ".git/d.py",
+        "README.md",
+        "package.json",
+    ):
+        (code / name).parent.mkdir(parents=True, exist_ok=True)
+        (code / name).write_bytes(b"x = 1\r\ny = 2\n")
+    odd = {"gen.py": b"# DO NOT EDIT\n1", "bin.c": b"\0", "empty.py": b"", "latin.py": b"\xe9"}
+    odd["big.py"] = b"x = 1\n" * 200_000
+    for name, data in odd.items():
+        (code / name).write_bytes(data)
+    (code / "link.py").symlink_to(code / "a.py")
+    (code / "deep/up").symlink_to(tmp_path)
+    files = resolve([code], "fim")
+    assert [path.name for path in files] == ["a.py", "b.rs"]
+    for count in (
+        "3 folders",
+        "1 generated",
+        "1 binary",
+        "1 empty",
+        "1 not UTF-8",
+        "1 larger",
+        "1 lin",
+    ):
+        assert count in caplog.text
+    assert len(resolve([code], "plain")) == 3 and resolve([code], "chat") == [code / "package.json"]
+    assert next(read_records(files[0])).value == {"text": "x = 1\ny = 2\n"}
+    assert len(load(code).paths) == 2 and names_of(files * 11)[-1] == "and 2 more"
+    (tmp_path / "q.txt").write_bytes(b"\xef\xbb\xbfWhy?\r\n\r\nHow?\r\n")
+    asked = [(r.line, r.value) for r in read_records(tmp_path / "q.txt", "chat")]
+    assert asked == [(1, {"prompt": "Why?"}), (3, {"prompt": "How?"})]
+
+
+def test_ids_that_the_target_does_not_have_are_named(load):
+    rows = [{"input_ids": [5, n + 6], "loss_mask": [0, 1]} for n in range(9)]
+    data = load(rows, format="tokenized")
+    data.require_ids_below(15)
+    with pytest.raises(EagleError, match=r"d.jsonl:8: token id 13 is outside .* of 13;"):
+        data.require_ids_below(13)
 
 
 def test_bad_lines_are_named_and_quarantined(tmp_path, load):
@@ -77,7 +181,7 @@ def test_truncation_is_counted(load, caplog):
     "name, content, message",
     [
         ("gone.jsonl", None, "no such data file"),
-        ("d.csv", "a,b", "neither a .jsonl, .* file nor a folder"),
+        ("d.xlsx", "a,b", "neither a .jsonl, .* file nor a folder"),
         ("d.jsonl", "", "the data set is empty"),
         ("d.json", "[]", "the data set is empty"),
         ("d.json", '[{"a": 1},', "d.json:1: malformed JSON"),

@@ -182,6 +182,38 @@ def test_humaneval_and_mbpp_rows(tmp_path):
             load_problems(write(tmp_path / "x.jsonl", [row]))
 
 
+INFILLING = {
+    "task_id": "SingleLineInfilling/HumanEval/0/L0",
+    "entry_point": "area",
+    "prompt": "def area(r):\n    p = 3.14\n",
+    "suffix": "    return s\n",
+    "canonical_solution": "    s = p * r * r\n",
+    "test": HUMANEVAL["test"],
+}
+
+
+def test_infilling_rows(tmp_path, cli):
+    loose = {"prompt": "x =", "suffix": "\n", "canonical_solution": " 1", "test": "assert x == 1"}
+    data, file = write(tmp_path / "x.jsonl", [INFILLING, loose]), tmp_path / "g.json"
+    first, second = load_problems(data).problems
+    assert (
+        first.program("    s = 1\n\n# x\n")
+        == INFILLING["prompt"] + "    s = 1\n\n# x\n    return s\n"
+    )
+    assert first.program("Here:\n```python\n    s = 1\n```", True).endswith(
+        "4\n    s = 1\n    return s\n"
+    )
+    made = [{"task_id": first.task_id, "output": [INFILLING["canonical_solution"], "    s = r\n"]}]
+    made += [{"task_id": second.task_id, "output": [" 1", " 2"]}]
+    file.write_bytes(b"\xef\xbb\xbf" + json.dumps(made).encode())
+    stage = ("--data", data, "--output", tmp_path / "out", "--allow_code_execution")
+    assert cli("verify-dataset", *stage)[1]["verified"] == 2
+    causes = cli("execute", *stage, "--generations", file)[1]["causes"]
+    assert causes == {"accepted": 2, "wrong": 2}
+    with pytest.raises(EagleError, match="check.. and no entry_point"):
+        load_problems(write(data, [INFILLING | {"entry_point": None}]))
+
+
 BODIES = [
     "    return pi * r * r\n",
     "    print(r)\n    return pi * r * r\n\nprint(area(1))\n",
