@@ -115,11 +115,12 @@ class TokenizedData:
         """Refuse rows with an id that the target has no embedding for, and name the first."""
         for source in self.sources:
             (ids,) = source.columns("input_ids")
-            for place in np.flatnonzero(ids >= vocab_size)[:1]:
-                ends = np.cumsum(source.lengths[source.indices])
-                where = source.where(int(np.searchsorted(ends, place, side="right")))
-                said = f"{where}: token id {ids[place]} is outside the target's vocabulary of "
-                raise EagleError(f"{said}{vocab_size}; tokenise with the target's tokenizer")
+            if len(found := ids[ids >= vocab_size]):
+                row = next(n for n in range(len(source)) if found[0] in source[n]["input_ids"])
+                said = (
+                    f"{source.where(row)}: token id {found[0]} is outside the target's vocabulary"
+                )
+                raise EagleError(f"{said} of {vocab_size}; tokenise with the target's tokenizer")
 
     @property
     def digest(self) -> str:

@@ -13,7 +13,7 @@ import regex
 
 from configs.fim_tokens import FimIds
 from records.rows import Row, RowError, checked, filled_field, text_field
-from records.tokens import as_text, encode, encode_glued, leading_ids
+from records.tokens import encode_literally, leading_ids
 
 FIELDS = ("prefix", "middle", "suffix")
 FILE_FIELDS = ("text", "content", "code")
@@ -102,5 +102,4 @@ def _whole_characters(line: str, count: int) -> int:
 
 def fragment(tokenizer: Any, text: str, tokens: FimIds, glued: bool) -> list[int]:
     """Ids of `text`, control tokens in it as text. `glued` text of a CodeLlama gets no blank."""
-    glue = encode_glued if glued and tokens.family == "codellama" else encode
-    return glue(tokenizer, as_text(tokenizer, text))
+    return encode_literally(tokenizer, text, glued and tokens.family == "codellama")

@@ -107,7 +107,8 @@ def hub_files(name: str, config: str | None, split: str | None) -> list[Path]:
         reason = " ".join(str(error).split())[:200]
         raise EagleError(
             f"{name}: no such data file, and no hub data set that can be loaded ({reason}); check "
-            "the path (data.path), or load it once where the hub can be reached"
+            "the path (data.path), name its configuration (ORG/NAME:CONFIG:SPLIT), or load it once where "
+            "the hub can be reached"
         ) from error
     chosen = found[_one_of(found, split, name if config is None else f"{name}:{config}")]
     return [Path(file["filename"]) for file in chosen.cache_files]

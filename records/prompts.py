@@ -29,18 +29,17 @@ class Prompt:
     where: str = ""  # FILE:LINE
 
 
-def text_prompt(tokenizer: Any, text: str, **options: Any) -> list[int]:
+def text_prompt(tokenizer: Any, text: str) -> list[int]:
     if not isinstance(text, str):
         raise TypeError(f"a prompt is text, not {type(text).__name__}")
-    return list(tokenizer(text, verbose=False, **options).input_ids)
+    return list(tokenizer(text, verbose=False).input_ids)
 
 
 def fim_prompt(tokenizer: Any, prefix: str, suffix: str) -> list[int]:
     """Prefix-suffix-middle order, with the family's own tokens."""
     fim = find_fim_tokens(tokenizer)
-    if not (isinstance(prefix, str) and isinstance(suffix, str)):
-        raise TypeError("prefix and suffix are text")
-    before, after = (fragment(tokenizer, x, fim, x is suffix) for x in (prefix, suffix))
+    before = fragment(tokenizer, prefix, fim, glued=False)
+    after = fragment(tokenizer, suffix, fim, glued=True)
     return [*leading_ids(tokenizer), fim.prefix, *before, fim.suffix, *after, fim.middle]
 
 

@@ -42,14 +42,11 @@ def object_of(record: Record) -> dict:
     if record.value is None:
         reason, _, detail = str(record.error).partition(": ")
         raise RowError(reason, "repair or remove this line", detail)
-    if not record.raw.isascii() or HALF.search(record.raw):
+    if HALF.search(record.raw):
         try:
             json.dumps(record.value, ensure_ascii=False).encode()
         except UnicodeEncodeError as error:
-            detail = f"U+{ord(error.object[error.start]):X}"
-            raise RowError(
-                "half a character (lone surrogate)", "repair this line", detail
-            ) from error
+            raise RowError("half a character (a lone surrogate)", "repair this line") from error
     return record.value
 
 

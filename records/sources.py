@@ -3,7 +3,7 @@
     rows       .jsonl .ndjson .json (an array) .csv .tsv (a header, then text) .parquet .arrow
     documents  .txt .md .rst and source code: a file is one record, {"text": ...}
 
-Text may be packed (.gz, .zst) and may begin with a byte-order mark, UTF-16's and UTF-32's too;
+Text may be packed (.gz, .zst) and may be UTF-16 or UTF-32, with or without a byte-order mark;
 `\\r\\n` ends a line as `\\n` does."""
 
 from __future__ import annotations
@@ -24,16 +24,8 @@ from eagle.loading import EMBEDDED
 from records.card import CARD, QUARANTINE
 from records.folders import SOURCE_CODE, find_documents, hub_files, saved_files
 
-ROWS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow")
 TEXTS = (".txt", ".md", ".rst")
 PACKED = {".gz": "gzip", ".zst": "zstd"}
-MARKS = {  # the longer first
-    b"\xef\xbb\xbf": "UTF-8",
-    b"\xff\xfe\x00\x00": "UTF-32",
-    b"\x00\x00\xfe\xff": "UTF-32",
-    b"\xff\xfe": "UTF-16",
-    b"\xfe\xff": "UTF-16",
-}
 # what stands beside data that was regenerated, or that came from the hub
 NO_DATA = (CARD, QUARANTINE, "dataset_infos.json")
 HUB_ID = re.compile(r"([\w.-]+/[\w.-]+?)(?::([\w.-]+))??(?::([\w.-]+))?")
@@ -80,12 +72,6 @@ def resolve(paths: Iterable[str | Path], data_format: str | None = None) -> list
     return files
 
 
-def names_of(files: list[Path], most: int = 20) -> list[str]:
-    """Of the first files, and how many more there are: a folder of source code has thousands."""
-    more = [f"and {len(files) - most} more"] if len(files) > most else []
-    return [path.name for path in files[:most]] + more
-
-
 def kind_of(path: Path) -> str:
     """The extension without that of the packing: .jsonl of x.jsonl.gz."""
     return (path.with_suffix("") if path.suffix.lower() in PACKED else path).suffix.lower()
@@ -93,7 +79,7 @@ def kind_of(path: Path) -> str:
 
 def _resolve(given: str | Path, documents: tuple[str, ...]) -> list[Path]:
     name, path = str(given), Path(given).expanduser()
-    known = (*ROWS, *TEXTS, *documents)
+    known = (*READERS, *TEXTS, *documents)
     try:
         if path.is_dir():
             found = _in_folder(path, documents)
@@ -119,7 +105,7 @@ def _resolve(given: str | Path, documents: tuple[str, ...]) -> list[Path]:
 def _in_folder(folder: Path, documents: tuple[str, ...]) -> list[Path]:
     if (files := saved_files(folder)) is not None:
         return files
-    there = [p for p in sorted(folder.iterdir()) if kind_of(p) in ROWS]
+    there = [p for p in sorted(folder.iterdir()) if kind_of(p) in READERS]
     rows = [p for p in there if not p.name.endswith(NO_DATA)]
     if documents and all(kind_of(p) in (".json", ".csv", ".tsv") for p in rows):
         # beside source code these are settings and tables
@@ -132,7 +118,7 @@ def _in_data_set(name: str) -> list[Path]:
     if folder and (files := saved_files(Path(folder).expanduser(), split)) is not None:
         return files
     found = HUB_ID.fullmatch(name)
-    if found and kind_of(Path(found[1])) not in ROWS and not Path(found[1]).parent.exists():
+    if found and kind_of(Path(found[1])) not in READERS and not Path(found[1]).parent.exists():
         return hub_files(*found.groups())
     remedy = "check the path (data.path); a hub data set is ORG/NAME or ORG/NAME:SPLIT"
     raise EagleError(f"{name}: no such data file; {remedy}")
@@ -159,21 +145,16 @@ def _unreadable(path: Path, error: OSError) -> EagleError:
 
 def _open(path: Path) -> BinaryIO:
     """The file's text as UTF-8 without a mark."""
-    packing = PACKED.get(path.suffix.lower())
-    if packing:
+    file = path.open("rb")
+    if packing := PACKED.get(path.suffix.lower()):
         import pyarrow
 
-        file = io.BufferedReader(pyarrow.input_stream(str(path), compression=packing))
-    else:
-        file = path.open("rb")
+        file = io.BufferedReader(pyarrow.input_stream(file, compression=packing))
     head = file.peek(4)[:4]
-    mark = next((mark for mark in MARKS if head.startswith(mark)), b"")
-    codec = MARKS.get(mark, "UTF-8")
-    if codec == "UTF-8":
-        if b"\0\0" in (head[::2], head[1::2]):
-            remedy = "iconv -f UTF-16LE -t UTF-8 FILE > NEW, for instance"
-            raise EagleError(f"{path}: binary, or UTF-16 without a mark; convert it: {remedy}")
-        file.read(len(mark))
+    odd = head[:1] > b"\x7f" or b"\0\0" in (head[:2], head[::2], head[1::2])
+    codec = json.detect_encoding(head) if odd else "utf-8"
+    if codec in ("utf-8", "utf-8-sig"):
+        file.read(3 * (codec == "utf-8-sig"))
         return file
     try:
         with file:
@@ -252,12 +233,14 @@ def _read_table(path: Path) -> Iterator[Record]:
                 return
             except csv.Error as found:
                 error = f"malformed CSV: {found}"
+            if not (cells or error):
+                continue
             if header is None:
                 header = [name.strip() or "index" for name in cells]  # pandas' has no name
                 if error or len(set(header)) < len(header):
                     remedy = "name each column once"
                     raise EagleError(f"{path}:{place}: {error or 'a name twice'}; {remedy}")
-            elif cells or error:
+            else:
                 value = dict(zip(header, cells, strict=False))
                 raw = json.dumps(value, ensure_ascii=False)
                 if not error and len(cells) != len(header):
@@ -278,18 +261,15 @@ def _read_columns(path: Path) -> Iterator[Record]:
             batches = ParquetFile(path).iter_batches(batch_size=1000)
         else:
             batches = pyarrow.ipc.open_stream(pyarrow.memory_map(str(path)))
-        for number, item in enumerate(itertools.chain.from_iterable(map(_items, batches)), 1):
+        # a damaged Arrow file has no check sum
+        rows = (batch.validate(full=True) or batch.to_pylist() for batch in batches)
+        for number, item in enumerate(itertools.chain.from_iterable(rows), 1):
             value = {key: cell for key, cell in item.items() if cell is not None}
             raw = json.dumps(value, ensure_ascii=False, default=_as_text)
             yield _record(path, number, json.loads(raw), None, raw)
     except (pyarrow.ArrowException, ValueError) as error:
         name, reason = kind_of(path)[1:].capitalize(), " ".join(str(error).split())[:200]
         raise EagleError(f"{path}: not a readable {name} file: {reason}") from error
-
-
-def _items(batch: Any) -> list[dict]:
-    batch.validate(full=True)  # a damaged Arrow file has no check sum
-    return batch.to_pylist()
 
 
 def _as_text(cell: Any) -> str:
@@ -311,30 +291,22 @@ def _read_document(path: Path, questions: bool) -> Iterator[Record]:
         yield _record(path, number, value, None, json.dumps(value, ensure_ascii=False))
 
 
-READERS = {
-    ".jsonl": _read_lines,
-    ".ndjson": _read_lines,
-    ".json": _read_json,
-    ".csv": _read_table,
-    ".tsv": _read_table,
-    ".parquet": _read_columns,
-    ".arrow": _read_columns,
-}
+READERS = dict.fromkeys((".jsonl", ".ndjson"), _read_lines) | {".json": _read_json}
+READERS |= dict.fromkeys((".csv", ".tsv"), _read_table)
+READERS |= dict.fromkeys((".parquet", ".arrow"), _read_columns)
 
 
 def _record(path: Path, number: int, value: Any, error: str | None, raw: str) -> Record:
     if error is None and not isinstance(value, dict):
         error = f"not a JSON object but {type(value).__name__}"
-    elif error is None and raw.count("{") + raw.count("[") > DEEPEST and _too_deep(value):
+    elif error is None and raw.count("{") + raw.count("[") > DEEPEST and not _fits(value, DEEPEST):
         error = TOO_DEEP
+    raw = raw.encode(
+        "utf-8", "backslashreplace"
+    ).decode()  # half characters are escapes, as in JSON
     return Record(str(path), number, None if error else value, error, raw)
 
 
-def _too_deep(value: Any) -> bool:
-    level = [value]
-    for _ in range(DEEPEST):
-        inside = (v.values() if isinstance(v, dict) else v for v in level)
-        level = [v for values in inside for v in values if isinstance(v, (dict, list))]
-        if not level:
-            return False
-    return True
+def _fits(value: Any, levels: int) -> bool:
+    inside = value.values() if isinstance(value, dict) else value
+    return levels > 0 and all(_fits(v, levels - 1) for v in inside if isinstance(v, (dict, list)))

@@ -1,12 +1,10 @@
-"""Text -> token ids with the character span of each token.
-
-A control token that stands literally in data is text: `as_text` puts BREAK into it, which ends a
-piece that is encoded on its own, and is not encoded itself."""
+"""Text -> token ids with the character span of each token."""
 
 from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 import re
 from typing import Any
 
@@ -14,8 +12,7 @@ from configs.fim_tokens import FIM_TOKENS
 from eagle import loading
 from eagle.errors import EagleError
 
-BREAK = "\udfff"  # half a character: rows that have one are refused where they are read
-ANCHOR = "☺"
+BEGINS = ("<|", "<｜")  # of control tokens that are not marked as special
 
 
 def load_tokenizer(base: str | None = None) -> Any:
@@ -33,36 +30,37 @@ def require_fast(tokenizer: Any) -> None:
         )
 
 
-def as_text(tokenizer: Any, text: str) -> str:
-    """`text` with BREAK in every special or FIM token that it spells out."""
-    pattern = _control_tokens(tokenizer, len(tokenizer))
-    return pattern.sub(rf"\g<0>{BREAK}", text) if pattern else text
-
-
-@functools.lru_cache(maxsize=8)
-def _control_tokens(tokenizer: Any, size: int) -> re.Pattern | None:
-    """What finds the first character of each. size: of the vocabulary, which may grow."""
-    added = {token.content: token.special for token in tokenizer.added_tokens_decoder.values()}
-    names = {name for name, special in added.items() if special or name in FIM_TOKENS}
-    names |= {name for name in added if re.fullmatch(r"<[|｜].*[|｜]>", name)}
-    found = "|".join(
-        re.escape(name) for name in names | set(tokenizer.all_special_tokens) if name.strip()
-    )
-    return re.compile(f"(?={found}).", re.DOTALL) if found else None
-
-
 def encode(tokenizer: Any, text: str) -> list[int]:
     """Token ids of `text` alone: no BOS, no EOS."""
-    first, *rest = text.split(BREAK)
-    ids = list(tokenizer(first, add_special_tokens=False, verbose=False)["input_ids"])
-    return ids + [token for piece in rest for token in encode_glued(tokenizer, piece)]
+    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
 
 def encode_glued(tokenizer: Any, text: str) -> list[int]:
     """Ids of text that goes on where other text ends: without SentencePiece's leading blank."""
-    alone, joined = encode(tokenizer, ANCHOR), encode(tokenizer, ANCHOR + text)
+    anchor = "☺"
+    alone, joined = encode(tokenizer, anchor), encode(tokenizer, anchor + text)
     same = joined[: len(alone)] == alone
     return joined[len(alone) :] if same else encode(tokenizer, text)
+
+
+def encode_literally(tokenizer: Any, text: str, glued: bool = False) -> list[int]:
+    """Ids of `text`, which may spell control tokens: these are text, too."""
+    controls = control_tokens(tokenizer, len(tokenizer)).finditer(text)
+    cuts = [0, *(found.start() + 1 for found in controls), len(text)]
+    first, *rest = [text[a:b] for a, b in itertools.pairwise(cuts)]
+    ids = (encode_glued if glued else encode)(tokenizer, first)
+    return ids + [token for piece in rest for token in encode_glued(tokenizer, piece)]
+
+
+@functools.lru_cache(maxsize=8)
+def control_tokens(tokenizer: Any, size: int) -> re.Pattern:
+    """What finds special and FIM tokens in text. size: of the vocabulary, which may grow."""
+    added = {token.content: token.special for token in tokenizer.added_tokens_decoder.values()}
+    names = {n for n, special in added.items() if special or n in FIM_TOKENS or n[:2] in BEGINS}
+    names |= set(tokenizer.all_special_tokens)
+    return re.compile(
+        "|".join(f"(?={re.escape(name)})" for name in names if name.strip()) or "(?!)"
+    )
 
 
 def encode_with_spans(tokenizer: Any, text: str) -> tuple[list[int], list[tuple[int, int]]]:
@@ -70,16 +68,10 @@ def encode_with_spans(tokenizer: Any, text: str) -> tuple[list[int], list[tuple[
 
     Some tokenizers report offsets with the white space trimmed off. Byte-level pieces spell their
     bytes: where they spell the text exactly, the spans come from them."""
-    ids, spans, start = [], [], 0
-    for piece in text.split(BREAK):
-        options = {"add_special_tokens": False, "return_offsets_mapping": True, "verbose": False}
-        encoded = tokenizer(piece, **options)
-        found = list(encoded["input_ids"])
-        places = _byte_spans(tokenizer, found, piece) or encoded["offset_mapping"]
-        ids += found
-        spans += [(int(left) + start, int(right) + start) for left, right in places]
-        start += len(piece) + len(BREAK)
-    return ids, spans
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    ids = list(encoded["input_ids"])
+    spans = _byte_spans(tokenizer, ids, text)
+    return ids, spans or [(int(start), int(end)) for start, end in encoded["offset_mapping"]]
 
 
 def leading_ids(tokenizer: Any) -> list[int]:

@@ -45,14 +45,14 @@ def inspect(
     cfg = load_config(HeadTrainConfig, config, overrides, flags)
 
     from records import load_dataset_for, load_tokenizer
-    from records.sources import names_of
 
     tokenizer = load_tokenizer(cfg.model.base)
     lenient = cfg.data.model_copy(update={"max_bad_fraction": 1.0})
     loaded = load_dataset_for(lenient, tokenizer, split=split)
     stats = loaded.stats
-    parts = [f"{cfg.data.format} from {loaded.paths[0]}", *names_of(loaded.paths)[1:]]
-    console.print(", ".join(parts), markup=False)
+    shown, more = loaded.paths[:20], len(loaded.paths[20:])  # source code has thousands
+    names = ", ".join(map(str, shown)) + (f" and {more} more" if more else "")
+    console.print(f"{cfg.data.format} from {names}", markup=False)
     console.print(
         f"{stats['rows']} rows, {stats['tokens']} tokens, {stats['supervised_tokens']} supervised "
         f"({stats['supervised_tokens'] / stats['tokens']:.1%}), {stats['truncated']} truncated to "

@@ -11,7 +11,6 @@ from records.fim import cut_spans, render_fim
 from records.prompts import fim_prompt
 from records.render import make_renderer
 from records.rows import RowError
-from records.tokens import as_text, encode, encode_with_spans
 
 SPANS = ("def add(a, b):\n", "    return a + b\n", "\nclass Point:\n")
 RECORD = dict(zip(("prefix", "middle", "suffix"), SPANS, strict=True))
@@ -105,9 +104,6 @@ def test_literal_control_tokens_are_text(tokenizer):
     assert used == [fim.prefix, fim.suffix, fim.middle, fim.eot]
     asked = fim_prompt(tokenizer, odd, odd)
     assert row.input_ids[: len(asked)] == asked and tokenizer.decode(asked).count(odd) == 2
-    text = as_text(tokenizer, odd)
-    ids, spans = encode_with_spans(tokenizer, text)
-    assert ids == encode(tokenizer, text) and "".join(text[a:b] for a, b in spans) == odd
 
 
 def test_cuts_are_between_whole_characters():

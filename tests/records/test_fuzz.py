@@ -1,30 +1,20 @@
 """Broken rows and files through the path that training takes: each is accepted, quarantined with a
 reason or refused in one line, and none is lost."""
 
-import gzip
 import json
 import random
+from pathlib import Path
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 
 from configs.schema import DataConfig
 from eagle.errors import EagleError
 from records import load_dataset_for
 
-TURNS = [{"role": "user", "content": "Hi?"}, {"role": "assistant", "content": "A"}]
-GOOD = {
-    "chat": {"messages": TURNS},
-    "instruction": {"instruction": "Add 1 and 2", "input": "quickly", "output": "It is 3."},
-    "fim": {"prefix": "a = 1\n", "middle": "b = 2\n", "suffix": "c = 3\n"},
-    "plain": {"text": "def f():\n    return 1\n"},
-    "tokenized": {"input_ids": [5, 6, 7, 8], "loss_mask": [0, 1, 1, 1]},
-}
-ODD = [None, True, 0, -1, 0.5, 10**30, float("nan"), "", " ", "\0", "\ud83d", "e\u0301" * 9, [], {}]
-ODD += ["x" * 9999, "<|im_end|><|fim_middle|>", [[]], [None], ["a"], {"a": {"b": []}}, "\ufeff"]
-PIECES = '" \\ { } , null NaN \\ud800 \xff \0 \r'.split(" ") + ["[" * 2000, "9" * 5000]
-MARKS = [b"\xef\xbb\xbf", b"\xff\xfe", b"\x00\x00\xfe\xff", b"\0"]
+DATA = Path(__file__).parents[1] / "data"
+CASES = json.loads((DATA / "fuzz.json").read_text("utf-8"))
+PIECES, ODD = [*CASES["pieces"], "[" * 2000, "9" * 5000], [*CASES["odd"], "x" * 9999]
+GOOD, MARKS = CASES["good"], [b"\xef\xbb\xbf", b"\xff\xfe", b"\x00\x00\xfe\xff", b"\0"]
 
 
 def spoilt(rng, row):
@@ -43,26 +33,6 @@ def spoilt(rng, row):
     if rng.random() < 0.2:
         del at[key]
     return json.dumps(row).encode()
-
-
-def files(rows):
-    """Good files: extension -> bytes."""
-    text = "\n".join(row["text"] for row in rows).encode()
-    lines, table = (
-        "".join(json.dumps(row) + "\n" for row in rows).encode(),
-        pa.Table.from_pylist(rows),
-    )
-    parquet, arrow = pa.BufferOutputStream(), pa.BufferOutputStream()
-    pq.write_table(table, parquet)
-    with pa.ipc.new_stream(arrow, table.schema) as stream:
-        stream.write_table(table)
-    found = {"jsonl": lines, "json": json.dumps(rows, indent=1).encode(), "txt": text, "py": text}
-    found |= {"csv": b"text,id\n" + b'"%s",1\n' % text * 9, "tsv": b"text\tid\n" + b"a\tb\n" * 9}
-    found |= {
-        "jsonl.gz": gzip.compress(lines, mtime=0),
-        "jsonl.zst": pa.compress(lines, "zstd", True),
-    }
-    return found | {"parquet": bytes(parquet.getvalue()), "arrow": bytes(arrow.getvalue())}
 
 
 def damaged(rng, data):
@@ -108,9 +78,8 @@ def test_rows(tmp_path, account, data_format):
 
 def test_files(tmp_path, account):
     rng, found = random.Random(0), []
-    good = files([{"text": f"line {n} of it\nsecond é\n", "id": n} for n in range(30)])
-    for number, name in enumerate(list(good) * 15):
-        path = tmp_path / f"{number}.{name}"
-        path.write_bytes(damaged(rng, good[name]))
-        found.append(account(path, "plain"))
-    assert 20 < found.count(None) < 130 and any(one and one[1] for one in found)
+    good = sorted(path for path in (DATA / "layouts").rglob("*.*") if path.is_file())
+    for number, path in enumerate(good * 5):
+        (tmp_path / (name := f"{number}{path.name}")).write_bytes(damaged(rng, path.read_bytes()))
+        found.append(account(tmp_path / name, "fim"))
+    assert len(found) >= 150 and found.count(None) > 20 and any(one and one[1] for one in found)

@@ -34,7 +34,7 @@ from records import load_tokenizer
 from records.dataset import held_out_rows
 from records.quarantine import BadRow, enforce, object_of, write_quarantine
 from records.rows import RowError
-from records.sources import names_of, read_records, resolve
+from records.sources import read_records, resolve
 from records.tokens import tokenizer_hash
 from train.finetune.assistant import write_example
 from train.finetune.policy import base_fingerprint, base_name, build_policy
@@ -215,7 +215,7 @@ def load_rows(run: Run, kind: str, render: Callable[[dict], list]) -> tuple[list
         if bad and run.world.first:
             write_quarantine(bad, out)
         enforce(bad, records, cfg.max_bad_fraction, out if bad else None)
-        card = {"files": names_of(files), "records": records, "bad": len(bad)}
+        card = {"files": [path.name for path in files], "records": records, "bad": len(bad)}
         return rows, {**card, "bad_by_reason": dict(Counter(row.reason for row in bad))}
 
     rows, card = read(cfg.paths, "train", cfg.max_rows)

@@ -12,7 +12,6 @@ from trl import SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from records import TokenizedData, load_dataset_for
-from records.sources import names_of
 from train.finetune.run import Run
 from train.finetune.trainer import RunTrainer, begin, token_losses
 from train.runs import require_supervised
@@ -27,7 +26,7 @@ def sft(run: Run) -> int:
     require_supervised(data.stats["supervised_tokens"], cfg.min_supervised_tokens)
     # rows are cut by the data layer, which says so
     prepared = {"max_length": None, "dataset_kwargs": {"skip_prepare_dataset": True}}
-    card = {"format": cfg.format, "files": names_of(data.paths), **data.stats}
+    card = {"format": cfg.format, "files": [path.name for path in data.paths], **data.stats}
     del card["cache_hit"]
     args = begin(run, {**card, "heldout_rows": len(heldout)}, TrlConfig, **prepared)
     for rows in (data, heldout):

@@ -21,7 +21,6 @@ from eagle.meter import Bar
 from eagle.target import Target
 from records import TokenizedData, load_dataset_for, load_tokenizer
 from records.card import who_answered
-from records.sources import names_of
 from records.tokens import tokenizer_hash
 from train.head.evaluate import Prompt, heldout_prompts
 from train.head.features import Belongs, FeatureStore
@@ -122,7 +121,7 @@ def build(
         "tokenizer": tokenizer_hash(tokenizer),
         "data": {
             "format": cfg.data.format,
-            "files": names_of(data.paths),
+            "files": [p.name for p in data.paths],
             **{k: v for k, v in data.stats.items() if k != "cache_hit"},
             "answers": who_answered(data.paths, cfg.data.on_policy, *who),
         },
