@@ -77,19 +77,13 @@ def _unfit(path: Path) -> str | None:
 
 def saved_files(folder: Path, split: str = "") -> list[Path] | None:
     """The Arrow files of a data set that `save_to_disk` wrote; None where it did not. split: the
-    one to take of several."""
+    one to take of several. Raises what reading damaged JSON does."""
     if (names := folder / "dataset_dict.json").is_file():
-        folder /= _one_of(_field(names, "splits"), split, str(folder))
+        folder /= _one_of(json.loads(names.read_text("utf-8"))["splits"], split, str(folder))
     elif split or not all((folder / name).is_file() for name in STATE):
         return None
-    return [folder / file["filename"] for file in _field(folder / STATE[0], "_data_files")]
-
-
-def _field(path: Path, name: str) -> list:
-    try:
-        return list(json.loads(path.read_text("utf-8"))[name])
-    except (ValueError, KeyError, TypeError) as error:
-        raise EagleError(f"{path}: damaged ({error!r}); save the data set again") from error
+    state = json.loads((folder / STATE[0]).read_text("utf-8"))
+    return [folder / file["filename"] for file in state["_data_files"]]
 
 
 def hub_files(name: str, config: str | None, split: str | None) -> list[Path]:

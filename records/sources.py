@@ -94,7 +94,7 @@ def _resolve(given: str | Path, documents: tuple[str, ...]) -> list[Path]:
             return list(itertools.chain.from_iterable(each))
         else:
             return _in_data_set(name)
-    except OSError as error:
+    except (OSError, json.JSONDecodeError, KeyError, TypeError) as error:
         raise _unreadable(path, error) from error
     if not found:
         said = f"{path}: neither a {', '.join(known[:10])} file nor a folder with one"
@@ -138,8 +138,8 @@ def read_records(path: Path, data_format: str | None = None) -> Iterator[Record]
         raise _unreadable(path, error) from error
 
 
-def _unreadable(path: Path, error: OSError) -> EagleError:
-    reason = " ".join(str(error.strerror or error).split())[:200]
+def _unreadable(path: Path, error: Exception) -> EagleError:
+    reason = " ".join(str(getattr(error, "strerror", None) or repr(error)).split())[:200]
     return EagleError(f"{path}: cannot read this file: {reason}")
 
 

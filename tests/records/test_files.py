@@ -104,14 +104,6 @@ def test_source_code_and_texts(tmp_path, caplog, load):
     assert asked == [(1, {"prompt": "Why?"}), (3, {"prompt": "How?"})]
 
 
-def test_ids_that_the_target_does_not_have_are_named(load):
-    rows = [{"input_ids": [5, n + 6], "loss_mask": [0, 1]} for n in range(9)]
-    data = load(rows, format="tokenized")
-    data.require_ids_below(15)
-    with pytest.raises(EagleError, match=r"d.jsonl:8: token id 13 is outside .* of 13;"):
-        data.require_ids_below(13)
-
-
 def test_bad_lines_are_named_and_quarantined(tmp_path, load):
     bad = ['{"prefix": ', "[1]", {"prefix": "a", "suffix": "b"}]
     (tmp_path / "notes.txt").write_text("ignored")
@@ -186,11 +178,11 @@ def test_held_out_rows_never_train(tmp_path, load):
 
 def test_token_counts(load, tokenizer):
     data = load(GOOD)
+    data.require_ids_below(len(tokenizer))
+    with pytest.raises(EagleError, match=r"d.jsonl:1: token id \d+ is outside .* of 5;"):
+        data.require_ids_below(5)
     counts = data.token_counts(len(tokenizer))
     assert counts.sum() == data.stats["supervised_tokens"]
     assert counts[tokenizer.eos_token_id] == 40
-
-
-def test_formats_without_shipped_data(load):
     with pytest.raises(EagleError, match="no plain data set is shipped: give data.path"):
         load(GOOD, format="plain", path=None)
