@@ -159,7 +159,7 @@ def require_rows(data: Path, heldout: Path, base: str | None) -> None:
     """Refuse before the work what would fail after it."""
     for flag, path in (("data", data), ("heldout", heldout)):
         if path == Path():
-            raise EagleError(f"--{flag}: no such file; give --data FILE and --heldout FILE")
+            raise EagleError(f"--{flag} {path}: no such file; give --data FILE and --heldout FILE")
     load_prompts(heldout, load_tokenizer(base))
     if shared := set(read_lines(data)) & set(read_lines(heldout)):
         raise EagleError(

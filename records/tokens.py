@@ -54,12 +54,14 @@ def encode_literally(tokenizer: Any, text: str, glued: bool = False) -> list[int
 
 @functools.lru_cache(maxsize=8)
 def control_tokens(tokenizer: Any, size: int) -> re.Pattern:
-    """What finds special and FIM tokens in text. size: of the vocabulary, which may grow."""
+    """What finds special and FIM tokens in text, but no words: any may serve as padding. size: of
+    the vocabulary, which may grow."""
     added = {token.content: token.special for token in tokenizer.added_tokens_decoder.values()}
     names = {n for n, special in added.items() if special or n in FIM_TOKENS or n[:2] in BEGINS}
     names |= set(tokenizer.all_special_tokens)
     return re.compile(
-        "|".join(f"(?={re.escape(name)})" for name in names if name.strip()) or "(?!)"
+        "|".join(f"(?={re.escape(name)})" for name in names if name.strip() and not name.isalnum())
+        or "(?!)"
     )
 
 
