@@ -58,11 +58,8 @@ def control_tokens(tokenizer: Any, size: int) -> re.Pattern:
     the vocabulary, which may grow."""
     added = {token.content: token.special for token in tokenizer.added_tokens_decoder.values()}
     names = {n for n, special in added.items() if special or n in FIM_TOKENS or n[:2] in BEGINS}
-    names |= set(tokenizer.all_special_tokens)
-    return re.compile(
-        "|".join(f"(?={re.escape(name)})" for name in names if name.strip() and not name.isalnum())
-        or "(?!)"
-    )
+    names = {n for n in names.union(tokenizer.all_special_tokens) if n.strip() and not n.isalnum()}
+    return re.compile("|".join(map(re.escape, names)) or "(?!)")
 
 
 def encode_with_spans(tokenizer: Any, text: str) -> tuple[list[int], list[tuple[int, int]]]:
