@@ -15,6 +15,7 @@ FAMILIES = {
     "codellama": ("▁<PRE>", "▁<SUF>", "▁<MID>", ("▁<EOT>",)),
     "deepseek": ("<｜fim▁begin｜>", "<｜fim▁hole｜>", "<｜fim▁end｜>", ("<｜end▁of▁sentence｜>",)),
 }
+FIM_TOKENS = {token for *tokens, ends in FAMILIES.values() for token in (*tokens, *ends)}
 
 
 class FimIds(NamedTuple):

@@ -25,6 +25,7 @@ from examples.steps import Steps, words, write_once
 from inference.bench.record import require
 from inference.bench.report import grid, tabulate
 from records.prompts import load_prompts
+from records.sources import read_records, resolve
 
 FORMATS = ("chat", "instruction", "fim")
 # benchmark -> case, head, target
@@ -57,7 +58,7 @@ def pipeline(
     and cards of functions as JSON, in some minutes on two CPU cores.
 
     --base and --head: your model and a head for it (without --head one is trained from scratch).
-    --data and --heldout: JSONL files of one --data_format, chat, instruction or fim; --heldout is
+    --data and --heldout: files of one --data_format, chat, instruction or fim; --heldout is
     used to measure only. --sft_config and --head_config: YAML files or presets of `train.finetune
     sft` and of `train.main`; sft.KEY=VALUE and head.KEY=VALUE override their settings:
     sft.train.max_steps=100. --num_answers: rows of the data whose answers the tuned model writes
@@ -157,7 +158,7 @@ def split_overrides(overrides: tuple[str, ...]) -> dict[str, list[str]]:
 def require_rows(data: Path, heldout: Path, base: str | None) -> None:
     """Refuse before the work what would fail after it."""
     for flag, path in (("data", data), ("heldout", heldout)):
-        if not path.is_file():
+        if path == Path():
             raise EagleError(f"--{flag} {path}: no such file; give --data FILE and --heldout FILE")
     load_prompts(heldout, load_tokenizer(base))
     if shared := set(read_lines(data)) & set(read_lines(heldout)):
@@ -167,7 +168,8 @@ def require_rows(data: Path, heldout: Path, base: str | None) -> None:
 
 
 def read_lines(path: Path) -> list[str]:
-    return [line for line in path.read_text("utf-8", "replace").split("\n") if line.strip()]
+    """Records as they stand in the file."""
+    return [record.raw for file in resolve([path]) for record in read_records(file)]
 
 
 def summarise(folder: Path, found: dict[str, dict], spent: dict[str, float], plan: dict) -> dict:

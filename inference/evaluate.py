@@ -2,7 +2,7 @@
 
     from end to end, on the shipped problems or yours:
     python -m inference.evaluate taco --allow_code_execution
-    python -m inference.evaluate humaneval --data FILE --base PATH --allow_code_execution  # or mbpp
+    python -m inference.evaluate humaneval --data FILE --base PATH --allow_code_execution  # mbpp, infilling
     the stages on their own:
     python -m inference.evaluate generate --data FILE --base PATH --output DIR
     python -m inference.evaluate execute --data FILE --generations FILE --output DIR \\
@@ -37,8 +37,9 @@ def code(asked: flags.Whole) -> int:
     """Generate programs, run them against the problems' tests while others are generated, and score
     them.
 
-    --data: a local .jsonl, .json or .parquet file, or a folder of them, in TACO's, HumanEval's or
-    MBPP's schema; without it, the shipped problems. Without --base the embedded model.
+    --data: a data file, a folder of them or a hub data set, in TACO's, HumanEval's (for infilling
+    with a suffix) or MBPP's schema; without it, the shipped problems. Without --base the embedded
+    model.
     --difficulties EASY,MEDIUM, --skills "Sorting,Range queries" and --limit N choose problems.
 
     Each problem gets --n_samples programs; --k 1,5,10 are those of pass@k (by default as many of
@@ -207,7 +208,7 @@ def emit(result: dict, output: str | Path | None) -> None:
 
 
 COMMANDS = {
-    **dict.fromkeys(("taco", "humaneval", "mbpp"), code),
+    **dict.fromkeys(("taco", "humaneval", "mbpp", "infilling"), code),
     "generate": generate,
     "execute": execute,
     "score": score,

@@ -98,7 +98,7 @@ def generate(
     if prompts is not None:
         loaded = load_prompts(prompts, tokenizer)
         prepare(model, engine)
-        return complete_file(model, loaded, options, batch_size, Path(prompts), output)
+        return complete_file(model, loaded, options, batch_size, output)
     text = sys.stdin.read() if prompt == "-" else prompt
     if text is None:
         ids = fim_prompt(tokenizer, prefix, suffix or "")
@@ -142,9 +142,7 @@ def prepare(model, engine: str) -> None:
         print(f"[compiled or loaded: {parts}]", file=sys.stderr)
 
 
-def complete_file(
-    model, prompts, options: dict, batch_size: int, source: Path, output: str | None
-) -> int:
+def complete_file(model, prompts, options: dict, batch_size: int, output: str | None) -> int:
     """Completions are written in the order of the file, all or nothing. Returns the exit status."""
     from eagle.files import atomic_write_text
     from eagle.meter import Meter
@@ -155,9 +153,6 @@ def complete_file(
     records: list[dict] = [{}] * len(prompts)
     seed = options.pop("seed")
     seeds = None if seed is None else [seed + i for i in order]
-    # of each prompt; a text file is one
-    lines = enumerate(source.read_text("utf-8").split("\n"), 1)
-    numbers = [number for number, line in lines if line.strip()] or [1]
     started, tokens, failed = time.perf_counter(), 0, []
     done = model.generate_many(
         [prompts[i].ids for i in order], slots=batch_size, as_completed=True, seed=seeds, **options
@@ -173,7 +168,8 @@ def complete_file(
                 "tau": round(row.tau, 3),
             }
             if row.error is not None:
-                records[i] |= {"error": str(row.error), "line": numbers[i]}
+                line = int(prompts[i].where.rpartition(":")[2])
+                records[i] |= {"error": str(row.error), "line": line}
                 failed.append(i)
             tokens += len(row.tokens)
             meter.add(1, len(row.tokens))
@@ -186,7 +182,7 @@ def complete_file(
     good = len(prompts) - len(failed)
     print(f"{good} completions, {tokens} tokens, {rate:.1f} tokens/s", file=sys.stderr)
     for i in sorted(failed):
-        print(f"{source}:{numbers[i]} failed: {records[i]['error']}", file=sys.stderr)
+        print(f"{prompts[i].where} failed: {records[i]['error']}", file=sys.stderr)
     if failed:
         print(f"error: {len(failed)} of {len(prompts)} requests failed", file=sys.stderr)
     return 1 if failed else 0

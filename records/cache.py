@@ -159,11 +159,8 @@ def _read(files: list[Path], path: Path) -> Any:
     with ArrowWriter(path=str(path), schema=pa.schema(types)) as writer:
         for number, file in enumerate(files):
             for record in read_records(file):
-                # a lone surrogate becomes the JSON escape that it is
-                raw = record.raw.encode("utf-8", "backslashreplace").decode()
-                writer.write(
-                    dict(zip(types, (number, record.line, raw, record.error), strict=True))
-                )
+                cells = number, record.line, record.raw, record.error
+                writer.write(dict(zip(types, cells, strict=True)))
         writer.finalize()
     return Dataset.from_file(str(path))
 

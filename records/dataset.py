@@ -111,6 +111,17 @@ class TokenizedData:
         source, row = self.order.locate(index)
         return self.sources[source].where(row)
 
+    def require_ids_below(self, vocab_size: int) -> None:
+        """Refuse rows with an id that the target has no embedding for, and name the first."""
+        for source in self.sources:
+            (ids,) = source.columns("input_ids")
+            if len(found := ids[ids >= vocab_size]):
+                row = next(n for n in range(len(source)) if found[0] in source[n]["input_ids"])
+                said = (
+                    f"{source.where(row)}: token id {found[0]} is outside the target's vocabulary"
+                )
+                raise EagleError(f"{said} of {vocab_size}; tokenise with the target's tokenizer")
+
     @property
     def digest(self) -> str:
         """A hash of the records behind the rows, in order, and of how often a source is seen."""
@@ -162,9 +173,9 @@ def _source(
     renderer = make_renderer(given.format, cfg, tokenizer)
     carve = not given.eval_paths  # are held-out rows taken out of the files?
     if split == "eval" and given.eval_paths:
-        files = resolve(given.eval_paths)
+        files = resolve(given.eval_paths, given.format)
     elif given.paths is not None:
-        files = resolve(given.paths)
+        files = resolve(given.paths, given.format)
     else:
         held_out = shipped(given.format, "eval")
         carve = carve and held_out is None

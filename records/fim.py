@@ -9,9 +9,11 @@ import itertools
 import random
 from typing import Any
 
+import regex
+
 from configs.fim_tokens import FimIds
 from records.rows import Row, RowError, checked, filled_field, text_field
-from records.tokens import encode, leading_ids
+from records.tokens import encode_literally, leading_ids
 
 FIELDS = ("prefix", "middle", "suffix")
 FILE_FIELDS = ("text", "content", "code")
@@ -44,9 +46,9 @@ def render_fim(
     """(prefix, middle, suffix) -> row. Trims the prefix's left and the suffix's right to fit."""
     prefix_text, middle_text, suffix_text = spans
     window = max_length * CHARS_PER_TOKEN
-    prefix = _fragment(tokenizer, prefix_text[-window:], tokens, glued=False)
-    suffix = _fragment(tokenizer, suffix_text[:window], tokens, glued=True)
-    middle = _fragment(tokenizer, middle_text, tokens, glued=True) + [tokens.eot]
+    prefix = fragment(tokenizer, prefix_text[-window:], tokens, glued=False)
+    suffix = fragment(tokenizer, suffix_text[:window], tokens, glued=True)
+    middle = fragment(tokenizer, middle_text, tokens, glued=True) + [tokens.eot]
     first = leading_ids(tokenizer)
     room = max_length - len(first) - 3 - len(middle)
     if room < 0:
@@ -70,7 +72,8 @@ def cut_spans(text: str, count: int, rng: random.Random) -> list[Spans]:
     """Cut `count` random (prefix, middle, suffix) out of a file.
 
     Half of the middles are whole lines; half start anywhere in a line and end at the end of that
-    line or of a near one, as an editor's completions do. Blank middles are drawn again."""
+    line or of a near one, as an editor's completions do. Blank middles are drawn again. No cut is
+    within a character as people see it: `\\r\\n`, a letter with its accents, an emoji of several."""
     lines = text.splitlines(keepends=True)
     starts = [0, *itertools.accumulate(map(len, lines))]
     spans: list[Spans] = []
@@ -81,9 +84,9 @@ def cut_spans(text: str, count: int, rng: random.Random) -> list[Spans]:
         start, last = starts[n], min(len(lines), n + rng.randint(1, MAX_MIDDLE_LINES))
         end = starts[last]
         if rng.random() < 0.5:
-            start += rng.randrange(len(lines[n]))
+            start += _whole_characters(lines[n], rng.randrange(len(lines[n])))
             end = starts[min(last, n + rng.randint(1, 3))]
-            end -= text[:end].endswith("\n")
+            end -= text.endswith("\n", 0, end) + text.endswith("\r\n", 0, end)
         if text[start:end].strip():
             spans.append((text[:start], text[start:end], text[end:]))
     if not spans:
@@ -91,11 +94,12 @@ def cut_spans(text: str, count: int, rng: random.Random) -> list[Spans]:
     return spans
 
 
-def _fragment(tokenizer: Any, text: str, tokens: FimIds, glued: bool) -> list[int]:
-    """Ids of `text`; `glued` text of a CodeLlama must not get SentencePiece's leading blank."""
-    if not (glued and tokens.family == "codellama"):
-        return encode(tokenizer, text)
-    anchor = "☺"
-    alone, joined = encode(tokenizer, anchor), encode(tokenizer, anchor + text)
-    same = joined[: len(alone)] == alone
-    return joined[len(alone) :] if same else encode(tokenizer, text)
+def _whole_characters(line: str, count: int) -> int:
+    """The most of `count` characters that end none (Unicode's extended grapheme clusters) early."""
+    ends = itertools.accumulate(len(found) for found in regex.findall(r"\X", line))
+    return max(itertools.takewhile(count.__ge__, ends), default=0)
+
+
+def fragment(tokenizer: Any, text: str, tokens: FimIds, glued: bool) -> list[int]:
+    """Ids of `text`, control tokens in it as text. `glued` text of a CodeLlama gets no blank."""
+    return encode_literally(tokenizer, text, glued and tokens.family == "codellama")

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass
+import itertools
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,11 @@ from configs.fim_tokens import find_fim_tokens
 from eagle.errors import EagleError
 from eagle.loading import EMBEDDED
 from records.chat import apply_template, question
+from records.fim import fragment
+from records.quarantine import object_of
 from records.rows import RowError
-from records.tokens import encode
+from records.sources import TEXTS, Record, kind_of, read_records, resolve
+from records.tokens import encode, leading_ids
 
 HELDOUT_PROMPTS = EMBEDDED / "data" / "prompts.jsonl"
 
@@ -23,19 +26,21 @@ class Prompt:
     ids: list[int]
     kind: str  # "text", "fim" or "chat"
     record: dict
+    where: str = ""  # FILE:LINE
 
 
-def text_prompt(tokenizer: Any, text: str, **options: Any) -> list[int]:
+def text_prompt(tokenizer: Any, text: str) -> list[int]:
     if not isinstance(text, str):
         raise TypeError(f"a prompt is text, not {type(text).__name__}")
-    return list(tokenizer(text, verbose=False, **options).input_ids)
+    return list(tokenizer(text, verbose=False).input_ids)
 
 
 def fim_prompt(tokenizer: Any, prefix: str, suffix: str) -> list[int]:
     """Prefix-suffix-middle order, with the family's own tokens."""
     fim = find_fim_tokens(tokenizer)
-    before, after = (text_prompt(tokenizer, x, add_special_tokens=False) for x in (prefix, suffix))
-    return [fim.prefix, *before, fim.suffix, *after, fim.middle]
+    before = fragment(tokenizer, prefix, fim, glued=False)
+    after = fragment(tokenizer, suffix, fim, glued=True)
+    return [*leading_ids(tokenizer), fim.prefix, *before, fim.suffix, *after, fim.middle]
 
 
 def chat_prompt(tokenizer: Any, messages: list[dict]) -> list[int]:
@@ -71,32 +76,25 @@ def render(tokenizer: Any, record: dict) -> Prompt:
 
 
 def load_prompts(path: str | Path | None, tokenizer: Any, limit: int | None = None) -> list[Prompt]:
-    """A JSONL file of records, or a text file with one prompt in all; None is the shipped held-out
-    set. Raises EagleError that names the line when a record cannot be read."""
-    path = Path(path) if path is not None else HELDOUT_PROMPTS
-    if not path.is_file():
-        raise EagleError(f"no prompt file {path}; give a .jsonl file of prompts, or a .txt file")
-    try:
-        text = path.read_text("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise EagleError(f"cannot read {path}: {error}; prompts are UTF-8 text") from error
-    if path.suffix == ".txt":
-        if not text:
-            raise EagleError(f"{path} is empty; a .txt file is one prompt")
-        return [Prompt(text_prompt(tokenizer, text), "text", {"prompt": text})]
-    lines = enumerate(text.split("\n"), 1)  # splitlines() would cut at U+2028 inside a string
-    filled = [(line, f"{path}:{number}") for number, line in lines if line.strip()][:limit]
-    prompts = [_read_prompt(line, where, tokenizer) for line, where in filled]
+    """Records of any data file (records.sources), a .txt file being one prompt; None is the shipped
+    held-out set. Raises EagleError that names the line when a record cannot be read."""
+    files = [HELDOUT_PROMPTS] if path is None else resolve([path])
+    records = itertools.chain.from_iterable(map(read_records, files))
+    prompts = [_read_prompt(record, tokenizer) for record in itertools.islice(records, limit)]
     if not prompts:
         raise EagleError(f"{path} holds no prompt; one JSON record a line")
     return prompts
 
 
-def _read_prompt(line: str, where: str, tokenizer: Any) -> Prompt:
+def _read_prompt(record: Record, tokenizer: Any) -> Prompt:
+    where = f"{record.file}:{record.line}"
     try:
-        prompt = render(tokenizer, json.loads(line))
-    except json.JSONDecodeError as error:
-        raise EagleError(f"{where} is not JSON ({error.msg}); one record a line") from error
+        value = object_of(record)
+        if kind_of(Path(record.file)) in TEXTS:
+            value = {"prompt": value["text"]}
+        prompt = replace(render(tokenizer, value), where=where)
+    except RowError as error:
+        raise EagleError(f"{where} is no prompt: {error}; {error.remedy}") from error
     except (EagleError, ConfigError) as error:
         raise EagleError(f"{where} is no prompt: {error}") from error
     except (KeyError, TypeError, IndexError, AttributeError) as error:

@@ -36,10 +36,15 @@ class BadRow(NamedTuple):
 
 
 def object_of(record: Record) -> dict:
-    """What was read. Raises RowError where that is no object."""
+    """What was read. Raises RowError where that is no object, or text that no tokenizer takes."""
     if record.value is None:
         reason, _, detail = str(record.error).partition(": ")
         raise RowError(reason, "repair or remove this line", detail)
+    if "\\u" in record.raw:  # where alone halves can come from
+        try:
+            json.dumps(record.value, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            raise RowError("half a character (a lone surrogate)", "repair this line") from error
     return record.value
 
 

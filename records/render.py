@@ -66,7 +66,8 @@ def render_tokenized(record: dict, vocab_size: int, max_length: int) -> Row:
         raise RowError("missing field 'loss_mask' or 'labels'", remedy, fields_of(record))
     ids, marks = record["input_ids"], record[key]
     for name, values in (("input_ids", ids), (key, marks)):
-        if not isinstance(values, list) or not all(isinstance(v, int) for v in values):
+        kinds = {int} if name == "input_ids" else {int, bool}
+        if not isinstance(values, list) or not kinds >= set(map(type, values)):
             raise RowError(f"'{name}' is not a list of integers", remedy)
     if len(ids) != len(marks):
         detail = f"{len(marks)} and {len(ids)}"

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
+import re
 from typing import Any
 
+from configs.fim_tokens import FIM_TOKENS
 from eagle import loading
 from eagle.errors import EagleError
+
+BEGINS = ("<|", "<｜")  # of control tokens that are not marked as special
 
 
 def load_tokenizer(base: str | None = None) -> Any:
@@ -28,6 +33,33 @@ def require_fast(tokenizer: Any) -> None:
 def encode(tokenizer: Any, text: str) -> list[int]:
     """Token ids of `text` alone: no BOS, no EOS."""
     return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+
+def encode_glued(tokenizer: Any, text: str) -> list[int]:
+    """Ids of text that goes on where other text ends: without SentencePiece's leading blank."""
+    anchor = "☺"
+    alone, joined = encode(tokenizer, anchor), encode(tokenizer, anchor + text)
+    same = joined[: len(alone)] == alone
+    return joined[len(alone) :] if same else encode(tokenizer, text)
+
+
+def encode_literally(tokenizer: Any, text: str, glued: bool = False) -> list[int]:
+    """Ids of `text`, which may spell control tokens: these are text, too."""
+    controls = control_tokens(tokenizer, len(tokenizer)).finditer(text)
+    cuts = [0, *(found.start() + 1 for found in controls), len(text)]
+    first, *rest = [text[a:b] for a, b in itertools.pairwise(cuts)]
+    ids = (encode_glued if glued else encode)(tokenizer, first)
+    return ids + [token for piece in rest for token in encode_glued(tokenizer, piece)]
+
+
+@functools.lru_cache(maxsize=8)
+def control_tokens(tokenizer: Any, size: int) -> re.Pattern:
+    """What finds special and FIM tokens in text, but no words: any may serve as padding. size: of
+    the vocabulary, which may grow."""
+    added = {token.content: token.special for token in tokenizer.added_tokens_decoder.values()}
+    names = {n for n, special in added.items() if special or n in FIM_TOKENS or n[:2] in BEGINS}
+    names = {n for n in names.union(tokenizer.all_special_tokens) if n.strip() and not n.isalnum()}
+    return re.compile("|".join(map(re.escape, names)) or "(?!)")
 
 
 def encode_with_spans(tokenizer: Any, text: str) -> tuple[list[int], list[tuple[int, int]]]:

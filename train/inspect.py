@@ -50,7 +50,9 @@ def inspect(
     lenient = cfg.data.model_copy(update={"max_bad_fraction": 1.0})
     loaded = load_dataset_for(lenient, tokenizer, split=split)
     stats = loaded.stats
-    console.print(f"{cfg.data.format} from {', '.join(map(str, loaded.paths))}", markup=False)
+    shown, more = loaded.paths[:20], len(loaded.paths[20:])  # source code has thousands
+    names = ", ".join(map(str, shown)) + (f" and {more} more" if more else "")
+    console.print(f"{cfg.data.format} from {names}", markup=False)
     console.print(
         f"{stats['rows']} rows, {stats['tokens']} tokens, {stats['supervised_tokens']} supervised "
         f"({stats['supervised_tokens'] / stats['tokens']:.1%}), {stats['truncated']} truncated to "

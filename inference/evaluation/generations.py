@@ -15,10 +15,12 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from typing_extensions import TypedDict
 
+from configs.fim_tokens import find_fim_tokens
 from eagle.errors import EagleError
 from eagle.files import atomic_write_text, weights_hash
 from eagle.meter import Meter
-from records.prompts import chat_prompt, text_prompt
+from records.prompts import chat_prompt, fim_prompt, text_prompt
+from records.sources import read_records
 
 from . import journal
 from .problem import Problem, ProblemSet, cut, fenced, reason, some
@@ -125,9 +127,13 @@ class Generator:
         """(request, completion that is still to be made) of a run, the longest prompts first."""
         found, chat, tokenizer = [], self.sampling.chat, self.model.tokenizer
         for problem in problems:
+            ends = None
             if chat:  # what ends a completion of code may well stand in an answer
                 question = [{"role": "user", "content": problem.question}]
                 ids, stops = chat_prompt(tokenizer, question), None
+            elif problem.suffix is not None:
+                ids, stops = fim_prompt(tokenizer, problem.prompt, problem.suffix), None
+                ends = self.model.eos_token_ids | set(find_fim_tokens(tokenizer)[:4])
             else:
                 ids, stops = text_prompt(tokenizer, problem.prompt), problem.stops or None
             for number in range(n_samples):
@@ -136,7 +142,8 @@ class Generator:
                 key = hashlib.sha256(text.encode()).hexdigest()
                 name = problem.task_id, number
                 sample = Sample(*name, "", seed, 0, 0, TOO_LONG, key, chat or None)
-                found.append(({"input_ids": ids, "seed": seed, "stop_strings": stops}, sample))
+                request = {"input_ids": ids, "seed": seed, "stop_strings": stops}
+                found.append((request | ({"eos_token_id": ends} if ends else {}), sample))
         return sorted(found, key=lambda one: -len(one[0]["input_ids"]))
 
     def run(
@@ -238,9 +245,8 @@ def read_generations(path: str | Path, problems: ProblemSet) -> Generations:
         found = from_records(journal.read(path), path)
     else:
         try:
-            rows = TypeAdapter(list[Upstream]).validate_json(path.read_bytes())
-        except OSError as error:
-            raise EagleError(f"cannot read {path}: {error.strerror}") from error
+            rows = [record.value for record in read_records(path)]
+            rows = TypeAdapter(list[Upstream]).validate_python(rows)
         except ValidationError as error:
             raise EagleError(
                 f'{path} must hold a list of {{"task_id", "output": [text, …]}} ({reason(error)})'

@@ -41,6 +41,7 @@ class Problem:
     seconds: float | None = None
     memory_bytes: int | None = None
     given: str = ""  # what the prompt begins and a completion goes on with (HumanEval)
+    suffix: str | None = None  # what stands after a completion (infilling)
     entry: str = ""  # the function that the tests call (HumanEval)
     asserted: bool = False  # the tests are assertions, run in the program's own process
     checker: Checker | None = None
@@ -57,6 +58,8 @@ class Problem:
     def program(self, completion: str, chat: bool = False) -> str:
         """The program that a completion means: of a chat, or where a fence comes before any stop
         string, the fenced block; else what stands before the first stop string or fence."""
+        if self.suffix is not None:
+            return self.given + (fenced(completion) if chat else completion) + self.suffix
         text = cut(completion, (*self.stops, "\n```"))
         fence = FENCED.search(completion)
         opens = fence and (fence[1] or completion.count("```") > 1)

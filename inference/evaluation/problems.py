@@ -1,6 +1,7 @@
-"""Problems of a local file, whichever of three schemas its rows have: TACO's (Li et al., 2023),
-with JSON and Python literals inside strings, and limits as prose; HumanEval's and MBPP's, whose
-tests are assertions (Chen et al., 2021; Austin et al., 2021).
+"""Problems of a data file, whichever of four schemas its rows have: TACO's (Li et al., 2023), with
+JSON and Python literals inside strings, and limits as prose; HumanEval's and MBPP's, whose tests
+are assertions (Chen et al., 2021; Austin et al., 2021); HumanEval's with a `suffix`, to be filled
+in before it (Bavarian et al., 2022).
 
 Assertions run in the program's own process, after it and out of its reading: a program that fails
 by mistake cannot pass, one written to deceive could. TACO's tests do not have that limit.
@@ -32,6 +33,7 @@ HUMANEVAL_STOPS = ("\nclass ", "\ndef ", "\n#", "\n@", "\nif __name__", "\nprint
 MBPP_STOPS = ('\n"""', "\nassert ", "\nclass Test", "\nif __name__", "\nprint(")
 STOPS = ("\nQUESTION", "\n---", "\nANSWER")
 FENCED = "one fenced block"
+HOLE = "# TO BE FILLED IN"
 HARNESS = """import io, sys
 tests, word = sys.stdin.read().rsplit("\\n", 1)
 out, sys.stdout = sys.stdout, io.StringIO()
@@ -162,6 +164,27 @@ class HumanEval(Row):
         )
 
 
+class Infilling(HumanEval):
+    suffix: str
+    entry_point: str | None = None
+
+    def problem(self, name: str) -> Problem:
+        if self.entry_point is None and "def check(" in self.test:
+            raise ValueError("has a check() and no entry_point to call it with")
+        call = f"check({self.entry_point})\n" if self.entry_point else ""
+        return Problem(
+            task_id=name,
+            prompt=self.prompt,
+            question=f"```python\n{self.prompt}{HOLE}{self.suffix}\n```\nWhat must stand in place of "
+            f"{HOLE}? Give that alone, with its indentation, in {FENCED}.",
+            tests=assertions([f"{self.test}\n{call}"]),
+            solutions=(f"{self.prompt}{self.canonical_solution}{self.suffix}",),
+            given=self.prompt,
+            suffix=self.suffix,
+            asserted=True,
+        )
+
+
 class Mbpp(Row):
     text: str = Field(validation_alias=AliasChoices("text", "prompt"))
     test_list: list[str] = Field(min_length=1)
@@ -197,7 +220,12 @@ def harness(program: str) -> str:
 
 
 # and the fields by which a row is known
-READERS = ((Taco, {"input_output"}), (HumanEval, {"entry_point", "test"}), (Mbpp, {"test_list"}))
+READERS = (
+    (Taco, {"input_output"}),
+    (Infilling, {"suffix", "test"}),
+    (HumanEval, {"entry_point", "test"}),
+    (Mbpp, {"test_list"}),
+)
 
 
 def load_problems(
@@ -226,8 +254,8 @@ def load_problems(
                 found = reader.model_validate(row)
                 return found.problem(str(place if found.task_id is None else found.task_id))
         raise ValueError(
-            "has neither input_output (TACO), entry_point and test (HumanEval), nor test_list "
-            "(MBPP)"
+            "has neither input_output (TACO), entry_point and test (HumanEval), suffix and test "
+            "(infilling), nor test_list (MBPP)"
         )
 
     problems, bad = read_rows(path, read, max_bad_fraction)

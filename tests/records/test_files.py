@@ -1,4 +1,7 @@
 import json
+import os
+import shutil
+from pathlib import Path
 
 import pytest
 from data_helpers import chat, write_jsonl
@@ -23,20 +26,87 @@ def load(tmp_path, tokenizer):
     return load
 
 
-def test_jsonl_array_and_parquet_hold_the_same(tmp_path, load):
-    import pyarrow as pa
-    import pyarrow.parquet as pq
+LAYOUTS = Path(__file__).parents[1] / "data/layouts"  # the same six records in each
+NAMES = [p.name for p in LAYOUTS.iterdir() if p.stem not in ("document", "splits", "hub")]
+NAMES += ["splits:train", "splits/train", "*.parquet", "**/rows.tsv", "org/name", "org/name:train"]
 
-    (tmp_path / "d.json").write_text(json.dumps(GOOD))
-    pq.write_table(pa.Table.from_pylist(GOOD), tmp_path / "d.parquet")
-    rows = [list(load(data)) for data in (GOOD, tmp_path / "d.json", tmp_path / "d.parquet")]
-    assert len(rows[0]) == 40 and rows[0] == rows[1] == rows[2]
-    assert {"input_ids", "loss_mask", "format"} <= set(rows[0][0])
-    assert rows[0][0]["format"] == "fim"
+
+def layout(name):
+    return name if name.startswith("org/") else str(LAYOUTS / name)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_layouts_hold_the_same(tmp_path, load, monkeypatch, name):
+    cache = shutil.copytree(LAYOUTS / "hub", tmp_path / "hub")  # the library puts locks there
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", cache)
+    [expected], found = resolve([LAYOUTS / "rows.jsonl"]), load(layout(name))
+    assert list(found) == list(load(expected)) and len(found) == 6
+
+
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        ("splits", "has the splits train, test; name one: .*splits:train"),
+        ("splits:nope", "has the splits train, test"),
+        ("org/none", "no such data file, and no hub data set that can be loaded"),
+        ("*.nothing", "no file matches this pattern"),
+        ("gone.jsonl", "no such data file"),
+        ("{tmp}/loop.jsonl", "no such data file"),
+        ("{tmp}/links", "links/a.jsonl: cannot read this file: No such file"),
+        ("{tmp}/pipe.json", "no such data file"),
+    ],
+)
+def test_places_that_are_refused(tmp_path, name, message):
+    os.mkfifo(tmp_path / "pipe.json")
+    (tmp_path / "loop.jsonl").symlink_to("loop.jsonl")
+    (tmp_path / "links").mkdir()
+    (tmp_path / "links/a.jsonl").symlink_to("nowhere")
+    with pytest.raises(EagleError, match=message) as error:
+        resolve([layout(name.format(tmp=tmp_path))])
+    assert "\n" not in str(error.value)
+
+
+def test_source_code_and_texts(tmp_path, caplog, load):
+    code = tmp_path / "code"
+    for name in (
+        "a.py",
+        "deep/b.rs",
+        "node_modules/c.js",
+        ".git/d.py",
+        "README.md",
+        "package.json",
+    ):
+        (code / name).parent.mkdir(parents=True, exist_ok=True)
+        (code / name).write_bytes(b"x = 1\r\ny = 2\n")
+    odd = {"gen.py": b"# DO NOT EDIT\n1", "bin.c": b"\0", "empty.py": b"", "latin.py": b"\xe9"}
+    odd["big.py"] = b"x = 1\n" * 200_000
+    for name, data in odd.items():
+        (code / name).write_bytes(data)
+    (code / "link.py").symlink_to(code / "a.py")
+    (code / "deep/up").symlink_to(tmp_path)
+    files = resolve([code], "fim")
+    assert [path.name for path in files] == ["a.py", "b.rs"]
+    for count in (
+        "3 folders",
+        "1 generated",
+        "1 binary",
+        "1 empty",
+        "1 not UTF-8",
+        "1 larger",
+        "1 lin",
+    ):
+        assert count in caplog.text
+    assert len(resolve([code], "plain")) == 3 and resolve([code], "chat") == [code / "package.json"]
+    assert next(read_records(files[0])).value == {"text": "x = 1\ny = 2\n"}
+    assert len(load(code).paths) == 2
+    (tmp_path / "q.txt").write_bytes(b"\xef\xbb\xbfWhy?\r\n\r\nHow?\r\n")
+    asked = [(r.line, r.value) for r in read_records(tmp_path / "q.txt", "chat")]
+    assert asked == [(1, {"prompt": "Why?"}), (3, {"prompt": "How?"})]
 
 
 def test_bad_lines_are_named_and_quarantined(tmp_path, load):
     bad = ['{"prefix": ', "[1]", {"prefix": "a", "suffix": "b"}]
+    (tmp_path / "notes.txt").write_text("ignored")
     mixed, more = GOOD[:20] + bad + GOOD[20:], {"max_bad_fraction": 0.1}
     data = load(mixed, out=tmp_path / "run", **more)
     assert (data.stats["rows"], data.stats["bad"], data.stats["records"]) == (40, 3, 43)
@@ -77,7 +147,7 @@ def test_truncation_is_counted(load, caplog):
     "name, content, message",
     [
         ("gone.jsonl", None, "no such data file"),
-        ("d.csv", "a,b", "neither a .jsonl, .* file nor a folder"),
+        ("d.xlsx", "a,b", "neither a .jsonl, .* file nor a folder"),
         ("d.jsonl", "", "the data set is empty"),
         ("d.json", "[]", "the data set is empty"),
         ("d.json", '[{"a": 1},', "d.json:1: malformed JSON"),
@@ -90,14 +160,6 @@ def test_bad_files(tmp_path, load, name, content, message):
         (tmp_path / name).write_text(content)
     with pytest.raises(EagleError, match=message):
         load(tmp_path / name)
-
-
-def test_folder_stands_for_its_files_and_bytes_are_checked(tmp_path):
-    (tmp_path / "b.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "x"}\n\n{"text": "\xff"}\n')
-    (tmp_path / "notes.txt").write_text("ignored")
-    [path] = resolve([tmp_path])
-    first, second = read_records(path)
-    assert first.value == {"text": "x"} and second.line == 3 and "not UTF-8" in second.error
 
 
 def test_held_out_rows_never_train(tmp_path, load):
@@ -119,8 +181,5 @@ def test_token_counts(load, tokenizer):
     counts = data.token_counts(len(tokenizer))
     assert counts.sum() == data.stats["supervised_tokens"]
     assert counts[tokenizer.eos_token_id] == 40
-
-
-def test_formats_without_shipped_data(load):
     with pytest.raises(EagleError, match="no plain data set is shipped: give data.path"):
         load(GOOD, format="plain", path=None)

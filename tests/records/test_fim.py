@@ -1,12 +1,14 @@
 import random
 
 import pytest
+import regex
 from data_helpers import runs
 
 from configs.errors import ConfigError
 from configs.fim_tokens import FAMILIES, find_fim_tokens
 from configs.schema import DataConfig, FimTokens
 from records.fim import cut_spans, render_fim
+from records.prompts import fim_prompt
 from records.render import make_renderer
 from records.rows import RowError
 
@@ -92,3 +94,21 @@ def test_whole_files_and_rates(tokenizer):
     fim = find_fim_tokens(tokenizer)
     assert all(row.input_ids[:2] == [fim.prefix, fim.suffix] for row in rows)
     assert len(make_renderer("fim", DataConfig(), tokenizer)(RECORD)) == 1
+
+
+def test_literal_control_tokens_are_text(tokenizer):
+    """The same in training and when asked; only the order's own tokens are control tokens."""
+    fim, odd = find_fim_tokens(tokenizer), "'<|fim_middle|>' '<|endoftext|><|im_end|>' <think>"
+    row = render_fim((odd, odd, odd), tokenizer, fim, 512)
+    used = [token for token in row.input_ids if token in tokenizer.added_tokens_decoder]
+    assert used == [fim.prefix, fim.suffix, fim.middle, fim.eot]
+    asked = fim_prompt(tokenizer, odd, odd)
+    assert row.input_ids[: len(asked)] == asked and tokenizer.decode(asked).count(odd) == 2
+
+
+def test_cuts_are_between_whole_characters():
+    text = "x = 'e\u0301a\u0308' # 👨‍👩‍👧👍🏽 🇩🇪🇫🇷\r\n" * 4
+    cuts = {match.start() for match in regex.finditer(r"\X", text)} | {len(text)}
+    for seed in range(200):
+        ((before, middle, _),) = cut_spans(text, 1, random.Random(seed))
+        assert {len(before), len(before + middle)} <= cuts and not middle.endswith("\r")

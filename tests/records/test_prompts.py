@@ -59,6 +59,7 @@ def test_files(tmp_path, tokenizer):
     assert [tokenizer.decode(p.ids) for p in prompts] == ["one", CHAT.format("two")]
     (tmp_path / "p.txt").write_text("a whole\nfile\n")
     (prompt,) = load_prompts(tmp_path / "p.txt", tokenizer)
+    assert [p.where for p in prompts] == [f"{path}:1", f"{path}:3"]
     assert tokenizer.decode(prompt.ids) == "a whole\nfile\n"
     odd = "a\u2028b\u2029c\x85d"  # JSON leaves these unescaped; they end no line
     text = json.dumps({"prompt": odd}, ensure_ascii=False) + "\r\n" + '{"prompt": "x"}'
@@ -104,8 +105,8 @@ def test_template_that_refuses(tmp_path, tokenizer):
 @pytest.mark.parametrize(
     "name, content, message",
     [
-        ("absent.jsonl", None, "no prompt file"),
-        (".", None, "no prompt file"),
+        ("absent.jsonl", None, "no such data file"),
+        (".", None, "neither a .jsonl"),
         ("p.jsonl", b"\n \n", "holds no prompt"),
         ("p.jsonl", '{"prompt": "é"}'.encode("latin-1"), "UTF-8"),
         ("p.txt", b"", "empty"),

@@ -184,5 +184,5 @@ def test_token_ids_outside_the_target_s_vocabulary_name_their_rows(base, tmp_pat
     path = write_jsonl(tmp_path / "rows.jsonl", [*good, bad])
     more = {"batch_size": 7, "grad_accum": 3}
     more["data_more"] = {"format": "tokenized", "heldout_fraction": 0.0}
-    with pytest.raises(EagleError, match=r"rows.jsonl:21\).*outside the target's vocabulary"):
+    with pytest.raises(EagleError, match=r"rows.jsonl:21: .*outside the target's vocabulary"):
         run(config(other, path, tmp_path / "run", **more), quiet=True)

@@ -180,6 +180,6 @@ def build_pairs(data: str, output: str, margin: float = 0.0, per_prompt: int = 1
     if not lines:
         raise EagleError(f"no preference in {data}: {counts}; {SAMPLES}")
     text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-    atomic_write_text(Path(output), text)
+    atomic_write_text(Path(output), text.encode("utf-8", "backslashreplace").decode())
     print(f"{len(lines)} pairs of {counts}: {output}")
     return 0

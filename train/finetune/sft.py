@@ -29,6 +29,8 @@ def sft(run: Run) -> int:
     card = {"format": cfg.format, "files": [path.name for path in data.paths], **data.stats}
     del card["cache_hit"]
     args = begin(run, {**card, "heldout_rows": len(heldout)}, TrlConfig, **prepared)
+    for rows in (data, heldout):
+        rows.require_ids_below(run.model.config.get_text_config().vocab_size)
     collate = DataCollatorForLanguageModeling(run.tokenizer.pad_token_id or 0, pad_to_multiple_of=8)
     return SftTrainer(run, args, labelled(data), labelled(heldout), collate, data).fit()
 

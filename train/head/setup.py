@@ -82,6 +82,7 @@ def build(
         options = {"adapter_path": m.adapter, "quantization": m.quantization}
         target = Target.from_pretrained(m.base, dtype=m.dtype, device=device, **options)
     V, most = target.vocab_size, target.max_positions
+    data.require_ids_below(V)
     if cfg.data.max_length > most:
         raise EagleError(
             f"data.max_length={cfg.data.max_length} exceeds the {most} positions of {target.name}; "
@@ -90,6 +91,7 @@ def build(
     prompts = []
     if cfg.eval.num_prompts:
         held_out = load_dataset_for(cfg.data, tokenizer, split="eval", out_dir=output)
+        held_out.require_ids_below(V)
         limit = most - cfg.eval.max_new_tokens
         if limit < 1:
             raise EagleError("eval.max_new_tokens leaves no room for a prompt; lower it")

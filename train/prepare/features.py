@@ -43,6 +43,7 @@ def write_features(
     """
     data = load_dataset_for(cfg.data, load_tokenizer(cfg.model.base), split="train")
     target = open_target(cfg)
+    data.require_ids_below(target.vocab_size)
     index = Index(Belongs.to(target), data_settings(cfg.data, data), command)
     rows = plan_shards(index, data, round(shard_mb * 2**20))
     longest = max(map(len, rows))

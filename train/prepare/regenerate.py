@@ -50,7 +50,7 @@ def find_files(cfg: DataConfig) -> list[Path]:
     if cfg.format not in FORMATS:
         use = ", ".join(FORMATS)
         raise EagleError(f"data.format={cfg.format} has no answers to write: use {use}")
-    found = resolve(cfg.paths) if cfg.paths else [shipped(cfg.format)]
+    found = resolve(cfg.paths, cfg.format) if cfg.paths else [shipped(cfg.format)]
     if found == [None]:
         raise EagleError(f"no {cfg.format} data set is shipped: give data.path (--data FILE)")
     return found
@@ -73,7 +73,8 @@ def regenerate(
         return card
 
     def read_all() -> Iterator[Record]:
-        return itertools.islice(itertools.chain.from_iterable(map(read_records, files)), limit)
+        found = (record for path in files for record in read_records(path, cfg.format))
+        return itertools.islice(found, limit)
 
     total = sum(1 for _ in read_all())
     if not total:

@@ -240,7 +240,7 @@ def test_plain_and_speculative_side_by_side(tmp_path, cli, tiny):
         (("taco", ALLOW, "--isolation", "prison"), "isolation level"),
         (("taco", ALLOW, "--seconds", 0), "seconds: Input should be greater"),
         (("score", "--generations", "GENERATIONS"), "run the execute stage first"),
-        (("execute", "--generations", "absent.json", ALLOW), "cannot read absent.json"),
+        (("execute", "--generations", "absent.json", ALLOW), "absent.json: cannot read"),
         (("execute", ALLOW), "give --generations"),
         (("score",), "give --generations"),
     ],

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 
+from configs.fim_tokens import find_fim_tokens
 from eagle.errors import EagleError
 from inference.evaluation.generations import (
     TOO_LONG,
@@ -57,6 +58,14 @@ def test_neither_slots_company_nor_drafting_change_a_completion(model, tmp_path)
     plain = run(model, tmp_path, drawn(engine="vanilla"))
     assert outputs(plain) == expected and plain.speed()["tau"] == 1.0
     assert ours.speed()["new_tokens"] == plain.speed()["new_tokens"]
+
+
+def test_what_is_filled_in_is_asked_for_in_fim_tokens(model, tmp_path):
+    problem = replace(PROBLEMS[0], suffix="\n    return 1\n")
+    [(request, _)] = Generator(model, DRAWN, tmp_path).wanted([problem], 1)
+    tokens = find_fim_tokens(model.tokenizer)
+    assert [i for i in request["input_ids"] if i in tokens[:4]] == [*tokens[:3]]
+    assert request["eos_token_id"] >= set(tokens[:4])
 
 
 def test_what_is_there_is_not_made_again(model, tmp_path, monkeypatch):

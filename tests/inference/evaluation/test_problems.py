@@ -2,12 +2,17 @@
 is refused."""
 
 import json
+from pathlib import Path
 
 import pytest
 
 from eagle.errors import EagleError
 from inference.evaluation.problem import fenced
 from inference.evaluation.problems import load_problems, read_bytes, read_seconds
+
+DATA = Path(__file__).parents[2] / "data"
+CASES = json.loads((DATA / "problems.json").read_text("utf-8"))
+HUMANEVAL, MBPP = CASES["humaneval"], CASES["mbpp"]
 
 
 def taco(**changes):
@@ -50,18 +55,6 @@ def test_taco_rows(tmp_path):
     assert second.suite().fn_name == "double"
 
 
-def test_a_folder_holds_the_same_problems(tmp_path):
-    import pyarrow
-    import pyarrow.parquet
-
-    rows = [taco(question=str(i), url=None) for i in range(3)]
-    expected = load_problems(write(tmp_path / "x.jsonl", rows)).problems
-    (folder := tmp_path / "x").mkdir()
-    (folder / "a.json").write_text(json.dumps(rows[:2]))
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows[2:]), folder / "b.parquet")
-    assert load_problems(folder).problems == expected
-
-
 def test_limits_are_prose():
     for nothing in (None, "", "soon", "a lot"):
         assert read_seconds(nothing) is None and read_bytes(nothing) is None
@@ -71,42 +64,13 @@ def test_limits_are_prose():
     assert {text: read_bytes(text) for text in sizes} == sizes and read_bytes("100 bytes") == 100
 
 
-@pytest.mark.parametrize(
-    "changes, policy, special",
-    [
-        ({"question": "If there are multiple answers, print any of them."}, "strict", True),
-        ({"question": "Print the words in any order."}, "strict", True),
-        ({"question": "You may print each letter in any case."}, "nocase", False),
-        ({"question": "Add any two numbers."}, "strict", False),
-        (pairs(["1"], ["x 0.5\n"]), "float", False),
-        (pairs([[1]], [[0.5]], fn_name="f"), "float", False),
-        (pairs(["1"], ["v1.5\n"]), "strict", False),
-        ({"judge": '{"policy": "unordered"}', "question": "in any order"}, "unordered", False),
-        ({"judge": '{"special": true}'}, "strict", True),
-    ],
-)
+@pytest.mark.parametrize("changes, policy, special", CASES["compared"])
 def test_how_a_problem_is_compared(tmp_path, changes, policy, special):
     (problem,) = load_problems(write(tmp_path / "x.jsonl", [taco(**changes)])).problems
     assert (problem.policy, problem.special_judge) == (policy, special)
 
 
-BAD = [
-    {"input_output": ""},
-    pairs([], []),
-    pairs(["1"], []),
-    pairs([1], ["1"]),
-    pairs(["1"], ["1"], fn_name="f"),
-    {"input_output": "{"},
-    {"question": None},
-    {"solutions": "print(1)"},
-    {"solutions": "[1]"},
-    {"skill_types": "__import__('os')"},
-    {"judge": json.dumps({"policy": "lenient"})},
-    {"task_id": [1]},
-]
-
-
-@pytest.mark.parametrize("changes", BAD, ids=str)
+@pytest.mark.parametrize("changes", CASES["bad"], ids=str)
 def test_bad_rows_are_listed_or_stop(tmp_path, changes):
     path = write(tmp_path / "x.jsonl", [taco(), taco(**changes), taco(), taco()])
     name = next(iter(changes))
@@ -152,22 +116,6 @@ def test_the_fingerprint_is_of_what_judges(tmp_path):
     assert len(others | {of()}) == 4
 
 
-HUMANEVAL = {
-    "task_id": "HumanEval/0",
-    "prompt": 'from math import pi\n\n\ndef area(r):\n    """Of a circle."""\n',
-    "entry_point": "area",
-    "canonical_solution": "    return pi * r * r\n",
-    "test": "def check(f):\n    assert f(0) == 0\n    assert 3 < f(1) < 4\n",
-}
-MBPP = {
-    "task_id": 11,
-    "text": "Double a number.",
-    "code": "def double(x):\n    return 2 * x\n",
-    "test_list": ["assert double(1) == 2", "assert math.isclose(double(0.5), 1)"],
-    "test_setup_code": "import math",
-}
-
-
 def test_humaneval_and_mbpp_rows(tmp_path):
     found = load_problems(write(tmp_path / "x.jsonl", [HUMANEVAL, MBPP]))
     human, basic = found.problems
@@ -180,6 +128,24 @@ def test_humaneval_and_mbpp_rows(tmp_path):
     for row in ({**MBPP, "test_list": []}, {**MBPP, "test_list": [1]}, {**HUMANEVAL, "test": None}):
         with pytest.raises(EagleError):
             load_problems(write(tmp_path / "x.jsonl", [row]))
+
+
+def test_infilling_rows(tmp_path, cli):
+    data, file = DATA / "infilling.jsonl", tmp_path / "g.json"
+    first, _ = load_problems(data).problems
+    before, line, after = first.prompt, "    s = p * r * r\n", "    return s\n"
+    assert first.program(line + "\n# no stop\n") == before + line + "\n# no stop\n" + after
+    assert first.program(f"Here:\n```\n{line}```", chat=True) == before + line + after
+    made = {first.task_id: [line, "    s = r\n"], "loose": [" 1", " 2"]}
+    text = json.dumps([{"task_id": name, "output": texts} for name, texts in made.items()])
+    file.write_text(text, "utf-8-sig")
+    stage = ("--data", data, "--output", tmp_path / "out", "--allow_code_execution")
+    assert cli("verify-dataset", *stage)[1]["verified"] == 2
+    causes = cli("execute", *stage, "--generations", file)[1]["causes"]
+    assert causes == {"accepted": 2, "wrong": 2}
+    without = data.read_text("utf-8-sig").replace("entry_point", "entry")
+    with pytest.raises(EagleError, match="check.. and no entry_point"):
+        load_problems(write(tmp_path / "x.jsonl", [json.loads(without.split("\n")[0])]))
 
 
 BODIES = [

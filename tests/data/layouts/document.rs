@@ -1,0 +1,9 @@
+fn main() {
+    let é = 1;
+}
+fn main() {
+    let é = 1;
+}
+fn main() {
+    let é = 1;
+}
