@@ -10,11 +10,13 @@ report.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
 import shutil
 import time
+import zipfile
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -24,11 +26,21 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 
 from configs.finetune_schema import TaskData
 from eagle.checkpoint import atomic_dir, atomic_write_text
 from eagle.errors import EagleError
-from eagle.loading import find_adapter, read_record, require_base, resolve_compute, resolve_device
+from eagle.loading import (
+    RECORD,
+    WEIGHTS,
+    find_adapter,
+    read_record,
+    require_base,
+    resolve_compute,
+    resolve_device,
+)
 from eagle.meter import Bar
 from records import load_tokenizer
 from records.dataset import held_out_rows
@@ -39,12 +51,24 @@ from records.tokens import tokenizer_hash
 from train.finetune.assistant import write_example
 from train.finetune.policy import base_fingerprint, base_name, build_policy
 from train.head.distributed import World, join_world
-from train.runs import checkpoints, claimed, is_checkpoint, require_same_run, step_of, write_config
+from train.runs import (
+    changes,
+    checkpoints,
+    claimed,
+    find_checkpoint,
+    require_same_run,
+    step_of,
+    unreadable,
+    write_config,
+)
 
 PREDICTIONS = "predictions.jsonl"
 # files of a checkpoint that are there to resume; the rest is the adapter folder
 RESUME = ("*.pt", "*.pth", "trainer_state.json", "global_step*", "latest", "zero_to_*", PREDICTIONS)
 PATHS = ("adapter", "metrics.jsonl", "checkpoints")
+# without DeepSpeed, which has folders of its own
+NEEDED = {"optimizer.pt", "scheduler.pt", "trainer_state.json", WEIGHTS, RECORD}
+LEARNING = {"train", "dpo", "balance"}  # sections that may change when a run is resumed
 
 
 @dataclass
@@ -116,18 +140,33 @@ class Run:
         # before TRL adds the reference's adapter; a packed 4-bit weight counts what it stands for
         trainable, total = self.model.get_nb_trainable_parameters()
         self.record |= {"data": data, "trainable_parameters": trainable, "total_parameters": total}
+        t, balance = self.cfg.train, getattr(self.cfg, "balance", None)
+        zero = {}
+        if t.zero is not None:  # its checkpoint is cut for them, and has the optimizer's settings
+            zero = {f"train.{k}": getattr(t, k) for k in ("lr", "weight_decay", "betas")}
+            zero["ranks under ZeRO"] = self.world.size
         identity = {
             "base": self.record["base"]["fingerprint"],
             **{k: self.record[k] for k in ("quantization", "dtype", "compute")},
             "adapter": self.record.get("started_from")
             or self.cfg.lora.model_dump(exclude={"dropout"}),
-            "data": {k: v for k, v in data.items() if isinstance(v, (int, str))},
-            "train.seed": self.cfg.train.seed,
+            **{f"data.{k}": v for k, v in data.items() if isinstance(v, (int, str))},
+            "data.seed": self.cfg.data.seed,
+            "train.seed": t.seed,
+            # the place in the data is known by steps
+            "rows of a step": t.batch_size * t.grad_accum * self.world.size,
+            "train.zero": t.zero,
+            **zero,
             "tasks": self.tasks,
+            "balance": balance and balance.model_dump(exclude={"max_generations"}),
         }
         self.record["identity"] = identity = json.loads(json.dumps(identity))
+        self.record["settings"] = now = self.cfg.model_dump(mode="json", include=LEARNING)
         if self.resume is not None:
-            require_same_run(self.resume, read_record(self.resume).get("identity", {}), identity)
+            before = read_record(self.resume)
+            require_same_run(self.resume, before.get("identity", {}), identity)
+            for note in (f"continues {self.resume}", *changes(before["settings"], now)):
+                self.note(note)
         if self.world.first:
             write_config(self.output, self.cfg)
 
@@ -177,23 +216,31 @@ def execute(cfg: Any, method: str, body: Callable[[Run], int], quiet: bool = Fal
     if not world.first:
         logging.getLogger("records").setLevel(logging.ERROR)
     with claimed(world, cfg.train.output, method, cfg.train.resume) as output:
-        resume = world.first_does(lambda: start_of(output, cfg.train.resume))
+        given = cfg.train.resume
+        resume = given and world.first_does(
+            lambda: find_checkpoint(output, given, require_whole)[0]
+        )
         return body(Run(cfg, method, world, output, quiet, resume))
 
 
-def start_of(output: Path, resume: str | None) -> Path | None:
-    """The checkpoint to go on from. `auto`: the newest of the run, None when there is none; else of
-    the folder named. What a killed run was writing or removing goes."""
-    for stale in (output / "checkpoints").glob(".*"):
-        shutil.rmtree(stale, ignore_errors=True)
-    if resume is None:
-        return None
-    path = output if resume == "auto" else Path(resume).expanduser()
-    found = [path] if is_checkpoint(path) else checkpoints(path)
-    if not found and resume != "auto":
-        remedy = "give a run folder, or a checkpoint-N folder of it"
-        raise EagleError(f"--resume {path}: no checkpoint there; {remedy}")
-    return found[-1] if found else None
+def require_whole(checkpoint: Path) -> None:
+    """Raises EagleError when a file is missing or damaged, which torch's files know by checksums."""
+    files = {path.name: path for path in sorted(checkpoint.rglob("*")) if path.is_file()}
+    missing = set() if [*checkpoint.glob("global_step*")] else NEEDED - files.keys()
+    if missing:
+        raise unreadable(checkpoint, f"{', '.join(sorted(missing))} is missing")
+    for path in files.values():
+        try:
+            if path.suffix in (".pt", ".pth"):
+                with zipfile.ZipFile(path) as parts:
+                    if wrong := parts.testzip():
+                        raise ValueError(f"wrong checksum of {wrong}")
+            elif path.suffix == ".safetensors":
+                load_file(path)
+            elif path.suffix == ".json":
+                json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError, zipfile.BadZipFile, SafetensorError) as error:
+            raise unreadable(checkpoint, f"{path.name}: {error}") from error
 
 
 def load_rows(run: Run, kind: str, render: Callable[[dict], list]) -> tuple[list, list, dict]:
@@ -228,4 +275,8 @@ def load_rows(run: Run, kind: str, render: Callable[[dict], list]) -> tuple[list
     if not rows or not heldout:
         said = f"{len(rows)} rows are left to train on and {len(heldout)} held out"
         raise EagleError(f"{said}: add data, or change data.heldout_fraction")
-    return rows, heldout, {**card, "rows": len(rows), "heldout_rows": len(heldout)}
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(repr(row).encode("utf-8", "backslashreplace"))
+    card |= {"rows": len(rows), "heldout_rows": len(heldout), "digest": digest.hexdigest()[:16]}
+    return rows, heldout, card

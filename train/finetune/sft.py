@@ -28,7 +28,8 @@ def sft(run: Run) -> int:
     prepared = {"max_length": None, "dataset_kwargs": {"skip_prepare_dataset": True}}
     card = {"format": cfg.format, "files": [path.name for path in data.paths], **data.stats}
     del card["cache_hit"]
-    args = begin(run, {**card, "heldout_rows": len(heldout)}, TrlConfig, **prepared)
+    card |= {"heldout_rows": len(heldout), "digest": data.digest}
+    args = begin(run, card, TrlConfig, **prepared)
     collate = DataCollatorForLanguageModeling(run.tokenizer.pad_token_id or 0, pad_to_multiple_of=8)
     return SftTrainer(run, args, labelled(data), labelled(heldout), collate, data).fit()
 
