@@ -35,6 +35,7 @@ def main(fn: Callable[..., Any], argv: list[str] | None = None, name: str | None
     `fn(*overrides: str, flag=default, ...)`: parameters after `*overrides` become `--flag value`,
     read by their annotation (`int`, `float`, `bool`, `str`, any `| None`); one that may be `bool`
     also works without a value. An `int` result is the exit code; user-caused errors are one line.
+    `fn.config`, if there is one, is the config that overrides change: flags may be meant for it.
     """
     try:
         result = _call(fn, sys.argv[1:] if argv is None else argv, name)
@@ -99,6 +100,9 @@ def _call(fn: Callable[..., Any], argv: list[str], name: str | None) -> Any:
         hint = f"; did you mean --{near[0]}?" if near else ""
         if takes_overrides and "." in flag and not near:
             hint = f"; write overrides without dashes: {unknown}"
+        settings = _settings(fn, flag)
+        if settings and (not near or settings[0].endswith(f".{flag}")):
+            hint = f"; did you mean {' or '.join(f'{key}=' for key in settings)}?"
         raise ConfigError(f"unknown flag --{flag}{hint} {known}")
     if rest and not takes_overrides:
         raise ConfigError(f"unexpected argument {rest[0]!r} {known}")
@@ -106,6 +110,15 @@ def _call(fn: Callable[..., Any], argv: list[str], name: str | None) -> Any:
         if parameter.default is inspect.Parameter.empty and not hasattr(given, flag):
             raise ConfigError(f"give --{flag} VALUE")
     return fn(*rest, **vars(given))
+
+
+def _settings(fn: Callable[..., Any], flag: str) -> list[str]:
+    """Overrides of a command, whose config is its attribute `config`, that a flag may mean."""
+    if not hasattr(fn, "config"):
+        return []
+    from configs.load import within
+
+    return within(fn.config, flag)
 
 
 def _spelled(argv: list[str], alone: dict[str, set[type]], parameters: dict) -> list[str]:

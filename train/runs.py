@@ -79,7 +79,7 @@ def _take(lock: Path, what: Path) -> IO | None:
     while True:
         try:
             lock.parent.mkdir(parents=True, exist_ok=True)
-            file = open(lock, "a+", encoding="utf-8")
+            file = open(lock, "ab+", buffering=0)
         except OSError as error:
             text = f"cannot write to {what}: {error.strerror}; choose another --output"
             raise EagleError(text) from error
@@ -87,7 +87,7 @@ def _take(lock: Path, what: Path) -> IO | None:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             file.seek(0)
-            holder = file.read().strip() or "another process"
+            holder = file.read().decode().strip() or "another process"
             file.close()
             remedy = "wait for it, end it there (kill PID), or choose another --output"
             raise Busy(f"{what} is being written by {holder}: {remedy}") from error
@@ -104,8 +104,7 @@ def _take(lock: Path, what: Path) -> IO | None:
     with suppress(OSError):  # a full disk: it is held all the same
         file.truncate(0)
         since = time.strftime("%Y-%m-%d %H:%M:%S")
-        file.write(f"process {os.getpid()} on {platform.node()}, since {since}\n")
-        file.flush()
+        file.write(f"process {os.getpid()} on {platform.node()}, since {since}\n".encode())
     return file
 
 

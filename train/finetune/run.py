@@ -43,7 +43,7 @@ from eagle.loading import (
 )
 from eagle.meter import Bar
 from records import load_tokenizer
-from records.dataset import held_out_rows
+from records.dataset import held_out_rows, tell_shared
 from records.quarantine import BadRow, enforce, object_of, write_quarantine
 from records.rows import RowError
 from records.sources import read_records, resolve
@@ -275,6 +275,8 @@ def load_rows(run: Run, kind: str, render: Callable[[dict], list]) -> tuple[list
     if not rows or not heldout:
         said = f"{len(rows)} rows are left to train on and {len(heldout)} held out"
         raise EagleError(f"{said}: add data, or change data.heldout_fraction")
+    parts = (rows, heldout)
+    tell_shared(*([hash(repr(r).replace(str(r.key), "")) for r in part] for part in parts))
     digest = hashlib.sha256()
     for row in rows:
         digest.update(repr(row).encode("utf-8", "backslashreplace"))

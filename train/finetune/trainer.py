@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import SequentialSampler
 from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_callback import EarlyStoppingCallback, PrinterCallback
 
@@ -185,6 +186,13 @@ class RunTrainer:
         [peak] = world.max([max(memory(world.device).values()) / 2**20])
         world.first_does(lambda: self.run.publish(self.state, peak))
         return 0
+
+    def _get_train_sampler(self, train_dataset=None):
+        """A mixture comes in its own order."""
+        mixture = self.journal.mixture
+        if mixture is not None and mixture.shuffled:
+            return SequentialSampler(self.train_dataset)
+        return super()._get_train_sampler(train_dataset)
 
     def create_scheduler(self, num_training_steps: int, optimizer=None):
         """By the steps or by the clock, whichever is further. The first step learns: n of a warmup

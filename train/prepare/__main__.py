@@ -163,6 +163,7 @@ def _json_object(text: str) -> dict[str, Any]:
     raise ConfigError(f'--endpoint_body={text}: must be a JSON object, as {{"top_k": 20}}')
 
 
+features.config = regenerate.config = HeadTrainConfig  # for the hints of `configs.cli`
 COMMANDS = {"features": features, "regenerate": regenerate}
 
 if __name__ == "__main__":
