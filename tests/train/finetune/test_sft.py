@@ -5,6 +5,8 @@ them.
 import itertools
 import json
 import os
+import resource
+import shutil
 import signal
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,9 +21,11 @@ from eagle.errors import EagleError
 from eagle.loading import RECORD, WEIGHTS, read_record
 from eagle.target import Target
 from records import load_dataset_for, load_tokenizer
+from train.finetune import trainer
 from train.finetune.__main__ import run
 from train.finetune.policy import base_fingerprint, build_policy
-from train.runs import checkpoints
+from train.finetune.run import require_whole
+from train.runs import checkpoints, find_checkpoint
 
 
 def names(output):
@@ -90,6 +94,8 @@ def test_losses_are_means_over_supervised_tokens_however_they_are_batched(base, 
         return total / tokens, tokens
 
     assert losses_of(output) == pytest.approx([expected("train")[0]], rel=1e-4)
+    assert rows_of(output)[0]["learning_rate"] == 1e-3  # a run of one step learns
+    assert any(p.any() for k, p in load_file(output / "adapter" / WEIGHTS).items() if "_B" in k)
     first = rows_of(output, evaluations=True)[0]
     found = first["eval_loss"], first["eval_tokens"]
     assert found == pytest.approx(expected("eval"), rel=1e-5)
@@ -150,18 +156,55 @@ def test_a_kill_while_saving_leaves_a_whole_checkpoint(whole, base, data, tmp_pa
 
 
 def test_a_full_disk_is_named_and_spares_the_checkpoint_before(base, data, tmp_path, monkeypatch):
-    save = torch.save
+    """The quota of this process, from step 4 on: the adapter fits, the optimizer does not."""
+    write, (soft, hard) = trainer.write_adapter, resource.getrlimit(resource.RLIMIT_FSIZE)
 
-    def full(value, path, *args, **kwargs):
-        if "checkpoint-4" in str(path):
-            raise RuntimeError("PytorchStreamWriter failed writing file data/0: file write failed")
-        return save(value, path, *args, **kwargs)
+    def then_full(folder, *args):
+        write(folder, *args)
+        if "checkpoint-4" in str(folder):
+            most = (folder / WEIGHTS).stat().st_size
+            resource.setrlimit(resource.RLIMIT_FSIZE, (most, hard))
 
-    monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(EagleError, match="No space left on device; the checkpoints there are"):
-        go("sft", base, data, tmp_path / "run", **SIX)
+    monkeypatch.setattr(trainer, "write_adapter", then_full)
+    try:
+        with pytest.raises(EagleError, match="No space left on device; the checkpoints of .*whole"):
+            go("sft", base, data, tmp_path / "run", **SIX)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert names(tmp_path / "run") == ["checkpoint-2"]
     assert not list((tmp_path / "run" / "checkpoints").glob(".*"))
+
+
+@pytest.mark.parametrize("file", ["optimizer.pt", "rng_state.pth", "trainer_state.json", WEIGHTS])
+@pytest.mark.parametrize("damage", ["cut", "flipped", "gone"])
+def test_a_damaged_checkpoint_is_set_aside_and_told(whole, tmp_path, caplog, file, damage):
+    shutil.copytree(whole / "checkpoints", tmp_path / "checkpoints")
+    path = tmp_path / "checkpoints/checkpoint-6" / file
+    content = path.read_bytes()
+    middle = len(content) // 2
+    path.write_bytes(content[:middle] if damage == "cut" else content)
+    if damage == "gone":
+        path.unlink()
+    elif damage == "flipped":
+        path.write_bytes(content[:middle] + bytes([content[middle] ^ 0x90]) + content[middle + 1 :])
+    found, _ = find_checkpoint(tmp_path, "auto", require_whole)
+    # the weights have no checksum, and state.json is what makes a checkpoint
+    fine = (damage, file) in [("flipped", WEIGHTS), ("gone", "rng_state.pth")]
+    assert found.name == ("checkpoint-6" if fine else "checkpoint-4")
+    if not fine and (damage, file) != ("gone", "trainer_state.json"):
+        assert file in caplog.text and "is now damaged-checkpoint-6" in caplog.text
+
+
+def test_a_resumed_run_learns_by_its_own_settings(whole, base, data, tmp_path, capsys):
+    shutil.copytree(whole, tmp_path / "run")
+    cfg = config("sft", base, data, tmp_path / "run", **six(max_steps=7, lr=0.5, resume="auto"))
+    for _ in range(2):
+        assert run("sft", cfg) == 0
+        assert rows_of(tmp_path / "run")[-1]["learning_rate"] == 0.5
+    said = capsys.readouterr().out
+    assert "checkpoint-6\nsettings changed: train.max_steps 6 -> 7, train.lr 0.01 -> 0.5\n" in said
+    assert said.count("checkpoint-7 has its 7 steps: nothing is left to train") == 1
+    assert [row["step"] for row in rows_of(tmp_path / "run")] == [1, 2, 3, 4, 5, 6, 7]
 
 
 def test_early_stopping_keeps_the_best(base, data, tmp_path):
@@ -219,7 +262,18 @@ def test_an_adapter_goes_on_from_another(whole, base, other_base, data, tmp_path
 def test_folders_are_never_mixed_up(whole, base, data, tmp_path):
     with pytest.raises(EagleError, match="--resume, or choose another --output"):
         go("sft", base, data, whole, **SIX)
-    for change in ({"train": {"seed": 5}}, {"lora": {"r": 8}}, {"model": {"quantization": "none"}}):
+    lines = data.read_text().splitlines(keepends=True)
+    swapped = tmp_path / "swapped.jsonl"
+    swapped.write_text("".join(lines[::-1]))
+    for change in (
+        {"train": {"seed": 5}},
+        {"train": {"grad_accum": 3}},
+        {"train": {"zero": 1}},
+        {"lora": {"r": 8}},
+        {"model": {"quantization": "none"}},
+        {"data": {"path": str(swapped)}},
+        {"data": {"seed": 5}},
+    ):
         sections = six(resume="auto")
         sections |= {k: {**sections.get(k, {}), **v} for k, v in change.items()}
         with pytest.raises(EagleError, match="belongs to a run with"):

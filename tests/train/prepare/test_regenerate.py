@@ -23,6 +23,7 @@ from train.prepare import __main__ as command_line
 from train.prepare import regenerate as work
 from train.prepare.answering import Local, Sampling, decode_after
 from train.prepare.records import Answer, Rewriter, Task
+from train.runs import LOCK, locked
 
 NEW = 12
 ENDPOINT = {"endpoint": "http://x", "endpoint_model": "m"}
@@ -90,6 +91,9 @@ def test_each_turn_is_answered_after_the_new_ones(base, model, tmp_path):
 def test_instructions(base, model, tmp_path, template):
     record = {"instruction": "Write a function", "input": "add", "response": "OLD"}
     path = write_jsonl(tmp_path / "instruction.jsonl", [record])
+    held = locked(tmp_path / f".new.jsonl{LOCK}", path)
+    with held, pytest.raises(EagleError, match="is being written by process"):
+        write(base, settings("instruction", path), tmp_path / "new.jsonl")
     cfg = settings("instruction", path, instruction_template=template)
     write(base, cfg, tmp_path / "new.jsonl")
     text = (
