@@ -18,6 +18,8 @@ from functools import partial
 from typing import Any
 
 from configs.errors import ConfigError
+from configs.load import within
+from configs.schema import HeadTrainConfig
 
 _OVERRIDE = re.compile(r"[A-Za-z_]\w*(\.\w+)+=")
 _OTHER_NAMES = {"base": "model", "target": "base"}  # the target is the base of its head
@@ -35,7 +37,7 @@ def main(fn: Callable[..., Any], argv: list[str] | None = None, name: str | None
     `fn(*overrides: str, flag=default, ...)`: parameters after `*overrides` become `--flag value`,
     read by their annotation (`int`, `float`, `bool`, `str`, any `| None`); one that may be `bool`
     also works without a value. An `int` result is the exit code; user-caused errors are one line.
-    `fn.config`, if there is one, is the config that overrides change: flags may be meant for it.
+    `fn.config` is the config that overrides change (default: of head training), for hints.
     """
     try:
         result = _call(fn, sys.argv[1:] if argv is None else argv, name)
@@ -100,9 +102,8 @@ def _call(fn: Callable[..., Any], argv: list[str], name: str | None) -> Any:
         hint = f"; did you mean --{near[0]}?" if near else ""
         if takes_overrides and "." in flag and not near:
             hint = f"; write overrides without dashes: {unknown}"
-        settings = _settings(fn, flag)
-        if settings and (not near or settings[0].endswith(f".{flag}")):
-            hint = f"; did you mean {' or '.join(f'{key}=' for key in settings)}?"
+        elif takes_overrides and (keys := within(getattr(fn, "config", HeadTrainConfig), flag)):
+            hint = f"; did you mean {'= or '.join(keys)}=?"
         raise ConfigError(f"unknown flag --{flag}{hint} {known}")
     if rest and not takes_overrides:
         raise ConfigError(f"unexpected argument {rest[0]!r} {known}")
@@ -110,15 +111,6 @@ def _call(fn: Callable[..., Any], argv: list[str], name: str | None) -> Any:
         if parameter.default is inspect.Parameter.empty and not hasattr(given, flag):
             raise ConfigError(f"give --{flag} VALUE")
     return fn(*rest, **vars(given))
-
-
-def _settings(fn: Callable[..., Any], flag: str) -> list[str]:
-    """Overrides of a command, whose config is its attribute `config`, that a flag may mean."""
-    if not hasattr(fn, "config"):
-        return []
-    from configs.load import within
-
-    return within(fn.config, flag)
 
 
 def _spelled(argv: list[str], alone: dict[str, set[type]], parameters: dict) -> list[str]:

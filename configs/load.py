@@ -133,15 +133,9 @@ def _unknown(section: type[BaseModel] | None, key: str) -> str:
 
 
 def within(cls: type[BaseModel], name: str) -> list[str]:
-    """Keys called `name` in the sections of a config, or else nearly so: section.key."""
-    keys = [
-        (place, key)
-        for place, field in cls.model_fields.items()
-        for key in getattr(_section(field), "model_fields", ())
-    ]
-    wanted = [name] if name in dict(map(reversed, keys)) else None
-    wanted = wanted or difflib.get_close_matches(name, [key for _, key in keys], n=1, cutoff=0.8)
-    return [f"{place}.{key}" for place, key in keys if key in wanted]
+    """Keys called `name` in the sections of a config: section.name."""
+    sections = ((place, _section(field)) for place, field in cls.model_fields.items())
+    return [f"{place}.{name}" for place, s in sections if name in getattr(s, "model_fields", ())]
 
 
 def _first_line(error: Exception) -> str:

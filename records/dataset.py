@@ -91,7 +91,7 @@ class TokenizedData:
     this split, records and bad of its files; `bad_rows` names each rejected row."""
 
     def __init__(self, sources: list[Source], order: Any) -> None:
-        self.sources, self.order = sources, order
+        self.sources, self.order, self.shuffled = sources, order, order.shuffled
         self.paths = [path for source in sources for path in source.files]
         self.bad_rows: list[BadRow] = [row for s in sources for row in s.entry.bad]
         self.cache_hit = all(source.entry.cache_hit for source in sources)
@@ -116,11 +116,6 @@ class TokenizedData:
         """New order for a mixture; a single source keeps its order (the loop shuffles it)."""
         if self.shuffled:
             self.order.set_epoch(epoch)
-
-    @property
-    def shuffled(self) -> bool:
-        """Does the order of the rows change with the epoch?"""
-        return self.order.shuffled
 
     def length(self, index: int) -> int:
         """Tokens of a row, known without reading it."""

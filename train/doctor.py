@@ -82,9 +82,6 @@ def doctor(
     return int(counts["problem"] > 0)
 
 
-doctor.config = HeadTrainConfig  # for the hints of `configs.cli`
-
-
 def parts(
     cfg: HeadTrainConfig, head: str | None, with_target: bool, with_data: bool, num: int
 ) -> Iterator[tuple[str, list[Finding], Callable | None]]:

@@ -74,9 +74,6 @@ def inspect(
     return 0
 
 
-inspect.config = HeadTrainConfig  # for the hints of `configs.cli`
-
-
 def make_console(color: str) -> Console:
     """color: auto, always or never."""
     if color not in ("auto", "always", "never"):

@@ -55,9 +55,6 @@ def train(
     return run(cfg)
 
 
-train.config = HeadTrainConfig  # for the hints of `configs.cli`
-
-
 def run(cfg: HeadTrainConfig, quiet: bool = False) -> int:
     """Train as `cfg` says; returns the exit code."""
     from transformers.utils.logging import disable_progress_bar

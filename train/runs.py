@@ -23,7 +23,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import IO, TypeVar
+from typing import TypeVar
 
 import torch
 import yaml
@@ -59,61 +59,35 @@ def locked(lock: Path, what: Path) -> Iterator[None]:
     """No other process that asks for the file `lock` gets past here meanwhile. The system frees it
     when its holder ends, however it ends, and a file that is left over blocks nobody. `what` is
     what the message names. Raises Busy, and EagleError where nothing can be written."""
-    made = not lock.parent.exists()
-    file = _take(lock, what)
-    try:
-        yield
-    finally:
-        if file is not None:
-            if _names(lock, file):
-                lock.unlink(missing_ok=True)
-            fcntl.flock(file, fcntl.LOCK_UN)  # children may still have the file open
-            file.close()
-        if made:
-            with suppress(OSError):  # it holds something
-                lock.parent.rmdir()
-
-
-def _take(lock: Path, what: Path) -> IO | None:
-    """The open lock file, which says who holds it; None on a disk without locks."""
-    while True:
+    file = None
+    while file is None or not os.fstat(file.fileno()).st_nlink:  # its holder removed it just now
         try:
             lock.parent.mkdir(parents=True, exist_ok=True)
             file = open(lock, "ab+", buffering=0)
-        except OSError as error:
-            text = f"cannot write to {what}: {error.strerror}; choose another --output"
-            raise EagleError(text) from error
-        try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             file.seek(0)
             holder = file.read().decode().strip() or "another process"
-            file.close()
             remedy = "wait for it, end it there (kill PID), or choose another --output"
             raise Busy(f"{what} is being written by {holder}: {remedy}") from error
         except OSError as error:
-            file.close()
-            said = (
-                "the disk of %s has no locks (%s): see to it yourself that no two runs write there"
-            )
+            if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+                text = f"cannot write to {what}: {error.strerror}; choose another --output"
+                raise EagleError(text) from error
+            said = "the disk of %s has no locks (%s): let no second run write there"
             logger.warning(said, what, error.strerror)
-            return None
-        if _names(lock, file):
             break
-        file.close()  # its holder removed it just now
     with suppress(OSError):  # a full disk: it is held all the same
         file.truncate(0)
         since = time.strftime("%Y-%m-%d %H:%M:%S")
         file.write(f"process {os.getpid()} on {platform.node()}, since {since}\n".encode())
-    return file
-
-
-def _names(path: Path, file: IO) -> bool:
-    """Is the open `file` what stands at `path`?"""
     try:
-        return os.path.samestat(path.stat(), os.fstat(file.fileno()))
-    except FileNotFoundError:
-        return False
+        yield
+    finally:
+        lock.unlink(missing_ok=True)
+        with suppress(OSError):  # no locks there
+            fcntl.flock(file, fcntl.LOCK_UN)  # children may still have the file open
+        file.close()
 
 
 @contextmanager
@@ -170,8 +144,6 @@ def choose_output(
     taken = [path for path in names if path in busy or holds_run(path)]
     if resume and taken:
         return taken[-1]
-    if len(taken) == len(names):
-        raise EagleError(f"{base} and {len(names) - 1} more are taken; choose an --output")
     return next(path for path in names if path not in taken)
 
 
@@ -306,16 +278,11 @@ def unreadable(checkpoint: Path, why: object) -> EagleError:
 def require_same_run(checkpoint: Path, before: dict, now: dict) -> None:
     """A resumed run must have the model and data it began with; learning settings may change."""
     for key, value in now.items():
-        if key not in before:
+        had = repr(before[key]) if key in before else "(not written down by that version)"
+        if had != repr(value):
             raise EagleError(
-                f"{checkpoint} is of an earlier version, which did not write down {key}; start a "
-                "new run with another --output"
-            )
-        if before[key] != value:
-            raise EagleError(
-                f"{checkpoint} belongs to a run with {key}={before[key]!r}, this one has "
-                f"{value!r}; resume with the settings of that run, or start a new one with another "
-                "--output"
+                f"{checkpoint} belongs to a run with {key}={had}, this one has {value!r}; resume "
+                "with the settings of that run, or start a new one with another --output"
             )
 
 

@@ -6,6 +6,7 @@ import os
 import platform
 import signal
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -110,42 +111,34 @@ def test_folders_are_never_mixed_up(plain_run, base, data, tmp_path, monkeypatch
 def test_a_folder_has_one_writer(tmp_path, monkeypatch, caplog):
     """However it ends; and the default names of two runs that begin together differ."""
     monkeypatch.chdir(tmp_path)
-    world = World(0, 1, torch.device("cpu"))
 
     def claim(output=None, resume=None):
-        return runs.claimed(world, output, "sft", resume)
+        return runs.claimed(World(0, 1, torch.device("cpu")), output, "sft", resume)
 
     with claim() as first, claim() as second:
         assert [first, second] == [Path("runs/sft"), Path("runs/sft-2")]
         named = f"runs/sft is being written by process {os.getpid()} on {platform.node()}, since"
         with pytest.raises(EagleError, match=f"{named}.*choose another --output"), claim(first):
             pass
-    with claim("a", "auto"):
-        Path("a/kept").touch()
-    assert [p.name for p in Path("a").iterdir()] == ["kept"] and not list(Path("runs").iterdir())
-    pid = os.fork()
-    if pid == 0:
+    assert not [*Path("runs").glob("*/*")]
+    if (pid := os.fork()) == 0:
         with claim("a"):
             os.kill(os.getpid(), signal.SIGKILL)
     os.waitpid(pid, 0)
-    assert str(pid) in Path("a", runs.LOCK).read_text()
+    assert f"process {pid}" in Path("a", runs.LOCK).read_text()
     with claim("a"):
         pass
-
-    def without(*args):
-        raise OSError(errno.ENOLCK, "No locks available")
-
-    monkeypatch.setattr("fcntl.flock", without)
+    error = OSError(errno.ENOLCK, "No locks available")
+    monkeypatch.setattr("fcntl.flock", Mock(side_effect=error))
     with claim("a"):
-        assert "the disk of a has no locks (No locks available): see to it" in caplog.text
+        assert "the disk of a has no locks (No locks available): let no" in caplog.text
 
 
 def test_short_runs_and_other_steps_when_resumed(base, data, tmp_path):
     more = {"lr": 1e-3, "min_lr_ratio": 0.0}
     assert rows_of(trained(base, data, tmp_path / "one", max_steps=1, **more))[0]["lr"] == 1e-3
-    timed = {"max_steps": None, "time_budget_minutes": 1e-7}
     with pytest.raises(EagleError, match="over before the first step: raise it"):
-        run(config(base, data, tmp_path / "none", **timed), quiet=True)
+        trained(base, data, tmp_path / "none", max_steps=None, time_budget_minutes=1e-7)
     assert not (tmp_path / "none/head").exists()
     on = {"ttt_steps": 2, "max_steps": 3, "resume": "auto"}
     last = rows_of(trained(base, data, tmp_path / "one", **on))[-1]

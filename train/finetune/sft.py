@@ -69,8 +69,4 @@ class Labelled(Dataset):
         labels = [token if kept else -100 for token, kept in pairs]
         return {"input_ids": row["input_ids"], "labels": labels}
 
-    def __getitems__(self, numbers: list[int]) -> list[dict[str, list[int]]]:
-        return [self[n] for n in numbers]
-
-    def __iter__(self):
-        return map(self.__getitem__, range(len(self)))
+    __getitems__ = None  # of a loader's batch: one by one

@@ -120,10 +120,8 @@ class Trainer:
         if info["world"]["global_batch"] != self.steps.rows:
             notes.append(f"a step has another number of rows now: {self.steps.rows}")
         sums = torch.tensor(info["source_sums"], dtype=torch.float64)
-        if sums.shape == self.sources.sums.shape:
+        if sums.shape == self.sources.sums.shape:  # else of other ttt_steps: it begins anew
             self.sources.sums.copy_(sums)
-        else:
-            notes.append("of other ttt_steps: the next row of sources begins at this step")
 
     def _prime(self) -> None:
         """One update at learning rate 0, which makes the optimizer's state."""

@@ -25,7 +25,7 @@ from eagle.target import Target
 from records import Collator, load_dataset_for, load_tokenizer
 from train.head.features import INDEX, Belongs, Index, damage, data_settings, row_key, token_rows
 from train.head.teacher import hidden_and_features
-from train.runs import LOCK, locked
+from train.runs import LOCK
 
 SPARE = 64 << 20  # bytes that stay free
 
@@ -42,13 +42,6 @@ def write_features(
 
     command: what to tell a user to run when a shard must be written again, without --output.
     """
-    with locked(output / LOCK, output):
-        return _write(cfg, output, command, shard_mb, batch_size, quiet)
-
-
-def _write(
-    cfg: HeadTrainConfig, output: Path, command: str, shard_mb: float, batch_size: int, quiet: bool
-) -> Index:
     data = load_dataset_for(cfg.data, load_tokenizer(cfg.model.base), split="train")
     target = open_target(cfg)
     index = Index(Belongs.to(target), data_settings(cfg.data, data), command)
@@ -62,6 +55,7 @@ def _write(
     done = len(rows) - sum(index.shards[n]["rows"] for n in todo)
     start = np.cumsum([0, *(shard["rows"] for shard in index.shards)])
     try:
+        output.mkdir(parents=True, exist_ok=True)
         if not (output / INDEX).exists():
             atomic_write_text(output / INDEX, index.to_json())
         with Meter("features", len(rows), done=done, quiet=quiet) as meter:
@@ -122,7 +116,7 @@ def find_todo(output: Path, index: Index) -> list[int]:
             what = ", ".join(k for k in ours if ours[k] != theirs[k]) or "data or --shard_mb"
             text = f"{output} holds other features (another {what})"
             raise EagleError(f"{text}; choose another --output, or delete it")
-    elif any(path.name != LOCK for path in output.iterdir()):
+    elif output.exists() and (not output.is_dir() or {p.name for p in output.iterdir()} - {LOCK}):
         text = f"--output {output} is not empty and holds no features"
         raise EagleError(f"{text}; choose another folder")
     for stale in output.glob(".shard-*.tmp"):  # of a run that was killed

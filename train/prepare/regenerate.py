@@ -34,7 +34,6 @@ from records.rows import RowError
 from records.sources import Record, read_records, resolve
 from train.prepare.answering import Endpoint, Local, Request
 from train.prepare.records import Answer, Rewriter, Task
-from train.runs import LOCK, locked
 
 FORMATS = ("chat", "instruction", "fim", "tokenized")
 HOPELESS = 16  # records that fail before any succeeds: the run stops
@@ -67,18 +66,6 @@ def regenerate(
 ) -> dict:
     """Write `output`, or go on with it; returns its card. Output depends on the records, the
     sampling and its seed; in bf16 and fp16 near ties also on how many rows run together."""
-    with locked(output.with_name(f".{output.name}{LOCK}"), output):
-        return _regenerate(cfg, files, output, engine, limit, quiet)
-
-
-def _regenerate(
-    cfg: DataConfig,
-    files: list[Path],
-    output: Path,
-    engine: Local | Endpoint,
-    limit: int | None,
-    quiet: bool,
-) -> dict:
     rewriter = Rewriter(cfg, engine.tokenizer, engine.eos)
     identity = identity_of(cfg, files, engine, limit)
     card = finished(output, identity)
@@ -94,6 +81,7 @@ def _regenerate(
     started, counts, bad = now(), Counter(dict.fromkeys(COUNTS, 0)), []
     part, quarantine = output.with_name(f".{output.name}.part"), quarantine_path(output)
     try:
+        output.parent.mkdir(parents=True, exist_ok=True)
         with (
             closing(Journal(output, identity)) as journal,
             Meter("answers", total, done=len(journal.records), quiet=quiet) as meter,

@@ -20,7 +20,6 @@ from train.head.features import Belongs, FeatureStore, Index, row_key
 from train.main import run
 from train.prepare import features as writing
 from train.prepare.features import write_features
-from train.runs import LOCK, locked
 
 TINY = 0.05  # megabytes a shard
 
@@ -90,9 +89,6 @@ def test_features_are_stored_once_and_found_by_their_tokens(base, tmp_path):
     path = tmp_path / "fim.jsonl"
     path.write_text("".join(json.dumps(r) + "\n" for r in (record, other, record, record)))
     cfg = config(base, path, tmp_path / "run", data_more={"heldout_fraction": 0})
-    held = locked(tmp_path / "features" / LOCK, tmp_path)
-    with held, pytest.raises(EagleError, match="is being written by process"):
-        prepare(cfg, tmp_path / "features", batch_size=2)
     index = prepare(cfg, tmp_path / "features", batch_size=2)
     assert len(index.rows) == 2 and sum(s["rows"] for s in index.shards) == 2
     store = FeatureStore(tmp_path / "features")

@@ -91,9 +91,6 @@ def test_each_turn_is_answered_after_the_new_ones(base, model, tmp_path):
 def test_instructions(base, model, tmp_path, template):
     record = {"instruction": "Write a function", "input": "add", "response": "OLD"}
     path = write_jsonl(tmp_path / "instruction.jsonl", [record])
-    held = locked(tmp_path / f".new.jsonl{LOCK}", path)
-    with held, pytest.raises(EagleError, match="is being written by process"):
-        write(base, settings("instruction", path), tmp_path / "new.jsonl")
     cfg = settings("instruction", path, instruction_template=template)
     write(base, cfg, tmp_path / "new.jsonl")
     text = (
@@ -233,6 +230,10 @@ def test_failures_are_listed_and_the_others_go_on(base, tmp_path):
 def test_too_many_failures_end_the_run(base, tmp_path):
     path = write_jsonl(tmp_path / "chat.jsonl", [chat("Hello", "x"), *["{"] * 3])
     given = {"base": str(base), "dtype": "float32", "data": str(path), "data_format": "chat"}
+    for command, name in ((command_line.regenerate, ".new.jsonl"), (command_line.features, "new/")):
+        held = locked(tmp_path / f"{name}{LOCK}", path)
+        with held, pytest.raises(EagleError, match="is being written by process"):
+            command(data=str(path), data_format="chat", output=str(tmp_path / name.strip("./")))
     said = "3 of 4 records got no answer, more than data.max_bad_fraction=0.05"
     with pytest.raises(ConfigError, match=said):
         command_line.regenerate(**given, output=str(tmp_path / "new.jsonl"), max_new_tokens=4)
