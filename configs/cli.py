@@ -18,6 +18,8 @@ from functools import partial
 from typing import Any
 
 from configs.errors import ConfigError
+from configs.load import within
+from configs.schema import HeadTrainConfig
 
 _OVERRIDE = re.compile(r"[A-Za-z_]\w*(\.\w+)+=")
 _OTHER_NAMES = {"base": "model", "target": "base"}  # the target is the base of its head
@@ -35,6 +37,7 @@ def main(fn: Callable[..., Any], argv: list[str] | None = None, name: str | None
     `fn(*overrides: str, flag=default, ...)`: parameters after `*overrides` become `--flag value`,
     read by their annotation (`int`, `float`, `bool`, `str`, any `| None`); one that may be `bool`
     also works without a value. An `int` result is the exit code; user-caused errors are one line.
+    `fn.config` is the config that overrides change (default: of head training), for hints.
     """
     try:
         result = _call(fn, sys.argv[1:] if argv is None else argv, name)
@@ -99,6 +102,8 @@ def _call(fn: Callable[..., Any], argv: list[str], name: str | None) -> Any:
         hint = f"; did you mean --{near[0]}?" if near else ""
         if takes_overrides and "." in flag and not near:
             hint = f"; write overrides without dashes: {unknown}"
+        elif takes_overrides and (keys := within(getattr(fn, "config", HeadTrainConfig), flag)):
+            hint = f"; did you mean {'= or '.join(keys)}=?"
         raise ConfigError(f"unknown flag --{flag}{hint} {known}")
     if rest and not takes_overrides:
         raise ConfigError(f"unexpected argument {rest[0]!r} {known}")

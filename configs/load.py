@@ -126,12 +126,16 @@ def _unknown(section: type[BaseModel] | None, key: str) -> str:
     *above, name = key.split(".")
     prefix, known = "".join(part + "." for part in above), list(section.model_fields)
     near = [prefix + n for n in difflib.get_close_matches(name, known, n=1, cutoff=0.6)]
-    for place, field in section.model_fields.items() if not near else ():
-        if name in getattr(_section(field), "model_fields", ()):
-            near.append(f"{prefix}{place}.{name}")
+    near = near or [prefix + n for n in within(section, name)]
     hint = f"; did you mean {' or '.join(near)}?" if near else ""
     of = f"keys of {prefix[:-1]}" if prefix else "sections"
     return f"unknown config key {key}{hint} ({of}: {', '.join(known)})"
+
+
+def within(cls: type[BaseModel], name: str) -> list[str]:
+    """Keys called `name` in the sections of a config: section.name."""
+    sections = ((place, _section(field)) for place, field in cls.model_fields.items())
+    return [f"{place}.{name}" for place, s in sections if name in getattr(s, "model_fields", ())]
 
 
 def _first_line(error: Exception) -> str:

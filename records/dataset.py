@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ from records.render import make_renderer
 from records.sources import SHIPPED_FORMATS, resolve, shipped
 
 logger = logging.getLogger("records")
+
+HASH = 0x9E3779B97F4A7C15  # an odd number of 64 bits
 
 
 class Source:
@@ -55,6 +58,19 @@ class Source:
         ids, mask = self.columns("input_ids", "loss_mask")
         return np.bincount(ids[mask == 1], minlength=vocab_size)[:vocab_size]
 
+    def content(self) -> np.ndarray:
+        """[rows] uint64: a hash of each row's token ids."""
+        found = []
+        for chunk in self.entry.table.data.column("input_ids").chunks:
+            lengths = chunk.value_lengths().to_numpy()
+            starts, hashes = lengths.cumsum() - lengths, np.zeros(len(lengths), dtype=np.uint64)
+            powers = np.full(lengths.max(initial=0), HASH, dtype=np.uint64).cumprod(dtype=np.uint64)
+            ids = chunk.flatten().to_numpy().astype(np.uint64) + np.uint64(1)
+            ids *= powers[np.arange(len(ids)) - np.repeat(starts, lengths)]
+            hashes[lengths > 0] = np.add.reduceat(ids, starts[lengths > 0])
+            found.append(hashes)
+        return np.concatenate(found)[self.indices]
+
     def columns(self, *names: str) -> list[np.ndarray]:
         """Whole columns of this split's rows, lists end to end."""
         return [self._column(name) for name in names]
@@ -75,7 +91,7 @@ class TokenizedData:
     this split, records and bad of its files; `bad_rows` names each rejected row."""
 
     def __init__(self, sources: list[Source], order: Any) -> None:
-        self.sources, self.order = sources, order
+        self.sources, self.order, self.shuffled = sources, order, order.shuffled
         self.paths = [path for source in sources for path in source.files]
         self.bad_rows: list[BadRow] = [row for s in sources for row in s.entry.bad]
         self.cache_hit = all(source.entry.cache_hit for source in sources)
@@ -98,7 +114,7 @@ class TokenizedData:
 
     def set_epoch(self, epoch: int) -> None:
         """New order for a mixture; a single source keeps its order (the loop shuffles it)."""
-        if isinstance(self.order, MixtureDataset):
+        if self.shuffled:
             self.order.set_epoch(epoch)
 
     def length(self, index: int) -> int:
@@ -123,9 +139,14 @@ class TokenizedData:
                 raise EagleError(f"{said} of {vocab_size}; tokenise with the target's tokenizer")
 
     @property
+    def content(self) -> np.ndarray:
+        """[rows] uint64: a hash of the token ids of each."""
+        return np.concatenate([source.content() for source in self.sources])
+
+    @property
     def digest(self) -> str:
-        """A hash of the records behind the rows, in order, and of how often a source is seen."""
-        digest = hashlib.sha256(repr(getattr(self.order, "counts", None)).encode())
+        """A hash of the records behind the rows, in order, and of how a mixture is drawn."""
+        digest = hashlib.sha256(repr(getattr(self.order, "plan", None)).encode())
         for source in self.sources:
             digest.update(source.columns("key")[0].tobytes())
         return digest.hexdigest()[:16]
@@ -208,13 +229,40 @@ def _tell_apart(sources: list[Source], given: list[MixtureSource]) -> None:
 
 
 def held_out_rows(keys: np.ndarray, fraction: float) -> np.ndarray:
-    """True for held-out rows: by the record's hash, so equal records stay on one side. Of two or
-    more distinct records each side gets one at least, unless the fraction is 0."""
-    distinct = np.unique(keys)
+    """True for held-out rows; rows of one key, which equal records have, stay on one side. Of two
+    or more distinct records each side gets one at least, unless the fraction is 0.
+
+    The key alone decides, so that a record keeps its side whatever is added to the data, unless
+    that is off by more than a quarter of what is wanted because some records have many rows. Then
+    records are taken in the order of their keys as far as they fit, those of many rows last: near
+    the limit, a few may change sides when rows are added."""
+    distinct, group, sizes = np.unique(keys, return_inverse=True, return_counts=True)
     if fraction == 0 or len(distinct) < 2:
         return np.zeros(len(keys), dtype=bool)
     limit = min(max(int(fraction * 2**62), int(distinct[0]) + 1), int(distinct[-1]))
-    return keys < limit
+    held, wanted = distinct < limit, fraction * len(keys)
+    if sizes.max() > 1 and abs(sizes[held].sum() - wanted) > wanted / 4:
+        held[:], left = False, wanted
+        for n in np.lexsort((distinct, sizes > wanted / 10))[:-1]:
+            if sizes[n] <= left + 0.5:
+                held[n], left = True, left - sizes[n]
+            if left < 0.5:
+                break
+        smallest = np.argmin(np.where(held, len(keys), sizes))
+        if not held.any() or (abs(left - sizes[smallest]) < left and held.sum() < len(held) - 1):
+            held[smallest] = True
+    return held[group]
+
+
+def tell_shared(train: Sequence, heldout: Sequence) -> None:
+    """A warning where held-out rows are also trained on, in other records or another file. Both:
+    a hash of what each row holds."""
+    if shared := int(np.isin(heldout, train).sum()):
+        said = (
+            "%d of %d held-out rows are also trained on, as duplicates in other records: what is "
+        )
+        said += "measured on them is too good; leave duplicates out"
+        logger.warning(said, shared, len(heldout))
 
 
 def _report_bad(

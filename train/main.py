@@ -72,9 +72,9 @@ def run(cfg: HeadTrainConfig, quiet: bool = False) -> int:
         from train.head.loop import Trainer
 
         trainer = Trainer(cfg, output, world, quiet)
-    if world.first:
-        write_config(output, trainer.cfg)
-    return trainer.fit()
+        if world.first:
+            write_config(output, trainer.cfg)
+        return trainer.fit()
 
 
 if __name__ == "__main__":

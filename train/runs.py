@@ -3,21 +3,27 @@
 OUTPUT/config.yaml  metrics.jsonl  summary.json
 OUTPUT/checkpoints/step-N, checkpoint-N   whole, or not there
 OUTPUT/checkpoints/latest, best           names of checkpoints
+OUTPUT/.lock                              who writes here, while it runs
 """
 
 from __future__ import annotations
 
 import ctypes
 import errno
+import fcntl
 import json
+import logging
 import os
+import platform
 import re
 import shutil
 import signal
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 import yaml
@@ -29,6 +35,12 @@ from eagle.errors import EagleError
 from eagle.files import remove, tidy
 from train.head.distributed import World
 
+T = TypeVar("T")
+
+logger = logging.getLogger("train")
+
+LOCK = ".lock"
+SAVING = ".saving"  # in `checkpoints`: what a trainer of transformers is writing
 NAME = re.compile(r"(?:step|checkpoint)-(\d+)")
 STATES = ("state.json", "trainer_state.json")
 RESULTS = ("summary.json", "head", "adapter")
@@ -38,28 +50,84 @@ TRIM_EVERY = 10  # steps; at each, it would take a tenth of a small head's step
 # the folder
 
 
+class Busy(EagleError):
+    """Another process writes there."""
+
+
+@contextmanager
+def locked(lock: Path, what: Path) -> Iterator[None]:
+    """No other process that asks for the file `lock` gets past here meanwhile. The system frees it
+    when its holder ends, however it ends, and a file that is left over blocks nobody. `what` is
+    what the message names. Raises Busy, and EagleError where nothing can be written."""
+    file = None
+    while file is None or not os.fstat(file.fileno()).st_nlink:  # its holder removed it just now
+        try:
+            lock.parent.mkdir(parents=True, exist_ok=True)
+            file = open(lock, "ab+", buffering=0)
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            file.seek(0)
+            holder = file.read().decode().strip() or "another process"
+            remedy = "wait for it, end it there (kill PID), or choose another --output"
+            raise Busy(f"{what} is being written by {holder}: {remedy}") from error
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+                text = f"cannot write to {what}: {error.strerror}; choose another --output"
+                raise EagleError(text) from error
+            said = "the disk of %s has no locks (%s): let no second run write there"
+            logger.warning(said, what, error.strerror)
+            break
+    with suppress(OSError):  # a full disk: it is held all the same
+        file.truncate(0)
+        since = time.strftime("%Y-%m-%d %H:%M:%S")
+        file.write(f"process {os.getpid()} on {platform.node()}, since {since}\n".encode())
+    try:
+        yield
+    finally:
+        lock.unlink(missing_ok=True)
+        with suppress(OSError):  # no locks there
+            fcntl.flock(file, fcntl.LOCK_UN)  # children may still have the file open
+        file.close()
+
+
 @contextmanager
 def claimed(world: World, output: str | None, name: str, resume: str | None) -> Iterator[Path]:
-    """The run's folder, chosen by rank 0. If the block fails, a new folder that holds nothing is
-    removed."""
+    """The run's folder, chosen and locked by rank 0. If the block fails, a new folder that holds
+    nothing is removed."""
+    held = ExitStack()
 
     def claim() -> tuple[Path, bool]:
-        path = choose_output(output, name, resume)
-        fresh = not path.exists()
-        require_writable(path)
-        return path, fresh
+        busy: list[Path] = []
+        while True:
+            path = choose_output(output, name, resume, busy)
+            fresh = not path.exists()
+            try:
+                held.enter_context(locked(path / LOCK, path))
+            except Busy:
+                if output is not None or resume is not None:
+                    raise
+                busy.append(path)
+                continue
+            if choose_output(output, name, resume, busy) == path:
+                return path, fresh
+            held.close()  # a run ended in it just now
 
-    path, fresh = world.first_does(claim)
-    try:
-        yield path
-    except (EagleError, ConfigError):
-        if fresh and world.first and not any(path.glob("*.jsonl")):
-            shutil.rmtree(path, ignore_errors=True)
-        raise
+    with held:
+        path, fresh = world.first_does(claim)
+        try:
+            with full_disk_told(path):
+                yield path
+        except (EagleError, ConfigError):
+            if fresh and world.first and not any(path.glob("*.jsonl")):
+                shutil.rmtree(path, ignore_errors=True)
+            raise
 
 
-def choose_output(output: str | None, name: str, resume: str | None) -> Path:
-    """Without `output` it is runs/NAME, numbered when taken; resuming takes the last of them."""
+def choose_output(
+    output: str | None, name: str, resume: str | None, busy: Sequence[Path] = ()
+) -> Path:
+    """Without `output` it is runs/NAME, numbered when taken or among `busy`; resuming takes the
+    last of them."""
     if output is not None:
         path = Path(output).expanduser()
         if path.exists() and not path.is_dir():
@@ -73,7 +141,7 @@ def choose_output(output: str | None, name: str, resume: str | None) -> Path:
         return run_of(Path(resume).expanduser())
     base = Path("runs") / name
     names = [base, *(base.with_name(f"{name}-{n}") for n in range(2, 1000))]
-    taken = [path for path in names if holds_run(path)]
+    taken = [path for path in names if path in busy or holds_run(path)]
     if resume and taken:
         return taken[-1]
     return next(path for path in names if path not in taken)
@@ -81,18 +149,6 @@ def choose_output(output: str | None, name: str, resume: str | None) -> Path:
 
 def holds_run(path: Path) -> bool:
     return any((path / name).exists() for name in RESULTS) or bool(checkpoints(path))
-
-
-def require_writable(path: Path) -> None:
-    """Make the folder, or say why not."""
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        probe = path / ".writable"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        text = f"cannot write to {path}: {error.strerror}; choose another --output"
-        raise EagleError(text) from error
 
 
 def write_config(output: Path, cfg) -> None:
@@ -157,19 +213,89 @@ def prune(output: Path, keep: int, *safe: Path | None) -> None:
 
 def finish(output: Path) -> None:
     """What a kill interrupted: checkpoints that were being written or removed. For the writer."""
+    shutil.rmtree(output / "checkpoints" / SAVING, ignore_errors=True)
     for stale in (output / "checkpoints").glob(".*-*"):
         tidy(stale.with_name(stale.name[1:].split(".", 1)[0]))
+
+
+def find_checkpoint(
+    output: Path, resume: str, load: Callable[[Path], T]
+) -> tuple[Path, T] | tuple[None, None]:
+    """Where to go on from, and what `load` makes of it (EagleError: it is damaged). `auto`: the
+    newest readable checkpoint of the run, None when there is none; else of the folder named. In
+    the run that goes on, what a kill left is removed, and a checkpoint that is damaged or later is
+    set aside under another name. Another run is only read."""
+    path = output if resume == "auto" else Path(resume).expanduser()
+    run = run_of(path)
+    own = run.resolve() == output.expanduser().resolve()
+    if own:
+        finish(run)
+    if NAME.fullmatch(path.name) and resume != "auto":
+        found = path, load(path)
+    else:
+        found = _newest_readable(run, own, load)
+        if found[0] is None and resume != "auto":
+            remedy = "give a run folder, or a checkpoint of it"
+            raise EagleError(f"--resume {path}: no checkpoint there; {remedy}")
+    for later in checkpoints(run) if own and found[0] else ():
+        if step_of(later) > step_of(found[0]):
+            _set_aside(later, "left", f"the run goes on from {found[0].name}")
+    return found
+
+
+def _newest_readable(run: Path, own: bool, load: Callable[[Path], T]):
+    damaged: dict[Path, str] = {}
+    for path in checkpoints(run)[::-1]:
+        try:
+            found = path, load(path)
+        except EagleError as error:
+            damaged[path] = str(error)
+            continue
+        for other, why in damaged.items():
+            _set_aside(other, "damaged", why) if own else logger.warning("%s", why)
+        return found
+    if damaged:
+        raise EagleError(
+            f"no checkpoint of {run} can be read; start a new run with another --output"
+        )
+    return None, None
+
+
+def _set_aside(path: Path, word: str, why: str) -> None:
+    """Rename a checkpoint so that nothing takes it for one of the run's."""
+    aside = path.with_name(f"{word}-{path.name}")
+    shutil.rmtree(aside, ignore_errors=True)
+    os.rename(path, aside)
+    logger.warning("%s; %s is now %s", why, path.name, aside)
+
+
+def unreadable(checkpoint: Path, why: object) -> EagleError:
+    return EagleError(
+        f"the checkpoint {checkpoint} cannot be read ({why}); resume from another one"
+    )
 
 
 def require_same_run(checkpoint: Path, before: dict, now: dict) -> None:
     """A resumed run must have the model and data it began with; learning settings may change."""
     for key, value in now.items():
-        if before.get(key) != value:
+        had = repr(before[key]) if key in before else "(not written down by that version)"
+        if had != repr(value):
             raise EagleError(
-                f"{checkpoint} belongs to a run with {key}={before.get(key)!r}, this one has "
-                f"{value!r}; resume with the settings of that run, or start a new one with another "
-                "--output"
+                f"{checkpoint} belongs to a run with {key}={had}, this one has {value!r}; resume "
+                "with the settings of that run, or start a new one with another --output"
             )
+
+
+def changes(before: dict, now: dict) -> list[str]:
+    """The note about learning settings of a resumed run that are others now. Both: configs, by
+    sections."""
+    found = [
+        f"{section}.{key} {had[key]} -> {value}"
+        for section, had in before.items()
+        for key, value in now.get(section, {}).items()
+        if key in had and had[key] != value and key not in ("output", "resume")
+    ]
+    return [f"settings changed: {', '.join(found)}"] if found else []
 
 
 @contextmanager
@@ -180,13 +306,14 @@ def full_disk_told(output: Path) -> Iterator[None]:
     except (OSError, SafetensorError, RuntimeError) as error:
         named = re.search(r"os error (\d+)", str(error))  # how safetensors passes one on
         number = int(named[1]) if named else getattr(error, "errno", None)
-        if "PytorchStreamWriter" in str(error):  # torch.save gives no number
+        if "inline_container" in str(error) or "PytorchStreamWriter" in str(error):  # torch.save
             number = errno.ENOSPC
         if number not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
+        where = getattr(error, "filename", None) or output
         raise EagleError(
-            f"cannot write to {output}: {os.strerror(number)}; the checkpoints there are whole: "
-            "free some space and continue with --resume"
+            f"cannot write to {where}: {os.strerror(number)}; the checkpoints of {output} are "
+            "whole: free some space and continue with --resume"
         ) from error
 
 

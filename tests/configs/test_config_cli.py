@@ -66,6 +66,8 @@ def test_a_text_may_begin_with_dashes(capsys):
     [
         ("--rezume", "unknown flag --rezume; did you mean --resume?"),
         ("--zzz 3", "unknown flag --zzz (flags: --data_format"),
+        ("--lr 3", "unknown flag --lr; did you mean train.lr=? (flags"),
+        ("--seed=3", "did you mean data.seed= or train.seed=?"),
         ("--a.b=3", "write overrides without dashes: a.b=3"),
         ("--num", "--num: expected one argument"),
         ("--num --dry", "--num: expected one argument"),

@@ -3,12 +3,14 @@ import os
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 from data_helpers import chat, write_jsonl
 
 from configs.schema import DataConfig
 from eagle.errors import EagleError
 from records import load_dataset_for
+from records.dataset import held_out_rows, tell_shared
 from records.sources import read_records, resolve
 
 GOOD = [{"prefix": f"a = {n}\n", "middle": "b = 2\n", "suffix": "c\n"} for n in range(40)]
@@ -174,6 +176,29 @@ def test_held_out_rows_never_train(tmp_path, load):
         load(GOOD[:2], "eval")
     own = str(write_jsonl(tmp_path / "e.jsonl", GOOD[30:]))  # takes none away
     assert list(map(len, split(GOOD[:30], heldout_fraction=0.5, eval_path=own))) == [30, 10]
+
+
+@pytest.mark.parametrize("fraction", [0.02, 0.3])
+@pytest.mark.parametrize("copies", [[], [500], [200] * 3, [30] * 20, [3] * 200])
+def test_the_held_out_share_is_kept_whatever_is_there_twice(copies, fraction):
+    rng = np.random.default_rng(len(copies))
+    for _ in range(20):
+        keys, new = rng.integers(0, 2**62, 3000), rng.integers(0, 2**62, 900)
+        rows = np.concatenate([keys, *map(np.repeat, keys, copies)])
+        held = held_out_rows(rows, fraction)
+        assert not set(rows[held]) & set(rows[~held])
+        if copies:
+            assert held.mean() == pytest.approx(fraction, rel=0.26)
+        else:  # nothing that is added moves a record
+            assert (held_out_rows(np.append(keys, new), fraction)[:3000] == held).all()
+
+
+def test_rows_that_are_held_out_and_trained_on_are_told(tmp_path, load, caplog):
+    copied = [{**row, "id": n} for n, row in enumerate(GOOD)]
+    own = str(write_jsonl(tmp_path / "e.jsonl", [*copied[:4], {**GOOD[0], "middle": "other\n"}]))
+    sides = [load(GOOD, split, eval_path=own).content for split in ("train", "eval")]
+    tell_shared(*sides)
+    assert "4 of 5 held-out rows are also trained on" in caplog.text
 
 
 def test_token_counts(load, tokenizer):

@@ -23,8 +23,10 @@ def load(tmp_path, tokenizer):
     return load
 
 
+@pytest.mark.parametrize("block", [7, 1 << 16])
 @pytest.mark.parametrize("weights", [None, [1, 1, 1], [3, 1, 1], [1, 10, 0.5]])
-def test_runs_until_all_sources_are_exhausted(weights):
+def test_runs_until_all_sources_are_exhausted(weights, block, monkeypatch):
+    monkeypatch.setattr("records.mixture.BLOCK", block)
     mixture = MixtureDataset(SOURCES, weights, seed=1)
     seen = Counter(mixture[i] for i in range(len(mixture)))
     assert set(seen) == {row for source in SOURCES for row in source}
@@ -35,6 +37,17 @@ def test_runs_until_all_sources_are_exhausted(weights):
     for source, weight in zip(SOURCES, shares, strict=True):
         share = sum(seen[row] for row in source) / len(mixture)
         assert share == pytest.approx(weight / sum(shares), abs=0.03)
+
+
+def test_blocks_have_their_share_and_long_epochs_cost_nothing(monkeypatch):
+    rare = MixtureDataset(SOURCES, [1, 1e-10, 1])
+    assert len(rare) > 10**11 and len({rare[10**11 + n] for n in range(99)}) == 6
+    with pytest.raises(EagleError, match="1e-20 of 2.*source 2 has been seen whole; raise its wei"):
+        MixtureDataset(SOURCES, [1, 1e-20, 1])
+    monkeypatch.setattr("records.mixture.BLOCK", 7)
+    mixture = MixtureDataset(SOURCES, [3, 1, 1], seed=1)
+    order = [mixture.locate(n)[0] for n in range(len(mixture))]
+    assert {order[n : n + 7].count(0) for n in range(0, len(order) - 7, 7)} <= {3, 4, 5, 6}
 
 
 def test_is_a_pure_function_of_seed_epoch_and_position():

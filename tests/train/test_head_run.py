@@ -1,7 +1,12 @@
 """Whole runs on a tiny target: determinism, resume, ZeRO, ranks, the folder that is left."""
 
+import errno
 import json
+import os
+import platform
+import signal
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -13,6 +18,7 @@ from eagle.checkpoint import load_head
 from eagle.errors import EagleError
 from eagle.target import Target
 from train import runs
+from train.head.distributed import World
 from train.main import run, train
 
 
@@ -97,10 +103,46 @@ def test_folders_are_never_mixed_up(plain_run, base, data, tmp_path, monkeypatch
     with pytest.raises(EagleError, match="no checkpoint there"):
         run(config(base, data, tmp_path / "x", resume=str(tmp_path)), quiet=True)
     monkeypatch.chdir(tmp_path)
-    assert runs.choose_output(None, "head-fim", None) == Path("runs/head-fim")
     (tmp_path / "runs/head-fim/head").mkdir(parents=True)
     assert runs.choose_output(None, "head-fim", None) == Path("runs/head-fim-2")
     assert runs.choose_output(None, "head-fim", "auto") == Path("runs/head-fim")
+
+
+def test_a_folder_has_one_writer(tmp_path, monkeypatch, caplog):
+    """However it ends; and the default names of two runs that begin together differ."""
+    monkeypatch.chdir(tmp_path)
+
+    def claim(output=None, resume=None):
+        return runs.claimed(World(0, 1, torch.device("cpu")), output, "sft", resume)
+
+    with claim() as first, claim() as second:
+        assert [first, second] == [Path("runs/sft"), Path("runs/sft-2")]
+        named = f"runs/sft is being written by process {os.getpid()} on {platform.node()}, since"
+        with pytest.raises(EagleError, match=f"{named}.*choose another --output"), claim(first):
+            pass
+    assert not [*Path("runs").glob("*/*")]
+    if (pid := os.fork()) == 0:
+        with claim("a"):
+            os.kill(os.getpid(), signal.SIGKILL)
+    os.waitpid(pid, 0)
+    assert f"process {pid}" in Path("a", runs.LOCK).read_text()
+    with claim("a"):
+        pass
+    error = OSError(errno.ENOLCK, "No locks available")
+    monkeypatch.setattr("fcntl.flock", Mock(side_effect=error))
+    with claim("a"):
+        assert "the disk of a has no locks (No locks available): let no" in caplog.text
+
+
+def test_short_runs_and_other_steps_when_resumed(base, data, tmp_path):
+    more = {"lr": 1e-3, "min_lr_ratio": 0.0}
+    assert rows_of(trained(base, data, tmp_path / "one", max_steps=1, **more))[0]["lr"] == 1e-3
+    with pytest.raises(EagleError, match="over before the first step: raise it"):
+        trained(base, data, tmp_path / "none", max_steps=None, time_budget_minutes=1e-7)
+    assert not (tmp_path / "none/head").exists()
+    on = {"ttt_steps": 2, "max_steps": 3, "resume": "auto"}
+    last = rows_of(trained(base, data, tmp_path / "one", **on))[-1]
+    assert last["step"] == 3 and len(last["overlap_by_depth"]) == 2
 
 
 @pytest.mark.parametrize(

@@ -63,7 +63,7 @@ def trainer(method: str, schema: type, preset: str | None = None) -> Callable[..
         flags |= {"data.format": data_format, "train.output": output, "train.resume": resume}
         return run(method, load_config(schema, config, overrides, flags, "finetune"))
 
-    command.__doc__ = HELP[method]
+    command.__doc__, command.config = HELP[method], schema
     return command
 
 

@@ -10,11 +10,13 @@ report.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
 import shutil
 import time
+import zipfile
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -24,27 +26,32 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 
 from configs.finetune_schema import TaskData
+from eagle import loading
 from eagle.checkpoint import atomic_dir, atomic_write_text
 from eagle.errors import EagleError
-from eagle.loading import find_adapter, read_record, require_base, resolve_compute, resolve_device
 from eagle.meter import Bar
 from records import load_tokenizer
-from records.dataset import held_out_rows
+from records.dataset import held_out_rows, tell_shared
 from records.quarantine import BadRow, enforce, object_of, write_quarantine
 from records.rows import RowError
 from records.sources import read_records, resolve
 from records.tokens import tokenizer_hash
+from train import runs
 from train.finetune.assistant import write_example
 from train.finetune.policy import base_fingerprint, base_name, build_policy
 from train.head.distributed import World, join_world
-from train.runs import checkpoints, claimed, is_checkpoint, require_same_run, step_of, write_config
 
 PREDICTIONS = "predictions.jsonl"
 # files of a checkpoint that are there to resume; the rest is the adapter folder
 RESUME = ("*.pt", "*.pth", "trainer_state.json", "global_step*", "latest", "zero_to_*", PREDICTIONS)
 PATHS = ("adapter", "metrics.jsonl", "checkpoints")
+# without DeepSpeed, which has folders of its own
+NEEDED = {"optimizer.pt", "scheduler.pt", "trainer_state.json", loading.WEIGHTS, loading.RECORD}
+LEARNING = {"train", "dpo", "balance"}  # sections that may change when a run is resumed
 
 
 @dataclass
@@ -65,10 +72,10 @@ class Run:
     def __post_init__(self) -> None:
         """The tokenizer, what an adapter of this run will say of its base, and what "auto" means:
         a resumed run keeps its own, which another machine may read otherwise."""
-        m, had = self.cfg.model, read_record(self.resume) if self.resume else {}
+        m, had = self.cfg.model, loading.read_record(self.resume) if self.resume else {}
         names = [k for k in ("dtype", "compute") if getattr(m, k) == "auto"]
         kept = {k: had.get(k, "auto") for k in names}
-        compute = resolve_compute(kept.get("compute", m.compute), self.world.device)
+        compute = loading.resolve_compute(kept.get("compute", m.compute), self.world.device)
         self.settle(**{**kept, "compute": compute})
         self.tokenizer = load_tokenizer(m.base)
         found = base_fingerprint(m.base)
@@ -80,9 +87,9 @@ class Run:
             "tokenizer": tokenizer_hash(self.tokenizer),
         }
         if m.adapter is not None:
-            folder = find_adapter(m.adapter)
-            before = read_record(folder)
-            require_base(folder, before, base_name(m.base), found)
+            folder = loading.find_adapter(m.adapter)
+            before = loading.read_record(folder)
+            loading.require_base(folder, before, base_name(m.base), found)
             self.record["started_from"] = before.get("fingerprint") or str(folder)
 
     def settle(self, **values: str) -> None:
@@ -116,24 +123,36 @@ class Run:
         # before TRL adds the reference's adapter; a packed 4-bit weight counts what it stands for
         trainable, total = self.model.get_nb_trainable_parameters()
         self.record |= {"data": data, "trainable_parameters": trainable, "total_parameters": total}
+        t, balance = self.cfg.train, getattr(self.cfg, "balance", None)
         identity = {
             "base": self.record["base"]["fingerprint"],
             **{k: self.record[k] for k in ("quantization", "dtype", "compute")},
             "adapter": self.record.get("started_from")
             or self.cfg.lora.model_dump(exclude={"dropout"}),
-            "data": {k: v for k, v in data.items() if isinstance(v, (int, str))},
-            "train.seed": self.cfg.train.seed,
+            **{f"data.{k}": v for k, v in data.items() if isinstance(v, (int, str))},
+            "data.seed": self.cfg.data.seed,
+            "train.seed": t.seed,
+            # the place in the data is known by steps
+            "rows of a step": t.batch_size * t.grad_accum * self.world.size,
+            "train.zero": t.zero,  # whose checkpoints are cut for the ranks, and keep the settings
+            "ranks, rate, decay and betas under ZeRO": t.zero is not None
+            and [self.world.size, t.lr, t.weight_decay, t.betas],
             "tasks": self.tasks,
+            "balance": balance and balance.model_dump(exclude={"max_generations"}),
         }
         self.record["identity"] = identity = json.loads(json.dumps(identity))
+        self.record["settings"] = now = self.cfg.model_dump(mode="json", include=LEARNING)
         if self.resume is not None:
-            require_same_run(self.resume, read_record(self.resume).get("identity", {}), identity)
+            before = loading.read_record(self.resume)
+            runs.require_same_run(self.resume, before.get("identity", {}), identity)
+            for note in (f"continues {self.resume}", *runs.changes(before["settings"], now)):
+                self.note(note)
         if self.world.first:
-            write_config(self.output, self.cfg)
+            runs.write_config(self.output, self.cfg)
 
     def publish(self, state: Any, peak: float) -> None:
         """The best adapter and the summary. state: the trainer's; peak: MB of memory."""
-        kept = {step_of(path): path for path in checkpoints(self.output)}
+        kept = {runs.step_of(path): path for path in runs.checkpoints(self.output)}
         best = kept.get(state.best_global_step, kept[max(kept)])
         with atomic_dir(self.output / "adapter") as folder:
             skip = shutil.ignore_patterns(*RESUME)
@@ -144,7 +163,7 @@ class Run:
         for row in (row for row in state.log_history if "eval_loss" in row):
             scores = {k[5:]: v for k, v in row.items() if k.startswith("eval_")}
             found[row["step"]] = {k: v for k, v in scores.items() if k not in ("seconds", "tokens")}
-        before, after = next(iter(found.values()), {}), found.get(step_of(best), {})
+        before, after = next(iter(found.values()), {}), found.get(runs.step_of(best), {})
         trainable, total = (self.record[f"{n}_parameters"] for n in ("trainable", "total"))
         summary = {
             "method": self.method,
@@ -172,28 +191,36 @@ class Run:
 
 def execute(cfg: Any, method: str, body: Callable[[Run], int], quiet: bool = False) -> int:
     """Join the ranks, choose the folder, train; a failure leaves no folder that holds nothing."""
-    alone = World(0, 1, resolve_device(None))
+    alone = World(0, 1, loading.resolve_device(None))
     world = join_world() if "RANK" in os.environ or cfg.train.zero is not None else alone
     if not world.first:
         logging.getLogger("records").setLevel(logging.ERROR)
-    with claimed(world, cfg.train.output, method, cfg.train.resume) as output:
-        resume = world.first_does(lambda: start_of(output, cfg.train.resume))
+    with runs.claimed(world, cfg.train.output, method, cfg.train.resume) as output:
+        given = cfg.train.resume
+        resume = given and world.first_does(
+            lambda: runs.find_checkpoint(output, given, require_whole)[0]
+        )
         return body(Run(cfg, method, world, output, quiet, resume))
 
 
-def start_of(output: Path, resume: str | None) -> Path | None:
-    """The checkpoint to go on from. `auto`: the newest of the run, None when there is none; else of
-    the folder named. What a killed run was writing or removing goes."""
-    for stale in (output / "checkpoints").glob(".*"):
-        shutil.rmtree(stale, ignore_errors=True)
-    if resume is None:
-        return None
-    path = output if resume == "auto" else Path(resume).expanduser()
-    found = [path] if is_checkpoint(path) else checkpoints(path)
-    if not found and resume != "auto":
-        remedy = "give a run folder, or a checkpoint-N folder of it"
-        raise EagleError(f"--resume {path}: no checkpoint there; {remedy}")
-    return found[-1] if found else None
+def require_whole(checkpoint: Path) -> None:
+    """Raises EagleError when a file is missing or damaged, which torch's files know by checksums."""
+    files = {path.name: path for path in sorted(checkpoint.rglob("*")) if path.is_file()}
+    missing = set() if [*checkpoint.glob("global_step*")] else NEEDED - files.keys()
+    if missing:
+        raise runs.unreadable(checkpoint, f"{', '.join(sorted(missing))} is missing")
+    for path in files.values():
+        try:
+            if path.suffix in (".pt", ".pth"):
+                with zipfile.ZipFile(path) as parts:
+                    if wrong := parts.testzip():
+                        raise ValueError(f"wrong checksum of {wrong}")
+            elif path.suffix == ".safetensors":
+                load_file(path)
+            elif path.suffix == ".json":
+                json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError, zipfile.BadZipFile, SafetensorError) as error:
+            raise runs.unreadable(checkpoint, f"{path.name}: {error}") from error
 
 
 def load_rows(run: Run, kind: str, render: Callable[[dict], list]) -> tuple[list, list, dict]:
@@ -228,4 +255,10 @@ def load_rows(run: Run, kind: str, render: Callable[[dict], list]) -> tuple[list
     if not rows or not heldout:
         said = f"{len(rows)} rows are left to train on and {len(heldout)} held out"
         raise EagleError(f"{said}: add data, or change data.heldout_fraction")
-    return rows, heldout, {**card, "rows": len(rows), "heldout_rows": len(heldout)}
+    parts = (rows, heldout)
+    tell_shared(*([hash(repr(r).replace(str(r.key), "")) for r in part] for part in parts))
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(repr(row).encode("utf-8", "backslashreplace"))
+    card |= {"rows": len(rows), "heldout_rows": len(heldout), "digest": digest.hexdigest()[:16]}
+    return rows, heldout, card

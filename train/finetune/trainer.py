@@ -20,16 +20,18 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import SequentialSampler
 from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_callback import EarlyStoppingCallback, PrinterCallback
 
 from configs.deepspeed_presets import zero_preset
 from eagle.checkpoint import atomic_dir
 from eagle.errors import EagleError
+from eagle.loading import read_record
 from eagle.meter import Bar, Meter
 from train.finetune.policy import trainable_state, write_adapter
 from train.finetune.run import PREDICTIONS, Run
-from train.runs import MetricsLog, StopSignals, full_disk_told, prune, trim_heap
+from train.runs import SAVING, MetricsLog, StopSignals, checkpoints, prune, trim_heap
 from train.tracking.perf import memory
 
 NEVER = 10**9  # steps; evaluations at the start and the end are asked for elsewhere
@@ -50,7 +52,7 @@ def begin(
     more[checkpointing] = t.gradient_checkpointing
     more[f"{checkpointing}_kwargs"] = {"use_reentrant": False}
     made = cls(
-        output_dir=str(run.output / "checkpoints" / ".saving"),  # moved from there when whole
+        output_dir=str(run.output / "checkpoints" / SAVING),  # moved from there when whole
         max_steps=t.max_steps or -1,
         num_train_epochs=t.epochs,
         per_device_train_batch_size=t.batch_size,
@@ -84,6 +86,10 @@ def begin(
     return made
 
 
+class Done(Exception):
+    """The run that is resumed has all its steps."""
+
+
 class Journal(TrainerCallback):
     """Writes what is logged, shows how far the run is, saves what is evaluated, and ends the run in
     order: at the last step, by the clock, or by a signal."""
@@ -94,7 +100,11 @@ class Journal(TrainerCallback):
         self.spent = 0.0  # share of the time budget
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self.began, first, step = time.monotonic(), self.run.world.first, state.global_step
+        before = read_record(self.run.resume)["training"]["seconds"] if self.run.resume else 0
+        self.began, step = time.monotonic() - before, state.global_step
+        first = self.run.world.first
+        if step >= state.max_steps:
+            raise Done
         self.log = MetricsLog(self.run.output / "metrics.jsonl", step) if first else None
         quiet = self.run.quiet or not first
         self.bar = Meter("step", state.max_steps, "rows", step, quiet=quiet)
@@ -161,6 +171,11 @@ class RunTrainer:
         with self.journal.stop as stop:
             try:
                 self.train(resume_from_checkpoint=self.run.resume and str(self.run.resume))
+            except Done as done:
+                had = f"{self.run.resume} has its {self.state.global_step} steps"
+                if not checkpoints(self.run.output):
+                    raise EagleError(f"{had}: raise train.max_steps or train.epochs") from done
+                self.run.note(f"{had}: nothing is left to train")
             finally:
                 self.journal.bar.close()
         if stop.number:
@@ -172,16 +187,42 @@ class RunTrainer:
         world.first_does(lambda: self.run.publish(self.state, peak))
         return 0
 
+    def _get_train_sampler(self, train_dataset=None):
+        """A mixture comes in its own order."""
+        mixture = self.journal.mixture
+        if mixture is not None and mixture.shuffled:
+            return SequentialSampler(self.train_dataset)
+        return super()._get_train_sampler(train_dataset)
+
     def create_scheduler(self, num_training_steps: int, optimizer=None):
-        """By the steps or by the clock, whichever is further."""
+        """By the steps or by the clock, whichever is further. The first step learns: n of a warmup
+        of w steps has n / w of the rate."""
+        warm = self.args.get_warmup_steps(num_training_steps)
 
         def clocked(scale):
-            return lambda step: scale(max(step, int(self.journal.spent * num_training_steps)))
+            def at(step):
+                step = max(step, int(self.journal.spent * num_training_steps))
+                return scale(step + (step < warm))
+
+            return at
 
         made = super().create_scheduler(num_training_steps, optimizer)
         if isinstance(made, LambdaLR):  # not yet wrapped by DeepSpeed
-            made.lr_lambdas = list(map(clocked, made.lr_lambdas))
+            made = LambdaLR(made.optimizer, list(map(clocked, made.lr_lambdas)))
+            self.lr_scheduler = made
         return made
+
+    def _load_optimizer_and_scheduler(self, checkpoint) -> None:
+        """What the optimizer had learnt, with the settings of this run."""
+        groups, schedule = self.optimizer.param_groups, self.lr_scheduler
+        settings = [{k: v for k, v in group.items() if k != "params"} for group in groups]
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None and isinstance(schedule, LambdaLR):
+            schedule.base_lrs = [own["initial_lr"] for own in settings]
+            scales = [scale(schedule.last_epoch) for scale in schedule.lr_lambdas]
+            for group, own, n in zip(self.optimizer.param_groups, settings, scales, strict=True):
+                group.update(own, lr=own["initial_lr"] * n)
+            schedule._last_lr = [group["lr"] for group in self.optimizer.param_groups]
 
     def compute_loss_context_manager(self):
         stack = super().compute_loss_context_manager()
@@ -234,7 +275,8 @@ class RunTrainer:
             return
         newest = {k: v for row in self.state.log_history for k, v in row.items()}
         training = {k: v for k, v in newest.items() if k in ("loss", "grad_norm") or "eval_" in k}
-        training |= {"step": self.state.global_step, "epoch": self.state.epoch}
+        seconds = time.monotonic() - self.journal.began
+        training |= {"step": self.state.global_step, "epoch": self.state.epoch, "seconds": seconds}
         record = {**run.record, "training": training}
         write_adapter(Path(output_dir), self.model, state, run.tokenizer, record, run.tasks)
         if run.predictions:
@@ -252,10 +294,9 @@ class RunTrainer:
             prune(run.output, run.cfg.train.save_total_limit, best)
 
         try:
-            with full_disk_told(run.output):
-                super()._save_checkpoint(model, trial)
-                run.world.wait()  # every rank has written its part
-                run.world.first_does(publish)
+            super()._save_checkpoint(model, trial)
+            run.world.wait()  # every rank has written its part
+            run.world.first_does(publish)
         finally:
             if run.world.first:
                 shutil.rmtree(staging, ignore_errors=True)

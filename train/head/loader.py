@@ -26,9 +26,12 @@ def permutation(rows: int, seed: int, epoch: int) -> np.ndarray:
     return np.random.default_rng((seed, epoch)).permutation(rows)
 
 
-def row_order(rows: int, seed: int, start: int, count: int) -> list[tuple[int, int]]:
-    """(epoch, row) number start, …, start + count - 1 of an endless sequence of permutations."""
+def row_order(rows: int, seed: int | None, start: int, count: int) -> list[tuple[int, int]]:
+    """(epoch, row) number start, …, start + count - 1 of an endless sequence of permutations;
+    without a seed, of rows that have another order in each epoch already."""
     numbers = [divmod(n, rows) for n in range(start, start + count)]
+    if seed is None:
+        return numbers
     return [(epoch, int(permutation(rows, seed, epoch)[place])) for epoch, place in numbers]
 
 
@@ -85,7 +88,8 @@ class Steps:
         self._epoch = 0
 
     def __getitem__(self, start: int) -> list[MicroBatch]:
-        places = row_order(len(self.data), self.cfg.seed, start, self.rows)
+        seed = None if self.data.shuffled else self.cfg.seed
+        places = row_order(len(self.data), seed, start, self.rows)
         lengths = [self.collate.padded(self._at(place, self.data.length)) for place in places]
         parts = cut_step(lengths, self.world, self.cfg.batch_size, self.cfg.max_tokens_per_batch)
         return [self._batch([places[n] for n in part]) for part in parts[self.rank :: self.world]]

@@ -15,6 +15,7 @@ import torch
 
 from configs.schema import HeadTrainConfig, TrainConfig
 from eagle.checkpoint import atomic_write_text, load_head, save_head
+from eagle.errors import EagleError
 from eagle.heads.head import DraftHead
 from eagle.meter import clock
 from train import runs
@@ -51,6 +52,8 @@ class Schedule:
     def lr(self, fraction: float) -> float:
         peak, low, warm = self.cfg.lr, self.cfg.lr * self.cfg.min_lr_ratio, self.cfg.warmup_ratio
         fraction = min(max(fraction, 0.0), 1.0)
+        if self.total == 1:  # nothing to warm up for, and nothing to end
+            return peak
         if fraction < warm:
             return peak * fraction / warm
         return low + (peak - low) * 0.5 * (1 + math.cos(math.pi * (fraction - warm) / (1 - warm)))
@@ -106,15 +109,19 @@ class Trainer:
         info = resumed.info
         self.step, self.rows_seen = info["step"], info["rows_seen"]
         self.elapsed_before, self.evaluations = info["elapsed"], info["evaluations"]
-        self.sources.sums.copy_(torch.tensor(info["source_sums"], dtype=torch.float64))
         self.row = info["row"]
         if resumed.optimizer:
             self.engine.load_optimizer_state(resumed.optimizer, prime=self._prime)
         disk.set_rng_state(resumed.rng)
         self._point_best()
-        self.parts.notes.append(f"continues {resumed.path}")
+        now, notes = self.cfg.model_dump(mode="json"), self.parts.notes
+        notes.append(f"continues {resumed.path}")
+        notes += runs.changes({k: info["config"][k] for k in ("train", "loss")}, now)
         if info["world"]["global_batch"] != self.steps.rows:
-            self.parts.notes.append(f"a step has another number of rows now: {self.steps.rows}")
+            notes.append(f"a step has another number of rows now: {self.steps.rows}")
+        sums = torch.tensor(info["source_sums"], dtype=torch.float64)
+        if sums.shape == self.sources.sums.shape:  # else of other ttt_steps: it begins anew
+            self.sources.sums.copy_(sums)
 
     def _prime(self) -> None:
         """One update at learning rate 0, which makes the optimizer's state."""
@@ -168,7 +175,7 @@ class Trainer:
         self.started = time.monotonic()
         dtype = self.cfg.train.dtype
         card = self.world.first_does(lambda: {**run_card(self.parts), "dtype": dtype})
-        with self.signals, runs.full_disk_told(self.output), self.seen.running(self.step, card):
+        with self.signals, self.seen.running(self.step, card):
             for note in self.parts.notes:
                 self.seen.note(note)
             return self._fit()
@@ -195,6 +202,9 @@ class Trainer:
                 saved = self._save()
         self.batches = None  # ends the reader
         self.seen.progress.close()
+        if self.step == 0 and not number:
+            minutes = f"train.time_budget_minutes={t.time_budget_minutes:g}"
+            raise EagleError(f"{minutes} was over before the first step: raise it")
         if number:
             path = saved or self._save()
             self.seen.note(f"stopped at step {self.step}; continue with --resume; saved {path}")

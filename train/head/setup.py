@@ -21,6 +21,7 @@ from eagle.meter import Bar
 from eagle.target import Target
 from records import TokenizedData, load_dataset_for, load_tokenizer
 from records.card import who_answered
+from records.dataset import tell_shared
 from records.tokens import tokenizer_hash
 from train.head.evaluate import Prompt, heldout_prompts
 from train.head.features import Belongs, FeatureStore
@@ -92,6 +93,7 @@ def build(
     if cfg.eval.num_prompts:
         held_out = load_dataset_for(cfg.data, tokenizer, split="eval", out_dir=output)
         held_out.require_ids_below(V)
+        tell_shared(data.content, held_out.content)
         limit = most - cfg.eval.max_new_tokens
         if limit < 1:
             raise EagleError("eval.max_new_tokens leaves no room for a prompt; lower it")

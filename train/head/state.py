@@ -7,9 +7,6 @@ step-N/state.json          step, rows seen, evaluations, what the run was, state
 from __future__ import annotations
 
 import json
-import logging
-import os
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,12 +15,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from eagle.checkpoint import atomic_dir, require_equal, save_head, write_json
-from eagle.errors import EagleError
 from eagle.heads.head import DraftHead
 from records.card import file_hash
-from train.runs import NAME, checkpoints, finish, full_disk_told, point, run_of, step_of
-
-logger = logging.getLogger("train.head")
+from train import runs
+from train.runs import full_disk_told, point, unreadable
 
 PARTS = ("weights", "optimizer", "rng", "vocabulary")
 
@@ -66,9 +61,7 @@ def load_checkpoint(path: Path) -> TrainState:
         if file_hash(path / "state.safetensors") != info["digest"]:
             raise ValueError("state.safetensors is not what was written")
     except (OSError, ValueError, AttributeError, SafetensorError) as error:
-        raise EagleError(
-            f"the checkpoint {path} cannot be read ({error}); resume from another one"
-        ) from error
+        raise unreadable(path, error) from error
     parts: dict[str, dict] = {part: {} for part in PARTS}
     for key, value in tensors.items():
         part, name = key.split("/", 1)
@@ -77,53 +70,8 @@ def load_checkpoint(path: Path) -> TrainState:
 
 
 def find_checkpoint(output: Path, resume: str) -> TrainState | None:
-    """`auto`: the newest readable checkpoint of the run, None when there is none; else of the
-    folder named. In the run that goes on, what a kill left is removed, and a checkpoint that is
-    damaged or later is set aside under another name. Another run is only read."""
-    path = output if resume == "auto" else Path(resume).expanduser()
-    run = run_of(path)
-    own = run.resolve() == output.expanduser().resolve()
-    if own:
-        finish(run)
-    if NAME.fullmatch(path.name) and resume != "auto":
-        state = load_checkpoint(path)
-    else:
-        state = _newest_readable(run, own)
-        if state is None and resume != "auto":
-            raise EagleError(
-                f"--resume {path}: no checkpoint there; give a run folder, or a step-N folder of it"
-            )
-    if state is not None and own:
-        for later in checkpoints(run):
-            if step_of(later) > step_of(state.path):
-                _set_aside(later, "left", f"the run goes on from {state.path.name}")
-    return state
-
-
-def _newest_readable(run: Path, own: bool) -> TrainState | None:
-    damaged: dict[Path, str] = {}
-    for path in checkpoints(run)[::-1]:
-        try:
-            state = load_checkpoint(path)
-        except EagleError as error:
-            damaged[path] = str(error)
-            continue
-        for other, why in damaged.items():
-            _set_aside(other, "damaged", why) if own else logger.warning("%s", why)
-        return state
-    if damaged:
-        raise EagleError(
-            f"no checkpoint of {run} can be read; start a new run with another --output"
-        )
-    return None
-
-
-def _set_aside(path: Path, word: str, why: str) -> None:
-    """Rename a checkpoint so that nothing takes it for one of the run's."""
-    aside = path.with_name(f"{word}-{path.name}")
-    shutil.rmtree(aside, ignore_errors=True)
-    os.rename(path, aside)
-    logger.warning("%s; %s is now %s", why, path.name, aside)
+    """The state to go on from: `runs.find_checkpoint`."""
+    return runs.find_checkpoint(output, resume, load_checkpoint)[1]
 
 
 def rng_state() -> dict[str, torch.Tensor]:

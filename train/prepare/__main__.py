@@ -49,13 +49,16 @@ def features(
     from transformers.utils.logging import disable_progress_bar
 
     from train.prepare.features import write_features
+    from train.runs import LOCK, locked
 
     disable_progress_bar()
     given = dict(data_format=data_format, base=base, data=data, config=config)
     given |= dict(shard_mb=shard_mb, batch_size=batch_size)
     words = [f"--{name}={value}" for name, value in given.items() if value is not None]
     command = shlex.join(["python", "-m", "train.prepare", "features", *words, *overrides])
-    index = write_features(cfg, Path(output).expanduser(), command, shard_mb, batch_size)
+    folder = Path(output).expanduser()
+    with locked(folder / LOCK, folder):
+        index = write_features(cfg, folder, command, shard_mb, batch_size)
     size = index.tokens * index.belongs.bytes_per_token / 1e9
     print(f"{size:.3g} GB of features in {output}; train with: --features {output}")
 
@@ -111,9 +114,11 @@ def regenerate(
     cfg = load_config(HeadTrainConfig, config, overrides, flags).data
     from train.prepare import regenerate as work
     from train.prepare.answering import Endpoint, Local, Sampling
+    from train.runs import LOCK, locked
 
     sampling = Sampling(_temperatures(temperature), top_p, top_k, max_new_tokens, seed)
     files = work.find_files(cfg)
+    target = Path(output).expanduser()
     if endpoint is not None and endpoint_model is not None:
         body = _json_object(endpoint_body)
         asking = dict(base=base, body=body, api_key_env=api_key_env, concurrency=concurrency)
@@ -124,8 +129,8 @@ def regenerate(
     else:
         loading = dict(adapter_path=adapter, quantization=quantization, compile=compile)
         engine = Local(sampling, base, head, slots, dtype=dtype, device=device, **loading)
-    target = Path(output).expanduser()
-    counts = work.regenerate(cfg, files, target, engine, limit)["counts"]
+    with locked(target.with_name(f".{target.name}{LOCK}"), target):
+        counts = work.regenerate(cfg, files, target, engine, limit)["counts"]
     records, failed, most = counts["records"], counts["failed"], cfg.max_bad_fraction
     cut = f"{counts['cut_at_max_new_tokens']} cut at {max_new_tokens} tokens"
     told = f"{counts['answers']} answers, {cut}, {failed} failed"

@@ -25,6 +25,7 @@ from eagle.target import Target
 from records import Collator, load_dataset_for, load_tokenizer
 from train.head.features import INDEX, Belongs, Index, damage, data_settings, row_key, token_rows
 from train.head.teacher import hidden_and_features
+from train.runs import LOCK
 
 SPARE = 64 << 20  # bytes that stay free
 
@@ -116,7 +117,7 @@ def find_todo(output: Path, index: Index) -> list[int]:
             what = ", ".join(k for k in ours if ours[k] != theirs[k]) or "data or --shard_mb"
             text = f"{output} holds other features (another {what})"
             raise EagleError(f"{text}; choose another --output, or delete it")
-    elif output.exists() and (not output.is_dir() or any(output.iterdir())):
+    elif output.exists() and (not output.is_dir() or {p.name for p in output.iterdir()} - {LOCK}):
         text = f"--output {output} is not empty and holds no features"
         raise EagleError(f"{text}; choose another folder")
     for stale in output.glob(".shard-*.tmp"):  # of a run that was killed

@@ -3,25 +3,15 @@ them.
 """
 
 import itertools
-import json
 import os
+import resource
+import shutil
 import signal
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from finetune_helpers import (
-    SIX,
-    config,
-    go,
-    losses_of,
-    rows_of,
-    run_script,
-    same,
-    summary_of,
-    write_lines,
-)
+from finetune_helpers import SIX, config, go, losses_of, rows_of, same, summary_of, write_lines
 from safetensors.torch import load_file
 
 from configs.finetune_schema import LoraSection, PolicyConfig
@@ -29,9 +19,11 @@ from eagle.errors import EagleError
 from eagle.loading import RECORD, WEIGHTS, read_record
 from eagle.target import Target
 from records import load_dataset_for, load_tokenizer
+from train.finetune import trainer
 from train.finetune.__main__ import run
 from train.finetune.policy import base_fingerprint, build_policy
-from train.runs import checkpoints
+from train.finetune.run import require_whole
+from train.runs import checkpoints, find_checkpoint
 
 
 def names(output):
@@ -100,91 +92,106 @@ def test_losses_are_means_over_supervised_tokens_however_they_are_batched(base, 
         return total / tokens, tokens
 
     assert losses_of(output) == pytest.approx([expected("train")[0]], rel=1e-4)
+    assert rows_of(output)[0]["learning_rate"] == 1e-3  # a run of one step learns
+    assert any(p.any() for k, p in load_file(output / "adapter" / WEIGHTS).items() if "_B" in k)
     first = rows_of(output, evaluations=True)[0]
     found = first["eval_loss"], first["eval_tokens"]
     assert found == pytest.approx(expected("eval"), rel=1e-5)
 
 
-KILLED = """
-import json, os, shutil, signal, sys
-import torch
-torch.set_num_threads(1)
-from finetune_helpers import CONFIGS
-from train.finetune.__main__ import require_libraries, run
-require_libraries()
-import train.finetune.sft
-def killing(function, when):
-    def wrapped(*args, **kwargs):
-        if when(*args):
-            os.kill(os.getpid(), signal.SIGKILL)
-        return function(*args, **kwargs)
-    return wrapped
-def saving(value, path):
-    return "checkpoint-4" in str(path) and "optimizer" in str(path)
-def pruning(path, *a):
-    return os.path.isdir(path) and "checkpoint-2" in str(path)
-codes = {}
-for moment, values in json.load(open(sys.argv[1])).items():
-    pid = os.fork()
-    if pid == 0:
-        torch.save = killing(torch.save, saving if moment == "saving" else lambda *a: False)
-        shutil.rmtree = killing(shutil.rmtree, pruning if moment == "pruning" else lambda *a: False)
-        os._exit(run("sft", CONFIGS["sft"].model_validate(values), quiet=True))
-    codes[moment] = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-print(json.dumps(codes))
-"""
-
-
-def test_a_kill_while_saving_leaves_a_whole_checkpoint(whole, base, data, tmp_path):
+@pytest.mark.parametrize("moment, left", [("saving", "checkpoint-2"), ("pruning", "checkpoint-4")])
+def test_a_kill_while_saving_leaves_a_whole_checkpoint(whole, base, data, tmp_path, moment, left):
     """Writing step 4, or removing step 2 after it: what is left loads, and the run goes on from it
-    to the end that it would have had.
-    """
-    left = {"saving": "checkpoint-2", "pruning": "checkpoint-4"}
-    cfgs = {m: config("sft", base, data, tmp_path / m, **six(save_total_limit=1)) for m in left}
-    listed = tmp_path / "configs.json"
-    listed.write_text(json.dumps({m: c.model_dump(mode="json") for m, c in cfgs.items()}))
-    done = run_script(KILLED, tmp_path, listed)
-    codes = json.loads(done.stdout.splitlines()[-1])
-    assert codes == dict.fromkeys(cfgs, -signal.SIGKILL), done.stderr[-2000:]
-    for moment, cfg in cfgs.items():
-        output = Path(cfg.train.output)
-        [found] = checkpoints(output)
-        assert found.name == left[moment]
-        assert same(found, whole / "checkpoints" / found.name)
-        resumed = cfg.model_copy(update={"train": cfg.train.model_copy(update={"resume": "auto"})})
-        assert run("sft", resumed, quiet=True) == 0
-        assert same(output / "adapter", whole / "adapter")
-        assert [r["step"] for r in rows_of(output)] == [1, 2, 3, 4, 5, 6]
-        assert losses_of(output) == losses_of(whole)
-        assert not list((output / "checkpoints").glob(".*"))
+    to the end that it would have had."""
+    output = tmp_path / "run"
+    cfg = config("sft", base, data, output, **six(save_total_limit=1))
+
+    def killing(function, when):
+        def wrapped(*args, **kwargs):
+            if when(*map(str, args)):
+                os.kill(os.getpid(), signal.SIGKILL)
+            return function(*args, **kwargs)
+
+        return wrapped
+
+    if (pid := os.fork()) == 0:
+        try:
+            if moment == "saving":
+                torch.save = killing(torch.save, lambda v, path: "checkpoint-4/optimizer" in path)
+            else:
+                shutil.rmtree = killing(
+                    shutil.rmtree, lambda path, *a: "checkpoint-2" in path and os.path.isdir(path)
+                )
+            run("sft", cfg, quiet=True)
+        finally:
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
+    [found] = checkpoints(output)
+    assert found.name == left and same(found, whole / "checkpoints" / left)
+    go("sft", base, data, output, **six(save_total_limit=1, resume="auto"))
+    assert same(output / "adapter", whole / "adapter") and losses_of(output) == losses_of(whole)
+    assert [r["step"] for r in rows_of(output)] == [1, 2, 3, 4, 5, 6]
+    assert not list((output / "checkpoints").glob(".*"))
 
 
 def test_a_full_disk_is_named_and_spares_the_checkpoint_before(base, data, tmp_path, monkeypatch):
-    save = torch.save
+    """The quota of this process, from step 4 on: the adapter fits, the optimizer does not."""
+    write, (soft, hard) = trainer.write_adapter, resource.getrlimit(resource.RLIMIT_FSIZE)
 
-    def full(value, path, *args, **kwargs):
-        if "checkpoint-4" in str(path):
-            raise RuntimeError("PytorchStreamWriter failed writing file data/0: file write failed")
-        return save(value, path, *args, **kwargs)
+    def then_full(folder, *args):
+        write(folder, *args)
+        if "checkpoint-4" in str(folder):
+            most = (folder / WEIGHTS).stat().st_size
+            resource.setrlimit(resource.RLIMIT_FSIZE, (most, hard))
 
-    monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(EagleError, match="No space left on device; the checkpoints there are"):
-        go("sft", base, data, tmp_path / "run", **SIX)
+    monkeypatch.setattr(trainer, "write_adapter", then_full)
+    try:
+        with pytest.raises(EagleError, match="No space left on device; the checkpoints of .*whole"):
+            go("sft", base, data, tmp_path / "run", **SIX)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert names(tmp_path / "run") == ["checkpoint-2"]
     assert not list((tmp_path / "run" / "checkpoints").glob(".*"))
+
+
+@pytest.mark.parametrize(
+    "file, keep, flip",
+    [("optimizer.pt", 0.5, 0), ("optimizer.pt", 1, 1), (WEIGHTS, 0.5, 0), ("scheduler.pt", 0, 0)],
+)
+def test_a_damaged_checkpoint_is_set_aside_and_told(whole, tmp_path, caplog, file, keep, flip):
+    shutil.copytree(whole / "checkpoints", tmp_path / "checkpoints")
+    path = tmp_path / "checkpoints/checkpoint-6" / file
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= flip
+    path.write_bytes(content[: int(len(content) * keep)]) if keep else path.unlink()
+    found, _ = find_checkpoint(tmp_path, "auto", require_whole)
+    assert found.name == "checkpoint-4" and (tmp_path / "checkpoints/damaged-checkpoint-6").is_dir()
+    assert f"checkpoint-6 cannot be read ({file}" in caplog.text
+
+
+def test_a_resumed_run_learns_by_its_own_settings(whole, base, data, tmp_path, capsys):
+    shutil.copytree(whole, tmp_path / "run")
+    cfg = config("sft", base, data, tmp_path / "run", **six(max_steps=7, lr=0.5, resume="auto"))
+    for _ in range(2):
+        assert run("sft", cfg) == 0
+        assert rows_of(tmp_path / "run")[-1]["learning_rate"] == 0.5
+    said = capsys.readouterr().out
+    assert "checkpoint-6\nsettings changed: train.max_steps 6 -> 7, train.lr 0.01 -> 0.5\n" in said
+    assert said.count("checkpoint-7 has its 7 steps: nothing is left to train") == 1
+    assert [row["step"] for row in rows_of(tmp_path / "run")] == [1, 2, 3, 4, 5, 6, 7]
 
 
 def test_early_stopping_keeps_the_best(base, data, tmp_path):
     """Of answers that are never seen, the loss falls for a while at most."""
     train = {"max_steps": 30, "lr": 0.1, "grad_clip": 0, "eval_every": 1, "save_total_limit": 1}
-    train["early_stopping_patience"] = 2
+    train["early_stopping_patience"] = 1
     never = [{"instruction": f"say {n}", "output": "9 8 7 6 5"} for n in range(4)]
     rows = {"eval_path": str(write_lines(tmp_path / "never.jsonl", never))}
     output = go("sft", base, data, tmp_path / "run", lora={"r": 16}, train=train, data=rows)
     evaluations = rows_of(output, evaluations=True)[1:]
     losses = [row["eval_loss"] for row in evaluations]
     best = losses.index(min(losses))
-    assert len(losses) == best + 3 < 30
+    assert len(losses) == best + 2 < 30
     step = evaluations[best]["step"]
     assert summary_of(output)["best"]["checkpoint"] == f"checkpoint-{step}"
     assert read_record(output / "adapter")["training"]["step"] == step
@@ -232,7 +239,11 @@ def test_an_adapter_goes_on_from_another(whole, base, other_base, data, tmp_path
 def test_folders_are_never_mixed_up(whole, base, data, tmp_path):
     with pytest.raises(EagleError, match="--resume, or choose another --output"):
         go("sft", base, data, whole, **SIX)
-    for change in ({"train": {"seed": 5}}, {"lora": {"r": 8}}, {"model": {"quantization": "none"}}):
+    turned = tmp_path / "turned.jsonl"  # the same rows
+    turned.write_text("".join(data.read_text().splitlines(keepends=True)[::-1]))
+    changes = [{"train": {name: n}} for name, n in (("seed", 5), ("grad_accum", 3), ("zero", 1))]
+    changes += [{"lora": {"r": 8}}, {"model": {"quantization": "none"}}]
+    for change in [*changes, {"data": {"path": str(turned)}}, {"data": {"seed": 5}}]:
         sections = six(resume="auto")
         sections |= {k: {**sections.get(k, {}), **v} for k, v in change.items()}
         with pytest.raises(EagleError, match="belongs to a run with"):

@@ -23,6 +23,7 @@ from train.prepare import __main__ as command_line
 from train.prepare import regenerate as work
 from train.prepare.answering import Local, Sampling, decode_after
 from train.prepare.records import Answer, Rewriter, Task
+from train.runs import LOCK, locked
 
 NEW = 12
 ENDPOINT = {"endpoint": "http://x", "endpoint_model": "m"}
@@ -229,6 +230,10 @@ def test_failures_are_listed_and_the_others_go_on(base, tmp_path):
 def test_too_many_failures_end_the_run(base, tmp_path):
     path = write_jsonl(tmp_path / "chat.jsonl", [chat("Hello", "x"), *["{"] * 3])
     given = {"base": str(base), "dtype": "float32", "data": str(path), "data_format": "chat"}
+    for command, name in ((command_line.regenerate, ".new.jsonl"), (command_line.features, "new/")):
+        held = locked(tmp_path / f"{name}{LOCK}", path)
+        with held, pytest.raises(EagleError, match="is being written by process"):
+            command(data=str(path), data_format="chat", output=str(tmp_path / name.strip("./")))
     said = "3 of 4 records got no answer, more than data.max_bad_fraction=0.05"
     with pytest.raises(ConfigError, match=said):
         command_line.regenerate(**given, output=str(tmp_path / "new.jsonl"), max_new_tokens=4)
