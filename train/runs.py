@@ -27,6 +27,7 @@ from configs.errors import ConfigError
 from eagle.checkpoint import atomic_write_text
 from eagle.errors import EagleError
 from eagle.files import remove, tidy
+from eagle.fingerprint import is_earlier
 from train.head.distributed import World
 
 NAME = re.compile(r"(?:step|checkpoint)-(\d+)")
@@ -164,9 +165,16 @@ def finish(output: Path) -> None:
 def require_same_run(checkpoint: Path, before: dict, now: dict) -> None:
     """A resumed run must have the model and data it began with; learning settings may change."""
     for key, value in now.items():
-        if before.get(key) != value:
+        had = before.get(key)
+        if key in ("target", "base") and is_earlier(had[0] if isinstance(had, list) else had):
             raise EagleError(
-                f"{checkpoint} belongs to a run with {key}={before.get(key)!r}, this one has "
+                f"{checkpoint} was written by an earlier version, and whether its {key} has this "
+                "run's weights cannot be told; start a new run from what it learned (--init_head "
+                "or --adapter)"
+            )
+        if had != value:
+            raise EagleError(
+                f"{checkpoint} belongs to a run with {key}={had!r}, this one has "
                 f"{value!r}; resume with the settings of that run, or start a new one with another "
                 "--output"
             )

@@ -26,6 +26,8 @@ from train.head.evaluate import Prompt, heldout_prompts
 from train.head.features import Belongs, FeatureStore
 from train.runs import require_supervised
 
+LITTLE = 0.8  # share of the supervised tokens
+
 
 @dataclass
 class Parts:
@@ -136,6 +138,11 @@ def build(
     }
     pad = pad if pad is not None and 0 <= pad < V else 0
     notes = [describe(provenance["draft_vocabulary"])]
+    if m.init_head and provenance["draft_vocabulary"]["coverage"] < LITTLE:
+        notes.append(
+            "warning: the draft vocabulary of --init_head covers little of this data, and what it "
+            "lacks can never be drafted; a head without --init_head chooses its own"
+        )
     return Parts(target, states, head, embed, data, prompts, provenance, identity, pad, notes)
 
 
