@@ -39,24 +39,26 @@ def target_fingerprint(model: nn.Module) -> str:
     config = model.config.get_text_config()
     facts = [(name, getattr(config, name, None)) for name in ARCHITECTURE]
     digest = hashlib.sha256(repr(facts).encode())
-    tensors: dict[int, torch.Tensor] = {}
-    names: dict[int, list[str]] = {}
+    tensors: dict[int | str, torch.Tensor] = {}
+    names: dict[int | str, list[str]] = {}
     for name, value in of_the_base(model.state_dict(keep_vars=True)):
         if value.is_meta or hasattr(value, "ds_id"):
             raise EagleError(
                 f"the weights of {name} are not in memory whole (offloaded by device_map, or split "
                 "by ZeRO 3), so they cannot be told from another model's; load the model whole"
             )
-        tensors[id(value)] = value
-        names.setdefault(id(value), []).append(name)
+        key = id(value) if isinstance(value, nn.Parameter) else name  # parameters may be tied
+        tensors[key] = value
+        names.setdefault(key, []).append(name)
     order = sorted(tensors, key=lambda key: sorted(names[key]))
     for key, values in zip(order, samples([tensors[key] for key in order]), strict=True):
-        kind = "float" if is_float(tensors[key]) else str(tensors[key].dtype)
-        if kind == "float" and values.view(torch.bfloat16).isnan().any():
+        floats = values.dtype == torch.bfloat16
+        if floats and values.isnan().any():
             said = f"{names[key][0]} of this model holds NaN"
             raise EagleError(f"{said}; restore its checkpoint, or train it anew")
+        kind = "float" if floats else str(tensors[key].dtype)
         digest.update(repr((sorted(names[key]), tuple(tensors[key].shape), kind)).encode())
-        digest.update(values.numpy())
+        digest.update(values.view(torch.uint8).numpy())
     return RULE + digest.hexdigest()
 
 
@@ -77,32 +79,29 @@ def is_earlier(fingerprint: str | None) -> bool:
     return fingerprint is not None and not fingerprint.startswith(RULE)
 
 
-def is_float(tensor: torch.Tensor) -> bool:
-    return tensor.is_floating_point() and tensor.dtype.itemsize > 1
-
-
 def samples(tensors: list[torch.Tensor]) -> Iterator[torch.Tensor]:
-    """The bytes [n] of what counts of each, on the CPU: one transfer a device."""
+    """The values [n] that count of each, on the CPU: floats as bf16, what has one byte as uint8.
+    One transfer a device and kind."""
     places: dict[tuple, torch.Tensor] = {}
-    taken = []
-    for tensor in tensors:
+    groups: dict[tuple, dict[int, torch.Tensor]] = {}
+    for number, tensor in enumerate(tensors):
         n, device = tensor.numel(), tensor.device
-        # of experts that are kept as one tensor, each counts
-        parts = max(BLOCKS, 4 * len(tensor) if tensor.ndim > 2 else 0)
+        if tensor.dtype.itemsize == 1:
+            tensor = tensor.view(torch.uint8)
         if n > BLOCKS * WIDTH:
+            # of experts that are kept as one tensor, each counts
+            parts = max(BLOCKS, 4 * len(tensor) if tensor.ndim > 2 else 0)
             size = n, min(parts, n // WIDTH), device
             if size not in places:
                 places[size] = blocks(*size)
-            bytewise = tensor.dtype.itemsize == 1  # `take` knows few such kinds
-            tensor = (tensor.view(torch.uint8) if bytewise else tensor).take(places[size])
-        tensor = tensor.to(torch.bfloat16) if is_float(tensor) else tensor
-        taken.append(tensor.detach().reshape(-1).view(torch.uint8))
+            tensor = tensor.take(places[size])
+        taken = tensor.to(torch.bfloat16) if tensor.is_floating_point() else tensor
+        groups.setdefault((device, taken.dtype), {})[number] = taken.reshape(-1)
     found = {}
-    for device in {part.device for part in taken}:
-        here = [n for n, part in enumerate(taken) if part.device == device]
-        whole = torch.cat([taken[n] for n in here]).cpu()
-        found |= zip(here, whole.split([len(taken[n]) for n in here]), strict=True)
-    return (found[n] for n in range(len(taken)))
+    for group in groups.values():
+        whole = torch.cat(list(group.values())).cpu()
+        found |= zip(group, whole.split([len(taken) for taken in group.values()]), strict=True)
+    return (found[number] for number in range(len(tensors)))
 
 
 def blocks(n: int, parts: int, device: torch.device) -> torch.Tensor:

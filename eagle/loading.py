@@ -151,9 +151,10 @@ def load_model(
     source = find_folder(path, revision=revision, weights=not files, files=files, **hub)
     device_map = hf_kwargs.pop("device_map", None)
     placed = {"device_map": device_map} if device_map else {}
-    # what is quantized here is read as it is first, for the identity of its weights
-    where = {} if quantize else placed
-    model = read_model(source, "auto" if quantize else dtype, {**hf_kwargs, **where})
+    # what loses values on the way is read as it is first, for the identity of its weights
+    lossy = quantize or dtype == torch.float16
+    where = {} if lossy else placed
+    model = read_model(source, "auto" if lossy else dtype, {**hf_kwargs, **where})
     stored_quantized = getattr(model, "is_quantized", False)
     slow = dtype == "auto" and model.dtype == torch.bfloat16 and not fast_bf16(device)
     identity = identity_of(model, name)
@@ -168,7 +169,9 @@ def load_model(
         model = read_model(source, dtype, {**hf_kwargs, **placed, **config})
         _restrain_repacking(model, dtype)
         identity |= {"quantization": quantization}
-    elif not placed and not stored_quantized:
+    elif lossy:
+        model = read_model(source, dtype, {**hf_kwargs, **placed})
+    if not placed and not stored_quantized:
         model = model.to(device=device, dtype=torch.float32 if slow else None)
     identity["dtype"] = str(model.dtype).split(".")[-1]
     if adapter_path is not None:

@@ -132,8 +132,9 @@ def test_every_tensor_counts(kind, base, adapter):
         return found["fingerprint"], found["adapter"]
 
     before, seen = told(), {}
-    state = model.state_dict(keep_vars=True)
-    tensors = {id(t): t for n, t in state.items() if "quant_state" not in n}.values()
+    state, again = (model.state_dict(keep_vars=True) for _ in range(2))
+    # but for what bitsandbytes makes for each look
+    tensors = {id(t): t for n, t in state.items() if t is again[n]}.values()
     for tensor in tensors:
         kept, twins = tensor.clone(), seen.setdefault((tensor.shape, tensor.dtype), [])
         other = next((t for t in twins if not torch.equal(t, tensor)), None)
@@ -172,8 +173,8 @@ def test_names_ties_and_places_count():
     # of every shape, strided or not, and the same whatever holds it
     matrix = torch.arange(70 * 90, dtype=torch.int32).view(70, 90)
     (whole,), (turned,) = samples([matrix]), samples([matrix.t().contiguous().t()])
-    assert torch.equal(whole, turned) and len(whole) == 4 * 32 * 128
-    taken = whole.view(torch.int32).view(32, 128)
+    assert torch.equal(whole, turned) and len(whole) == 32 * 128
+    taken = whole.view(32, 128)
     assert (taken.diff(dim=1) == 1).all() and (taken[:, 0] // 196.875 == torch.arange(32)).all()
 
 

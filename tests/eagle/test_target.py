@@ -56,7 +56,8 @@ def test_weights_that_are_no_numbers_are_named():
     with pytest.raises(EagleError, match="1 of its weights hold some, model.norm.weight first"):
         Target(broken)
     wide = make_model(make_config("llama"))
-    wide.lm_head.weight.data.mul_(1e5)
+    wide.model.norm.weight.data.mul_(1e3)
+    wide.lm_head.weight.data.mul_(1e2)
     with pytest.raises(EagleError, match="overflow in torch.float16; load it with dtype=float32"):
         Target(wide.half())
 

@@ -89,7 +89,7 @@ def test_a_time_budget_ends_the_run(base, data, tmp_path):
     assert rows_of(trained(base, data, tmp_path / "run", **timed))[-1]["lr"] < 0.5e-3
     with pytest.raises(EagleError, match="no step was trained in train.time_budget_minutes=1e-06"):
         trained(base, data, tmp_path / "none", **timed | {"time_budget_minutes": 1e-6})
-    assert not (tmp_path / "none").exists()
+    assert not (tmp_path / "none/head").exists()
 
 
 def test_folders_are_never_mixed_up(plain_run, base, data, tmp_path, monkeypatch):

@@ -13,6 +13,7 @@ The second difference has a bound, BOUND: above it nothing is written."""
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 
 import torch
@@ -62,6 +63,7 @@ def merge(cfg: MergeConfig) -> int:
     full = full.to(loading.resolve_device(None), dtype)
     model = adapted(full, folder)
     logits["adapted"] = logits_of(model, rows)
+    tied = full.config.tie_word_embeddings
     merged = merge_apart(model)
     with atomic_dir(output) as staged:
         merged.save_pretrained(str(staged))
@@ -94,6 +96,8 @@ def merge(cfg: MergeConfig) -> int:
             f"average and {found['max_abs_logit']:.3g} at most, KL {found['kl']:.3g}, same top "
             f"token {found['same_top_token']:.2%}"
         )
+    if tied and not read.config.tie_word_embeddings:
+        print("the output layer is no longer tied to the input embedding: they differ now")
     print(f"merged model: {output}")
     return 0
 
@@ -123,7 +127,8 @@ def merge_apart(model: PeftModel) -> nn.Module:
         # an update merged into one tensor would change both
         output.weight = nn.Parameter(output.weight.detach().clone(), requires_grad=False)
     try:
-        merged = model.merge_and_unload(safe_merge=True)
+        with warnings.catch_warnings(action="ignore", category=UserWarning):  # of tied weights
+            merged = model.merge_and_unload(safe_merge=True)
     except (RuntimeError, ValueError, AttributeError) as error:
         raise EagleError(f"peft cannot merge this adapter: {error}; use it as it is") from error
     output, embedding = merged.get_output_embeddings(), merged.get_input_embeddings()
