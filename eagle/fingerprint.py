@@ -33,9 +33,9 @@ def target_fingerprint(model: nn.Module) -> str:
     to one tensor, and up to 4,096 of its values. An adapter on the model does not count.
 
     A tensor of more values is cut into 32 equal parts, and 128 neighbours count of each, from a
-    place that depends on the tensor's size alone. So a tensor that is zeroed, scaled, exchanged or
-    trained on is always seen; one that differs in a few values only may not be. Values of 16 to 64
-    bits count as bf16: a checkpoint has one fingerprint, loaded as fp32 or as bf16."""
+    place that depends on its size alone. So a tensor that is zeroed, scaled or exchanged is seen;
+    one that differs in a few values, or by less than bf16 tells, may not be. Values of 16 to 64 bits
+    count as bf16: a checkpoint has one fingerprint, loaded as fp32 or as bf16."""
     config = model.config.get_text_config()
     facts = [(name, getattr(config, name, None)) for name in ARCHITECTURE]
     digest = hashlib.sha256(repr(facts).encode())

@@ -243,12 +243,10 @@ def require_base(folder: Path, record: dict, name: str, found: str) -> None:
     base = record.get("base") or {}
     expected = base.get("fingerprint")
     if is_earlier(expected):
-        warnings.warn(
-            f"the adapter {folder} was recorded by an earlier version, as one on "
-            f"{base.get('id', 'another model')}, and its base cannot be compared with {name}; be "
-            "sure that they are the same",
-            stacklevel=4,
+        said = (
+            f"the adapter {folder} was recorded by an earlier version, as one on {base.get('id')}"
         )
+        warnings.warn(f"{said}, which cannot be compared with {name}", stacklevel=4)
     elif expected not in (None, found):
         raise EagleError(
             f"the adapter {folder} was trained on {base.get('id', 'another model')} (weights "

@@ -172,11 +172,11 @@ def probe(target) -> None:
 
 
 def _not_finite(target) -> EagleError:
-    weights = [(n, p) for n, p in target.model.named_parameters() if p.is_floating_point()]
-    broken = [n for n, p in weights if not p.isfinite().all()]
-    why = f"its values overflow in {target.dtype}; load it with dtype=float32"
+    weights = target.model.named_parameters()
+    broken = [n for n, p in weights if p.is_floating_point() and not p.isfinite().all()]
+    why = f"values overflow in {target.dtype}; load it with dtype=float32"
     if broken:
-        why = f"{len(broken)} of its weights hold some, {broken[0]} first; restore the checkpoint"
+        why = f"{len(broken)} weights hold some, {broken[0]} first; restore the checkpoint"
     return EagleError(f"{target.name} computes NaN or infinity: {why}")
 
 

@@ -168,9 +168,8 @@ def require_same_run(checkpoint: Path, before: dict, now: dict) -> None:
         had = before.get(key)
         if key in ("target", "base") and is_earlier(had[0] if isinstance(had, list) else had):
             raise EagleError(
-                f"{checkpoint} was written by an earlier version, and whether its {key} has this "
-                "run's weights cannot be told; start a new run from what it learned (--init_head "
-                "or --adapter)"
+                f"{checkpoint} was written by an earlier version, whose {key} cannot be compared "
+                "with this one; start a new run from what it learned (--init_head or --adapter)"
             )
         if had != value:
             raise EagleError(

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from engine_helpers import BASE, make_config, make_head, make_model, make_prompts
+from engine_helpers import make_config, make_head, make_model, make_prompts
 from safetensors.torch import load_file, save_file
 
 from eagle.checkpoint import load_head, save_head
@@ -105,17 +105,7 @@ def test_what_an_old_record_does_not_say_is_no_difference():
         assert re.search(said, told)
 
 
-def kinds():
-    from transformers import Qwen3MoeConfig
-
-    moe = dict(num_experts=5, num_experts_per_tok=2, moe_intermediate_size=32)
-    wide = dict(hidden_size=64, intermediate_size=96)
-    yield "llama", make_config("llama", tie_word_embeddings=True, **wide)
-    yield "qwen2", make_config("qwen2", **wide)
-    yield "qwen3_moe", Qwen3MoeConfig(**{**BASE, **wide, **moe})
-
-
-@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3_moe", "nf4", "lora"])
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "gemma2", "nf4", "lora"])
 @torch.no_grad()
 def test_every_tensor_counts(kind, base, adapter):
     """Zeroed, scaled or exchanged for another of its shape, it changes what is recorded."""
@@ -123,7 +113,7 @@ def test_every_tensor_counts(kind, base, adapter):
         how = {"quantization": "nf4"} if kind == "nf4" else {"adapter_path": adapter}
         model = load_model(base, device="cpu", dtype="float32", **how)[0]
     else:
-        model = make_model(dict(kinds())[kind])
+        model = make_model(make_config(kind, hidden_size=64, tie_word_embeddings=kind == "llama"))
         for p in model.parameters():
             p.normal_()
 
@@ -138,18 +128,16 @@ def test_every_tensor_counts(kind, base, adapter):
     for tensor in tensors:
         kept, twins = tensor.clone(), seen.setdefault((tensor.shape, tensor.dtype), [])
         other = next((t for t in twins if not torch.equal(t, tensor)), None)
-        changes = [torch.zeros_like(kept), kept * 1.01 if kept.is_floating_point() else kept + 1]
-        parts = [kept.index_fill(0, torch.tensor(n), 0) for n in range(5 * (kept.ndim == 3))]
-        for changed in [*changes, *parts]:
+        scaled = kept * 1.01 if kept.is_floating_point() else kept + 1
+        for changed in (torch.zeros_like(kept), scaled):
             tensor.copy_(changed)
             assert told() != before
-        tensor.copy_(kept)
         if other is not None:
             tensor.copy_(other)
             other.copy_(kept)
             assert told() != before
             other.copy_(tensor)
-            tensor.copy_(kept)
+        tensor.copy_(kept)
         twins.append(tensor)
     assert told() == before and len(tensors) > 30
 
@@ -157,12 +145,9 @@ def test_every_tensor_counts(kind, base, adapter):
 @torch.no_grad()
 def test_names_ties_and_places_count():
     model = make_model(make_config("llama", tie_word_embeddings=True))
-    plain = peft.LoraConfig(r=2, target_modules=["embed_tokens", "q_proj"])
     found = target_fingerprint(model)
-    wrapped = peft.get_peft_model(copy.deepcopy(model), plain)
-    assert (
-        target_fingerprint(wrapped) == target_fingerprint(copy.deepcopy(model).bfloat16()) == found
-    )
+    lora = peft.LoraConfig(r=2, target_modules=["embed_tokens", "q_proj"])
+    assert target_fingerprint(peft.get_peft_model(copy.deepcopy(model), lora)) == found
     model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.clone())
     assert target_fingerprint(model) != found
     model.lm_head.weight[3, 4] = torch.nan
@@ -170,18 +155,19 @@ def test_names_ties_and_places_count():
         target_fingerprint(model)
     with pytest.raises(EagleError, match="not in memory whole"):
         target_fingerprint(model.to("meta"))
-    # of every shape, strided or not, and the same whatever holds it
     matrix = torch.arange(70 * 90, dtype=torch.int32).view(70, 90)
     (whole,), (turned,) = samples([matrix]), samples([matrix.t().contiguous().t()])
-    assert torch.equal(whole, turned) and len(whole) == 32 * 128
+    assert torch.equal(whole, turned)  # strided or not
     taken = whole.view(32, 128)
     assert (taken.diff(dim=1) == 1).all() and (taken[:, 0] // 196.875 == torch.arange(32)).all()
+    (experts,) = samples([torch.arange(64).repeat_interleave(1200).view(64, 30, 40)])
+    assert (experts.bincount(minlength=64) > 300).all()
 
 
 def test_the_embedded_head_is_of_the_embedded_model():
     """Its record also pins the rule: it must not change without its number."""
     record = json.loads((EMBEDDED / "heads/eagle3/eagle.json").read_text())
-    assert load_model(dtype="bfloat16")[1]["fingerprint"] == record["target"]["fingerprint"]
+    assert load_model(dtype="float16")[1]["fingerprint"] == record["target"]["fingerprint"]
 
 
 def test_what_cannot_be_loaded(base, adapter, tmp_path):

@@ -74,8 +74,8 @@ def merge(cfg: MergeConfig) -> int:
         if not worst <= bound:
             raise EagleError(
                 f"merged, {folder} says something else than on its base: KL {worst:.3g} nats a "
-                f"token on {len(rows)} held-out rows, where rounding to {dtype} explains at most "
-                f"{bound}; nothing was written: use the adapter as it is, or dtype=float32"
+                f"token, and rounding to {dtype} explains at most {bound}; nothing is written: use "
+                "the adapter as it is, or dtype=float32"
             )
         provenance = {
             "kind": "merged",
@@ -125,7 +125,8 @@ def merge_apart(model: PeftModel) -> nn.Module:
         # an update merged into one tensor would change both
         output.weight = nn.Parameter(output.weight.detach().clone(), requires_grad=False)
     try:
-        with warnings.catch_warnings(action="ignore", category=UserWarning):  # of tied weights
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # of ends that are tied, or no longer
             merged = model.merge_and_unload(safe_merge=True)
     except (RuntimeError, ValueError, AttributeError) as error:
         raise EagleError(f"peft cannot merge this adapter: {error}; use it as it is") from error

@@ -140,8 +140,8 @@ def build(
     notes = [describe(provenance["draft_vocabulary"])]
     if m.init_head and provenance["draft_vocabulary"]["coverage"] < LITTLE:
         notes.append(
-            "warning: the draft vocabulary of --init_head covers little of this data, and what it "
-            "lacks can never be drafted; a head without --init_head chooses its own"
+            "that vocabulary, of --init_head, covers little of this data, and what it lacks is "
+            "never drafted; without --init_head a head chooses its own"
         )
     return Parts(target, states, head, embed, data, prompts, provenance, identity, pad, notes)
 
