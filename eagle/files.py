@@ -171,6 +171,14 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
         raise EagleError(f"{path} is missing or damaged ({error}); restore the file") from error
 
 
+def require_numbers(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    """Refuse weights with a NaN or an infinity among them."""
+    for name, value in tensors.items():
+        wide = value.is_floating_point() and value.dtype.itemsize > 1
+        if wide and not value.isfinite().all():
+            raise EagleError(f"{path}: {name} holds NaN or infinity; restore it, or train it anew")
+
+
 def weights_hash(tensors: dict[str, torch.Tensor]) -> str:
     """Of names, shapes and every value."""
     digest = hashlib.sha256()

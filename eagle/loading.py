@@ -7,10 +7,10 @@ base's weights as the checkpoint has them, "dtype", "quantization": "none", "nf4
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
 import platform
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,10 @@ import torch
 from torch import nn
 
 from .errors import EagleError
-from .files import read_json, read_tensors, standing
+from .files import read_json, read_tensors, require_numbers, same_bits, standing
 from .files import weights_hash as weights_hash
+from .fingerprint import PEFT_MODEL, is_earlier, of_an_adapter
+from .fingerprint import target_fingerprint as target_fingerprint
 
 EMBEDDED = Path(__file__).parent / "embedded"
 QUANTIZATIONS = ("none", "nf4", "int8")
@@ -33,11 +35,6 @@ NEEDS = {
     "head": "config.json and model.safetensors",
     "adapter": f"{CONFIG} and {WEIGHTS}",
 }
-# of the text config, in a target's fingerprint
-ARCHITECTURE = (
-    "model_type hidden_size intermediate_size num_hidden_layers num_attention_heads "
-    "num_key_value_heads vocab_size"
-).split()
 HUB_OPTIONS = ("cache_dir", "token", "local_files_only", "force_download")
 
 
@@ -65,7 +62,7 @@ def find_folder(
         return EMBEDDED
     folder = standing(Path(name).expanduser())
     if folder.is_dir():
-        return folder
+        return _no_adapter(folder, what)
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
@@ -86,7 +83,21 @@ def find_folder(
         raise EagleError(
             f"{said}; {give}, or make one where the hub can be reached: {elsewhere}"
         ) from error
-    return found
+    return _no_adapter(found, what)
+
+
+def _no_adapter(folder: Path, what: str) -> Path:
+    """`folder`; refuses one that holds an adapter where a model is wanted: of it transformers load
+    the base and the adapter, or the base alone, as it happens."""
+    inside = folder if (folder / "config.json").exists() else standing(folder / "adapter")
+    for place in (folder, inside) if what == "model" else ():
+        if (place / CONFIG).is_file():
+            base = read_json(place / CONFIG).get("base_model_name_or_path") or "BASE"
+            raise EagleError(
+                f"{str(folder)!r} holds an adapter, not a model: use --adapter {folder} with --base "
+                f"{base} (in Python adapter_path and base_model_path)"
+            )
+    return folder
 
 
 def split_revision(name: str) -> tuple[str, str | None]:
@@ -140,9 +151,10 @@ def load_model(
     source = find_folder(path, revision=revision, weights=not files, files=files, **hub)
     device_map = hf_kwargs.pop("device_map", None)
     placed = {"device_map": device_map} if device_map else {}
-    # what is quantized here is read as it is first, for the identity of its weights
-    where = {} if quantize else placed
-    model = read_model(source, "auto" if quantize else dtype, {**hf_kwargs, **where})
+    # what loses values on the way is read as it is first, for the identity of its weights
+    lossy = quantize or dtype == torch.float16
+    where = {} if lossy else placed
+    model = read_model(source, "auto" if lossy else dtype, {**hf_kwargs, **where})
     stored_quantized = getattr(model, "is_quantized", False)
     slow = dtype == "auto" and model.dtype == torch.bfloat16 and not fast_bf16(device)
     identity = identity_of(model, name)
@@ -157,7 +169,9 @@ def load_model(
         model = read_model(source, dtype, {**hf_kwargs, **placed, **config})
         _restrain_repacking(model, dtype)
         identity |= {"quantization": quantization}
-    elif not placed and not stored_quantized:
+    elif lossy:
+        model = read_model(source, dtype, {**hf_kwargs, **placed})
+    if not placed and not stored_quantized:
         model = model.to(device=device, dtype=torch.float32 if slow else None)
     identity["dtype"] = str(model.dtype).split(".")[-1]
     if adapter_path is not None:
@@ -228,7 +242,12 @@ def require_base(folder: Path, record: dict, name: str, found: str) -> None:
     """Refuse an adapter that was trained on other weights than those with fingerprint `found`."""
     base = record.get("base") or {}
     expected = base.get("fingerprint")
-    if expected not in (None, found):
+    if is_earlier(expected):
+        said = (
+            f"the adapter {folder} was recorded by an earlier version, as one on {base.get('id')}"
+        )
+        warnings.warn(f"{said}, which cannot be compared with {name}", stacklevel=4)
+    elif expected not in (None, found):
         raise EagleError(
             f"the adapter {folder} was trained on {base.get('id', 'another model')} (weights "
             f"{expected[:12]}), not on {name} (weights {found[:12]}); give that base"
@@ -240,6 +259,8 @@ def attach(model: nn.Module, folder: Path, identity: dict) -> str:
     another base, or does not have this one's shapes, is refused."""
     require_base(folder, read_record(folder), identity["id"], identity["fingerprint"])
     tensors = read_tensors(folder / WEIGHTS)
+    require_numbers(tensors, folder)
+    _require_plain_lora(model, folder, tensors)
     misfit = f"the adapter {folder} does not fit {identity['id']}"
     remedy = "give the base it was trained on"
     quiet_bitsandbytes()  # peft imports it
@@ -262,6 +283,22 @@ def attach(model: nn.Module, folder: Path, identity: dict) -> str:
     return weights_hash(tensors)
 
 
+def _require_plain_lora(model: nn.Module, folder: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """Refuse weights that would not be applied, or so slowly that nobody would decode with them.
+    Copies of the base's own weights are none."""
+    own = dict(model.named_parameters())
+    for name, value in tensors.items():
+        if "lora_" in name and "lora_magnitude_vector" not in name:
+            continue
+        base = own.get(name.removeprefix(PEFT_MODEL).replace(".base_layer.", "."))
+        if base is None or not same_bits(value.to(base.dtype), base):
+            kind = "is a DoRA" if "lora_magnitude_vector" in name else f"holds {name}"
+            raise EagleError(
+                f"the adapter {folder} {kind}, and only LoRA matrices are applied here; merge it "
+                f"into its base: python -m train.finetune merge --adapter {folder} --output MERGED"
+            )
+
+
 def identity_of(model: nn.Module, name: str) -> dict:
     """Of a model as it is: what was quantized before cannot be told from its checkpoint."""
     config = getattr(model.config, "quantization_config", None) or {}
@@ -271,7 +308,11 @@ def identity_of(model: nn.Module, name: str) -> dict:
         kind = "int8"
     elif values.get("load_in_4bit") and values.get("bnb_4bit_quant_type") == "nf4":
         kind = "nf4"
-    lora = {n: p.detach() for n, p in model.named_parameters() if "lora_" in n}
+    lora = {  # under the names of an adapter's file
+        PEFT_MODEL + n.removeprefix(PEFT_MODEL).replace(".default", ""): p.detach()
+        for n, p in model.named_parameters()
+        if of_an_adapter(n)
+    }
     return {
         "id": name,
         "fingerprint": target_fingerprint(model),
@@ -287,32 +328,16 @@ def decoder_layers(backbone: nn.Module) -> nn.ModuleList | None:
     return next((blocks for blocks in found if isinstance(blocks, nn.ModuleList)), None)
 
 
-@torch.no_grad()
-def target_fingerprint(model: torch.nn.Module) -> str:
-    """A hash of the architecture and of sampled weights, the same in fp32 and in bf16."""
-    config = model.config.get_text_config()
-    facts = [(name, getattr(config, name, None)) for name in ARCHITECTURE]
-    digest = hashlib.sha256(repr(facts).encode())
-    layers = decoder_layers(model.get_decoder())
-    modules = [("embed", model.get_input_embeddings()), ("first", layers[0]), ("last", layers[-1])]
-    for prefix, module in modules:
-        for name, weight in sorted(module.named_parameters()):
-            if "lora_" in name or not weight.is_floating_point():
-                continue
-            flat = weight.detach().reshape(weight.shape[0], -1)
-            rows = torch.linspace(0, flat.shape[0] - 1, 8).long().to(flat.device)
-            sample = flat[rows, :64].to(torch.bfloat16).cpu().contiguous()
-            name = name.replace("base_layer.", "")
-            digest.update(f"{prefix}.{name}{tuple(weight.shape)}".encode())
-            digest.update(sample.view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
-
-
 def differences(recorded: dict, found: dict) -> list[str]:
     """Why a head that was trained for one target may draft worse for another, in words."""
     said = []
     before, now = recorded.get("fingerprint"), found["fingerprint"]
-    if before not in (None, now):
+    if is_earlier(before):
+        said.append(
+            f"an earlier version recorded its target, {recorded.get('id', 'a model')}, whose "
+            f"weights cannot be compared with those of {found['id']}"
+        )
+    elif before not in (None, now):
         said.append(
             f"it was trained on {recorded.get('id', 'another model')} (weights {before[:12]}), "
             f"this target is {found['id']} (weights {now[:12]})"

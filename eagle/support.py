@@ -164,9 +164,20 @@ def probe(target) -> None:
         raise unsupported(target.config, said) from error
     tolerance = {torch.float32: 1e-3, torch.float16: 5e-2}.get(target.dtype, 2e-1)
     error = (logits.float() - expected).abs().max().item() / max(expected.std().item(), 1e-6)
+    if not expected.isfinite().all():
+        raise _not_finite(target)
     if not error < tolerance:
         said = "are not supported: logits through our attention differ from transformers' by"
         raise unsupported(target.config, f"{said} {error:.3g} standard deviations")
+
+
+def _not_finite(target) -> EagleError:
+    weights = target.model.named_parameters()
+    broken = [n for n, p in weights if p.is_floating_point() and not p.isfinite().all()]
+    why = f"values overflow in {target.dtype}; load it with dtype=float32"
+    if broken:
+        why = f"{len(broken)} weights hold some, {broken[0]} first; restore the checkpoint"
+    return EagleError(f"{target.name} computes NaN or infinity: {why}")
 
 
 def _record_shapes(target, ids: torch.Tensor, found: list[tuple[int, int, int]]) -> None:

@@ -90,7 +90,8 @@ class Target:
     @property
     def identity(self) -> dict:
         """What a head belongs to; see `eagle.loading`."""
-        self._identity = self._identity or identity_of(self.model, self.name)
+        with self.lock:  # reading 4-bit weights may undo how a pass has packed them
+            self._identity = self._identity or identity_of(self.model, self.name)
         return self._identity
 
     @classmethod

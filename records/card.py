@@ -14,6 +14,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from eagle.errors import EagleError
+from eagle.fingerprint import is_earlier
 
 logger = logging.getLogger("records")
 CARD, QUARANTINE = ".card.json", ".quarantine.jsonl"
@@ -81,12 +82,11 @@ def _who_answered(path: Path, fingerprint: str, adapter: str | None) -> str:
     name, weights, tuned = (card["target"][key] for key in ("id", "fingerprint", "adapter"))
     if (weights, tuned) == (fingerprint, adapter):
         return BY_TARGET
-    if weights is None:
-        said = (
-            "%s was written by %s at an endpoint, whose weights nobody compared with this target's"
-        )
-        logger.warning(said + "; set data.on_policy=true if they are the same", path, name)
-        return at_endpoint(name)
+    if weights is None or is_earlier(weights):
+        how = "at an endpoint" if weights is None else "as an earlier version recorded"
+        said = "%s was written by %s %s, whose weights nobody compared with this target's"
+        logger.warning(said + "; set data.on_policy=true if they are the same", path, name, how)
+        return at_endpoint(name) if weights is None else f"written by {name}, not compared"
     said = "%s was written by another target, %s: a head learns less of what this target says; "
     logger.warning(said + "regenerate the answers with it", path, name)
     return f"written by {name}, another target"

@@ -33,6 +33,7 @@ from configs.errors import ConfigError
 from eagle.checkpoint import atomic_write_text
 from eagle.errors import EagleError
 from eagle.files import remove, tidy
+from eagle.fingerprint import is_earlier
 from train.head.distributed import World
 
 T = TypeVar("T")
@@ -278,7 +279,13 @@ def unreadable(checkpoint: Path, why: object) -> EagleError:
 def require_same_run(checkpoint: Path, before: dict, now: dict) -> None:
     """A resumed run must have the model and data it began with; learning settings may change."""
     for key, value in now.items():
-        had = repr(before[key]) if key in before else "(not written down by that version)"
+        had = before.get(key)
+        if key in ("target", "base") and is_earlier(had[0] if isinstance(had, list) else had):
+            raise EagleError(
+                f"{checkpoint} was written by an earlier version, whose {key} cannot be compared "
+                "with this one; start a new run from what it learned (--init_head or --adapter)"
+            )
+        had = repr(had) if key in before else "(not written down by that version)"
         if had != repr(value):
             raise EagleError(
                 f"{checkpoint} belongs to a run with {key}={had}, this one has {value!r}; resume "

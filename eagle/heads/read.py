@@ -10,7 +10,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, create_model
 
 from ..errors import EagleError
-from ..files import read_json, read_tensors
+from ..files import read_json, read_tensors, require_numbers
 from .configs import SHIFT, detect, entering_ids, is_eagle1, read_config, written_layers
 from .head import make_head
 from .head_config import FINAL, HeadConfig, default_feature_layers
@@ -126,6 +126,7 @@ class Published:
 def read_folder(path: Path, format: str | None = None) -> Published:
     """format: eagle, sglang, vllm or modelopt; None detects it."""
     raw, tensors = read_json(path / "config.json", ConfigFile), read_weights(path)
+    require_numbers(tensors, path)
     record = path / "eagle.json"
     provenance = read_json(record, RecordFile) if record.exists() else {}
     fmt = detect(path, raw, tensors.keys()) if format is None else table(format)

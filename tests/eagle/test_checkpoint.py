@@ -117,6 +117,12 @@ def test_tensors_that_no_head_has(saved, llama, change):
 def test_damaged_or_absent_files_are_named(saved, tmp_path):
     with pytest.raises(EagleError, match="no head folder"):
         load_head(tmp_path / "nowhere")
+    state = load_file(saved[1] / "model.safetensors")
+    save_file(
+        {**state, "fc.weight": state["fc.weight"] * torch.nan}, saved[1] / "model.safetensors"
+    )
+    with pytest.raises(EagleError, match="fc.weight holds NaN"):
+        load_head(saved[1])
     (saved[1] / "model.safetensors").write_bytes(b"not a file of tensors")
     with pytest.raises(EagleError, match="damaged"):
         load_head(saved[1])

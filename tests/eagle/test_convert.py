@@ -141,12 +141,12 @@ def test_inspect_head(tmp_path, command):
 @pytest.mark.parametrize("known", [True, False], ids=["its-target", "another"])
 def test_inspect_head_beside_a_target(tmp_path, llama, command, known):
     llama.model.save_pretrained(tmp_path / "target")
-    fingerprint = llama.identity["fingerprint"] if known else "0" * 64
+    fingerprint = llama.identity["fingerprint"] if known else "2:0"
     record = {"target": {"id": "trained on", "fingerprint": fingerprint}}
     head = save_head(make_head(llama), tmp_path / "head", record)
     code, shown, _ = command(INSPECT, head, "--target", tmp_path / "target")
     assert (code, "fits this target" in shown) == ((0, True) if known else (1, False))
-    assert known or "differs: it was trained on trained on (weights 000000000000)" in shown
+    assert known or "differs: it was trained on trained on (weights 2:0)" in shown
 
 
 PLAIN = {"engine": "hf", "batch_size": 1, "temperature": 0.0, "tokens_per_second": 132.0}

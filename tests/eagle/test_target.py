@@ -9,6 +9,7 @@ from engine_helpers import (
     FAMILIES,
     ScriptedDrafter,
     head_model,
+    make_config,
     make_model,
     make_prompts,
     make_target,
@@ -47,6 +48,18 @@ def test_any_feature_layers(layers):
     for bad in ((0, 1), (0, 1, 5), (-1, 1, 2)):
         with pytest.raises(EagleError, match="feature layers"):
             target.set_feature_layers(bad)
+
+
+def test_weights_that_are_no_numbers_are_named():
+    broken = make_model(make_config("llama"))
+    broken.model.norm.weight.data[3] = torch.inf
+    with pytest.raises(EagleError, match="1 weights hold some, model.norm.weight first"):
+        Target(broken)
+    wide = make_model(make_config("llama"))
+    wide.model.norm.weight.data.mul_(1e3)
+    wide.lm_head.weight.data.mul_(1e2)
+    with pytest.raises(EagleError, match="overflow in torch.float16; load it with dtype=float32"):
+        Target(wide.half())
 
 
 def test_default_feature_layers():

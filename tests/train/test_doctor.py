@@ -212,7 +212,7 @@ def test_heads(base, tmp_path):
     subject, found = look(config(base), head=tmp_path / "fits")
     only(found, "ok", "draft vocabulary 64, trained for 7 steps")
     assert subject.head.draft_vocab_size == 64
-    save_head(head, tmp_path / "foreign", {"target": {"fingerprint": "0" * 64, "id": "other"}})
+    save_head(head, tmp_path / "foreign", {"target": {"fingerprint": "2:0", "id": "other"}})
     only(look(config(base), head=tmp_path / "foreign")[1], "warning", "trained on other")
     only(look(config(base), head=tmp_path / "none")[1], "problem", "no head folder")
 

@@ -7,6 +7,7 @@ import shutil
 
 import numpy as np
 import pytest
+import torch
 from data_helpers import write_jsonl
 from head_helpers import WORDS, config, losses_of, require_same_tensors, rows_of, trained
 from safetensors.torch import load_file
@@ -18,7 +19,7 @@ from records import load_tokenizer
 from train.head import accumulate, loop
 from train.head.accumulate import Accumulator
 from train.head.engine import Engine
-from train.head.setup import choose_draft_vocab, coverage, describe
+from train.head.setup import build, choose_draft_vocab, coverage, describe
 from train.main import run
 
 
@@ -116,6 +117,8 @@ def test_a_warm_start_keeps_the_draft_vocabulary_on_other_data(base, data, tmp_p
         for name, path, model in runs
     )
     assert warmed == first != fresh
+    cfg = config(base, other, tmp_path / "x", model=warm)
+    assert "covers little of this data" in build(cfg, None, torch.device("cpu")).notes[-1]
 
 
 def test_the_padding_token_means_nothing(base, data, tmp_path):

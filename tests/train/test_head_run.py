@@ -93,6 +93,9 @@ def test_without_clipping_the_norm_is_still_told(base, data, tmp_path):
 def test_a_time_budget_ends_the_run(base, data, tmp_path):
     timed = {"max_steps": None, "time_budget_minutes": 0.03, "lr": 1e-3}
     assert rows_of(trained(base, data, tmp_path / "run", **timed))[-1]["lr"] < 0.5e-3
+    with pytest.raises(EagleError, match="no step was trained in train.time_budget_minutes=1e-06"):
+        trained(base, data, tmp_path / "none", **timed | {"time_budget_minutes": 1e-6})
+    assert not (tmp_path / "none/head").exists()
 
 
 def test_folders_are_never_mixed_up(plain_run, base, data, tmp_path, monkeypatch):
@@ -102,6 +105,9 @@ def test_folders_are_never_mixed_up(plain_run, base, data, tmp_path, monkeypatch
         run(config(base, data, plain_run, resume="auto", seed=5), quiet=True)
     with pytest.raises(EagleError, match="no checkpoint there"):
         run(config(base, data, tmp_path / "x", resume=str(tmp_path)), quiet=True)
+    earlier, now = ({"target": [weights, None, "none"]} for weights in ("f" * 64, "2:ff"))
+    with pytest.raises(EagleError, match="an earlier version.*start a new run"):
+        runs.require_same_run(plain_run, earlier, now)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs/head-fim/head").mkdir(parents=True)
     assert runs.choose_output(None, "head-fim", None) == Path("runs/head-fim-2")

@@ -59,18 +59,6 @@ def test_a_head_is_adapted_to_the_tuned_target(base, tuned, tmp_path):
     model = EaModel(target, head, "8,3,2")
     ids = model.eagenerate([[5, 6, 7]], max_new_tokens=20)
     assert torch.equal(ids, model.naivegenerate([[5, 6, 7]], max_new_tokens=20))
-
-
-def test_a_resumed_run_must_have_the_same_adapter(base, tuned, tmp_path):
-    data = tuned / "fim.jsonl"
-    assert run(config(base, data, tmp_path / "run", save_every=2), quiet=True) == 0
-    again = config(
-        base,
-        data,
-        tmp_path / "run",
-        resume="auto",
-        max_steps=6,
-        model={"adapter": str(tuned / "adapter")},
-    )
+    bare = config(base, data, tmp_path / "tuned", resume="auto", max_steps=6)
     with pytest.raises(EagleError, match="belongs to a run with target"):
-        run(again, quiet=True)
+        run(bare, quiet=True)

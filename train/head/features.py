@@ -28,7 +28,7 @@ from eagle.errors import EagleError
 from eagle.target import Target
 
 INDEX = "index.json"
-VERSION = 1
+VERSION = 2
 OPEN_SHARDS = 64
 DTYPES = {name: dtype for dtype, name in NAMES.items()}
 
@@ -89,7 +89,7 @@ class Index:
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
             if found.pop("version") != VERSION:
-                raise ValueError("another version")
+                raise ValueError("an earlier version wrote it")
             found["belongs"] = Belongs(**found["belongs"])
             found["rows"] = {key: tuple(place) for key, place in found["rows"].items()}
             return cls(**found)
@@ -99,7 +99,7 @@ class Index:
                 "python -m train.prepare features --output DIR"
             ) from error
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise EagleError(f"{path} is damaged ({error}); prepare the features again") from error
+            raise EagleError(f"{path} is unusable ({error}); prepare the features again") from error
 
 
 def row_key(ids) -> str:

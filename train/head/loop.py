@@ -200,6 +200,11 @@ class Trainer:
                 saved = self._evaluate()
             elif number or (self.step % t.save_every == 0 and not last):
                 saved = self._save()
+        if self.step == 0 and not number:
+            raise EagleError(
+                f"no step was trained in train.time_budget_minutes={t.time_budget_minutes}, and a "
+                "head that learned nothing is not written; give it more time"
+            )
         self.batches = None  # ends the reader
         self.seen.progress.close()
         if self.step == 0 and not number:

@@ -27,6 +27,8 @@ from train.head.evaluate import Prompt, heldout_prompts
 from train.head.features import Belongs, FeatureStore
 from train.runs import require_supervised
 
+LITTLE = 0.8  # share of the supervised tokens
+
 
 @dataclass
 class Parts:
@@ -140,6 +142,11 @@ def build(
     }
     pad = pad if pad is not None and 0 <= pad < V else 0
     notes = [describe(provenance["draft_vocabulary"])]
+    if m.init_head and provenance["draft_vocabulary"]["coverage"] < LITTLE:
+        notes.append(
+            "that vocabulary, of --init_head, covers little of this data, and what it lacks is "
+            "never drafted; without --init_head a head chooses its own"
+        )
     return Parts(target, states, head, embed, data, prompts, provenance, identity, pad, notes)
 
 

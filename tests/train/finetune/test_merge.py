@@ -6,6 +6,8 @@ import json
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from configs import cli
@@ -14,6 +16,7 @@ from configs.finetune_schema import LoraSection, MergeConfig, PolicyConfig
 from eagle.errors import EagleError
 from eagle.loading import RECORD
 from eagle.target import Target
+from records import load_tokenizer
 from train.finetune.__main__ import COMMANDS
 from train.finetune.assistant import MAKERS
 from train.finetune.merge import merge
@@ -56,6 +59,28 @@ def test_merged_is_base_plus_adapter(base, data, whole, tmp_path, capsys):
     record = json.loads((tmp_path / "rounded" / RECORD).read_text())
     assert record["dtype"] == "bfloat16"
     assert 1e-3 < record["report"]["merged_vs_adapted"]["max_abs_logit"] < 5
+
+
+def test_an_adapter_of_tied_ends_gets_an_output_layer_of_its_own(base, data, tmp_path):
+    """Merged into the one tensor, the update of either end changed both."""
+    tied, folder = tmp_path / "base", tmp_path / "adapter"
+    model = AutoModelForCausalLM.from_pretrained(base, tie_word_embeddings=True)
+    model.save_pretrained(tied)
+    load_tokenizer(str(base)).save_pretrained(tied)
+    for ends in (["embed_tokens"], ["lm_head"]):
+        model = AutoModelForCausalLM.from_pretrained(tied)
+        lora = LoraConfig(target_modules=["q_proj", *ends], init_lora_weights=False)
+        adapted, merged = get_peft_model(model, lora).eval(), tmp_path / ends[0]
+        adapted.save_pretrained(folder)
+        assert merge(config(data, folder, merged, base=str(tied))) == 0
+        stock, ids = AutoModelForCausalLM.from_pretrained(merged), torch.arange(5, 40)[None]
+        assert torch.allclose(stock(ids).logits, adapted(ids).logits, atol=1e-3)
+        assert stock.lm_head.weight is not stock.model.embed_tokens.weight
+    weights = folder / "adapter_model.safetensors"
+    save_file({name: value * 9 for name, value in load_file(weights).items()}, weights)
+    with pytest.raises(EagleError, match="rounding to torch.bfloat16 explains at most .* nothing"):
+        merge(config(data, folder, tmp_path / "far", base=str(tied), dtype="bfloat16"))
+    assert not (tmp_path / "far").exists()
 
 
 def test_wrong_merges_are_refused(base, other_base, data, whole, tmp_path):

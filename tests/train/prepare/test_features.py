@@ -205,7 +205,7 @@ def test_other_features_are_not_overwritten(stores, base, data, tmp_path):
     with pytest.raises(EagleError, match="no features in"):
         FeatureStore(tmp_path / "nothing")
     (folder / "index.json").write_text((folder / "index.json").read_text()[:-9])
-    with pytest.raises(EagleError, match="index.json is damaged"):
+    with pytest.raises(EagleError, match="index.json is unusable"):
         FeatureStore(folder)
 
 

@@ -294,7 +294,7 @@ def test_a_card_says_who_answered_and_so_does_a_head(base, tmp_path, caplog):
     recorded = json.loads((tmp_path / "run" / "head" / "eagle.json").read_text())
     assert recorded["data"]["answers"] == "written by the target"
     caplog.clear()
-    mine, other = (writer["fingerprint"], writer["adapter"]), ("f" * 64, None)
+    mine, other = (writer["fingerprint"], writer["adapter"]), ("2:ff", None)
     assert who_answered([own, data], None, *mine) == (
         "own.jsonl: written by the target; fim.jsonl: as in the data"
     )
@@ -306,6 +306,10 @@ def test_a_card_says_who_answered_and_so_does_a_head(base, tmp_path, caplog):
     # the user knows better
     assert who_answered([own], True, *other) == "written by the target"
     assert who_answered([own], False, *mine) == "as in the data" and not caplog.records
+    card = card_path(own).read_text()
+    card_path(own).write_text(card.replace(mine[0], "f" * 64))  # an earlier version's
+    assert who_answered([own], None, *mine).endswith("not compared")
+    card_path(own).write_text(card)
     own.write_text(own.read_text() + own.read_text().splitlines()[0] + "\n")
     assert who_answered([own], None, *mine) == "as in the data"
     assert "has changed since its card" in caplog.records[0].getMessage()
