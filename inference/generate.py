@@ -155,9 +155,6 @@ def complete_file(
     records: list[dict] = [{}] * len(prompts)
     seed = options.pop("seed")
     seeds = None if seed is None else [seed + i for i in order]
-    # of each prompt; a text file is one
-    lines = enumerate(source.read_text("utf-8").split("\n"), 1)
-    numbers = [number for number, line in lines if line.strip()] or [1]
     started, tokens, failed = time.perf_counter(), 0, []
     done = model.generate_many(
         [prompts[i].ids for i in order], slots=batch_size, as_completed=True, seed=seeds, **options
@@ -173,7 +170,7 @@ def complete_file(
                 "tau": round(row.tau, 3),
             }
             if row.error is not None:
-                records[i] |= {"error": str(row.error), "line": numbers[i]}
+                records[i] |= {"error": str(row.error), "line": prompts[i].line}
                 failed.append(i)
             tokens += len(row.tokens)
             meter.add(1, len(row.tokens))
@@ -186,7 +183,7 @@ def complete_file(
     good = len(prompts) - len(failed)
     print(f"{good} completions, {tokens} tokens, {rate:.1f} tokens/s", file=sys.stderr)
     for i in sorted(failed):
-        print(f"{source}:{numbers[i]} failed: {records[i]['error']}", file=sys.stderr)
+        print(f"{source}:{prompts[i].line} failed: {records[i]['error']}", file=sys.stderr)
     if failed:
         print(f"error: {len(failed)} of {len(prompts)} requests failed", file=sys.stderr)
     return 1 if failed else 0

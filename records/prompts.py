@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass
+import itertools
+from collections import Counter
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,18 +12,30 @@ from configs.errors import ConfigError
 from configs.fim_tokens import find_fim_tokens
 from eagle.errors import EagleError
 from eagle.loading import EMBEDDED
-from records.chat import apply_template, question
+from records.chat import chat_text
+from records.fields import ANSWERS, QUESTIONS, TURNS, Conversation, Fields, read_conversation
+from records.fim import render_fim
+from records.quarantine import name_unused
 from records.rows import RowError
+from records.sources import Record, read_records
 from records.tokens import encode
 
 HELDOUT_PROMPTS = EMBEDDED / "data" / "prompts.jsonl"
+UNLIMITED = 1 << 40  # tokens
+# what data for training or evaluation has beside its prompts
+NOT_PROMPTS = "middle canonical_solution test tests entry_point reference target chosen rejected"
+NEEDED = "prompt, prefix and suffix, messages, instruction, question, text or turns"
 
 
 @dataclass(frozen=True)
 class Prompt:
+    """line: of its file, from 1. unused: fields of the record that were not used."""
+
     ids: list[int]
     kind: str  # "text", "fim" or "chat"
     record: dict
+    line: int = 1
+    unused: tuple[str, ...] = ()
 
 
 def text_prompt(tokenizer: Any, text: str, **options: Any) -> list[int]:
@@ -32,76 +45,97 @@ def text_prompt(tokenizer: Any, text: str, **options: Any) -> list[int]:
 
 
 def fim_prompt(tokenizer: Any, prefix: str, suffix: str) -> list[int]:
-    """Prefix-suffix-middle order, with the family's own tokens."""
-    fim = find_fim_tokens(tokenizer)
-    before, after = (text_prompt(tokenizer, x, add_special_tokens=False) for x in (prefix, suffix))
-    return [fim.prefix, *before, fim.suffix, *after, fim.middle]
+    """What training puts before a middle, in prefix-suffix-middle order."""
+    if not isinstance(prefix, str) or not isinstance(suffix, str):
+        raise TypeError("prefix and suffix are text")
+    tokens = find_fim_tokens(tokenizer)
+    row = render_fim((prefix, "middle", suffix), tokenizer, tokens, UNLIMITED)
+    return row.input_ids[: row.loss_mask.index(1)]
 
 
 def chat_prompt(tokenizer: Any, messages: list[dict]) -> list[int]:
+    return _conversation_prompt(tokenizer, read({"messages": messages}))
+
+
+def read(record: dict) -> Conversation:
+    """The conversation that a record asks to go on: without an answer at its end."""
+    found = read_conversation(record, "instruction", answered=False)
+    while found.messages and found.messages[-1]["role"] == "assistant":
+        found.messages.pop()
+    if not found.messages:
+        raise RowError("an answer without a question", "put the user's turn before it")
+    return found
+
+
+def _conversation_prompt(tokenizer: Any, found: Conversation) -> list[int]:
     if not tokenizer.chat_template:
         raise EagleError("this tokenizer has no chat template; give the prompt as plain text")
     try:
-        text = apply_template(tokenizer, messages, add_generation_prompt=True)
+        return encode(tokenizer, chat_text(found, tokenizer))
     except RowError as error:
         raise EagleError(f"{error}; {error.remedy}") from error
-    return encode(tokenizer, text)
 
 
 def render(tokenizer: Any, record: dict) -> Prompt:
-    """One record: {"prompt"}, {"prefix", "suffix"}, {"messages"}, {"instruction"}, or MT-Bench's
-    and Spec-Bench's {"turns": [question, …]} (the first turn)."""
-    if "prefix" in record and "suffix" in record:
-        return Prompt(fim_prompt(tokenizer, record["prefix"], record["suffix"]), "fim", record)
-    messages = record.get("messages")
-    if messages is None and "turns" in record:
-        messages = [{"role": "user", "content": record["turns"][0]}]
-    if messages is None and "instruction" in record:
-        text = question(record["instruction"], record.get("input") or "")
-        messages = [{"role": "user", "content": text}]
-    if messages is None:
-        return Prompt(text_prompt(tokenizer, record["prompt"]), "text", record)
-    while messages and messages[-1].get("role") == "assistant":
-        messages = messages[:-1]
-    if not messages:
-        raise KeyError("messages")
-    if not tokenizer.chat_template:
-        return Prompt(text_prompt(tokenizer, messages[-1]["content"]), "text", record)
-    return Prompt(chat_prompt(tokenizer, messages), "chat", record)
+    """One record: {"prompt"}, {"prefix" or "prompt", "suffix"}, {"messages"}, {"instruction"},
+    {"text"} and what they are called elsewhere, or MT-Bench's and Spec-Bench's {"turns": [question,
+    …]} (the first turn)."""
+    row = Fields(record)
+    row.taken |= {*ANSWERS, *NOT_PROMPTS.split()}
+    if "suffix" in row.value and (name := row.find(("prefix", "prompt"))):
+        ids = fim_prompt(tokenizer, row.take((name,)), row.take(("suffix",)))
+        return Prompt(ids, "fim", record, unused=tuple(row.left()))
+    plain = "prompt" if isinstance(record.get("prompt"), str) else row.find(("text", "content"))
+    asked = row.find((*TURNS, "turns", "instruction"))
+    if asked is None and (plain == "prompt" or not row.find(QUESTIONS)):
+        ids = text_prompt(tokenizer, row.take((plain,)) if plain else record["prompt"])
+        return Prompt(ids, "text", record, unused=tuple(row.left()))
+    if asked == "turns":
+        row.taken.add("turns")
+        found = read({"messages": [{"role": "user", "content": record["turns"][0]}]})
+    else:
+        found = read(record)
+    unused = tuple(name for name in found.unused if name in row.left() or "[]" in name)
+    if tokenizer.chat_template:
+        return Prompt(_conversation_prompt(tokenizer, found), "chat", record, unused=unused)
+    if len(found.messages) > 1 or found.tools:
+        raise EagleError("this tokenizer has no chat template; give the prompt as plain text")
+    return Prompt(text_prompt(tokenizer, found.messages[0]["content"]), "text", record)
 
 
 def load_prompts(path: str | Path | None, tokenizer: Any, limit: int | None = None) -> list[Prompt]:
-    """A JSONL file of records, or a text file with one prompt in all; None is the shipped held-out
-    set. Raises EagleError that names the line when a record cannot be read."""
+    """A file of records, or a text file with one prompt in all; None is the shipped held-out set.
+    Raises EagleError that names the line when a record cannot be read."""
     path = Path(path) if path is not None else HELDOUT_PROMPTS
     if not path.is_file():
         raise EagleError(f"no prompt file {path}; give a .jsonl file of prompts, or a .txt file")
-    try:
-        text = path.read_text("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise EagleError(f"cannot read {path}: {error}; prompts are UTF-8 text") from error
     if path.suffix == ".txt":
+        try:
+            text = path.read_text("utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise EagleError(f"cannot read {path}: {error}; prompts are UTF-8 text") from error
         if not text:
             raise EagleError(f"{path} is empty; a .txt file is one prompt")
         return [Prompt(text_prompt(tokenizer, text), "text", {"prompt": text})]
-    lines = enumerate(text.split("\n"), 1)  # splitlines() would cut at U+2028 inside a string
-    filled = [(line, f"{path}:{number}") for number, line in lines if line.strip()][:limit]
-    prompts = [_read_prompt(line, where, tokenizer) for line, where in filled]
+    records = itertools.islice(read_records(path), limit)
+    prompts = [_read_prompt(record, tokenizer) for record in records]
     if not prompts:
         raise EagleError(f"{path} holds no prompt; one JSON record a line")
+    unused = Counter(name for prompt in prompts for name in prompt.unused)
+    name_unused(unused, path, "a prompt")
     return prompts
 
 
-def _read_prompt(line: str, where: str, tokenizer: Any) -> Prompt:
+def _read_prompt(record: Record, tokenizer: Any) -> Prompt:
+    where = f"{record.file}:{record.line}"
+    if record.value is None:
+        raise EagleError(f"{where} is no prompt: {record.error}; one JSON record a line")
     try:
-        prompt = render(tokenizer, json.loads(line))
-    except json.JSONDecodeError as error:
-        raise EagleError(f"{where} is not JSON ({error.msg}); one record a line") from error
-    except (EagleError, ConfigError) as error:
+        prompt = replace(render(tokenizer, record.value), line=record.line)
+    except (EagleError, ConfigError, RowError) as error:
         raise EagleError(f"{where} is no prompt: {error}") from error
     except (KeyError, TypeError, IndexError, AttributeError) as error:
-        needed = "prompt, prefix and suffix, messages, instruction or turns"
-        raise EagleError(f"{where} is no prompt; it needs {needed}") from error
+        raise EagleError(f"{where} is no prompt; it needs {NEEDED}") from error
     if not prompt.ids:
         raise EagleError(f"{where} is an empty prompt; remove it")
     return prompt

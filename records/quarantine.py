@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections import Counter
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from eagle.checkpoint import atomic_write_text
 from eagle.errors import EagleError
 from records.rows import RowError
 from records.sources import Record
 
+logger = logging.getLogger("records")
 RAW_LIMIT = 2000
 
 
@@ -71,3 +73,11 @@ def enforce(bad: list[BadRow], records: int, max_bad_fraction: float, out: Path 
             f"{len(bad)} of {records} rows are unusable, more than data.max_bad_fraction="
             f"{max_bad_fraction:g}: {diagnose(bad)}; repair them or raise the limit{written}"
         )
+
+
+def name_unused(counts: Counter[str], file: Any, data_format: str) -> None:
+    """Warn, once a file, of fields that its records have and that were not used."""
+    if counts:
+        named = ", ".join(f"{name} ({n} rows)" for name, n in counts.most_common())
+        said = "%s: %s does not use the fields %s; remove or rename them (data.strict=true refuses)"
+        logger.warning(said, file, data_format, named)

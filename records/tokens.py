@@ -59,6 +59,14 @@ def added_tokens(tokenizer: Any) -> set[str]:
     return {token for token in added | set(tokenizer.all_special_tokens) if token.strip()}
 
 
+@functools.lru_cache(maxsize=4)
+def special_tokens(tokenizer: Any, size: int) -> frozenset[str]:
+    """Those that a template writes and a text must not hold. size: of the tokenizer, which may
+    grow."""
+    added = (token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
+    return frozenset({*added, *tokenizer.all_special_tokens})
+
+
 def tokenizer_hash(tokenizer: Any) -> str:
     """Changes when the vocabulary, merges, normalisation, special tokens or template do."""
     digest = hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode())

@@ -157,7 +157,7 @@ def test_tokenized_masks_and_labels(tokenizer):
     render = make_renderer("tokenized", DataConfig(), tokenizer)
     from_mask = render({"input_ids": [5, 6, 7], "loss_mask": [0, 1, 1]})
     from_labels = render({"input_ids": [5, 6, 7], "labels": [-100, 6, 7]})
-    assert from_mask == from_labels == [([5, 6, 7], [0, 1, 1], False)]
+    assert from_mask == from_labels == [([5, 6, 7], [0, 1, 1], False, ())]
     assert render({"input_ids": [5, 6], "labels": [5, 6]})[0].loss_mask == [0, 1]
 
 

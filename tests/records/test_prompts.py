@@ -72,7 +72,7 @@ BAD = {
     "a list": ["x"],
     "a word": '"prefix suffix"',
     "null": "null",
-    "no known key": {"question": "x"},
+    "no known key": {"sentence": "x"},
     "prefix alone": {"prefix": "x"},
     "empty prompt": {"prompt": ""},
     "number as prompt": {"prompt": 5},
