@@ -85,6 +85,13 @@ def render_instruction(
 ) -> Row:
     """`instruction`, optional `input`, `response` or `output`; as a chat, or in Alpaca form."""
     found = read_conversation(record, "instruction")
+    return render_as(found, tokenizer, max_length, supervise, template)
+
+
+def render_as(
+    found: Conversation, tokenizer: Any, max_length: int, supervise: str, template: str
+) -> Row:
+    """template: of the config; where it says so, the Alpaca form."""
     if as_chat(tokenizer, template):
         return render_conversation(found, tokenizer, max_length, supervise)
     prompt, response = alpaca_prompt(found), found.messages[-1]["content"]
@@ -166,8 +173,8 @@ def _renderer(found: Conversation, tokenizer: Any, marked: Marked) -> Render:
     for form in FORMS if calls else FORMS[:1]:
 
         def render(messages: list[dict], tools: Any = found.tools, form=form, **more: Any) -> str:
-            shaped = [_shaped(message, *form) for message in messages]
-            return apply_template(tokenizer, shaped, tools=tools, **more)
+            given = [shaped(message, *form) for message in messages]
+            return apply_template(tokenizer, given, tools=tools, **more)
 
         try:
             skeleton = render(marked.messages, marked.tools)
@@ -195,17 +202,17 @@ def _shows(render: Render, answer: dict | None) -> bool:
         return False
 
 
-def _shaped(message: dict, as_json: bool, absent: bool) -> dict:
+def shaped(message: dict, as_json: bool, absent: bool) -> dict:
     """A message as templates read it."""
-    shaped = dict(message)
+    new = dict(message)
     if REASONING in message:
-        shaped["thinking"] = message[REASONING]
+        new["thinking"] = message[REASONING]
     if calls := message.get("tool_calls"):
-        shaped["content"] = message["content"] or (None if absent else "")
-        shaped["tool_calls"] = new = copy.deepcopy(calls)
-        for function in (call["function"] for call in new if as_json):
+        new["content"] = message["content"] or (None if absent else "")
+        new["tool_calls"] = calls = copy.deepcopy(calls)
+        for function in (call["function"] for call in calls if as_json):
             function["arguments"] = json.dumps(function["arguments"], ensure_ascii=False)
-    return shaped
+    return new
 
 
 class Marked(NamedTuple):

@@ -15,7 +15,7 @@ import logging
 import os
 import shutil
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import islice
@@ -32,7 +32,8 @@ from eagle.loading import find_adapter, read_record, require_base, resolve_compu
 from eagle.meter import Bar
 from records import load_tokenizer
 from records.dataset import held_out_rows
-from records.quarantine import BadRow, enforce, object_of, write_quarantine
+from records.quarantine import BadRow, enforce, name_unused, object_of, write_quarantine
+from records.render import refuse
 from records.rows import RowError
 from records.sources import read_records, resolve
 from records.tokens import tokenizer_hash
@@ -198,19 +199,25 @@ def start_of(output: Path, resume: str | None) -> Path | None:
 
 def load_rows(run: Run, kind: str, render: Callable[[dict], list]) -> tuple[list, list, dict]:
     """Rows for training, rows held out, and the data card, of pairs or of tasks; without files, of
-    the example `kind`. `render`: a record's rows, each with its `key`. Records that it refuses
+    the example `kind`. `render`: a record's rows, each with its `key` and what of the record was not used. Records that it refuses
     (RowError) are written down, and above data.max_bad_fraction end the run."""
     cfg: TaskData = run.cfg.data
 
     def read(given: list[str] | None, split: str, most: int | None) -> tuple[list[Any], dict]:
         files = resolve(given) if given else [write_example(kind, split, run.output / "data")[0]]
-        rows, bad, records = [], [], 0
+        rows, bad, records, unused = [], [], 0, defaultdict(Counter)
         for record in (r for path in files for r in islice(read_records(path), most)):
             records += 1
             try:
-                rows += render(object_of(record))
+                found = render(object_of(record))
+                if cfg.strict:
+                    refuse(found[0].unused, kind)
+                unused[record.file].update(found[0].unused)
+                rows += found
             except RowError as error:
                 bad.append(BadRow.of(record, error))
+        for file, counts in unused.items():
+            name_unused(counts, file, kind)
         out = run.output / f"quarantine{'' if split == 'train' else '_eval'}.jsonl"
         if bad and run.world.first:
             write_quarantine(bad, out)

@@ -62,7 +62,7 @@ def test_text_and_messages_give_the_same_pair(tokenizer):
         (pair("b", "", "a"), "rejected is missing, empty"),
         (pair("b", None, "a"), "rejected is missing"),
         (pair("b", 3, "a"), "rejected is missing, empty or not text"),
-        (pair("b", "c", " "), "prompt is empty"),
+        (pair("b", "c", " "), "empty 'prompt'"),
         (pair("b", "c"), "missing field 'prompt'"),
         (pair("b " * 99, "c", "a"), "longer than data.max_length"),
         (pair("b", "c", "a " * 99), "longer than data.max_length"),
