@@ -13,6 +13,7 @@ from configs.schema import DataConfig
 from records.chat import encode_plain, render_chat, render_instruction, require_template
 from records.fields import OTHERS, unused_fields
 from records.fim import read_fim, render_fim, spans_of
+from records.quarantine import refuse
 from records.rows import Row, RowError, cut_right, fields_of
 from records.tokens import require_fast
 
@@ -48,13 +49,6 @@ def make_renderer(data_format: str, cfg: DataConfig, tokenizer: Any) -> Renderer
         return [first, *others]
 
     return rows
-
-
-def refuse(unused: tuple[str, ...], data_format: str) -> None:
-    """Of `data.strict`."""
-    if unused:
-        what = f"fields that {data_format} does not use: {', '.join(unused)}"
-        raise RowError(what, "remove or rename them, or set data.strict=false")
 
 
 def _fim_renderer(cfg: DataConfig, tokenizer: Any) -> Renderer:

@@ -15,10 +15,9 @@ import logging
 import os
 import shutil
 import time
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +31,8 @@ from eagle.loading import find_adapter, read_record, require_base, resolve_compu
 from eagle.meter import Bar
 from records import load_tokenizer
 from records.dataset import held_out_rows
-from records.quarantine import BadRow, enforce, name_unused, object_of, write_quarantine
-from records.render import refuse
-from records.rows import RowError
-from records.sources import read_records, resolve
+from records.quarantine import enforce, read_rows, write_quarantine
+from records.sources import resolve
 from records.tokens import tokenizer_hash
 from train.finetune.assistant import write_example
 from train.finetune.policy import base_fingerprint, base_name, build_policy
@@ -199,25 +196,14 @@ def start_of(output: Path, resume: str | None) -> Path | None:
 
 def load_rows(run: Run, kind: str, render: Callable[[dict], list]) -> tuple[list, list, dict]:
     """Rows for training, rows held out, and the data card, of pairs or of tasks; without files, of
-    the example `kind`. `render`: a record's rows, each with its `key` and what of the record was not used. Records that it refuses
-    (RowError) are written down, and above data.max_bad_fraction end the run."""
+    the example `kind`. `render`: a record's rows, each with its `key`, and with the names of fields
+    that it did not use. Records that it refuses (RowError) are written down, and above
+    data.max_bad_fraction end the run."""
     cfg: TaskData = run.cfg.data
 
     def read(given: list[str] | None, split: str, most: int | None) -> tuple[list[Any], dict]:
         files = resolve(given) if given else [write_example(kind, split, run.output / "data")[0]]
-        rows, bad, records, unused = [], [], 0, defaultdict(Counter)
-        for record in (r for path in files for r in islice(read_records(path), most)):
-            records += 1
-            try:
-                found = render(object_of(record))
-                if cfg.strict:
-                    refuse(found[0].unused, kind)
-                unused[record.file].update(found[0].unused)
-                rows += found
-            except RowError as error:
-                bad.append(BadRow.of(record, error))
-        for file, counts in unused.items():
-            name_unused(counts, file, kind)
+        rows, bad, records = read_rows(files, render, cfg, kind, most)
         out = run.output / f"quarantine{'' if split == 'train' else '_eval'}.jsonl"
         if bad and run.world.first:
             write_quarantine(bad, out)
