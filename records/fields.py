@@ -346,7 +346,7 @@ def from_json(value: Any, what: str, where: str) -> Any:
     except (ValueError, RecursionError) as error:
         remedy = "write it as a JSON object"
         raise RowError(
-            f"{what} is no JSON", remedy, f"{where} {str(error)[:80]}".strip()
+            f"no JSON in {what}", remedy, f"{where} {str(error)[:80]}".strip()
         ) from error
 
 
