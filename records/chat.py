@@ -14,8 +14,7 @@ import functools
 import json
 import logging
 import re
-from collections.abc import Callable, Iterator
-from contextlib import suppress
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from eagle.errors import EagleError
@@ -77,7 +76,9 @@ def render_conversation(
     )
     if supervise == "all":  # but what the row says is context
         on = [mark and not out for mark, out in zip(all_but_first(ids), off, strict=True)]
-    return cut_right(ids, [int(mark) for mark in on], max_length)._replace(unused=found.unused)
+    return cut_right(ids, [int(mark) for mark in on], max_length)._replace(
+        unused=tuple(sorted(found.unused))
+    )
 
 
 def render_instruction(
@@ -100,7 +101,7 @@ def render_as(
     first, end = leading_ids(tokenizer), end_ids(tokenizer)
     ids, mask = first + ids + end, [0] * len(first) + mask + [1] * len(end)
     mask = all_but_first(ids) if supervise == "all" else mask
-    return cut_right(ids, mask, max_length)._replace(unused=found.unused)
+    return cut_right(ids, mask, max_length)._replace(unused=tuple(sorted(found.unused)))
 
 
 def as_chat(tokenizer: Any | None, template: str) -> bool:
@@ -132,7 +133,7 @@ def assistant_spans(found: Conversation, tokenizer: Any) -> tuple[str, list[tupl
     _require_no_special_tokens(found, tokenizer)
     marked = _marked(found, marker)
     render = _renderer(found, tokenizer, marked)
-    ends = Ends(turn_end(tokenizer), added_tokens(tokenizer))
+    ends = [turn_end(tokenizer), *sorted(added_tokens(tokenizer), key=len, reverse=True)]
     if results := [leaf for leaf, what in marked.leaves.items() if what == KINDS["tool"]]:
         skeleton = functools.partial(render, tools=marked.tools)
         text, turns = _turns(marked.messages, skeleton, marker, ends)
@@ -223,13 +224,6 @@ class Marked(NamedTuple):
     leaves: dict[str, str]
 
 
-class Ends(NamedTuple):
-    """What ends an answer, and all tokens that could."""
-
-    usual: str
-    added: set[str]
-
-
 def _marked(found: Conversation, marker: str) -> Marked:
     (messages, tools), leaves = copy.deepcopy((found.messages, found.tools)), {}
 
@@ -265,7 +259,7 @@ def _parts(content: str) -> tuple[list[str], list[str]]:
 
 
 def _turns(
-    messages: list[dict], render: Render, marker: str, ends: Ends
+    messages: list[dict], render: Render, marker: str, ends: list[str]
 ) -> tuple[str, list[tuple[int, int]]]:
     """The rendered text, and the span in it of each assistant turn."""
     text, after, turns = render(messages), 0, []
@@ -273,31 +267,24 @@ def _turns(
         try:
             start, after = _span(messages, n, text, render, marker, ends)
         except RowError:
-            if "tool_calls" not in messages[n]:
+            # without its calls it may not stand before their results: look for what it is as the
+            # last turn, with or without its reasoning
+            start, bare = -1, {k: v for k, v in messages[n].items() if k != REASONING}
+            for turn in (messages[n], bare) if "tool_calls" in bare else ():
+                short = [*messages[:n], turn]
+                alone = render(short)
+                begin, end = _span(short, n, alone, render, marker, ends)
+                if start < 0:
+                    start = text.find(said := alone[begin:end].rstrip(), after)
+            if start < 0:
                 raise
-            said = _as_last(messages[: n + 1], render, marker, ends)
-            places = [(text.find(turn, after), turn) for turn in said]
-            if not (places := [place for place in places if place[0] >= 0]):
-                raise
-            start, turn = places[0]
-            after = start + len(turn)
+            after = start + len(said)
         turns.append((start, after))
     return text, turns
 
 
-def _as_last(messages: list[dict], render: Render, marker: str, ends: Ends) -> Iterator[str]:
-    """A turn with calls as it stands at the end, with and without its reasoning. Some templates
-    refuse a tool's result behind a turn whose calls a marker has replaced."""
-    without = {k: v for k, v in messages[-1].items() if k != REASONING}
-    for turn in (messages[-1], without):
-        short = [*messages[:-1], turn]
-        text = render(short)
-        start, end = _span(short, len(short) - 1, text, render, marker, ends)
-        yield text[start:end].rstrip()
-
-
 def _span(
-    messages: list[dict], n: int, text: str, render: Render, marker: str, ends: Ends
+    messages: list[dict], n: int, text: str, render: Render, marker: str, ends: list[str]
 ) -> tuple[int, int]:
     """Where turn `n` stands, its end token included: what a marker in its place has before and
     behind it is the same in `text`."""
@@ -313,8 +300,7 @@ def _span(
     head, _, tail = swapped.partition(names[-1])
     shown = [(part, name) for part, name in zip(parts, names, strict=True) if name in swapped]
     if len(shown) > 1:  # its reasoning too, and what opens that
-        head = head.partition(shown[0][1])[0]
-        head = head[: len(head) - _opened_think(head)]
+        head = re.sub(r"<think>\s*$", "", head.partition(shown[0][1])[0])
     if not text.startswith(head):
         head = head.rstrip()
     if not text.startswith(head):  # a call may be headed in another way
@@ -325,26 +311,18 @@ def _span(
     own = _end_token(tail, ends)
     start, end = len(head), len(text) - len(tail) + len(own)
     if not text.endswith(tail):  # and ended by a token of its own
-        if not (text.endswith(tail[len(own) :]) and text.endswith(tuple(ends.added), start, end)):
+        if not (text.endswith(tail[len(own) :]) and text.endswith(tuple(ends[1:]), start, end)):
             raise _rewritten(n, "changes the text after it")
     if not all(part.strip() in text[start:end] for part, _ in shown):
         raise _rewritten(n, "rewrites its text")
     return start, end
 
 
-def _opened_think(literal: str) -> int:
-    """Length of a `<think>` and white space that end the literal before a reasoning text."""
-    found = re.search(r"<think>\s*$", literal)
-    return len(found[0]) if found else 0
-
-
-def _end_token(tail: str, ends: Ends) -> str:
+def _end_token(tail: str, ends: list[str]) -> str:
     """The end token (and blanks before it) that follows an assistant's text, or nothing."""
     blanks = tail[: len(tail) - len(tail.lstrip(" \t"))]
-    if ends.usual and tail.startswith(ends.usual, len(blanks)):
-        return blanks + ends.usual
-    found = [token for token in ends.added if tail.startswith(token, len(blanks))]
-    return blanks + max(found, key=len) if found else ""
+    found = next((end for end in ends if end and tail.startswith(end, len(blanks))), "")
+    return found and blanks + found
 
 
 def _rewritten(n: int, what: str) -> RowError:
@@ -357,7 +335,10 @@ def _rewritten(n: int, what: str) -> RowError:
 
 def turn_end(tokenizer: Any) -> str:
     """The added tokens that the chat template puts right after a last answer, or nothing."""
-    text = apply_template(tokenizer, [ASKED, {"role": "assistant", "content": "answer"}])
+    try:
+        text = apply_template(tokenizer, [ASKED, {"role": "assistant", "content": "answer"}])
+    except RowError:  # each row says so
+        return ""
     tail, added, end = text.rpartition("answer")[2].lstrip(" \t"), added_tokens(tokenizer), ""
     while found := [token for token in added if tail.startswith(token, len(end))]:
         end += max(found, key=len)
@@ -366,16 +347,12 @@ def turn_end(tokenizer: Any) -> str:
 
 def warn_without_end(data_format: str, template: str, tokenizer: Any) -> None:
     """Of a template after whose answers nothing says that they are at an end."""
-    if data_format != "chat" and not (
-        data_format == "instruction" and as_chat(tokenizer, template)
-    ):
-        return
-    with suppress(RowError):  # each row says so
-        if not turn_end(tokenizer):
-            logger.warning(
-                "the chat template puts no special token after an answer: what is trained does not "
-                "learn to stop; let it end answers with the model's end token"
-            )
+    template = {"chat": "chat", "instruction": template}.get(data_format, "")
+    if as_chat(tokenizer, template) and not turn_end(tokenizer):
+        logger.warning(
+            "the chat template puts no special token after an answer: what is trained does not "
+            "learn to stop; let it end answers with the model's end token"
+        )
 
 
 def _require_no_special_tokens(found: Conversation, tokenizer: Any) -> None:

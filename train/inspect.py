@@ -67,9 +67,7 @@ def inspect(
 
 
 def inspect_pairs(cfg: DpoConfig, num: int, split: str, console: Console) -> int:
-    """The prompt of a pair, and what is preferred to what."""
-    from rich.text import Text
-
+    """Each of a pair's answers after their prompt: first the one that is preferred."""
     from records import load_tokenizer
     from records.quarantine import read_rows
     from records.sources import resolve
@@ -84,14 +82,12 @@ def inspect_pairs(cfg: DpoConfig, num: int, split: str, console: Console) -> int
     )
     console.print(f"preference from {', '.join(paths)}", markup=False)
     console.print(f"{len(pairs)} pairs, {len(bad)} of {records} records bad")
-    for n, pair in list(enumerate(pairs))[:: max(1, len(pairs) // num) if num else 1][:num]:
-        lengths = [len(ids) for ids in (pair.prompt_ids, pair.chosen_ids, pair.rejected_ids)]
-        console.rule("pair {}: prompt {}, chosen {}, rejected {} tokens".format(n, *lengths))
-        console.print(Text(tokenizer.decode(pair.prompt_ids), CONTEXT))
-        for side in ("chosen", "rejected"):
-            style = SUPERVISED if side == "chosen" else "bold red"
-            text = tokenizer.decode(getattr(pair, f"{side}_ids"))
-            console.print(Text.assemble(f"{side}: ", (f"⟦{text}⟧", style)))
+    for pair in pairs[:: max(1, len(pairs) // max(1, num))][:num]:
+        sides, asked = [], pair.prompt_ids
+        for side, ids in (("chosen", pair.chosen_ids), ("rejected", pair.rejected_ids)):
+            mask = [0] * len(asked) + [1] * len(ids)
+            sides.append({"format": side, "input_ids": asked + ids, "loss_mask": mask})
+        print_samples(sides, 2, tokenizer, console)
     return report_bad(bad, records, cfg.data.max_bad_fraction, console)
 
 
@@ -125,7 +121,9 @@ def make_console(color: str) -> Console:
     )
 
 
-def print_samples(loaded: TokenizedData, num: int, tokenizer: Any, console: Console) -> None:
+def print_samples(
+    loaded: TokenizedData | list[dict], num: int, tokenizer: Any, console: Console
+) -> None:
     """Rows from all over the data; without colour, supervised runs stand between ⟦ and ⟧."""
     from rich.text import Text
 

@@ -69,7 +69,9 @@ def render_pair(record: dict, tokenizer: Any, cfg: PreferenceData) -> Pair:
     start = len(os.path.commonprefix([row.input_ids[: row.loss_mask.index(1)] for row in rows]))
     ends = [len(row.loss_mask) - row.loss_mask[::-1].index(1) for row in rows]
     sides = [row.input_ids[start:end] for row, end in zip(rows, ends, strict=True)]
-    return Pair(rows[0].input_ids[:start], *sides, record_key(record), cut, found.unused)
+    return Pair(
+        rows[0].input_ids[:start], *sides, record_key(record), cut, tuple(sorted(found.unused))
+    )
 
 
 def read_pair(record: dict) -> tuple[Conversation, list[dict]]:
@@ -101,7 +103,7 @@ def read_pair(record: dict) -> tuple[Conversation, list[dict]]:
         raise RowError("the prompt does not end with the user", FORMS)
     alone = len(asked[0]) == 1 and (asked[0][0]["content"], "")
     parts = found.parts if asked[0] == found.messages and found.parts else alone or None
-    return Conversation(asked[0], tools=found.tools, parts=parts, unused=tuple(unused)), answers
+    return Conversation(asked[0], tools=found.tools, parts=parts, unused=unused), answers
 
 
 def together(asked: list[dict], shared: list[dict]) -> list[dict]:
@@ -181,7 +183,7 @@ def retrieval(record: dict, tokenizer: Any, cfg: PreferenceData) -> tuple:
         listed = "\n\n".join(f"[{n}] {text}" for n, text in enumerate(shown, 1) if text)
         text = f"Use the passages to answer the question.\n\n{listed}\n\nQuestion: {query}"
         said = [{"role": "user", "content": text}]
-        return Conversation(said, parts=(text, ""), unused=tuple(row.left()))
+        return Conversation(said, parts=(text, ""), unused=set(row.left()))
 
     def exceeds(limit: int) -> bool:
         rows = (render_answer(asked(limit), answer, tokenizer, cfg) for answer in answers)
