@@ -70,15 +70,12 @@ def render_conversation(
     if not any(learnt):
         raise RowError("no assistant turn is to be learnt", "give one a weight of 1")
     ids, spans = encode_with_spans(tokenizer, text)
-    on, off = (
-        _mark(text, spans, [turn for turn, is_on in zip(turns, learnt, strict=True) if is_on == on])
-        for on in (True, False)
-    )
-    if supervise == "all":  # but what the row says is context
-        on = [mark and not out for mark, out in zip(all_but_first(ids), off, strict=True)]
-    return cut_right(ids, [int(mark) for mark in on], max_length)._replace(
-        unused=tuple(sorted(found.unused))
-    )
+    wanted = supervise != "all"  # which is all but what the row says is context
+    marked = [turn for turn, on in zip(turns, learnt, strict=True) if on == wanted]
+    mask = _mark(text, spans, marked)
+    if not wanted:
+        mask = [int(on > off) for on, off in zip(all_but_first(ids), mask, strict=True)]
+    return cut_right(ids, mask, max_length)._replace(unused=tuple(sorted(found.unused)))
 
 
 def render_instruction(
@@ -133,7 +130,7 @@ def assistant_spans(found: Conversation, tokenizer: Any) -> tuple[str, list[tupl
     _require_no_special_tokens(found, tokenizer)
     marked = _marked(found, marker)
     render = _renderer(found, tokenizer, marked)
-    ends = [turn_end(tokenizer), *sorted(added_tokens(tokenizer), key=len, reverse=True)]
+    ends = _ends(tokenizer, str(tokenizer.chat_template), len(tokenizer))
     if results := [leaf for leaf, what in marked.leaves.items() if what == KINDS["tool"]]:
         skeleton = functools.partial(render, tools=marked.tools)
         text, turns = _turns(marked.messages, skeleton, marker, ends)
@@ -343,6 +340,12 @@ def turn_end(tokenizer: Any) -> str:
     while found := [token for token in added if tail.startswith(token, len(end))]:
         end += max(found, key=len)
     return end
+
+
+@functools.lru_cache(maxsize=4)
+def _ends(tokenizer: Any, template: str, size: int) -> list[str]:
+    """What ends an answer as a rule, and all tokens that could, of this state of the tokenizer."""
+    return [turn_end(tokenizer), *sorted(added_tokens(tokenizer), key=len, reverse=True)]
 
 
 def warn_without_end(data_format: str, template: str, tokenizer: Any) -> None:

@@ -12,7 +12,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Any
 
-from records.rows import RowError, fields_of
+from records.rows import RowError, fields_of, filled_field, text_field
 
 TURNS = ("messages", "conversations", "conversation", "dialog", "dialogue", "chat")
 QUESTIONS = ("instruction", "prompt", "question", "query", "problem")
@@ -157,7 +157,8 @@ def read_question(found: Conversation, row: Fields, name: str, answered: bool) -
     else:
         context = row.take(CONTEXTS) or ""
         context = "\n\n".join(context) if is_list_of(str, context) else context
-        parts = (as_filled(asked, name), as_text(context, row.find(CONTEXTS) or ""))
+        asked = filled_field({name: asked}, name, FORMAT_HELP)
+        parts = (asked, as_text(context, row.find(CONTEXTS) or ""))
         found.parts = None if found.messages else parts
         found.add({"role": "user", "content": question(*parts)}, True, name, None)
     said = row.take(ANSWERS)
@@ -173,7 +174,10 @@ def read_question(found: Conversation, row: Fields, name: str, answered: bool) -
     elif isinstance(said, list):
         read_turns(found, said, answer)
     else:
-        message = {"role": "assistant", "content": as_filled(said, answer)}
+        message = {
+            "role": "assistant",
+            "content": filled_field({answer: said}, answer, FORMAT_HELP),
+        }
         found.add(message, True, answer, None)
 
 
@@ -312,15 +316,7 @@ def from_json(value: Any, what: str, where: str) -> Any:
 
 
 def as_text(value: Any, name: str) -> str:
-    if not isinstance(value, str):
-        raise RowError(f"'{name}' is not text", FORMAT_HELP, f"it is {type(value).__name__}")
-    return value
-
-
-def as_filled(value: Any, name: str) -> str:
-    if not as_text(value, name).strip():
-        raise RowError(f"empty '{name}'", "remove the row or fill it in")
-    return value
+    return text_field({name: value}, name, FORMAT_HELP)
 
 
 def is_list_of(kind: type, value: Any) -> bool:
