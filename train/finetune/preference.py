@@ -83,14 +83,14 @@ def read_pair(record: dict) -> tuple[Conversation, list[dict]]:
         rest["messages"] = turns_of(given["chosen"], "chosen", None)[:-1]
     if row.find((*TURNS, *QUESTIONS)) or rest["messages"]:
         found = read_conversation(rest, "instruction", answered=False)
-        while found.messages[-1:] and found.messages[-1]["role"] == "assistant":
-            found.messages.pop()
     asked, answers, unused = [], [], set(found.unused)
     for side, value in given.items():
         turns = turns_of(value, side, rest.get("prompt"))
         *shared, answer = (said := read_conversation({"messages": turns})).messages
         if answer["role"] != "assistant":
             raise RowError("a conversation does not end with the assistant", FORMS)
+        if found.messages == said.messages:  # the chosen one, beside it once more
+            found.messages.pop()
         asked.append(together(found.messages, shared))
         answers.append(answer)
         unused |= {name.replace("messages", side) for name in said.unused}
