@@ -104,6 +104,7 @@ class RowsConfig(Files):
 
     max_length: int = Field(512, ge=8, description="tokens a row may have")
     max_bad_fraction: float = Field(0.05, ge=0, le=1, description="share of bad rows that is borne")
+    strict: bool = Field(False, description="refuse rows with a field that is not used")
     heldout_fraction: float = Field(0.02, ge=0, lt=1, description="held out without eval data")
     cache_dir: str | None = Field(None, description="null = $EAGLE_CACHE or ~/.cache/eagle-heads")
     seed: int = Field(0, ge=0, description="seed of FIM cuts, mixture and order")

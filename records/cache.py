@@ -14,6 +14,7 @@ import signal
 import sys
 import threading
 import time
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -33,7 +34,7 @@ from records.rows import RowError
 from records.sources import Record, read_records
 from records.tokens import tokenizer_hash
 
-CODE_VERSION = 3  # raise when rendering changes: old entries are then not found
+CODE_VERSION = 4  # raise when rendering changes: old entries are then not found
 BATCH = 500  # records
 MANY_BYTES = 8 << 20  # of data files, from which on every core tokenises
 SHAPING_FIELDS = {
@@ -47,13 +48,15 @@ SHAPING_FIELDS = {
 
 class CacheEntry(NamedTuple):
     """`table` has what `_render` says: key is the hash of the record that a row came from, file its
-    number among the entry's files. `good` are its rows that have tokens, others are bad records."""
+    number among the entry's files. `good` are its rows that have tokens, others are bad records.
+    unused: records of each file (by number) that have a field which is not used."""
 
     table: Any
     good: np.ndarray
     bad: list[BadRow]
     records: int
     cache_hit: bool
+    unused: dict[int, Counter[str]]
 
 
 def cache_root(cfg: DataConfig) -> Path:
@@ -64,7 +67,7 @@ def cache_root(cfg: DataConfig) -> Path:
 def fingerprint(files: list[Path], data_format: str, cfg: DataConfig, tokenizer: Any) -> str:
     """Depends on the files' names and bytes, the tokenizer, the template and the config."""
     digest = hashlib.sha256()
-    shaping = {field: getattr(cfg, field) for field in SHAPING_FIELDS[data_format]}
+    shaping = {field: getattr(cfg, field) for field in ("strict", *SHAPING_FIELDS[data_format])}
     digest.update(repr((CODE_VERSION, data_format, shaping, tokenizer_hash(tokenizer))).encode())
     for path in files:
         try:
@@ -113,7 +116,12 @@ def _open(folder: Path) -> CacheEntry | None:
     column = table.data.column("bad")
     bad = [BadRow(*json.loads(text)) for text in column.drop_null().to_pylist()]
     good = np.flatnonzero(column.is_null().to_numpy())
-    return CacheEntry(table, good, bad, stats["records"], True)
+    unused: dict[int, Counter[str]] = defaultdict(Counter)
+    grouped = table.data.table.select(["file", "unused"]).group_by(["file", "unused"])
+    for row in grouped.aggregate([([], "count_all")]).to_pylist():
+        counts = dict.fromkeys(json.loads(row["unused"] or "[]"), row["count_all"])
+        unused[row["file"]].update(counts)
+    return CacheEntry(table, good, bad, stats["records"], True, unused)
 
 
 def _build(folder: Path, files: list[Path], renderer: Renderer, processes: int | None) -> None:
@@ -176,9 +184,9 @@ def _render(batch: dict[str, list], files: list[Path], renderer: Renderer) -> An
         place = {"file": number, "line": line}
         try:
             key = record_key(object_of(record))
-            for ids, mask, truncated in renderer(record.value):
+            for ids, mask, truncated, unused in renderer(record.value):
                 row = {"input_ids": ids, "loss_mask": mask, "key": key, "truncated": truncated}
-                rows.append(row | place)
+                rows.append(row | place | ({"unused": json.dumps(unused)} if unused else {}))
         except RowError as error:
             bad = {"bad": json.dumps(BadRow.of(record, error)), "key": 0, "truncated": False}
             rows.append({"input_ids": [], "loss_mask": []} | bad | place)
@@ -190,6 +198,7 @@ def _render(batch: dict[str, list], files: list[Path], renderer: Renderer) -> An
         "file": pa.int32(),
         "line": pa.int64(),
         "bad": pa.string(),
+        "unused": pa.string(),
     }
     return pa.Table.from_pylist(rows, schema=pa.schema(columns))
 

@@ -13,8 +13,9 @@ import numpy as np
 from configs.schema import DataConfig, MixtureSource
 from eagle.errors import EagleError
 from records.cache import CacheEntry, load_or_build
+from records.chat import warn_without_end
 from records.mixture import MixtureDataset, RoundRobin
-from records.quarantine import BadRow, enforce, write_quarantine
+from records.quarantine import BadRow, enforce, name_unused, write_quarantine
 from records.render import make_renderer
 from records.sources import SHIPPED_FORMATS, resolve, shipped
 
@@ -205,6 +206,10 @@ def _source(
             raise EagleError(f"no {given.format} data set is shipped: give data.path (--data FILE)")
         files = [found]
     entry = load_or_build(files, given.format, cfg, tokenizer, renderer)
+    if split == "train" or not carve:  # else it was said of the same file
+        for number, counts in entry.unused.items():
+            name_unused(counts, files[number], given.format)
+        warn_without_end(given.format, cfg.instruction_template, tokenizer)
     keys = entry.table.data.column("key").to_numpy()[entry.good]
     held = held_out_rows(keys, cfg.heldout_fraction if carve else 0)
     if carve and split == "eval" and not held.any() and len(keys):

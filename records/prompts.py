@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,22 +12,30 @@ from configs.errors import ConfigError
 from configs.fim_tokens import find_fim_tokens
 from eagle.errors import EagleError
 from eagle.loading import EMBEDDED
-from records.chat import apply_template, question
-from records.fim import fragment
-from records.quarantine import object_of
+from records.chat import chat_text
+from records.fields import ANSWERS, QUESTIONS, TURNS, Conversation, Fields, read_conversation
+from records.fim import render_fim
+from records.quarantine import name_unused, object_of
 from records.rows import RowError
 from records.sources import TEXTS, Record, kind_of, read_records, resolve
-from records.tokens import encode, leading_ids
+from records.tokens import encode
 
 HELDOUT_PROMPTS = EMBEDDED / "data" / "prompts.jsonl"
+UNLIMITED = 1 << 40  # tokens
+# what data for training or evaluation has beside its prompts
+NOT_PROMPTS = "middle canonical_solution test tests entry_point reference target chosen rejected"
+NEEDED = "prompt, prefix and suffix, messages, instruction, question, text or turns"
 
 
 @dataclass(frozen=True)
 class Prompt:
+    """unused: fields of the record that were not used."""
+
     ids: list[int]
     kind: str  # "text", "fim" or "chat"
     record: dict
     where: str = ""  # FILE:LINE
+    unused: tuple[str, ...] = ()
 
 
 def text_prompt(tokenizer: Any, text: str) -> list[int]:
@@ -36,43 +45,62 @@ def text_prompt(tokenizer: Any, text: str) -> list[int]:
 
 
 def fim_prompt(tokenizer: Any, prefix: str, suffix: str) -> list[int]:
-    """Prefix-suffix-middle order, with the family's own tokens."""
-    fim = find_fim_tokens(tokenizer)
-    before = fragment(tokenizer, prefix, fim, glued=False)
-    after = fragment(tokenizer, suffix, fim, glued=True)
-    return [*leading_ids(tokenizer), fim.prefix, *before, fim.suffix, *after, fim.middle]
+    """What training puts before a middle, in prefix-suffix-middle order."""
+    if not isinstance(prefix, str) or not isinstance(suffix, str):
+        raise TypeError("prefix and suffix are text")
+    tokens = find_fim_tokens(tokenizer)
+    row = render_fim((prefix, "middle", suffix), tokenizer, tokens, UNLIMITED)
+    return row.input_ids[: row.loss_mask.index(1)]
 
 
 def chat_prompt(tokenizer: Any, messages: list[dict]) -> list[int]:
+    return _conversation_prompt(tokenizer, read({"messages": messages}))
+
+
+def read(record: dict) -> Conversation:
+    """The conversation that a record asks to go on: without an answer at its end."""
+    found = read_conversation(record, "instruction", answered=False)
+    while found.messages and found.messages[-1]["role"] == "assistant":
+        found.messages.pop()
+    if not found.messages:
+        raise RowError("an answer without a question", "put the user's turn before it")
+    return found
+
+
+def _conversation_prompt(tokenizer: Any, found: Conversation) -> list[int]:
     if not tokenizer.chat_template:
         raise EagleError("this tokenizer has no chat template; give the prompt as plain text")
     try:
-        text = apply_template(tokenizer, messages, add_generation_prompt=True)
+        return encode(tokenizer, chat_text(found, tokenizer))
     except RowError as error:
         raise EagleError(f"{error}; {error.remedy}") from error
-    return encode(tokenizer, text)
 
 
 def render(tokenizer: Any, record: dict) -> Prompt:
-    """One record: {"prompt"}, {"prefix", "suffix"}, {"messages"}, {"instruction"}, or MT-Bench's
-    and Spec-Bench's {"turns": [question, …]} (the first turn)."""
-    if "prefix" in record and "suffix" in record:
-        return Prompt(fim_prompt(tokenizer, record["prefix"], record["suffix"]), "fim", record)
-    messages = record.get("messages")
-    if messages is None and "turns" in record:
-        messages = [{"role": "user", "content": record["turns"][0]}]
-    if messages is None and "instruction" in record:
-        text = question(record["instruction"], record.get("input") or "")
-        messages = [{"role": "user", "content": text}]
-    if messages is None:
-        return Prompt(text_prompt(tokenizer, record["prompt"]), "text", record)
-    while messages and messages[-1].get("role") == "assistant":
-        messages = messages[:-1]
-    if not messages:
-        raise KeyError("messages")
-    if not tokenizer.chat_template:
-        return Prompt(text_prompt(tokenizer, messages[-1]["content"]), "text", record)
-    return Prompt(chat_prompt(tokenizer, messages), "chat", record)
+    """One record: {"prompt"}, {"prefix" or "prompt", "suffix"}, {"messages"}, {"instruction"},
+    {"text"} and what they are called elsewhere, or MT-Bench's and Spec-Bench's {"turns": [question,
+    …]} (the first turn)."""
+    row = Fields(record)
+    row.taken |= {*ANSWERS, *NOT_PROMPTS.split()}
+    if "suffix" in row.value and (name := row.find(("prefix", "prompt"))):
+        ids = fim_prompt(tokenizer, row.take((name,)), row.take(("suffix",)))
+        return Prompt(ids, "fim", record, unused=tuple(row.left()))
+    plain = "prompt" if isinstance(record.get("prompt"), str) else row.find(("text", "content"))
+    asked = row.find((*TURNS, "turns", "instruction"))
+    if asked is None and (plain == "prompt" or not row.find(QUESTIONS)):
+        ids = text_prompt(tokenizer, row.take((plain,)) if plain else record["prompt"])
+        return Prompt(ids, "text", record, unused=tuple(row.left()))
+    if asked == "turns":
+        row.taken.add("turns")
+        found = read({"messages": [{"role": "user", "content": record["turns"][0]}]})
+    else:
+        found = read(record)
+    unused = tuple(name for name in found.unused if name in row.left() or "[]" in name)
+    if tokenizer.chat_template:
+        return Prompt(_conversation_prompt(tokenizer, found), "chat", record, unused=unused)
+    if len(found.messages) > 1 or found.tools:
+        raise EagleError("this tokenizer has no chat template; give the prompt as plain text")
+    return Prompt(text_prompt(tokenizer, found.messages[0]["content"]), "text", record)
 
 
 def load_prompts(path: str | Path | None, tokenizer: Any, limit: int | None = None) -> list[Prompt]:
@@ -83,6 +111,8 @@ def load_prompts(path: str | Path | None, tokenizer: Any, limit: int | None = No
     prompts = [_read_prompt(record, tokenizer) for record in itertools.islice(records, limit)]
     if not prompts:
         raise EagleError(f"{path} holds no prompt; one JSON record a line")
+    unused = Counter(name for prompt in prompts for name in prompt.unused)
+    name_unused(unused, path or HELDOUT_PROMPTS, "a prompt")
     return prompts
 
 
@@ -98,8 +128,7 @@ def _read_prompt(record: Record, tokenizer: Any) -> Prompt:
     except (EagleError, ConfigError) as error:
         raise EagleError(f"{where} is no prompt: {error}") from error
     except (KeyError, TypeError, IndexError, AttributeError) as error:
-        needed = "prompt, prefix and suffix, messages, instruction or turns"
-        raise EagleError(f"{where} is no prompt; it needs {needed}") from error
+        raise EagleError(f"{where} is no prompt; it needs {NEEDED}") from error
     if not prompt.ids:
         raise EagleError(f"{where} is an empty prompt; remove it")
     return prompt

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections import Counter
+from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+from configs.schema import RowsConfig
 from eagle.checkpoint import atomic_write_text
 from eagle.errors import EagleError
 from records.rows import RowError
-from records.sources import Record
+from records.sources import Record, read_records
 
+logger = logging.getLogger("records")
 RAW_LIMIT = 2000
 
 
@@ -48,6 +53,39 @@ def object_of(record: Record) -> dict:
     return record.value
 
 
+def read_rows(
+    files: list[Path],
+    render: Callable[[dict], list],
+    cfg: RowsConfig,
+    kind: str = "preference",
+    most: int | None = None,
+) -> tuple[list[Any], list[BadRow], int]:
+    """(rows, records that `render` refuses, records read) of files, `most` of each; warns of fields
+    that the first row of a record names as `unused`, or refuses with cfg.strict."""
+    rows, bad, records = [], [], 0
+    for path in files:
+        unused: Counter[str] = Counter()
+        for record in islice(read_records(path), most):
+            records += 1
+            try:
+                found = render(object_of(record))
+                if cfg.strict:
+                    refuse(found[0].unused, kind)
+                unused.update(found[0].unused)
+                rows += found
+            except RowError as error:
+                bad.append(BadRow.of(record, error))
+        name_unused(unused, path, kind)
+    return rows, bad, records
+
+
+def refuse(unused: tuple[str, ...], data_format: str) -> None:
+    """Of `data.strict`."""
+    if unused:
+        what = f"fields that {data_format} does not use: {', '.join(unused)}"
+        raise RowError(what, "remove or rename them, or set data.strict=false")
+
+
 def write_quarantine(bad: list[BadRow], path: Path) -> None:
     """One JSON object per rejected row; a lone surrogate as the JSON escape that it came as."""
     rows = ({**row._asdict(), "where": row.where} for row in bad)
@@ -76,3 +114,11 @@ def enforce(bad: list[BadRow], records: int, max_bad_fraction: float, out: Path 
             f"{len(bad)} of {records} rows are unusable, more than data.max_bad_fraction="
             f"{max_bad_fraction:g}: {diagnose(bad)}; repair them or raise the limit{written}"
         )
+
+
+def name_unused(counts: Counter[str], file: Any, data_format: str) -> None:
+    """Warn, once a file, of fields that its records have and that were not used."""
+    if counts:
+        named = ", ".join(f"{name} ({n} rows)" for name, n in counts.most_common())
+        said = "%s: %s does not use the fields %s; remove or rename them (data.strict=true refuses)"
+        logger.warning(said, file, data_format, named)

@@ -11,7 +11,9 @@ from typing import Any
 from configs.fim_tokens import find_fim_tokens
 from configs.schema import DataConfig
 from records.chat import encode_plain, render_chat, render_instruction, require_template
+from records.fields import OTHERS, unused_fields
 from records.fim import read_fim, render_fim, spans_of
+from records.quarantine import refuse
 from records.rows import Row, RowError, cut_right, fields_of
 from records.tokens import require_fast
 
@@ -24,16 +26,29 @@ def make_renderer(data_format: str, cfg: DataConfig, tokenizer: Any) -> Renderer
     length, supervise, template = cfg.max_length, cfg.supervise, cfg.instruction_template
     if data_format == "chat" or (data_format == "instruction" and template == "chat"):
         require_template(tokenizer)
-    if data_format == "fim":
-        return _fim_renderer(cfg, tokenizer)
     renderers: dict[str, tuple] = {
         "chat": (render_chat, tokenizer, length, supervise),
         "instruction": (render_instruction, tokenizer, length, supervise, template),
         "plain": (encode_plain, tokenizer, length),
         "tokenized": (render_tokenized, len(tokenizer), length),
     }
-    render, *settings = renderers[data_format]
-    return lambda record: [render(record, *settings)]
+    if data_format == "fim":
+        all_rows = _fim_renderer(cfg, tokenizer)
+    else:
+        render, *settings = renderers[data_format]
+
+        def all_rows(record: dict) -> list[Row]:
+            return [render(record, *settings)]
+
+    def rows(record: dict) -> list[Row]:
+        first, *others = all_rows(record)
+        if data_format in OTHERS:
+            first = first._replace(unused=unused_fields(record, data_format))
+        if cfg.strict:
+            refuse(first.unused, data_format)
+        return [first, *others]
+
+    return rows
 
 
 def _fim_renderer(cfg: DataConfig, tokenizer: Any) -> Renderer:

@@ -6,11 +6,13 @@ from typing import NamedTuple
 
 
 class Row(NamedTuple):
-    """Token ids and, of the same length, 1 where the token is a supervised target."""
+    """Token ids and, of the same length, 1 where the token is a supervised target. unused: fields
+    of the record that were not used."""
 
     input_ids: list[int]
     loss_mask: list[int]
     truncated: bool = False
+    unused: tuple[str, ...] = ()
 
 
 class RowError(Exception):

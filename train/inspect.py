@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from configs import ConfigError, HeadTrainConfig, load_config
 from configs.cli import main
+from configs.finetune_schema import DpoConfig
 from eagle.errors import EagleError
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ def inspect(
 ) -> int:
     """Show samples of a data set with the supervised tokens coloured, and what is wrong with it.
 
-    data_format: fim (default), chat, instruction, plain, tokenized or mixed.
+    data_format: fim (default), chat, instruction, plain, tokenized, mixed or preference.
     data:        your file(s), comma separated; without it, the shipped data set of that format.
     base:        model whose tokenizer is used; without it, the embedded model.
     config:      YAML file or preset name; section.key=value overrides come after it.
@@ -42,6 +43,10 @@ def inspect(
     if split not in ("train", "eval") or num < 0:
         raise ConfigError(f"--split={split} --num={num}: must be train or eval, and 0 or more")
     flags = {"data.format": data_format, "data.path": data, "model.base": base}
+    if data_format == "preference":
+        del flags["data.format"]
+        cfg = load_config(DpoConfig, config, overrides, flags)
+        return inspect_pairs(cfg, num, split, console)
     cfg = load_config(HeadTrainConfig, config, overrides, flags)
 
     from records import load_dataset_for, load_tokenizer
@@ -60,18 +65,46 @@ def inspect(
     )
     console.print(f"[{SUPERVISED}]supervised tokens[/], [{CONTEXT}]context[/]")
     print_samples(loaded, num, tokenizer, console)
-    if loaded.bad_rows:
-        console.rule(f"{len(loaded.bad_rows)} bad rows")
-    for reason, count in Counter(row.reason for row in loaded.bad_rows).most_common():
-        first = next(row for row in loaded.bad_rows if row.reason == reason)
+    return report_bad(loaded.bad_rows, stats["records"], cfg.data.max_bad_fraction, console)
+
+
+def inspect_pairs(cfg: DpoConfig, num: int, split: str, console: Console) -> int:
+    """Each of a pair's answers after their prompt: first the one that is preferred."""
+    from records import load_tokenizer
+    from records.quarantine import read_rows
+    from records.sources import resolve
+    from train.finetune.preference import render_pair
+
+    paths = cfg.data.paths if split == "train" else cfg.data.eval_paths
+    if not paths:
+        raise EagleError("no preferences are shipped: give --data FILE (or data.eval_path)")
+    tokenizer = load_tokenizer(cfg.model.base)
+    pairs, bad, records = read_rows(
+        resolve(paths), lambda record: [render_pair(record, tokenizer, cfg.data)], cfg.data
+    )
+    console.print(f"preference from {', '.join(paths)}", markup=False)
+    console.print(f"{len(pairs)} pairs, {len(bad)} of {records} records bad")
+    for pair in pairs[:: max(1, len(pairs) // max(1, num))][:num]:
+        sides, asked = [], pair.prompt_ids
+        for side, ids in (("chosen", pair.chosen_ids), ("rejected", pair.rejected_ids)):
+            mask = [0] * len(asked) + [1] * len(ids)
+            sides.append({"format": side, "input_ids": asked + ids, "loss_mask": mask})
+        print_samples(sides, 2, tokenizer, console)
+    return report_bad(bad, records, cfg.data.max_bad_fraction, console)
+
+
+def report_bad(bad: list, records: int, max_bad_fraction: float, console: Console) -> int:
+    if bad:
+        console.rule(f"{len(bad)} bad rows")
+    for reason, count in Counter(row.reason for row in bad).most_common():
+        first = next(row for row in bad if row.reason == reason)
         console.print(f"{count} x {reason}", style="bold red", markup=False)
         console.print(f"  first: {first.where}: {first.message}", markup=False)
         console.print(f"  to do: {first.remedy}", markup=False)
-    records, bad = stats["records"], stats["bad"]
-    if bad > cfg.data.max_bad_fraction * records:
+    if len(bad) > max_bad_fraction * records:
         raise EagleError(
-            f"{bad} of {records} rows are unusable: training would stop, because that is more than "
-            f"data.max_bad_fraction={cfg.data.max_bad_fraction:g}; repair them or raise the limit"
+            f"{len(bad)} of {records} rows are unusable: training would stop, because that is more "
+            f"than data.max_bad_fraction={max_bad_fraction:g}; repair them or raise the limit"
         )
     return 0
 
@@ -90,7 +123,9 @@ def make_console(color: str) -> Console:
     )
 
 
-def print_samples(loaded: TokenizedData, num: int, tokenizer: Any, console: Console) -> None:
+def print_samples(
+    loaded: TokenizedData | list[dict], num: int, tokenizer: Any, console: Console
+) -> None:
     """Rows from all over the data; without colour, supervised runs stand between ⟦ and ⟧."""
     from rich.text import Text
 

@@ -1,7 +1,7 @@
 import sys
 from pathlib import Path
 
-sys.path.append(str(Path(__file__).parents[1] / "train"))
+sys.path += [str(Path(__file__).parent), str(Path(__file__).parents[1] / "train")]
 
 import data_helpers
 

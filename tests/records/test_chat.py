@@ -4,7 +4,7 @@ from tokenizers import processors
 
 from configs.schema import DataConfig
 from eagle.errors import EagleError
-from records.chat import encode_plain, render_chat, render_instruction
+from records.chat import render_chat, render_instruction
 from records.render import make_renderer
 from records.rows import RowError
 from records.tokens import encode_with_spans
@@ -49,16 +49,6 @@ def test_last_assistant_and_all(tokenizer):
     assert runs(tokenizer, row) == ["two<|im_end|>"]
     mask = render_chat(record, tokenizer, LONG, "all").loss_mask
     assert mask == [0] + [1] * (len(mask) - 1)
-
-
-def test_sharegpt_names_and_equal_ids(tokenizer):
-    turns = [("system", "Be kind."), ("human", "Hi?"), ("gpt", "Hello")]
-    record = {"conversations": [{"from": who, "value": text} for who, text in turns]}
-    roles = zip(("system", "user", "assistant"), turns, strict=True)
-    same = {"messages": [{"role": role, "content": text} for role, (_, text) in roles]}
-    row = render_chat(record, tokenizer, LONG)
-    assert row == render_chat(same, tokenizer, LONG)
-    assert runs(tokenizer, row) == ["Hello<|im_end|>"]
 
 
 def test_sentencepiece_style_tokens():
@@ -130,12 +120,6 @@ def test_chat_without_a_template_names_the_remedy(tokenizer):
         make_renderer("chat", DataConfig(), tokenizer)
 
 
-def test_instruction_uses_the_chat_template(tokenizer):
-    record = {"instruction": "Add.", "input": "1 2", "output": "3", "source": "ignored"}
-    row = render_instruction(record, tokenizer, LONG)
-    assert row == render_chat(chat("Add.\n\n1 2", "3"), tokenizer, LONG)
-
-
 @pytest.mark.parametrize("context", ["", "1 2"])
 def test_instruction_alpaca(tokenizer, context):
     record = {"instruction": "Add.", "input": context, "response": "the sum"}
@@ -145,63 +129,3 @@ def test_instruction_alpaca(tokenizer, context):
     assert ("### Input:\n1 2\n\n### Response:\n" in text) == bool(context)
     tokenizer.chat_template = None
     assert render_instruction(record, tokenizer, LONG) == row
-
-
-def test_plain_supervises_all_but_the_first(tokenizer):
-    row = encode_plain({"text": "Hello world"}, tokenizer, LONG)
-    assert row.loss_mask == [0] + [1] * (len(row.input_ids) - 1)
-    assert tokenizer.decode(row.input_ids) == "Hello world<|endoftext|>"
-
-
-def test_tokenized_masks_and_labels(tokenizer):
-    render = make_renderer("tokenized", DataConfig(), tokenizer)
-    from_mask = render({"input_ids": [5, 6, 7], "loss_mask": [0, 1, 1]})
-    from_labels = render({"input_ids": [5, 6, 7], "labels": [-100, 6, 7]})
-    assert from_mask == from_labels == [([5, 6, 7], [0, 1, 1], False)]
-    assert render({"input_ids": [5, 6], "labels": [5, 6]})[0].loss_mask == [0, 1]
-
-
-BAD = {
-    "chat": [
-        ({"text": "x"}, "missing field 'messages'"),
-        ({"messages": []}, "not a non-empty list"),
-        ({"messages": ["x"]}, "not an object"),
-        ({"messages": [{"role": "alien", "content": "x"}]}, "unknown role"),
-        ({"messages": [{"role": "user", "content": None}]}, "not text"),
-        ({"messages": [{"role": "user", "content": "x"}]}, "no assistant message"),
-        (chat("Hi?", " \n"), "empty assistant message"),
-    ],
-    "instruction": [
-        ({"output": "x"}, "missing field 'instruction'"),
-        ({"instruction": "x"}, "missing field 'response' or 'output'"),
-        ({"instruction": "x", "output": 3}, "'output' is not text"),
-        ({"instruction": "x", "output": " "}, "empty 'output'"),
-    ],
-    "plain": [({"body": "x"}, "missing field 'text'")],
-    "tokenized": [
-        ({"input_ids": [5, 6]}, "missing field 'loss_mask' or 'labels'"),
-        ({"input_ids": [5, 6], "loss_mask": [0]}, "another length"),
-        ({"input_ids": [5, "6"], "loss_mask": [0, 1]}, "not a list of integers"),
-        ({"input_ids": [5, 10**6], "loss_mask": [0, 1]}, "outside the vocabulary"),
-        ({"input_ids": [5, 6], "loss_mask": [0, 2]}, "other values"),
-        ({"input_ids": [5, 6], "labels": [-100, 5]}, "neither -100"),
-        ({"input_ids": [5, 6], "loss_mask": [0, 0]}, "all-zero"),
-        ({"input_ids": [5, 6], "loss_mask": [1, 0]}, "all-zero"),
-        ({"input_ids": [], "loss_mask": []}, "too short"),
-    ],
-    "fim": [
-        ({"prefix": "a", "suffix": "b"}, "missing field 'middle'"),
-        ({"prefix": "a", "middle": 3, "suffix": "b"}, "'middle' is not text"),
-        ({"prefix": "a", "middle": "", "suffix": "b"}, "empty 'middle'"),
-        ({"text": "\n"}, "empty 'text'"),
-        ({}, "missing field 'prefix'"),
-    ],
-}
-
-
-@pytest.mark.parametrize(
-    "data_format, record, reason", [(kind, *case) for kind, cases in BAD.items() for case in cases]
-)
-def test_bad_records(tokenizer, data_format, record, reason):
-    with pytest.raises(RowError, match=reason):
-        make_renderer(data_format, DataConfig(), tokenizer)(record)

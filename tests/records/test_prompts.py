@@ -16,12 +16,9 @@ USER, ANSWER = {"role": "user", "content": "Hello"}, {"role": "assistant", "cont
 @pytest.mark.parametrize(
     "record, kind, text",
     [
-        ({"prompt": "def f():"}, "text", "def f():"),
         ({"messages": [USER]}, "chat", CHAT.format("Hello")),
-        ({"messages": [USER, ANSWER]}, "chat", CHAT.format("Hello")),
         ({"instruction": "Add", "response": "x"}, "chat", CHAT.format("Add")),
         ({"instruction": "Add", "input": "1 2"}, "chat", CHAT.format("Add\n\n1 2")),
-        ({"question_id": 81, "turns": ["First?", "Second?"]}, "chat", CHAT.format("First?")),
     ],
 )
 def test_records(tokenizer, record, kind, text):
@@ -73,7 +70,7 @@ BAD = {
     "a list": ["x"],
     "a word": '"prefix suffix"',
     "null": "null",
-    "no known key": {"question": "x"},
+    "no known key": {"sentence": "x"},
     "prefix alone": {"prefix": "x"},
     "empty prompt": {"prompt": ""},
     "number as prompt": {"prompt": 5},

@@ -38,7 +38,11 @@ def dpo(run: Run) -> int:
     loss = {"loss_type": [cfg.dpo.loss], **cfg.dpo.model_dump(exclude={"loss"})}
     # pairs that are too long were set aside
     args = begin(run, card, TrlConfig, max_length=None, **loss)
-    sets = [Dataset.from_list([pair._asdict() for pair in part]) for part in (pairs, heldout)]
+    columns = ("prompt_ids", "chosen_ids", "rejected_ids")
+    sets = [
+        Dataset.from_dict({name: [getattr(pair, name) for pair in part] for name in columns})
+        for part in (pairs, heldout)
+    ]
     collate = DataCollatorForPreference(run.tokenizer.pad_token_id or 0, pad_to_multiple_of=8)
     return PreferenceTrainer(run, args, *sets, collate).fit()
 

@@ -20,7 +20,6 @@ import zipfile
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -36,9 +35,8 @@ from eagle.errors import EagleError
 from eagle.meter import Bar
 from records import load_tokenizer
 from records.dataset import held_out_rows, tell_shared
-from records.quarantine import BadRow, enforce, object_of, write_quarantine
-from records.rows import RowError
-from records.sources import read_records, resolve
+from records.quarantine import enforce, read_rows, write_quarantine
+from records.sources import resolve
 from records.tokens import tokenizer_hash
 from train import runs
 from train.finetune.assistant import write_example
@@ -225,19 +223,14 @@ def require_whole(checkpoint: Path) -> None:
 
 def load_rows(run: Run, kind: str, render: Callable[[dict], list]) -> tuple[list, list, dict]:
     """Rows for training, rows held out, and the data card, of pairs or of tasks; without files, of
-    the example `kind`. `render`: a record's rows, each with its `key`. Records that it refuses
-    (RowError) are written down, and above data.max_bad_fraction end the run."""
+    the example `kind`. `render`: a record's rows, each with its `key`, and with the names of fields
+    that it did not use. Records that it refuses (RowError) are written down, and above
+    data.max_bad_fraction end the run."""
     cfg: TaskData = run.cfg.data
 
     def read(given: list[str] | None, split: str, most: int | None) -> tuple[list[Any], dict]:
         files = resolve(given) if given else [write_example(kind, split, run.output / "data")[0]]
-        rows, bad, records = [], [], 0
-        for record in (r for path in files for r in islice(read_records(path), most)):
-            records += 1
-            try:
-                rows += render(object_of(record))
-            except RowError as error:
-                bad.append(BadRow.of(record, error))
+        rows, bad, records = read_rows(files, render, cfg, kind, most)
         out = run.output / f"quarantine{'' if split == 'train' else '_eval'}.jsonl"
         if bad and run.world.first:
             write_quarantine(bad, out)

@@ -20,6 +20,7 @@ from configs.finetune_schema import TaskConfig
 from eagle import scoring
 from eagle.errors import EagleError
 from records.chat import apply_template, render_instruction
+from records.fields import Fields
 from records.render import record_key
 from records.rows import RowError, fields_of
 from records.tokens import encode, leading_ids
@@ -32,7 +33,7 @@ FLOOR = 0.01  # the least that a task counts
 class TaskRow:
     """A prompt of task number `task`. `sequences`: its token ids, one for each candidate of a
     ranking, else one, and with it the answer to generate, which `mask` marks; `labels`: what is to
-    be predicted of each sequence."""
+    be predicted of each sequence; `unused`: fields of the record."""
 
     task: int
     key: int
@@ -40,6 +41,7 @@ class TaskRow:
     labels: list[float]
     mask: list[int] | None = None
     answer: str | None = None
+    unused: tuple[str, ...] = ()
 
 
 def by_task(rows: list[TaskRow]) -> list[list[TaskRow]]:
@@ -59,7 +61,8 @@ def count_labels(rows: list[TaskRow], tasks: list[TaskConfig], split: str) -> di
 
 def render_record(record: dict, tasks: list, tokenizer: Any, max_length: int) -> list[TaskRow]:
     """A row for each task that takes the record."""
-    key, rows = record_key(record), []
+    key, rows, fields = record_key(record), [], Fields(record)
+    fields.taken |= {name for task in tasks for name in (*task.fields, task.label)}
     for n, task in enumerate(tasks):
         if record.get(task.label) is None or any(record.get(f) is None for f in task.fields):
             continue
@@ -81,6 +84,7 @@ def render_record(record: dict, tasks: list, tokenizer: Any, max_length: int) ->
     if any(len(ids) > max_length for row in rows for ids in row.sequences):
         remedy = f"raise data.max_length={max_length}, or shorten it"
         raise RowError("longer than data.max_length", remedy)
+    rows[0].unused = tuple(fields.left())
     return rows
 
 

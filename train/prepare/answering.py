@@ -177,6 +177,7 @@ class Endpoint:
         chat = request.ask.messages is not None
         body = {"temperature": request.temperature, "seed": request.seed % 2**31, **self.body}
         body |= {"messages": request.ask.messages} if chat else {"prompt": request.ask.ids}
+        body |= {"tools": request.ask.tools} if request.ask.tools else {}
         try:
             reply = self._post("chat/completions" if chat else "completions", body)
         except Refused as error:

@@ -4,7 +4,6 @@ answers. A prompt is what training puts before the answer: the same template, th
 
 from __future__ import annotations
 
-import copy
 import random
 import re
 from collections.abc import Generator
@@ -14,32 +13,26 @@ from typing import Any
 from configs.fim_tokens import find_fim_tokens
 from configs.schema import DataConfig
 from eagle.errors import EagleError
-from records.chat import (
-    alpaca_prompt,
-    apply_template,
-    as_chat,
-    assistant_spans,
-    question,
-    read_instruction,
-    read_messages,
-    require_template,
-)
+from records.chat import alpaca_prompt, as_chat, chat_text, require_template, shaped, turn_end
+from records.fields import Conversation, read_conversation, rewritten
 from records.fim import FILE_FIELDS, read_fim, render_fim, spans_of
 from records.render import make_renderer, record_key
 from records.rows import RowError
 from records.sources import Record
-from records.tokens import added_tokens, encode, leading_ids
+from records.tokens import encode, leading_ids
 
 UNLIMITED = 1 << 20  # tokens: an answer is not judged by data.max_length here
 
 
 @dataclass(frozen=True)
 class Ask:
-    """A prompt: `ids` (None without a tokenizer) and, where it is a chat, `messages`. `opened`:
-    what ends the prompt and belongs to the answer, a `<think>` of the template's."""
+    """A prompt: `ids` (None without a tokenizer) and, where it is a chat, `messages` and `tools` as
+    a server takes them. `opened`: what ends the prompt and belongs to the answer, a `<think>` of
+    the template's."""
 
     ids: list[int] | None
     messages: list[dict] | None = None
+    tools: list[dict] | None = None
     opened: str = ""
     may_be_blank: bool = False
 
@@ -120,13 +113,15 @@ class Rewriter:
         self._render = make_renderer(cfg.format, wide, tokenizer)
         if self.as_chat:
             require_template(tokenizer)
-            self.ends |= frozenset(_turn_end(tokenizer))
+            self.ends |= frozenset(encode(tokenizer, turn_end(tokenizer))[:1])
         elif cfg.format == "fim":
             self.fim = find_fim_tokens(tokenizer, cfg.fim_tokens)
             self.ends |= frozenset(self.fim[:4])
 
     def steps(self, record: dict) -> list[Steps]:
         """Raises RowError for a record that is not of the format. A whole file (FIM) is several."""
+        if self.cfg.format in ("chat", "instruction"):
+            return self._conversation(record)
         return getattr(self, f"_{self.cfg.format}")(record)
 
     def check(self, task: Task) -> None:
@@ -136,35 +131,23 @@ class Rewriter:
         if self.tokenizer is not None:
             self._render(task.written)
 
-    def _chat(self, record: dict) -> list[Steps]:
-        messages = read_messages(record)
-        roles = [m["role"] for m in messages]
-        turns = [n for n, r in enumerate(roles) if r == "assistant" and "user" in roles[:n]]
-        if not turns:
-            raise RowError("no assistant turn follows a user's", "remove the record")
+    def _conversation(self, record: dict) -> list[Steps]:
+        """Each text that the assistant answered a user with. A call stays, as context: it was not
+        this target that made it, and what follows is the answer to it."""
+        found = read_conversation(record, self.cfg.format)
+        messages = found.messages
+        roles = [message["role"] for message in messages]
+        calls = [n for n in found.answers if "tool_calls" in messages[n]]
+        turns = [n for n in found.answers if "user" in roles[:n] and found.trained[n]]
+        if not (turns := [n for n in turns if n not in calls]):
+            raise RowError("no assistant's text follows a user's turn", "remove the record")
 
         def steps() -> Steps:
-            new = copy.deepcopy(record)
-            written = new["messages" if "messages" in new else "conversations"]
+            new: dict[int, str | None] = dict.fromkeys(calls)
             for n in turns:
-                answer = yield self._ask(messages[:n])
-                messages[n] = {**messages[n], "content": answer.text}
-                written[n]["content" if "content" in written[n] else "value"] = answer.text
-            return new
-
-        return [steps()]
-
-    def _instruction(self, record: dict) -> list[Steps]:
-        instruction, context, _ = read_instruction(record)
-
-        def steps() -> Steps:
-            if self.as_chat:
-                ask = self._ask([{"role": "user", "content": question(instruction, context)}])
-            else:
-                text = alpaca_prompt(instruction, context)
-                ask = Ask(leading_ids(self.tokenizer) + encode(self.tokenizer, text))
-            answer = yield ask
-            return {**record, "response" if "response" in record else "output": answer.text}
+                new[n] = (yield self._ask(found, n)).text
+                messages[n] = {"role": "assistant", "content": new[n]}
+            return rewritten(record, found, new)
 
         return [steps()]
 
@@ -203,19 +186,16 @@ class Rewriter:
 
         return [steps()]
 
-    def _ask(self, messages: list[dict]) -> Ask:
+    def _ask(self, found: Conversation, n: int) -> Ask:
+        """What is asked for message `n`."""
+        before = Conversation(found.messages[:n], tools=found.tools)
+        if not self.as_chat:
+            text = alpaca_prompt(found)
+            return Ask(leading_ids(self.tokenizer) + encode(self.tokenizer, text))
+        messages = [shaped(message, True, True) for message in before.messages]
         if self.tokenizer is None:
-            return Ask(None, messages)
-        text = apply_template(self.tokenizer, messages, add_generation_prompt=True)
+            return Ask(None, messages, found.tools)
+        text = chat_text(before, self.tokenizer)
         opened = re.search(r"<think>\s*$", text)
-        return Ask(encode(self.tokenizer, text), messages, opened[0] if opened else "")
-
-
-def _turn_end(tokenizer: Any) -> list[int]:
-    """The token that the chat template puts after an assistant's text, if it is one of the added
-    ones."""
-    messages = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}]
-    text, turns = assistant_spans(messages, tokenizer)
-    after = text[turns[-1][1] :].lstrip(" \t")
-    found = [t for t in added_tokens(tokenizer) if after.startswith(t)]
-    return [tokenizer.convert_tokens_to_ids(max(found, key=len))] if found else []
+        ids = encode(self.tokenizer, text)
+        return Ask(ids, messages, found.tools, opened[0] if opened else "")
