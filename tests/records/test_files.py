@@ -28,20 +28,20 @@ def load(tmp_path, tokenizer):
     return load
 
 
-LAYOUTS = Path(__file__).parents[1] / "data/layouts"  # the same six records in each
-NAMES = [p.name for p in LAYOUTS.iterdir() if p.stem not in ("document", "splits", "hub")]
+FILES = Path(__file__).parents[1] / "data/files"  # the same six records in each
+NAMES = [p.name for p in FILES.iterdir() if p.stem not in ("document", "splits", "hub")]
 NAMES += ["splits:train", "splits/train", "*.parquet", "**/rows.tsv", "org/name", "org/name:train"]
 
 
 def layout(name):
-    return name if name.startswith("org/") else str(LAYOUTS / name)
+    return name if name.startswith("org/") else str(FILES / name)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_layouts_hold_the_same(tmp_path, load, monkeypatch, name):
-    cache = shutil.copytree(LAYOUTS / "hub", tmp_path / "hub")  # the library puts locks there
+    cache = shutil.copytree(FILES / "hub", tmp_path / "hub")  # the library puts locks there
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", cache)
-    [expected], found = resolve([LAYOUTS / "rows.jsonl"]), load(layout(name))
+    [expected], found = resolve([FILES / "rows.jsonl"]), load(layout(name))
     assert list(found) == list(load(expected)) and len(found) == 6
 
 
