@@ -78,7 +78,7 @@ def test_rows(tmp_path, account, data_format):
 
 def test_files(tmp_path, account):
     rng, found = random.Random(0), []
-    good = sorted(path for path in (DATA / "layouts").rglob("*.*") if path.is_file())
+    good = sorted(path for path in (DATA / "files").rglob("*.*") if path.is_file())
     for number, path in enumerate(good * 5):
         (tmp_path / (name := f"{number}{path.name}")).write_bytes(damaged(rng, path.read_bytes()))
         found.append(account(tmp_path / name, "fim"))
