@@ -99,10 +99,10 @@ def test_commands_with_the_readers_own_files_have_real_flags(words):
     ],
     ids=lambda words: words.split()[0],
 )
-def test_main_commands_are_quiet(words, tmp_path):
+def test_main_commands_are_quiet(words, tmp_path, compile_cache):
     rows = [{"instruction": f"say {n}", "output": "x " * n} for n in range(1, 21)]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    test_commands_of_the_readme(tuple(words.split()), tmp_path)
+    test_commands_of_the_readme(tuple(words.split()), tmp_path, compile_cache)
     assert list((tmp_path / "made").iterdir())
 
 

@@ -200,16 +200,13 @@ class Trainer:
                 saved = self._evaluate()
             elif number or (self.step % t.save_every == 0 and not last):
                 saved = self._save()
-        if self.step == 0 and not number:
-            raise EagleError(
-                f"no step was trained in train.time_budget_minutes={t.time_budget_minutes}, and a "
-                "head that learned nothing is not written; give it more time"
-            )
         self.batches = None  # ends the reader
         self.seen.progress.close()
         if self.step == 0 and not number:
-            minutes = f"train.time_budget_minutes={t.time_budget_minutes:g}"
-            raise EagleError(f"{minutes} was over before the first step: raise it")
+            raise EagleError(
+                f"train.time_budget_minutes={t.time_budget_minutes:g} was over before the first "
+                "step, and a head that learned nothing is not written; raise it"
+            )
         if number:
             path = saved or self._save()
             self.seen.note(f"stopped at step {self.step}; continue with --resume; saved {path}")

@@ -196,7 +196,7 @@ def test_the_command_is_what_to_type_and_tells_no_private_path(monkeypatch):
 
 
 BAD = [
-    ("--prompts /no/such/file", "no prompt file"),
+    ("--prompts /no/such/file", "no such data file"),
     ("--engines hf,turbo", "unknown engine 'turbo'"),
     ("--batch_sizes 1,x", "list of numbers"),
     ("--repeats 0", "repeats must be at least 1"),
