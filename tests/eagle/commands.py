@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import warnings
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
@@ -62,6 +63,20 @@ class Command:
 
 def run(*words, **more):
     return Command(*words, **more).output()
+
+
+def here(monkeypatch, capsys, module, *words):
+    """The same in this process -> exit code, stdout, stderr."""
+    monkeypatch.setattr(sys, "argv", [module, *map(str, words)])
+    code = None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # it is imported already
+        try:
+            runpy.run_module(module, run_name="__main__")
+        except SystemExit as end:
+            code = end.code
+    out, err = capsys.readouterr()
+    return (1, out, f"{err}{code}\n") if isinstance(code, str) else (code, out, err)
 
 
 def _become(words, files, values, cwd):

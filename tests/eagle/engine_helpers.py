@@ -6,14 +6,7 @@ import re
 import string
 
 import torch
-from transformers import (
-    AutoModelForCausalLM,
-    Gemma2Config,
-    LlamaConfig,
-    MistralConfig,
-    Qwen2Config,
-    Qwen3Config,
-)
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from eagle.heads.head import Eagle3Head, HeadConfig
 from eagle.model import EaModel
@@ -37,31 +30,17 @@ BASE = dict(
 )
 
 
-OWN = {
-    "llama": (LlamaConfig, {}),
-    "qwen2": (Qwen2Config, {}),
-    "qwen3": (Qwen3Config, {}),
-    "mistral": (MistralConfig, {"sliding_window": 7}),
-    "gemma2": (
-        Gemma2Config,
-        dict(
-            sliding_window=6,
-            query_pre_attn_scalar=8,
-            attn_logit_softcapping=2.0,
-            final_logit_softcapping=5.0,
-            tie_word_embeddings=False,
-        ),
-    ),
-}
+OWN = {"llama": {}, "qwen2": {}, "qwen3": {}, "mistral": {"sliding_window": 7}}
+OWN["gemma2"] = {"sliding_window": 6, "query_pre_attn_scalar": 8, "tie_word_embeddings": False}
+OWN["gemma2"] |= {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 5.0}
 FAMILIES = tuple(OWN)
 
 
 def make_config(name, **changes):
-    kind, own = OWN[name]
-    values = {**own, **BASE, **changes}
+    values = {**OWN[name], **BASE, **changes}
     if name == "qwen2":
         del values["head_dim"]
-    return kind(**values)
+    return AutoConfig.for_model(name, **values)
 
 
 def make_model(config, seed=0):
@@ -139,6 +118,18 @@ def padded(prompts, side, pad=0):
     return ids, mask
 
 
+def prefilled(target, prompts, spare=0):
+    """-> the cache after the prompts' pass, with room for `spare` tokens more, and the features
+    [B, T, F] of the prompts' tokens."""
+    lengths = [len(prompt) for prompt in prompts]
+    cache, ids = target.new_cache(len(prompts), max(lengths) + spare), padded(prompts, "right")[0]
+    return cache, target.prefill(ids, torch.tensor(lengths), lengths, cache, features=True)[1]
+
+
+# a tree of depth 4: tokens and parents
+NODES = [(9, 0), (4, 0), (7, 0), (5, 1), (6, 1), (4, 2), (8, 3), (1, 5), (2, 6)]
+
+
 def make_tree(rows, levels):
     """rows: one list of (token, parent) a row, node 0 first -> a DraftTree."""
     tokens = torch.tensor([[t for t, _ in row] for row in rows])
@@ -210,6 +201,21 @@ class ScriptedDrafter:
                     tip, reach = len(nodes) - 1, reach + 1
             rows.append(nodes)
         return make_tree(rows, self.shape.levels)
+
+
+def engines(target, answers, tree="16,4,4"):
+    """Without drafts, with a random head, and with drafts that are always and never right."""
+    yield EaModel(target)
+    yield head_model(target, tree, draft_vocab=128)
+    yield EaModel(target, drafter=ScriptedDrafter(answers, True, tree))
+    yield EaModel(target, drafter=ScriptedDrafter(answers, False, tree))
+
+
+def poison(cache, drafter):
+    """What lies past a slot's length must never be read."""
+    for each in (cache, getattr(drafter, "cache", cache)):
+        for row, length in zip(each.order, each.host_lengths, strict=True):
+            each.buffer[:, :, row, :, length:] = float("nan")
 
 
 def new_tokens(result):

@@ -12,39 +12,17 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
-H, I, Q, K, HD, V, D = 32, 48, 32, 16, 8, 128, 48
+H, V, D = 32, 128, 48
 ENTERING = [1, 2, 3]
 IDS = "eagle_aux_hidden_state_layer_ids"
 
-EAGLE3 = {
-    "fc.weight": (H, 3 * H),
-    "midlayer.self_attn.q_proj.weight": (Q, 2 * H),
-    "midlayer.self_attn.k_proj.weight": (K, 2 * H),
-    "midlayer.self_attn.v_proj.weight": (K, 2 * H),
-    "midlayer.self_attn.o_proj.weight": (H, Q),
-    "midlayer.mlp.gate_proj.weight": (I, H),
-    "midlayer.mlp.up_proj.weight": (I, H),
-    "midlayer.mlp.down_proj.weight": (H, I),
-    "midlayer.hidden_norm.weight": (H,),
-    "midlayer.input_layernorm.weight": (H,),
-    "midlayer.post_attention_layernorm.weight": (H,),
-    "norm.weight": (H,),
-    "lm_head.weight": (D, H),
-}
+LISTED = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text("utf-8"))
+LLAMA, FLAT, CONFIGS = (LISTED[part] for part in ("llama", "flat", "configs"))
+EAGLE3, EAGLE1 = (
+    {name: tuple(shape) for name, shape in LISTED["tensors"][method].items()}
+    for method in ("eagle3", "eagle1")
+)
 LAYERS_0 = {name.replace("midlayer.", "layers.0."): shape for name, shape in EAGLE3.items()}
-EAGLE1 = {
-    "embed_tokens.weight": (V, H),
-    "fc.weight": (H, 2 * H),
-    "fc.bias": (H,),
-    "layers.0.self_attn.q_proj.weight": (Q, H),
-    "layers.0.self_attn.k_proj.weight": (K, H),
-    "layers.0.self_attn.v_proj.weight": (K, H),
-    "layers.0.self_attn.o_proj.weight": (H, Q),
-    "layers.0.mlp.gate_proj.weight": (I, H),
-    "layers.0.mlp.up_proj.weight": (I, H),
-    "layers.0.mlp.down_proj.weight": (H, I),
-    "layers.0.post_attention_layernorm.weight": (H,),
-}
 MAPS = {"d2t": (D,), "t2d": (V,)}
 # format -> tensors of a reduced vocabulary, of a full one
 TENSORS = {
@@ -53,9 +31,6 @@ TENSORS = {
     "vllm": (LAYERS_0 | MAPS, LAYERS_0 | {"lm_head.weight": (V, H)}),
     "modelopt": (LAYERS_0 | {"d2t": (D,)}, LAYERS_0 | {"lm_head.weight": (V, H)}),
 }
-
-LISTED = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text("utf-8"))
-LLAMA, FLAT, CONFIGS = (LISTED[part] for part in ("llama", "flat", "configs"))
 
 
 def without(config, *keys):

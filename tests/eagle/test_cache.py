@@ -2,19 +2,21 @@
 
 import pytest
 import torch
-from engine_helpers import ScriptedDrafter, head_model, make_prompts, make_target, new_tokens, plain
+from engine_helpers import (
+    ScriptedDrafter,
+    engines,
+    head_model,
+    make_prompts,
+    make_target,
+    new_tokens,
+    plain,
+    poison,
+    prefilled,
+)
 
 from eagle.attention import TreeContext
 from eagle.errors import EagleError
 from eagle.model import EaModel
-
-
-def fresh(target, tokens):
-    """The cache of a prompt's pass over `tokens`: [L, 2, H, T, D]."""
-    cache = target.new_cache(1, len(tokens))
-    ids = torch.tensor([tokens])
-    target.prefill(ids, torch.tensor([len(tokens)]), [len(tokens)], cache, features=False)
-    return cache.buffer[:, :, 0]
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "gemma2"])
@@ -40,7 +42,8 @@ def test_committed_slots_equal_a_fresh_prefill_after_50_cycles(targets, family):
             assert cache.lengths[place] == length
             tokens = (prompts[row] + answers[row])[:length]
             got = cache.buffer[:, :, row, :, :length]
-            assert torch.allclose(got, fresh(target, tokens), atol=1e-4)
+            fresh, _ = prefilled(target, [tokens])
+            assert torch.allclose(got, fresh.buffer[:, :, 0], atol=1e-4)
 
     model = EaModel(target, drafter=ScriptedDrafter(mixed, True, "16,4,4"))
     assert new_tokens(model.generate(prompts, max_new_tokens=new, on_cache=watch)) == answers
@@ -53,16 +56,7 @@ def test_slots_past_the_length_are_never_read(targets, family, lengths):
     target, prompts = targets(family), make_prompts(lengths)
     clean = plain(target, prompts, max_new_tokens=40)
 
-    def poison(cache, drafter):
-        for each in (cache, getattr(drafter, "cache", cache)):
-            for row, length in zip(each.order, each.host_lengths, strict=True):
-                each.buffer[:, :, row, :, length:] = float("nan")
-
-    for model in (  # accepted drafts must survive it too
-        head_model(target, "16,4,4", draft_vocab=128),
-        EaModel(target),
-        EaModel(target, drafter=ScriptedDrafter(clean, True, "8,4,2")),
-    ):
+    for model in engines(target, clean):  # accepted drafts must survive it too
         result = model.generate(prompts, max_new_tokens=40, on_cache=poison)
         assert new_tokens(result) == clean
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from engine_helpers import make_head, make_target
 from safetensors.torch import load_file, save_file
 
@@ -28,47 +29,9 @@ def saved(tmp_path, llama):
     return head, save_head(head, tmp_path / "head", {"target": llama.identity})
 
 
-IDS = "eagle_aux_hidden_state_layer_ids"
-HUGE = 10**12
-
-
-MALFORMED = {
-    "hidden_size": ["32", 0, None, HUGE],
-    "vocab_size": [D - 1],
-    "draft_vocab_size": [0, HUGE],
-    "target_hidden_size": [{}],
-    "num_attention_heads": [0, 3],
-    "head_dim": [7],
-    "max_position_embeddings": [-1],
-    "rms_norm_eps": ["1e-6", float("nan")],
-    "rope_theta": [float("inf"), "10000"],
-    "rope_scaling": [
-        "linear",
-        {"type": 3},
-        {"rope_type": "linear", "factor": "two"},
-        {"rope_type": "longrope", "short_factor": [1.0] * 2, "long_factor": [1.0] * 2},
-        {"rope_type": "yarn", "factor": [2.0]},
-        {"factor": 2.0, "rope_type": ["linear"]},
-    ],
-    "hidden_act": ["abracadabra"],
-    "method": ["medusa"],
-    "norm_output": ["false"],
-    "own_embedding": ["no"],
-    "architectures": [[5]],
-    "eagle_config": [[1]],
-    "tie_word_embeddings": ["yes"],
-    IDS: ["1,2,3", [1, 2, "3"], [1, 2, HUGE], [-1, 1, 2]],
-    "eagle_aux_hidden_state_convention": [["entering"]],
-    "eagle.json": [[], {"target": "me"}, {"target": {"fingerprint": 5}}, "{"],
-    "config.json": ["[" * 100_000],
-}
-CHANGES = [{field: value} for field, values in MALFORMED.items() for value in values]
-CHANGES += [
-    {"num_attention_heads": 0, "head_dim": None},
-    {"num_hidden_layers": 0, "num_layers": None},
-    {"speculators_config": [], "speculators_model_type": "eagle3"},
-    {"transformer_layer_config": 3, "speculators_model_type": "eagle3"},
-]
+MALFORMED = yaml.safe_load(Path(__file__).with_name("malformed.yaml").read_text("utf-8"))
+CHANGES = [{field: value} for field, values in MALFORMED["fields"].items() for value in values]
+CHANGES += [*MALFORMED["together"], {"config.json": "[" * 100_000}]
 
 
 def shown(change):

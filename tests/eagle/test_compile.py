@@ -9,7 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -120,8 +120,11 @@ def runs(model, monkeypatch):
     return counts
 
 
-@pytest.mark.parametrize("batch, tree", [(1, TREES[0]), *((5, tree) for tree in TREES)])
-@pytest.mark.parametrize("sampling", [{}, SAMPLED], ids=["greedy", "sampled"])
+# greedy batches: test_drafts_are_the_same_too
+RUNS = [(1, {}, TREES[0]), (1, SAMPLED, TREES[0]), *((5, SAMPLED, tree) for tree in TREES)]
+
+
+@pytest.mark.parametrize("batch, sampling, tree", RUNS)
 def test_compiled_equals_eager(model, target, monkeypatch, batch, sampling, tree):
     prompts = PROMPTS[:batch]
     options = dict(max_new_tokens=NEW, **sampling)
@@ -192,19 +195,13 @@ def test_threads_take_turns_in_compiled_passes(model, target):
     other = gemma()
     models = [model, EaModel(other, head_of(other), "8,4,2"), model, model]
     expected = [plain(target, [p], max_new_tokens=NEW, compile="off") for p in PROMPTS]
-    got: list = [None] * 12
 
-    def work(n):
-        for i in range(n, 12, 4):
-            result = models[n].generate([PROMPTS[i % 5]], max_new_tokens=NEW, compile="max")
-            got[i] = new_tokens(result)
+    def compiled(n):
+        result = models[n % 4].generate([PROMPTS[n % 5]], max_new_tokens=NEW, compile="max")
+        return new_tokens(result)
 
-    threads = [threading.Thread(target=work, args=(n,)) for n in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(120)
-    assert got == [expected[i % 5] for i in range(12)]
+    with ThreadPoolExecutor(4) as threads:
+        assert list(threads.map(compiled, range(12))) == [expected[n % 5] for n in range(12)]
 
 
 def test_the_mode_is_for_a_model_or_a_call(model, target, compile_cache, monkeypatch):
@@ -276,19 +273,6 @@ def test_a_model_too_large_to_copy_is_refused(target, monkeypatch):
         EaModel(target, compile="max").generate(PROMPTS, draft=False)
 
 
-def test_without_a_compiler(model, monkeypatch, tmp_path):
-    monkeypatch.setenv("PATH", str(tmp_path))
-    path = tmp_path / "linear" / "one.pt2"
-    with pytest.raises(EagleError, match=r"use compile='off'.*needs a C\+\+ compiler"):
-        package(torch.nn.Linear(3, 5), (torch.ones(1, 3),), path, [None])
-    assert list(path.parent.iterdir()) == []
-    # the attention operator comes first, and needs the compiler as much
-    monkeypatch.setattr(cpu_extension, "loaded", False)
-    monkeypatch.setenv("EAGLE_CACHE", str(tmp_path / "empty"))
-    with pytest.raises(EagleError, match="compile='off'"):
-        EaModel(make_target("llama"), compile="max").generate(PROMPTS)
-
-
 class Undecided(torch.nn.Module):
     """Its control flow depends on data, which export cannot follow."""
 
@@ -296,11 +280,21 @@ class Undecided(torch.nn.Module):
         return x + 1 if x.sum().item() > 3.5 else x
 
 
-def test_a_model_that_cannot_be_exported(compile_cache, tmp_path):
-    path = tmp_path / "undecided" / "one.pt2"
-    with pytest.raises(EagleError, match="cannot compile this model.*use compile='off'"):
-        package(Undecided(), (torch.ones(1, 3),), path, [None])
-    assert list(path.parent.iterdir()) == []
+def test_what_cannot_be_compiled(compile_cache, monkeypatch, tmp_path):
+    path = tmp_path / "folder" / "one.pt2"
+    for module, said in (
+        (Undecided(), "cannot compile this model.*use compile='off'"),
+        (torch.nn.Linear(3, 5), r"use compile='off'.*needs a C\+\+ compiler"),
+    ):
+        with pytest.raises(EagleError, match=said):
+            package(module, (torch.ones(1, 3),), path, [None])
+        assert list(path.parent.iterdir()) == []
+        monkeypatch.setenv("PATH", str(tmp_path))  # from here on without a compiler
+    # the attention operator comes first, and needs the compiler as much
+    monkeypatch.setattr(cpu_extension, "loaded", False)
+    monkeypatch.setenv("EAGLE_CACHE", str(tmp_path / "empty"))
+    with pytest.raises(EagleError, match="compile='off'"):
+        EaModel(make_target("llama"), compile="max").generate(PROMPTS)
 
 
 KILLED = """

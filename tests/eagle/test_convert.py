@@ -1,11 +1,11 @@
 """`eagle convert`, `--probe`, `eagle inspect head`, and folders for a hub."""
 
 import json
-import runpy
-import sys
+from functools import partial
 
 import pytest
 import torch
+from commands import here
 from engine_helpers import make_head, make_prompts
 from format_tables import PUBLISHED, fill, publish, published, without
 from safetensors.torch import load_file
@@ -26,16 +26,7 @@ CONVERT, INSPECT = "inference.convert", "inference.inspect_head"
 @pytest.fixture
 def command(monkeypatch, capsys):
     """command(CONVERT, "SRC", …) -> exit code, stdout, stderr."""
-
-    def run(module, *arguments):
-        monkeypatch.setattr(sys, "argv", [module, *map(str, arguments)])
-        monkeypatch.delitem(sys.modules, module, raising=False)
-        with pytest.raises(SystemExit) as end:
-            runpy.run_module(module, run_name="__main__")
-        shown = capsys.readouterr()
-        return end.value.code, shown.out, shown.err
-
-    return run
+    return partial(here, monkeypatch, capsys)
 
 
 def test_convert_between_all_formats(tmp_path, command):

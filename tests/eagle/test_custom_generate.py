@@ -73,6 +73,7 @@ def test_the_streamer_and_the_result_are_the_calls_own(model, way, tmp_path):
         {"prompt_lookup_num_tokens": 3},
         {"inputs_embeds": torch.zeros(1, 5, 32)},
         {"position_ids": torch.tensor([[5, 6, 7, 8, 9]])},
+        {"stopping_criteria": [MaxTimeCriteria(1.0)]},
         {"cache": "filled"},
     ],
     ids=lambda a: next(iter(a)),
@@ -80,22 +81,12 @@ def test_the_streamer_and_the_result_are_the_calls_own(model, way, tmp_path):
 def test_what_it_cannot_do_is_refused_by_name(model, asked):
     ids, stock = torch.tensor([[3, 1, 4, 1, 5]]), model.target.model
     if "cache" in asked:
-        cache, name = DynamicCache(), cache_argument()
-        stock(ids, **{name: cache})
-        asked = {name: cache}
+        names = inspect.signature(LlamaModel.forward).parameters
+        asked = {"cache" if "cache" in names else "past_key_values": DynamicCache()}
+        stock(ids, **asked)
         ids = torch.cat([ids, ids], dim=1)
     named = "|".join({*asked, "cache"} if "cache" in str(asked) else asked)
+    named = named.replace("stopping_criteria", "MaxTimeCriteria")
     how = dict(custom_generate=model.custom_generate, return_dict_in_generate=True)
     with pytest.raises((EagleError, ValueError), match=named):
         stock.generate(ids, do_sample=False, **how, **asked, **OPTIONS)
-
-
-def cache_argument():
-    names = inspect.signature(LlamaModel.forward).parameters
-    return "cache" if "cache" in names else "past_key_values"
-
-
-def test_foreign_stopping_criteria_are_refused(model):
-    how = dict(custom_generate=model.custom_generate, stopping_criteria=[MaxTimeCriteria(1.0)])
-    with pytest.raises(EagleError, match="MaxTimeCriteria"):
-        model.target.model.generate(torch.tensor([[1, 2]]), **how, **OPTIONS)

@@ -9,13 +9,14 @@ from functools import cached_property
 import pytest
 import torch
 from engine_helpers import (
+    NODES,
     ScriptedDrafter,
     head_model,
     make_prompts,
     make_tree,
     new_tokens,
-    padded,
     plain,
+    prefilled,
     stock_greedy,
 )
 from families import PAGE, REFUSED, SERVED, Family, with_table
@@ -50,14 +51,6 @@ class Case:
         """The rows' tokens with a random head."""
         model = head_model(self.target, TREES[tree])
         return new_tokens(model.generate(prompts or self.prompts, max_new_tokens=NEW, **sampling))
-
-    def prefill(self, prompts):
-        """-> the cache of the ragged prompts, and the features [B, T, F] of their tokens."""
-        cache = self.target.new_cache(len(prompts), 40)
-        lengths = [len(p) for p in prompts]
-        ids = padded(prompts, "right")[0]
-        _, features = self.target.prefill(ids, torch.tensor(lengths), lengths, cache, features=True)
-        return cache, features
 
 
 @pytest.fixture(scope="session", params=SERVED, ids=lambda family: family.name)
@@ -112,22 +105,19 @@ def differs(a, b):
 def test_no_leak_from_the_future(case):
     """features end with the last layer's output: what is equal there has equal logits."""
     (prompt,) = make_prompts((14,))
-    _, before = case.prefill([prompt])
+    _, before = prefilled(case.target, [prompt])
     for changed in (0, 8, 13):
         other = [(t + 50) % 128 if i == changed else t for i, t in enumerate(prompt)]
-        _, after = case.prefill([other])
+        _, after = prefilled(case.target, [other])
         outcome = differs(after, before)
         assert not any(outcome[:changed]) and outcome[changed]
         assert any(outcome[changed + 1 :]) == (changed < 13)
 
 
-NODES = [(9, 0), (4, 0), (7, 0), (5, 1), (6, 1), (4, 2), (8, 3), (1, 5), (2, 6)]  # token, parent
-
-
 @torch.inference_mode()
 def test_no_leak_between_branches(case):
     """Each node changes itself and its descendants, and nothing else in the tree."""
-    cache, _ = case.prefill(make_prompts((8, 5)))
+    cache, _ = prefilled(case.target, make_prompts((8, 5)), 9)
     tree = make_tree([NODES] * 2, 4)
     target = case.target
     before, _ = target.verify_tree(tree.tokens, tree.depth, tree.mask, cache, features=False)
@@ -144,7 +134,7 @@ def test_what_training_sees(case):
     logits."""
     (prompt,) = make_prompts((13,))
     ids = torch.tensor([prompt])
-    _, features = case.prefill([prompt])
+    _, features = prefilled(case.target, [prompt])
     hidden, trained = case.target.hidden_and_features(ids, torch.ones_like(ids))
     assert torch.allclose(trained, features, rtol=1e-4, atol=1e-4)
     with case.target.stock() as model:

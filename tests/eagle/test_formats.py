@@ -3,9 +3,11 @@ in silence."""
 
 import json
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from engine_helpers import make_head, make_prompts, stock_greedy
 from format_tables import (
     CONFIGS,
@@ -36,6 +38,7 @@ from eagle.heads.write import export_head
 from eagle.model import EMBEDDED_HEAD, EaModel
 
 FORMATS = list(TABLE)
+OPTIONS = yaml.safe_load(Path(__file__).with_name("kinds.yaml").read_text("utf-8"))["formats"]
 VERIFIER = {"name_or_path": "some/target", "architectures": ["LlamaForCausalLM"]}
 SIZES = pytest.mark.parametrize("draft_vocab", [D, V], ids=["reduced", "full"])
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
@@ -203,40 +206,14 @@ def test_absent_layer_ids(tmp_path, llama, case):
         assert head.config.feature_layers == layers
 
 
-LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
-LLAMA3["original_max_position_embeddings"] = 64
-OPTIONS = {
-    "norm_before_residual": {"norm_before_residual": True},
-    "norm_before_fc": {"norm_before_fc": True},
-    "fc_norm": {"fc_norm": True},
-    "norm_output": {"norm_output": True},
-    "layers": {"num_layers": 2},
-    "biases": {"attention_bias": True, "mlp_bias": True},
-    "qk_norm": {"qk_norm": True},
-    "fc_bias": {"fc_bias": True},
-    "embedding": {"own_embedding": True},
-    "target_hidden": {"hidden_size": 24, "own_embedding": True},
-    "linear": {"rope_scaling": {"rope_type": "linear", "factor": 2.0}},
-    "llama3": {"rope_scaling": LLAMA3},
-}
-RUN_BY = {
-    "layers": {"vllm", "modelopt"},
-    "biases": {"vllm", "modelopt"},
-    "fc_bias": {"sglang"},
-    "embedding": {"eagle", "vllm"},
-    "target_hidden": {"eagle", "sglang", "vllm"},
-    "linear": set(FORMATS),
-    "llama3": {"sglang", "vllm", "modelopt"},
-}  # the others by vLLM alone
-
-
 @pytest.mark.parametrize("option", OPTIONS)
 def test_an_option_is_kept_or_refused(tmp_path, llama, option):
-    head = a_head(llama, **OPTIONS[option])
+    values, run_by = OPTIONS[option]
+    head = a_head(llama, **values)
     again, _ = load_head(save_head(head, tmp_path / "own"), llama)
     assert again.config == head.config
     for name in FORMATS:
-        if name in RUN_BY.get(option, {"vllm"}):
+        if name in run_by:
             folder = export_head(head, tmp_path / name, name, verifier=VERIFIER)
             again, _ = load_head(folder, llama)
             assert again.config == head.config

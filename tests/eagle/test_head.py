@@ -2,11 +2,13 @@
 token."""
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-from engine_helpers import make_prompts, paths_of, stock_greedy
+import yaml
+from engine_helpers import make_prompts, paths_of, prefilled, stock_greedy
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
@@ -17,33 +19,7 @@ from eagle.model import EaModel
 from eagle.tree import TreeShape
 
 H, HD, I, V, D = 32, 8, 40, 128, 48
-LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
-LLAMA3["original_max_position_embeddings"] = 32
-KINDS = {
-    "eagle3": {},
-    "two-layers": {"num_layers": 2},
-    "three-layers-qwen3": {"num_layers": 3, "qk_norm": True, "norm_output": True},
-    "norm-before-residual": {"norm_before_residual": True},
-    "norm-before-fc": {"norm_before_fc": True},
-    "fc-norm": {"fc_norm": True},
-    "norm-output": {"norm_output": True},
-    "speculators": {"norm_before_residual": True, "norm_before_fc": True, "norm_output": True},
-    "biases": {"attention_bias": True, "mlp_bias": True, "fc_bias": True},
-    "qkv-bias": {"qkv_bias": True, "num_layers": 2},
-    "qk-norm": {"qk_norm": True},
-    "own-embedding": {"own_embedding": True},
-    "narrow": {"own_embedding": True, "hidden_size": 24},
-    "wide-heads": {"head_dim": 24},
-    "whole-vocabulary": {"draft_vocab_size": V},
-    "llama3": {"rope_scaling": LLAMA3},
-    "linear": {"rope_scaling": {"type": "linear", "factor": 2.0}},
-    "dynamic": {"rope_scaling": {"type": "dynamic", "factor": 2.0}, "max_position_embeddings": 16},
-    "yarn": {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}},
-    "eagle1": {"method": "eagle1"},
-    "eagle1-unbiased": {"method": "eagle1", "fc_bias": False},
-    "eagle1-two-layers": {"method": "eagle1", "num_layers": 2, "qkv_bias": True},
-    "eagle1-own-embedding": {"method": "eagle1", "own_embedding": True},
-}
+KINDS = yaml.safe_load(Path(__file__).with_name("kinds.yaml").read_text("utf-8"))["kinds"]
 kinds = pytest.mark.parametrize("kind", KINDS)
 
 
@@ -269,8 +245,7 @@ def test_final_features_are_what_the_lm_head_reads(llama):
     llama.set_feature_layers((FINAL,))
     hidden, features = llama.hidden_and_features(ids)
     assert torch.equal(hidden, features) and features.shape == (1, 12, H)
-    cache = llama.new_cache(1, 12)
-    _, again = llama.prefill(ids, torch.tensor([12]), [12], cache, features=True)
+    _, again = prefilled(llama, ids.tolist())
     torch.testing.assert_close(again, features, rtol=1e-4, atol=1e-4)
     with pytest.raises(EagleError, match="three ids in 0 … 4"):
         llama.set_feature_layers((FINAL, 1, 2))

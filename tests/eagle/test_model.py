@@ -4,7 +4,7 @@ threads."""
 import copy
 import io
 import pickle
-import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -109,20 +109,13 @@ def test_threads_take_turns(llama, sampling):
         for p in make_prompts((9, 3, 14, 1, 6), seed=seed)
     ]
     expected = [m.naivegenerate([p], max_new_tokens=NEW, **sampling).tolist() for m, p in jobs]
-    got: list = [None] * len(jobs)
 
-    def work(which):
-        for i in which:
-            model, prompt = jobs[i]
-            *_, last = model.ea_generate([prompt], max_new_tokens=NEW, **sampling)
-            got[i] = last.tolist()
+    def drafted(job):
+        *_, last = job[0].ea_generate([job[1]], max_new_tokens=NEW, **sampling)
+        return last.tolist()
 
-    threads = [threading.Thread(target=work, args=(range(n, len(jobs), 5),)) for n in range(5)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(120)
-    assert got == expected
+    with ThreadPoolExecutor(5) as threads:
+        assert list(threads.map(drafted, jobs)) == expected
 
 
 def test_handled_as_models_are(llama):

@@ -4,6 +4,7 @@ import pytest
 import torch
 from engine_helpers import (
     ScriptedDrafter,
+    engines,
     head_model,
     make_head,
     make_prompts,
@@ -27,14 +28,6 @@ PROMPTS = make_prompts((9, 3, 14, 1))
 @pytest.fixture(scope="module")
 def answers(llama):
     return plain(llama, PROMPTS, max_new_tokens=NEW)
-
-
-def engines(target, expected, tree="16,4,4"):
-    """Without drafts, with a random head, and with drafts that are always and never right."""
-    yield EaModel(target)
-    yield head_model(target, tree, draft_vocab=128)
-    yield EaModel(target, drafter=ScriptedDrafter(expected, True, tree))
-    yield EaModel(target, drafter=ScriptedDrafter(expected, False, tree))
 
 
 def stock(target, prompts, asked):

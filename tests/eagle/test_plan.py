@@ -8,7 +8,16 @@ import random
 import numpy as np
 import pytest
 import torch
-from engine_helpers import head_model, make_head, make_prompts, make_target, new_tokens, plain
+from engine_helpers import (
+    head_model,
+    make_head,
+    make_prompts,
+    make_target,
+    new_tokens,
+    plain,
+    poison,
+    prefilled,
+)
 
 import eagle.costs
 import eagle.draft
@@ -94,27 +103,13 @@ def assert_same(drafter, row, other, other_row, length, atol, state_atol=1e-3):
     assert torch.allclose(drafter.first[row], other.first[other_row], atol=state_atol)
 
 
-def features_of(target, ids):
-    """ids [b, T], all real -> features [b, T, F]."""
-    b, T = ids.shape
-    cache = target.new_cache(b, T)
-    return target.prefill(ids, torch.full((b,), T), [T] * b, cache, features=True)[1]
-
-
 def fresh_drafter(target, drafter, context):
     ids, count = torch.tensor([context]), len(context) - 1
     fresh = HeadDrafter(drafter.head, drafter.embed, WIDEST)
     fresh.begin(1, count)
-    features = features_of(target, ids[:, :-1])
+    _, features = prefilled(target, [context[:-1]])
     INGEST(fresh, features, ids[:, 1:], torch.tensor([count]), [count])
     return fresh
-
-
-def poison(cache, drafter):
-    """What lies past a slot's length must never be read."""
-    for each in (cache, drafter.cache):
-        for row, length in zip(each.order, each.host_lengths, strict=True):
-            each.buffer[:, :, row, :, length:] = float("nan")
 
 
 AUTO = [("llama", "wide", 1, 0), ("llama", "rests", 5, 0), ("qwen2", "narrow", 5, 0)]
@@ -234,8 +229,8 @@ def test_a_call_that_rests_from_end_to_end_never_runs_the_head(llama, inject, mo
 def test_ingesting_in_chunks_equals_one_pass(llama, monkeypatch, chunk):
     head = make_head(llama, 128)
     llama.set_feature_layers(head.config.feature_layers)
-    ids = torch.tensor([make_prompts((24,), seed=i)[0] for i in range(3)])
-    features, following = features_of(llama, ids), ids.roll(-1, 1)
+    prompts = [make_prompts((24,), seed=i)[0] for i in range(3)]
+    features, following = prefilled(llama, prompts)[1], torch.tensor(prompts).roll(-1, 1)
     calls = [([9, 1, 4], 0), ([0, 2, 11], 9), ([3, 3, 3], 20)]  # counts, and where to take from
 
     def ingest(size):

@@ -5,6 +5,7 @@ import pytest
 import torch
 from engine_helpers import (
     ScriptedDrafter,
+    engines,
     head_model,
     make_prompts,
     make_target,
@@ -25,15 +26,6 @@ PROMPT = make_prompts((6,))
 @pytest.fixture(scope="module")
 def answer(llama):
     return plain(llama, PROMPT, max_new_tokens=40)[0]
-
-
-def engines(llama, answers, tree="16,4,4"):
-    """The plain engine, a drafter that is always right, one that is always wrong, and a random
-    head."""
-    yield EaModel(llama)
-    yield EaModel(llama, drafter=ScriptedDrafter(answers, True, tree))
-    yield EaModel(llama, drafter=ScriptedDrafter(answers, False, tree))
-    yield head_model(llama, tree)
 
 
 def first_use(answer, low):

@@ -7,6 +7,7 @@ import transformers
 from engine_helpers import (
     BASE,
     FAMILIES,
+    NODES,
     ScriptedDrafter,
     head_model,
     make_config,
@@ -15,8 +16,8 @@ from engine_helpers import (
     make_target,
     make_tree,
     new_tokens,
-    padded,
     plain,
+    prefilled,
     stock_greedy,
 )
 
@@ -43,7 +44,7 @@ def test_any_feature_layers(layers):
         states = model(input_ids=ids, output_hidden_states=True, use_cache=False).hidden_states
     # what leaves the last layer; transformers' own last state is normed
     states = [*states[:4], before_norm[0]]
-    _, features = target.prefill(ids, torch.tensor([5]), [5], target.new_cache(1, 5), features=True)
+    _, features = prefilled(target, ids.tolist())
     assert torch.allclose(features, torch.cat([states[i] for i in layers], -1), atol=1e-5)
     for bad in ((0, 1), (0, 1, 5), (-1, 1, 2)):
         with pytest.raises(EagleError, match="feature layers"):
@@ -71,30 +72,19 @@ def test_default_feature_layers():
         default_feature_layers(1)
 
 
-def ragged_cache(target, prompts, capacity):
-    cache, lengths = target.new_cache(len(prompts), capacity), [len(p) for p in prompts]
-    ids = padded(prompts, "right")[0]
-    target.prefill(ids, torch.tensor(lengths), lengths, cache, features=False)
-    return cache
-
-
-# tokens and parents, depth 4
-TREE = [(9, 0), (4, 0), (7, 0), (5, 1), (6, 1), (4, 2), (8, 3), (1, 5), (2, 6)]
-
-
 @pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize("lengths", [(6, 6), (9, 2)], ids=["even", "ragged"])
 @torch.inference_mode()
 def test_tree_logits_equal_every_path_on_its_own(targets, name, lengths):
     target = targets(name)
     prompts = make_prompts(lengths)
-    cache = ragged_cache(target, prompts, 30)
-    tree = make_tree([TREE] * len(prompts), 4)
+    cache, _ = prefilled(target, prompts, spare=9)
+    tree = make_tree([NODES] * len(prompts), 4)
     logits, features = target.verify_tree(tree.tokens, tree.depth, tree.mask, cache, features=True)
     with target.stock() as model:
         for b, prompt in enumerate(prompts):
-            for n in range(len(TREE)):
-                path = [TREE[m][0] for m in tree.mask[b, n].nonzero()[:, 0]]
+            for n in range(len(NODES)):
+                path = [NODES[m][0] for m in tree.mask[b, n].nonzero()[:, 0]]
                 ids = torch.tensor([prompt + path])
                 out = model(input_ids=ids, output_hidden_states=True, use_cache=False)
                 assert torch.allclose(logits[b, n], out.logits[0, -1], atol=1e-4)

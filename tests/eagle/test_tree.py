@@ -1,5 +1,5 @@
-"""The draft tree: shape, growth, reranking, ancestors and verification, each against a slow
-reference."""
+"""The draft tree: shape, ancestors, reranking and verification, each against a slow reference; the
+C++ too."""
 
 import random
 
@@ -7,9 +7,18 @@ import pytest
 import torch
 from engine_helpers import make_tree
 
+from eagle.compile import compiled_folder, cpu_flags
 from eagle.errors import EagleError
 from eagle.tree import TreeShape, ancestors, rerank
 from eagle.verify import verify
+from kernels import cpu_extension
+
+
+@pytest.fixture(params=["reference", "c++"])
+def implementation(request, monkeypatch, compile_cache):
+    cpu_extension.load(compiled_folder(), cpu_flags())
+    monkeypatch.setattr(cpu_extension, "loaded", request.param == "c++")
+
 
 BAD_SHAPES = "|16|16,4|16,4,4,4|a,b,c|16;4;4|1.5,4,4|1,4,4|0,4,4|16,-1,4|16,4,0|16,,4"
 
@@ -62,7 +71,7 @@ def test_ancestors_against_a_walk():
                 assert set(seen[row, n].nonzero()[:, 0].tolist()) == chain
 
 
-def test_verify_against_a_walk():
+def test_verify_against_a_walk(implementation):
     rng = random.Random(1)
     for trial in range(60):
         levels, nodes, rows = rng.randint(1, 6), rng.randint(2, 24), 4
@@ -95,56 +104,50 @@ def test_verify_against_a_walk():
             assert verdict.path.max() < nodes
 
 
-def candidates(rng, k, depth, ties):
-    """Random candidates in the layout of `HeadDrafter.expand`."""
-    parents, scores, level, beams = [], [], [], []
-    for j in range(k):
-        scores.append(-rng.choice([0.0, 0.5, 1.0]) if ties else -rng.random())
-        parents.append(0)
-        beams.append(1 + j)
-        level.append(1)
-    for d in range(depth):
-        start = len(parents)
-        for beam in beams:
-            for _ in range(k):
-                drop = rng.choice([0.0, 0.0, 0.5]) if ties else rng.random()
-                scores.append(scores[beam - 1] - drop)
-                parents.append(beam)
-                level.append(d + 2)
-        order = sorted(range(start, len(parents)), key=lambda i: -scores[i])[:k]
-        beams = [1 + i for i in order]
-    tokens = list(range(1000, 1000 + len(parents)))
-    return tokens, parents, scores, level
+def candidates(b, k, depth, seed, ties):
+    """Arguments of `rerank` as a drafter makes them, tokens 1000, 1001, …: levels of k beams, whose
+    scores fall from parent to child, or with ties may stay."""
+    g = torch.Generator().manual_seed(seed)
+
+    def drops(*shape):
+        drop = torch.rand(b, *shape, generator=g)
+        return (2 * drop).floor() / 2 if ties else drop
+
+    parents, scores, levels = [torch.zeros(b, k, dtype=torch.int64)], [-drops(k)], [1] * k
+    base, width = 1, k
+    for step in range(depth):
+        beams = torch.stack([torch.randperm(width, generator=g)[:k] for _ in range(b)])
+        parents.append((base + beams).repeat_interleave(k, 1))
+        scores.append((scores[-1].gather(1, beams)[..., None] - drops(k, k)).flatten(1))
+        levels += [step + 2] * (k * k)
+        base, width = base + width, k * k
+    tokens = torch.arange(1000, 1000 + len(levels)).expand(b, -1)
+    roots = torch.arange(1, b + 1)
+    return roots, tokens, torch.cat(parents, 1), torch.cat(scores, 1), torch.tensor(levels)
 
 
 @pytest.mark.parametrize("ties", [False, True])
-def test_rerank_keeps_the_best_with_their_parents(ties):
+def test_rerank_keeps_the_best_with_their_parents(implementation, ties):
     rng = random.Random(2)
-    for _ in range(30):
-        k, depth = rng.randint(1, 4), rng.randint(0, 4)
-        both = [candidates(rng, k, depth, ties) for _ in range(3)]
-        total = len(both[0][0])
-        shape = TreeShape(rng.randint(2, total + 3), depth, k)
-        tree = rerank(
-            torch.tensor([1, 2, 3]),
-            *(torch.tensor([c[i] for c in both]) for i in range(3)),
-            torch.tensor(both[0][3]),
-            shape.num_nodes,
-            shape.levels,
-        )
+    for seed in range(30):
+        k, depth = rng.choice([1, 2, 4, 10]), rng.randint(0, 6)
+        made = candidates(3, k, depth, seed, ties)
+        _, _, parents, scores, level = (x.tolist() for x in made)
+        shape = TreeShape(rng.randint(2, min(len(level) + 3, 70)), depth, k)
         N = shape.num_nodes
+        tree = rerank(*made, N, shape.levels)
         assert tree.tokens.shape == tree.parents.shape == tree.depth.shape == (3, N)
-        for b, (_, parents, scores, level) in enumerate(both):
+        for b in range(3):
             kept = [t - 1000 for t in tree.tokens[b, 1:].tolist()]
-            best = sorted(scores, reverse=True)[: N - 1]
-            assert sorted((scores[i] for i in kept), reverse=True) == pytest.approx(best)
+            best = sorted(scores[b], reverse=True)[: N - 1]
+            assert sorted((scores[b][i] for i in kept), reverse=True) == best
             assert tree.tokens[b, 0] == b + 1 and kept == sorted(kept)
             for node, i in enumerate(kept, 1):
                 parent = tree.parents[b, node].item()
                 assert parent < node
-                assert (parents[i] - 1 == kept[parent - 1]) if parent else parents[i] == 0
+                assert parents[b][i] == (1 + kept[parent - 1] if parent else 0)
                 assert tree.depth[b, node] == level[i] == tree.depth[b, parent] + 1
-                assert tree.scores[b, node] == pytest.approx(scores[i])
+                assert tree.scores[b, node] == scores[b][i]
         assert tree.depth.max() <= shape.levels
         assert torch.equal(tree.mask, ancestors(tree.parents, N))
         assert torch.equal(tree.mask.sum(-1), tree.depth + 1)

@@ -2,11 +2,12 @@
 
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 
+import commands
 import pytest
 import torch
-from commands import run
 from engine_helpers import make_config, make_head, make_model
 from transformers import AutoTokenizer
 
@@ -62,7 +63,13 @@ def base(model_folder, head_folder):
 @pytest.fixture(scope="session")
 def command():
     """command("inference.bench", "--flag", …) -> the finished process."""
-    return lambda *words, **more: run(*words, CUDA_VISIBLE_DEVICES="", **more)
+    return lambda *words, **more: commands.run(*words, CUDA_VISIBLE_DEVICES="", **more)
+
+
+@pytest.fixture
+def here(monkeypatch, capsys):
+    """here("inference.bench", "--flag", …) in this process -> exit code, stdout, stderr."""
+    return partial(commands.here, monkeypatch, capsys)
 
 
 @pytest.fixture

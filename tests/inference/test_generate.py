@@ -1,4 +1,4 @@
-"""The generate command: what it prints and writes, and how it refuses."""
+"""The generate command: what it prints and writes."""
 
 import json
 import subprocess
@@ -6,10 +6,9 @@ import sys
 from importlib.util import find_spec
 
 import pytest
-from engine_helpers import make_head, make_target, plain
+from engine_helpers import plain
 from transformers import AutoTokenizer
 
-from eagle.checkpoint import save_head
 from eagle.target import Target
 from inference.console import COMMANDS
 from inference.generate import generate
@@ -38,11 +37,12 @@ def test_a_prompt_from_stdin_as_a_process(command, base, model_folder):
         ["--prompt", "Hello", "--chat"],
         ["--prefix", "def f():\n", "--suffix", "\nreturn"],
         ["--prefix", "def f():\n"],
+        ["--prompt", "def add(a, b):", "--compile", "off", "--tree", "auto"],
         ["--prompt", "x", "--temperature", "1.2", "--seed", "4", "--top_p", "0.9", "--top_k", "40"],
     ],
     ids=lambda way: way[-1].strip(),
 )
-def test_engines_agree_in_every_way_of_asking(in_process, base, way):
+def test_engines_agree_in_every_way_of_asking(in_process, base, compile_cache, way):
     asked = [*base, *way, "--max_new_tokens", 10, "--engine"]
     eagle, vanilla = (in_process(generate, *asked, engine) for engine in ("eagle", "vanilla"))
     assert eagle[0] == vanilla[0] == 0 and eagle[1] == vanilla[1] != "\n"
@@ -86,7 +86,8 @@ def test_a_request_that_fails_is_reported_and_the_others_are_written(
     source.write_text(first + "\n" + "".join(rest))
     asked = [*base, *"--temperature 1.1 --seed 6 --max_new_tokens 9 --batch_size 2".split()]
     code, stdout, err = in_process(generate, *asked, "--prompts", source, "--output", out)
-    assert code == 1 and stdout == "" and one_error(err) and "1 of 3 requests failed" in err
+    assert code == 1 and stdout == "" and "Traceback" not in err
+    assert err.splitlines()[-1] == "error: 1 of 3 requests failed"
     records = [json.loads(line) for line in out.read_text().splitlines()]
     assert [r["prompt"]["prompt"] for r in records] == texts
     bad = records[1]
@@ -98,23 +99,12 @@ def test_a_request_that_fails_is_reported_and_the_others_are_written(
         assert records[place]["completion"] == text and "error" not in records[place]
 
 
-def test_tree_auto_and_compile_off_keep_the_output(in_process, base, model_folder, compile_cache):
-    (text,), _ = expected(model_folder, ["def add(a, b):"], 12)
-    asked = (*base, "--prompt", "def add(a, b):", "--max_new_tokens", 12, "--compile", "off")
-    code, stdout, err = in_process(generate, *asked, "--tree", "auto")
-    assert code == 0 and stdout == text + "\n", err
-
-
 def test_min_p(in_process, base, model_folder):
-    asked = [
-        *base,
-        *"--prompt x --temperature 1.5 --seed 4 --max_new_tokens 10 --min_p 0.3".split(),
-    ]
-    with_it, without = (
-        expected(model_folder, ["x"], 10, temperature=1.5, seed=4, min_p=p)[0] for p in (0.3, 0.0)
-    )
-    code, stdout, _ = in_process(generate, *asked)
-    assert code == 0 and [stdout] == [with_it[0] + "\n"] and with_it != without
+    sampled = dict(temperature=1.5, seed=4)
+    without, given = (expected(model_folder, ["x"], 10, **sampled, min_p=p)[0] for p in (0.0, 0.3))
+    asked = "--prompt x --temperature 1.5 --seed 4 --max_new_tokens 10 --min_p 0.3"
+    code, stdout, _ = in_process(generate, *base, *asked.split())
+    assert code == 0 and [stdout] == [given[0] + "\n"] and given != without
 
 
 def test_stop_string(in_process, base, model_folder):
@@ -126,63 +116,6 @@ def test_stop_string(in_process, base, model_folder):
         generate, *base, "--prompt", "def add(a, b):", "--stop", stop, "--max_new_tokens", 20
     )
     assert code == 0 and f"[{end} tokens" in err and "stop" in err
-
-
-BAD = [
-    "",
-    "--prompt a --prefix b",
-    "--suffix b",
-    "--promt a",
-    "--prompt a --engine turbo",
-    "--prompt=",
-    "--prompt a --temperature -1",
-    "--prompt a --temperature hot",
-    f"--prompt {'word' * 400}",
-    "--prompt a --tree 16,4",
-    "--prompt a --compile fast",
-    "--prompts x --batch_size 0",
-    "--prompts /no/such/file.jsonl",
-    "--prompt a --output x",
-    "--prompt a --dtype float7",
-    "--prompt a --device toaster",
-    "--prompt a --base /no/such/model",
-    "--prompt a --head /no/such/head",
-    f"--prompt a --temperature 1 --seed {2**70}",
-]
-
-
-def one_error(err):
-    """One line for the user, no traceback."""
-    *before, last = [line for line in err.splitlines() if line.strip()]
-    rest = "\n".join(before)
-    return last.startswith("error: ") and "error:" not in rest and "Traceback" not in rest
-
-
-@pytest.mark.parametrize("flags", BAD, ids=lambda flags: flags[:40])
-def test_bad_input(in_process, base, flags):
-    code, stdout, err = in_process(generate, *base, *flags.split())
-    assert code != 0 and stdout == "" and one_error(err), err
-
-
-def test_a_file_that_cannot_be_read_or_written_is_refused(in_process, base, source, tmp_path):
-    for output in (tmp_path, source / "below" / "out.jsonl"):
-        code, _, err = in_process(generate, *base, "--prompts", source, "--output", output)
-        assert code != 0 and one_error(err) and "generating" not in err, err
-    source.write_text('{"prompt": "a"}\n{oops\n')
-    code, stdout, err = in_process(
-        generate, *base, "--prompts", source, "--output", tmp_path / "out"
-    )
-    assert code != 0 and stdout == "" and one_error(err) and not (tmp_path / "out").exists()
-
-
-def test_a_head_for_another_model(in_process, tmp_path, model_folder):
-    save_head(make_head(make_target("llama")), tmp_path / "other")
-    flags = ["--base", model_folder, "--dtype", "float32", "--prompt", "a"]
-    code, _, err = in_process(generate, *flags, "--head", tmp_path / "other")
-    assert code != 0 and one_error(err)
-    # no head at all
-    code, _, err = in_process(generate, *flags)
-    assert code != 0 and one_error(err) and "--head" in err
 
 
 def test_console():

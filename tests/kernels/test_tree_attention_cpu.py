@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from kernel_helpers import WAYS, options_of
 
 from eagle.attention import TreeContext
 from eagle.cache import StaticKVCache
@@ -28,11 +29,11 @@ def operator(compile_cache):
     load(eagle.compile.compiled_folder(), eagle.compile.cpu_flags())
 
 
-def attend(context, q, k, v, scaling=0.3, window=None, softcap=None, sinks=None):
+def attend(context, q, k, v, scaling=0.3, sliding_window=None, softcap=None, sinks=None):
     """-> [b, N, Hq, D], zeros where a row has no query."""
     torch.ops.eagle_cpu.enter(*context.packed())
     try:
-        asked = LAYER, scaling, window or 0, softcap or 0.0, sinks
+        asked = LAYER, scaling, sliding_window or 0, softcap or 0.0, sinks
         out = torch.ops.eagle.attend(q, k, v, *asked)
     finally:
         torch.ops.eagle_cpu.leave()
@@ -64,13 +65,11 @@ class Problem:
     def run(self, **options):
         return attend(self.context, self.q, self.k, self.v, **options)
 
-    def reference(self, scaling=0.3, window=None, **options):
+    def reference(self, scaling=0.3, **options):
         """In fp32, whatever the inputs are."""
         seen = self.padded_q.float(), self.keys.float(), self.values.float()
         tree = self.cache.lengths, pack_bits(self.mask), self.places
-        out = tree_attention_reference(
-            *seen, *tree, scaling=scaling, sliding_window=window, **options
-        )
+        out = tree_attention_reference(*seen, *tree, scaling=scaling, **options)
         for i, n in enumerate(self.counts):
             out[i, n:] = 0
         return out
@@ -137,15 +136,6 @@ def close(problem, **options):
     return got
 
 
-WAYS = {
-    "plain": {},
-    "window": dict(window=4),
-    "window of one": dict(window=1),
-    "wider window": dict(window=513),
-    "softcap": dict(softcap=1.5),
-    "sinks": dict(sinks=torch.linspace(-2, 3, 24)),
-    "all": dict(window=5, softcap=2.0, sinks=torch.linspace(-1, 2, 24)),
-}
 CASES = {
     "one": dict(lengths=[1], N=1, Hq=1, Hkv=1, D=4),
     "nothing before": dict(lengths=[0], N=1),
@@ -179,10 +169,7 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 def test_against_the_reference(case, way):
     asked = problem(**CASES[case])
-    options = dict(WAYS[way])
-    if "sinks" in options:
-        options["sinks"] = options["sinks"][: asked.q.shape[1]]
-    close(asked, **options)
+    close(asked, **options_of(way, asked.q.shape[1]))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -190,15 +177,15 @@ def test_against_the_reference(case, way):
 def test_half_precision(case, dtype):
     asked = problem(**CASES[case], dtype=dtype)
     close(asked)
-    close(asked, window=6, softcap=2.0, sinks=torch.randn(asked.q.shape[1]).to(dtype))
+    close(asked, sliding_window=6, softcap=2.0, sinks=torch.randn(asked.q.shape[1]).to(dtype))
 
 
 def test_a_window_does_not_read_what_it_cannot_see():
     """Slots before every query's window may hold anything; whole blocks of them are skipped."""
     asked = problem([300, 20], N=3)
-    expected = asked.reference(window=40)
+    expected = asked.reference(sliding_window=40)
     asked.cache.buffer[LAYER, :, 0, :, :192] = NAN
-    assert torch.allclose(asked.run(window=40), expected, atol=2e-5)
+    assert torch.allclose(asked.run(sliding_window=40), expected, atol=2e-5)
 
 
 def test_queries_that_see_nothing_yield_zeros():
@@ -212,7 +199,7 @@ def test_queries_that_see_nothing_yield_zeros():
     asked = problem([9, 80], N=2)
     asked.mask[:, 0] = False
     asked.places += 20
-    got = close(asked, window=3)
+    got = close(asked, sliding_window=3)
     assert (got[:, 0] == 0).all() and (got[:, 1] != 0).all()
 
 
@@ -222,7 +209,7 @@ def test_the_first_blocks_hide_everything():
     asked.mask[:, :, :170] = False
     close(asked)
     asked = problem([200], N=3)
-    close(asked, window=2)
+    close(asked, sliding_window=2)
 
 
 def test_large_scores():
@@ -257,7 +244,7 @@ def test_writes_its_slots_and_nothing_else(case):
 def test_a_row_does_not_depend_on_its_neighbours(case):
     """Bit for bit: what speculative decoding's equality over batches rests on."""
     asked = problem(**CASES[case])
-    together = asked.run(window=50)
+    together = asked.run(sliding_window=50)
     C, (_, Hkv, _, D) = asked.cache.capacity, asked.k.shape
     for i, n in enumerate(asked.counts):
         # the same row alone: everything but the row's own facts is another's
@@ -272,7 +259,7 @@ def test_a_row_does_not_depend_on_its_neighbours(case):
         context = TreeContext(cache, places[:, offset:], mask, places)
         start = sum(asked.counts[:i])
         own = (x[:, :, start : start + n] for x in (asked.q, asked.k, asked.v))
-        assert torch.equal(attend(context, *own, window=50)[0], together[i, :n])
+        assert torch.equal(attend(context, *own, sliding_window=50)[0], together[i, :n])
 
 
 def test_a_node_does_not_depend_on_its_tree():

@@ -195,30 +195,6 @@ def test_the_command_is_what_to_type_and_tells_no_private_path(monkeypatch):
     assert command_line("slots", bench, {}) == "python -m inference.bench slots"
 
 
-BAD = [
-    ("--prompts /no/such/file", "no such data file"),
-    ("--engines hf,turbo", "unknown engine 'turbo'"),
-    ("--batch_sizes 1,x", "list of numbers"),
-    ("--repeats 0", "repeats must be at least 1"),
-    ("--temperature 0.5 --temperatures 0,0.8", "not both"),
-    ("--tree a", "total_token,depth,top_k"),
-    ("--context_lengths 16,255", "lower context_lengths"),
-    ("--forced_acceptance -1", "at least 0"),
-    ("--engines hf_prompt_lookup --batch_sizes 2", "one row at a time"),
-    ("--engines eagle_auto --forced_acceptance 2", "eagle_auto picks no tree"),
-    ("--json /", "cannot be written"),
-    (f"--plots {__file__}", "cannot be written"),
-]
-
-
-@pytest.mark.parametrize("flags, says", BAD, ids=[flags for flags, _ in BAD])
-def test_bad_input(in_process, base, prompt_file, flags, says):
-    arguments = "--max_new_tokens 4 --repeats 1 --engines hf,vanilla,eagle --prompts".split()
-    code, out, err = in_process(bench, *base, *arguments, prompt_file, *flags.split())
-    *_, last = err.splitlines()
-    assert code != 0 and out == "" and last.startswith("error: ") and says in last
-
-
 def test_without_matplotlib_plots_are_refused_before_the_work(in_process, base, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.delitem(sys.modules, "matplotlib.figure", raising=False)

@@ -47,13 +47,3 @@ def test_the_cycle_in_a_graph_is_lossless(device):
         for row, (count, tokens) in zip(rows, gained, strict=True):
             row += tokens[: count + 1] if len(row) < new else []
     assert [row[:new] for row in rows] == expected
-
-
-def test_what_cannot_be_measured_is_refused(in_process, tmp_path):
-    for flags, says in (
-        ("--size full --device cpu", "full size needs a GPU"),
-        ("--size toy --device meta", "no meta here"),
-        ("--size toy --device cpu --stage training", "kernels, engine, all"),
-    ):
-        code, _, err = in_process(gpu, *flags.split(), "--out", tmp_path)
-        assert code == 1 and says in err and not list(tmp_path.iterdir())

@@ -10,7 +10,6 @@ import time
 import pytest
 from commands import Command
 
-from inference import evaluate
 from inference.evaluation import journal
 from inference.evaluation.executing import Executor, Rules
 from inference.evaluation.problems import load_problems
@@ -224,47 +223,6 @@ def test_plain_and_speculative_side_by_side(tmp_path, cli, tiny):
     assert "1 of 6 programs differ" in (out / "compare.md").read_text()
 
 
-@pytest.mark.parametrize(
-    "arguments, wrong",
-    [
-        (("taco", "--n_samples", 2), "allow_code_execution"),
-        (("execute", "--generations", "GENERATIONS"), "allow_code_execution"),
-        (("verify-dataset",), "allow_code_execution"),
-        (("taco", ALLOW, "--n_samples", 2, "--k", "1,5"), "pass@5 needs at least 5"),
-        (("taco", ALLOW, "--k", "best"), "k 'best'"),
-        (("taco", ALLOW, "--temperature", 0), "--n_samples 1"),
-        (("taco", ALLOW, "--n_samples", 0), "n_samples: Input should be greater"),
-        (("taco", ALLOW, "--policy", "kind"), "policy: Input should be"),
-        (("taco", ALLOW, "--engine", "medusa"), "engine: Input should be"),
-        (("taco", ALLOW, "--against", "absent.json"), "absent.json"),
-        (("taco", ALLOW, "--isolation", "prison"), "isolation level"),
-        (("taco", ALLOW, "--seconds", 0), "seconds: Input should be greater"),
-        (("score", "--generations", "GENERATIONS"), "run the execute stage first"),
-        (("execute", "--generations", "absent.json", ALLOW), "absent.json: cannot read"),
-        (("execute", ALLOW), "give --generations"),
-        (("score",), "give --generations"),
-    ],
-)
-def test_refusals_come_before_any_work(tmp_path, cli, monkeypatch, arguments, wrong):
-    import inference.generate
-
-    monkeypatch.setattr(inference.generate, "load_model", lambda *_: pytest.fail("it was loaded"))
-    data = small_set(tmp_path / "x.jsonl")
-    made = {"double0": ["x"], "double1": ["x"]}
-    file = generations(tmp_path / "g.json", made)
-    arguments = [file if a == "GENERATIONS" else a for a in arguments]
-    code, _, err = cli(*arguments, "--data", data, "--output", tmp_path / "out")
-    assert code == 1 and wrong in err and err.startswith("error: ") and err.count("\n") == 1
-
-
-@pytest.mark.parametrize("arguments", [[], ["sonnets"], ["--help"]])
-def test_unknown_commands_and_help(capsys, arguments):
-    with pytest.raises(SystemExit) as ended:
-        evaluate.main(arguments)
-    assert "verify-dataset" in capsys.readouterr().out + str(ended.value)
-    assert (ended.value.code == 0) == (arguments == ["--help"])
-
-
 def test_tasks_command(tmp_path, cli):
     path, out = tmp_path / "answers.jsonl", tmp_path / "out.json"
     row = {"task": "nli", "type": "classification", "label": "yes"}
@@ -276,7 +234,6 @@ def test_tasks_command(tmp_path, cli):
     assert code == 1 and "1 of 3 rows" in err and "answers.jsonl:3: " in err
     code, result, _ = cli("tasks", "--data", path, "--max_bad_fraction", 0.5)
     assert code == 0 and result["tasks"]["nli"]["rows"] == 2 and len(result["bad_rows"]) == 1
-    assert "give --data" in cli("tasks")[2]
 
 
 def test_text_command(tmp_path, cli, model_folder):

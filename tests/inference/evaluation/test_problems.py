@@ -16,19 +16,7 @@ HUMANEVAL, MBPP = CASES["humaneval"], CASES["mbpp"]
 
 
 def taco(**changes):
-    row = {
-        "question": "Double the number.",
-        "starter_code": "",
-        "solutions": json.dumps(["print(2 * int(input()))"]),
-        "input_output": json.dumps({"inputs": ["1\n", "2\n"], "outputs": ["2\n", "4\n"]}),
-        "difficulty": "EASY",
-        "raw_tags": "[]",
-        "tags": "['Mathematics']",
-        "skill_types": "['Greedy algorithms', 'Sorting']",
-        "time_limit": "2.0 seconds",
-        "memory_limit": "256.0 megabytes",
-    }
-    return {**row, **changes}
+    return {**CASES["taco"], **changes}
 
 
 def pairs(inputs, outputs, **more):
@@ -148,21 +136,10 @@ def test_infilling_rows(tmp_path, cli):
         load_problems(write(tmp_path / "x.jsonl", [json.loads(without.split("\n")[0])]))
 
 
-BODIES = [
-    "    return pi * r * r\n",
-    "    print(r)\n    return pi * r * r\n\nprint(area(1))\n",
-    "    return r\n",
-    "    import sys\n    sys.exit(0)\n",
-    "    return pi *\n",
-    "    return int(input())\n",
-]
-DOUBLES = [MBPP["code"], "def double(x):\n    return x * x\n", "double = 3", "def double(x:\n"]
-
-
 def test_humaneval_and_mbpp_programs_are_run(tmp_path, cli):
     data, file = write(tmp_path / "x.jsonl", [HUMANEVAL, MBPP]), tmp_path / "g.json"
-    made = {"HumanEval/0": BODIES, 11: [*DOUBLES, "exit()", "x"]}
-    file.write_text(json.dumps([{"task_id": k, "output": texts} for k, texts in made.items()]))
+    made = [{"task_id": k, "output": texts} for k, texts in CASES["completions"].items()]
+    file.write_text(json.dumps(made))
     stage = ("--data", data, "--output", tmp_path / "out")
     assert cli("verify-dataset", *stage, "--allow_code_execution")[1]["verified"] == 2
     stage += ("--generations", file)
