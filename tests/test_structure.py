@@ -189,8 +189,7 @@ assert kernels.THEIRS and kernels.layer.LAYER and kernels.get_kernel("x") == "x"
 import eagle
 from kernels.tree_attention import attend
 from kernels.choose import choose
-import transformers
-from eagle import EaModel
+{last}
 assert importlib.metadata.version("kernels") == "0.16.0"
 assert "tree_attention" in sys.modules["kernels.tree_attention"].__file__
 print("fine")
@@ -200,8 +199,9 @@ print("fine")
 @pytest.mark.parametrize("first", ["import transformers", "import eagle", "checkout"])
 def test_beside_the_other_distribution(stand_in, tmp_path, first):
     if first == "checkout":  # the repository first on the path: a regular package still wins
-        code = f"import sys; sys.path.append({str(stand_in)!r})\n" + CHECK.format(first="")
-        assert run(code, cwd=ROOT).stdout.strip() == "fine"
+        first = f"sys.path.append({str(stand_in)!r})"
+        done = run(CHECK.format(first=first, last=""), cwd=ROOT)
     else:
-        code = CHECK.format(first=first)
-        assert run(code, [stand_in], cwd=tmp_path).stdout.strip() == "fine"
+        last = "import transformers; from eagle import EaModel"
+        done = run(CHECK.format(first=first, last=last), [stand_in], cwd=tmp_path)
+    assert done.stdout.strip() == "fine"

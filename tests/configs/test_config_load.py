@@ -1,8 +1,13 @@
+from pathlib import Path
+
 import pytest
+import yaml
 
 from configs import ConfigError, HeadTrainConfig, load_config
 from configs.deepspeed_presets import deepspeed_config
 from configs.load import preset_names
+
+REFUSED = yaml.safe_load((Path(__file__).parents[1] / "data/refused.yaml").read_text("utf-8"))
 
 
 def load(*overrides, source=None, flags=None):
@@ -40,26 +45,7 @@ def test_override_values():
     assert load(flags={"data.path": odd}).data.paths == [odd]
 
 
-@pytest.mark.parametrize(
-    "override, message",
-    [
-        ("train.lrr=1", "did you mean train.lr?"),
-        ("lr=1", "did you mean train.lr?"),
-        ("trian.lr=1", "did you mean train?"),
-        ("train.zzz=1", "keys of train: output, max_steps"),
-        ("train=3", "train=3: should be a valid dictionary"),
-        ("train.lr.x=3", "train.lr: should be a valid number"),
-        ("train.lr", "write section.key=value"),
-        ("train.lr=-1", "train.lr=-1: should be greater than 0 (peak learning rate)"),
-        ("data.format=poem", "'chat', 'fim'"),
-        ("data.mixture=[{format: fim, wieght: 2}]", "data.mixture.0.wieght: unknown key"),
-        ("data.mixture=[{format: fim}]", "mixture needs format=mixed"),
-        ("data.mixture=[{format", "cannot read the value"),
-        ("eval.tree=16", "as 16,4,4"),
-        ("data=[1]", "incompatible"),
-        ("train.output=${nowhere}", "Interpolation key 'nowhere' not found"),
-    ],
-)
+@pytest.mark.parametrize("override, message", REFUSED["overrides"].items())
 def test_errors_are_one_line_with_the_remedy(override, message):
     with pytest.raises(ConfigError) as error:
         load(override)
@@ -72,15 +58,7 @@ def test_several_problems_are_counted():
         load("train.lr=-1", "train.zero=9")
 
 
-@pytest.mark.parametrize(
-    "text, message",
-    [
-        ("train: {lrr: 1}", "did you mean train.lr?"),
-        ("train: [", "not valid YAML"),
-        ("- a", "must hold sections"),
-        ("3", "not valid YAML"),
-    ],
-)
+@pytest.mark.parametrize("text, message", REFUSED["yaml_files"].items())
 def test_bad_yaml(tmp_path, text, message):
     path = tmp_path / "c.yaml"
     path.write_text(text)

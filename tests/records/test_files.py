@@ -1,11 +1,10 @@
 import json
 import os
 import shutil
-from pathlib import Path
 
 import numpy as np
 import pytest
-from data_helpers import chat, write_jsonl
+from data_helpers import DATA, chat, write_jsonl
 
 from configs.schema import DataConfig
 from eagle.errors import EagleError
@@ -28,7 +27,7 @@ def load(tmp_path, tokenizer):
     return load
 
 
-FILES = Path(__file__).parents[1] / "data/files"  # the same six records in each
+FILES = DATA / "files"  # the same six records in each
 NAMES = [p.name for p in FILES.iterdir() if p.stem not in ("document", "splits", "hub")]
 NAMES += ["splits:train", "splits/train", "*.parquet", "**/rows.tsv", "org/name", "org/name:train"]
 
@@ -52,7 +51,6 @@ def test_layouts_hold_the_same(tmp_path, load, monkeypatch, name):
         ("splits:nope", "has the splits train, test"),
         ("org/none", "no such data file, and no hub data set that can be loaded"),
         ("*.nothing", "no file matches this pattern"),
-        ("gone.jsonl", "no such data file"),
         ("{tmp}/loop.jsonl", "no such data file"),
         ("{tmp}/links", "links/a.jsonl: cannot read this file: No such file"),
         ("{tmp}/pipe.json", "no such data file"),
@@ -70,14 +68,7 @@ def test_places_that_are_refused(tmp_path, name, message):
 
 def test_source_code_and_texts(tmp_path, caplog, load):
     code = tmp_path / "code"
-    for name in (
-        "a.py",
-        "deep/b.rs",
-        "node_modules/c.js",
-        ".git/d.py",
-        "README.md",
-        "package.json",
-    ):
+    for name in "a.py deep/b.rs node_modules/c.js .git/d.py README.md package.json".split():
         (code / name).parent.mkdir(parents=True, exist_ok=True)
         (code / name).write_bytes(b"x = 1\r\ny = 2\n")
     odd = {"gen.py": b"# DO NOT EDIT\n1", "bin.c": b"\0", "empty.py": b"", "latin.py": b"\xe9"}
@@ -88,16 +79,9 @@ def test_source_code_and_texts(tmp_path, caplog, load):
     (code / "deep/up").symlink_to(tmp_path)
     files = resolve([code], "fim")
     assert [path.name for path in files] == ["a.py", "b.rs"]
-    for count in (
-        "3 folders",
-        "1 generated",
-        "1 binary",
-        "1 empty",
-        "1 not UTF-8",
-        "1 larger",
-        "1 lin",
-    ):
-        assert count in caplog.text
+    for kind in ("generated", "binary", "empty", "not UTF-8", "larger", "lin"):
+        assert f"1 {kind}" in caplog.text
+    assert "3 folders" in caplog.text
     assert len(resolve([code], "plain")) == 3 and resolve([code], "chat") == [code / "package.json"]
     assert next(read_records(files[0])).value == {"text": "x = 1\ny = 2\n"}
     assert len(load(code).paths) == 2

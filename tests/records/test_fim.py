@@ -17,17 +17,6 @@ RECORD = dict(zip(("prefix", "middle", "suffix"), SPANS, strict=True))
 FILE = "".join(SPANS) + "    x = 1\n    y = 2\n"
 
 
-@pytest.mark.parametrize("spm", [False, True], ids=["psm", "spm"])
-def test_order_and_mask(tokenizer, spm):
-    row = render_fim(SPANS, tokenizer, find_fim_tokens(tokenizer), 512, spm)
-    before, middle, after = SPANS
-    context = f"<|fim_prefix|>{before}<|fim_suffix|>{after}<|fim_middle|>"
-    if spm:
-        context = f"<|fim_prefix|><|fim_suffix|>{after}<|fim_middle|>{before}"
-    assert tokenizer.decode(row.input_ids) == f"{context}{middle}<|endoftext|>"
-    assert runs(tokenizer, row) == [middle + "<|endoftext|>"]
-
-
 def word_level(words):
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
@@ -62,7 +51,7 @@ def test_trimming_keeps_the_middle_and_the_near_context(tokenizer, spm):
     assert len(row.input_ids) == 60 and row.truncated
     assert runs(tokenizer, row) == ["middle<|endoftext|>"]
     text = tokenizer.decode(row.input_ids)
-    assert "near = 2\n<|fim_suffix|>near\n" in text or "<|fim_suffix|>near\n" in text
+    assert "<|fim_suffix|>near\n" in text and (spm or "near = 2\n<|fim_suffix|>" in text)
 
 
 def test_short_side_leaves_its_room_to_the_other(tokenizer):

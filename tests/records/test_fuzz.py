@@ -3,15 +3,14 @@ reason or refused in one line, and none is lost."""
 
 import json
 import random
-from pathlib import Path
 
 import pytest
+from data_helpers import DATA
 
 from configs.schema import DataConfig
 from eagle.errors import EagleError
 from records import load_dataset_for
 
-DATA = Path(__file__).parents[1] / "data"
 CASES = json.loads((DATA / "fuzz.json").read_text("utf-8"))
 PIECES, ODD = [*CASES["pieces"], "[" * 2000, "9" * 5000], [*CASES["odd"], "x" * 9999]
 GOOD, MARKS = CASES["good"], [b"\xef\xbb\xbf", b"\xff\xfe", b"\x00\x00\xfe\xff", b"\0"]

@@ -1,20 +1,18 @@
 """Masks against a second way to find them: a regular expression over the rendered text, written for
-each of eleven chat templates in the style of well known families, over fourteen shapes of chats."""
+each of twelve chat templates in the style of well known families, over the shapes of chats."""
 
 import copy
 import json
 import re
-from pathlib import Path
 
 import pytest
 import yaml
-from data_helpers import read_jsonl
+from data_helpers import DATA, read_jsonl
 
 from records.chat import render_chat
 from records.rows import RowError
 from records.tokens import load_tokenizer
 
-DATA = Path(__file__).parents[1] / "data"
 TEMPLATES = yaml.safe_load((DATA / "templates.yaml").read_text("utf-8"))
 SHAPES = DATA / "shapes.jsonl"
 
@@ -34,7 +32,7 @@ def expected_mask(tokenizer, ids, text, turns):
         piece = tokenizer.decode([token])
         start = place + len(piece) - len(piece.lstrip(" "))
         place += len(piece)
-        mask.append(int(any(a <= start and place <= b for a, b in turns)))
+        mask.append(int(any(a <= start and a < place <= b for a, b in turns)))
     assert place == len(text)
     return mask
 

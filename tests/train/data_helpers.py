@@ -1,31 +1,18 @@
 """A tiny real tokenizer, chat templates, records and files, and what a mask supervises as text."""
 
 import json
+from pathlib import Path
 
 import pytest
+import yaml
 
+DATA = Path(__file__).parents[1] / "data"
+REFUSED = yaml.safe_load((DATA / "refused.yaml").read_text("utf-8").replace("LONG", "a " * 99))
 TEXTS = [
     "def add(a, b):\n    return a + b\n\n\nclass Point:\n    x = 1\n",
     "Hello world, how are you? I am fine.\nThanks! <think>reason</think>",
     "### Instruction:\n### Response:\nWrite a function that adds two numbers.",
 ] * 20
-
-STRIPPING = (
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content | trim }}<|im_end|>\n"
-    "{% endfor %}"
-)
-# the last assistant turn gets a think block; earlier turns lose theirs (as Qwen3's does)
-THINKING = (
-    "{% for m in messages %}{% set content = m.content %}{% set reason = '' %}"
-    "{% if m.role == 'assistant' and '</think>' in content %}"
-    "{% set reason = content.split('</think>')[0].split('<think>')[-1].strip('\n') %}"
-    "{% set content = content.split('</think>')[-1].lstrip('\n') %}{% endif %}"
-    "<|im_start|>{{ m.role }}\n"
-    "{% if m.role == 'assistant' and loop.last %}<think>\n{{ reason }}\n</think>\n\n{% endif %}"
-    "{{ content }}<|im_end|>\n{% endfor %}"
-)
-REWRITING = "{% for m in messages %}{{ m.role }}: {{ m.content | upper }}<|im_end|>\n{% endfor %}"
-BLANK_BEFORE_END = "{% for m in messages %}{{ m.role }}: {{ m.content }} <|endoftext|>{% endfor %}"
 
 
 @pytest.fixture(scope="session")

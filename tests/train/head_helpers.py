@@ -1,15 +1,21 @@
 """A tiny target, tiny data and small configs for the head training tests."""
 
 import json
+import os
 import random
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import torch
+from engine_helpers import BASE
 from safetensors.torch import load_file
 
 from configs.schema import HeadTrainConfig
 from eagle.heads.head import HeadConfig, make_head
 
+ROOT = Path(__file__).parents[2]
 WORDS = "def class return self value index for in range len list item key print open path".split()
 
 
@@ -18,20 +24,10 @@ def save_tiny_model(folder, tokenizer_dir, seed=0, hidden=32):
 
     size = len(json.loads((tokenizer_dir / "tokenizer.json").read_text())["model"]["vocab"])
     torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=size + 16,
-        hidden_size=hidden,
-        intermediate_size=2 * hidden,
-        num_hidden_layers=4,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=16,
-        max_position_embeddings=256,
-        initializer_range=0.2,
-        eos_token_id=0,
-        bos_token_id=None,
-        pad_token_id=None,
-    )
+    sizes = dict(vocab_size=size + 16, hidden_size=hidden, intermediate_size=2 * hidden)
+    heads = dict(num_attention_heads=2, num_key_value_heads=1, head_dim=16)
+    other = dict(initializer_range=0.2, eos_token_id=0, pad_token_id=None)
+    config = LlamaConfig(**BASE | sizes | heads | other)
     LlamaForCausalLM(config).save_pretrained(folder)
     for file in tokenizer_dir.iterdir():
         if file.is_file() and file.name not in ("config.json", "model.safetensors"):
@@ -70,6 +66,16 @@ def trained(base, data, output, **options):
 
     assert run(config(base, data, output, **options), quiet=True) == 0
     return output
+
+
+def run_python(*words, **environment):
+    """`python WORDS` from the repository's root; it must succeed."""
+    ours = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    options = {"env": {**os.environ, **ours, **environment}, "cwd": ROOT, "timeout": 400}
+    command = [sys.executable, *map(str, words)]
+    done = subprocess.run(command, capture_output=True, text=True, **options)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done
 
 
 def require_same_tensors(a, b):

@@ -3,10 +3,9 @@
 import json
 from types import SimpleNamespace
 
-import commands
 import pytest
 import torch
-from data_helpers import REWRITING, chat, write_jsonl
+from data_helpers import chat, write_jsonl
 from head_helpers import save_tiny_model, tiny_head
 from transformers import AutoTokenizer
 
@@ -24,6 +23,7 @@ from train.head.ttt import UnrolledHead, plan_unroll
 CPU = torch.device("cpu")
 
 CHATML = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+REWRITING = "{% for m in messages %}{{ m.role }}: {{ m.content | upper }}<|im_end|>\n{% endfor %}"
 BARE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
 
 
@@ -356,15 +356,9 @@ def test_the_command_on_a_fit_target_and_on_an_unfit_one(tmp_path, own, data, mo
     assert command(base=str(own), json=str(report), color="never") == 1
     said = capsys.readouterr().out
     assert "recurrent state" in said and "Data" not in said
+    with pytest.raises(EagleError, match="0 or more"):
+        command(base=str(own), num=-1)
     assert json.loads(report.read_text())["counts"]["problem"] >= 1
-
-
-@pytest.mark.parametrize(
-    ("arguments", "text"), [("--num -1", "0 or more"), ("train.zreo=1", "did you mean train.zero?")]
-)
-def test_errors_of_the_command_are_one_line(arguments, text):
-    done = commands.run("train.doctor", *arguments.split())
-    assert done.returncode == 1 and text in done.stderr and len(done.stderr.splitlines()) == 1
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 import torch.nn.functional as F
-from head_helpers import config, losses_of, rows_of, tiny_head
+from head_helpers import config, losses_of, require_same_tensors, rows_of, tiny_head, trained
 from safetensors.torch import load_file
 
 from configs.schema import HeadTrainConfig, LossConfig
@@ -90,53 +90,39 @@ RUN |= dict(loss={"token_weight": 1.0}, eval={"num_prompts": 3})
 
 
 @pytest.fixture(scope="module")
-def trained(base, data, tmp_path_factory):
+def whole(base, data, tmp_path_factory):
     """40 steps with noise, a checkpoint in the middle."""
-    output = tmp_path_factory.mktemp("runs") / "eagle1"
-    assert run(config(base, data, output, **RUN), quiet=True) == 0
-    return output
+    return trained(base, data, tmp_path_factory.mktemp("runs") / "eagle1", **RUN)
 
 
-def test_an_eagle1_run_learns(trained, base):
-    losses = losses_of(trained)
+def test_an_eagle1_run_learns(whole, base):
+    losses = losses_of(whole)
     assert sum(losses[-5:]) < 0.95 * sum(losses[:5])
-    overlaps = [row["overlap_by_depth"][0] for row in rows_of(trained)]
+    overlaps = [row["overlap_by_depth"][0] for row in rows_of(whole)]
     assert sum(overlaps[-5:]) > sum(overlaps[:5])
     target = Target.from_pretrained(base, dtype="float32")
-    head, provenance = load_head(trained / "head", target)
+    head, provenance = load_head(whole / "head", target)
     assert head.config.method == "eagle1" and head.config.feature_layers == (FINAL,)
     assert provenance["training"]["step"] == 40
-    keys = load_file(trained / "head/model.safetensors").keys()
+    keys = load_file(whole / "head/model.safetensors").keys()
     assert "lm_head.weight" not in keys and "layers.0.self_attn.q_proj.weight" in keys
-    summary = json.loads((trained / "summary.json").read_text())
+    summary = json.loads((whole / "summary.json").read_text())
     assert summary["tau_after"] >= 1.0
 
 
-def test_a_resumed_eagle1_run_is_the_same_run(trained, base, data, tmp_path):
+def test_a_resumed_eagle1_run_is_the_same_run(whole, base, data, tmp_path):
     """The noise goes on where it was."""
-    checkpoint = str(trained / "checkpoints/step-20")
-    cfg = config(base, data, tmp_path / "again", **RUN, resume=checkpoint)
-    assert run(cfg, quiet=True) == 0
-    assert losses_of(tmp_path / "again") == losses_of(trained)[20:]
-    a, b = (load_file(x / "head/model.safetensors") for x in (trained, tmp_path / "again"))
-    assert all(torch.equal(a[k], b[k]) for k in a)
+    resumed = {**RUN, "resume": str(whole / "checkpoints/step-20")}
+    again = trained(base, data, tmp_path / "again", **resumed)
+    assert losses_of(again) == losses_of(whole)[20:]
+    require_same_tensors(whole / "head/model.safetensors", again / "head/model.safetensors")
 
 
-@pytest.mark.parametrize(
-    "model",
-    [ONE, {"num_layers": 2, "norm_before_fc": True, "qk_norm": True, "norm_output": True}],
-    ids=["eagle1", "two-layers"],
-)
-def test_zero_stages_train_alike(base, data, tmp_path, model):
-    losses = []
-    for zero in (0, 3):
-        output = tmp_path / f"zero{zero}"
-        cfg = config(base, data, output, max_steps=3, zero=zero, feature_noise=0.0, model=model)
-        assert run(cfg, quiet=True) == 0
-        losses.append(losses_of(output))
-        head, _ = load_head(output / "head")
-        assert head.config.num_layers == model.get("num_layers", 1)
-    assert losses[0] == pytest.approx(losses[1], rel=1e-4) and losses[0][-1] > 0
+def test_zero_stages_train_alike(base, data, tmp_path):
+    more = {"max_steps": 3, "feature_noise": 0.0, "model": ONE}
+    runs = (trained(base, data, tmp_path / f"zero{n}", zero=n, **more) for n in (0, 3))
+    first, last = map(losses_of, runs)
+    assert first == pytest.approx(last, rel=1e-4) and first[-1] > 0
 
 
 def test_an_embedding_of_its_own_is_used_and_not_trained(base, data, tmp_path):
@@ -147,17 +133,15 @@ def test_an_embedding_of_its_own_is_used_and_not_trained(base, data, tmp_path):
     start.set_draft_vocab(torch.arange(128))
     save_head(start, tmp_path / "start")
     how = dict(max_steps=2, optimizer="muon", save_every=1)
-    cfg = config(base, data, tmp_path / "run", model={"init_head": str(tmp_path / "start")}, **how)
-    assert run(cfg, quiet=True) == 0
-    head, _ = load_head(tmp_path / "run/head", target)
+    how["model"] = {"init_head": str(tmp_path / "start")}
+    head, _ = load_head(trained(base, data, tmp_path / "run", **how) / "head", target)
     assert torch.equal(head.embed_tokens.weight, start.embed_tokens.weight)
     assert not torch.equal(head.fc.weight, start.fc.weight)
-    cfg = cfg.model_copy(update={"train": cfg.train.model_copy(update={"resume": "auto"})})
-    assert run(cfg, quiet=True) == 0
+    trained(base, data, tmp_path / "run", resume="auto", **how)
 
 
-def test_what_does_not_fit_eagle1_is_refused(base, data, tmp_path, trained):
-    model = {"init_head": str(trained / "head")}
+def test_what_does_not_fit_eagle1_is_refused(base, data, tmp_path, whole):
+    model = {"init_head": str(whole / "head")}
     cfg = config(base, data, tmp_path / "run", model=model | {"draft_vocab_size": None})
     with pytest.raises(EagleError, match="model.method=eagle3 contradicts .* has eagle1; set that"):
         run(cfg, quiet=True)

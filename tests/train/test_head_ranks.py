@@ -5,14 +5,12 @@ import os
 import socket
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from engine_helpers import assert_quiet
-from head_helpers import config, drafts_of, losses_of, rows_of, trained
+from head_helpers import ROOT, config, drafts_of, losses_of, rows_of, run_python, trained
 from safetensors.torch import load_file
 
-ROOT = Path(__file__).resolve().parents[2]
 ENV = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 RUNS = """
 import sys
@@ -80,19 +78,17 @@ def test_two_ranks_equal_one(base, data, tmp_path):
     script = tmp_path / "ranks.py"
     script.write_text(RUNS)
     launcher = "torch.distributed.run --standalone --nproc_per_node 2".split()
-    command = [sys.executable, "-m", *launcher, str(script), *map(str, files)]
-    done = subprocess.run(command, env=ENV, cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert_quiet(done)
+    assert_quiet(run_python("-m", *launcher, script, *files))
     one = trained(base, data, tmp_path / "one", batch_size=4, **more)
     losses, taus, weights = losses_of(one), taus_of(one), load_file(one / "head/model.safetensors")
+    drafts = drafts_of(one / "head", base)
     for zero in range(4):
         two = tmp_path / f"two{zero}"
         assert losses_of(two) == pytest.approx(losses, rel=1e-4) and taus_of(two) == taus
         found = load_file(two / "head/model.safetensors")
         # AdamW's first steps have the size of the learning rate wherever a gradient is nearly zero
         apart = [(weights[k].float() - found[k].float()).abs().mean().item() for k in weights]
-        assert max(apart) < 1e-5 and drafts_of(two / "head", base) == drafts_of(one / "head", base)
+        assert max(apart) < 1e-5 and drafts_of(two / "head", base) == drafts
     for zero in (0, 3):
         more["resume"] = str(tmp_path / f"two{zero}/checkpoints/step-2")
         output = trained(base, data, tmp_path / f"more{zero}", batch_size=4, **more)

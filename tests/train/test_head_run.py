@@ -51,8 +51,11 @@ def test_a_run_leaves_head_metrics_and_summary(plain_run, base):
 
 
 def test_zero_stages_agree_and_resume(base, data, tmp_path):
-    """Full state on disk: each stage continues from the others' checkpoint."""
+    """Full state on disk: each stage continues from the others' checkpoint. A head of two layers
+    and all norms."""
     more = {"save_every": 2, "save_total_limit": 9}
+    norms = dict.fromkeys(("norm_before_fc", "qk_norm", "norm_output"), True)
+    more["model"] = {"num_layers": 2, **norms}
     found = [trained(base, data, tmp_path / f"zero{n}", zero=n, **more) for n in range(4)]
     losses, drafts = losses_of(found[0]), drafts_of(found[0] / "head", base)
     first, *others = ([row["grad_norm"] for row in rows_of(x)] for x in found)
@@ -60,6 +63,7 @@ def test_zero_stages_agree_and_resume(base, data, tmp_path):
     for output in found:
         assert losses_of(output) == pytest.approx(losses, rel=1e-4)
         assert drafts_of(output / "head", base) == drafts
+        assert load_head(output / "head")[0].config.num_layers == 2
     for zero, start in ((0, 3), (2, 0), (3, 1)):
         more["resume"] = str(found[start] / "checkpoints/step-2")
         again = trained(base, data, tmp_path / f"again{zero}", zero=zero, **more)
@@ -93,7 +97,7 @@ def test_without_clipping_the_norm_is_still_told(base, data, tmp_path):
 def test_a_time_budget_ends_the_run(base, data, tmp_path):
     timed = {"max_steps": None, "time_budget_minutes": 0.03, "lr": 1e-3}
     assert rows_of(trained(base, data, tmp_path / "run", **timed))[-1]["lr"] < 0.5e-3
-    with pytest.raises(EagleError, match="no step was trained in train.time_budget_minutes=1e-06"):
+    with pytest.raises(EagleError, match="time_budget_minutes=1e-06 was over before the first"):
         trained(base, data, tmp_path / "none", **timed | {"time_budget_minutes": 1e-6})
     assert not (tmp_path / "none/head").exists()
 
@@ -143,9 +147,6 @@ def test_a_folder_has_one_writer(tmp_path, monkeypatch, caplog):
 def test_short_runs_and_other_steps_when_resumed(base, data, tmp_path):
     more = {"lr": 1e-3, "min_lr_ratio": 0.0}
     assert rows_of(trained(base, data, tmp_path / "one", max_steps=1, **more))[0]["lr"] == 1e-3
-    with pytest.raises(EagleError, match="over before the first step.*raise it"):
-        trained(base, data, tmp_path / "none", max_steps=None, time_budget_minutes=1e-7)
-    assert not (tmp_path / "none/head").exists()
     on = {"ttt_steps": 2, "max_steps": 3, "resume": "auto"}
     last = rows_of(trained(base, data, tmp_path / "one", **on))[-1]
     assert last["step"] == 3 and len(last["overlap_by_depth"]) == 2

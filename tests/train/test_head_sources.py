@@ -30,22 +30,36 @@ def mixed(base, files, output, loss_weights=(1.0, 1.0), **more):
     return trained(base, files / "fim.jsonl", output, data_more=rows, **more)
 
 
-def test_metrics_and_evaluation_are_told_by_source(base, files, tmp_path):
-    more = {"max_steps": 6, "log_every": 3, "batch_size": 4, "eval": {"num_prompts": 5}}
-    output = mixed(base, files, tmp_path / "run", **more)
-    rows = rows_of(output)
-    assert [row["step"] for row in rows] == [1, 3, 6]
+LONG = {"max_steps": 20, "batch_size": 8, "save_every": 10, "log_every": 4}  # an epoch passes
+LONG["eval"] = {"num_prompts": 5}
+
+
+@pytest.fixture(scope="module")
+def whole(base, files, tmp_path_factory):
+    return mixed(base, files, tmp_path_factory.mktemp("runs") / "whole", **LONG)
+
+
+def test_metrics_and_evaluation_are_told_by_source(whole):
+    rows = rows_of(whole)
+    assert [row["step"] for row in rows] == [1, 4, 8, 12, 16, 20]
     last = rows[-1]["sources"]
     assert last.keys() == {"fim", "chat"}
     for values in last.values():
         assert values["loss"] > 0 and len(values["acceptance_by_depth"]) == 3
-        assert values["targets"] > rows[-1]["targets"] / 8  # of three steps, since the row before
-    summary = json.loads((output / "summary.json").read_text())
+        assert values["targets"] > rows[-1]["targets"] / 8  # of four steps, since the row before
+    summary = json.loads((whole / "summary.json").read_text())
     assert summary["final"]["sources"].keys() == {"fim", "chat"}
     assert summary["draft_vocabulary"]["coverage_by_source"].keys() == {"fim", "chat"}
     evaluation = summary["evaluations"][-1]["sources"]
     assert evaluation["fim"]["prompts"] + evaluation["chat"]["prompts"] == 5
     assert {"tau", "acceptance_by_depth"} <= evaluation["chat"].keys()
+
+
+def test_a_mixture_resumes_bit_for_bit(whole, base, files, tmp_path):
+    cut = mixed(base, files, tmp_path / "cut", resume=str(whole / "checkpoints/step-10"), **LONG)
+    require_same_tensors(whole / "head/model.safetensors", cut / "head/model.safetensors")
+    expected = {row["step"]: row["sources"] for row in rows_of(whole)}
+    assert all(row["sources"] == expected[row["step"]] for row in rows_of(cut))
 
 
 def test_a_source_of_no_weight_leaves_the_gradient_of_the_other(base, files, tmp_path):
@@ -67,15 +81,6 @@ def test_the_cut_into_micro_batches_leaves_loss_weights_alone(base, files, tmp_p
     assert losses_of(whole) == pytest.approx(losses_of(parts), rel=1e-5)
     norms = [[row["grad_norm"] for row in rows_of(x)] for x in (whole, parts)]
     assert norms[0] == pytest.approx(norms[1], rel=1e-4)
-
-
-def test_a_mixture_resumes_bit_for_bit(base, files, tmp_path):
-    more = {"max_steps": 20, "batch_size": 8, "save_every": 10, "log_every": 4}  # an epoch passes
-    whole = mixed(base, files, tmp_path / "whole", **more)
-    cut = mixed(base, files, tmp_path / "cut", resume=str(whole / "checkpoints/step-10"), **more)
-    require_same_tensors(whole / "head/model.safetensors", cut / "head/model.safetensors")
-    expected = {row["step"]: row["sources"] for row in rows_of(whole)}
-    assert all(row["sources"] == expected[row["step"]] for row in rows_of(cut))
 
 
 def test_source_metrics_weigh_what_is_minimised_alone():

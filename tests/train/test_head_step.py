@@ -1,23 +1,16 @@
 """Options of a step that change what it costs and not what it learns."""
 
 import ctypes
-import os
-import subprocess
-import sys
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
-from head_helpers import config, losses_of, rows_of, trained
+from head_helpers import config, losses_of, rows_of, run_python, trained
 from safetensors.torch import load_file
 
 from eagle.errors import EagleError
 from train.head.accumulate import Accumulator
 from train.main import run
-
-ROOT = Path(__file__).parents[2]
-ENV = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
 
 def require_alike(a, b, rel=1e-4):
@@ -99,7 +92,5 @@ print(before - resident())
 def test_what_freed_tensors_leave_does_not_pile_up(tmp_path):
     """Steps on rows of all lengths: of what the process holds hardly anything is free (160 MB of it
     were)."""
-    command = [sys.executable, "-c", GROWN, str(tmp_path)]
-    done = subprocess.run(command, env=ENV, cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
+    done = run_python("-c", GROWN, tmp_path)
     assert float(done.stdout.splitlines()[-1]) < 100

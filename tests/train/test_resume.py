@@ -6,14 +6,20 @@ import os
 import resource
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from head_helpers import config, losses_of, require_same_tensors, rows_of, tiny_head, trained
+from head_helpers import (
+    config,
+    losses_of,
+    require_same_tensors,
+    rows_of,
+    run_python,
+    tiny_head,
+    trained,
+)
 from transformers import AutoModelForCausalLM
 
 from eagle.errors import EagleError
@@ -23,9 +29,8 @@ from train.head import state as disk
 from train.head.accumulate import Accumulator
 from train.main import run
 
-ROOT = Path(__file__).parents[2]
-ENV = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 FEW = {"num_prompts": 1, "max_new_tokens": 4}
+FIVE = {"max_steps": 5, "save_every": 1, "save_total_limit": 9, "eval_every": 2, "eval": FEW}
 CLOCKS = ("elapsed", "seconds", "tokens_per_second", "steps_per_second")
 
 
@@ -50,15 +55,19 @@ def require_same_run(a: Path, b: Path) -> None:
         assert timeless(left[key]) == timeless(right[key]), key
 
 
+@pytest.fixture(scope="module")
+def whole(base, data, tmp_path_factory):
+    """Five steps, each saved, every second one evaluated."""
+    return trained(base, data, tmp_path_factory.mktemp("runs") / "whole", **FIVE)
+
+
 @pytest.mark.slow
 def test_kills_at_random_moments_change_nothing(base, data, tmp_path):
     more = {"max_steps": 40, "save_every": 1, "eval_every": 10, "lr": 3e-3, "log_every": 3}
     more |= {"optimizer": "muon", "dtype": "bf16", "batch_size": 2, "eval": FEW}
     file = tmp_path / "config.json"
     file.write_text(config(base, data, tmp_path / "run", **more).model_dump_json())
-    command = [sys.executable, str(ROOT / "tests/train/killed_runs.py"), str(file), "6", "4"]
-    done = subprocess.run(command, env=ENV, cwd=ROOT, capture_output=True, text=True, timeout=400)
-    assert done.returncode == 0, done.stderr[-3000:]
+    done = run_python(Path(__file__).with_name("killed_runs.py"), file, 6, 4)
     found = json.loads(done.stdout.splitlines()[-1])
     assert len(found["moments"]) == 6 and 0 < max(found["steps"]) < 40
     require_same_run(tmp_path / "run", tmp_path / "run-killed")
@@ -212,30 +221,27 @@ def test_a_file_that_may_not_grow_is_told(tmp_path):
     assert disk.load_checkpoint(runs.checkpoints(tmp_path)[-1]).info["step"] == 1
 
 
-def test_the_draft_vocabulary_is_the_checkpoint_s(base, data, tmp_path, monkeypatch):
+def test_the_draft_vocabulary_is_the_checkpoint_s(whole, base, data, tmp_path, monkeypatch):
     """Whatever a later version would choose: a draft id means what it meant."""
-    more = {"save_every": 2, "save_total_limit": 9}
-    first, choose = trained(base, data, tmp_path / "run", **more), setup.choose_draft_vocab
+    choose = setup.choose_draft_vocab
     monkeypatch.setattr(
         setup, "choose_draft_vocab", lambda counts, *rest: choose(counts[::-1].copy(), *rest)
     )
-    more["resume"] = str(first / "checkpoints/step-2")
-    again = trained(base, data, tmp_path / "again", **more)
-    require_same_tensors(first / "head/model.safetensors", again / "head/model.safetensors")
+    checkpoint = str(whole / "checkpoints/step-2")
+    again = trained(base, data, tmp_path / "again", resume=checkpoint, **FIVE)
+    require_same_tensors(*(x / "checkpoints/step-5/state.safetensors" for x in (whole, again)))
 
 
-def test_the_best_checkpoint_is_known_after_a_kill_before_its_pointer(base, data, tmp_path):
-    more = {"save_every": 1, "eval_every": 2, "eval": FEW}
-    best = trained(base, data, tmp_path / "run", **more) / "checkpoints/best"
+def test_the_best_checkpoint_is_known_after_a_kill_before_its_pointer(whole, base, data, tmp_path):
+    best = shutil.copytree(whole, tmp_path / "run") / "checkpoints/best"
     before = best.read_text()
     best.unlink()
-    trained(base, data, tmp_path / "run", resume="auto", **more)
+    trained(base, data, tmp_path / "run", resume="auto", **FIVE)
     assert best.read_text() == before
 
 
-def test_a_signal_saves_at_the_end_of_the_step(base, data, tmp_path, monkeypatch):
-    cut, more = tmp_path / "cut", {"max_steps": 5, "eval_every": 2, "eval": FEW}
-    whole = trained(base, data, tmp_path / "whole", **more)
+def test_a_signal_saves_at_the_end_of_the_step(whole, base, data, tmp_path, monkeypatch):
+    cut, more = tmp_path / "cut", {**FIVE, "save_every": 100}
     forward, passes = Accumulator.forward, []
 
     def and_then(self, *args):

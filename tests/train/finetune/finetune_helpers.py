@@ -1,21 +1,17 @@
 """Small configs, data and commands for the fine-tuning tests."""
 
 import json
-import os
 import random
-import subprocess
-import sys
 from pathlib import Path
 
 import torch
+from head_helpers import WORDS
 from safetensors.torch import load_file
 
 from configs.finetune_schema import DpoConfig, MultitaskConfig, SftConfig
 from eagle.loading import WEIGHTS
 from train.finetune.__main__ import run
 
-ROOT = Path(__file__).parents[3]
-WORDS = "def class return self value index for in range len list item key print open path".split()
 CONFIGS = {"sft": SftConfig, "multitask": MultitaskConfig, "dpo": DpoConfig}
 SIX = {
     "train": {"max_steps": 6, "save_every": 2, "save_total_limit": 9, "grad_accum": 2, "lr": 1e-2},
@@ -114,15 +110,3 @@ def same(a, b, name=WEIGHTS):
     """Do two adapter folders hold the same bits?"""
     a, b = load_file(a / name), load_file(b / name)
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
-
-
-def run_script(text, folder, *arguments, launcher=()):
-    """A script that imports this file, in a process of its own."""
-    script, here = folder / "script.py", Path(__file__).parent
-    script.write_text(text)
-    env = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    env["PYTHONPATH"] = f"{ROOT}:{here}"
-    command = [sys.executable, *launcher, str(script), *map(str, arguments)]
-    done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=280)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done

@@ -6,7 +6,7 @@ import json
 import random
 
 import pytest
-from data_helpers import chat
+from data_helpers import REFUSED
 from finetune_helpers import QUICK, go, losses_of, rows_of, same, summary_of, text, write_lines
 from safetensors.torch import load_file
 
@@ -26,49 +26,18 @@ def pair(chosen, rejected, prompt=None, **more):
     return {**sides, **more} if prompt is None else {"prompt": prompt, **sides}
 
 
-def messages(*turns):
-    return chat(*turns)["messages"]
-
-
 def answers(tokenizer, record, cfg=CFG):
     pair = render_pair(record, tokenizer, cfg)
     return tokenizer.batch_decode([pair.chosen_ids, pair.rejected_ids, pair.prompt_ids])
 
 
-def test_text_and_messages_give_the_same_pair(tokenizer):
-    alone = [[{"role": "assistant", "content": answer}] for answer in ("yes", "no")]
-    forms = [
-        pair("yes", "no", "is it?"),
-        pair("yes", {"content": "no"}, messages("is it?")),
-        pair(*alone, "is it?"),
-    ]
-    found = [answers(tokenizer, form) for form in forms]
-    assert all(sides == ["yes<|im_end|>", "no<|im_end|>"] for *sides, _ in found)
-    assert len({prompt for *_, prompt in found}) == 1
-    turns = ("a", "first", "b")  # only the last answer is judged
-    later = answers(tokenizer, pair(messages(*turns, "yes"), messages(*turns, "no")))
-    assert later[:2] == found[0][:2] and "first" in later[2]
+def test_without_a_template_a_pair_has_the_alpaca_form(tokenizer):
     tokenizer.chat_template = None
-    *sides, prompt = answers(tokenizer, forms[0])
+    *sides, prompt = answers(tokenizer, pair("yes", "no", "is it?"))
     assert sides == ["yes<|endoftext|>", "no<|endoftext|>"] and "### Instruction" in prompt
 
 
-@pytest.mark.parametrize(
-    "record, reason",
-    [
-        (pair(" ", "b", "a"), "chosen is missing, empty"),
-        (pair("b", "", "a"), "rejected is missing, empty"),
-        (pair("b", None, "a"), "rejected is missing"),
-        (pair("b", 3, "a"), "rejected is missing, empty or not text"),
-        (pair("b", "c", " "), "empty 'prompt'"),
-        (pair("b", "c"), "missing field 'prompt'"),
-        (pair("b " * 99, "c", "a"), "longer than data.max_length"),
-        (pair("b", "c", "a " * 99), "longer than data.max_length"),
-        (pair(messages("a", "x"), messages("b", "y")), "answer different prompts"),
-        (pair("b", "c", query="a", retrieval_result=[]), "not a non-empty list"),
-        (pair("b", "c", query="a " * 99, retrieval_result=["p"]), "question and answer are longer"),
-    ],
-)
+@pytest.mark.parametrize("record, reason", REFUSED["pairs"])
 def test_pairs_that_prefer_nothing_are_set_aside(tokenizer, record, reason):
     with pytest.raises(RowError, match=reason):
         render_pair(record, tokenizer, CFG)

@@ -6,16 +6,8 @@ import random
 
 import pytest
 from engine_helpers import assert_quiet
-from finetune_helpers import (
-    config,
-    losses_of,
-    rows_of,
-    run_script,
-    summary_of,
-    task_records,
-    text,
-    write_lines,
-)
+from finetune_helpers import config, losses_of, rows_of, summary_of, task_records, text, write_lines
+from head_helpers import ROOT, run_python
 from safetensors.torch import load_file
 
 from eagle.loading import WEIGHTS
@@ -67,8 +59,11 @@ def runs(base, data, whole, tmp_path_factory):
         assert run(method, of(method, "one", 2 * size), quiet=True) == 0
     two = [(m, of(m, f"zero{z}", SIZES[m], zero=z).model_dump(mode="json")) for m, z in KINDS]
     listed = write_lines(folder / "configs.jsonl", two)
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    assert_quiet(run_script(RANKS, folder, listed, launcher=launcher))
+    (folder / "ranks.py").write_text(RANKS)
+    launcher = "-m torch.distributed.run --standalone --nproc_per_node 2".split()
+    rooms = ("", "tests/eagle", "tests/train", "tests/train/finetune")
+    paths = ":".join(str(ROOT / room) for room in rooms)
+    assert_quiet(run_python(*launcher, folder / "ranks.py", listed, PYTHONPATH=paths))
     return lambda method, name: folder / f"{method}-{name}"
 
 

@@ -1,14 +1,13 @@
 """Task records: what becomes a row, what is set aside, what the example data says."""
 
 import json
-import math
 import random
 import re
 from types import SimpleNamespace
 
 import pytest
 import torch
-from data_helpers import runs
+from data_helpers import REFUSED, runs
 from finetune_helpers import TASKS, task_records, write_lines
 
 from configs.errors import ConfigError
@@ -87,26 +86,7 @@ def test_a_ranking_has_a_sequence_for_each_candidate(tokenizer):
     assert render({"text": "a", "kind": False}, tokenizer, [task])["kind"].labels == [1.0]
 
 
-@pytest.mark.parametrize(
-    "record, reason",
-    [
-        ({"text": "a", "kind": "d"}, "label 'kind' is not one of a, b, c"),
-        ({"text": "a", "kind": 1.5}, "label 'kind' is not one of"),
-        ({"text": "a", "score": "high"}, "label 'score' is not a finite number"),
-        ({"text": "a", "score": True}, "label 'score' is not a finite number"),
-        ({"text": "a", "score": math.inf}, "label 'score' is not a finite number"),
-        ({"text": "a", "answer": 3}, "label 'answer' is not text"),
-        ({"text": "a", "answer": " "}, "label 'answer' is not text"),
-        ({"text": ["a"], "score": 1}, "field 'text' is not text"),
-        ({"text": "q", "options": ["x", "y"], "order": [1, 1]}, "do not rank"),
-        ({"text": "q", "options": ["x", "y"], "order": [1]}, "do not rank"),
-        ({"text": "q", "options": ["x", "y"], "order": "yx"}, "label 'order' is not a list"),
-        ({"text": "q", "options": "x", "order": [1, 2]}, "one field must be a list"),
-        ({"text": "a"}, "no task takes this record"),
-        ({"text": "a " * 99, "score": 1}, "longer than data.max_length"),
-        ({"text": "a", "answer": "a " * 99}, "longer than data.max_length"),
-    ],
-)
+@pytest.mark.parametrize("record, reason", REFUSED["tasks"])
 def test_wrong_records_say_why(tokenizer, record, reason):
     with pytest.raises(RowError, match=reason):
         render(record, tokenizer)
@@ -129,20 +109,7 @@ def test_bad_records_are_counted_written_and_limited(tokenizer, tmp_path):
         count_labels([row for row in rows if row.task != RANK], TASK_LIST, "training")
 
 
-@pytest.mark.parametrize(
-    "change, named",
-    [
-        ({"metric": None}, "metric"),
-        ({"metric": "mae"}, "metric 'mae' does not measure a classification"),
-        ({"loss": "mse"}, "loss 'mse' does not fit"),
-        ({"classes": None}, "classes are what a classification has"),
-        ({"classes": ["a", "a"]}, "distinct classes"),
-        ({"template": "no field"}, "the template reads"),
-        ({"template": "{text} {kind}", "fields": ["text", "kind"]}, "stands in the prompt"),
-        ({"template": "{text"}, "template"),
-        ({"kindd": 1}, "kindd"),
-    ],
-)
+@pytest.mark.parametrize("change, named", REFUSED["registry"])
 def test_a_registry_that_is_wrong_is_refused(tmp_path, change, named):
     task = {k: v for k, v in {**TASKS[KIND], **change}.items() if k != "metric" or v is not None}
     path = tmp_path / "tasks.yaml"

@@ -10,13 +10,21 @@ from types import SimpleNamespace
 import pytest
 import torch
 from commands import Command
-from head_helpers import config, losses_of, save_tiny_model, write_fim
-from safetensors.torch import load_file
+from head_helpers import (
+    config,
+    losses_of,
+    require_same_tensors,
+    save_tiny_model,
+    trained,
+    write_fim,
+)
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from eagle.errors import EagleError
 from eagle.target import Target
 from records import load_dataset_for, load_tokenizer
 from train.head.features import Belongs, FeatureStore, Index, row_key
+from train.head.loop import Trainer
 from train.main import run
 from train.prepare import features as writing
 from train.prepare.features import write_features
@@ -51,24 +59,11 @@ def stores(base, data, tmp_path_factory):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_run_from_features_has_the_online_losses(stores, base, data, tmp_path, dtype):
+def test_a_run_from_features_has_the_online_losses_and_runs_no_target_layer(
+    stores, base, data, tmp_path, monkeypatch, dtype
+):
     """Bit for bit, losses and weights, over more than an epoch of shuffled rows: on one thread the
     numbers of a row do not depend on the rows beside it."""
-    options = {"max_steps": 8, "model": {"dtype": dtype}}
-    assert run(config(base, data, tmp_path / "online", **options), quiet=True) == 0
-    options["data_more"] = {"features": str(stores(dtype))}
-    assert run(config(base, data, tmp_path / "offline", **options), quiet=True) == 0
-    online, offline = losses_of(tmp_path / "online"), losses_of(tmp_path / "offline")
-    assert online == offline and len(online) == 8
-    heads = [load_file(tmp_path / n / "head" / "model.safetensors") for n in ("online", "offline")]
-    assert all(torch.equal(heads[0][k], heads[1][k]) for k in heads[0])
-
-
-def test_no_target_layer_runs_in_training(stores, base, data, tmp_path, monkeypatch):
-    from transformers.models.llama.modeling_llama import LlamaDecoderLayer
-
-    from train.head.loop import Trainer
-
     fit = Trainer.fit
 
     def without_layers(self):
@@ -76,11 +71,15 @@ def test_no_target_layer_runs_in_training(stores, base, data, tmp_path, monkeypa
             patch.setattr(LlamaDecoderLayer, "forward", None)
             return fit(self)
 
+    options = {"max_steps": 8, "model": {"dtype": dtype}}
+    online = trained(base, data, tmp_path / "online", **options)
     monkeypatch.setattr(Trainer, "fit", without_layers)
-    features = {"features": str(stores("float32"))}
-    assert run(config(base, data, tmp_path / "offline", data_more=features), quiet=True) == 0
     with pytest.raises(TypeError, match="NoneType"):
-        run(config(base, data, tmp_path / "online"), quiet=True)
+        trained(base, data, tmp_path / "again", **options)
+    options["data_more"] = {"features": str(stores(dtype))}
+    offline = trained(base, data, tmp_path / "offline", **options)
+    assert losses_of(online) == losses_of(offline) and len(losses_of(online)) == 8
+    require_same_tensors(online / "head/model.safetensors", offline / "head/model.safetensors")
 
 
 def test_features_are_stored_once_and_found_by_their_tokens(base, tmp_path):
@@ -132,8 +131,7 @@ def test_killed_writing_goes_on_and_ends_the_same(stores, base, data, tmp_path):
     assert {p.name for p in output.iterdir()} == names
     assert all(p.stat().st_mtime_ns == t for p, t in kept.items())
     for name in names - {"index.json"}:
-        a, b = load_file(output / name), load_file(whole / name)
-        assert all(torch.equal(a[k], b[k]) for k in a)
+        require_same_tensors(output / name, whole / name)
 
 
 @pytest.mark.parametrize("harm", ["cut", "gone", "foreign"])
@@ -190,7 +188,7 @@ def test_a_part_of_the_data_is_enough(stores, base, data, tmp_path):
     part = tmp_path / "part.jsonl"
     part.write_text("".join(data.read_text().splitlines(keepends=True)[::2]))
     more = {"features": str(stores("float32")), "seed": 3, "heldout_fraction": 0.2}
-    assert run(config(base, part, tmp_path / "run", seed=7, data_more=more), quiet=True) == 0
+    trained(base, part, tmp_path / "run", seed=7, data_more=more)
 
 
 def test_other_features_are_not_overwritten(stores, base, data, tmp_path):

@@ -8,7 +8,7 @@ import time
 
 import pytest
 from commands import Command
-from data_helpers import THINKING, chat, read_jsonl, write_jsonl
+from data_helpers import DATA, REFUSED, chat, read_jsonl, write_jsonl
 from head_helpers import config, save_tiny_model, write_fim
 
 from configs.errors import ConfigError
@@ -26,7 +26,6 @@ from train.prepare.records import Answer, Rewriter, Task
 from train.runs import LOCK, locked
 
 NEW = 12
-ENDPOINT = {"endpoint": "http://x", "endpoint_model": "m"}
 
 
 @pytest.fixture(scope="module")
@@ -265,20 +264,7 @@ def test_what_does_not_belong_together_is_refused(base, tmp_path, tokenizer_dir)
         write(base, cfg, output)
 
 
-@pytest.mark.parametrize(
-    "arguments, named",
-    [
-        ({"temperature": "hot"}, "--temperature=hot"),
-        ({"slots": 0}, "--slots=0"),
-        ({"endpoint": "http://x/v1"}, "--endpoint_model"),
-        ({"api_key_env": "KEY"}, "--api_key_env with them"),
-        ({"data_format": "plain"}, "data.format=plain has no answers"),
-        ({"data": "nowhere.jsonl"}, "nowhere.jsonl: no such data file"),
-        ({"endpoint": "x", "endpoint_model": "m"}, "--endpoint x is no URL"),
-        (ENDPOINT | {"api_key_env": "NO_SUCH_KEY"}, "NO_SUCH_KEY"),
-        (ENDPOINT | {"endpoint_body": "[]"}, "a JSON object"),
-    ],
-)
+@pytest.mark.parametrize("arguments, named", REFUSED["regenerate"])
 def test_wrong_arguments_are_told_before_anything_is_written(tmp_path, arguments, named):
     given = {"data_format": "chat", "output": str(tmp_path / "new.jsonl")} | arguments
     with pytest.raises((ConfigError, EagleError), match=re.escape(named)):
@@ -332,9 +318,8 @@ def test_a_blank_before_the_first_word_is_kept():
 
 
 def test_reasoning_that_the_template_opens_belongs_to_the_answer(base, tmp_path, tokenizer):
-    tokenizer.chat_template = THINKING + (
-        "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}"
-    )
+    opened = "{% if add_generation_prompt %}{{ '<think>\n' }}{% endif %}"
+    tokenizer.chat_template = (DATA / "templates/qwen3.jinja").read_text("utf-8") + opened
     rewriter = Rewriter(DataConfig(format="chat"), tokenizer)
     (steps,) = rewriter.steps(chat("Hello", "OLD"))
     task = Task(None, 0, 0, steps)
