@@ -120,5 +120,5 @@ def name_unused(counts: Counter[str], file: Any, data_format: str) -> None:
     """Warn, once a file, of fields that its records have and that were not used."""
     if counts:
         named = ", ".join(f"{name} ({n} rows)" for name, n in counts.most_common())
-        said = "%s: %s does not use the fields %s; remove or rename them (data.strict=true refuses)"
+        said = "%s: %s does not use the fields %s; remove or rename them"
         logger.warning(said, file, data_format, named)
