@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -71,7 +72,9 @@ def trained(base, data, output, **options):
 def run_python(*words, **environment):
     """`python WORDS` from the repository's root; it must succeed."""
     ours = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    options = {"env": {**os.environ, **ours, **environment}, "cwd": ROOT, "timeout": 400}
+    # a run in this process has made a rank of it
+    outside = {k: v for k, v in os.environ.items() if not re.search("RANK|WORLD_SIZE|MASTER_", k)}
+    options = {"env": {**outside, **ours, **environment}, "cwd": ROOT, "timeout": 400}
     command = [sys.executable, *map(str, words)]
     done = subprocess.run(command, capture_output=True, text=True, **options)
     assert done.returncode == 0, done.stderr[-3000:]
