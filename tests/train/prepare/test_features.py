@@ -187,8 +187,11 @@ def test_a_part_of_the_data_is_enough(stores, base, data, tmp_path):
     """Rows are known by their tokens: in another order, or some of them."""
     part = tmp_path / "part.jsonl"
     part.write_text("".join(data.read_text().splitlines(keepends=True)[::2]))
-    more = {"features": str(stores("float32")), "seed": 3, "heldout_fraction": 0.2}
-    trained(base, part, tmp_path / "run", seed=7, data_more=more)
+    more = {"seed": 3, "heldout_fraction": 0.2}
+    online = trained(base, part, tmp_path / "online", seed=7, data_more=more)
+    more["features"] = str(stores("float32"))
+    stored = trained(base, part, tmp_path / "stored", seed=7, data_more=more)
+    assert losses_of(stored) == losses_of(online)
 
 
 def test_other_features_are_not_overwritten(stores, base, data, tmp_path):
