@@ -1,6 +1,7 @@
 """A tiny real tokenizer, chat templates, records and files, and what a mask supervises as text."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -57,3 +58,14 @@ def write_jsonl(path, records):
     lines = [r if isinstance(r, str) else json.dumps(r, ensure_ascii=False) for r in records]
     path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
     return path
+
+
+def with_tokenizer(base, folder, change):
+    """The model of `base` with its tokenizer changed."""
+    shutil.copytree(base, folder)
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    change(tokenizer)
+    tokenizer.save_pretrained(folder)
+    return folder

@@ -3,12 +3,11 @@
 import json
 import math
 import random
-import shutil
 
 import numpy as np
 import pytest
 import torch
-from data_helpers import write_jsonl
+from data_helpers import with_tokenizer, write_jsonl
 from head_helpers import WORDS, config, losses_of, require_same_tensors, rows_of, trained
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
@@ -25,15 +24,6 @@ from train.main import run
 
 def draft_ids(run_folder):
     return load_head(run_folder / "head")[0].draft_token_ids().tolist()
-
-
-def with_tokenizer(base, folder, change):
-    """The model of `base` with its tokenizer changed."""
-    shutil.copytree(base, folder)
-    tokenizer = AutoTokenizer.from_pretrained(base)
-    change(tokenizer)
-    tokenizer.save_pretrained(folder)
-    return folder
 
 
 def test_a_loss_that_is_not_finite_names_the_row_that_it_came_from(

@@ -24,7 +24,7 @@ from torch import nn
 
 from configs.finetune_schema import LoraSection, PolicyConfig
 from eagle import loading
-from eagle.checkpoint import require_equal, target_fingerprint, write_json
+from eagle.checkpoint import require_equal, write_json
 from eagle.errors import EagleError
 
 ADAPTER = "default"  # peft's name of the adapter that learns
@@ -40,7 +40,8 @@ def base_name(base: str | None) -> str:
 
 
 def read_checkpoint(base: str | None) -> nn.Module:
-    """The base as its checkpoint has it; weights are mapped, not read."""
+    """The base as its checkpoint has it, whatever it is quantized to in a run; weights are mapped,
+    not read."""
     folder = loading.find_folder(base)
     model = loading.read_model(folder, "auto", {}, "base")
     if getattr(model.config, "quantization_config", None) is not None:
@@ -49,11 +50,6 @@ def read_checkpoint(base: str | None) -> nn.Module:
             "so that an adapter can be merged into it, and choose model.quantization"
         )
     return model
-
-
-def base_fingerprint(base: str | None) -> str:
-    """`target_fingerprint` of the checkpoint, whatever it is quantized to in a run."""
-    return target_fingerprint(read_checkpoint(base))
 
 
 def build_policy(cfg: PolicyConfig, lora: LoraSection, seed: int) -> nn.Module:

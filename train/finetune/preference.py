@@ -54,6 +54,10 @@ class Pair(NamedTuple):
     passages_cut: int = 0
     unused: tuple[str, ...] = ()
 
+    @property
+    def sequences(self) -> tuple[list[int], ...]:
+        return self[:3]
+
 
 def render_pair(record: dict, tokenizer: Any, cfg: PreferenceData) -> Pair:
     if "retrieval_result" in record:

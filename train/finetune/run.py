@@ -30,17 +30,18 @@ from safetensors.torch import load_file
 
 from configs.finetune_schema import TaskData
 from eagle import loading
-from eagle.checkpoint import atomic_dir, atomic_write_text
+from eagle.checkpoint import atomic_dir, atomic_write_text, target_fingerprint
 from eagle.errors import EagleError
 from eagle.meter import Bar
 from records import load_tokenizer
 from records.dataset import held_out_rows, tell_shared
 from records.quarantine import enforce, read_rows, write_quarantine
+from records.rows import RowError
 from records.sources import resolve
 from records.tokens import tokenizer_hash
 from train import runs
 from train.finetune.assistant import write_example
-from train.finetune.policy import base_fingerprint, base_name, build_policy
+from train.finetune.policy import base_name, build_policy, read_checkpoint
 from train.head.distributed import World, join_world
 
 PREDICTIONS = "predictions.jsonl"
@@ -76,7 +77,9 @@ class Run:
         compute = loading.resolve_compute(kept.get("compute", m.compute), self.world.device)
         self.settle(**{**kept, "compute": compute})
         self.tokenizer = load_tokenizer(m.base)
-        found = base_fingerprint(m.base)
+        checkpoint = read_checkpoint(m.base)
+        self.vocab_size = checkpoint.get_input_embeddings().num_embeddings
+        found = target_fingerprint(checkpoint)
         self.record = {
             "method": self.method,
             "base": {"id": base_name(m.base), "fingerprint": found},
@@ -228,9 +231,17 @@ def load_rows(run: Run, kind: str, render: Callable[[dict], list]) -> tuple[list
     data.max_bad_fraction end the run."""
     cfg: TaskData = run.cfg.data
 
+    def checked(record: dict) -> list:
+        found = render(record)
+        ids = (i for row in found for sequence in row.sequences for i in sequence)
+        if (largest := max(ids, default=0)) >= run.vocab_size:
+            detail = f"{largest}, vocabulary {run.vocab_size}"
+            raise RowError("token id outside the vocabulary", "use the base's tokenizer", detail)
+        return found
+
     def read(given: list[str] | None, split: str, most: int | None) -> tuple[list[Any], dict]:
         files = resolve(given) if given else [write_example(kind, split, run.output / "data")[0]]
-        rows, bad, records = read_rows(files, render, cfg, kind, most)
+        rows, bad, records = read_rows(files, checked, cfg, kind, most)
         out = run.output / f"quarantine{'' if split == 'train' else '_eval'}.jsonl"
         if bad and run.world.first:
             write_quarantine(bad, out)

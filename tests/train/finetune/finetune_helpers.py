@@ -9,8 +9,10 @@ from head_helpers import WORDS
 from safetensors.torch import load_file
 
 from configs.finetune_schema import DpoConfig, MultitaskConfig, SftConfig
+from eagle.checkpoint import target_fingerprint
 from eagle.loading import WEIGHTS
 from train.finetune.__main__ import run
+from train.finetune.policy import read_checkpoint
 
 CONFIGS = {"sft": SftConfig, "multitask": MultitaskConfig, "dpo": DpoConfig}
 SIX = {
@@ -104,6 +106,10 @@ def losses_of(output):
 
 def summary_of(output):
     return json.loads((output / "summary.json").read_text())
+
+
+def fingerprint_of(base):
+    return target_fingerprint(read_checkpoint(str(base)))
 
 
 def same(a, b, name=WEIGHTS):

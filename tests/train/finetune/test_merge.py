@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+from finetune_helpers import fingerprint_of
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
@@ -20,7 +21,7 @@ from records import load_tokenizer
 from train.finetune.__main__ import COMMANDS
 from train.finetune.assistant import MAKERS
 from train.finetune.merge import merge
-from train.finetune.policy import base_fingerprint, build_policy
+from train.finetune.policy import build_policy
 
 
 def config(data, whole, output, **more):
@@ -44,7 +45,7 @@ def test_merged_is_base_plus_adapter(base, data, whole, tmp_path, capsys):
     assert Target.from_pretrained(output).vocab_size == stock.config.vocab_size
     record = json.loads((output / RECORD).read_text())
     assert record["kind"] == "merged"
-    assert record["base"]["fingerprint"] == base_fingerprint(str(base))
+    assert record["base"]["fingerprint"] == fingerprint_of(base)
     report = record["report"]
     assert report["merged_vs_adapted"]["max_abs_logit"] < 1e-3
     assert report["merged_vs_adapted"]["same_top_token"] == 1.0

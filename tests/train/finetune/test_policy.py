@@ -3,20 +3,14 @@
 import bitsandbytes as bnb
 import pytest
 import torch
-from finetune_helpers import TASKS
+from data_helpers import with_tokenizer
+from finetune_helpers import TASKS, fingerprint_of, go, task_records, write_lines
 from safetensors.torch import load_file
 
 from configs.finetune_schema import LoraSection, PolicyConfig, TaskConfig
 from eagle import loading
 from eagle.errors import EagleError
-from train.finetune.policy import (
-    HEADS,
-    base_fingerprint,
-    base_name,
-    build_policy,
-    trainable_state,
-    write_adapter,
-)
+from train.finetune.policy import HEADS, base_name, build_policy, trainable_state, write_adapter
 from train.finetune.task_heads import TaskHeads, attach
 
 IDS = torch.arange(5, 45).reshape(2, 20)
@@ -102,7 +96,7 @@ def test_an_adapter_is_written_whole_and_read_back(base, tmp_path, tokenizer):
 
 def test_what_does_not_fit_is_refused(base, other_base, tmp_path):
     """A fingerprint knows the base, not its quantization."""
-    assert base_fingerprint(str(base)) != base_fingerprint(str(other_base))
+    assert fingerprint_of(base) != fingerprint_of(other_base)
     assert base_name(None) == "embedded" and base_name(str(base)) == str(base.resolve())
     with pytest.raises(EagleError, match="no adapter in"):
         policy(base, adapter=str(tmp_path))
@@ -110,3 +104,18 @@ def test_what_does_not_fit_is_refused(base, other_base, tmp_path):
         policy(base, target_modules=["nothing_of_that_name"])
     with pytest.raises(EagleError, match="cannot load the base model"):
         policy(tmp_path)
+
+
+@pytest.mark.parametrize("method", ["dpo", "multitask"])
+def test_ids_beyond_the_embeddings_are_named_before_training(base, tmp_path, method):
+    """A tokenizer may hold more ids than the base has embeddings."""
+    more = [f"<extra{n}>" for n in range(60)]
+    other = with_tokenizer(base, tmp_path / "base", lambda tokenizer: tokenizer.add_tokens(more))
+    rows, good = task_records(20), {"prompt": "say it", "chosen": "yes", "rejected": "no"}
+    rows = [{**good, "chosen": f"yes {n}"} for n in range(20)] if method == "dpo" else rows
+    field = "chosen" if method == "dpo" else "text"
+    rows[7] = {**rows[7], field: "it is <extra59>"}
+    path = write_lines(tmp_path / "rows.jsonl", rows)
+    limits = {"heldout_fraction": 0.2, "max_bad_fraction": 0.01}
+    with pytest.raises(EagleError, match=r"rows.jsonl:8: token id outside the vocabulary \("):
+        go(method, other, path, tmp_path / "run", data=limits)

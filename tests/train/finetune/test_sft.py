@@ -11,7 +11,17 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from finetune_helpers import SIX, config, go, losses_of, rows_of, same, summary_of, write_lines
+from finetune_helpers import (
+    SIX,
+    config,
+    fingerprint_of,
+    go,
+    losses_of,
+    rows_of,
+    same,
+    summary_of,
+    write_lines,
+)
 from safetensors.torch import load_file
 
 from configs.finetune_schema import LoraSection, PolicyConfig
@@ -21,7 +31,7 @@ from eagle.target import Target
 from records import load_dataset_for, load_tokenizer
 from train.finetune import trainer
 from train.finetune.__main__ import run
-from train.finetune.policy import base_fingerprint, build_policy
+from train.finetune.policy import build_policy
 from train.finetune.run import require_whole
 from train.runs import checkpoints, find_checkpoint
 
@@ -48,7 +58,7 @@ def test_a_run_leaves_adapter_metrics_and_summary(whole, base):
     assert [r["step"] for r in rows_of(whole, evaluations=True)] == [0, 6]
     assert summary["heldout_after"]["loss"] < summary["heldout_before"]["loss"]
     record = read_record(adapter)
-    assert record["base"] == {"id": str(base.resolve()), "fingerprint": base_fingerprint(str(base))}
+    assert record["base"] == {"id": str(base.resolve()), "fingerprint": fingerprint_of(base)}
     assert record["quantization"] == "nf4"
     assert record["data"]["rows"] + record["data"]["heldout_rows"] == 40
     assert names(whole) == ["checkpoint-2", "checkpoint-4", "checkpoint-6"]
