@@ -32,7 +32,8 @@ def render(record, tokenizer, tasks=TASK_LIST, length=96):
 def read(path, tokenizer, **data):
     """What `load_rows` makes of a file: (rows, held out, card)."""
     data = TaskData.model_validate({"path": str(path), **data})
-    run = SimpleNamespace(cfg=SimpleNamespace(data=data), output=path.parent, world=ALONE)
+    cfg, out = SimpleNamespace(data=data), path.parent
+    run = SimpleNamespace(cfg=cfg, output=out, world=ALONE, vocab_size=500)
     return load_rows(run, "tasks", lambda r: render_record(r, TASK_LIST, tokenizer, 96))
 
 
