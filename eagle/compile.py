@@ -38,6 +38,7 @@ _library.define(
     "attend(Tensor q, Tensor k, Tensor v, int layer, float scaling, int window, float softcap, "
     "Tensor? sinks) -> Tensor"
 )
+_library.define("linear(Tensor x, int number, int out_features) -> Tensor")
 current: TreeContext | None = None
 _turn = threading.Lock()  # one pass at a time is `current`, whatever model it is of
 
@@ -53,6 +54,13 @@ def _attend_shape(q, k, v, layer, scaling, window, softcap, sinks):
 
 _library.impl("attend", _attend, "CompositeExplicitAutograd")
 torch.library.register_fake("eagle::attend", _attend_shape, lib=_library)
+
+
+def _linear_shape(x, number, out_features):
+    return x.new_empty(*x.shape[:-1], out_features)
+
+
+torch.library.register_fake("eagle::linear", _linear_shape, lib=_library)
 
 
 class Opaque:
