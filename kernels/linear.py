@@ -39,6 +39,12 @@ class Packed:
         self.panels = panels.contiguous()
         self.bias = None if bias is None else bias.detach().float().contiguous()
 
+    def holds(self, weight: torch.Tensor, bias: torch.Tensor | None) -> bool:
+        """Whether these are the weights still."""
+        same = (self.bias is None) == (bias is None) and weight.shape == self.weight.shape
+        same = same and (bias is None or torch.equal(self.bias, bias.float()))
+        return same and torch.equal(self.weight.to(weight.dtype), weight)
+
     @property
     def weight(self) -> torch.Tensor:
         """[N, K], of the panels' dtype."""
