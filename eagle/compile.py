@@ -1,10 +1,11 @@
 """Compiled passes on a CPU: the target's and the head's forward through AOTInductor, kept on disk.
 
-A pass is exported once for any number of packed tokens T >= 2 and once for one token. Attention
-stays outside, as one opaque operator that looks up the pass that runs (`current`): so a compiled
-pass knows nothing of batch sizes, tree shapes, context lengths or capacities, and none of them
-recompiles it. Weights are folded into the package in the layout that oneDNN prefers; the plain
-engine runs on the same packages.
+A pass is exported once, for any number of packed tokens T >= 1: one code, and so the same bits of a
+token, for all of them. Attention stays outside, as one opaque operator that looks up the pass that
+runs (`current`): so a compiled pass knows nothing of batch sizes, tree shapes, context lengths or
+capacities, and none of them recompiles it. Linear layers are opaque operators too, over weights
+packed once and lent to a pass; embeddings and norms are folded into the package. The plain engine
+runs on the same packages.
 
 T packed tokens, H hidden, D draft vocabulary, V vocabulary, F features."""
 
@@ -26,18 +27,20 @@ from .attention import TreeContext
 from .cache import StaticKVCache
 from .draft import HeadDrafter
 from .errors import EagleError
+from .linears import lent, linears_of, table
 from .loading import cache_folder
 from .target import Target
 
-# weights are folded into the package and live beside the model's own
+# what is folded into a package lives beside the model's own
 LARGEST = 4 * 2**30
-CODE = "attention cache compile draft heads/head heads/head_config target".split()
+CODE = "attention cache compile draft heads/head heads/head_config linears target".split()
 
 _library = torch.library.Library("eagle", "DEF")
 _library.define(
     "attend(Tensor q, Tensor k, Tensor v, int layer, float scaling, int window, float softcap, "
     "Tensor? sinks) -> Tensor"
 )
+_library.define("linear(Tensor x, int number, int out_features) -> Tensor")
 current: TreeContext | None = None
 _turn = threading.Lock()  # one pass at a time is `current`, whatever model it is of
 
@@ -55,6 +58,13 @@ _library.impl("attend", _attend, "CompositeExplicitAutograd")
 torch.library.register_fake("eagle::attend", _attend_shape, lib=_library)
 
 
+def _linear_shape(x, number, out_features):
+    return x.new_empty(*x.shape[:-1], out_features)
+
+
+torch.library.register_fake("eagle::linear", _linear_shape, lib=_library)
+
+
 class Opaque:
     """Stands for a `TreeContext` while a pass is exported: calls the operator in its place."""
 
@@ -66,14 +76,42 @@ class Opaque:
 
 class Pass(torch.nn.Module):
     """A pass to be exported: the method `run` of a context and tensors, the modules that it uses,
-    and what else decides what it computes."""
+    and what else decides what it computes. Its linear layers become operators, which find their
+    weights when it runs."""
 
     def __init__(self, run: Callable, parts: list, *facts) -> None:
         super().__init__()
         self.run, self.parts, self.facts = run, torch.nn.ModuleList(parts), facts
+        self.linears = linears_of(self.parts.modules())
 
     def forward(self, *inputs):
-        return self.run(Opaque(), *inputs)
+        def operator(number, linear):
+            return lambda x: torch.ops.eagle.linear(x, number, linear.out_features)
+
+        with lent(self.linears, map(operator, range(len(self.linears)), self.linears)):
+            return self.run(Opaque(), *inputs)
+
+    def constants(self) -> list[tuple[str, torch.Tensor]]:
+        """What a package holds: all weights and buffers but those of the linear layers alone."""
+        others = [m for m in self.modules() if not any(m is linear for linear in self.linears)]
+        kept = {id(p) for m in others for p in (*m.parameters(False), *m.buffers(False))}
+        named = (*self.named_parameters(), *self.named_buffers())
+        return [(name, weight) for name, weight in named if id(weight) in kept]
+
+    def check(self, exported: torch.export.ExportedProgram) -> None:
+        """No weight of a linear layer may be read but by the operator: no key would tell it."""
+        held, used = (
+            {id(w) for _, w in self.constants()},
+            {n.name for n in exported.graph.nodes if n.users},
+        )
+        named = dict(self.named_parameters(remove_duplicate=False))
+        for spec in exported.graph_signature.input_specs:
+            if (
+                spec.target in named
+                and spec.arg.name in used
+                and id(named[spec.target]) not in held
+            ):
+                raise EagleError(f"{spec.target} is read outside of its layer")
 
 
 def target_pass(target: Target) -> Pass:
@@ -105,17 +143,14 @@ class CompiledHead:
         self._read = load(read, (features, ids, ids, keep), "ingest", seconds)
 
     def read(self, context, features, tokens, positions, keep):
-        # a package takes two rows at least
-        twice = keep if len(keep) > 1 else keep.expand(2)
-        out, log_probs = self._read(context, features, tokens, positions, twice)
-        return out[:, : len(keep)], log_probs[:, : len(keep)]
+        return self._read(context, features, tokens, positions, keep)
 
 
 def load(module: Pass, example: tuple, name: str, seconds: dict[str, float]):
-    """The module compiled for one token and for any number of tokens, or read from the disk."""
-    size = sum(p.numel() * p.element_size() for p in module.parameters())
+    """The module compiled for any number of tokens, or read from the disk."""
+    size = sum(p.numel() * p.element_size() for _, p in module.constants())
     if size > LARGEST:
-        said = f"compile='max' keeps a second copy of the weights, and {size / 2**30:.1f} GiB is"
+        said = f"compile='max' copies what is no linear layer, and {size / 2**30:.1f} GiB is"
         raise EagleError(f"{said} too much for that; use compile='off'")
     started = time.perf_counter()
     try:
@@ -123,13 +158,11 @@ def load(module: Pass, example: tuple, name: str, seconds: dict[str, float]):
     except Exception as error:
         raise cannot_compile(error) from error
     folder = compiled_folder() / f"{name}-{key(module, example)}"
-    tokens, rows = (torch.export.Dim(name, min=2, max=2**20) for name in ("T", "b"))
+    tokens, rows = (torch.export.Dim(name, min=1, max=2**20) for name in ("T", "b"))
     shapes = tuple({1: tokens} if x.ndim > 1 else {0: rows} for x in example)
-    fixed = tuple(None if x.ndim > 1 else {0: rows} for x in example)
-    single = tuple(x[:, :1].clone() if x.ndim > 1 else x.clone() for x in example)
-    one = package(module, single, folder / "one.pt2", [fixed])
     # no two inputs may be one tensor: export would take them for one
-    many = package(module, tuple(x.clone() for x in example), folder / "many.pt2", [shapes])
+    compiled = package(module, tuple(x.clone() for x in example), folder / "pass.pt2", [shapes])
+    weights = table(module.linears)
     seconds[name] = round(time.perf_counter() - started, 2)
 
     def run(context, *inputs):
@@ -137,11 +170,13 @@ def load(module: Pass, example: tuple, name: str, seconds: dict[str, float]):
         with _turn:
             current = context
             torch.ops.eagle_cpu.enter(*context.packed())
+            torch.ops.eagle_cpu.lend(weights)
             try:
                 # packages read memory as it lay when they were made: contiguous
-                return (one if inputs[0].shape[1] == 1 else many)(*(x.contiguous() for x in inputs))
+                return compiled(*(x.contiguous() for x in inputs))
             finally:
                 torch.ops.eagle_cpu.leave()
+                torch.ops.eagle_cpu.lend(None)
                 current = None
 
     return run
@@ -149,9 +184,13 @@ def load(module: Pass, example: tuple, name: str, seconds: dict[str, float]):
 
 def package(module, example, path: Path, dynamic):
     def make(scratch: Path) -> Path:
-        with torch.inference_mode(False), torch.no_grad():
+        # any number of tokens, one too: the same code, and so the same bits, for all
+        any_size = torch.fx.experimental._config.patch(backed_size_oblivious=True)
+        with torch.inference_mode(False), torch.no_grad(), any_size:
             shapes, made = tuple(dynamic), scratch / path.name
             exported = torch.export.export(module, example, dynamic_shapes=shapes, strict=False)
+            if isinstance(module, Pass):
+                module.check(exported)
             options = {"freezing": True, "cpp.enable_concat_linear": True}
             torch._inductor.aoti_compile_and_package(
                 exported, package_path=str(made), inductor_configs=options
@@ -177,7 +216,8 @@ def compiled_folder() -> Path:
 
 
 def key(module: Pass, example: tuple) -> str:
-    """All that a package depends on: weights to the last bit, code, versions, machine, threads."""
+    """All that a package depends on: what it holds to the last bit, code, versions, machine,
+    threads."""
     import transformers
 
     shapes = [(x.dtype, x.shape[2:]) for x in example]
@@ -188,7 +228,9 @@ def key(module: Pass, example: tuple) -> str:
     digest = hashlib.sha256(repr(facts).encode())
     for name in CODE:
         digest.update((Path(__file__).parent / f"{name}.py").read_bytes())
-    for name, weight in [*module.named_parameters(), *module.named_buffers()]:
+    for linear in module.linears:
+        digest.update(f"{linear}{linear.weight.dtype}".encode())
+    for name, weight in module.constants():
         digest.update(f"{name}{tuple(weight.shape)}{weight.dtype}".encode())
         digest.update(weight.detach().contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()[:32]

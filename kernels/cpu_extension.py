@@ -13,8 +13,10 @@ from pathlib import Path
 
 import torch
 
-SOURCES = [Path(__file__).with_name(f"{name}_cpu.cpp") for name in ("tree_attention", "grow_tree")]
-FLAGS = ["-O3", "-march=native", "-std=c++20"]
+NAMES = "tree_attention", "grow_tree", "linear"
+SOURCES = [Path(__file__).with_name(f"{name}_cpu.cpp") for name in NAMES]
+# without -fopenmp, at::parallel_for is serial; torch brings the library, none is linked here
+FLAGS = ["-O3", "-march=native", "-std=c++20", "-fopenmp"]
 loaded = False
 
 
