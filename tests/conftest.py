@@ -20,8 +20,13 @@ SLOWEST = [
     "test_compile.py",
     "test_interpreter.py",
     "test_docs.py",
+    "test_pipeline.py",
     "test_families.py",
     "test_sft.py",
+    "test_head_step.py",
+    "test_ranks.py",
+    "test_resume.py",
+    "test_demo.py",
 ]
 
 

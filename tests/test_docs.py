@@ -57,18 +57,17 @@ def test_commands_of_the_readme(words, tmp_path, compile_cache):
     ours = ("PYTHONWARNINGS", "TOKENIZERS_PARALLELISM", "HF_HUB_OFFLINE")
     environment = {k: v for k, v in os.environ.items() if k not in ours}
     environment |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    # packages whose wrappers are not optimised are made in less time; to measure trees takes a minute
-    environment["AOT_INDUCTOR_COMPILE_WRAPPER_OPT_LEVEL"] = "O0"
+    # to compile the embedded model takes minutes: tiny ones are in eagle/test_compile.py
     whole = words[0] == "inference.bench" and "--engines" not in words
-    engines = ["--engines", "hf,vanilla_compiled,eagle,eagle_compiled"] if whole else []
+    engines = ["--engines", "hf,vanilla,eagle"] if whole else []
     command = [sys.executable, "-m", *small(words), *engines]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert_quiet(done)
-    if whole:  # compiled passes draft as well as eager ones
-        runs = json.loads((tmp_path / "runs/bench.json").read_text())["runs"]
-        taus = {r["engine"]: r["tau"] for r in runs if r["batch_size"] == 4}
-        assert taus["eagle_compiled"] == taus["eagle"] > 1.5
+    if whole:
+        found = json.loads((tmp_path / "runs/bench.json").read_text())
+        assert all(r["tau"] > 1.5 for r in found["runs"] if r["engine"] == "eagle")
+        assert set(found["identical"].values()) == {True}
 
 
 OTHERS = [c for c in commands("bash", *PAGES) if c not in commands("bash", README)]

@@ -1,8 +1,8 @@
 """Compiled passes give the tokens of eager ones, are kept on disk, and fail with a remedy.
 
 Packages are built once for the whole file, in an empty cache: most of its time. Gemma 2's alternate
-windows and soft caps under a two-layer EAGLE-1 head, which goes through the target's LM head; the
-embedded model with its EAGLE-3 head is compiled by the README's benchmark (test_docs.py)."""
+windows and soft caps under a two-layer EAGLE-1 head, which goes through the target's LM head; one
+test has an EAGLE-3 head."""
 
 import os
 import shutil
@@ -162,6 +162,18 @@ def test_drafts_are_the_same_too(model):
             assert new_tokens(compiled) == new_tokens(slow)
             assert [r.accepted for r in compiled.rows] == [r.accepted for r in eager.rows]
             assert sum(sum(r.accepted[1:]) for r in eager.rows) > 10
+
+
+def test_an_eagle3_head(compile_cache):
+    target = make_target("llama", num_hidden_layers=2)
+    model = EaModel(target, make_head(target), "16,4,4")
+    expected = plain(target, PROMPTS, max_new_tokens=NEW, compile="off", **SAMPLED)
+    eager, compiled = (
+        model.generate(PROMPTS, max_new_tokens=NEW, compile=mode, **SAMPLED)
+        for mode in ("off", "max")
+    )
+    assert new_tokens(compiled) == new_tokens(eager) == expected
+    assert [r.accepted for r in compiled.rows] == [r.accepted for r in eager.rows]
 
 
 @pytest.mark.parametrize("sampling", [{}, SAMPLED], ids=["greedy", "sampled"])
