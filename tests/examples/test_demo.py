@@ -9,7 +9,7 @@ from commands import run
 @pytest.mark.slow
 def test_demo_trains_benchmarks_and_says_where(tmp_path):
     output = tmp_path / "demo"
-    done = run("examples.demo", "--output", output, "--minutes", "0.1", "--num_prompts", "1")
+    done = run("examples.demo", "--output", output, "--minutes", "0.4", "--num_prompts", "1")
     assert done.returncode == 0, done.stderr
     summary = json.loads((output / "head/summary.json").read_text())
     result = json.loads((output / "bench.json").read_text())
