@@ -176,7 +176,7 @@ class TrainConfig(RunConfig):
     ttt_decay: float = Field(0.8, gt=0, le=1, description="loss weight of step i is decay**i")
     feature_noise: float | None = Field(None, ge=0, description="null = 0.1 for eagle1, else 0")
     perf_every: int = Field(50, ge=0, description="steps between rows of time and memory; 0 = none")
-    report_to: list[Literal["tensorboard", "wandb", "trackio"]] | None = Field(
+    report_to: list[Literal["tensorboard", "wandb"]] | None = Field(
         None, description="trackers, comma separated, or none; null = tensorboard if installed"
     )
     profile: int = Field(0, ge=0, description="steps recorded by torch.profiler; 0 = none")

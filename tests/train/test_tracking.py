@@ -246,21 +246,19 @@ def test_report_to_is_read_from_a_command_line():
 
 
 @pytest.fixture
-def stubs(monkeypatch):
-    """Modules `wandb` and `trackio` that remember what they are told."""
-    made = [Mock(__spec__=ModuleSpec(name, None)) for name in ("wandb", "trackio")]
-    for name, module in zip(("wandb", "trackio"), made, strict=True):
-        monkeypatch.setitem(sys.modules, name, module)
-    made[0].init.return_value.id = "abc123"
+def wandb(monkeypatch):
+    """A module `wandb` that remembers what it is told."""
+    made = Mock(__spec__=ModuleSpec("wandb", None))
+    monkeypatch.setitem(sys.modules, "wandb", made)
+    made.init.return_value.id = "abc123"
     return made
 
 
-def test_wandb_and_trackio_get_the_run(stubs, tmp_path):
-    wandb, trackio = stubs
+def test_wandb_gets_the_run(wandb, tmp_path):
     output = tmp_path / "my-run"
     output.mkdir()
     for step in (0, 4):
-        trackers = open_trackers(["wandb", "trackio"], output, {"train": {"lr": 0.5}}, step)
+        trackers = open_trackers(["wandb"], output, {"train": {"lr": 0.5}}, step)
         for tracker in trackers.values():
             tracker.log(step + 1, {"train/loss": 2.0})
             tracker.close()
@@ -269,19 +267,18 @@ def test_wandb_and_trackio_get_the_run(stubs, tmp_path):
     assert begun[0]["config"] == {"train.lr": 0.5} and begun[0]["name"] == "my-run"
     run = wandb.init.return_value
     run.log.assert_called_with({"train/loss": 2.0, "step": 5})
-    trackio.log.assert_called_with({"train/loss": 2.0}, step=5)
-    assert run.finish.call_count == trackio.finish.call_count == 2
+    assert run.finish.call_count == 2
 
 
-def test_trackers_that_do_not_start_or_are_missing(stubs, base, data, tmp_path, monkeypatch):
-    stubs[0].init.side_effect = RuntimeError("no API key\nconfigured")
+def test_trackers_that_do_not_start_or_are_missing(wandb, base, data, tmp_path, monkeypatch):
+    wandb.init.side_effect = RuntimeError("no API key\nconfigured")
     with pytest.raises(EagleError, match="no API key configured; .*WANDB_MODE=offline"):
         open_trackers(["wandb"], tmp_path, {}, 0)
     find = importlib.util.find_spec
     hidden = lambda name: None if name in PACKAGES.values() else find(name)  # noqa: E731
     monkeypatch.setattr("train.tracking.trackers.find_spec", hidden)
-    with pytest.raises(EagleError, match="trackio, which is not .*: pip install trackio"):
-        require_installed(["trackio"])
+    with pytest.raises(EagleError, match="wandb, which is not .*: pip install wandb"):
+        require_installed(["wandb"])
     assert open_trackers(None, tmp_path, {}, 0) == {}
     with pytest.raises(EagleError, match="pip install wandb"):
         run(config(base, data, tmp_path / "run", report_to=["wandb"]), quiet=True)

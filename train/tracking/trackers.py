@@ -1,4 +1,4 @@
-"""Where a run's numbers go besides its own files: TensorBoard, Weights & Biases, Trackio."""
+"""Where a run's numbers go besides its own files: TensorBoard, Weights & Biases."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from eagle.checkpoint import atomic_write_text
 from eagle.errors import EagleError
 
-PACKAGES = {"tensorboard": "tensorboardX", "wandb": "wandb", "trackio": "trackio"}
+PACKAGES = {"tensorboard": "tensorboardX", "wandb": "wandb"}
 
 
 class TensorBoard:
@@ -52,20 +52,7 @@ class WandB:
         self.run.log({**values, "step": step})
 
 
-class Trackio:
-    """A local Trackio project; `trackio show` serves it."""
-
-    def __init__(self, output: Path, config: dict, step: int) -> None:
-        import trackio
-
-        self.trackio, self.close = trackio, trackio.finish
-        trackio.init(project="eagle-heads", name=output.name, config=config, resume="allow")
-
-    def log(self, step: int, values: dict[str, float]) -> None:
-        self.trackio.log(values, step=step)
-
-
-TRACKERS = {"tensorboard": TensorBoard, "wandb": WandB, "trackio": Trackio}
+TRACKERS = {"tensorboard": TensorBoard, "wandb": WandB}
 
 
 def open_trackers(report_to: list[str] | None, output: Path, config: dict, step: int) -> dict:
