@@ -1,6 +1,6 @@
-"""Commands as processes of their own, forked from one that has imported torch and transformers
-already: a second instead of six. `warnings` and variables that those read at import need a real
-start; so does what tests imports."""
+"""Commands as processes of their own, forked from one that has imported torch, transformers and what
+most of ours import: a second instead of ten. `warnings` and variables that those read at import need
+a real start; so does what tests imports."""
 
 import multiprocessing
 import os
@@ -15,6 +15,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 HEAVY = ["torch", "transformers.modeling_utils", "transformers.models.auto.modeling_auto"]
+HEAVY += ["peft", "datasets", "eagle.model", "records.dataset"]
 _server = multiprocessing.get_context("forkserver")
 _server.set_forkserver_preload(HEAVY)
 

@@ -7,9 +7,8 @@ from examples import steps
 
 
 @pytest.fixture
-def called(monkeypatch, tmp_path):
+def called(monkeypatch, own_cache):
     """The commands of a recipe, each in a process that need not import torch again."""
-    monkeypatch.setenv("EAGLE_CACHE", str(tmp_path / "cache"))
     commands = []
 
     def call(command, log=None):

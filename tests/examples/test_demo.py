@@ -3,14 +3,17 @@
 import json
 
 import pytest
-from commands import run
+
+from examples import demo, steps
 
 
 @pytest.mark.slow
-def test_demo_trains_benchmarks_and_says_where(tmp_path):
+def test_demo_trains_benchmarks_and_says_where(called, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(demo, "call", steps.call)
     output = tmp_path / "demo"
-    done = run("examples.demo", "--output", output, "--minutes", "0.4", "--num_prompts", "1")
-    assert done.returncode == 0, done.stderr
+    assert demo.demo(output=str(output), minutes=0.4, num_prompts=1) == 0
+    modules = [command[0] for command in called]
+    assert modules == ["train.inspect", "train.main", "inference.bench"]
     summary = json.loads((output / "head/summary.json").read_text())
     result = json.loads((output / "bench.json").read_text())
     assert summary["tau_before"] >= 1.0
@@ -18,4 +21,4 @@ def test_demo_trains_benchmarks_and_says_where(tmp_path):
     assert not any(result["warm_up_s"].values())  # nothing is compiled
     assert all(result["identical"].values())
     assert (output / "head/head/model.safetensors").exists()
-    assert "identical output: yes" in done.stdout
+    assert "identical output: yes" in capsys.readouterr().out

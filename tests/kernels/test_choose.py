@@ -36,11 +36,11 @@ def test_each_node_on_its_own():
 
 def test_what_is_cut_is_never_chosen():
     # close to each other, so that each cut leaves several
-    logits = torch.linspace(0, 2, 50).flip(0).expand(24, 1, 50)
-    positions = torch.zeros(24, 1, dtype=torch.int64)
+    logits = torch.linspace(0, 2, 50).flip(0).expand(12, 1, 50)
+    positions = torch.zeros(12, 1, dtype=torch.int64)
     for options in (dict(top_k=3), dict(top_p=0.3), dict(min_p=0.5)):
         kept = process_logits(logits[0, 0], 2.0, **options).isfinite()
-        chosen = choose(logits, torch.arange(24), positions, temperature=2.0, **options).unique()
+        chosen = choose(logits, torch.arange(12), positions, temperature=2.0, **options).unique()
         assert kept[chosen].all() and len(chosen) > 1
 
 
@@ -91,11 +91,11 @@ def test_parameters_a_row():
         one = slice(b, b + 1)
         assert torch.equal(choose(logits[one], seeds[one], positions[one], **alone), together[one])
     assert torch.equal(together[[0, 4, 5]], logits[[0, 4, 5]].argmax(-1))
+    some, two = dict(temperature=1.3, top_k=9, top_p=0.8, min_p=0.05), slice(2)
+    number = choose(logits[two], seeds[two], positions[two], **some)
     for name in PARAMETERS:  # numbers and tensors mix
-        some = dict(temperature=1.3, top_k=9, top_p=0.8, min_p=0.05)
-        number = choose(logits, seeds, positions, **some)
-        some[name] = torch.full((6,), some[name])
-        assert torch.equal(choose(logits, seeds, positions, **some), number)
+        mixed = some | {name: torch.full((2,), some[name])}
+        assert torch.equal(choose(logits[two], seeds[two], positions[two], **mixed), number)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])

@@ -14,9 +14,7 @@ FOLDER = Path(__file__).parent
 SHARED = ["interpreter", *(f"test_{name}.py" for name in ("choose", "commit_kv", "draft_loss"))]
 SHARED += ["test_tree_attention.py"]
 # of the references alone; the last is one more number in the code of another case
-OTHERS = (
-    "no_work or definition or differences or packed or folded or larger or products or focal0.5"
-)
+OTHERS = "no_work or definition or differences or packed or folded or larger or products or focal0.5 or rows-"
 
 
 @pytest.mark.slow

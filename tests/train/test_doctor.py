@@ -11,8 +11,8 @@ from transformers import AutoTokenizer
 
 from configs.schema import DataConfig, HeadTrainConfig, LossConfig
 from eagle.checkpoint import save_head
-from eagle.compile import compiled_folder
 from eagle.errors import EagleError
+from eagle.loading import compiled_folder
 from records.cache import cache_root
 from train import doctor_machine as doctor
 from train import doctor_target

@@ -66,11 +66,10 @@ def hub(tmp_path_factory, tokenizer_dir):
 
 
 @pytest.fixture
-def online(hub, monkeypatch, tmp_path):
+def online(hub, monkeypatch, tmp_path, own_cache):
     """This process's hub client on that cache; nothing is asked of a network."""
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(hub))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.setenv("EAGLE_CACHE", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
 
 

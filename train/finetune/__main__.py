@@ -25,7 +25,7 @@ from configs.finetune_schema import DpoConfig, MergeConfig, MultitaskConfig, Sft
 from configs.load import load_config
 from eagle.errors import EagleError
 
-LIBRARIES = ("peft", "trl", "bitsandbytes", "accelerate", "torchmetrics")
+LIBRARIES = ("peft", "trl", "bitsandbytes", "accelerate")
 HELP = {
     "sft": """Supervised fine-tuning; without arguments, of the embedded model on shipped instructions.
 
@@ -69,7 +69,8 @@ def trainer(method: str, schema: type, preset: str | None = None) -> Callable[..
 
 def run(method: str, cfg: Any, quiet: bool = False) -> int:
     """Train as `cfg` says; returns the exit code."""
-    require_libraries()
+    # its import takes a second, and only tasks are measured by it
+    require_libraries(*(["torchmetrics"] if method == "multitask" else []))
     from train.finetune.run import execute
 
     body = getattr(importlib.import_module(f"train.finetune.{method}"), method)
@@ -110,7 +111,7 @@ def data(*, output: str) -> int:
     return 0
 
 
-def require_libraries() -> None:
+def require_libraries(*more: str) -> None:
     """Import the trainers without their chatter: it is about options that the user cannot set."""
     import torch
     from transformers.utils.logging import disable_progress_bar
@@ -124,7 +125,7 @@ def require_libraries() -> None:
     # peft and TRL still ask by the old name
     warnings.filterwarnings("ignore", "`(is_)?gradient_checkpointing", FutureWarning)
     try:
-        for name in LIBRARIES:
+        for name in (*LIBRARIES, *more):
             importlib.import_module(name)
     except ImportError as error:
         need = f"fine-tuning needs {name}: pip install 'eagle-heads[finetune]'"

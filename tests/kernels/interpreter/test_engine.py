@@ -1,6 +1,5 @@
 """Whole generations whose attention, commits and choices are the Triton kernels'."""
 
-import pytest
 from engine_helpers import head_model, make_prompts, make_target, plain
 
 import kernels.triton_choose
@@ -8,9 +7,9 @@ import kernels.triton_commit_kv
 import kernels.triton_tree_attention
 
 
-@pytest.mark.parametrize("temperature", [0.0, 0.9])
-def test_rows_that_finish_one_after_the_other(temperature, monkeypatch):
-    """The remaining rows still go through the kernel, out of order in their cache."""
+def test_rows_that_finish_one_after_the_other(monkeypatch):
+    """The remaining rows, greedy and sampled ones, still go through the kernel, out of order in their
+    cache."""
     calls = {"rows": 0, "all": 0}
     for module, name in (
         (kernels.triton_tree_attention, "tree_attention_triton"),
@@ -29,14 +28,18 @@ def test_rows_that_finish_one_after_the_other(temperature, monkeypatch):
     target = make_target("llama")
     model = head_model(target, "6,2,2", draft_vocab=128)
     prompts = make_prompts((5, 9, 3))
-    budgets = (4, 1, 3)
-    options = {"temperature": temperature, "seed": 3}
+    budgets, temperatures = (3, 1, 2), (0.9, 0.0, 0.0)
     rows = model.generate_many(
-        [{"input_ids": p, "max_new_tokens": n} for p, n in zip(prompts, budgets, strict=True)],
+        [
+            {"input_ids": p, "max_new_tokens": n, "temperature": t}
+            for p, n, t in zip(prompts, budgets, temperatures, strict=True)
+        ],
         slots=2,
-        **options,
+        seed=3,
     )
     monkeypatch.setenv("EAGLE_TRITON", "0")
-    expected = plain(target, prompts, max_new_tokens=4, **options)
-    assert [r.tokens for r in rows] == [e[:n] for e, n in zip(expected, budgets, strict=True)]
+    options = {"max_new_tokens": 3, "seed": 3}
+    expected = {t: plain(target, prompts, temperature=t, **options) for t in temperatures}
+    expected = [expected[t][row][: budgets[row]] for row, t in enumerate(temperatures)]
+    assert [r.tokens for r in rows] == expected
     assert all(calls.values())
