@@ -24,7 +24,7 @@ setup(
     include_package_data=False,
     package_data={
         "eagle.embedded": ["*", "heads/*/*", "data/*"],
-        "kernels": ["*.cpp"],
+        "kernels": ["*.cpp", "*.h"],
         "configs": ["presets/*.yaml", "presets/*/*.yaml", "deepspeed/*.json"],
         "inference.evaluation.shipped": ["*.jsonl"],
         "train.tracking": ["*.html"],
@@ -52,7 +52,6 @@ setup(
         "plots": ["matplotlib>=3.8"],
         "eval": ["torchmetrics>=1.8", "sacrebleu>=2.5"],
         "wandb": ["wandb>=0.19"],
-        "trackio": ["trackio>=0.2"],
         "dev": [
             "pytest>=8",
             "pytest-xdist>=3.6",

@@ -19,7 +19,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 from transformers.models.gemma2.modeling_gemma2 import eager_attention_forward
 
-from kernels.dispatch import use_triton
+from kernels.dispatch import fast, use_triton
 from kernels.tree_attention import (
     attend,
     attention_bias,
@@ -69,11 +69,10 @@ class TreeContext:
             ends = np.asarray(lengths) + (N if self.counts is None else np.asarray(self.counts))
             self.live = self.offset + int(ends.max())
         assert self.live <= cache.capacity, f"{self.live} slots do not fit {cache.capacity}"
-        self.ragged = lengths is None or min(lengths) != max(lengths) or self.counts is not None
         self._slots: tuple[torch.Tensor, torch.Tensor] | None = None
-        self._ends: torch.Tensor | None = None
         self._bias: dict = {}
         self._bits: torch.Tensor | None = None
+        self._packed = None
 
     def pack(self, x: torch.Tensor) -> torch.Tensor:
         """[b, N, ...] -> [1, T, ...]: the tokens of all rows one behind the other."""
@@ -90,22 +89,20 @@ class TreeContext:
         out[self.index] = x[0]
         return out.unflatten(0, (b, N))
 
-    def packed(self) -> tuple:
-        """What the CPU kernel asks of a pass over a tree: buffer, rows, starts [b + 1] of each
-        row's tokens among the packed, lengths, mask, tree_positions, offset."""
-        b, N = self.shape
-        starts = torch.tensor([0, *itertools.accumulate(self.counts or [N] * b)])
-        slots = self.cache.buffer, self.cache.rows, starts, self.cache.lengths
-        return *slots, self.mask, self.tree_positions, self.offset
+    def packed(self):
+        """What the C++ kernel asks of a pass, with starts [b + 1] of each row's tokens among the
+        packed."""
+        if self._packed is None:
+            b, N = self.shape
+            starts = torch.tensor([0, *itertools.accumulate(self.counts or [N] * b)])
+            slots = self.cache.buffer, self.cache.rows, starts, self.cache.lengths
+            places = self.positions if self.mask is None else self.tree_positions
+            self._packed = torch.classes.eagle_cpu.Pass(*slots, self.mask, places, self.offset)
+        return self._packed
 
     def write(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> None:
         """k, v [1, Hkv, T, D] go to the slots of this pass."""
         keys, values = self.cache.layer(layer)
-        if self.shape[0] == 1 and self.cache.host_lengths is not None:  # one row: a slice
-            row, start = self.cache.order[0], self.cache.host_lengths[0] + self.offset
-            keys[row, :, start : start + k.shape[2]] = k[0]
-            values[row, :, start : start + k.shape[2]] = v[0]
-            return
         if self._slots is None:
             step = torch.arange(self.offset, self.offset + self.shape[1], device=k.device)
             slots = self.cache.lengths[:, None] + step  # [b, N]
@@ -131,20 +128,17 @@ class TreeContext:
         return True
 
     def read(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Live keys and values [b, Hkv, S, D]; a view where rows are even."""
+        """Live keys and values [b, Hkv, S, D]."""
         k, v = (x[:, :, : self.live] for x in self.cache.layer(layer))
         if not self.cache.whole:
             k, v = k[self.cache.rows], v[self.cache.rows]
-        if self.ragged:  # another row's length must not make stale slots readable: 0 x NaN is NaN
-            if self._ends is None:
-                new = self.shape[1] if self.counts is None else self._counts
-                self._ends = self.cache.lengths + self.offset + new
-            k, v = reachable(k, v, self._ends)
-        return k, v
+        # another row's length must not make stale slots readable: 0 x NaN is NaN
+        new = self.shape[1] if self.counts is None else self._counts
+        return reachable(k, v, self.cache.lengths + self.offset + new)
 
-    def bias(self, dtype: torch.dtype, window: int | None, groups: int) -> torch.Tensor | None:
+    def bias(self, dtype: torch.dtype, window: int | None, groups: int) -> torch.Tensor:
         """The additive bias, folded for `groups` query heads a key/value head, one for all layers
-        that share a window. None: everything is visible."""
+        that share a window."""
         key = (dtype, window, groups)
         if key in self._bias:
             return self._bias[key]
@@ -156,17 +150,11 @@ class TreeContext:
                 visible = visible.triu(-(window - 1))
             bias = torch.zeros(1, 1, N, N, dtype=dtype, device=device)
             bias.masked_fill_(~visible, float("-inf"))
-        elif not self.ragged and window is None and self.mask.shape[1:] == (1, 1):
-            bias = None
-        elif not self.ragged and window is None:  # the tree's columns stand behind a free prefix
-            tree = torch.zeros(self.mask.shape, dtype=dtype, device=device)
-            tree.masked_fill_(~self.mask, float("-inf"))
-            bias = F.pad(tree, (self.live - self.mask.shape[2], 0)).unsqueeze(1)
         else:
             bias = attention_bias(
                 self.cache.lengths, self.mask, self.tree_positions, self.live, dtype, window
             )
-        self._bias[key] = None if bias is None else fold(bias, self.shape[1], groups)
+        self._bias[key] = fold(bias, self.shape[1], groups)
         return self._bias[key]
 
     def attend(
@@ -175,6 +163,9 @@ class TreeContext:
         """Write this pass's keys and values, and attend. q [1, Hq, T, D], k and v [1, Hkv, T, D]
         -> [1, T, Hq, D]."""
         self.layers_seen += 1
+        if fast(q):
+            options = scaling, window or 0, softcap or 0.0, sinks
+            return torch.ops.eagle_cpu.attend(self.packed(), q, k, v, layer, *options)
         kernel = self.mask is not None and use_triton(q)
         if kernel and self.index is not None:
             # the kernel reads all N slots of a row: what is not a token must be a number at least

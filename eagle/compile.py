@@ -3,8 +3,8 @@
 A pass is exported once, for any number of packed tokens T >= 1: one code, and so the same bits of a
 token, for all of them. Attention stays outside, as one opaque operator that looks up the pass that
 runs (`current`): so a compiled pass knows nothing of batch sizes, tree shapes, context lengths or
-capacities, and none of them recompiles it. Linear layers are opaque operators too, over weights
-packed once and lent to a pass; embeddings and norms are folded into the package. The plain engine
+capacities, and none of them recompiles it. Linear layers are opaque operators too, over the
+weights that are lent to a pass; embeddings and norms are folded into the package. The plain engine
 runs on the same packages.
 
 T packed tokens, H hidden, D draft vocabulary, V vocabulary, F features."""
@@ -20,15 +20,15 @@ from pathlib import Path
 
 import torch
 
-from kernels.cpu_extension import keep
-from kernels.cpu_extension import load as load_extension
+from kernels import cpu_extension
+from kernels.cpu_extension import cpu_flags, keep
 
 from .attention import TreeContext
 from .cache import StaticKVCache
 from .draft import HeadDrafter
 from .errors import EagleError
 from .linears import lent, linears_of, table
-from .loading import cache_folder
+from .loading import compiled_folder
 from .target import Target
 
 # what is folded into a package lives beside the model's own
@@ -88,7 +88,8 @@ class Pass(torch.nn.Module):
         def operator(number, linear):
             return lambda x: torch.ops.eagle.linear(x, number, linear.out_features)
 
-        with lent(self.linears, map(operator, range(len(self.linears)), self.linears)):
+        operators = map(operator, range(len(self.linears)), self.linears)
+        with lent(self.linears, operators):
             return self.run(Opaque(), *inputs)
 
     def constants(self) -> list[tuple[str, torch.Tensor]]:
@@ -154,7 +155,7 @@ def load(module: Pass, example: tuple, name: str, seconds: dict[str, float]):
         raise EagleError(f"{said} too much for that; use compile='off'")
     started = time.perf_counter()
     try:
-        load_extension(compiled_folder(), cpu_flags())
+        cpu_extension.load(compiled_folder())
     except Exception as error:
         raise cannot_compile(error) from error
     folder = compiled_folder() / f"{name}-{key(module, example)}"
@@ -169,13 +170,13 @@ def load(module: Pass, example: tuple, name: str, seconds: dict[str, float]):
         global current
         with _turn:
             current = context
-            torch.ops.eagle_cpu.enter(*context.packed())
+            torch.ops.eagle_cpu.enter(context.packed())
             torch.ops.eagle_cpu.lend(weights)
             try:
                 # packages read memory as it lay when they were made: contiguous
                 return compiled(*(x.contiguous() for x in inputs))
             finally:
-                torch.ops.eagle_cpu.leave()
+                torch.ops.eagle_cpu.enter(None)
                 torch.ops.eagle_cpu.lend(None)
                 current = None
 
@@ -211,10 +212,6 @@ def cannot_compile(error: Exception) -> EagleError:
     )
 
 
-def compiled_folder() -> Path:
-    return cache_folder() / "compiled"
-
-
 def key(module: Pass, example: tuple) -> str:
     """All that a package depends on: what it holds to the last bit, code, versions, machine,
     threads."""
@@ -234,11 +231,3 @@ def key(module: Pass, example: tuple) -> str:
         digest.update(f"{name}{tuple(weight.shape)}{weight.dtype}".encode())
         digest.update(weight.detach().contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()[:32]
-
-
-def cpu_flags() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    return next((line for line in lines if line.startswith("flags")), platform.processor())

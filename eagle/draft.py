@@ -21,6 +21,7 @@ from .attention import TreeContext
 from .cache import StaticKVCache
 from .errors import EagleError
 from .heads.head import DraftHead
+from .linears import Exact
 from .tree import DraftTree, TreeShape, rerank
 
 CHUNK = 512  # tokens of a row that the head ingests in one pass
@@ -60,6 +61,7 @@ class HeadDrafter:
             raise EagleError("an EAGLE-1 head needs the target's LM head; give head_logits")
         self.head, self.embed = head, head.embed_tokens if head.config.own_embedding else embed
         self.logits = head.logits if head.has_output else head_logits
+        self._linears = Exact(head.modules())
         self.compiled = None  # compiled passes, while a mode that has them is in use
         self.reshape(shape)
 
@@ -117,13 +119,15 @@ class HeadDrafter:
         return self.head(hidden, self.embed(tokens).to(hidden.dtype), positions, over_cache)
 
     def step(self, context, hidden, tokens, positions) -> tuple[torch.Tensor, torch.Tensor]:
-        out = self.run(hidden, tokens, positions, context)
-        return out, self.log_probs(out)
+        with self._linears.lent():
+            out = self.run(hidden, tokens, positions, context)
+            return out, self.log_probs(out)
 
     def read(self, context, features, tokens, positions, keep):
         """The target's features; the continuation is asked for of the tokens `keep` [b] only."""
-        out = self.run(self.head.fuse(features), tokens, positions, context)[:, keep]
-        return out, self.log_probs(out)
+        with self._linears.lent():
+            out = self.run(self.head.fuse(features), tokens, positions, context)[:, keep]
+            return out, self.log_probs(out)
 
     def log_probs(self, hidden: torch.Tensor) -> torch.Tensor:
         return self.logits(hidden).float().log_softmax(-1)

@@ -15,11 +15,13 @@ from .request import Row
 
 @dataclass
 class Generation:
-    """What a call produced. `sequences` [B, L]: see `EaModel.eagenerate`."""
+    """What a call produced. `sequences` [B, L]: see `EaModel.eagenerate`. exact: no token's bits
+    depended on what was run beside it."""
 
     rows: list[Row]
     sequences: torch.Tensor
     timings: Timings
+    exact: bool = False
 
     @property
     def new_tokens(self) -> int:
@@ -70,6 +72,7 @@ class Start:
     pad: int
     tensor: torch.Tensor | None
     device: torch.device
+    exact: bool
 
     def sequences(self) -> torch.Tensor:
         """[B, L] int64: see `EaModel.eagenerate`."""

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from functools import partial
+from pathlib import Path
 
 import torch
 from torch import nn
 
-from kernels.linear import Packed
+from kernels import cpu_extension
+from kernels.dispatch import fast
+from kernels.linear import lean, linear
 
 FLOATS = torch.float32, torch.bfloat16, torch.float16
-_packed: weakref.WeakKeyDictionary[nn.Module, Packed] = weakref.WeakKeyDictionary()
-_turn = threading.RLock()  # layers are lent to one pass at a time
+_failed: dict[Path, str] = {}
+_lean: weakref.WeakKeyDictionary[nn.Module, torch.Tensor] = weakref.WeakKeyDictionary()
 
 
 def linears_of(modules: Iterable[nn.Module]) -> list[nn.Linear]:
@@ -31,26 +34,53 @@ def linears_of(modules: Iterable[nn.Module]) -> list[nn.Linear]:
 
 @contextmanager
 def lent(linears: list[nn.Linear], forwards: Iterable[Callable]) -> Iterator[None]:
-    """Each layer computes with the forward given, hooks and all; afterwards with its own."""
-    with _turn:
+    """Each layer computes with the forward given, hooks and all; afterwards with its own. One that
+    is lent already stays so."""
+    mine = []
+    try:
+        for layer, forward in zip(linears, forwards, strict=True):
+            if vars(layer).setdefault("forward", forward) is forward:
+                mine.append(layer)
+        yield
+    finally:
+        for layer in mine:
+            vars(layer).pop("forward", None)
+
+
+def forward(layer: nn.Linear, x: torch.Tensor) -> torch.Tensor:
+    return linear(x, layer.weight, layer.bias)
+
+
+class Exact:
+    """The linear layers of these modules, to be lent to eager passes, where the C++ runs."""
+
+    def __init__(self, modules: Iterable[nn.Module]) -> None:
+        self.linears = linears_of(modules)
+        self.forwards = [partial(forward, layer) for layer in self.linears]
+
+    def lent(self):
+        runs = self.linears and fast(self.linears[0].weight)
+        return lent(self.linears, self.forwards) if runs else nullcontext()
+
+
+def load_kernels(folder: Path) -> str | None:
+    """The C++ of a CPU, compiled into `folder` where it is not there; the reason where it cannot
+    be."""
+    if folder not in _failed:
         try:
-            for linear, forward in zip(linears, forwards, strict=True):
-                vars(linear)["forward"] = forward
-            yield
-        finally:
-            for linear in linears:
-                vars(linear).pop("forward", None)
-
-
-def pack(linear: nn.Linear) -> Packed:
-    """The layer's weights in panels, a second copy of them, made once."""
-    found = _packed.get(linear)
-    if found is None or not found.holds(linear.weight, linear.bias):
-        found = _packed[linear] = Packed(linear.weight, linear.bias)
-    return found
+            return cpu_extension.load(folder)
+        except Exception as error:
+            _failed[folder] = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return _failed[folder]
 
 
 def table(linears: list[nn.Linear]):
-    """What `torch.ops.eagle_cpu.lend` takes: the weights, by number."""
-    packed = [pack(linear) for linear in linears]
-    return torch.classes.eagle_cpu.Linears([p.panels for p in packed], [p.bias for p in packed])
+    """What `torch.ops.eagle_cpu.lend` takes: the weights, by number. They are the layers' own, but
+    for float32 that bf16 holds: a copy of half the bytes, made once."""
+    for layer in linears:
+        weight = layer.weight.detach()
+        found = _lean.get(layer)
+        if found is None or not torch.equal(found.to(weight.dtype), weight):
+            _lean[layer] = lean(weight)
+    biases = [None if m.bias is None else m.bias.detach() for m in linears]
+    return torch.classes.eagle_cpu.Linears([_lean[m] for m in linears], biases)

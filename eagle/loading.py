@@ -45,6 +45,10 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "eagle-heads"
 
 
+def compiled_folder() -> Path:
+    return cache_folder() / "compiled"
+
+
 def find_folder(
     name: str | Path | None,
     what: str = "model",

@@ -17,7 +17,7 @@ import torch
 
 from . import stock_generate
 from .checkpoint import load_head
-from .compile import CompiledHead, compile_target, compiled_folder
+from .compile import CompiledHead, compile_target
 from .costs import CostTable
 from .decode import Timings, decode
 from .draft import Drafter, HeadDrafter
@@ -25,12 +25,13 @@ from .errors import EagleError
 from .generation import Generation, Span, Start, raise_errors, show
 from .generation import acceptance_by_depth as acceptance_by_depth
 from .heads.head import DraftHead
-from .loading import EMBEDDED, load_tokenizer
+from .loading import EMBEDDED, compiled_folder, load_tokenizer
 from .options import Options
 from .plan import WIDEST, Experience, Plan
 from .prompts import Prompt, check_prompt, split_options
 from .request import Request, Row
 from .sampling import row_seeds
+from .support import same_bits, why_inexact
 from .target import Target
 from .tree import TreeShape
 from .verify import force, verify
@@ -101,6 +102,7 @@ class EaModel(torch.nn.Module):
         compile: str = "auto",
         tree: TreeShape | str | None = None,
         quantization: str = "none",
+        exact: bool | str = "auto",
         **hf_kwargs,
     ) -> EaModel:
         """Load a target and its head, each a folder or a hub id (ORG/NAME, ORG/NAME@REVISION;
@@ -113,7 +115,10 @@ class EaModel(torch.nn.Module):
         (and so EAGLE-2's); None is whichever the files hold. dtype "auto" is the checkpoint's
         (float32 where a CPU would emulate bf16). adapter_path: a LoRA folder; quantization: "none",
         "nf4" or "int8" (bitsandbytes); upstream's `load_in_4bit` and `load_in_8bit` say the same.
-        Further arguments go to transformers' `from_pretrained`.
+        exact: a token's bits depend on nothing that is run beside it, so that drafts change no
+        token in 16 bits either: "auto" where that can be (`Generation.exact` says whether it was),
+        True or refuse, False torch's own linear layers in eager passes. Further arguments go to
+        transformers' `from_pretrained`.
 
         Raises EagleError when the files cannot be read, or the head does not fit the target."""
         if hf_kwargs.pop("threshold", 1.0) != 1.0:
@@ -134,6 +139,7 @@ class EaModel(torch.nn.Module):
             dtype=hf_kwargs.pop("torch_dtype", dtype),
             device=device,
             adapter_path=adapter_path,
+            exact=exact,
             **hf_kwargs,
         )
         if given:
@@ -234,7 +240,7 @@ class EaModel(torch.nn.Module):
         start = self._start(input_ids, attention_mask, timings=timings, **kwargs)
         collections.deque(start.steps, maxlen=0)  # run to the end
         raise_errors(start.rows)
-        return Generation(start.rows, start.sequences(), timings)
+        return Generation(start.rows, start.sequences(), timings, start.exact)
 
     def custom_generate(self, model, input_ids, generation_config=None, **kwargs) -> torch.Tensor:
         """For stock `model.generate(ids, custom_generate=ea_model.custom_generate, ...)`, where
@@ -361,7 +367,7 @@ class EaModel(torch.nn.Module):
         if streamer is not None:
             steps = show(steps, rows[0], given.rows[0].given, streamer, prompt_shown)
         pad = pad if pad is not None else min(eos, default=0)
-        return Start(rows, steps, pad, given.tensor, self.target.device)
+        return Start(rows, steps, pad, given.tensor, self.target.device, target.inexact is None)
 
     def _row(
         self, i: int, prompt: Prompt | EagleError, mine: dict, common: Options, seed: int, batch
@@ -392,11 +398,11 @@ class EaModel(torch.nn.Module):
         drafter = copy.copy(self.drafter) if draft else None
         if isinstance(drafter, HeadDrafter):
             drafter.reshape(WIDEST if tree == "auto" else TreeShape.parse(tree))
-        with self.target.lock:  # another thread may be about to compile the same
-            self.prepare(mode, drafter is not None)
-            target = copy.copy(self.target).refresh()
+        self.prepare(mode, drafter is not None)
+        target = copy.copy(self.target).refresh()
         if mode == "max" and target.device.type == "cpu":
             target.compiled = self._compiled["target"][1]
+            target.inexact = self._compiled["inexact"][1]
             if isinstance(drafter, HeadDrafter):
                 drafter.compiled = self._compiled["head"][1]
         return target, drafter
@@ -431,9 +437,16 @@ class EaModel(torch.nn.Module):
         wanted = {"target": (compile_target, self.target, self.target.feature_layers)}
         if draft and isinstance(self.drafter, HeadDrafter):
             wanted["head"] = (CompiledHead, self.drafter, self.head)
-        for name, (make, subject, version) in wanted.items():
-            if self._compiled.get(name, (None,))[0] is not version:
-                self._compiled[name] = version, make(subject, seconds)
+        with self.target.lock:  # another thread may be about to compile the same
+            for name, (make, subject, version) in wanted.items():
+                if self._compiled.get(name, (None,))[0] is not version:
+                    self._compiled[name] = version, make(subject, seconds)
+                    if name == "target":
+                        view = copy.copy(subject)
+                        view.compiled = self._compiled[name][1]
+                        view.inexact = why_inexact(view, same_bits(view))
+                        self._compiled["inexact"] = version, view.inexact
+                        view.require_exact()
         return seconds
 
     @property

@@ -148,8 +148,7 @@ def probe(target) -> None:
     ones: same logits, or refuse. This finds models whose layers drop the context, see the future,
     keep state of their own, or give the attention what ours does not read. Sets the target's
     kv_heads and head_dim."""
-    # spread over the vocabulary: the first ids are often special, with degenerate embeddings
-    ids = (torch.arange(1, 7, device=target.device) * (target.vocab_size // 7))[None]
+    ids = some_ids(target)
     found: list[tuple[int, int, int]] = []
     try:
         _record_shapes(target, ids, found)
@@ -169,6 +168,40 @@ def probe(target) -> None:
     if not error < tolerance:
         said = "are not supported: logits through our attention differ from transformers' by"
         raise unsupported(target.config, f"{said} {error:.3g} standard deviations")
+    same = torch.equal(logits[:, 3:6], logits[:, 6:])  # in a prompt, and in a tree
+    target.inexact = why_inexact(target, same)
+
+
+def why_inexact(target, same: bool) -> str | None:
+    """Why a token's bits may depend on what is run beside it; None where they do not. same: in a
+    sample they did not."""
+    if target.device.type != "cpu":
+        return "only the kernels of a CPU are exact"
+    if target.no_kernels:
+        return f"the CPU's kernels do not compile: {target.no_kernels}"
+    known = {id(m) for m in target.exact_linears.linears}
+    others = (m for m in target.model.modules() if not isinstance(m, nn.Embedding))
+    kinds = {
+        type(m).__name__
+        for m in others
+        if id(m) not in known and any(p.ndim > 1 for p in m.parameters(recurse=False))
+    }
+    if kinds:
+        return f"the products of {', '.join(sorted(kinds))} are computed elsewhere"
+    return None if same else "its layers round a token differently alone and among others"
+
+
+@torch.inference_mode()
+def same_bits(target) -> bool:
+    """Of three tokens in a prompt and in a tree."""
+    logits, _ = _both_ways(target, some_ids(target))
+    return torch.equal(logits[:, 3:6], logits[:, 6:])
+
+
+def some_ids(target) -> torch.Tensor:
+    """[1, 6], spread over the vocabulary: the first are often special, with degenerate
+    embeddings."""
+    return (torch.arange(1, 7, device=target.device) * (target.vocab_size // 7))[None]
 
 
 def _not_finite(target) -> EagleError:
@@ -218,7 +251,8 @@ def _both_ways(target, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     are shortened meanwhile, so that they count."""
     with short_windows(target.model, target.config, 3, below=target.max_positions):
         positions = torch.arange(6, device=target.device)[None]
-        context = TreeContext(target.new_cache(1, 6), positions)
+        causal = torch.ones(1, 6, 6, dtype=torch.bool, device=target.device).tril()
+        context = TreeContext(target.new_cache(1, 6), positions, causal, positions)
         logits, _ = target.forward(ids, context, features=False)
         cache, three = target.new_cache(1, 7), torch.full((1,), 3, device=target.device)
         target.prefill(ids[:, :3], three, [3], cache, features=False)

@@ -19,7 +19,8 @@ from .attention import NAME, TreeContext
 from .cache import StaticKVCache
 from .errors import EagleError
 from .heads.head_config import FINAL, default_feature_layers
-from .loading import identity_of, load_model
+from .linears import Exact, load_kernels
+from .loading import compiled_folder, identity_of, load_model
 from .support import probe, relay_context, supported_parts
 
 CHUNK = 256
@@ -59,8 +60,12 @@ class Target:
         name: str = "",
         feature_layers: tuple[int, ...] | None = None,
         identity: dict | None = None,
+        exact: bool | str = "auto",
     ) -> None:
-        self.model = model
+        if exact not in (True, False, "auto"):
+            raise EagleError(f"exact={exact!r}; use 'auto', True or False")
+        self.model, self._wish = model, exact
+        self.no_kernels = load_kernels(compiled_folder()) if self.device.type == "cpu" else None
         self.name = name or getattr(model, "name_or_path", "") or "model"
         self.config, self.backbone, self.layers = supported_parts(model)
         accepted = inspect.signature(model.forward).parameters
@@ -71,6 +76,7 @@ class Target:
         self.refresh()
         with self.lock, _PROBING:
             probe(self)
+        self.require_exact()
         self._identity = identity
         self.head_logits = OutputLayer(model, self.config)
 
@@ -80,7 +86,12 @@ class Target:
         configs = [m.config for m in self._modules if isinstance(m, PreTrainedModel)]
         configs += [getattr(c, name, None) for c in configs for name in c.sub_configs]
         self._configs = list({id(c): c for c in configs if c is not None}.values())
+        self.exact_linears = Exact(self._modules if self._wish else [])
         return self
+
+    def require_exact(self) -> None:
+        if self._wish is True and self.inexact:
+            raise EagleError(f"exact=True: {self.inexact}; use exact='auto'")
 
     @property
     def lock(self) -> threading.RLock:
@@ -96,12 +107,13 @@ class Target:
 
     @classmethod
     def from_pretrained(
-        cls, path: str | Path | None = None, *, feature_layers=None, **options
+        cls, path: str | Path | None = None, *, feature_layers=None, exact="auto", **options
     ) -> Target:
-        """Load a model folder or hub id; options as of `eagle.loading.load_model`."""
+        """Load a model folder or hub id; exact as of `EaModel.from_pretrained`, options as of
+        `eagle.loading.load_model`."""
         model, identity = load_model(path, **options)
         model.eval().requires_grad_(False)
-        return cls(model, identity["id"], feature_layers, identity)
+        return cls(model, identity["id"], feature_layers, identity, exact)
 
     @property
     def device(self) -> torch.device:
@@ -217,7 +229,7 @@ class Target:
     def run(self, context, ids, positions, keep=None, features=True):
         """The stock model's forward with our context; also what is exported to be compiled."""
         states = {} if features else None
-        with self._lent(NAME), self._tapped(states, keep):
+        with self._lent(NAME), self._tapped(states, keep), self.exact_linears.lent():
             out = self.model(
                 input_ids=ids,
                 # four dimensions tell transformers that the mask is ready: no mask is built a pass

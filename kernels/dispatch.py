@@ -33,7 +33,7 @@ def _importable() -> bool:
 
 def fast(tensor: torch.Tensor) -> bool:
     """Whether the C++ of `cpu_extension` takes it."""
-    return cpu_extension.loaded and tensor.device.type == "cpu"
+    return cpu_extension.loaded and tensor.device.type == "cpu" and not use_triton(tensor)
 
 
 def dispatched(reference: Callable, module: str, kernel: str, cpp: str | None = None) -> Callable:

@@ -3,16 +3,7 @@
 //
 // b rows, n beams, k candidates a beam, P candidates a row, H hidden, D draft vocabulary, N nodes.
 
-#include <ATen/Parallel.h>
-#include <torch/library.h>
-#include <torch/types.h>
-
-#include <algorithm>
-#include <cstring>
-#include <limits>
-#include <numeric>
-#include <tuple>
-#include <vector>
+#include "vectors.h"
 
 namespace {
 

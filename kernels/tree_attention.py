@@ -48,38 +48,32 @@ def attend(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    bias: torch.Tensor | None,
+    bias: torch.Tensor,
     scaling: float,
     softcap: float | None = None,
     sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """q [B, Hq, N, D], k and v [B, Hkv, S, D], bias [B, 1, N, S] -> [B, N, Hq, D] in q's dtype.
 
-    bias may also come folded, [B, 1, G*N, S] with G = Hq / Hkv, when many layers share it, and be
-    None when every query sees every slot. softcap: scores become softcap * tanh(scores / softcap)
-    before the bias; sinks [Hq]: one extra logit a head that takes probability and gives nothing. A
-    query that sees nothing yields zeros."""
+    bias may also come folded, [B, 1, G*N, S] with G = Hq / Hkv, when many layers share it. softcap:
+    scores become softcap * tanh(scores / softcap) before the bias; sinks [Hq]: one extra logit a
+    head that takes probability and gives nothing. A query that sees nothing yields zeros."""
     B, Hq, N, D = q.shape
     Hkv = k.shape[1]
     G = Hq // Hkv
     # the G query heads of one key/value head share its keys: fold them into the query axis
     folded = q.reshape(B, Hkv, G * N, D)
-    bias = None if bias is None else fold(bias, N, G)
+    bias = fold(bias, N, G)
     if softcap is None and sinks is None:
         out = F.scaled_dot_product_attention(folded, k, v, attn_mask=bias, scale=scaling)
     else:
         scores = (folded.float() @ k.float().transpose(-1, -2)) * scaling
         if softcap is not None:
             scores = softcap * torch.tanh(scores / softcap)
-        scores = scores if bias is None else scores + bias
+        scores = scores + bias
         if sinks is not None:
-            sink = (
-                sinks.float()
-                .reshape(1, Hkv, G, 1, 1)
-                .expand(B, Hkv, G, N, 1)
-                .reshape(B, Hkv, G * N, 1)
-            )
-            scores = torch.cat([scores, sink], dim=-1)
+            sink = sinks.float().view(1, Hkv, G, 1).expand(B, Hkv, G, N)
+            scores = torch.cat([scores, sink.reshape(B, Hkv, G * N, 1)], dim=-1)
         scores = scores - scores.amax(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).min)
         weights = scores.exp()
         weights = weights / weights.sum(-1, keepdim=True).clamp_min(1e-30)

@@ -1,7 +1,7 @@
 """One thread, no network, and the tiny models that the engine's tests share."""
 
+import contextlib
 import os
-import shutil
 import sys
 from pathlib import Path
 
@@ -27,6 +27,11 @@ SLOWEST = [
     "test_ranks.py",
     "test_resume.py",
     "test_demo.py",
+    "test_head_ranks.py",
+    "test_ablation.py",
+    "test_structure.py",
+    "test_dpo.py",
+    "test_multitask.py",
 ]
 
 
@@ -51,6 +56,20 @@ def pytest_xdist_make_scheduler(config, log):
     return ByFile(config, log)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def kernels_are_compiled():
+    """Once, for all processes: where tests have no cache of their own, they use the user's."""
+    from filelock import FileLock
+
+    from eagle.linears import load_kernels
+    from eagle.loading import compiled_folder
+
+    if not os.environ.get("TRITON_INTERPRET"):
+        compiled_folder().mkdir(parents=True, exist_ok=True)
+        with FileLock(compiled_folder() / ".tests.lock"):
+            load_kernels(compiled_folder())
+
+
 @pytest.fixture(scope="session")
 def targets():
     """targets(name) -> a tiny random Target of that family, made once."""
@@ -73,19 +92,26 @@ def llama(targets):
 
 @pytest.fixture(scope="session")
 def compile_cache(tmp_path_factory):
-    """An EAGLE_CACHE that is empty when the tests begin, the same in all their processes: the C++
-    extension is compiled here and now, once."""
-    from filelock import FileLock
-
-    from eagle.compile import compiled_folder, cpu_flags
-    from kernels.cpu_extension import build
-
+    """An EAGLE_CACHE with nothing but the C++ in it when the tests begin, the same in all their
+    processes."""
     base = tmp_path_factory.getbasetemp()
-    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "eagle_cache"
-    folder.mkdir(exist_ok=True)
+    base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("EAGLE_CACHE", str(folder))
-        if shutil.which("g++") and shutil.which("ninja"):
-            with FileLock(folder.with_suffix(".lock")):
-                build(compiled_folder(), cpu_flags())
-        yield folder
+        yield new_cache(base / "eagle_cache", patch)
+
+
+@pytest.fixture
+def own_cache(tmp_path, monkeypatch):
+    """The same for one test."""
+    return new_cache(tmp_path / "cache", monkeypatch)
+
+
+def new_cache(folder, patch):
+    from eagle.loading import compiled_folder
+
+    (folder / "compiled").mkdir(parents=True, exist_ok=True)
+    for library in compiled_folder().glob("eagle_cpu_*.so"):
+        with contextlib.suppress(FileExistsError):
+            (folder / "compiled" / library.name).symlink_to(library.resolve())
+    patch.setenv("EAGLE_CACHE", str(folder))
+    return folder

@@ -26,6 +26,7 @@ class Lap:
     rows: list = field(default_factory=list)  # decode.Row, ours only
     timings: Timings = field(default_factory=Timings)
     peak_bytes: int = 0
+    exact: bool | None = None
 
     @property
     def cycles(self) -> int:
@@ -45,6 +46,7 @@ class Run:
     cycles: float = 0  # passes over a batch, medians of repeats
     phases: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
     peak_bytes: int = 0
+    exact: bool | None = None  # as of `Generation`; stock `generate` does not tell
 
     def add(self, laps: list[Lap], phased: list[Lap]) -> None:
         """A batch's repeats. phased: those that tell the phases apart."""
@@ -52,6 +54,7 @@ class Run:
         self.batch_seconds.append([lap.seconds for lap in laps])
         self.batch_tokens.append(sum(map(len, last.outputs)))
         self.outputs += last.outputs
+        self.exact = last.exact
         self.rows += last.rows
         self.peak_bytes = max(self.peak_bytes, *(lap.peak_bytes for lap in laps))
         self.cycles += statistics.median(lap.cycles for lap in phased)
@@ -89,6 +92,7 @@ class Run:
             "new_tokens": sum(self.batch_tokens),
             "seconds": round(sum(self.medians), 4),
             "tokens_per_second": round(self.tokens_per_second, 2),
+            "exact": self.exact,
             "tau": round(self.tau, 3) if self.rows else None,
             "acceptance_by_depth": rates,
             **{f"{name}_ms": v if v is None else round(v, 3) for name, v in ms.items()},
@@ -161,7 +165,8 @@ def run_case(
     more = {"timings": timings, "synchronise": synchronised, **options, **case.options}
     memory = PeakMemory(device)
     spent, made = timed(lambda: model.generate(batch, **more), device)
-    return Lap(spent, [row.tokens for row in made.rows], made.rows, timings, memory.bytes())
+    outputs = [row.tokens for row in made.rows]
+    return Lap(spent, outputs, made.rows, timings, memory.bytes(), made.exact)
 
 
 def run_stock(case: Case, model, batch: list[list[int]], options: dict) -> Lap:

@@ -106,7 +106,7 @@ def test_threads_take_turns(llama, sampling):
     jobs = [
         (m, p)
         for seed, m in enumerate((first, first, other, bare))
-        for p in make_prompts((9, 3, 14, 1, 6), seed=seed)
+        for p in make_prompts((9, 14, 1), seed=seed)
     ]
     expected = [m.naivegenerate([p], max_new_tokens=NEW, **sampling).tolist() for m, p in jobs]
 

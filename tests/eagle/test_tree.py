@@ -7,8 +7,8 @@ import pytest
 import torch
 from engine_helpers import make_tree
 
-from eagle.compile import compiled_folder, cpu_flags
 from eagle.errors import EagleError
+from eagle.loading import compiled_folder
 from eagle.tree import TreeShape, ancestors, rerank
 from eagle.verify import verify
 from kernels import cpu_extension
@@ -16,7 +16,7 @@ from kernels import cpu_extension
 
 @pytest.fixture(params=["reference", "c++"])
 def implementation(request, monkeypatch, compile_cache):
-    cpu_extension.load(compiled_folder(), cpu_flags())
+    cpu_extension.load(compiled_folder())
     monkeypatch.setattr(cpu_extension, "loaded", request.param == "c++")
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from kernel_helpers import commit_problem
 
-from eagle.compile import compiled_folder, cpu_flags
+from eagle.loading import compiled_folder
 from kernels import cpu_extension
 from kernels.commit_kv import commit_kv
 
@@ -17,7 +17,7 @@ INTERPRETED = os.environ.get("EAGLE_TRITON") == "1"
 @pytest.fixture(params=["triton"] if INTERPRETED else ["reference", "c++"], autouse=True)
 def implementation(request, monkeypatch):
     if request.param == "c++":
-        cpu_extension.load(compiled_folder(), cpu_flags())
+        cpu_extension.load(compiled_folder())
     monkeypatch.setattr(cpu_extension, "loaded", request.param == "c++")
 
 

@@ -4,7 +4,7 @@ eagle/test_tree.py has what is done with grown ones."""
 import pytest
 import torch
 
-from eagle.compile import compiled_folder, cpu_flags
+from eagle.loading import compiled_folder
 from kernels import cpu_extension
 from kernels.grow_tree import best_beams, candidates
 
@@ -12,7 +12,7 @@ from kernels.grow_tree import best_beams, candidates
 @pytest.fixture
 def both(monkeypatch):
     """both(work) -> what the C++ gives, and what the reference gives."""
-    cpu_extension.load(compiled_folder(), cpu_flags())
+    cpu_extension.load(compiled_folder())
 
     def run(work):
         fast = work()

@@ -44,8 +44,7 @@ def test_sandbox(in_process):
 
 
 @pytest.mark.slow
-def test_training_arms_do_the_same_work(in_process, model_folder, tmp_path, monkeypatch):
-    monkeypatch.setenv("EAGLE_CACHE", str(tmp_path / "cache"))
+def test_training_arms_do_the_same_work(in_process, model_folder, tmp_path, own_cache):
     row = {"prefix": "def add(a, b):\n", "middle": "    return a + b\n", "suffix": "\n\nx = 1\n"}
     data = tmp_path / "rows.jsonl"
     data.write_text("".join(json.dumps(row | {"suffix": f"x = {i}\n"}) + "\n" for i in range(20)))
