@@ -163,7 +163,7 @@ class TreeContext:
         """Write this pass's keys and values, and attend. q [1, Hq, T, D], k and v [1, Hkv, T, D]
         -> [1, T, Hq, D]."""
         self.layers_seen += 1
-        if fast(q):
+        if fast(q) and q.dtype != torch.float64:
             options = scaling, window or 0, softcap or 0.0, sinks
             return torch.ops.eagle_cpu.attend(self.packed(), q, k, v, layer, *options)
         kernel = self.mask is not None and use_triton(q)

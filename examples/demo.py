@@ -16,7 +16,7 @@ from configs import cli
 from examples.steps import call, words
 
 
-def demo(*, output: str = "runs/demo", minutes: float = 2.5, num_prompts: int = 8) -> int:
+def demo(*, output: str = "runs/demo", minutes: float = 2.0, num_prompts: int = 8) -> int:
     """Inspect, train for `minutes`, benchmark. Everything goes to --output (a new numbered folder
     if taken)."""
     console = Console(highlight=False, soft_wrap=True)  # paths stay whole, for copying

@@ -2,6 +2,7 @@
 transformers'."""
 
 import itertools
+import shutil
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from engine_helpers import (
     stock_greedy,
 )
 
+from eagle.errors import EagleError
 from eagle.model import EaModel
 from eagle.target import Target
 
@@ -102,6 +104,40 @@ def test_the_head_may_have_a_dtype_of_its_own(target_dtype, head_dtype):
     assert result.new_tokens == 16
     if target_dtype == "float32":
         assert new_tokens(result) == plain(target, make_prompts((4, 9)), max_new_tokens=8)
+
+
+needs_kernels = pytest.mark.skipif(not shutil.which("g++"), reason="needs g++")
+
+
+@needs_kernels
+@pytest.mark.parametrize("family", [*FAMILIES, "fp16"])
+def test_drafts_change_no_token_in_16_bits(family):
+    """With no near tie allowed for: each row alone, plainly, and all of them with every tree."""
+    dtype = torch.float16 if family == "fp16" else torch.bfloat16
+    target = Target(make_target("llama" if family == "fp16" else family).model.to(dtype))
+    model, prompts = head_model(target), make_prompts()
+    for sampling in ({}, {"temperature": 1.0}):
+        options = dict(max_new_tokens=NEW, **sampling)
+        alone = [plain(target, [p], seed=[i], **options)[0] for i, p in enumerate(prompts)]
+        for tree in TREES:
+            result = model.generate(prompts, tree=tree, seed=list(range(5)), **options)
+            assert result.exact and new_tokens(result) == alone
+
+
+@needs_kernels
+def test_what_is_not_exact_is_named(monkeypatch):
+    quantized = dict(quantization="nf4", dtype="float32", device="cpu")
+    with pytest.raises(EagleError, match="exact=True: the products of Linear4bit are computed"):
+        EaModel.from_pretrained(exact=True, **quantized)
+    with pytest.raises(EagleError, match="exact='maybe'; use 'auto', True or False"):
+        EaModel.from_pretrained(exact="maybe")
+    off = Target(make_target("llama").model, exact=False)
+    assert not EaModel(off).generate([[5, 6]], max_new_tokens=2).exact
+    monkeypatch.setattr("eagle.target.load_kernels", lambda folder: "no g++")
+    with pytest.raises(
+        EagleError, match="the CPU's kernels do not compile: no g.*use exact='auto'"
+    ):
+        Target(make_target("llama").model, exact=True)
 
 
 @pytest.mark.parametrize(
