@@ -18,8 +18,8 @@
 
 namespace {
 
-constexpr int ROWS = 6;  // a tile of vectors
-constexpr int NEAR = 8;     // outputs whose weights stay in the nearest cache
+constexpr int ROWS = 6;  // rows a tile of vectors
+constexpr int NEAR = 8;  // outputs whose weights stay in the nearest cache
 
 template <int R, int C>
 inline void add(const float* x, int64_t ldx, const lanes (&line)[C], lanes (&sum)[R][C]) {
