@@ -56,7 +56,9 @@ class ModelConfig(Section):
     dtype: Dtype = Field("auto", description="dtype of the frozen target; auto = as it is served")
     adapter: str | None = Field(None, description="LoRA of the tuned target: folder or hub id")
     method: Literal["eagle3", "eagle1"] = Field("eagle3", description="kind of head")
-    quantization: Quantization = Field("none", description="of the target's linear layers")
+    quantization: Quantization | Literal["int8_cpu"] = Field(
+        "none", description="of the target's linear layers"
+    )
     draft_vocab_size: int | None = Field(None, ge=1, description="null = half, 32000 at most")
     feature_layers: tuple[int, int, int] | None = Field(
         None, description="three layer ids whose *inputs* are the features; null = 2, L//2, L-3"

@@ -13,21 +13,46 @@ from torch import nn
 
 from kernels import cpu_extension
 from kernels.dispatch import fast
-from kernels.linear import lean, linear
+from kernels.linear import lean, linear, quantize
 
-FLOATS = torch.float32, torch.bfloat16, torch.float16
+TYPES = torch.float32, torch.bfloat16, torch.float16, torch.uint8
 _failed: dict[Path, str] = {}
 _lean: weakref.WeakKeyDictionary[nn.Module, torch.Tensor] = weakref.WeakKeyDictionary()
 
 
-def linears_of(modules: Iterable[nn.Module]) -> list[nn.Linear]:
-    """Those that can be lent: on a CPU, neither a subclass nor with a forward of their own."""
+class Int8Linear(nn.Module):
+    """A linear layer in int8, `kernels.linear.quantize`: [..., K] -> [..., N] of the rows' dtype.
+    weight uint8 [N, 68 * groups]. No gradients."""
+
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__()
+        self.in_features, self.out_features = layer.in_features, layer.out_features
+        self.register_buffer("weight", quantize(layer.weight.detach()))
+        self.register_buffer("bias", None if layer.bias is None else layer.bias.detach())
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}"
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return linear(x, self.weight, self.bias)
+
+
+def to_int8(model: nn.Module) -> None:
+    """Every `nn.Linear` of the model in int8, the output layer too; an embedding that is tied to it
+    stays as it is."""
+    for name, layer in list(model.named_modules()):
+        if type(layer) is nn.Linear:
+            model.set_submodule(name, Int8Linear(layer))
+
+
+def linears_of(modules: Iterable[nn.Module]) -> list[nn.Linear | Int8Linear]:
+    """Those that can be lent: on a CPU, neither of another kind nor with a forward of their own."""
     return [
         m
         for m in dict.fromkeys(modules)
-        if type(m) is nn.Linear
+        if type(m) in (nn.Linear, Int8Linear)
         and "forward" not in vars(m)
-        and m.weight.dtype in FLOATS
+        and m.weight.dtype in TYPES
         and m.weight.device.type == "cpu"
     ]
 

@@ -1,8 +1,8 @@
 """Where models, heads, adapters and tokenizers are found, and a target's weights from there.
 
 An identity is {"id": folder or hub id (with "@REVISION", if one was given), "fingerprint": of the
-base's weights as the checkpoint has them, "dtype", "quantization": "none", "nf4" or "int8",
-"adapter": None or a hash of the adapter's weights}: what decides the features a head learns from.
+base's weights as the checkpoint has them, "dtype", "quantization": one of QUANTIZATIONS, "adapter":
+None or a hash of the adapter's weights}: what decides the features a head learns from.
 """
 
 from __future__ import annotations
@@ -22,9 +22,10 @@ from .files import read_json, read_tensors, require_numbers, same_bits, standing
 from .files import weights_hash as weights_hash
 from .fingerprint import PEFT_MODEL, is_earlier, of_an_adapter
 from .fingerprint import target_fingerprint as target_fingerprint
+from .linears import Int8Linear, load_kernels, to_int8
 
 EMBEDDED = Path(__file__).parent / "embedded"
-QUANTIZATIONS = ("none", "nf4", "int8")
+QUANTIZATIONS = ("none", "nf4", "int8", "int8_cpu")
 # of an adapter folder: peft's two files, and what it belongs to
 CONFIG, WEIGHTS, RECORD = "adapter_config.json", "adapter_model.safetensors", "eagle.json"
 # what is taken from a hub: never the weights twice, nor those of other programs
@@ -137,16 +138,19 @@ def load_model(
 
     dtype "auto" is the checkpoint's, but float32 for a bf16 one on a CPU that would emulate bf16.
     quantization: "nf4" (double quantization, Dettmers et al. 2023, arXiv:2305.14314) or "int8", of
-    the linear layers except the LM head, computing in the dtype. adapter_path: a LoRA folder, or a
-    run of train.finetune."""
+    the linear layers except the LM head, computing in the dtype, both by bitsandbytes; "int8_cpu" of
+    all linear layers by `kernels.linear`. adapter_path: a LoRA folder, or a run of
+    train.finetune."""
     device, dtype = resolve_device(device), resolve_dtype(dtype)
     embedded = path in (None, "embedded")
     if embedded and not (EMBEDDED / "model.safetensors").exists():
         raise EagleError("this installation has no embedded model; give a model path")
     if quantization not in QUANTIZATIONS:
         raise EagleError(f"unknown quantization {quantization!r}; use {', '.join(QUANTIZATIONS)}")
-    quantize = quantization != "none"
-    if quantize and "quantization_config" in hf_kwargs:
+    quantize = quantization in ("nf4", "int8")
+    if quantization == "int8_cpu":
+        _require_int8(device, adapter_path)
+    if quantization != "none" and "quantization_config" in hf_kwargs:
         raise EagleError("give quantization or quantization_config, not both")
     revision = hf_kwargs.pop("revision", None)
     name = "embedded" if embedded else str(path) if revision is None else f"{path}@{revision}"
@@ -162,9 +166,9 @@ def load_model(
     stored_quantized = getattr(model, "is_quantized", False)
     slow = dtype == "auto" and model.dtype == torch.bfloat16 and not fast_bf16(device)
     identity = identity_of(model, name)
+    if quantization != "none" and stored_quantized:
+        raise EagleError(f"{name} is stored quantized; leave quantization={quantization!r} out")
     if quantize:
-        if stored_quantized:
-            raise EagleError(f"{name} is stored quantized; leave quantization={quantization!r} out")
         if dtype == "auto":
             dtype = torch.float32 if slow else model.dtype
         del model
@@ -172,15 +176,29 @@ def load_model(
         config = {"quantization_config": quantization_config(quantization, dtype)}
         model = read_model(source, dtype, {**hf_kwargs, **placed, **config})
         _restrain_repacking(model, dtype)
-        identity |= {"quantization": quantization}
     elif lossy:
         model = read_model(source, dtype, {**hf_kwargs, **placed})
     if not placed and not stored_quantized:
         model = model.to(device=device, dtype=torch.float32 if slow else None)
+    if quantization == "int8_cpu":
+        to_int8(model)
+    if quantization != "none":
+        identity["quantization"] = quantization
     identity["dtype"] = str(model.dtype).split(".")[-1]
     if adapter_path is not None:
         identity["adapter"] = attach(model, find_adapter(adapter_path), identity)
     return model, identity
+
+
+def _require_int8(device: torch.device, adapter_path) -> None:
+    said = "quantization='int8_cpu'"
+    if device.type != "cpu":
+        raise EagleError(f"{said} is for CPUs; on {device} use 'int8' or 'nf4'")
+    if adapter_path is not None:
+        merge = "python -m train.finetune merge --adapter ADAPTER --output MERGED"
+        raise EagleError(f"{said} takes no adapter; merge it first: {merge}")
+    if reason := load_kernels(compiled_folder()):
+        raise EagleError(f"{said} needs the C++ kernels, which do not compile: {reason}")
 
 
 def read_model(
@@ -308,6 +326,8 @@ def identity_of(model: nn.Module, name: str) -> dict:
     config = getattr(model.config, "quantization_config", None) or {}
     values = config if isinstance(config, dict) else config.to_dict()
     kind = str(values.get("quant_method", "other")) if values else "none"
+    if any(isinstance(m, Int8Linear) for m in model.modules()):
+        kind = "int8_cpu"
     if values.get("load_in_8bit"):
         kind = "int8"
     elif values.get("load_in_4bit") and values.get("bnb_4bit_quant_type") == "nf4":

@@ -114,7 +114,8 @@ class EaModel(torch.nn.Module):
         the three in one, "60,7,10", or "auto"; not both. use_eagle3: False is for EAGLE-1 heads
         (and so EAGLE-2's); None is whichever the files hold. dtype "auto" is the checkpoint's
         (float32 where a CPU would emulate bf16). adapter_path: a LoRA folder; quantization: "none",
-        "nf4" or "int8" (bitsandbytes); upstream's `load_in_4bit` and `load_in_8bit` say the same.
+        "nf4" or "int8" (bitsandbytes), "int8_cpu" (`kernels.linear`, weights and rows); upstream's
+        `load_in_4bit` and `load_in_8bit` are the first two.
         exact: a token's bits depend on nothing that is run beside it, so that drafts change no
         token in 16 bits either: "auto" where that can be (`Generation.exact` says whether it was),
         True or refuse, False torch's own linear layers in eager passes. Further arguments go to

@@ -55,7 +55,7 @@ def generate(
 
     --tree total_token,depth,top_k, or auto: in each cycle the tree that was seen to make most
     tokens a second. --compile off, auto (off on a CPU) or max (compiled once, and kept on disk).
-    --adapter a LoRA folder on the base, --quantization none, nf4 or int8.
+    --adapter a LoRA folder on the base, --quantization none, nf4, int8 or int8_cpu.
     """
     from transformers import TextStreamer
 

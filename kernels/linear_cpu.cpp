@@ -5,6 +5,7 @@
 //
 // What is summed how depends on the types and the machine alone:
 // - bf16 rows by bf16 weights with AMX: TDPBF16PS over blocks of 32 k; with AVX512-BF16: VDPBF16PS;
+// - int8 weights: rows in int8 too; a group's sums are whole numbers, which are added up as float32;
 // - everything else: chains of float32 multiply-adds, one in each lane of a vector, added up at the end.
 // A row of a tile is computed as it would be in a tile of its own, and padding is zeros on both sides.
 
@@ -77,6 +78,75 @@ struct Dots {  // bf16 weights, bf16 rows
   }
 };
 #endif
+
+constexpr int64_t GROUP = 64;
+struct Group {  // of weights: value times scale; `quantize` of linear.py
+  int8_t value[GROUP];
+  float scale;
+};
+static_assert(sizeof(Group) == GROUP + 4);
+struct RowGroup {
+  int8_t value[GROUP];
+  int32_t start[16];  // of each lane's sum: takes away what 128 more in every weight adds
+  float scale;
+};
+
+// bytes a, b -> in each lane of float32 a part of sum a * b, exact
+#ifdef __AVX512VNNI__
+inline lanes dot(const int8_t* w, const RowGroup& x) {
+  // the instruction multiplies unsigned bytes by signed ones
+  const __m512i high = _mm512_set1_epi8(-128), weights = _mm512_xor_si512(_mm512_loadu_si512(w), high);
+  const __m512i from = _mm512_loadu_si512(x.start), row = _mm512_loadu_si512(x.value);
+  return (lanes)_mm512_cvtepi32_ps(_mm512_dpbusd_epi32(from, weights, row));
+}
+#else
+inline lanes dot(const int8_t* w, const RowGroup& x) {
+  integers sum = {};
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  for (int i = 0; i < GROUP; i += 32) {
+    const __m256i a = ::load<__m256i>(x.value + i), b = ::load<__m256i>(w + i);
+    // |a| by b with a's sign: two products fit 16 bits, as no byte is -128
+    const __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(a), _mm256_sign_epi8(b, a));
+    sum += (integers)_mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
+  }
+#else
+  for (int i = 0; i < GROUP; ++i) sum[i % LANES] += x.value[i] * w[i];
+#endif
+  return __builtin_convertvector(sum, lanes);
+}
+#endif
+
+struct Bytes {
+  typedef RowGroup input;
+  typedef Group weight;
+  static constexpr int64_t depth = 1;
+  template <int R, int C>
+  static inline void step(const RowGroup* x, int64_t ldx, const Group* w, int64_t ldw, lanes (&sum)[R][C]) {
+    for (int c = 0; c < C; ++c)
+      for (int r = 0; r < R; ++r) {
+        const RowGroup& row = x[r * ldx];
+        const lanes part = dot(w[c * ldw].value, row) * all(row.scale);
+        sum[r][c] = multiply_add(part, all(w[c * ldw].scale), sum[r][c]);
+      }
+  }
+};
+
+// x [K] -> its groups; not finite where x is not
+void quantize_row(const float* x, int64_t K, RowGroup* to) {
+  for (int64_t k = 0; k < K; k += GROUP, ++to) {
+    const int64_t n = std::min(GROUP, K - k);
+    float largest = 0, finite = 0;
+    for (int64_t i = 0; i < n; ++i) largest = std::max(largest, std::abs(x[k + i])), finite += x[k + i] * 0;
+    *to = {};
+    to->scale = largest / 127 + finite;
+    if (largest <= 1e-30f || finite != 0) continue;  // NaN is not 0
+    const float inverse = 127 / largest;
+    for (int64_t i = 0; i < n; ++i) {
+      to->value[i] = static_cast<int8_t>(std::nearbyint(x[k + i] * inverse));
+      to->start[i / 4] -= 128 * to->value[i];
+    }
+  }
+}
 
 // Where outputs go
 struct Out {
@@ -259,7 +329,21 @@ void run(const at::Tensor& rows, const at::Tensor& weight, const Out& out) {
   });
 }
 
+void linear_in_int8(const at::Tensor& x, const at::Tensor& weight, const Out& out) {
+  const int64_t M = x.size(0), K = x.size(1), groups = (K + GROUP - 1) / GROUP;
+  const auto rows = x.to(at::kFloat).contiguous();
+  const auto* w = reinterpret_cast<const Group*>(weight.data_ptr());
+  std::vector<RowGroup> quantized(M * groups);
+  at::parallel_for(0, M, std::max<int64_t>(1, (1 << 14) / K), [&](int64_t a, int64_t b) {
+    for (; a < b; ++a) quantize_row(rows.data_ptr<float>() + a * K, K, &quantized[a * groups]);
+  });
+  over_outputs(out.N, K, [&](int64_t a, int64_t b) {
+    multiply<Bytes>(quantized.data(), groups, M, w, groups, 32 * a, std::min(32 * b, out.N), out);
+  });
+}
+
 void linear_into(const at::Tensor& x, const at::Tensor& weight, const Out& out) {
+  if (weight.scalar_type() == at::kByte) return linear_in_int8(x, weight, out);
   if (weight.scalar_type() == at::kFloat) return run<Float>(rows_as(x, at::kFloat, Float::depth), weight, out);
   if (weight.scalar_type() == at::kHalf) return run<Half>(rows_as(x, at::kFloat, Half::depth), weight, out);
 #ifdef __AVX512BF16__
@@ -284,9 +368,11 @@ void linear_into(const at::Tensor& x, const at::Tensor& weight, const Out& out) 
 }
 
 at::Tensor linear(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias) {
-  const int64_t K = weight.size(1), N = weight.size(0);
-  TORCH_CHECK(x.size(-1) == K && weight.is_contiguous(), "eagle::linear: the weights ", weight.sizes(),
-              " must be contiguous, and as wide as the rows, ", x.size(-1));
+  const int64_t K = x.size(-1), N = weight.size(0);
+  const bool bytes = weight.scalar_type() == at::kByte;
+  const int64_t width = bytes ? (K + GROUP - 1) / GROUP * sizeof(Group) : K;
+  TORCH_CHECK(weight.size(1) == width && weight.is_contiguous(), "eagle::linear: the weights ",
+              weight.sizes(), " must be contiguous, and as wide as the rows, ", K);
   const auto type = x.scalar_type();
   TORCH_CHECK(type == at::kFloat || type == at::kBFloat16 || type == at::kHalf,
               "eagle::linear takes float32, bfloat16 or float16, not ", type);

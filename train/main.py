@@ -29,13 +29,13 @@ def train(
 
     --data_format fim|chat|instruction|mixed|plain|tokenized; --base and --data name the target
     model and the data file(s); --config takes a YAML file or a preset; --resume continues the run
-    in --output (or a checkpoint folder). --adapter and --quantization none|nf4|int8 say how the
-    target is served, --init_head a head to start from: the head of a base is adapted to a tuned
-    target in a short run. --features DIR: what `python -m train.prepare features` wrote, so that no
-    layer of the target runs in a training step (evaluations still run it). --profile [N] records N
-    steps with torch.profiler. Any setting is an override: train.max_steps=20 loss.name=focal
-    loss.gamma=2. Several processes: torchrun --nproc_per_node 2 -m train.main ..., or deepspeed
-    --module train.main ...
+    in --output (or a checkpoint folder). --adapter and --quantization none|nf4|int8|int8_cpu say
+    how the target is served, --init_head a head to start from: the head of a base is adapted to a
+    tuned target in a short run. --features DIR: what `python -m train.prepare features` wrote, so
+    that no layer of the target runs in a training step (evaluations still run it). --profile [N]
+    records N steps with torch.profiler. Any setting is an override: train.max_steps=20
+    loss.name=focal loss.gamma=2. Several processes: torchrun --nproc_per_node 2 -m train.main ...,
+    or deepspeed --module train.main ...
     """
     flags = {
         "data.format": data_format,

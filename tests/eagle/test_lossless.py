@@ -20,6 +20,7 @@ from engine_helpers import (
 )
 
 from eagle.errors import EagleError
+from eagle.loading import identity_of
 from eagle.model import EaModel
 from eagle.target import Target
 
@@ -122,6 +123,36 @@ def test_drafts_change_no_token_in_16_bits(family):
         for tree in TREES:
             result = model.generate(prompts, tree=tree, seed=list(range(5)), **options)
             assert result.exact and new_tokens(result) == alone
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_int8_weights_are_a_target_like_another(dtype, compile_cache):
+    """Plain and drafted, eager and compiled (which rounds otherwise in 16 bits), and in float32
+    stock `generate` of the quantized model: one answer."""
+    options = dict(dtype=dtype, device="cpu", quantization="int8_cpu", exact=True)
+    model = EaModel.from_pretrained(**options)
+    assert model.target.identity["quantization"] == "int8_cpu"
+    assert identity_of(model.base_model, "x")["quantization"] == "int8_cpu"
+    prompts = make_prompts((9, 3))
+    eos = sorted(model.eos_token_ids)
+    for mode in ("off", "max"):
+        options = dict(max_new_tokens=NEW, compile=mode)
+        alone = [new_tokens(model.generate([p], draft=False, **options))[0] for p in prompts]
+        result = model.generate(prompts, **options)
+        assert new_tokens(result) == alone and result.exact
+        if dtype == "float32":
+            assert alone[0] == stock_greedy(model.target, prompts[0], NEW, eos_token_id=eos)
+    assert model.half().base_model.lm_head.weight.dtype == torch.uint8
+
+
+def test_int8_on_a_cpu_refuses_what_it_is_not_for(tmp_path):
+    for options, said in (
+        ({"device": "cuda"}, "is for CPUs; on cuda use 'int8' or 'nf4'"),
+        ({"device": "cpu", "adapter_path": tmp_path}, "takes no adapter; merge it first"),
+    ):
+        with pytest.raises(EagleError, match=f"quantization='int8_cpu' {said}"):
+            EaModel.from_pretrained(quantization="int8_cpu", **options)
 
 
 @needs_kernels

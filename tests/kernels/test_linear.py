@@ -8,13 +8,15 @@ import pytest
 import torch
 
 from kernels import cpu_extension
-from kernels.linear import lean, linear, linear_reference
+from kernels.linear import dequantize, lean, linear, linear_reference, quantize
 
 KINDS = {
     "bf16": (torch.bfloat16, torch.bfloat16),
     "bf16 weights": (torch.float32, torch.bfloat16),
     "fp32": (torch.float32, torch.float32),
     "fp16": (torch.float16, torch.float16),
+    "int8": (torch.float32, torch.uint8),
+    "int8 and bf16": (torch.bfloat16, torch.uint8),
 }
 SIZES = [(1, 1), (63, 17), (32, 16), (96, 160), (577, 150), (1000, 33)]
 
@@ -34,6 +36,8 @@ def problem(kind, K, N, M=70, bias=True):
     g = torch.Generator().manual_seed(K * N)
     x, weight = torch.randn(M, K, generator=g), torch.randn(N, K, generator=g) / K**0.5
     added = torch.randn(N, generator=g).to(x_type) if bias else None
+    if w_type == torch.uint8:
+        return x.to(x_type), quantize(weight), added
     return x.to(x_type), weight.to(w_type).to(x_type), added
 
 
@@ -74,8 +78,11 @@ def test_against_float64(kind, K, N, bias):
     """|error| <= (K + 2) u sum |x w|, u = 2^-24, of the sum, and half a unit of the result's type
     (bf16 products of AMX and AVX512-BF16 may flush denormal numbers: their size)."""
     x, weight, added = problem(kind, K, N, bias=bias)
-    exact = x.double() @ weight.double().T + (0 if added is None else added.double())
-    size = x.double().abs() @ weight.double().abs().T + (0 if added is None else added.abs())
+    rows, weights = x, weight
+    if weight.dtype == torch.uint8:
+        rows, weights = dequantize(quantize(x), K), dequantize(weight, K)
+    exact = rows.double() @ weights.double().T + (0 if added is None else added.double())
+    size = rows.double().abs() @ weights.double().abs().T + (0 if added is None else added.abs())
     bound = (K + 2) * 2**-24 * size + exact.abs() * torch.finfo(x.dtype).eps / 2 * 1.01 + 1e-7
     for got in (linear(x, lean(weight), added), linear_reference(x, weight, added)):
         assert got.dtype == x.dtype and got.shape == (70, N)
@@ -88,6 +95,15 @@ def test_weights_take_half_the_bytes_where_that_is_exact():
     for kind in ("bf16", "fp32", "fp16"):
         weight = problem(kind, 65, 33)[1]
         assert lean(weight) is weight
+
+
+def test_int8_is_within_half_a_step_of_what_it_was():
+    x = torch.randn(9, 130, generator=torch.Generator().manual_seed(3))
+    x[2], x[3] = 0, x[3] * 1e-30
+    steps = torch.nn.functional.pad(x, (0, 62)).unflatten(-1, (3, 64)).abs().amax(-1) / 127
+    error = (dequantize(quantize(x), 130) - x).abs()
+    assert (error <= steps.repeat_interleave(64, -1)[:, :130] * 0.5001).all()
+    assert quantize(x).shape == (9, 3 * 68) and not error[2].any()
 
 
 def test_the_reference_runs_where_the_extension_is_not(monkeypatch):
