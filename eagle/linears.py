@@ -9,13 +9,23 @@ from functools import partial
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from kernels import cpu_extension
 from kernels.dispatch import fast
 from kernels.linear import lean, linear, quantize
 
 TYPES = torch.float32, torch.bfloat16, torch.float16, torch.uint8
+VECTORS = 64  # numbers that torch's loops over any type take at once, or a multiple
+SHARE = 32768  # numbers, at least, of a thread's share
+FUNCTIONS = set("silu gelu tanh sigmoid exp erf log softplus mish sin cos".split())
+# of torch, but `linear`
+PRODUCTS = set(
+    "matmul __matmul__ __rmatmul__ mm bmm mv addmm addbmm baddbmm einsum tensordot conv1d grouped_mm "
+    "_grouped_mm".split()
+)
 _failed: dict[Path, str] = {}
 _lean: weakref.WeakKeyDictionary[nn.Module, torch.Tensor] = weakref.WeakKeyDictionary()
 
@@ -76,16 +86,71 @@ def forward(layer: nn.Linear, x: torch.Tensor) -> torch.Tensor:
     return linear(x, layer.weight, layer.bias)
 
 
-class Exact:
-    """The linear layers of these modules, to be lent to eager passes, where the C++ runs."""
+def has_products(module: nn.Module) -> bool:
+    """Does it hold matrices, and not to look up rows of them?"""
+    matrices = any(p.ndim > 1 for p in module.parameters(recurse=False))
+    return matrices and not isinstance(module, nn.Embedding)
+
+
+def has_functions(module: nn.Module) -> bool:
+    """Is it an activation, or a rotary embedding?"""
+    kind = type(module).__module__
+    turns = any(name.endswith("inv_freq") for name in vars(module)["_buffers"])
+    return turns or kind in ("torch.nn.modules.activation", "transformers.activations")
+
+
+def whole_vectors(function: Callable, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
+    """An element-wise function of torch, which computes numbers that fill no vector, at the end of
+    a thread's share, by other code: here there are none."""
+    threads = min(torch.get_num_threads(), -(-x.numel() // SHARE))
+    more = -x.numel() % (VECTORS * max(threads, 1))
+    if not more and x.is_contiguous():
+        return function(x, *args, **kwargs)
+    flat = F.pad(x.reshape(-1), (0, more))
+    return function(flat, *args, **kwargs)[: x.numel()].view(x.shape)
+
+
+class Exact(TorchFunctionMode):
+    """What is lent to eager passes over these modules, where the C++ runs: linear layers, `F.linear`
+    in routers, experts and the like (of experts the loop over them, which transformers calls
+    eager), and whole vectors of activations and rotary angles. elsewhere: kinds of modules that
+    were seen to multiply by other means."""
 
     def __init__(self, modules: Iterable[nn.Module]) -> None:
+        super().__init__()
+        modules, self.elsewhere = list(modules), set()
         self.linears = linears_of(modules)
+        known = {id(m) for m in self.linears}
+        self.others = [m for m in modules if id(m) not in known and self._takes(m)]
         self.forwards = [partial(forward, layer) for layer in self.linears]
+        self.forwards += [partial(self._run, module) for module in self.others]
+
+    @staticmethod
+    def _takes(module: nn.Module) -> bool:
+        ours = has_products(module) or has_functions(module)
+        usual = all(
+            p.is_floating_point() and p.device.type == "cpu" for p in module.parameters(False)
+        )
+        return ours and usual and "forward" not in vars(module)
 
     def lent(self):
         runs = self.linears and fast(self.linears[0].weight)
-        return lent(self.linears, self.forwards) if runs else nullcontext()
+        return lent([*self.linears, *self.others], self.forwards) if runs else nullcontext()
+
+    def _run(self, module: nn.Module, *args, **kwargs):
+        own = type(module).forward
+        with self:
+            self._module = module
+            return getattr(own, "__wrapped__", own)(module, *args, **kwargs)
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function is F.linear:
+            return linear(*args, **(kwargs or {}))
+        if function.__name__ in FUNCTIONS:
+            return whole_vectors(function, *args, **(kwargs or {}))
+        if function.__name__ in PRODUCTS:
+            self.elsewhere.add(type(self._module).__name__)
+        return function(*args, **(kwargs or {}))
 
 
 def load_kernels(folder: Path) -> str | None:

@@ -13,6 +13,7 @@ from transformers import AttentionInterface
 from .attention import NAME, TreeContext, tree_attention_forward
 from .cache import StaticKVCache
 from .errors import EagleError
+from .linears import has_products
 from .loading import decoder_layers
 
 INSTEAD = "use a decoder-only causal language model such as Llama, Qwen, Mistral or Gemma"
@@ -179,12 +180,11 @@ def why_inexact(target, same: bool) -> str | None:
         return "only the kernels of a CPU are exact"
     if target.no_kernels:
         return f"the CPU's kernels do not compile: {target.no_kernels}"
-    known = {id(m) for m in target.exact_linears.linears}
-    others = (m for m in target.model.modules() if not isinstance(m, nn.Embedding))
-    kinds = {
-        type(m).__name__
-        for m in others
-        if id(m) not in known and any(p.ndim > 1 for p in m.parameters(recurse=False))
+    exact = target.exact_linears
+    others = exact.others if target.compiled is None else []  # packages compute them in their way
+    known = {id(m) for m in (*exact.linears, *others)}
+    kinds = exact.elsewhere | {
+        type(m).__name__ for m in target.model.modules() if id(m) not in known and has_products(m)
     }
     if kinds:
         return f"the products of {', '.join(sorted(kinds))} are computed elsewhere"

@@ -2,6 +2,7 @@
 refusals say why."""
 
 import re
+import shutil
 import warnings
 from dataclasses import replace
 from functools import cached_property
@@ -112,6 +113,15 @@ def test_no_leak_from_the_future(case):
         outcome = differs(after, before)
         assert not any(outcome[:changed]) and outcome[changed]
         assert any(outcome[changed + 1 :]) == (changed < 13)
+
+
+def test_which_are_exact(case):
+    """On a CPU all but those that multiply in ways of their own, at any width."""
+    expected = {"GPT-2": "Conv1D", "GPT-OSS": "GptOssExperts"}.get(case.family.name)
+    if shutil.which("g++"):
+        assert case.target.inexact == (
+            expected and f"the products of {expected} are computed elsewhere"
+        )
 
 
 @torch.inference_mode()
