@@ -13,7 +13,7 @@ from transformers import AttentionInterface
 from .attention import NAME, TreeContext, tree_attention_forward
 from .cache import StaticKVCache
 from .errors import EagleError
-from .linears import has_products
+from .linears import Int8Linear, has_products
 from .loading import decoder_layers
 
 INSTEAD = "use a decoder-only causal language model such as Llama, Qwen, Mistral or Gemma"
@@ -163,6 +163,8 @@ def probe(target) -> None:
         said = f"do not take our attention and cache: {error}"
         raise unsupported(target.config, said) from error
     tolerance = {torch.float32: 1e-3, torch.float16: 5e-2}.get(target.dtype, 2e-1)
+    if any(isinstance(m, Int8Linear) for m in target.model.modules()):
+        tolerance = 0.6  # rows that round to another int8 magnify what differs in the last bit
     error = (logits.float() - expected).abs().max().item() / max(expected.std().item(), 1e-6)
     if not expected.isfinite().all():
         raise _not_finite(target)

