@@ -8,7 +8,6 @@ of its repeats, prompt processing included.
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 
 import torch
 
@@ -17,7 +16,7 @@ from eagle.loading import fast_bf16
 from eagle.tree import TreeShape
 from inference.bench import compare
 from inference.bench.cases import COMPILED, ENGINES, PLAIN, Sweep, with_context
-from inference.bench.engines_page import require_matplotlib, sections, title, write_plots
+from inference.bench.engines_page import sections, title
 from inference.bench.measure import measure_group
 from inference.bench.record import Record, portable
 from inference.bench.timing import say
@@ -51,7 +50,6 @@ def bench(
     device: str | None = None,
     json: str | None = None,
     report: str | None = None,
-    plots: str | None = None,
 ) -> None:
     """Throughput of every engine on the same prompts, acceptance, and whether outputs are equal
     (when sampling, among our own engines: stock generate draws other random numbers).
@@ -67,12 +65,10 @@ def bench(
     64,1024 --capacities 512,8192 --temperatures 0,0.8. --forced_acceptance K makes every cycle keep
     K draft tokens, right or wrong, which measures the engine apart from the head.
 
-    --json FILE, --report FILE.md and --plots DIR keep the result."""
+    --json FILE and --report FILE.md keep the result."""
     asked = dict(locals())
     record = Record("", bench, asked, "num_prompts", "repeats", "max_new_tokens")
     sweep = sweep_of(asked)
-    if plots is not None:
-        require_matplotlib(Path(plots))
     first = sweep.trees[0]
     model = load_model(base, head, adapter, first, dtype, device, quantization=quantization)
     if model.drafter is None and any(engine.startswith("eagle") for engine in sweep.engines):
@@ -88,8 +84,6 @@ def bench(
     options = dict(max_new_tokens=max_new_tokens, top_p=top_p, top_k=top_k, seed=seed)
     result = record.result(**measure(model, ids, sweep, options, repeats))
     record.hand_over(result, title(result), sections(result))
-    if plots is not None:
-        write_plots(result, Path(plots))
 
 
 def sweep_of(asked: dict) -> Sweep:

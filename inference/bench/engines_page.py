@@ -1,12 +1,8 @@
-"""What the engines' JSON says, as tables and as plots."""
+"""What the engines' JSON says, as tables."""
 
 from __future__ import annotations
 
-from pathlib import Path
-
-from eagle.errors import EagleError
 from inference.bench.report import Section, show, tabulate
-from inference.generate import require_writable
 
 # settings of a run that are shown where the runs differ in them
 SETTINGS = {"temp": "temperature", "context": "context_length", "capacity": "capacity"}
@@ -79,65 +75,3 @@ def readable(run: dict) -> dict:
     ties = sum(counts["near_ties"] for counts in (run["divergences"] or {}).values())
     same = {True: "yes", False: "NO", None: ""}[run["identical"]]
     return {**run, **shown, "same": f"{same} ({ties})" if same and ties else same}
-
-
-def require_matplotlib(folder: Path) -> None:
-    """Refuse before the work."""
-    require_writable(folder / "plot.png")
-    try:
-        import matplotlib.figure  # noqa: F401
-    except ImportError as error:
-        raise EagleError("plots need matplotlib: pip install 'eagle-heads[plots]'") from error
-
-
-def write_plots(result: dict, folder: Path) -> None:
-    """A PNG file for each question that there is data for."""
-    from matplotlib.figure import Figure
-
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, (draw, below, beside, *words) in PLOTS.items():
-        figure = Figure(figsize=(9, 4.5), layout="constrained")
-        axes = figure.subplots()
-        if not draw(result, axes, *words):
-            continue
-        axes.set(xlabel=below, ylabel=beside)
-        axes.set_title(f"{result['model']}, {result['dtype']}, {result['device']}", fontsize=9)
-        figure.legend(fontsize=7, loc="outside right upper")
-        figure.savefig(folder / f"{name}.png", dpi=120)
-
-
-def label(result: dict, run: dict, without: str = "") -> str:
-    """The engine and the settings in which runs differ: "eagle, batch 8, tree 16,4,4"."""
-    names = {**varied(result), "batch": "batch_size"}
-    told = [f"{n} {run[s]}" for n, s in names.items() if s != without and run[s] is not None]
-    return ", ".join([run["engine"], *told])
-
-
-def curves(result: dict, axes, x: str, y: str) -> bool:
-    """A curve for all runs that differ in `x` alone; single points are left out."""
-    found: dict[str, list[tuple]] = {}
-    for run in result["runs"]:
-        if run[x] is not None and run[y] is not None:
-            found.setdefault(label(result, run, without=x), []).append((run[x], run[y]))
-    found = {name: sorted(points) for name, points in found.items() if len(points) > 1}
-    for name, points in found.items():
-        axes.plot(*zip(*points, strict=True), marker="o", label=name)
-    axes.set_xticks(sorted({place for points in found.values() for place, _ in points}))
-    axes.set_ylim(0, None)
-    return bool(found)
-
-
-def acceptance(result: dict, axes) -> bool:
-    runs = [run for run in result["runs"] if run["acceptance_by_depth"]]
-    for run in runs:
-        rates = run["acceptance_by_depth"]
-        axes.plot(range(1, len(rates) + 1), rates, marker="o", label=label(result, run))
-    axes.set_ylim(0, 1.02)
-    return bool(runs)
-
-
-PLOTS = {
-    "speedup_by_batch": (curves, "batch size", "speedup over stock", "batch_size", "vs_hf"),
-    "acceptance_by_depth": (acceptance, "depth", "conditional acceptance rate"),
-    "cost_by_context": (curves, "context", "milliseconds a cycle", "context_length", "cycle_ms"),
-}

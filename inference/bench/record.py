@@ -25,7 +25,7 @@ from inference.bench.timing import say
 from inference.generate import require_writable
 
 # the person's own files, or where results went: they do not reproduce anything
-UNREPORTED = ("json", "report", "plots", "out")
+UNREPORTED = ("json", "report", "out")
 CPUINFO = Path("/proc/cpuinfo")
 ROOT = Path(__file__).parents[2]
 # the instruction sets that decide how fast a matrix product is (x86, then ARM)

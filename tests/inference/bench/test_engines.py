@@ -1,7 +1,6 @@
 """The benchmark as a command: its JSON, its files, its equality verdict, and how it refuses."""
 
 import json
-import sys
 
 import pytest
 from engine_helpers import head_model, make_head, make_prompts
@@ -37,12 +36,12 @@ def prompt_file(tmp_path):
 
 
 def test_json_of_a_whole_run(command, base, prompt_file, tmp_path):
-    out, page, plots = tmp_path / "deep" / "bench.json", tmp_path / "bench.md", tmp_path / "plots"
+    out, page = tmp_path / "deep" / "bench.json", tmp_path / "bench.md"
     flags = (
         "--batch_sizes 1,2 --engines eagle,hf,vanilla,hf_prompt_lookup --tree 8,4,2"
         " --max_new_tokens 10 --num_prompts 3 --repeats 2"
     ).split()
-    files = ["--prompts", prompt_file, "--json", out, "--report", page, "--plots", plots]
+    files = ["--prompts", prompt_file, "--json", out, "--report", page]
     result = command("inference.bench", *base, *flags, *files)
     assert result.returncode == 0, result.stderr
     assert "batches," in result.stderr and "s left" in result.stderr
@@ -79,7 +78,6 @@ def test_json_of_a_whole_run(command, base, prompt_file, tmp_path):
     assert "--batch_sizes 1,2" in last["command"] and "question.jsonl" in last["command"]
     assert str(tmp_path) not in result.stdout + page.read_text() and "--json" not in last["command"]
     assert last["command"] in page.read_text() and "| eagle |" in page.read_text()
-    assert {p.stem for p in plots.iterdir()} == {"acceptance_by_depth", "speedup_by_batch"}
 
 
 def test_fewer_engines(in_process, base, prompt_file):
@@ -193,10 +191,3 @@ def test_the_command_is_what_to_type_and_tells_no_private_path(monkeypatch):
     )
     monkeypatch.delenv("OMP_NUM_THREADS")
     assert command_line("slots", bench, {}) == "python -m inference.bench slots"
-
-
-def test_without_matplotlib_plots_are_refused_before_the_work(in_process, base, monkeypatch):
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    monkeypatch.delitem(sys.modules, "matplotlib.figure", raising=False)
-    code, out, err = in_process(bench, *base, "--plots", "plots")
-    assert code != 0 and out == "" and "eagle-heads[plots]" in err

@@ -1,4 +1,4 @@
-"""The environment that is recorded, and a kept result as a table, a page and plots."""
+"""The environment that is recorded, and a kept result as a table and a page."""
 
 import getpass
 import json
@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from inference.bench import record
-from inference.bench.engines_page import sections, title, write_plots
+from inference.bench.engines_page import sections, title
 from inference.bench.record import Record, describe
 from inference.bench.report import markdown, terminal
 from inference.bench.slots import measure_slots
@@ -60,16 +60,6 @@ def test_markdown_tells_everything(result):
     # every table is well formed: as many cells in each line as in its header
     for block in re.findall(r"(?:^\|.*\n)+", page, re.M):
         assert len({line.count("|") for line in block.splitlines()}) == 1
-
-
-def test_plots_of_what_there_is_data_for(result, tmp_path):
-    write_plots(result, tmp_path / "a")
-    files = list((tmp_path / "a").iterdir())
-    assert {f.name for f in files} == {"speedup_by_batch.png", "acceptance_by_depth.png"}
-    assert all(f.read_bytes().startswith(b"\x89PNG") for f in files)
-    result["runs"] = [{**result["runs"][4], "context_length": n} for n in (64, 256)]
-    write_plots(result, tmp_path / "b")
-    assert (tmp_path / "b" / "cost_by_context.png").exists()
 
 
 def test_environment_says_what_matters_and_nothing_private(tmp_path, monkeypatch):
