@@ -62,7 +62,8 @@ def choose(
     chosen, *arguments = (sys.argv[1:] if argv is None else argv) or [""]
     if chosen not in commands:
         wanted = chosen in ("-h", "--help")
-        print(doc if wanted else f"error: name a command: {', '.join(commands)}", file=sys.stderr)
+        said = doc if wanted else f"error: name a command: {', '.join(commands)}"
+        print(said, file=sys.stdout if wanted else sys.stderr)
         sys.exit(0 if wanted else 2)
     main(commands[chosen], arguments, f"{name} {chosen}")
 

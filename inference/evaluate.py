@@ -39,8 +39,7 @@ def code(asked: flags.Whole) -> int:
 
     --data: a data file, a folder of them or a hub data set, in TACO's, HumanEval's (for infilling
     with a suffix) or MBPP's schema; without it, the shipped problems. Without --base the embedded
-    model.
-    --difficulties EASY,MEDIUM, --skills "Sorting,Range queries" and --limit N choose problems.
+    model. --limit N takes the first problems.
 
     Each problem gets --n_samples programs; --k 1,5,10 are those of pass@k (by default as many of
     these as n_samples allows). A sample's seed depends on --seed, the problem and its number only,
@@ -51,9 +50,8 @@ def code(asked: flags.Whole) -> int:
     Programs are run confined (--isolation auto, namespaces or rlimits), and only with
     --allow_code_execution. Reference solutions are run first (--noverify leaves that out): a
     problem whose own solution fails is excluded and listed. --seconds (CPU time a test) and
-    --memory_mb replace the problems' own limits, --policy their own comparison. --checkers FILE.py
-    judges problems of several right answers. --against FILE sets the scores beside those of an
-    upstream metrics file.
+    --memory_mb replace the problems' own limits. --checkers FILE.py judges problems of several
+    right answers. --against FILE sets the scores beside those of an upstream metrics file.
 
     In --output: report.json and report.md, generations.json and metrics.json (upstream's formats),
     dataset.json (what verification found), and the journals from which a stopped run goes on."""
@@ -207,35 +205,18 @@ def emit(result: dict, output: str | Path | None) -> None:
     print(json.dumps(result))
 
 
-COMMANDS = {
-    **dict.fromkeys(("taco", "humaneval", "mbpp", "infilling"), code),
-    "generate": generate,
-    "execute": execute,
-    "score": score,
-    "verify-dataset": verify_dataset,
-    "tasks": tasks,
-    "text": text,
-}
+COMMANDS = dict.fromkeys(("taco", "humaneval", "mbpp", "infilling"), code)
+COMMANDS |= {"generate": generate, "execute": execute, "score": score}
+COMMANDS |= {"verify-dataset": verify_dataset, "tasks": tasks, "text": text}
 
 
-def main(arguments: list[str]) -> None:
-    name = arguments[0] if arguments else ""
-    if name in ("-h", "--help"):
-        print(__doc__)
-        sys.exit(0)
-    if name not in COMMANDS:
-        sys.exit(f"error: unknown command {name!r}; name one of {', '.join(COMMANDS)}")
+if __name__ == "__main__":
     if hasattr(sys, "set_int_max_str_digits"):  # tests of big numbers have longer ones
         sys.set_int_max_str_digits(0)
-    prog = f"python -m inference.evaluate {name}"
     try:
-        cli.main(COMMANDS[name], arguments[1:], name=prog)
+        cli.choose(COMMANDS, __doc__, "python -m inference.evaluate")
     except OSError as error:  # a full disk, most likely
         sys.exit(
             f"error: {error.filename or 'a file'}: {error.strerror}; completions and verdicts so "
             "far are kept: repair it and run the same command again"
         )
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])

@@ -8,7 +8,7 @@ import torch
 
 from inference.bench.cases import PLAIN, VANILLA
 from inference.bench.measure import Run
-from kernels.choose import gumbel_noise, process_logits
+from kernels.choose import choose
 
 RESAMPLES = 2000
 # how far below the best a token may score to be as good, in units of the dtype's last place there
@@ -68,7 +68,6 @@ def headline(runs: list[Run]) -> dict[str, dict]:
     names = ("vs_hf", "vs_vanilla", "vs_vanilla_compiled", "best_vs_hf", "best_vs_best_vanilla")
     speedup: dict[str, dict[str, float]] = {name: {} for name in names}
     found = {"speedup": speedup, "efficiency": {}, "efficiency_best": {}}
-    of_efficiency = {"vs_vanilla": "efficiency", "best_vs_best_vanilla": "efficiency_best"}
     for size in dict.fromkeys(run.case.batch_size for run in runs):
         of = {run.case.engine: run for run in runs if run.case.batch_size == size}
         best = fastest([run for run in of.values() if run.case.speculative])
@@ -78,9 +77,9 @@ def headline(runs: list[Run]) -> dict[str, dict]:
         for name, run, base in zip(names, (eager, eager, compiled, best, best), bases, strict=True):
             if run and base:
                 speedup[name][str(size)] = ratio(run, base)
-                if name in of_efficiency and run.tau:
-                    efficiency = round(ratio(run, base) / run.tau, 3)
-                    found[of_efficiency[name]][str(size)] = efficiency
+        for name, run, base in (("", eager, bases[1]), ("_best", best, plain)):
+            if run and base and run.tau:
+                found[f"efficiency{name}"][str(size)] = round(ratio(run, base) / run.tau, 3)
     return found
 
 
@@ -96,16 +95,15 @@ def judge_group(model, prompts: list[list[int]], found: list[Run], options: dict
     for run in found:
         verdict: dict = {"identical": None, "divergences": None}
         if plain and run.case.speculative and run.case.forced_acceptance is None:
+            others = [r for r in plain if r.case.stock or r.case.capacity == run.case.capacity]
             counts = {
-                other.case.engine: compare(model.target, prompts, run, other, options)
-                for other in plain
-                if other.case.stock or other.case.capacity == run.case.capacity
+                r.case.engine: compare(model.target, prompts, run, r, options) for r in others
             }
             # in half precision compiled and eager passes are two models: between them divergences
             # are counted, and the verdict is of engines that share their passes
-            same = {r.case.engine for r in plain if exact or r.case.mode == run.case.mode}
-            real = any(count["real"] for name, count in counts.items() if name in same)
-            verdict = {"identical": not real, "divergences": counts}
+            same = [r.case.engine for r in others if exact or r.case.mode == run.case.mode]
+            identical = not any(counts[name]["real"] for name in same)
+            verdict = {"identical": identical, "divergences": counts}
         verdicts.append(verdict)
     return verdicts
 
@@ -114,36 +112,30 @@ def compare(target, prompts: list[list[int]], run: Run, other: Run, options: dic
     """How many rows differ, and how many of them first differ at a near tie, or really do."""
     counts = dict.fromkeys(COUNTS, 0)
     for number, (prompt, a, b) in enumerate(zip(prompts, run.outputs, other.outputs, strict=True)):
-        if a == b:
-            continue
-        place = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), None)
-        seed = options["seed"] + number % run.case.batch_size
-        near = place is not None and near_tie(
-            target, prompt + a[:place], a[place], b[place], seed, options
-        )
-        counts["rows"] += 1
-        counts["near_ties" if near else "real"] += 1
+        if a != b:
+            at = next((i for i, pair in enumerate(zip(a, b, strict=False)) if len({*pair}) > 1), -1)
+            seed = options["seed"] + number % run.case.batch_size
+            tie = at >= 0 and near_tie(target, prompt + a[:at], [a[at], b[at]], seed, options)
+            counts["rows"] += 1
+            counts["near_ties" if tie else "real"] += 1
     return counts
 
 
-def near_tie(target, prefix: list[int], ours: int, theirs: int, seed: int, options: dict) -> bool:
-    """After `prefix`, are both tokens as good as the best, but for rounding? In float32 no two
-    are. Scores are logits, or when sampling processed logits and the position's noise."""
+def near_tie(target, prefix: list[int], tokens: list[int], seed: int, options: dict) -> bool:
+    """After `prefix`, would the target choose either token if rounding were in its favour? In
+    float32 it never is."""
     if target.dtype == torch.float32:
         return False
+    device = target.device
     with target.stock() as model, torch.inference_mode():
-        ids = torch.tensor([prefix], device=target.device)
-        scores = model(ids).logits[:, -1:].float()
-    room = ULPS * torch.finfo(target.dtype).eps * scores.abs().max()
-    temperature = options["temperature"]
-    if temperature > 0.0:
-        room /= temperature
-        scores = process_logits(scores, temperature, top_k=options["top_k"], top_p=options["top_p"])
-        place = torch.tensor([[len(prefix)]], device=scores.device)
-        noise = gumbel_noise(torch.tensor([seed], device=scores.device), place, scores.shape[-1])
-        scores = scores + noise
-    scores = scores[0, 0]
-    return bool(scores.max() - min(scores[ours], scores[theirs]) <= room)
+        logits = model(torch.tensor([prefix], device=device)).logits[:, -1:].float()
+    room = ULPS * torch.finfo(target.dtype).eps * logits.abs().max()
+    lifted = logits.repeat(len(tokens), 1, 1)  # [a row a token, 1, V]
+    lifted[range(len(tokens)), 0, tokens] += room
+    seeds = torch.full((len(tokens),), seed, device=device)
+    how = {name: options[name] for name in ("temperature", "top_k", "top_p")}
+    choices = choose(lifted, seeds, torch.full_like(seeds, len(prefix))[:, None], **how)
+    return choices[:, 0].tolist() == tokens
 
 
 def overall(rows: list[dict]) -> dict[str, dict]:

@@ -12,7 +12,9 @@ import statistics
 import sys
 from collections import Counter
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 from torch.overrides import TorchFunctionMode
 from torch.profiler import profile
@@ -94,34 +96,29 @@ def measure(model, prompts: list[list[int]], new: int) -> dict:
     }
 
 
-class Marks:
-    """What has been counted at every commit with all rows in flight; `cycles`: the differences."""
+def by_cycle(generate: Callable, rows: int, so_far: Callable, **more) -> tuple[list[Counter], Any]:
+    """What `so_far()` counts in each cycle, and the generation."""
+    marks: list[Counter] = []
 
-    def __init__(self, rows: int, so_far: Callable[[], dict]) -> None:
-        self.rows, self.so_far, self.marks = rows, so_far, []
+    def mark(cache, drafter) -> None:
+        if len(cache.order) == rows:  # a row that ended takes part in no later cycle
+            marks.append(Counter(so_far()))
 
-    def __call__(self, cache, drafter) -> None:
-        if len(cache.order) == self.rows:  # a row that ended takes part in no later cycle
-            self.marks.append(Counter(self.so_far()))
-
-    @property
-    def cycles(self) -> list[Counter]:
-        pairs = zip(self.marks[1:-1], self.marks[2:], strict=True)
-        found = [Counter({name: b[name] - a[name] for name in b}) for a, b in pairs]
-        if not found:
-            raise EagleError("a row is done within a cycle or two; raise max_new_tokens")
-        return found
+    made = generate(on_cache=mark, **more)
+    cycles = [Counter({name: b[name] - a[name] for name in b}) for a, b in pairwise(marks[1:])]
+    if not cycles:
+        raise EagleError("a row is done within a cycle or two; raise max_new_tokens")
+    return cycles, made
 
 
 def time_phases(generate: Callable, rows: int) -> tuple[list[dict], float]:
     """A row a phase: mean milliseconds a cycle, and its share; and tau."""
-    timings = Timings()
-    marks = Marks(rows, lambda: vars(timings))
-    tau = generate(on_cache=marks, timings=timings, synchronise=True).tau
-    names = ("commit", "draft", "verify")
-    ms = {name: 1e3 * statistics.fmean(c[name] for c in marks.cycles) for name in names}
+    timings, names = Timings(), ("commit", "draft", "verify")
+    more = {"timings": timings, "synchronise": True}
+    cycles, made = by_cycle(generate, rows, lambda: vars(timings), **more)
+    ms = {name: 1e3 * statistics.fmean(c[name] for c in cycles) for name in names}
     ms["cycle"] = whole = sum(ms.values())
-    return [{"phase": name, "ms": t, "share": t / whole} for name, t in ms.items()], tau
+    return [{"phase": name, "ms": t, "share": t / whole} for name, t in ms.items()], made.tau
 
 
 class Calls(TorchFunctionMode):
@@ -146,11 +143,8 @@ class Calls(TorchFunctionMode):
 
 def count_calls(generate: Callable, rows: int) -> dict[tuple[str, str], float]:
     """("call" or "read", name) -> the median over cycles of a generation of `rows` rows."""
-    calls = Calls()
-    marks = Marks(rows, lambda: calls.counter)
-    with calls:
-        generate(on_cache=marks)
-    cycles = marks.cycles
+    with Calls() as calls:
+        cycles, _ = by_cycle(generate, rows, lambda: calls.counter)
     names = sorted({name for found in cycles for name in found})
     typical = {name: statistics.median(found[name] for found in cycles) for name in names}
     return {name: number for name, number in typical.items() if number}

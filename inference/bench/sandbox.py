@@ -1,5 +1,4 @@
-"""Measure the sandbox: tests per second of trivial programs, at each isolation level that this
-machine reaches."""
+"""Measure the sandbox: tests per second of trivial programs."""
 
 from __future__ import annotations
 
@@ -23,34 +22,21 @@ def sandbox(
     tests: int = 400,
     repeats: int = 3,
     workers: int | None = None,
-    levels: str = "namespaces,rlimits",
-    python: str | None = None,
+    level: str = "auto",
     json: str | None = None,
 ) -> None:
-    """Run --tests tests of each program --repeats times at each of --levels: a program that reads
-    standard input and one whose function is called, over all workers, after a warm-up.
-
-    --python: another interpreter. Programs of the level rlimits that root starts run as user
-    65534, who must be able to read it.
-    """
+    """Run --tests tests of each program --repeats times, over all workers, after a warm-up: a
+    program that reads standard input and one whose function is called. --level namespaces or
+    rlimits."""
     record = Record("sandbox", sandbox, dict(locals()), "tests", "repeats")
-    options = {"workers": workers, "python": python, "allow_code_execution": True}
-    for level in levels.split(","):
-        try:
-            box = Sandbox(level=level, **options)
-        except EagleError as error:
-            if "," not in levels:
-                raise
-            record.runs.append({"level": level, "unavailable": str(error)})
-            continue
-        with box:
-            measure(record, box, level, tests, repeats)
-    names = ("level", "program", "workers", "tests_per_second", "unavailable")
+    with Sandbox(None, workers, level, allow_code_execution=True) as box:
+        measure(record, box, tests, repeats)
+    names = ("level", "program", "workers", "tests_per_second")
     lines = tabulate(record.runs, **{name: name for name in names})
     record.hand_over(record.result(), "trivial programs", [Section("Sandbox", lines)])
 
 
-def measure(record: Record, box: Sandbox, level: str, tests: int, repeats: int) -> None:
+def measure(record: Record, box: Sandbox, tests: int, repeats: int) -> None:
     """A row a program: tests per second."""
     count = len(box.workers)
 
@@ -66,5 +52,5 @@ def measure(record: Record, box: Sandbox, level: str, tests: int, repeats: int) 
     seconds, done = race(works, repeats, record.device)
     for name, spent in seconds.items():
         rates = [round(done[name] / s, 1) for s in spent]
-        where = {"level": level, "isolation": box.isolation, "workers": count, "program": name}
+        where = {"level": box.level, "isolation": box.isolation, "workers": count, "program": name}
         record.runs.append({**where, "tests_per_second": statistics.median(rates), "rates": rates})

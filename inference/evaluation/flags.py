@@ -7,13 +7,12 @@ import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from eagle.errors import EagleError
 
-from .comparators import POLICIES
 from .executing import Executor, Rules
 from .generations import Generator, Sampling
 from .problem import ProblemSet, read_rows, reason
@@ -56,18 +55,12 @@ class Output(Flags):
 
 class Data(Flags):
     data: str | None = None
-    difficulties: str | None = None
-    skills: str | None = None
     limit: int | None = Field(None, ge=1)
-    policy: Literal[("auto", *POLICIES)] = "auto"
     checkers: str | None = None
     max_bad_fraction: float = 0.05
 
     def problems(self) -> ProblemSet:
-        given = {name: getattr(self, name) for name in Data.model_fields}
-        for name in ("difficulties", "skills"):
-            parts = (given[name] or "").split(",")
-            given[name] = [part.strip() for part in parts if part.strip()]
+        given = self.model_dump(include=set(Data.model_fields))
         return load_problems(given.pop("data"), **given)
 
 
@@ -89,7 +82,7 @@ class Model(Flags):
         """-> EaModel."""
         from inference.generate import load_model
 
-        return load_model(**{name: getattr(self, name) for name in Model.model_fields})
+        return load_model(**self.model_dump(include=set(Model.model_fields)))
 
 
 class Drawing(Model, Sampling):
@@ -112,7 +105,7 @@ class Drawing(Model, Sampling):
         model = self.load()
         auto = SPECULATIVE if model.drafter is not None else PLAIN
         engine = auto if self.engine == "auto" else self.engine
-        given = {name: getattr(self, name) for name in Sampling.model_fields if name != "engine"}
+        given = self.model_dump(include=Sampling.model_fields.keys() - {"engine"})
         engines = (PLAIN, SPECULATIVE) if compare else (engine,)
         for generator in [Generator(model, Sampling(**given, engine=e), output) for e in engines]:
             prepare(model, generator.sampling.engine)

@@ -15,7 +15,6 @@ import json
 import re
 import runpy
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -231,18 +230,14 @@ READERS = (
 def load_problems(
     path: str | Path | None,
     *,
-    policy: str = "auto",
-    difficulties: Sequence[str] = (),
-    skills: Sequence[str] = (),
     limit: int | None = None,
     max_bad_fraction: float = 0.05,
     checkers: str | Path | None = None,
 ) -> ProblemSet:
-    """path: None is the shipped set. policy: "auto" is each problem's own. difficulties,
-    skills: keep the problems that have one of them; limit: the first so many of what is left.
-    checkers: a Python file whose CHECKERS is {task id: function(input, expected, got) -> bool}; it
-    is run in this process. Rows that are no problems are listed in `bad`; more than
-    max_bad_fraction of them, and duplicate ids, raise."""
+    """path: None is the shipped set. limit: the first so many problems. checkers: a Python file
+    whose CHECKERS is {task id: function(input, expected, got) -> bool}; it is run in this process.
+    Rows that are no problems are listed in `bad`; more than max_bad_fraction of them, and duplicate
+    ids, raise."""
     if path is None:
         path, checkers = SHIPPED / "problems.jsonl", checkers or SHIPPED / "checkers.py"
 
@@ -265,21 +260,6 @@ def load_problems(
     name = Path(path).name
     if checkers is not None:
         problems = plug_in(problems, name, Path(checkers))
-    there = {p.difficulty for p in problems} - {None}
-    tags = {skill for p in problems for skill in p.skills}
-    unknown = [name for name in (*difficulties, *skills) if name not in there | tags]
-    if difficulties:
-        problems = [p for p in problems if p.difficulty in difficulties]
-    if skills:
-        problems = [p for p in problems if set(skills) & set(p.skills)]
-    if unknown or not problems:
-        known = (", ".join(sorted(names)) or "none" for names in (there, tags))
-        raise EagleError(
-            f"no problem has {some(unknown) or 'both that difficulty and that skill'}; there are "
-            "the difficulties {} and the skills {}".format(*known)
-        )
-    if policy != "auto":
-        problems = [replace(p, policy=policy, checker=None) for p in problems]
     return ProblemSet(problems[:limit], name, bad)
 
 

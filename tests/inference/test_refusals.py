@@ -51,7 +51,7 @@ def test_refused(here, base, files, model_folder, tmp_path, monkeypatch, words, 
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
-@pytest.mark.parametrize("words", ["inference.evaluate --help", "inference.bench profile --help"])
+@pytest.mark.parametrize("words", ["inference.evaluate --help", "inference.bench cycle --help"])
 def test_help(here, words):
     code, out, _ = here(*words.split())
     assert code == 0 and f"python -m {words.removesuffix(' --help')}" in out

@@ -84,17 +84,6 @@ def test_lines_that_are_no_rows_and_files_that_are_refused(tmp_path):
             load_problems(tmp_path / name)
 
 
-def test_selection():
-    every = [p.task_id for p in load_problems(None).problems]
-    easy = load_problems(None, difficulties=["EASY"], skills=["Data structures"])
-    assert [p.task_id for p in easy.problems] == ["brackets"]
-    assert [p.task_id for p in load_problems(None, limit=2).problems] == every[:2]
-    assert {p.policy for p in load_problems(None, policy="float").problems} == {"float"}
-    for wrong in (["EASY", "EASYISH"], []), ([], ["Cooking"]), (["EASY"], ["Range queries"]):
-        with pytest.raises(EagleError, match="no problem has"):
-            load_problems(None, difficulties=wrong[0], skills=wrong[1])
-
-
 def test_the_fingerprint_is_of_what_judges(tmp_path):
     def of(**changes):
         return load_problems(write(tmp_path / "x.jsonl", [taco(**changes)])).problems[0].fingerprint
