@@ -1,4 +1,4 @@
-"""The DeepSpeed ZeRO presets, filled in from a run's config; the loop steps its own schedule."""
+"""The DeepSpeed preset, filled in from a run's config; the loop steps its own schedule."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ from configs.schema import HeadTrainConfig
 
 
 def zero_preset(stage: int) -> dict[str, Any]:
-    """The preset as it stands, with "auto" where a run's values belong."""
-    preset = files("configs") / "deepspeed" / f"zero{stage}.json"
-    return json.loads(preset.read_text(encoding="utf-8"))
+    """The preset of a ZeRO stage, with "auto" where a run's values belong."""
+    preset = json.loads((files("configs") / "deepspeed" / "zero.json").read_text(encoding="utf-8"))
+    preset["zero_optimization"]["stage"] = stage
+    return preset
 
 
 def deepspeed_config(cfg: HeadTrainConfig, world_size: int = 1) -> dict[str, Any]:
-    """Config for `deepspeed.initialize`: preset `zero{cfg.train.zero}.json` with values set."""
+    """Config for `deepspeed.initialize`: the preset of `cfg.train.zero` with values set."""
     assert world_size >= 1, world_size
     train = cfg.train
     filled = zero_preset(train.zero)
