@@ -22,7 +22,8 @@ from configs.load import within
 from configs.schema import HeadTrainConfig
 
 _OVERRIDE = re.compile(r"[A-Za-z_]\w*(\.\w+)+=")
-_OTHER_NAMES = {"base": "model", "target": "base"}  # the target is the base of its head
+# the target is the base of its head; a parameter cannot be called `from`
+_OTHER_NAMES = {"base": "model", "target": "base", "from_format": "from"}
 _BOOLS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
 
 

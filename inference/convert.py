@@ -129,6 +129,4 @@ def load_target(path: str):
 
 
 if __name__ == "__main__":
-    # a parameter cannot be called `from`
-    arguments = [re.sub(r"^--from(?==|$)", "--from_format", a) for a in sys.argv[1:]]
-    main(convert, arguments, name="eagle convert")
+    main(convert, name="eagle convert")

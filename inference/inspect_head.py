@@ -4,8 +4,6 @@ belongs to.
 
 from __future__ import annotations
 
-import re
-import sys
 from json import dumps
 
 from configs.cli import main
@@ -43,5 +41,4 @@ def inspect_head(
 
 
 if __name__ == "__main__":
-    arguments = [re.sub(r"^--from(?==|$)", "--from_format", a) for a in sys.argv[1:]]
-    main(inspect_head, arguments, name="eagle inspect head")
+    main(inspect_head, name="eagle inspect head")
