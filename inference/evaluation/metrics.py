@@ -8,7 +8,6 @@ T tokens, V vocabulary.
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Sequence
 from typing import Annotated, Generic, Literal, TypeVar
 
@@ -25,7 +24,6 @@ from pydantic import (
 from eagle import scoring
 from eagle.errors import EagleError
 
-HINT = "these metrics need torchmetrics and sacrebleu: pip install 'eagle-heads[eval]'"
 NGRAMS = (1, 2, 3, 4)
 
 
@@ -87,14 +85,21 @@ PRIMARY = {
 }
 
 
+def require_libraries() -> None:
+    try:
+        import sacrebleu.metrics  # noqa: F401
+        import torchmetrics.functional  # noqa: F401
+    except ImportError as error:
+        raise EagleError(
+            "these metrics need torchmetrics and sacrebleu: pip install 'eagle-heads[eval]'"
+        ) from error
+
+
 def task_report(answers: Sequence[Answer]) -> dict:
     """{task: {"type", "rows", "unanswered", metrics…}}, and "mean_primary", the mean of accuracy,
     Spearman's correlation, pairwise accuracy or ROUGE-L over tasks (None where one is
     undefined)."""
-    try:
-        import torchmetrics.functional  # noqa: F401
-    except ImportError as error:
-        raise EagleError(HINT) from error
+    require_libraries()
     tasks: dict[str, list[Answer]] = {}
     for answer in answers:
         tasks.setdefault(answer.task, []).append(answer)
@@ -131,11 +136,9 @@ def measure(kind: str, rows: Sequence[Answer]) -> dict:
 def with_references(predictions: Sequence[str], references: Sequence[str]) -> dict[str, float]:
     """rouge_l (F1, mean over texts, cased), chrf (chrF++ of the corpus: letters up to 6, words up
     to 2), and exact_match (spaces at the ends aside); all in [0, 1]."""
-    try:
-        import torchmetrics  # noqa: F401
-        from sacrebleu.metrics import CHRF
-    except ImportError as error:
-        raise EagleError(HINT) from error
+    require_libraries()
+    from sacrebleu.metrics import CHRF
+
     same = [a.strip() == b.strip() for a, b in zip(predictions, references, strict=True)]
     return {
         "rouge_l": scoring.rouge_l(predictions, references),
@@ -149,12 +152,9 @@ def repetition(texts: Sequence[str]) -> dict[str, float | None]:
     (seq-rep-n of Welleck et al., 2020); None where no text has."""
     found: dict[str, float | None] = {}
     for n in NGRAMS:
-        shares = []
-        for text in texts:
-            tokens = scoring.words(text)
-            grams = Counter(zip(*(tokens[i:] for i in range(n)), strict=False))
-            if total := sum(grams.values()):
-                shares.append(1 - len(grams) / total)
+        tokens = [scoring.words(text) for text in texts]
+        grams = [list(zip(*(row[i:] for i in range(n)), strict=False)) for row in tokens]
+        shares = [1 - len(set(row)) / len(row) for row in grams if row]
         found[str(n)] = sum(shares) / len(shares) if shares else None
     return found
 

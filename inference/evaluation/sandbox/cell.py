@@ -35,6 +35,7 @@ class Cell:
     """What both levels share: limits, user, capabilities, system calls, and /proc."""
 
     level: str
+    means: dict[str, str] = {}  # of this level
     landlock = False
 
     def __init__(self, base: str) -> None:
@@ -63,6 +64,7 @@ class Cell:
             "files": "landlock" if self.landlock else open_files,
             "network": "seccomp" if self.seccomp else "open",
             "seccomp": self.seccomp,
+            **self.means,
         }
 
     def filter_system_calls(self) -> None:
@@ -179,6 +181,7 @@ class Namespaces(Cell):
     """A root and a network of its own; each test has a PID namespace and a memory file system."""
 
     level = "namespaces"
+    means = {"processes": "PID namespace", "files": "private root", "network": "namespace"}
 
     def enter(self) -> None:
         self.drops_user = kernel.enter_namespaces()
@@ -188,10 +191,6 @@ class Namespaces(Cell):
         self.top = "/scratch" if covered else "/tmp"
         kernel.private_root(self.folders, self.top)
         self.pid_namespace = os.open("self/ns/pid", os.O_RDONLY, dir_fd=self.procfs)
-
-    def describe(self) -> dict[str, object]:
-        means = {"processes": "PID namespace", "files": "private root", "network": "namespace"}
-        return {**super().describe(), **means}
 
     def make_top(self, size: int) -> None:
         options = f"size={size + SLACK_BYTES},nr_inodes={MOST_FILES},mode=1777"

@@ -144,10 +144,6 @@ def test_programs_and_tests_do_not_meet(sandbox):
 
 
 def test_what_the_caller_does_wrong(sandbox):
-    with pytest.raises(EagleError, match="list of its arguments"):
-        sandbox.run(Program("", "f"), ["x"])
-    with pytest.raises(EagleError, match="standard input is text"):
-        sandbox.run(Program(""), [[1]])
     with pytest.raises(ZeroDivisionError):
         list(sandbox.map(1 / 0 for _ in range(9)))
     first = sandbox.map([Job(Program("print(1)"), ["", ""]) for _ in range(3)])
