@@ -17,7 +17,7 @@ from configs.errors import ConfigError
 from eagle.files import atomic_write_text
 from examples.steps import Steps, words, write_once
 from inference.bench.record import require
-from inference.bench.report import grid
+from inference.bench.report import bootstrap, grid
 from records import shipped
 from records.prompts import HELDOUT_PROMPTS
 
@@ -106,22 +106,19 @@ def rows_of(runner: Steps, kind: str, count: int, base: str | None) -> str:
     return f"data.mixture=[{', '.join(sources)}]"
 
 
-def tau(gained_and_cycles: np.ndarray) -> np.ndarray:
-    """[..., prompts, 2], tokens gained and verifications of each generation -> [...]: tokens gained
-    a verification, summed over prompts first."""
-    total = gained_and_cycles.sum(-2)
-    return total[..., 0] / np.maximum(total[..., 1], 1)
+def tau(gained_and_cycles: np.ndarray) -> float:
+    """[prompts, 2], tokens gained and verifications of each generation -> their ratio, in sum."""
+    gained, cycles = gained_and_cycles.sum(0)
+    return float(gained / max(cycles, 1))
 
 
-def summarise(ours: np.ndarray, theirs: np.ndarray, draws: int = 4000) -> dict[str, float]:
+def summarise(ours: np.ndarray, theirs: np.ndarray) -> dict[str, float]:
     """tau in all and by kind of prompt; the difference to the baseline's, and its 2.5% and 97.5%
     points when prompts are drawn again, each with what both arms did on it."""
-    values = {"tau": float(tau(ours))}
-    values |= {kind: float(tau(ours[n :: len(KINDS)])) for n, kind in enumerate(KINDS)}
-    drawn = np.random.default_rng(0).integers(0, len(ours), (draws, len(ours)))
-    low, high = np.percentile(tau(ours[drawn]) - tau(theirs[drawn]), [2.5, 97.5])
-    difference = float(tau(ours) - tau(theirs))
-    return {**values, "difference": difference, "low": float(low), "high": float(high)}
+    values = {"tau": tau(ours)}
+    values |= {kind: tau(ours[n :: len(KINDS)]) for n, kind in enumerate(KINDS)}
+    low, high = bootstrap(lambda drawn: tau(ours[drawn]) - tau(theirs[drawn]), len(ours))
+    return {**values, "difference": tau(ours) - tau(theirs), "low": low, "high": high}
 
 
 def table(summary: dict) -> str:

@@ -51,11 +51,11 @@ def code(asked: flags.Whole) -> int:
     --allow_code_execution. Reference solutions are run first (--noverify leaves that out): a
     problem whose own solution fails is excluded and listed. --seconds (CPU time a test) and
     --memory_mb replace the problems' own limits. --checkers FILE.py judges problems of several
-    right answers. --against FILE sets the scores beside those of an upstream metrics file.
+    right answers.
 
     In --output: report.json and report.md, generations.json and metrics.json (upstream's formats),
     dataset.json (what verification found), and the journals from which a stopped run goes on."""
-    ks, published, problems = asked.ks(asked.n_samples), asked.published(), asked.problems()
+    ks, problems = asked.ks(asked.n_samples), asked.problems()
     out, checked, made, reports = asked.folder(), None, {}, {}
     with asked.executor(out) as executor:
         if asked.verify:
@@ -72,7 +72,7 @@ def code(asked: flags.Whole) -> int:
             verdicts = executing.verdicts_of(problems, found, executor.rules, executor.verdicts)
             made[engine] = found
             reports[engine] = scores.assemble(
-                problems, found, verdicts, ks, checked, asked.max_harness_errors, published
+                problems, found, verdicts, ks, checked, asked.max_harness_errors
             )
             suffix = f"-{engine}" if asked.compare else ""
             report.write(out, reports[engine], suffix)
@@ -122,13 +122,13 @@ def score(asked) -> int:
 
     Where verify-dataset has run on the same problems with the same --output, its exclusions count.
     """
-    problems, published, out = asked.problems(), asked.published(), Path(asked.output)
+    problems, out = asked.problems(), Path(asked.output)
     found = read_generations(asked.generations, problems)
     verdicts = executing.look_up(problems, found, out)
     checked = executing.read_checked(out, problems)
     ks = asked.ks(min(map(len, found.by_task().values())))
     limit = asked.max_harness_errors
-    return finish(out, scores.assemble(problems, found, verdicts, ks, checked, limit, published))
+    return finish(out, scores.assemble(problems, found, verdicts, ks, checked, limit))
 
 
 @flags.command(flags.Output, flags.Running, flags.Data)

@@ -8,9 +8,9 @@ import torch
 
 from inference.bench.cases import PLAIN, VANILLA
 from inference.bench.measure import Run
+from inference.bench.report import bootstrap
 from kernels.choose import choose
 
-RESAMPLES = 2000
 # how far below the best a token may score to be as good, in units of the dtype's last place there
 ULPS = 4
 COUNTS = ("rows", "near_ties", "real")
@@ -34,21 +34,20 @@ def baseline(run: Run, runs: list[Run], engines: tuple[str, ...]) -> Run | None:
     return fastest([r for r in same if r.case.stock or r.case.capacity == run.case.capacity])
 
 
-def interval(run: Run, base: Run, resamples: int = RESAMPLES, seed: int = 0) -> list[float] | None:
-    """95% percentile-bootstrap interval of the ratio, [low, high]; None for one batch.
-
-    Batches of prompts are drawn with replacement, the same for both runs, as both ran on them. It
-    says how the ratio moves with the prompts; repeats of a batch enter by their median only."""
-    batches = len(run.batch_tokens)
-    if batches < 2:
+def interval(run: Run, base: Run, seed: int = 0) -> list[float] | None:
+    """Bootstrap interval of the ratio; None for one batch. Batches of prompts are drawn, the same
+    for both runs: how the ratio moves with the prompts. Repeats enter by their median only."""
+    if len(run.batch_tokens) < 2:
         return None
-    picks = np.random.default_rng(seed).integers(0, batches, (resamples, batches))
+    tokens, seconds = (
+        np.array([getattr(r, n) for r in (run, base)]) for n in ("batch_tokens", "medians")
+    )
 
-    def throughput(r: Run):
-        return np.array(r.batch_tokens)[picks].sum(1) / np.array(r.medians)[picks].sum(1)
+    def of(batches: np.ndarray) -> float:
+        rates = tokens[:, batches].sum(1) / seconds[:, batches].sum(1)
+        return rates[0] / rates[1]
 
-    ends = np.percentile(throughput(run) / throughput(base), [2.5, 97.5])
-    return [round(float(end), 3) for end in ends]
+    return [round(end, 3) for end in bootstrap(of, tokens.shape[1], seed)]
 
 
 def against_baselines(run: Run, runs: list[Run]) -> dict:

@@ -1,10 +1,15 @@
-"""Tables for people, in a terminal and on a Markdown page, made from a record's JSON."""
+"""Tables for people, in a terminal and on a Markdown page, made from a record's JSON; and how sure
+a figure is."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
+
 Lines = list[list[str]]
+RESAMPLES = 2000
 
 
 @dataclass
@@ -51,3 +56,12 @@ def markdown(title: str, result: dict, sections: list[Section]) -> str:
         parts += [f"## {section.title}", grid(section.lines) if section.lines else "", section.note]
     parts += ["## Reproduce", f"```bash\n{result['command']}\n```"]
     return "\n\n".join(filter(None, parts)) + "\n"
+
+
+def bootstrap(of: Callable[[np.ndarray], float], count: int, seed: int = 0) -> list[float]:
+    """95% percentile-bootstrap interval, [low, high], of a figure of `count` things: `of(places)`
+    is the figure of those at `places`, drawn with replacement."""
+    rng = np.random.default_rng(seed)
+    # one resample at a time: a large set times all resamples would not fit in memory
+    found = [of(rng.integers(0, count, count)) for _ in range(RESAMPLES)]
+    return np.percentile(found, [2.5, 97.5]).tolist()

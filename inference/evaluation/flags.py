@@ -18,7 +18,7 @@ from .generations import Generator, Sampling
 from .problem import ProblemSet, read_rows, reason
 from .problems import load_problems
 from .sandbox import Sandbox
-from .scores import PLAIN, SPECULATIVE, read_metrics
+from .scores import PLAIN, SPECULATIVE
 
 
 def command(*groups: type[BaseModel]) -> Callable:
@@ -132,7 +132,6 @@ class Running(Flags):
 
 class Scoring(Flags):
     k: str | None = None
-    against: str | None = None
     max_harness_errors: float = 0.01
 
     def ks(self, n: int) -> list[int]:
@@ -146,9 +145,6 @@ class Scoring(Flags):
                 "lower --k or raise --n_samples"
             )
         return ks
-
-    def published(self) -> dict | None:
-        return read_metrics(self.against) if self.against else None
 
 
 class Whole(Output, Scoring, Running, Drawing, Data):

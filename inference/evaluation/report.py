@@ -8,7 +8,6 @@ from pathlib import Path
 from eagle.files import atomic_write_text
 from inference.bench.report import grid, show, tabulate
 
-from .problem import some
 from .scores import PLAIN, SPECULATIVE
 
 
@@ -37,12 +36,6 @@ def markdown(report: dict) -> str:
     total = report["programs"] or 1
     causes = [[name, str(n), f"{n / total:.1%}"] for name, n in report["causes"].items()]
     parts += ["## Outcomes", grid([["outcome", "programs", "share"], *causes])]
-    if report.get("against"):
-        lines = [["", "ours", "theirs", "problems in common", "that differ"]]
-        for name, row in report["against"].items():
-            both = f"{row['ours']:.2%}", f"{row['theirs']:.2%}", str(row["common_problems"])
-            lines.append([name, *both, some(row["differ"]) or "none"])
-        parts += ["## Against the given metrics", grid(lines)]
     out = [[row["task_id"], row["reason"]] for row in report["data"]["excluded"] or []]
     out += [[row["row"], row["reason"]] for row in report["data"]["malformed"]]
     if out:

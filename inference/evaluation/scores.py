@@ -4,23 +4,20 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 import numpy as np
-from pydantic import TypeAdapter, ValidationError
 
 from eagle.errors import EagleError
+from inference.bench.report import bootstrap
 
 from .executing import Verdicts, verified
 from .generations import TOO_LONG, Generations
 from .judge import ACCEPTED, HARNESS, VERDICTS
 from .metrics import repetition, with_references
-from .problem import Problem, ProblemSet, reason, some
+from .problem import Problem, ProblemSet, some
 
-RESAMPLES = 2000
 CAUSES = (*(status for status in VERDICTS if status != HARNESS), TOO_LONG, HARNESS)
 LEVELS = ("EASY", "MEDIUM", "MEDIUM_HARD", "HARD", "VERY_HARD")
-METRICS = TypeAdapter(dict[str, float | dict[str, dict[str, float]]])
 PLAIN, SPECULATIVE = "vanilla", "eagle"
 
 
@@ -49,10 +46,9 @@ def interval(values: Sequence[float], seed: int = 0) -> list[float] | None:
     if len(set(values)) < 2:
         return None
     values = np.asarray(values)
-    rng = np.random.default_rng(seed)
-    # one resample at a time: a large set times all resamples would not fit in memory
-    means = [values[rng.integers(0, len(values), len(values))].mean() for _ in range(RESAMPLES)]
-    return [round(float(end), 6) for end in np.percentile(means, [2.5, 97.5])]
+    return [
+        round(end, 6) for end in bootstrap(lambda drawn: values[drawn].mean(), len(values), seed)
+    ]
 
 
 def assemble(
@@ -62,12 +58,10 @@ def assemble(
     ks: Sequence[int],
     checked: dict | None = None,
     max_harness_errors: float = 0.01,
-    published: dict | None = None,
 ) -> dict:
-    """The whole report of one run. published: an upstream metrics file's. A harness error is
-    nobody's program: it is left out of n. When more than max_harness_errors of the programs ended
-    in one, "refused" says so and there are no scores. Raises EagleError when a problem has too few
-    programs."""
+    """The whole report of one run. A harness error is nobody's program: it is left out of n. When
+    more than max_harness_errors of the programs ended in one, "refused" says so and there are no
+    scores. Raises EagleError when a problem has too few programs."""
     kept = verified(problems, checked)
     by_task, causes = found.by_task(), Counter()
     counts: dict[str, tuple[int, int]] = {}
@@ -119,8 +113,6 @@ def assemble(
             part: {name: estimates(group, detail) for name, group in groups.items()}
             for part, groups in splits(kept).items()
         }
-    if published:
-        report["against"] = against(report, published)
     return report
 
 
@@ -148,32 +140,6 @@ def splits(problems: Sequence[Problem]) -> dict[str, dict[str, list[Problem]]]:
     if not all(found["judging"].values()):
         del found["judging"]
     return {name: groups for name, groups in found.items() if groups}
-
-
-def read_metrics(path: str | Path) -> dict:
-    """Upstream's metrics file."""
-    try:
-        metrics = METRICS.validate_json(Path(path).read_bytes())
-    except (OSError, ValidationError) as error:
-        raise EagleError(f"{path} is no metrics file: {reason(error)}") from error
-    if not isinstance(metrics.get("detail"), dict):
-        raise EagleError(f'{path} is no metrics file; it needs "pass@k" and "detail"')
-    return metrics
-
-
-def against(report: dict, published: dict) -> dict:
-    """Our scores beside those of a metrics file, and the problems on which they differ."""
-    found = {}
-    for name, ours in (report["pass_at_k"] or {}).items():
-        if name in published:
-            theirs, mine = published["detail"].get(name, {}), report["detail"][name]
-            found[name] = {
-                "ours": ours["value"],
-                "theirs": published[name],
-                "common_problems": len(mine.keys() & theirs.keys()),
-                "differ": [t for t in mine if t in theirs and abs(mine[t] - theirs[t]) > 1e-9],
-            }
-    return found
 
 
 def compare(
