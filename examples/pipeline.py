@@ -28,11 +28,13 @@ from records.prompts import load_prompts
 from records.sources import read_records, resolve
 
 FORMATS = ("chat", "instruction", "fim")
-# benchmark -> case, head, target
+# benchmark -> case, head, target; no case: does stock `generate` say the same, token for token?
 CASES = {
     "bench_base": ("a", "given", "base"),
     "bench_given": ("b", "given", "tuned"),
     "bench_adapted": ("c", "adapted", "tuned"),
+    "exact_given": (None, "given", "tuned"),
+    "exact_adapted": (None, "adapted", "tuned"),
 }
 COPIED = ("tau", "tokens_per_second", "vs_hf", "new_tokens", "looping")
 
@@ -116,22 +118,17 @@ def pipeline(
     out = folder / "generations.jsonl"
     command = words("inference.generate --batch_size 4", **tuned, head=adapted, output=out, **same)
     steps.run("generate", command, out)
-    untuned = {"base": base, "quantization": quantization}
+    heads = {"given": given, "adapted": adapted}
+    targets = {"base": {"base": base, "quantization": quantization}, "tuned": tuned}
     speed = f"inference.bench --engines hf,vanilla,eagle --repeats {repeats}"
-    # does stock `generate` say the same, token for token?
     exact = "inference.bench --engines hf,eagle --dtype float32 --repeats 1"
     found = {}
-    for name, bench, target, drafter in (
-        ("bench_base", speed, untuned, given),
-        ("bench_given", speed, tuned, given),
-        ("bench_adapted", speed, tuned, adapted),
-        ("exact_given", exact, tuned, given),
-        ("exact_adapted", exact, tuned, adapted),
-    ):
-        if drafter is not None:
+    for name, (case, drafter, target) in CASES.items():
+        if heads[drafter] is not None:
             out = folder / f"{name}.json"
-            more = {"head": drafter, "num_prompts": num_prompts, "json": out}
-            steps.run(name, words(bench, **target, **more, **same), out)
+            more = {"head": heads[drafter], "num_prompts": num_prompts, "json": out}
+            command = words(speed if case else exact, **targets[target], **more, **same)
+            steps.run(name, command, out)
             found[name] = read_json(out)
 
     plan = {"base": "embedded" if embedded else Path(base).name, "given_head": given and given.name}
@@ -176,12 +173,12 @@ def summarise(folder: Path, found: dict[str, dict], spent: dict[str, float], pla
     """report.json. rows[]: one for each benchmark; exact{}: in fp32, by head."""
     rows, exact = [], {}
     for name, bench in found.items():
-        if name not in CASES:
-            exact[name.removeprefix("exact_")] = equality(bench)
+        row = dict(zip(("case", "head", "target"), CASES[name], strict=True))
+        if row["case"] is None:
+            exact[row["head"]] = equality(bench)
             continue
         runs = {run["engine"]: run for run in bench["runs"]}
         eagle, plain = runs["eagle"], runs["vanilla"]["tokens_per_second"]
-        row = dict(zip(("case", "head", "target"), CASES[name], strict=True))
         row |= {key: eagle[key] for key in COPIED}
         row |= {"plain": plain, "vs_vanilla": eagle["tokens_per_second"] / plain}
         rows.append(row | equality(bench))

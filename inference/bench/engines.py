@@ -15,7 +15,7 @@ from eagle.errors import EagleError
 from eagle.loading import fast_bf16
 from eagle.tree import TreeShape
 from inference.bench import compare
-from inference.bench.cases import COMPILED, ENGINES, PLAIN, Sweep, with_context
+from inference.bench.cases import ENGINES, Case, Sweep, with_context
 from inference.bench.engines_page import sections, title
 from inference.bench.measure import measure_group
 from inference.bench.record import Record, portable
@@ -152,8 +152,8 @@ def measure(model, ids: list[list[int]], sweep: Sweep, options: dict, repeats: i
     with torch.inference_mode():
         for engine in sweep.engines:
             say(f"preparing {engine}")
-            mode = "max" if engine in COMPILED else "off"
-            parts = model.prepare(compile=mode, draft=engine not in PLAIN)
+            case = Case(engine)
+            parts = model.prepare(compile=case.mode, draft=case.speculative)
             warm_up[engine] = {part: round(s, 2) for part, s in parts.items()}
         for number, group in enumerate(groups, 1):
             prompts = with_context(ids, group[0].context_length)
