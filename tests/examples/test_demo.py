@@ -9,9 +9,13 @@ from examples import demo, steps
 
 @pytest.mark.slow
 def test_demo_trains_benchmarks_and_says_where(called, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(demo, "call", steps.call)
+    def two_steps(command):
+        more = ["train.max_steps=2", "train.batch_size=2"] if command[0] == "train.main" else []
+        return steps.call([*command, *more])
+
+    monkeypatch.setattr(demo, "call", two_steps)
     output = tmp_path / "demo"
-    assert demo.demo(output=str(output), minutes=0.4, num_prompts=1) == 0
+    assert demo.demo(output=str(output), num_prompts=1) == 0
     modules = [command[0] for command in called]
     assert modules == ["train.inspect", "train.main", "inference.bench"]
     summary = json.loads((output / "head/summary.json").read_text())
