@@ -22,15 +22,10 @@ def printed(*texts):
     return [Outcome("ok", stdout=text.encode()) for text in texts]
 
 
-def returned(*values):
-    return [Outcome("ok", value=value) for value in values]
-
-
 def judge(suite, outcomes, policy="strict"):
     grading = Grading(suite, policy)
-    for index, outcome in enumerate(outcomes):
-        stop = grading(index, outcome)
-    return stop, grading.verdict()
+    stops = [grading(index, outcome) for index, outcome in enumerate(outcomes)]
+    return stops[-1], grading.verdict()
 
 
 def status(*arguments):
@@ -39,7 +34,7 @@ def status(*arguments):
     return verdict.status, verdict.failed_at
 
 
-RIGHTS = ("accepted", None)
+RIGHT = ("accepted", None)
 
 
 @pytest.mark.parametrize(
@@ -59,26 +54,15 @@ def test_bad_suites_are_errors(tests, message):
         Suite(*tests)
 
 
-def test_lists_of_lines():
+def test_lists_of_lines_and_keys():
     suite = Suite([["1 2", "3"], "4"], [["5", 6], "7\n"])
     assert suite.tests() == ["1 2\n3", "4"]
-    assert status(suite, printed("5\n6\n", "7")) == RIGHTS
+    assert status(suite, printed("5\n6\n", "7")) == RIGHT
     assert status(suite, printed("5 6\n", "7")) == ("wrong", 0)
-    assert status(Suite(["x"], [["3"]]), printed("3")) == RIGHTS
-
-
-@pytest.mark.parametrize(
-    "arguments, given",
-    [
-        ([{"1": "a", "20": "b"}], [{1: "a", 20: "b"}]),
-        ([{"1": "a", "x": "b"}], [{"1": "a", "x": "b"}]),
-        ([{"1": "a"}, 3], [{"1": "a"}, 3]),
-        ([{}], [{}]),
-        (["1"], ["1"]),
-    ],
-)
-def test_integer_keys_that_json_lost(arguments, given):
-    assert Suite([arguments], [1], "f").tests() == [given]
+    # of calls: integer keys that JSON lost
+    same = [[{"1": "a", "x": "b"}], [{"1": "a"}, 3], [{}], ["1"]]
+    suite = Suite([[{"1": "a", "20": "b"}], *same], [1] * 5, "f")
+    assert suite.tests() == [[{1: "a", 20: "b"}], *same]
 
 
 def test_every_status_has_its_verdict():
@@ -102,40 +86,37 @@ def test_a_checker_of_ones_own():
     assert broken.status == "harness_error" and "ValueError" in broken.detail
 
 
-@pytest.mark.parametrize(
-    "found, expected",
-    [
-        ("ok ok", RIGHTS),
-        ("timeout memory", ("timeout", 0)),
-        ("ok harness_error", ("harness_error", 1)),
-        ("harness_error timeout", ("timeout", 1)),  # not its own: the next test may decide
-    ],
-)
-def test_status_of_a_suite(found, expected):
-    outcomes = [Outcome(s, b"3" if s == "ok" else b"") for s in found.split()]
-    assert status(Suite(["x", "y"], ["3", "3"]), outcomes) == expected
+def test_status_of_a_suite():
+    for found, expected in {
+        "ok ok": RIGHT,
+        "timeout memory": ("timeout", 0),
+        "ok harness_error": ("harness_error", 1),
+        "harness_error timeout": ("timeout", 1),  # not its own: the next test may decide
+    }.items():
+        outcomes = [Outcome(s, b"3" if s == "ok" else b"") for s in found.split()]
+        assert status(Suite(["x", "y"], ["3", "3"]), outcomes) == expected
 
 
 @pytest.mark.parametrize(
     "outputs, values, expected",
     [
-        ([[3], [7]], [3, 7], RIGHTS),
-        ([[3], [7]], [[3], [7]], RIGHTS),
+        ([[3], [7]], [3, 7], RIGHT),
+        ([[3], [7]], [[3], [7]], RIGHT),
         ([[3], [7]], [3, 8], ("wrong", 1)),
         ([[3], [7]], [[3], 7], ("wrong", 1)),  # one reading for all tests
         ([[3], [7]], [3, [7]], ("wrong", 0)),
         ([[3, 4], [7]], [3, 7], ("wrong", 0)),
-        ([[3, 4], [7]], [[3, 4], [7]], RIGHTS),
-        ([[[1, 2]], [[3]]], [[1, 2], [3]], RIGHTS),
-        ([[None]], [None], RIGHTS),
+        ([[3, 4], [7]], [[3, 4], [7]], RIGHT),
+        ([[[1, 2]], [[3]]], [[1, 2], [3]], RIGHT),
+        ([[None]], [None], RIGHT),
         ([3, [7]], [3, 7], ("wrong", 1)),
     ],
 )
 def test_outputs_of_calls_may_be_wrapped(outputs, values, expected):
     suite = Suite([[0]] * len(outputs), outputs, "f")
-    stop, verdict = judge(suite, returned(*values))
+    stop, verdict = judge(suite, [Outcome("ok", value=value) for value in values])
     assert (verdict.status, verdict.failed_at) == expected
-    assert stop == (expected != RIGHTS)  # wrong under each reading: the rest need not run
+    assert stop == (expected != RIGHT)  # wrong under each reading: the rest need not run
 
 
 def verdicts(sandbox, jobs):

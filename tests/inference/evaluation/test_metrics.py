@@ -11,25 +11,26 @@ from inference.evaluation.metrics import ANSWER, repetition, task_report, with_r
 from inference.evaluation.metrics import perplexity as measured
 
 
-def test_rouge_l_chrf_and_exact_match():
-    found = with_references(["the cat sat", "a b"], ["the cat sat on", " a b\n"])
-    # longest common subsequences 3 of (3, 4) and 2 of (2, 2)
-    assert found["rouge_l"] == pytest.approx((2 * 3 / 7 + 1) / 2)
-    assert found["exact_match"] == 0.5
-    assert 0.5 < found["chrf"] < 1.0
-    assert with_references(["same"], ["same"]) == {"rouge_l": 1.0, "chrf": 1.0, "exact_match": 1.0}
-    assert with_references(["abc"], ["xyz"]) == {"rouge_l": 0.0, "chrf": 0.0, "exact_match": 0.0}
-
-
-def test_rouge_l_sees_other_scripts_marks_and_case():
-    for prediction, reference, value in (
+@pytest.mark.parametrize(
+    "prediction, reference, value",
+    [
+        ("the cat sat", "the cat sat on", 2 * 3 / 7),  # 3 in common, of 3 and of 4
         ("größer Übel", "größer Übel", 1.0),
         ("x = 1", "x == 1", 2 * 3 / 7),
         ("True", "true", 0.0),
         ("今天天气很好。", "今天天气不好。", 6 / 7),
-    ):
-        found = with_references([prediction], [reference])
-        assert found["rouge_l"] == pytest.approx(value), prediction
+    ],
+)
+def test_rouge_l(prediction, reference, value):
+    assert with_references([prediction], [reference])["rouge_l"] == pytest.approx(value)
+
+
+def test_texts_with_references():
+    found = with_references(["the cat sat", "a b"], ["the cat sat on", " a b\n"])
+    assert found["rouge_l"] == pytest.approx((2 * 3 / 7 + 1) / 2)
+    assert found["exact_match"] == 0.5 and 0.5 < found["chrf"] < 1.0
+    for text, value in (("same", 1.0), ("xyz", 0.0)):
+        assert set(with_references([text], ["same"]).values()) == {value}
     assert words("हिन्दी में") == ["हिन्दी", "में"]  # vowel signs stay with their letters
     assert words("ไทย ok") == ["ไ", "ท", "ย", "ok"]
     assert words("a[i]+=1") == ["a", "[", "i", "]", "+", "=", "1"]
@@ -135,30 +136,30 @@ def test_generation_and_the_mean_over_tasks():
         task_report(mixed)
 
 
-NO_ANSWERS = [
-    ("regression", {"label": 1}),
-    ("choice", {"prediction": 1, "label": 1}),
-    ("ranking", {"prediction": 1, "label": [0, 1]}),
-    ("ranking", {"prediction": [1], "label": [0, 1]}),
-    ("ranking", {"prediction": [1, 2], "label": [1, 1]}),
-    ("regression", {"prediction": "1", "label": 1}),
-    ("regression", {"prediction": 1, "label": float("nan")}),
-    ("regression", {"prediction": 1, "label": None}),
-    ("generation", {"prediction": 1, "label": "x"}),
-    ("classification", {"prediction": "a", "label": "a", "scores": {"b": 1}}),
-]
+NO_ANSWERS = {
+    "choice": [(1, 1)],
+    "regression": [("1", 1), (1, float("nan")), (1, None)],
+    "ranking": [(1, [0, 1]), ([1], [0, 1]), ([1, 2], [1, 1])],
+    "generation": [(1, "x")],
+}
 
 
 def test_rows_that_are_no_answers():
-    for kind, row in NO_ANSWERS:
+    for kind, pairs in NO_ANSWERS.items():
+        for pair in pairs:
+            with pytest.raises(ValueError):
+                rows(kind, [pair])
+    for changes in ({"scores": {"b": 1}}, {"prediction": ...}):
+        line = {"task": "t", "type": "classification", "label": "a", "prediction": "a"} | changes
         with pytest.raises(ValueError):
-            ANSWER.validate_python({"task": "t", "type": kind, **row})
+            ANSWER.validate_python({k: v for k, v in line.items() if v is not ...})
 
 
 def test_missing_libraries_are_named(monkeypatch):
-    monkeypatch.setitem(sys.modules, "sacrebleu.metrics", None)
-    monkeypatch.setitem(sys.modules, "torchmetrics.functional", None)
-    with pytest.raises(EagleError, match=r"eagle-heads\[eval\]"):
-        with_references(["a"], ["a"])
-    with pytest.raises(EagleError, match=r"eagle-heads\[eval\]"):
-        report("regression", [(1, 2)])
+    for name in ("sacrebleu.metrics", "torchmetrics.functional"):
+        with (
+            monkeypatch.context() as patch,
+            pytest.raises(EagleError, match=r"eagle-heads\[eval\]"),
+        ):
+            patch.setitem(sys.modules, name, None)
+            report("regression", [(1, 2)])
