@@ -16,7 +16,7 @@ from inference.bench.engines_page import sections, title
 from inference.bench.record import Record, describe
 from inference.bench.report import markdown, terminal
 from inference.bench.slots import measure_slots
-from inference.bench.timing import PeakMemory, peak_bytes, turns
+from inference.bench.timing import PeakMemory, peak_bytes
 
 CPU = torch.device("cpu")
 KEPT = Path(__file__).parents[3] / "docs" / "results" / "2026-11-21-cpu-engines.json"
@@ -91,10 +91,6 @@ def test_a_case_that_fails_is_recorded_and_the_others_run(tmp_path):
     first, second = json.loads(kept.file.read_text())["runs"]  # before the stage is over
     assert first["error"] == "RuntimeError: no such kernel" and first["rows"] == 1
     assert second["ms"] == 2.0 and second["kind"] == "b"
-
-
-def test_turns_give_everybody_every_place():
-    assert list(turns(["a", "b", "c"], 3)) == [*"abc", *"acb", *"cab"]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the high-water mark is reset through /proc")
