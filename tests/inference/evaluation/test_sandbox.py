@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 import venv
 from pathlib import Path
@@ -167,22 +166,6 @@ def test_outcomes_keep_the_order_of_tests(sandbox):
     jobs.append(Job(Program("print(1)"), [], key=7))
     found = {job.key: [int(o.stdout) for o in outcomes] for job, outcomes in sandbox.map(jobs)}
     assert found == {7: [], **{j: [i + j for i in range(5)] for j in range(7)}}
-
-
-def test_a_producer_may_block(sandbox):
-    """As generation does: what runs meanwhile goes on, and what is done is handed out."""
-    first = threading.Event()
-
-    def produce():
-        yield Job(Program("print(1)"), [""])
-        assert first.wait(60)
-        yield Job(Program("print(2)"), [""])
-
-    stdout = []
-    for _, [outcome] in sandbox.map(produce()):
-        first.set()
-        stdout.append(outcome.stdout)
-    assert stdout == [b"1\n", b"2\n"]
 
 
 def test_observe_sees_output_and_may_stop(sandbox):
