@@ -31,7 +31,9 @@ def write(path, rows):
 def test_taco_rows(tmp_path):
     called = pairs([[1]], [[2]], fn_name="double")
     rows = [taco(), taco(**called, starter_code="def double(x):\n"), taco(**called)]
-    first, second, third = load_problems(write(tmp_path / "x.jsonl", rows)).problems
+    path = write(tmp_path / "x.jsonl", rows)
+    first, second, third = load_problems(path).problems
+    assert load_problems(path, limit=2).problems == [first, second]
     assert (first.task_id, second.task_id) == ("0", "1")  # TACO has no ids: the row's place is it
     assert first.prompt == "\nQUESTION:\nDouble the number.\nUse Standard Input format\nANSWER:\n"
     assert first.suite().inputs == ["1\n", "2\n"] and first.suite().fn_name is None
