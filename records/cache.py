@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import pyarrow as pa
 
 from configs.schema import DataConfig
 from eagle.checkpoint import atomic_dir
@@ -51,7 +52,7 @@ class CacheEntry(NamedTuple):
     number among the entry's files. `good` are its rows that have tokens, others are bad records.
     unused: records of each file (by number) that have a field which is not used."""
 
-    table: Any
+    table: pa.Table
     good: np.ndarray
     bad: list[BadRow]
     records: int
@@ -102,22 +103,19 @@ def load_or_build(
 
 def _open(folder: Path) -> CacheEntry | None:
     """The entry in `folder`, or None when it is absent or damaged (it is then rebuilt)."""
-    import pyarrow
-    from datasets import Dataset, concatenate_datasets
-
     try:
         stats = json.loads((folder / "stats.json").read_text(encoding="utf-8"))
-        parts = [Dataset.from_file(str(path)) for path in sorted(folder.glob("rows*.arrow"))]
-        table = concatenate_datasets(parts)
-    except (OSError, ValueError, KeyError, pyarrow.ArrowException):
+        maps = [pa.memory_map(str(path)) for path in sorted(folder.glob("rows*.arrow"))]
+        table = pa.concat_tables([pa.ipc.open_stream(each).read_all() for each in maps])
+    except (OSError, ValueError, pa.ArrowException):
         return None
     if len(table) != stats["rows"]:
         return None
-    column = table.data.column("bad")
+    column = table.column("bad")
     bad = [BadRow(*json.loads(text)) for text in column.drop_null().to_pylist()]
     good = np.flatnonzero(column.is_null().to_numpy())
     unused: dict[int, Counter[str]] = defaultdict(Counter)
-    grouped = table.data.table.select(["file", "unused"]).group_by(["file", "unused"])
+    grouped = table.select(["file", "unused"]).group_by(["file", "unused"])
     for row in grouped.aggregate([([], "count_all")]).to_pylist():
         counts = dict.fromkeys(json.loads(row["unused"] or "[]"), row["count_all"])
         unused[row["file"]].update(counts)
@@ -159,7 +157,6 @@ def _build(folder: Path, files: list[Path], renderer: Renderer, processes: int |
 
 def _read(files: list[Path], path: Path) -> Any:
     """The records of all files, unparsed."""
-    import pyarrow as pa
     from datasets import Dataset
     from datasets.arrow_writer import ArrowWriter
 
@@ -175,8 +172,6 @@ def _read(files: list[Path], path: Path) -> Any:
 
 def _render(batch: dict[str, list], files: list[Path], renderer: Renderer) -> Any:
     """Rows of the good records; one without tokens, that says why, for each of the bad."""
-    import pyarrow as pa
-
     rows = []
     for number, line, raw, error in zip(*batch.values(), strict=True):
         value = json.loads(raw) if error is None else None

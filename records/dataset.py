@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from configs.schema import DataConfig, MixtureSource
 from eagle.errors import EagleError
@@ -21,8 +23,6 @@ from records.sources import SHIPPED_FORMATS, resolve, shipped
 
 logger = logging.getLogger("records")
 
-HASH = 0x9E3779B97F4A7C15  # an odd number of 64 bits
-
 
 class Source:
     """The rows of one format that belong to a split, read from the cache's memory map. `number` is
@@ -33,17 +33,18 @@ class Source:
     ) -> None:
         self.format, self.indices, self.entry, self.files = data_format, indices, entry, files
         self.number, self.name, self.loss_weight = 0, data_format, 1.0
-        tokens = entry.table.data.column("input_ids").chunks
-        self.lengths = np.concatenate([chunk.value_lengths().to_numpy() for chunk in tokens])
+        self.lengths = pc.list_value_length(entry.table.column("input_ids")).to_numpy()
 
     def __len__(self) -> int:
         return len(self.indices)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        row = self.entry.table[int(self.indices[index])]
-        known = {"input_ids": row["input_ids"], "loss_mask": row["loss_mask"]}
+        known = {name: self._cell(name, index) for name in ("input_ids", "loss_mask")}
         of = {"format": self.format, "source": self.number, "loss_weight": self.loss_weight}
         return known | of
+
+    def _cell(self, name: str, index: int) -> Any:
+        return self.entry.table.column(name)[int(self.indices[index])].as_py()
 
     def length(self, index: int) -> int:
         """Tokens of a row, known without reading it."""
@@ -51,34 +52,22 @@ class Source:
 
     def where(self, index: int) -> str:
         """FILE:LINE of the record that a row was made of."""
-        row = self.entry.table[int(self.indices[index])]
-        return f"{self.files[row['file']]}:{row['line']}"
+        return f"{self.files[self._cell('file', index)]}:{self._cell('line', index)}"
 
     def token_counts(self, vocab_size: int) -> np.ndarray:
         """[vocab_size] int64: how often each token is a supervised target of these rows."""
-        ids, mask = self.columns("input_ids", "loss_mask")
+        ids, mask = self.column("input_ids"), self.column("loss_mask")
         return np.bincount(ids[mask == 1], minlength=vocab_size)[:vocab_size]
 
-    def content(self) -> np.ndarray:
-        """[rows] uint64: a hash of each row's token ids."""
-        found = []
-        for chunk in self.entry.table.data.column("input_ids").chunks:
-            lengths = chunk.value_lengths().to_numpy()
-            starts, hashes = lengths.cumsum() - lengths, np.zeros(len(lengths), dtype=np.uint64)
-            powers = np.full(lengths.max(initial=0), HASH, dtype=np.uint64).cumprod(dtype=np.uint64)
-            ids = chunk.flatten().to_numpy().astype(np.uint64) + np.uint64(1)
-            ids *= powers[np.arange(len(ids)) - np.repeat(starts, lengths)]
-            hashes[lengths > 0] = np.add.reduceat(ids, starts[lengths > 0])
-            found.append(hashes)
-        return np.concatenate(found)[self.indices]
+    def token_rows(self) -> list[np.ndarray]:
+        """Token ids [T] of each row."""
+        ends = self.lengths[self.indices].cumsum()
+        return np.split(self.column("input_ids"), ends)[: len(self)]
 
-    def columns(self, *names: str) -> list[np.ndarray]:
-        """Whole columns of this split's rows, lists end to end."""
-        return [self._column(name) for name in names]
-
-    def _column(self, name: str) -> np.ndarray:
-        column = self.entry.table.data.column(name)
-        if not hasattr(column.type, "value_type"):
+    def column(self, name: str) -> np.ndarray:
+        """Of this split's rows, lists end to end."""
+        column = self.entry.table.column(name)
+        if not pa.types.is_list(column.type):
             return column.to_numpy()[self.indices]
         chosen = np.zeros(len(self.lengths), dtype=bool)
         chosen[self.indices] = True
@@ -96,14 +85,14 @@ class TokenizedData:
         self.paths = [path for source in sources for path in source.files]
         self.bad_rows: list[BadRow] = [row for s in sources for row in s.entry.bad]
         self.cache_hit = all(source.entry.cache_hit for source in sources)
-        columns = [source.columns("loss_mask", "truncated") for source in sources]
+        masks = [source.column("loss_mask") for source in sources]
         self.stats: dict[str, Any] = {
             "rows": sum(map(len, sources)),
             "records": sum(source.entry.records for source in sources),
             "bad": len(self.bad_rows),
-            "truncated": sum(int(truncated.sum()) for _, truncated in columns),
-            "tokens": sum(len(mask) for mask, _ in columns),
-            "supervised_tokens": sum(int(mask.sum(dtype=np.int64)) for mask, _ in columns),
+            "truncated": sum(int(s.column("truncated").sum()) for s in sources),
+            "tokens": sum(map(len, masks)),
+            "supervised_tokens": sum(int(mask.sum(dtype=np.int64)) for mask in masks),
             "cache_hit": self.cache_hit,
         }
 
@@ -131,7 +120,7 @@ class TokenizedData:
     def require_ids_below(self, vocab_size: int) -> None:
         """Refuse rows with an id that the target has no embedding for, and name the first."""
         for source in self.sources:
-            (ids,) = source.columns("input_ids")
+            ids = source.column("input_ids")
             if len(found := ids[ids >= vocab_size]):
                 row = next(n for n in range(len(source)) if found[0] in source[n]["input_ids"])
                 said = (
@@ -140,16 +129,16 @@ class TokenizedData:
                 raise EagleError(f"{said} of {vocab_size}; tokenise with the target's tokenizer")
 
     @property
-    def content(self) -> np.ndarray:
-        """[rows] uint64: a hash of the token ids of each."""
-        return np.concatenate([source.content() for source in self.sources])
+    def content(self) -> list[int]:
+        """A hash of the token ids of each row, of this process alone."""
+        return [hash(ids.tobytes()) for source in self.sources for ids in source.token_rows()]
 
     @property
     def digest(self) -> str:
         """A hash of the records behind the rows, in order, and of how a mixture is drawn."""
         digest = hashlib.sha256(repr(getattr(self.order, "plan", None)).encode())
         for source in self.sources:
-            digest.update(source.columns("key")[0].tobytes())
+            digest.update(source.column("key").tobytes())
         return digest.hexdigest()[:16]
 
     def token_counts(self, vocab_size: int) -> np.ndarray:
@@ -210,7 +199,7 @@ def _source(
         for number, counts in entry.unused.items():
             name_unused(counts, files[number], given.format)
         warn_without_end(given.format, cfg.instruction_template, tokenizer)
-    keys = entry.table.data.column("key").to_numpy()[entry.good]
+    keys = entry.table.column("key").to_numpy()[entry.good]
     held = held_out_rows(keys, cfg.heldout_fraction if carve else 0)
     if carve and split == "eval" and not held.any() and len(keys):
         raise EagleError(

@@ -188,7 +188,7 @@ def data(subject: Subject, cfg: HeadTrainConfig, kept: list[TokenizedData]) -> I
         text = f"{supervised} supervised tokens, fewer than data.min_supervised_tokens={minimum}"
         yield Finding("problem", "data", text, f"add data, or {look}")
     for source in loaded.sources:
-        mask, truncated = source.columns("loss_mask", "truncated")
+        mask, truncated = source.column("loss_mask"), source.column("truncated")
         cut, name, answered = int(truncated.sum()), source.name, source.format in ANSWERED
         if cut > 0.1 * len(source):
             text = f"{name}: {cut} of {len(source)} rows are cut at {cfg.data.max_length} tokens"

@@ -15,19 +15,16 @@ from unittest.mock import Mock
 import pytest
 import torch
 from data_helpers import read_jsonl
-from head_helpers import config, rows_of, tiny_head
-from torch.utils.flop_counter import FlopCounterMode
-from transformers import LlamaConfig, LlamaForCausalLM
+from head_helpers import config, rows_of
 
 from configs.load import load_config
 from configs.schema import HeadTrainConfig
 from eagle.errors import EagleError
-from eagle.target import Target
 from train.head.distributed import World
 from train.head.metrics import Progress
 from train.main import run
 from train.report import report
-from train.tracking.perf import FlopCount, PerfMeter, peak_flops, weights_of
+from train.tracking.perf import PerfMeter
 from train.tracking.recorder import Recorder
 from train.tracking.report import RunFiles, render
 from train.tracking.trackers import PACKAGES, open_trackers, require_installed
@@ -71,9 +68,8 @@ def test_a_run_leaves_rows_at_their_own_frequencies(finished):
     perf = read_jsonl(finished / "perf.jsonl")
     assert [row["step"] for row in perf] == [4, 8, 12]
     for row in perf:
-        assert sum(row["ratio"].values()) == pytest.approx(1, abs=1e-4)
         assert min(row["seconds"][k] for k in ("target", "head", "backward", "optimizer")) > 0
-        assert row["gflops_per_second"] > 0 and row["tokens_per_second"] > 0 and "mfu" not in row
+        assert row["tokens_per_second"] > 0
     events = [(e["kind"], e["step"]) for e in read_jsonl(finished / "events.jsonl")]
     assert events == [("start", 0), *(("evaluation", s) for s in (0, 6, 12))]
     trace = json.loads((finished / "profile" / "trace.json").read_text())["traceEvents"]
@@ -87,12 +83,13 @@ def test_tensorboard_and_the_card_hold_what_the_files_hold(finished, data):
     assert ("train/loss", 12, pytest.approx(row["loss"], rel=1e-5)) in found
     tags = {tag for tag, _, _ in found}
     assert {"train/sources/fim/loss", "train/acceptance_by_depth/3", "heldout/tau"} <= tags
-    assert {"perf/ratio/backward", "perf/memory/resident"} <= tags
+    assert {"perf/seconds/backward", "perf/memory/resident"} <= tags
     card = json.loads((finished / "run.json").read_text())
     assert card["environment"]["versions"]["torch"].startswith(torch.__version__.split("+")[0])
     for stats in card["masks"].values():
         assert 0 < stats["supervised_tokens"] < stats["tokens"]
-        assert sum(stats["row_length"]["counts"]) == stats["rows"] <= len(read_jsonl(data))
+        assert 0 < stats["row_length"]["min"] <= stats["row_length"]["max"] <= 96
+        assert stats["rows"] <= len(read_jsonl(data))
     targets = sum(stats["supervised_tokens"] for stats in card["masks"].values())
     assert card["data"]["supervised_tokens"] == targets
     assert list(card["masks"]) == ["<code>", "fim"] and card["head"]["parameters"] > 1000
@@ -104,7 +101,7 @@ def test_the_page_needs_nothing_else_and_shows_everything(finished, tmp_path):
     captions = re.findall("<figcaption>(.*?)</figcaption>", html)
     for text in ("loss, weighted sum", "loss by depth", "by source", "held-out", "learning rate"):
         assert any(text in caption for caption in captions), text
-    assert len(captions) >= 12 and html.count("data:image/svg+xml") == len(captions)
+    assert len(captions) >= 10 and html.count("data:image/svg+xml") == len(captions)
     for text in ("finished", "train.max_steps", "transformers", "&lt;code&gt;", "coverage"):
         assert text in html
     assert report(str(finished), out=str(tmp_path / "new" / "page.html")) == 0
@@ -157,7 +154,7 @@ def recorder(output, rank=0):
     cfg = config("base", output / "d.jsonl", output, report_to=[], log_every=1)
     output.mkdir(exist_ok=True)
     world = World(rank, rank + 1, CPU)
-    return Recorder(cfg, output, world, flops=FlopCount(1, 1), total=3)
+    return Recorder(cfg, output, world, total=3)
 
 
 def metrics_row(step):
@@ -288,49 +285,8 @@ def test_trackers_that_do_not_start_or_are_missing(wandb, base, data, tmp_path, 
 # performance
 
 
-def test_flops_are_what_pytorch_counts():
-    """All positions supervised, no padding, and so short that attention scores do not count."""
-    shape = dict(vocab_size=60, hidden_size=32, intermediate_size=64, num_hidden_layers=4)
-    heads = dict(num_attention_heads=4, num_key_value_heads=2, head_dim=8)
-    target = Target(LlamaForCausalLM(LlamaConfig(**shape, **heads)), name="tiny")
-    head, steps, B, T = tiny_head(), 3, 16, 2
-    target.set_feature_layers(head.config.feature_layers)
-    ids, place = torch.randint(0, 60, (B, T)), torch.arange(T).expand(B, T)
-
-    def attend(layer, q, k, v):
-        attention = torch.nn.functional.scaled_dot_product_attention
-        return attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
-
-    with FlopCounterMode(display=False) as of_target:
-        _, features = target.hidden_and_features(ids, torch.ones(B, T, dtype=torch.int64))
-    with FlopCounterMode(display=False) as of_head:
-        hidden, loss = head.fc(features), 0.0
-        for _ in range(steps):
-            hidden = head(hidden, target.embed(ids), place, attend)
-            loss = loss + head.logits(hidden).sum()
-        loss.backward()
-    whole, stored = (FlopCount.of(target, head, steps, target_runs=runs) for runs in (True, False))
-    n = B * T
-    assert stored(n, n) - n * 2 * 60 * 32 == pytest.approx(of_head.get_total_flops(), rel=0.03)
-    assert whole(n, 0) - stored(n, 0) == pytest.approx(of_target.get_total_flops(), rel=0.03)
-
-
-def test_only_active_experts_count():
-    experts = torch.nn.ParameterList([torch.ones(8, 10, 5)])
-    layer = torch.nn.ModuleDict({"experts": experts, "gate": torch.nn.Linear(5, 8)})
-    config = LlamaConfig()
-    config.num_experts, config.num_experts_per_tok = 8, 2
-    assert weights_of(torch.nn.ModuleList([layer]), config) == 8 * 10 * 5 * 2 / 8 + 40
-
-
-def test_peaks_by_device_name():
-    names = ("NVIDIA L40S", "NVIDIA A100-SXM4-80GB", "Some CPU A100X")
-    assert [peak_flops(name, "bf16") for name in names] == [362e12, 312e12, None]
-    assert peak_flops(names[1], "fp32") is None
-
-
 def test_perf_rows_come_at_their_own_frequency_and_add_up():
-    perf, rows = PerfMeter(CPU, FlopCount(100, 10), 3, peak=1e9), []
+    perf, rows = PerfMeter(CPU, 3), []
     spent = {"data": 0.001, "target": 0.002, "head": 0.003, "backward": 0.002, "optimizer": 0.001}
     row = {"steps_per_second": 100.0, "tokens": 50, "targets": 10, "seconds": spent}
     for step in range(1, 7):
@@ -342,19 +298,16 @@ def test_perf_rows_come_at_their_own_frequency_and_add_up():
     assert [bool(row) for row in rows] == [False, False, True] * 2
     row = rows[-1]
     assert row["steps"] == 3 and row["seconds_per_step"] == pytest.approx(0.01)
-    assert row["ratio"]["optimizer"] == pytest.approx(0.1)
-    assert sum(row["ratio"].values()) == pytest.approx(1)
     assert row["seconds"]["other"] == pytest.approx(0.001)
+    assert sum(row["seconds"].values()) == pytest.approx(0.01)
     assert row["tokens_per_second"] == pytest.approx(5000)
-    flops = 50 * 100 + 10 * 10
-    assert row["gflops_per_second"] == row["mfu"] == pytest.approx(flops * 100 / 1e9)
     assert row["memory"]["peak_resident"] >= row["memory"]["resident"] > 10 * 2**20
-    assert PerfMeter(CPU, FlopCount(1, 1), 0).add(row) is None
+    assert PerfMeter(CPU, 0).add(row) is None
 
 
 def test_on_a_gpu_only_sampled_steps_wait_and_are_timed(monkeypatch):
     monkeypatch.setattr(torch.cuda, "synchronize", waited := Mock())
-    perf = PerfMeter(torch.device("cuda", 0), FlopCount(100, 10), 3)
+    perf = PerfMeter(torch.device("cuda", 0), 3)
     for step in (1, 2, 3):
         perf.begin(step)
         with perf.phase("head"):

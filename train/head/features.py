@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -107,13 +106,6 @@ def row_key(ids) -> str:
     return hashlib.blake2b(np.asarray(ids).astype("<i4").tobytes(), digest_size=12).hexdigest()
 
 
-def token_rows(data) -> Iterator[np.ndarray]:
-    """Token ids [T] of every row of a `TokenizedData`, one source after the other."""
-    for source in data.sources:
-        ends = np.cumsum(source.lengths[source.indices])
-        yield from np.split(*source.columns("input_ids"), ends[:-1])
-
-
 class FeatureStore:
     """Stands where a `Target` stands in training, for rows that were prepared."""
 
@@ -143,7 +135,7 @@ class FeatureStore:
                 f"{name.replace('_', ' ')} {made[name]}, this run has {ours[name]}; set "
                 f"model.{setting} to what it was then, or prepare features for this run"
             )
-        known = [row_key(ids) in self.index.rows for ids in token_rows(data)]
+        known = [row_key(ids) in self.index.rows for s in data.sources for ids in s.token_rows()]
         if not all(known):
             before, now = self.index.data, data_settings(cfg, data)
             named = [k for k in now if before.get(k) != now[k]]

@@ -29,7 +29,6 @@ from train.head.metrics import SourceMetrics
 from train.head.setup import build, output_rows, settle, with_dtypes
 from train.head.ttt import UnrolledHead
 from train.tracking.card import run_card
-from train.tracking.perf import FlopCount
 from train.tracking.recorder import Recorder
 
 PATHS = ("head", "metrics.jsonl", "checkpoints")
@@ -97,10 +96,7 @@ class Trainer:
         self.step, self.rows_seen, self.elapsed_before = 0, 0, 0.0
         self.evaluations: list[dict] = []
         self.row: dict = {}
-        online = parts.states is parts.target
-        flops = FlopCount.of(parts.target, self.blank, t.ttt_steps, target_runs=online)
-        total = self.schedule.total
-        self.seen = Recorder(cfg, output, world, total=total, quiet=quiet, flops=flops)
+        self.seen = Recorder(cfg, output, world, total=self.schedule.total, quiet=quiet)
         self.accumulate = Accumulator(cfg, world, parts, self.engine, self.steps, self.seen)
         if resumed is not None:
             self._restore(resumed)

@@ -23,7 +23,7 @@ from eagle.loading import resolve_device
 from eagle.meter import Meter
 from eagle.target import Target
 from records import Collator, load_dataset_for, load_tokenizer
-from train.head.features import INDEX, Belongs, Index, damage, data_settings, row_key, token_rows
+from train.head.features import INDEX, Belongs, Index, damage, data_settings, row_key
 from train.head.teacher import hidden_and_features
 from train.runs import LOCK
 
@@ -93,7 +93,7 @@ def plan_shards(index: Index, data, shard_bytes: int) -> list[np.ndarray]:
     places."""
     size = max(shard_bytes // index.belongs.bytes_per_token, 1)  # tokens
     kept: list[np.ndarray] = []
-    for ids in token_rows(data):
+    for ids in (ids for source in data.sources for ids in source.token_rows()):
         key = row_key(ids)
         if key in index.rows:
             continue

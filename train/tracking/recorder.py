@@ -28,7 +28,7 @@ from train.head.distributed import World
 from train.head.metrics import Progress
 from train.runs import MetricsLog
 from train.tracking.card import environment
-from train.tracking.perf import FlopCount, PerfMeter, memory, peak_flops
+from train.tracking.perf import PerfMeter, memory
 from train.tracking.report import write_report
 from train.tracking.trackers import open_trackers, reason, scalars
 
@@ -42,7 +42,6 @@ class Recorder(logging.Handler):
         output: Path,
         world: World,
         *,
-        flops: FlopCount,
         total: int | None,
         quiet: bool = False,
     ) -> None:
@@ -50,9 +49,7 @@ class Recorder(logging.Handler):
         super().__init__(logging.WARNING)
         self.cfg, self.output, self.world = cfg, output, world
         self.facts = environment(world.device, world.size)
-        peak = peak_flops(self.facts["device"], cfg.train.dtype)
-        every = cfg.train.perf_every
-        self.perf = PerfMeter(world.device, flops, every, peak and peak * world.size)
+        self.perf = PerfMeter(world.device, cfg.train.perf_every)
         self.phase = self.perf.phase
         self.progress = Progress(total, quiet=quiet or not world.first)
         self.note = self.progress.note

@@ -111,13 +111,11 @@ def tables(run: RunFiles) -> dict[str, dict | list[dict]]:
     some = run.rows[:: max(1, len(run.rows) // 10)] + run.rows[-1:]
     metrics = ("step", "loss", "tau_simulated", "lr", "grad_norm", "tokens_per_second")
     held = ("step", "tau", "acceptance_by_depth", "prompts", "new_tokens", "seconds")
-    last = run.perf[-1] if run.perf else {}
     masks = run.card.get("masks", {})
     return {
         "run": headline(run),
         "held-out prompts": [{k: e.get(k) for k in held} for e in run.evaluations],
         "steps": [{k: row.get(k) for k in metrics} for row in some],
-        "seconds of a step": last.get("seconds", {}),
         "data": flat_config(run.data),
         "draft vocabulary": flat_config(run.vocabulary),
         "unusable records": dict(run.rejected),
@@ -160,17 +158,10 @@ def draw(run: RunFiles) -> dict[str, str]:
         "learning rate": values(rows, "lr"),
         "gradient norm before clipping": values(rows, "grad_norm"),
         "tokens/s": values(perf or rows, "tokens_per_second"),
-        "share of a step": values(perf, "ratio"),
-        "model FLOPs utilisation": values(perf, "mfu"),
+        "seconds of a step": values(perf, "seconds"),
         "memory, bytes": values(perf, "memory"),
     }
-    images = {title: plot(series) for title, series in curves.items() if series}
-    for source, stats in run.card.get("masks", {}).items():
-        for name, spread in stats.items():
-            if isinstance(spread, dict) and spread:
-                title = f"{source}: {name.replace('_', ' ')}, rows"
-                images[title] = plot({}, (spread["counts"], spread["edges"]))
-    return images
+    return {title: plot(series) for title, series in curves.items() if series}
 
 
 def values(rows: list[dict], key: str, of: str | None = None) -> Series:
@@ -188,15 +179,12 @@ def values(rows: list[dict], key: str, of: str | None = None) -> Series:
     return series
 
 
-def plot(series: Series, bars: tuple | None = None) -> str:
-    """Curves, or a histogram of (counts, edges)."""
+def plot(series: Series) -> str:
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
     edges = {"left": 0.12, "right": 0.98, "bottom": 0.11, "top": 0.96}
     axes = Figure(figsize=(5.6, 2.6)).subplots(gridspec_kw=edges)
-    if bars is not None:
-        axes.stairs(*bars, fill=True)
     for name, points in series.items():
         dots = "." if len(points) < 50 else None
         axes.plot(*zip(*points, strict=True), marker=dots, linewidth=1, label=name)
