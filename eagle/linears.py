@@ -104,8 +104,6 @@ def whole_vectors(function: Callable, x: torch.Tensor, *args, **kwargs) -> torch
     a thread's share, by other code: here there are none."""
     threads = min(torch.get_num_threads(), -(-x.numel() // SHARE))
     more = -x.numel() % (VECTORS * max(threads, 1))
-    if not more and x.is_contiguous():
-        return function(x, *args, **kwargs)
     flat = F.pad(x.reshape(-1), (0, more))
     return function(flat, *args, **kwargs)[: x.numel()].view(x.shape)
 
