@@ -55,13 +55,14 @@ def test_a_compiled_layer_trains_the_same(base, data, tmp_path, monkeypatch):
     require_alike(eager, compiled)
 
 
-def test_a_layer_that_does_not_compile_ends_the_run(base, data, tmp_path, monkeypatch):
+def test_a_layer_that_does_not_compile_ends_the_run(base, data, tmp_path):
     import torch._inductor.config as inductor
 
     torch._dynamo.reset()
-    monkeypatch.setattr(inductor.cpp, "cxx", ("/no/such/compiler",))
-    monkeypatch.setattr(inductor, "force_disable_caches", True)
-    with pytest.raises(EagleError, match="train.compile=true: .*install a C.. compiler"):
+    # not by monkeypatch, which leaves a setting deleted behind
+    without = inductor.patch({"cpp.cxx": ("/no/such/compiler",), "force_disable_caches": True})
+    said = "train.compile=true: .*install a C.. compiler"
+    with without, pytest.raises(EagleError, match=said):
         run(config(base, data, tmp_path / "run", compile=True), quiet=True)
 
 
