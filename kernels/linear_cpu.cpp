@@ -163,17 +163,20 @@ struct Out {
   }
 };
 
-// rows [row, row + R) by outputs [n, n + C); AHEAD: the weights of the next C are asked for meanwhile
-template <class Kind, int R, int C, bool AHEAD>
+// rows [row, row + R) by outputs [n, n + C). Meanwhile the weights of NEAR outputs further on are asked for, by
+// each of the `blocks` blocks of rows its part, so that memory and arithmetic take turns in none of them.
+template <class Kind, int R, int C>
 void tile(const typename Kind::input* x, int64_t ldx, const typename Kind::weight* w, int64_t K, int64_t row,
-          int64_t n, const Out& out) {
+          int64_t n, const Out& out, int64_t block, int64_t blocks) {
   constexpr int64_t depth = Kind::depth;
   lanes sum[R][C] = {};
   x += row * ldx, w += n * K;
-  int64_t k = 0;
+  int64_t k = 0, until = block + 1;
   for (; k + depth <= K; k += depth) {
-    if (AHEAD)
-      for (int c = 0; c < C; ++c) __builtin_prefetch(w + (C + c) * K + k, 0, 3);
+    if (--until == 0) {
+      until = blocks;
+      for (int c = 0; c < C; ++c) __builtin_prefetch(w + (NEAR + c) * K + k, 0, 2);
+    }
     Kind::template step<R, C>(x + k, ldx, w + k, K, sum);
   }
   if (k < K) {  // the rows are padded, the weights are not
@@ -188,17 +191,17 @@ void tile(const typename Kind::input* x, int64_t ldx, const typename Kind::weigh
   }
 }
 
-template <class Kind, bool AHEAD, int R = ROWS>
+template <class Kind, int R = ROWS>
 void rows_of(int64_t rows, const typename Kind::input* x, int64_t ldx, const typename Kind::weight* w,
-             int64_t K, int64_t row, int64_t begin, int64_t end, const Out& out) {
+             int64_t K, int64_t row, int64_t begin, int64_t end, const Out& out, int64_t block, int64_t blocks) {
   if (rows != R) {
-    if constexpr (R > 1) rows_of<Kind, AHEAD, R - 1>(rows, x, ldx, w, K, row, begin, end, out);
+    if constexpr (R > 1) rows_of<Kind, R - 1>(rows, x, ldx, w, K, row, begin, end, out, block, blocks);
     return;
   }
   constexpr int C = LANES == 8 && R > 2 ? 2 : 4;  // as registers allow
   int64_t n = begin;
-  for (; n + C <= end; n += C) tile<Kind, R, C, AHEAD>(x, ldx, w, K, row, n, out);
-  for (; n < end; ++n) tile<Kind, R, 1, false>(x, ldx, w, K, row, n, out);
+  for (; n + C <= end; n += C) tile<Kind, R, C>(x, ldx, w, K, row, n, out, block, blocks);
+  for (; n < end; ++n) tile<Kind, R, 1>(x, ldx, w, K, row, n, out, block, blocks);
 }
 
 // outputs [begin, end) for all rows
@@ -213,10 +216,7 @@ void multiply(const typename Kind::input* x, int64_t ldx, int64_t M, const typen
       const int64_t last = std::min(n + NEAR, end);
       for (int64_t i = 0, row = from; i < blocks; ++i) {
         const int64_t rows = some / blocks + (i < some % blocks);
-        if (i == 0)
-          rows_of<Kind, true>(rows, x, ldx, w, K, row, n, last, out);
-        else
-          rows_of<Kind, false>(rows, x, ldx, w, K, row, n, last, out);
+        rows_of<Kind>(rows, x, ldx, w, K, row, n, last, out, i, blocks);
         row += rows;
       }
     }
@@ -363,8 +363,12 @@ void linear_into(const at::Tensor& x, const at::Tensor& weight, const Out& out) 
     return run<Dots>(rows_as(x, at::kBFloat16, Dots::depth), weight, out);
   }
 #endif
-  const auto rows = rows_as(x, at::kFloat, Pairs::depth);
-  run<Pairs>(rows.view({x.size(0), -1, LANES, 2}).transpose(2, 3).contiguous(), weight, out);
+  const auto rows = rows_as(x, at::kFloat, Pairs::depth), parted = at::empty(rows.sizes(), rows.options());
+  const float* from = rows.data_ptr<float>();
+  float* to = parted.data_ptr<float>();
+  for (int64_t i = 0; i < rows.numel(); i += Pairs::depth)
+    for (int64_t j = 0; j < LANES; ++j) to[i + j] = from[i + 2 * j], to[i + LANES + j] = from[i + 2 * j + 1];
+  run<Pairs>(parted, weight, out);
 }
 
 at::Tensor linear(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias) {
